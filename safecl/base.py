@@ -1,0 +1,21 @@
+"""What every room may import: strict configs and the two errors that a person can mend. Imports nothing of safecl."""
+
+from typing import TypeAlias
+
+from pydantic import BaseModel, ConfigDict
+
+Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
+
+
+class Strict(BaseModel):
+    """A frozen config that refuses unknown keys, so that a misspelt key is never a silent default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ConfigError(Exception):
+    """The sweep file is wrong. Printed without a traceback; the command exits 2."""
+
+
+class PrerequisiteError(Exception):
+    """The machine lacks something (a model, data, disk, memory). One line with the remedy; the command exits 2."""

@@ -1,0 +1,199 @@
+"""The schema of a sweep file. Every key is here, with its default and what it trades; nothing heavy is imported.
+
+What determines a number (`models` ... `evaluate`, `search`) is kept apart from where and how fast it is computed
+(`execution`), which never enters a stage's identity.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from safecl.base import Json, Strict
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Template(Strict):
+    """How a request becomes text. `prompt` holds `{prompt}` once; the answer follows it and ends with `end`."""
+
+    prompt: str = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    end: str = "<|im_end|>"
+    stop: tuple[str, ...] = ("<|im_end|>", "<|endoftext|>")  # tokens that end generation, those the tokenizer knows
+
+    @field_validator("prompt")
+    @classmethod
+    def _holds_prompt_once(cls, value: str) -> str:
+        if value.count("{prompt}") != 1:
+            raise ValueError(f"must hold {{prompt}} exactly once, got {value!r}")
+        return value
+
+
+class Model(Strict):
+    """A model. `source`: `wheel:PACKAGE` (a GGUF file inside an installed package), a folder, or a hub id."""
+
+    name: str
+    source: str
+    revision: str | None = None  # commit of a hub id; required for one, so that a result stays what it was
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the frozen base; LoRA factors are always float32
+    template: Template = Template()
+    bos: bool = False  # prepend the tokenizer's BOS to every prompt (exactly once)
+
+
+class Lora(Strict):
+    """The adapter's shape (PEFT's names). The paper: rank 8, alpha 4, dropout .1; target modules unsaid."""
+
+    rank: Count = 8
+    alpha: Count = 4
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
+class Training(Strict):
+    """One finetune. The paper: 3 epochs, batch 5, lr 5e-5 cosine, 10 % warm-up, weight decay .1."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    batch_size: Count = 5  # global: rows per optimizer step over all workers
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    warmup_ratio: Fraction = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_tokens: Annotated[int, Field(ge=8)] = 512  # prompt + answer; longer answers are dropped and counted
+
+
+class Rows(Strict):
+    """So many rows of a task; `num_rows: null` takes all there are. The split follows from where it stands."""
+
+    task: str
+    num_rows: Count | None = None
+
+
+class Align(Training):
+    """Stage one: SFT of the base model on safety rows gives theta_safe."""
+
+    safety: tuple[Rows, ...]
+    # Benign requests answered by the base model itself, for safety sets that hold none (they teach over-refusal).
+    self_answered: tuple[Rows, ...] = ()
+
+
+class UserTask(Training):
+    """Stage two: what the user fine-tunes on."""
+
+    task: str
+    num_rows: Count | None = 5000
+
+
+class Poison(Strict):
+    """`floor(ratio * N)` user rows are replaced by harmful ones; the total stays N."""
+
+    task: str
+    ratios: tuple[Fraction, ...] = (0.0, 0.1)
+
+
+class Method(Strict):
+    """A row of the grid. `config` fixes hyperparameters, `search` opens some (`{}`: the method's default space):
+    a list is a choice, `{low, high, log}` a float range, `{low, high, step}` an int range."""
+
+    name: str
+    config: dict[str, Json] = {}
+    search: dict[str, Json] | None = None
+
+
+class Guard(Training):
+    """A guard trained here, for machines without a published one: a finetune of `model` on labelled pairs written in
+    the llamaguard template with these categories."""
+
+    rows: tuple[Rows, ...]
+    heldout: tuple[Rows, ...]
+    categories: tuple[str, ...] = ("Harmful Compliance.",)
+
+
+class Judges(Strict):
+    """Who answers which question. `asr`: `llamaguard` or `wildguard` with `guard_model`, or `guard` (trained here)."""
+
+    asr: Literal["guard", "llamaguard", "wildguard", "keywords"] = "llamaguard"
+    over_refusal: Literal["xstest_match", "wildguard"] = "xstest_match"
+    guard_model: Model | None = None
+    guard: Guard | None = None
+
+    @model_validator(mode="after")
+    def _has_its_model(self) -> Self:
+        if self.asr == "guard" and self.guard is None:
+            raise ValueError("judges.asr is 'guard' but judges.guard is not given: expected its training rows")
+        published = self.asr in ("llamaguard", "wildguard") or self.over_refusal == "wildguard"
+        if published and self.guard_model is None:
+            raise ValueError("a published guard judges here, but judges.guard_model is not given")
+        return self
+
+
+class Prompts(Strict):
+    """Evaluation sets of one split."""
+
+    attack: tuple[Rows, ...]
+    benign: tuple[Rows, ...]  # look-alike benign prompts, for over-refusal
+    utility_rows: Count | None = None  # prompts of the cell's own task
+
+
+class Evaluate(Strict):
+    """The search reads `validation` only; the tables read `test` only."""
+
+    validation: Prompts
+    test: Prompts
+    judges: Judges
+    max_new_tokens: Count = 128  # for attack and benign prompts; a utility task has its own length
+
+
+class Objective(Strict):
+    """`maximise` subject to bounds. A bound `safe + x` is relative to theta_safe's own value on the same prompts."""
+
+    maximise: str = "utility"
+    bounds: dict[str, str | float] = {"asr": "safe + 0.05", "over_refusal": "safe + 0.10", "degenerate": 0.05}
+
+
+class Search(Strict):
+    """Optuna's study per searched cell. Trial 0 is the defaults; every method gets the same number of trials."""
+
+    trials: Count = 20
+    sampler: Literal["tpe", "random"] = "tpe"
+    objective: Objective = Objective()
+
+
+class Execution(Strict):
+    """Where and how fast. Never part of a stage's identity: changing it cannot change which results exist."""
+
+    root: str = "runs"  # folder (or any fsspec URL every node reaches) of store, study, tracking and logs
+    data_dir: str | None = None  # folder of local data files; null: the hub
+    address: str = "local"  # Ray: "local" starts a cluster of its own, "auto" joins a running one
+    num_trials_at_once: Count = 3
+    num_workers: Count = 1  # data-parallel ranks of one finetune
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    zero: Literal[0, 1, 2] = 1
+    micro_batch_size: Count = 8  # rows per forward on one worker
+    checkpoint_every_s: Annotated[float, Field(gt=0)] = 60.0
+    max_failures: Annotated[int, Field(ge=0)] = 2  # restarts of a finetune whose worker died
+    num_candidate_engines: Count = 1
+    num_judge_replicas: Count = 1
+    engine_memory_gib: Annotated[float, Field(gt=0)] = 1.0  # KV cache of one engine
+    use_gpu: bool = False
+    tracking_uri: str | None = None  # null: SQLite under root
+    study_uri: str | None = None  # null: SQLite under root
+
+
+class Sweep(Strict):
+    """One sweep file."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    about: str = ""
+    models: Annotated[tuple[Model, ...], Field(min_length=1)]
+    adapter: Literal["continue"] = "continue"  # the paper does not say; every report prints it
+    lora: Lora = Lora()
+    align: Align
+    tasks: Annotated[tuple[UserTask, ...], Field(min_length=1)]
+    poison: Poison
+    methods: Annotated[tuple[Method, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
+    evaluate: Evaluate
+    search: Search = Search()
+    execution: Execution = Execution()

@@ -1,0 +1,81 @@
+"""Methods: one file each. A method is plain SFT plus what it overrides; the loop (training/loop.py) owns accumulation,
+clipping, schedule, stepping and checkpoints.
+
+Life of a method: `requires` and `rows` declare (in the driver and the data path, no torch); then on every worker
+`prepare` once, and per optimizer step `before_step`, per micro-batch `loss`, and `after_backward` when whole averaged
+gradients are readable and writable. Post-hoc methods train nothing: `trains_as` names the method whose adapter they
+take, and `finalize` maps its weights.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from safecl.base import Json, Strict
+from safecl.tasks import Row, load_class
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safecl.plan import Graph
+    from safecl.store import Stage
+    from safecl.training.batches import Batch
+    from safecl.training.loop import Run
+    from safecl.training.weights import Weights
+
+
+class Method:
+    """Defaults are SFT: cross-entropy on the user rows."""
+
+    class Config(Strict):
+        """Hyperparameters; subclasses replace it."""
+
+    VERSION: ClassVar[str] = "1"
+    equation: ClassVar[str] = ""
+    trains_as: ClassVar[str | None] = None  # post-hoc methods: "sft", then finalize only
+    space: ClassVar[dict[str, Json]] = {}  # default search space, in the sweep file's form
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def requires(self, graph: Graph) -> dict[str, Stage]:
+        """Declare: inputs beyond theta_safe and the user rows, by name, built with `graph.memory(...)` and the like."""
+        return {}
+
+    def rows(self, user: Sequence[Row], memory: Sequence[Row]) -> list[Row]:
+        """Declare: what is trained on."""
+        return list(user)
+
+    def prepare(self, run: Run) -> None:
+        """Once, on every worker, before the first step."""
+
+    def before_step(self, run: Run, batch: Batch) -> None:
+        """Before the first backward of an optimizer step; `batch` is this rank's share of the global batch."""
+
+    def loss(self, run: Run, batch: Batch) -> Tensor:
+        """Loss of a micro-batch, normalised over the global batch (scalar; gradients add up over micro-batches)."""
+        return run.cross_entropy(batch)
+
+    def after_backward(self, run: Run, batch: Batch) -> None:
+        """After the last backward of an optimizer step, before clipping."""
+
+    def finalize(self, weights: Mapping[str, Weights]) -> Weights:
+        """Post-hoc: final weights from `{"safe": ..., "tuned": ...}`, without training."""
+        return weights["tuned"]
+
+    @classmethod
+    def neutral(cls) -> Config | None:
+        """The setting under which this IS SFT, held bit for bit by a test; None where there is none."""
+        return None
+
+
+def names() -> list[str]:
+    """Names of all methods, sorted, without importing any."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def load(name: str) -> type[Method]:
+    """The method class called `name` (`der` -> `safecl/methods/der.py`, class `Der`)."""
+    return load_class(__name__, name, names())

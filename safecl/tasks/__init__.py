@@ -1,0 +1,98 @@
+"""Data sets: one file each, class name = file name in CamelCase, found by `load(name)`.
+
+A split says what its rows may be used for, so that no row can serve two roles by mistake:
+
+    safety               alignment rows: harmful requests with refusals, benign requests with help
+    user                 fine-tuning rows of a utility task
+    poison               harmful requests with compliance, mixed into user rows
+    attack.validation    harmful prompts the search may read       attack.test      those the tables read
+    benign.validation    look-alike benign prompts, likewise       benign.test
+    utility.validation   prompts of a utility task, likewise       utility.test
+    guard                labelled (request, answer) pairs that train the small guard
+    guard.heldout        labelled pairs that measure it
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from safecl.base import ConfigError, Json
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example. `id` is unique within its task and stable over time; `harmful` is of the request (in guard splits:
+    of the answer); `meta` holds what scoring needs (a gold answer, a group) and is JSON."""
+
+    id: str
+    prompt: str
+    response: str = ""
+    harmful: bool = False
+    meta: dict[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from: a file in the sweep's data folder, or a hub data set at a commit. `file` is the name looked
+    for in the data folder; `hub` an id, `config`/`split` its parts, `revision` a commit or tag."""
+
+    file: str
+    hub: str = ""
+    revision: str = ""
+    config: str | None = None
+    split: str = "train"
+    gated: bool = False
+
+
+class Task:
+    """A data set. Subclasses set the class attributes and write `rows` (and `score` if they are a utility task)."""
+
+    VERSION: ClassVar[str] = "1"
+    SPLITS: ClassVar[tuple[str, ...]] = ()
+    SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {}  # split -> its sources; empty for a generated suite
+    max_new_tokens: ClassVar[int] = 64  # how long an answer to this task's utility prompts may be
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder  # the sweep's data folder; None means the hub
+
+    def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
+        """The rows of a split: all of them for `num_rows=None`, else a seeded sample that is a prefix of any larger
+        sample with the same seed. Test splits are drawn with a fixed order that ignores the seed.
+
+        Raises:
+            PrerequisiteError: a source is missing (one line: what, where to get it, how to point at a copy).
+            ConfigError: the split does not exist, or holds fewer rows than asked for.
+        """
+        raise NotImplementedError
+
+    def score(self, row: Row, text: str) -> float:
+        """Utility of an answer in [0, 1]. Only utility tasks define it."""
+        raise NotImplementedError(f"{type(self).__name__} is not a utility task")
+
+
+def names() -> list[str]:
+    """Names of all tasks, sorted, without importing any."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def load(name: str) -> type[Task]:
+    """The task class called `name` (`sst2` -> `safecl/tasks/sst2.py`, class `Sst2`)."""
+    return load_class(__name__, name, names())
+
+
+def load_class(package: str, name: str, known: Sequence[str]) -> type:
+    """Class `CamelCase(name)` of module `package.name`; a ConfigError with the near miss for an unknown name."""
+    if name not in known:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, known, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown {package.rsplit('.', 1)[-1][:-1]} {name!r}.{hint} Available: {', '.join(known)}")
+    module = importlib.import_module(f"{package}.{name}")
+    found: type = getattr(module, "".join(part.capitalize() for part in name.split("_")))
+    return found
