@@ -1,10 +1,10 @@
 """What every room may import: strict configs and the two errors that a person can mend. Imports nothing of safecl."""
 
-from typing import TypeAlias
-
 from pydantic import BaseModel, ConfigDict
+from typing_extensions import TypeAliasType
 
-Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
+# Not a plain alias: pydantic needs a *named* recursive type, or it recurses without end while building the schema.
+Json = TypeAliasType("Json", "bool | int | float | str | list[Json] | dict[str, Json] | None")
 
 
 class Strict(BaseModel):

@@ -143,6 +143,7 @@ class Evaluate(Strict):
     test: Prompts
     judges: Judges
     max_new_tokens: Count = 128  # for attack and benign prompts; a utility task has its own length
+    max_prompt_tokens: Count = 1024  # longer prompts lose their beginning
 
 
 class Objective(Strict):
@@ -176,6 +177,7 @@ class Execution(Strict):
     num_candidate_engines: Count = 1
     num_judge_replicas: Count = 1
     engine_memory_gib: Annotated[float, Field(gt=0)] = 1.0  # KV cache of one engine
+    engine_max_tokens: Count = 2048  # prompt + answer; checked to hold what `evaluate` asks for
     use_gpu: bool = False
     tracking_uri: str | None = None  # null: SQLite under root
     study_uri: str | None = None  # null: SQLite under root

@@ -34,6 +34,7 @@ class Method:
 
     VERSION: ClassVar[str] = "1"
     equation: ClassVar[str] = ""
+    keeps_safe: ClassVar[bool] = False  # theta_safe's adapter stays loaded, frozen, as `safe`: a teacher on any input
     trains_as: ClassVar[str | None] = None  # post-hoc methods: "sft", then finalize only
     space: ClassVar[dict[str, Json]] = {}  # default search space, in the sweep file's form
 

@@ -6,6 +6,7 @@ A split says what its rows may be used for, so that no row can serve two roles b
     user                 fine-tuning rows of a utility task
     poison               harmful requests with compliance, mixed into user rows
     attack.validation    harmful prompts the search may read       attack.test      those the tables read
+    benign.train         look-alike benign prompts that alignment may use, answered by the model itself
     benign.validation    look-alike benign prompts, likewise       benign.test
     utility.validation   prompts of a utility task, likewise       utility.test
     guard                labelled (request, answer) pairs that train the small guard
@@ -47,6 +48,7 @@ class Source:
     config: str | None = None
     split: str = "train"
     gated: bool = False
+    page: str = ""  # where a person gets a source that is not on the hub
 
 
 class Task:

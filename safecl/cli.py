@@ -1,0 +1,223 @@
+"""The verbs. No logic: each reads its arguments, calls one room and prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from safecl.base import ConfigError, PrerequisiteError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Which continual-learning method keeps a fine-tuned model safe, and what does that cost?
+
+One sweep file goes in; a table with intervals, an MLflow experiment and a page with plots come out.
+
+**First steps**
+
+    safecl plan sweeps/quickstart.yaml       # what it would do, and for how long
+    safecl run sweeps/quickstart.yaml        # do it; the same command continues after a crash or Ctrl-C
+    safecl report sweeps/quickstart.yaml     # the table again, and a page with plots
+""",
+)
+
+File = Annotated[Path, typer.Argument(help="A sweep file, e.g. sweeps/quickstart.yaml", show_default=False)]
+Set = Annotated[
+    list[str],
+    typer.Option("--set", help="Override a key: `path=value`, e.g. `execution.num_workers=2`. May be repeated."),
+]
+Limit = Annotated[
+    int | None, typer.Option(help="At most N rows of every set: a quick look, kept apart from the real run")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")]
+
+
+def _project(file: Path, settings: list[str], limit: int | None) -> Any:
+    from safecl.driver import Project, load
+
+    return Project(load(file, settings, limit))
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _print_rows(project: Any, as_json: bool) -> None:
+    from safecl.report import tables
+
+    rows, facts = project.rows(), project.facts()
+    if as_json:
+        print(json.dumps({"facts": facts, "rows": rows}, indent=1))
+    else:
+        tables.show(rows, facts)
+
+
+@app.command()
+def run(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False) -> None:  # noqa: B006
+    """Run what is missing of a sweep and print its table.
+
+    Finished stages are never run again, so the same command continues after a crash, a kill or Ctrl-C. Progress goes to
+    the standard error stream, the table to standard output.
+    """
+    from safecl import driver
+
+    project = _project(file, set_, limit)
+    failed = driver.run(project, lambda text: print(text, file=sys.stderr))
+    _print_rows(project, as_json)
+    if not failed:
+        return
+    for done in failed:
+        print(f"failed: {done.job.cell.label} {json.dumps(done.job.params)}: {done.error}", file=sys.stderr)
+    print(f"{len(failed)} trials failed; their output is under {project.logs}. Run the same command to try again.")
+    raise typer.Exit(1)
+
+
+@app.command()
+def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False) -> None:  # noqa: B006
+    """Print cells, trials and stages of a sweep, what is cached, and the hours left.
+
+    Hours come from the records of past stages of the same kind; where there are none it says unknown.
+    """
+    from safecl.driver import plan as make_plan
+
+    project = _project(file, set_, limit)
+    found = make_plan(project)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    _table(
+        "cells", ["cell", "searched", "trials"], [[c["cell"], c["searched"], str(c["trials"])] for c in found["cells"]]
+    )
+    columns = ["stage", "to run", "cached", "shared", "hours"]
+    rows = [[k, *(str(s[c]) for c in columns[1:4]), s["hours"]] for k, s in found["stages"].items()]
+    _table("stages that are known now", columns, rows)
+    print(f"{found['open_trials']} more trials will be suggested by the search; hours in all: {found['hours']}")
+
+
+@app.command()
+def status(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False) -> None:  # noqa: B006
+    """One table: how far each cell of a sweep is. Reads the store only, so it works beside a running sweep."""
+    from safecl.driver import status as read_status
+
+    found = read_status(_project(file, set_, limit))
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    _table(
+        "status",
+        ["cell", "search", "final", "state"],
+        [[r["cell"], r["search"], r["final"], r["state"]] for r in found],
+    )
+
+
+@app.command()
+def report(
+    file: File,
+    set_: Set = [],  # noqa: B006
+    limit: Limit = None,
+    as_json: AsJson = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write page and plots (default: <root>/report/NAME)")
+    ] = None,
+) -> None:
+    """Print the table from the store and write one self-contained page with plots. Runs nothing."""
+    from safecl.driver import write_report
+
+    project = _project(file, set_, limit)
+    _print_rows(project, as_json)
+    page = write_report(project, out)
+    print(f"page: {page}", file=sys.stderr)
+
+
+@app.command()
+def show(key: Annotated[str, typer.Argument(help="The beginning of a stage's key")], root: str = "runs") -> None:
+    """Print a stage's record: config, inputs, result, cost, library versions."""
+    from safecl.store import Store
+
+    found = Store(root).find(key)
+    if not found:
+        raise ConfigError(f"no stage whose key begins with {key!r} under {root!r}; name the store with --root")
+    for record in found:
+        print(json.dumps(record, indent=1))
+
+
+@app.command()
+def ls(
+    what: Annotated[str, typer.Argument(help="methods, tasks or judges")] = "methods", as_json: AsJson = False
+) -> None:
+    """List methods (with their equations), tasks (with their splits) or judges (with their questions)."""
+    from safecl.driver import listing
+
+    rows = listing(what)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    _table(what, list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+
+
+@app.command()
+def doctor(
+    root: Annotated[Path, typer.Option(help="Where results would be stored")] = Path("runs"),
+    data_dir: Annotated[Path | None, typer.Option(help="A folder of local data files to look through")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what this machine can run, and the remedy for what it cannot. Exits 2 if something essential is missing."""
+    from safecl.doctor import examine
+
+    found = examine(root, data_dir)
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in found], indent=1))
+    else:
+        words = {True: "ok", False: "MISSING", None: "-"}
+        rows = [[f.what, f.found, words[f.ok], "" if f.ok else f.remedy] for f in found]
+        _table("doctor", ["what", "found", "", "remedy"], rows)
+    if any(finding.ok is False for finding in found):
+        raise typer.Exit(2)
+
+
+@app.command()
+def logs(root: Annotated[Path, typer.Option(help="The store")] = Path("runs"), num: int = 20) -> None:
+    """List the log files of stages and engines, the newest last."""
+    files = sorted((root / "logs").glob("*.log"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise ConfigError(f"no log files under {str(root / 'logs')!r}; name the store with --root")
+    for file in files[-num:]:
+        print(f"{file}  {file.stat().st_size} bytes")
+
+
+def main() -> None:
+    """Entry point: errors that a person can mend print without a traceback and exit 2; Ctrl-C exits 130."""
+    try:
+        app(standalone_mode=False)
+    except (ConfigError, PrerequisiteError) as error:
+        print(f"{type(error).__name__.removesuffix('Error').lower()} error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("stopped; run the same command to continue from what is finished", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+
+
+if __name__ == "__main__":
+    main()

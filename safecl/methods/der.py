@@ -1,0 +1,75 @@
+"""DER: dark experience replay. Hold the logits on a few safety rows where theta_safe had them.
+
+    L(theta) = CE(user) + lambda * E over memory tokens of |f_theta(x) - z|^2 / V,    z = f_theta_safe(x)
+
+    paper               code
+    lambda              config.weight
+    m = |B|             config.memory_size
+    (x, z) in B         run.draw(): rows with theta_safe's hidden states h_safe, z = W h_safe
+    f_theta(x) - z      W dh with dh = h - h_safe, never formed: |W dh|^2 = dh^T (W^T W) dh
+
+Source: arXiv 2512.10150, section 3 (DER with the aligned model's logits, stored before fine-tuning); Buzzega et al. 2020.
+
+Choices where the paper is silent: the sum over positions is a mean over the drawn batch's response tokens (the last
+prompt token predicts the first of them), and the sum over the vocabulary a mean, so that one lambda fits models of any
+vocabulary. Draws are without replacement within a step; the draw is as large as the user batch by default.
+
+Differences from the reference code (mammoth, models/der.py): no reservoir and no logits stored at training time (the
+memory is complete before fine-tuning starts); rows are teacher-forced sequences, not images; no vocabulary-sized tensor
+is stored or formed, which is exact for a frozen linear output layer (checked by the memory stage).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from safecl.base import Strict
+from safecl.methods import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safecl.plan import Graph
+    from safecl.store import Stage
+    from safecl.training.batches import Batch
+    from safecl.training.loop import Run
+
+
+class Der(Method):
+    """Cross-entropy on user rows plus the squared logit distance to theta_safe on memory rows."""
+
+    class Config(Strict):
+        weight: Annotated[float, Field(ge=0)] = 1.0  # lambda; holds safety harder as it grows, at the task's cost
+        memory_size: Annotated[int, Field(ge=1)] = 50  # m: safety rows kept
+        memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
+
+    equation = "CE(user) + weight * E_memory |f(x) - z|^2 / V"
+    space = {"weight": {"low": 0.03, "high": 3.0, "log": True}, "memory_size": [50, 100, 250]}
+
+    def requires(self, graph: Graph) -> dict[str, Stage]:
+        return {"memory": graph.memory(self.config.memory_size)}
+
+    def prepare(self, run: Run) -> None:
+        from safecl.training import losses
+
+        if self.config.weight > 0:
+            self.gram_DD = losses.gram(run.head)
+
+    def loss(self, run: Run, batch: Batch) -> Tensor:
+        from safecl.training import losses
+
+        loss = run.cross_entropy(batch)
+        if self.config.weight == 0:  # no forward, no draw: this is SFT bit for bit
+            return loss
+        memory = run.draw()
+        assert memory.states_ND is not None
+        total = losses.gram_distance(run.hidden(memory), memory.states_ND, self.gram_DD, run.head.num_vocab)
+        distance = total / memory.num_targets
+        run.log("der", distance.detach())
+        return loss + self.config.weight * distance
+
+    @classmethod
+    def neutral(cls) -> Config:
+        return cls.Config(weight=0.0)

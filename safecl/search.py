@@ -1,0 +1,345 @@
+"""Cells -> Ray Tune + Optuna. The only file that imports optuna.
+
+`CellStudy` is one cell's Optuna study, driven by ask and tell from the driver alone. What it promises:
+- trial 0 is the method's defaults; a quarter of the trials at most is random (with TPE), the rest is modelled;
+- a suggestion is a function of (recipe seed, study name, number of trials so far) and the results told, so a study
+  that was reopened goes on exactly as it would have gone on, and repeats nothing;
+- a crash loses nothing: `repair` puts what was running back into the queue, then closes the ghost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safecl.base import ConfigError, Json
+from safecl.config import Objective, Sweep
+from safecl.execute import plain_error
+from safecl.objective import Trial
+from safecl.plan import Cell, Job
+from safecl.schedule import Schedule, aligned_job, defaults
+from safecl.store import canonical
+
+_GHOST = "safecl:ghost"  # user attribute of a trial that died with its driver: it does not count as a trial
+_REPAIRS = "safecl:repairs"  # user attribute of the queued copy: the ghost's number
+
+
+def study_name(cell: str, space: Mapping[str, Json], objective: Objective) -> str:
+    """`<cell>-<12 hex digits>` of (cell, space, objective): Optuna ignores or mixes changed ranges and directions of a
+    study that it reopens, so a changed search must be another study."""
+    identity: Json = [cell, dict(space), objective.model_dump(mode="json")]
+    return f"{cell}-{hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]}"
+
+
+def space_check(space: Mapping[str, Json], defaults: Mapping[str, Json] | None = None) -> list[str]:
+    """Every error of a search space as one line each; empty if there is none.
+
+    Forms: a list is a choice, `{low, high}` or `{low, high, log: true}` a float range, `{low, high, step}` an int range
+    (ends included). With `defaults`, every searched parameter must have one that lies in the space: trial 0 runs it.
+    """
+    errors = []
+    for name, form in space.items():
+        problem = _form_problem(form)
+        if problem is None and defaults is not None:
+            if name not in defaults:
+                problem = "is searched but has no default; expected one in the method's `config`: trial 0 runs it"
+            elif not _contains(form, defaults[name]):
+                problem = (
+                    f"does not hold the default {json.dumps(defaults[name])}, which trial 0 runs; "
+                    f"widen {json.dumps(form)} or set another default in `config`"
+                )
+        if problem is not None:
+            errors.append(f"search.{name}: {problem}")
+    return errors
+
+
+def _form_problem(form: Json) -> str | None:
+    forms = "a list, {low, high}, {low, high, log: true} or {low, high, step}"
+    if isinstance(form, list | tuple):
+        texts = [canonical(choice) for choice in form]
+        if not texts:
+            return "is an empty list; expected at least one choice"
+        twice = sorted({text for text in texts if texts.count(text) > 1})
+        return f"names {', '.join(twice)} more than once" if twice else None
+    if not isinstance(form, dict):
+        return f"expected {forms}, got {json.dumps(form)}"
+    unknown = sorted(set(form) - {"low", "high", "log", "step"})
+    missing = [key for key in ("low", "high") if key not in form]
+    if unknown or missing:
+        return f"expected {forms}, got " + ", ".join([f"no {k!r}" for k in missing] + [f"{k!r}" for k in unknown])
+    numbers = ("low", "high", "step") if "step" in form else ("low", "high")
+    kind: Any = int if "step" in form else (int, float)
+    for key in numbers:
+        value = form[key]
+        if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+            wanted = "an int (a range with `step` is of ints)" if "step" in form else "a number"
+            return f"{key} is {json.dumps(value)}; expected {wanted} (YAML reads 1e-4 as text: write 1.0e-4)"
+    low, high, step, log = form["low"], form["high"], form.get("step"), form.get("log", False)
+    if not isinstance(log, bool):
+        return f"log is {json.dumps(log)}; expected true or false"
+    if low > high:  # type: ignore[operator]
+        return f"low {low} is above high {high}"
+    if log and step is not None:
+        return "has both `log` and `step`; expected one of them"
+    if log and low <= 0:  # type: ignore[operator]
+        return f"is logarithmic but low is {low}; expected low > 0"
+    if step is not None and (step < 1 or (high - low) % step):  # type: ignore[operator]
+        return f"step {step} does not lead from low {low} to high {high}; expected high = low + k * step"
+    return None
+
+
+def _contains(form: Json, value: Json) -> bool:
+    if isinstance(form, list | tuple):
+        return canonical(value) in [canonical(choice) for choice in form]
+    assert isinstance(form, dict)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    low, high, step = form["low"], form["high"], form.get("step")
+    inside = bool(low <= value <= high)  # type: ignore[operator]
+    if step is None:
+        return inside
+    return inside and isinstance(value, int) and (value - low) % step == 0  # type: ignore[operator]
+
+
+def open_storage(url: str) -> Any:
+    """Optuna's storage at a database URL, to be shared by the studies of one driver. SQLite waits for locks."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    return optuna.storages.RDBStorage(url, engine_kwargs=options)
+
+
+class CellStudy:
+    """One searched cell: `ask`, then `tell` or `fail`. Driver only, one object per study at a time.
+
+    `space`: see `space_check`; `defaults`: at least the searched parameters; `storage`: a database URL or what
+    `open_storage` gave; `trials`: how many may count; `sampler`: "tpe" or "random". Opening creates or continues.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        space: Mapping[str, Json],
+        defaults: Mapping[str, Json],
+        storage: Any,
+        seed: int,
+        trials: int,
+        sampler: str = "tpe",
+    ) -> None:
+        import optuna
+
+        errors = space_check(space, defaults)
+        if sampler not in ("tpe", "random"):
+            errors.append(f"search.sampler: expected 'tpe' or 'random', got {sampler!r}")
+        if trials < 1:
+            errors.append(f"search.trials: expected at least 1, got {trials}")
+        if errors:
+            raise ConfigError("\n".join(errors))
+        self.name, self.seed, self.trials, self.sampler = name, seed, trials, sampler
+        self.space = {key: space[key] for key in sorted(space)}
+        self._distributions = {key: _distribution(form) for key, form in self.space.items()}
+        self._live: dict[int, Any] = {}
+        self._study = optuna.create_study(
+            study_name=name,
+            storage=open_storage(storage) if isinstance(storage, str) else storage,
+            direction="maximize",
+            load_if_exists=True,
+        )
+        if not self._study.get_trials(deepcopy=False):
+            self._study.enqueue_trial(self._encode({key: defaults[key] for key in self.space}))
+
+    @property
+    def remaining(self) -> int:
+        """How many trials may still be asked: `trials` less those finished, failed or running (ghosts do not count)."""
+        return max(0, self.trials - len(self._counted()))
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing left to ask, and nothing running."""
+        return self.remaining == 0 and not any(t.state.name == "RUNNING" for t in self._counted())
+
+    def ask(self) -> tuple[int, dict[str, Json]]:
+        """(trial number, parameters) of the next trial. Raises RuntimeError when none remains."""
+        if self.remaining == 0:
+            raise RuntimeError(f"study {self.name}: all {self.trials} trials were asked; look at `remaining` first")
+        self._study.sampler = self._new_sampler()
+        trial = self._study.ask(self._distributions)
+        self._live[trial.number] = trial
+        return trial.number, self._decode(trial.params)
+
+    def tell(self, number: int, value: float, violations: Mapping[str, float]) -> None:
+        """Finish a trial asked from this object. `value` is maximised; a violation above 0 makes it infeasible.
+
+        Raises ValueError for a NaN or infinite number, naming it, and for a trial that is not running here; the trial
+        then stays as it was.
+        """
+        for what, given in {"value": value, **{f"violation {k!r}": v for k, v in violations.items()}}.items():
+            if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+                raise ValueError(f"study {self.name}, trial {number}: {what} is {given}; expected a finite number")
+        trial = self._running(number)
+        for key in sorted(violations):
+            trial.set_constraint(key, float(violations[key]))
+        self._study.tell(trial, float(value))
+        del self._live[number]
+
+    def fail(self, number: int) -> None:
+        """Close a trial that gave no result. It counts as one of the trials and is never suggested from."""
+        import optuna
+
+        self._study.tell(self._running(number), state=optuna.trial.TrialState.FAIL)
+        del self._live[number]
+
+    def repair(self) -> int:
+        """Call once after opening, before `ask`. Trials left RUNNING by a dead driver are queued again with their
+        parameters and then told FAIL (in this order, so that a crash in between loses none). Returns how many."""
+        import optuna
+
+        trials = self._study.get_trials(deepcopy=False)
+        ghosts = [t for t in trials if t.state.name == "RUNNING" and t.number not in self._live]
+        queued = {t.user_attrs[_REPAIRS] for t in trials if _REPAIRS in t.user_attrs}
+        for ghost in ghosts:
+            if ghost.number not in queued:
+                # A driver may die between creating a trial and storing its parameters: those that were fixed for it
+                # are in `fixed_params`, and what is still open is suggested when the copy is asked.
+                known = {**ghost.system_attrs.get("fixed_params", {}), **ghost.params}
+                self._study.enqueue_trial(known, user_attrs={_REPAIRS: ghost.number})
+            self._study._storage.set_trial_user_attr(ghost._trial_id, _GHOST, True)
+            self._study.tell(ghost.number, state=optuna.trial.TrialState.FAIL)
+        return len(ghosts)
+
+    def complete(self) -> list[Trial]:
+        """Finished trials by number."""
+        return [
+            Trial(t.number, self._decode(t.params), float(t.value), dict(t.constraints))
+            for t in self._study.get_trials(deepcopy=False)
+            if t.state.name == "COMPLETE"
+        ]
+
+    def _counted(self) -> Sequence[Any]:
+        trials = self._study.get_trials(deepcopy=False)
+        return [t for t in trials if t.state.name != "WAITING" and _GHOST not in t.user_attrs]
+
+    def _running(self, number: int) -> Any:
+        if number not in self._live:
+            raise ValueError(f"study {self.name}: trial {number} is not running here; running: {sorted(self._live)}")
+        return self._live[number]
+
+    def _new_sampler(self) -> Any:
+        """A fresh sampler per trial: one kept over many asks would repeat its sequence when the study is reopened."""
+        import optuna
+
+        num_asked = sum(t.state.name != "WAITING" for t in self._study.get_trials(deepcopy=False))
+        text = canonical([self.seed, self.name, num_asked])
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+        if self.sampler == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        startup = max(1, self.trials // 4)
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True)
+
+    # Choices travel through Optuna as JSON text: it compares them with ==, under which 1, 1.0 and True are one choice.
+    def _encode(self, params: Mapping[str, Json]) -> dict[str, Any]:
+        return {k: canonical(v) if isinstance(self.space[k], list | tuple) else v for k, v in params.items()}
+
+    def _decode(self, params: Mapping[str, Any]) -> dict[str, Json]:
+        return {k: json.loads(params[k]) if isinstance(self.space[k], list | tuple) else params[k] for k in self.space}
+
+
+def _distribution(form: Json) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(form, list | tuple):
+        return CategoricalDistribution([canonical(choice) for choice in form])
+    options: Any = form
+    if "step" in options:
+        return IntDistribution(options["low"], options["high"], step=options["step"])
+    return FloatDistribution(float(options["low"]), float(options["high"]), log=bool(options.get("log", False)))
+
+
+def study_of(cell: Cell, sweep: Sweep, storage: Any) -> CellStudy | None:
+    """The study of a cell, continued if it exists, its ghosts repaired; None where nothing is searched."""
+    if cell.space is None:
+        return None
+    objective = sweep.search.objective
+    study = CellStudy(
+        study_name(cell.key[:16], cell.space, objective),
+        cell.space,
+        defaults(cell),
+        storage,
+        cell.recipe.seed,
+        sweep.search.trials,
+        sweep.search.sampler,
+    )
+    study.repair()
+    return study
+
+
+def trial(config: dict[str, Any], *, broker: Any, folder: Path | None, jobs: Any) -> None:
+    """One Tune trial: wait until the Broker has all the evidence of a job. Costs no CPU; reports once."""
+    import ray
+    from ray import tune
+
+    [reference] = jobs
+    job: Job = ray.get(reference)[config["cell"]]._replace(
+        params=json.loads(config["params"]), seed=config["seed"], role=config["role"]
+    )
+    wanted = [job.evidence(folder)]
+    if job.role == "search":  # bounds are relative to theta_safe on the same prompts
+        wanted.append(aligned_job(job).evidence(folder))
+    error = ""
+    try:
+        ray.get(broker.ensure.remote([stage for e in wanted for stage in (*e.judged, e.metrics)]))
+    except Exception as raised:  # reported to the schedule, which closes the trial and goes on with the others
+        found = plain_error(raised)
+        error = f"{type(found).__name__}: {found}"
+    tune.report({"error": error})
+
+
+def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -> None:
+    """Drive every job of the schedule through one Tuner. Returns when all are finished."""
+    import ray
+    from ray import tune
+    from ray.tune.search import Searcher
+
+    waiting: dict[str, Job] = {}  # Tune's trial id -> job
+
+    class JobSearcher(Searcher):  # type: ignore[misc]
+        """Hands the schedule's jobs to Tune. Stateless towards Tune: what is known lies in the store and the study."""
+
+        def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+            job = schedule.next()
+            if job is None:
+                return Searcher.FINISHED if schedule.is_done else None
+            waiting[trial_id] = job
+            index = [queue.cell for queue in schedule.queues].index(job.cell)
+            return {"cell": index, "params": canonical(job.params), "seed": job.seed, "role": job.role}
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            if (job := waiting.pop(trial_id, None)) is not None:
+                lost = "the trial's process died; run the same command again"
+                schedule.finish(job, (result or {}).get("error", lost) if not error else lost)
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing: Tune's own folder is never read back."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing, likewise."""
+
+    jobs = ray.put([Job(queue.cell, {}, 0, "final") for queue in schedule.queues])
+    trainable = tune.with_parameters(trial, broker=broker, folder=schedule.folder, jobs=[jobs])
+    local = ray.cluster_resources().get("trial_slot")
+    slot = {"cpu": 0, "trial_slot": 1} if local else {"cpu": 0, "node:__internal_head__": 0.001}
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, slot),
+        tune_config=tune.TuneConfig(
+            search_alg=JobSearcher(), num_samples=-1, max_concurrent_trials=num_at_once, reuse_actors=False
+        ),
+        run_config=tune.RunConfig(
+            name=schedule.sweep.name, storage_path=str(storage_path), verbose=0, log_to_file=False
+        ),
+    )
+    tuner.fit()

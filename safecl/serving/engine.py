@@ -1,0 +1,488 @@
+"""vLLM engines behind Ray Serve, and the client that stages use. The only file that imports vllm and ray.serve.
+
+One deployment class serves candidates and judges alike: it answers every request with the weights that the request
+names, one weights key at a time (gate.py), and puts new weights into the live engine in place (swap.py). What comes
+back carries the key that sampled it; an answer of any other key is discarded and asked for again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from safecl.base import PrerequisiteError, Strict
+from safecl.serving.gate import Gate, GateBroken
+
+Finish = Literal["stop", "length"]
+_STATUS_EVERY_S = 2.0  # how often a waiting client looks whether its engine can still come up
+
+
+@dataclass(frozen=True)
+class WeightsRef:
+    """Weights to answer with: `base` (HF folder) plus `adapter` (PEFT folder; None: the base itself). `key` stands for
+    both and is what the engine goes by: equal keys must mean equal weights."""
+
+    key: str
+    base: str
+    adapter: str | None = None
+
+
+class Request(NamedTuple):
+    id: str
+    token_ids: list[int]
+
+
+class Sampling(Strict):
+    """temperature 0 is greedy. Only `stop_token_ids` end an answer early: the model's own EOS must be among them."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+
+
+class Completion(NamedTuple):
+    id: str
+    text: str  # special tokens left out
+    token_ids: list[int]  # as sampled: a stop token that ended the answer is the last one
+    finish: Finish
+    weights_key: str
+
+
+class Refused(ValueError):
+    """A request or weights that this engine can never serve: asking again would not help."""
+
+
+class Unavailable(RuntimeError):
+    """This replica cannot answer now (engine died, swap failed, wrong weights): ask again."""
+
+
+class Engine:
+    """The Serve replica: one vLLM engine, its gate and its health."""
+
+    def __init__(self, base_folder: str, settings: Settings) -> None:
+        if settings.log_dir is not None:
+            _send_output_to(Path(settings.log_dir), settings.name)
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._base, self._settings = base_folder, settings
+        self._gate: Gate[WeightsRef] = Gate(self._swap, settings.turn_s)
+        self._last_sign = time.monotonic()  # of life: a token, a finished swap, or work beginning
+        self._llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=base_folder,
+                dtype=_dtype(Path(base_folder)),  # "auto" would make bfloat16 of a float32 model
+                max_model_len=settings.max_model_len,
+                max_num_seqs=settings.max_num_seqs,
+                kv_cache_memory_bytes=int(settings.memory_gib * 2**30),
+                distributed_executor_backend=None if settings.use_gpu else "uni",
+                enforce_eager=not settings.use_gpu,  # compiling on CPU costs minutes of boot
+                worker_extension_cls="safecl.serving.swap.Swap",
+                generation_config="vllm",  # the model folder's sampling defaults must not leak in
+                use_tqdm_on_load=False,
+                disable_log_stats=True,
+            )
+        )
+
+    async def generate(self, token_ids: list[int], weights: WeightsRef, sampling: Sampling) -> tuple[Any, ...]:
+        """(text, token ids, finish, weights key). Raises Refused, or Unavailable."""
+        longest = len(token_ids) + sampling.max_tokens
+        if not token_ids or longest > self._settings.max_model_len:
+            raise Refused(
+                f"prompt of {len(token_ids)} tokens + max_tokens {sampling.max_tokens}: expected 1 to "
+                f"{self._settings.max_model_len} in all (max_model_len of engine {self._settings.name!r})"
+            )
+        await self._check_weights(weights)
+        try:
+            async with self._gate.admit(weights.key, weights):
+                return await self._sample(token_ids, weights.key, sampling)
+        except GateBroken as error:
+            raise Unavailable(str(error)) from error
+
+    async def _sample(self, token_ids: list[int], key: str, sampling: Sampling) -> tuple[Any, ...]:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        params = SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,
+            seed=sampling.seed,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        if self._gate.in_flight == 1:
+            self._last_sign = time.monotonic()
+        text, sampled, last = [], [], None
+        try:
+            prompt = TokensPrompt(prompt_token_ids=token_ids)
+            async for output in self._llm.generate(prompt, params, request_id=uuid.uuid4().hex):
+                self._last_sign = time.monotonic()
+                last = output.outputs[0]
+                text.append(last.text)
+                sampled.extend(last.token_ids)
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise Unavailable(f"engine {self._settings.name!r} died: {error!r}") from error
+        if last is None or last.finish_reason not in ("stop", "length"):
+            raise Unavailable(f"answer ended with {getattr(last, 'finish_reason', None)!r}, expected stop or length")
+        versions = {span.version for span in last.weight_versions or []}
+        if versions != {key}:
+            raise Unavailable(f"answer was sampled by weights {sorted(versions)}, expected {key!r} only: discarded")
+        return "".join(text), sampled, last.finish_reason, key
+
+    async def _check_weights(self, weights: WeightsRef) -> None:
+        if weights.key == self._gate.key:
+            return
+        from safecl.serving import swap
+
+        try:
+            adapter = None if weights.adapter is None else Path(weights.adapter)
+            await asyncio.to_thread(swap.check, Path(self._base), Path(weights.base), adapter)
+        except (OSError, ValueError, KeyError) as error:
+            raise Refused(f"weights {weights.key!r} cannot be served: {error}") from error
+
+    async def _swap(self, key: str, weights: WeightsRef) -> None:
+        """Runs with nothing in flight; the gate breaks if it raises."""
+        self._last_sign = time.monotonic()
+        await self._llm.pause_generation(mode="wait", clear_cache=True)
+        await self._llm.collective_rpc("safecl_swap", args=(weights.base, weights.adapter))
+        await self._llm.update_weight_version(key)
+        await self._llm.resume_generation()
+        self._last_sign = time.monotonic()
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces the replica when this raises."""
+        await self._llm.check_health()  # vLLM's own: only a flag that the engine's process died
+        if self._gate.broken is not None:
+            raise RuntimeError(f"engine {self._settings.name!r}: swap failed: {self._gate.broken!r}")
+        silent_s = time.monotonic() - self._last_sign
+        if (self._gate.in_flight or self._gate.swapping) and silent_s > self._settings.stall_s:
+            raise RuntimeError(f"engine {self._settings.name!r}: work in flight, but no token for {silent_s:.0f} s")
+
+    async def status(self) -> dict[str, Any]:
+        """What it is doing: weights key, counts, and its process id."""
+        gate = self._gate
+        counts = {"in_flight": gate.in_flight, "waiting": gate.num_waiting, "num_swaps": gate.num_swaps}
+        return {"key": gate.key, "pid": os.getpid(), **counts}
+
+    def __del__(self) -> None:
+        if (llm := getattr(self, "_llm", None)) is not None:
+            llm.shutdown()
+
+
+class Settings(Strict):
+    """One engine. None of it may change an answer, except as rounding order does."""
+
+    name: str
+    max_model_len: int  # tokens: prompt + answer
+    memory_gib: float = 1.0  # KV cache
+    max_num_seqs: int = 64  # requests decoded together
+    num_threads: int = 1
+    use_gpu: bool = False
+    turn_s: float = 60.0  # how long one key may keep the engine while another waits
+    stall_s: float = 120.0  # work in flight and no token for so long: unhealthy
+    log_dir: str | None = None  # of the engine's own output; None: Ray's worker logs
+
+
+def deploy(
+    name: str,
+    base_folder: str,
+    *,
+    num_replicas: int = 1,
+    memory_gib: float = 1.0,
+    max_model_len: int = 1024,
+    num_threads: int = 1,
+    num_cpus: float | None = None,
+    use_gpu: bool = False,
+    max_num_seqs: int = 64,
+    turn_s: float = 60.0,
+    stall_s: float = 120.0,
+    log_dir: str | None = None,
+    wait: bool = True,
+) -> None:
+    """Serve `base_folder`'s model as application `name` on the Ray cluster that this process is connected to.
+
+    `num_cpus`: what a replica reserves of Ray's logical CPUs (default `num_threads`). `wait=False` returns at once, so
+    that the boot overlaps with other work; see `ready`. Nothing listens for HTTP: engines are reached through handles.
+    """
+    from ray import serve
+    from ray.serve.api import RunTarget
+    from ray.serve.schema import LoggingConfig
+
+    settings = Settings(
+        name=name,
+        max_model_len=max_model_len,
+        memory_gib=memory_gib,
+        max_num_seqs=max_num_seqs,
+        num_threads=num_threads,
+        use_gpu=use_gpu,
+        turn_s=turn_s,
+        stall_s=stall_s,
+        log_dir=log_dir,
+    )
+    resources: dict[str, Any] = {
+        "num_cpus": float(num_threads) if num_cpus is None else num_cpus,
+        "runtime_env": {"env_vars": _environment(settings)},
+    }
+    if use_gpu:
+        resources["num_gpus"] = 1
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    _hush_driver()
+    serve.start(proxy_location="Disabled", logging_config=quiet)
+    deployment = serve.deployment(
+        Engine,
+        name="engine",
+        num_replicas=num_replicas,
+        max_ongoing_requests=4096,  # the engine's own queue does the batching
+        ray_actor_options=resources,
+        health_check_period_s=1.0,
+        health_check_timeout_s=30.0,
+        graceful_shutdown_timeout_s=3.0,  # a replica that is replaced has nothing worth waiting for
+        graceful_shutdown_wait_loop_s=0.2,
+        logging_config=quiet,
+    )
+    target = RunTarget(deployment.bind(base_folder, settings), name=name, route_prefix=None, logging_config=quiet)
+    serve.run_many([target], wait_for_applications_running=wait, wait_for_ingress_deployment_creation=wait)
+
+
+def ready(name: str, timeout_s: float = 600.0) -> None:
+    """Block until every replica of `name` serves. Raises PrerequisiteError if it cannot come up, or not in time."""
+    deadline = time.monotonic() + timeout_s
+    while (state := _state(name))[0] != "RUNNING":
+        if time.monotonic() > deadline:
+            raise PrerequisiteError(f"engine {name!r} was not ready within {timeout_s:.0f} s; state: {state}")
+        time.sleep(0.2)
+
+
+def shutdown(name: str) -> None:
+    """Take `name` down and free what it holds."""
+    from ray import serve
+
+    serve.delete(name)
+
+
+@dataclass(frozen=True)
+class Engines:
+    """How a stage reaches served models, from any process of the cluster. Small and picklable.
+
+    `groups`: a name that stands for several applications ({"candidate": ("candidate-0", "candidate-1")}); a batch goes
+    as a whole to the one that holds its key already, else to the least busy.
+    """
+
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    max_in_flight: int = 128
+
+    def generate(
+        self,
+        name: str,
+        weights: WeightsRef,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        on_progress: Callable[[int, int], None] | None = None,
+        timeout_s: float = 900.0,
+    ) -> dict[str, Completion]:
+        """One completion per request, by id, in request order. Blocks; call it from a plain thread or Ray task.
+
+        Survives the death of engines: what was lost is asked for again. `timeout_s`: longest time without any completed
+        request. Raises PrerequisiteError when that passes or the engine cannot come up, ValueError for doubled ids or
+        requests and weights that the engine refuses.
+        """
+        if len({request.id for request in requests}) != len(requests):
+            raise ValueError(f"engine {name!r}: request ids must be unique, got {len(requests)} with doubles")
+        if not requests:
+            return {}
+        batch = _Batch(name, weights, requests, sampling, on_progress, timeout_s)
+        done = asyncio.run(batch.run(tuple(self.groups.get(name, (name,))), self.max_in_flight))
+        return {request.id: done[request.id] for request in requests}
+
+    def status(self, name: str) -> dict[str, Any]:
+        """`Engine.status` of one replica of application `name`."""
+        from ray import serve
+
+        status: dict[str, Any] = serve.get_app_handle(name).status.remote().result(timeout_s=30)
+        return status
+
+
+@dataclass
+class _Batch:
+    name: str
+    weights: WeightsRef
+    requests: Sequence[Request]
+    sampling: Sampling
+    on_progress: Callable[[int, int], None] | None
+    timeout_s: float
+    done: dict[str, Completion] = field(default_factory=dict)  # by id: an answer counts once, however often asked for
+    last_done: float = field(default_factory=time.monotonic)
+    last_error: str = "none"
+
+    async def run(self, apps: tuple[str, ...], max_in_flight: int) -> dict[str, Completion]:
+        from ray import serve
+
+        app = apps[0] if len(apps) == 1 else await _pick(apps, self.weights.key)
+        _state(app)  # a clear error if it is not deployed
+        handle = serve.get_app_handle(app)
+        queue = iter(self.requests)
+
+        async def work() -> None:
+            for request in queue:  # one iterator for all workers: each request is taken once
+                await self._complete(handle, request)
+
+        tasks = [asyncio.create_task(work()) for _ in range(min(max_in_flight, len(self.requests)))]
+        try:
+            while tasks:
+                finished, pending = await asyncio.wait(tasks, timeout=_STATUS_EVERY_S, return_when="FIRST_EXCEPTION")
+                for task in finished:
+                    task.result()
+                tasks = list(pending)
+                self._check_deadline(app)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return self.done
+
+    async def _complete(self, handle: Any, request: Request) -> None:
+        while request.id not in self.done:
+            async with _asked(handle, request, self.weights, self.sampling) as response:
+                try:
+                    answer = await response
+                except Exception as error:
+                    if not _transient(error):
+                        raise _plain(error) from error
+                    self.last_error = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+                    answer = None
+            if answer is None:
+                await asyncio.sleep(0.5)
+                continue
+            completion = Completion(request.id, *answer)
+            if completion.weights_key != self.weights.key:
+                self.last_error = f"answered by weights {completion.weights_key!r}"
+                continue
+            self.done[request.id] = completion
+            self.last_done = time.monotonic()
+            if self.on_progress is not None:
+                self.on_progress(len(self.done), len(self.requests))
+
+    def _check_deadline(self, app: str) -> None:
+        silent_s = time.monotonic() - self.last_done
+        if silent_s < _STATUS_EVERY_S or len(self.done) == len(self.requests):
+            return
+        state = _state(app)  # raises if the application can never come up
+        if silent_s > self.timeout_s:
+            raise PrerequisiteError(
+                f"engine {app!r}: no completion for {silent_s:.0f} s, {len(self.done)} of {len(self.requests)} done; "
+                f"state: {state}; last error: {self.last_error}"
+            )
+
+
+@asynccontextmanager
+async def _asked(handle: Any, request: Request, weights: WeightsRef, sampling: Sampling) -> AsyncIterator[Any]:
+    """A request under way; cancelled at the replica too if the caller stops waiting."""
+    response = handle.generate.remote(request.token_ids, weights, sampling)
+    try:
+        yield response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+
+
+async def _pick(apps: Sequence[str], key: str) -> str:
+    from ray import serve
+
+    async def busyness(app: str) -> tuple[int, int]:
+        try:
+            response = serve.get_app_handle(app).status.remote()
+            status = await asyncio.wait_for(response, timeout=5.0)
+        except Exception:  # still booting, or dead: any other engine is better
+            return 2, 0
+        return int(status["key"] != key), status["in_flight"] + status["waiting"]
+
+    ranks = await asyncio.gather(*(busyness(app) for app in apps))
+    return min(zip(ranks, apps, strict=True))[1]
+
+
+def _transient(error: Exception) -> bool:
+    from ray.exceptions import RayError, RayTaskError
+    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+    if isinstance(error, Unavailable | BackPressureError | DeploymentUnavailableError):
+        return True
+    return isinstance(error, RayError) and not isinstance(error, RayTaskError)  # an actor, node or owner died
+
+
+def _plain(error: Exception) -> Exception:
+    """The replica's Refused as such, not as Ray's wrapper of it."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(error, Refused) and isinstance(cause, Refused) else error
+
+
+def _state(name: str) -> tuple[str, str]:
+    """(status, message) of an application. Raises PrerequisiteError if it is not there or can never come up."""
+    from ray import serve
+
+    application = serve.status().applications.get(name)
+    if application is None:
+        raise PrerequisiteError(f"engine {name!r} is not deployed on this cluster; deploy it before asking for answers")
+    if application.status == "DEPLOY_FAILED":
+        raise PrerequisiteError(f"engine {name!r} failed to start: {_message(application)}")
+    return str(application.status.value), _message(application)
+
+
+def _message(application: Any) -> str:
+    texts = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    return " ".join(text for text in texts if text)[-2000:]
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """Environment of the replica; its engine processes inherit it."""
+    env = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_HOST_IP": "127.0.0.1",  # engine and worker talk on this node only
+        "VLLM_LOGGING_LEVEL": "INFO" if settings.log_dir else "ERROR",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if not settings.use_gpu:
+        env |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # on CPU: lets the engine's process compute itself ("uni")
+            "OMP_NUM_THREADS": str(settings.num_threads),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # pinned threads of two engines would fight over one core
+            "OMP_WAIT_POLICY": "PASSIVE",  # idle threads sleep: training shares these cores
+            "GOMP_SPINCOUNT": "0",
+            "KMP_BLOCKTIME": "0",
+        }
+    return env
+
+
+def _dtype(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    return str(config.get("dtype") or config.get("torch_dtype") or "auto")
+
+
+def _send_output_to(folder: Path, name: str) -> None:
+    """Everything that this process and its children print goes to a file instead of the driver's terminal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    opened = os.open(folder / f"engine-{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(opened, 1)
+    os.dup2(opened, 2)
+    os.close(opened)
+
+
+def _hush_driver() -> None:
+    import logging
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)

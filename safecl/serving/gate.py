@@ -1,0 +1,134 @@
+"""Lets the requests of one weights key at a time into an engine. Pure asyncio: knows nothing of vLLM.
+
+The current key is admitted at once. When another key waits, the current one keeps the engine until nothing of it is in
+flight, or until its turn is over: then its newer requests queue too, what is in flight drains, and the key whose oldest
+request waits longest is swapped in. So a key neither starves the others nor is swapped out at every gap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class GateBroken(RuntimeError):
+    """A swap failed: nobody knows what weights the engine holds, so nothing is admitted any more."""
+
+
+@dataclass
+class _Queue(Generic[T]):
+    target: T
+    since: float
+    futures: list[asyncio.Future[None]] = field(default_factory=list)
+
+
+class Gate(Generic[T]):
+    """`swap(key, target)` is awaited only while nothing is in flight. `turn_s`: how long (seconds) a key may go on
+    being admitted while another one waits."""
+
+    def __init__(self, swap: Callable[[str, T], Awaitable[None]], turn_s: float) -> None:
+        self.key: str | None = None  # whose weights the engine holds; None: nobody's (start, failed swap)
+        self.in_flight = 0
+        self.num_swaps = 0
+        self.broken: BaseException | None = None
+        self._swap = swap
+        self._turn_s = turn_s
+        self._turn_began = time.monotonic()
+        self._queues: dict[str, _Queue[T]] = {}
+        self._swapping: asyncio.Task[None] | None = None
+
+    @property
+    def swapping(self) -> bool:
+        return self._swapping is not None
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(queue.futures) for queue in self._queues.values())
+
+    @asynccontextmanager
+    async def admit(self, key: str, target: T) -> AsyncIterator[None]:
+        """Hold the engine with `key`'s weights for the block. Raises GateBroken once a swap has failed."""
+        await self._enter(key, target)
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            self._advance()
+
+    async def _enter(self, key: str, target: T) -> None:
+        if self.broken is not None:
+            raise GateBroken(f"swap failed earlier: {self.broken!r}")
+        if key == self.key and self._swapping is None and not self._turn_over():
+            self.in_flight += 1
+            return
+        queue = self._queues.setdefault(key, _Queue(target, time.monotonic()))
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue.futures.append(future)
+        self._advance()
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self.in_flight -= 1  # admitted and cancelled in the same tick
+            else:
+                queue.futures.remove(future)
+                if not queue.futures and self._queues.get(key) is queue:
+                    del self._queues[key]
+            self._advance()
+            raise
+
+    def _others(self) -> list[str]:
+        return [key for key in self._queues if key != self.key]
+
+    def _turn_over(self) -> bool:
+        others = self._others()
+        if not others:
+            return False
+        began = max(self._turn_began, min(self._queues[key].since for key in others))
+        return time.monotonic() - began >= self._turn_s
+
+    def _advance(self) -> None:
+        """Admit the current key's queue if it may go on, else start the next swap once nothing is in flight."""
+        if self._swapping is not None or self.broken is not None:
+            return
+        if self.key in self._queues and not self._turn_over():
+            self._open(self.key)
+        others = self._others()
+        if others and self.in_flight == 0:
+            key = min(others, key=lambda other: self._queues[other].since)
+            self._swapping = asyncio.get_running_loop().create_task(self._run_swap(key, self._queues[key].target))
+
+    def _open(self, key: str) -> None:
+        for future in self._queues.pop(key).futures:
+            if not future.done():
+                self.in_flight += 1
+                future.set_result(None)
+
+    async def _run_swap(self, key: str, target: T) -> None:
+        # A task of its own: the request that caused the swap may be cancelled half way through it.
+        self.key = None
+        try:
+            await self._swap(key, target)
+        except BaseException as error:
+            self.broken = error
+            for queue in self._queues.values():
+                for future in queue.futures:
+                    if not future.done():
+                        future.set_exception(GateBroken(f"swap to {key} failed: {error!r}"))
+            self._queues.clear()
+            if not isinstance(error, Exception):
+                raise
+        else:
+            self.key, self.num_swaps, self._turn_began = key, self.num_swaps + 1, time.monotonic()
+        finally:
+            self._swapping = None
+        if self.broken is None:
+            if key in self._queues:
+                self._open(key)
+            self._advance()

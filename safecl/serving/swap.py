@@ -1,0 +1,176 @@
+"""Puts new weights into a live vLLM engine: base + LoRA adapter, merged in float32 inside the engine's own worker.
+
+    W_served = (float32(W_base) + scale * B @ A) cast to W_base's dtype,    scale = alpha / r  (alpha / sqrt(r): rslora)
+
+vLLM loads `Swap` into its worker by qualified name (`worker_extension_cls`). Every swap starts from the pristine base
+files, so nothing accumulates over swaps. The loader keeps references to the tensors that it is given until a layer is
+complete, so each one is fresh memory; tensors come one at a time, so the merged model never exists as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+# PEFT settings under which `W + scale * B @ A` would not be the adapter's meaning, and their harmless values.
+_PLAIN = {
+    "use_dora": (False, None), "use_qalora": (False, None), "fan_in_fan_out": (False, None), "bias": ("none", None),
+    "modules_to_save": ([], None), "trainable_token_indices": ([], {}, None), "layer_replication": ([], None),
+    "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "alora_invocation_tokens": ([], None),
+}  # fmt: skip
+_PREFIX = "base_model.model."
+
+
+def files(base: Path) -> dict[str, Path]:
+    """Tensor name -> safetensors file that holds it, for a folder in HF format. Raises FileNotFoundError."""
+    index = base / "model.safetensors.index.json"
+    if index.is_file():
+        shards = json.loads(index.read_text())["weight_map"]
+        return {name: base / shard for name, shard in shards.items()}
+    single = base / "model.safetensors"
+    if not single.is_file():
+        raise FileNotFoundError(f"{base}: expected model.safetensors or model.safetensors.index.json, got neither")
+    with _open(single) as opened:
+        return dict.fromkeys(opened.keys(), single)
+
+
+def check(served: Path, base: Path, adapter: Path | None) -> None:
+    """Read headers only. Raises FileNotFoundError or ValueError if `base` has not the tensors of `served` (the folder
+    that the engine was started with), or if `adapter` could not be merged into it: bad weights are refused before a
+    live engine's own are touched."""
+    shapes = _shapes(base)
+    expected = shapes if served == base else _shapes(served)
+    odd = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
+    if odd:
+        raise ValueError(
+            f"{base}: {len(odd)} tensors differ in name or shape from those of the served {served}, first: {odd[0]} "
+            f"expected {expected.get(odd[0])}, got {shapes.get(odd[0])}"
+        )
+    if adapter is None:
+        return
+    _scale(adapter)
+    with _open(_adapter_file(adapter)) as opened:
+        for module, (name_a, name_b) in _factors(adapter, list(opened.keys())).items():
+            name = f"{module}.weight"
+            if name not in shapes:
+                raise ValueError(f"{adapter}: adapts {module}, expected a tensor {name} in {base}, got none")
+            rank, dim_in = opened.get_slice(name_a).get_shape()
+            dim_out, rank_b = opened.get_slice(name_b).get_shape()
+            if rank != rank_b or [dim_out, dim_in] != shapes[name]:
+                raise ValueError(
+                    f"{adapter}: {module} has A [{rank}, {dim_in}] and B [{dim_out}, {rank_b}], "
+                    f"expected B @ A of shape {shapes[name]} as in {base}"
+                )
+
+
+def merged(base: Path, adapter: Path | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of `base` once, as (name, fresh tensor in the file's dtype), the adapted ones merged in
+    float32. Raises ValueError if the adapter holds anything that is not applied."""
+    factors: dict[str, tuple[str, str]] = {}
+    scale, opened_adapter = 0.0, None  # opened once: reading a factor costs next to nothing
+    if adapter is not None:
+        opened_adapter = _open(_adapter_file(adapter))
+        scale, factors = _scale(adapter), _factors(adapter, list(opened_adapter.keys()))
+    by_file: dict[Path, list[str]] = {}
+    for name, file in files(base).items():
+        by_file.setdefault(file, []).append(name)
+    left = dict(factors)
+    for file, names in by_file.items():
+        with _open(file) as opened:
+            for name in names:
+                tensor: torch.Tensor = opened.get_tensor(name)
+                pair = left.pop(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
+                if pair is None or opened_adapter is None:
+                    yield name, tensor.clone()
+                    continue
+                a_RI = opened_adapter.get_tensor(pair[0]).float()
+                b_OR = opened_adapter.get_tensor(pair[1]).float()
+                yield name, torch.addmm(tensor.float(), b_OR, a_RI, alpha=scale).to(tensor.dtype)
+    if left:
+        raise ValueError(f"{adapter}: factors of {sorted(left)} are not applied, expected these modules in {base}")
+
+
+def _open(file: Path) -> Any:
+    return safe_open(file, framework="pt")
+
+
+def _shapes(base: Path) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for file in set(files(base).values()):
+        with _open(file) as opened:
+            for name in opened.keys():  # noqa: SIM118  (a safe_open is not a mapping)
+                shapes[name] = opened.get_slice(name).get_shape()
+    return shapes
+
+
+def _adapter_file(adapter: Path) -> Path:
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{adapter}: expected a PEFT adapter with adapter_model.safetensors, got none")
+    return file
+
+
+def _scale(adapter: Path) -> float:
+    """alpha / r of the adapter's config. Raises ValueError for a kind of adapter that is not plain LoRA."""
+    config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text())
+    odd = {key: config[key] for key, plain in _PLAIN.items() if key in config and config[key] not in plain}
+    if config.get("peft_type") != "LORA" or odd:
+        raise ValueError(f"{adapter}: expected plain LoRA, got peft_type {config.get('peft_type')!r} with {odd}")
+    alpha, rank = float(config["lora_alpha"]), int(config["r"])
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _factors(adapter: Path, names: list[str]) -> dict[str, tuple[str, str]]:
+    """Module -> (name of A, name of B). Raises ValueError for a lone factor or any other tensor."""
+    factors: dict[str, tuple[str, str]] = {}
+    known = set(names)
+    for name in names:
+        module, dot, side = name.removeprefix(_PREFIX).rpartition(".lora_")
+        partner = name.replace(".lora_A.", ".lora_B.") if side == "A.weight" else name.replace(".lora_B.", ".lora_A.")
+        if not name.startswith(_PREFIX) or not dot or side not in ("A.weight", "B.weight") or partner not in known:
+            raise ValueError(f"{adapter}: got tensor {name!r}, expected pairs {_PREFIX}MODULE.lora_A.weight and lora_B")
+        if side == "A.weight":
+            factors[module] = (name, partner)
+    return factors
+
+
+class Swap:
+    """Mixed into vLLM's worker, so `self` is that worker (`reload_weights`, `model_runner` are vLLM's)."""
+
+    model_runner: Any
+    reload_weights: Any
+
+    def safecl_swap(self, base: str, adapter: str | None) -> int:
+        """Load base + adapter (folders) in place; how many of vLLM's parameters were loaded. Raises RuntimeError when
+        a parameter of the engine was left as it was: vLLM itself only warns, and would go on answering from a mixture.
+        After any exception the engine's weights are undefined and it must not be used again."""
+        model = self.model_runner.get_model()
+        loaded: set[str] = set()
+        original = model.load_weights
+
+        def recording(weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
+            loaded.update(original(weights))
+            return loaded
+
+        model.load_weights = recording  # the only place where vLLM says what it loaded
+        try:
+            self.reload_weights(weights_iterator=merged(Path(base), None if adapter is None else Path(adapter)))
+        finally:
+            del model.load_weights
+        require_complete({name for name, _ in model.named_parameters()}, loaded)
+        return len(loaded)
+
+
+def require_complete(expected: set[str], loaded: set[str]) -> None:
+    """Raise RuntimeError unless every expected parameter was loaded."""
+    if missing := sorted(expected - loaded):
+        raise RuntimeError(
+            f"a swap left {len(missing)} of {len(expected)} parameters as they were (first: {missing[:3]}); "
+            "expected the base folder to hold every weight of the engine's model"
+        )

@@ -1,0 +1,182 @@
+"""Finetune: train one LoRA adapter with one method. Ray Train holds the workers; the loop knows nothing of Ray.
+
+    in    model (HF folder), rows (rows.jsonl), safe (optional: the adapter it goes on training), memory and whatever
+          else the method requires
+    out   adapter/ (PEFT), curves.jsonl (a line a step)
+
+Config: `method`, `params`, `training`, `lora`, `template`, `bos`, `dtype`, `adapter`, `seed`. Workers, ZeRO stage,
+micro-batch and engine come from `execution` and change no result but in float rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safecl.base import Json
+
+if TYPE_CHECKING:
+    from safecl.store import Context
+
+VERSION = "1"
+
+
+def run(context: Context) -> dict[str, Json]:
+    """Train on Ray Train's workers; a worker that dies is replaced, and training resumes from its checkpoint."""
+    result = context.scratch / "result"
+    if not (result / "result.json").exists():
+        _fit(context)
+    facts: dict[str, Json] = json.loads((result / "result.json").read_text())
+    shutil.copytree(result / "adapter", context.out / "adapter")
+    shutil.copy(result / "curves.jsonl", context.out / "curves.jsonl")
+    return facts
+
+
+def _fit(context: Context) -> None:
+    # Ray Train reads these where the trainer is made. Its default poll of 2 s is what short finetunes wait for.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    if context.execution.address == "local":  # nobody reclaims this machine: one process less to start
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    execution = context.execution
+    resources = {"CPU": 1, "GPU": 1} if execution.use_gpu else {"CPU": 1}
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={
+            "config": dict(context.stage.config),
+            "inputs": {name: str(path) for name, path in context.inputs.items()},
+            "scratch": str(context.scratch),
+            "execution": execution.model_dump(mode="json"),
+            "report": context.report,
+        },
+        torch_config=TorchConfig(backend="nccl" if execution.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=execution.num_workers, use_gpu=execution.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f"finetune-{context.stage.key[:16]}",
+            storage_path=str(context.scratch / "train"),
+            failure_config=FailureConfig(max_failures=execution.max_failures, controller_failure_limit=2),
+        ),
+    )
+    trainer.fit()
+
+
+def worker(loop: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import ray.train
+
+    place = ray.train.get_context()
+    device = "cpu"
+    if loop["execution"]["use_gpu"]:
+        import ray.train.torch
+
+        device = str(ray.train.torch.get_device())
+    train_rows(
+        loop["config"],
+        {name: Path(path) for name, path in loop["inputs"].items()},
+        Path(loop["scratch"]),
+        loop["execution"],
+        rank=place.get_world_rank(),
+        world_size=place.get_world_size(),
+        device=device,
+        report=loop["report"],
+    )
+
+
+def train_rows(
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    scratch: Path,
+    execution: Mapping[str, Any],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str = "cpu",
+    report: Callable[[int, int, dict[str, float]], None] | None = None,
+    after_step: Callable[[int], None] | None = None,
+) -> None:
+    """One rank's whole work: load, encode, train, and on rank 0 write `scratch/result` (adapter/, curves.jsonl,
+    result.json), which exists only when complete. With more than one rank, or for DeepSpeed, a process group exists."""
+    import resource
+    import time
+
+    started = time.monotonic()
+    import torch
+
+    from safecl import methods
+    from safecl.config import Training
+    from safecl.training import batches, engine, loop, model
+
+    if device == "cpu":
+        torch.set_num_threads(1)
+    kind = methods.load(config["method"])
+    method = kind(kind.Config(**config["params"]))
+    training = Training(**config["training"])
+    seed = int(config["seed"])
+
+    folder = model.base_folder(inputs["model"])
+    tokenizer = model.load_tokenizer(folder)
+    remembered = batches.read_rows(inputs["memory"]) if "memory" in inputs else []
+    rows = method.rows(batches.read_rows(inputs["rows"]), remembered)
+    encoded, dropped = batches.encode(rows, tokenizer, config["template"], config["bos"], training.max_tokens)
+
+    safe = inputs["safe"] / "adapter" if "safe" in inputs else None
+    base = model.load(folder, config["dtype"], device)
+    peft_model = model.with_adapter(base, config["lora"], seed, safe, keep_safe=kind.keeps_safe and safe is not None)
+    hidden_states = model.HiddenStates(peft_model)
+    run = loop.Run(
+        hidden_states=hidden_states,
+        engine=engine.make(
+            execution["engine"],
+            hidden_states,
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            world_size=world_size,
+            zero=execution["zero"],
+        ),
+        config=training,
+        seed=seed,
+        rows=encoded,
+        memory_rows=loop.Memory.load(inputs["memory"]) if "memory" in inputs else None,
+        memory_batch_size=getattr(method.config, "memory_batch_size", None),
+        inputs=dict(inputs),
+        rank=rank,
+        world_size=world_size,
+        micro_batch_size=execution["micro_batch_size"],
+        device=device,
+    )
+    ready = time.monotonic()
+    outcome = loop.train(method, run, scratch, report, execution["checkpoint_every_s"], after_step)
+    if rank != 0:
+        return
+    facts: dict[str, Json] = {
+        "rows": len(encoded),
+        "dropped": len(dropped),
+        "dropped_why": {why: sum(1 for w in dropped.values() if w == why) for why in sorted(set(dropped.values()))},
+        "steps": outcome.steps,
+        "final_loss": outcome.final_loss,
+        "response_tokens": outcome.response_tokens,
+        "tokens": outcome.tokens,
+        "tokens_per_s": outcome.tokens_per_s,
+        "setup_s": ready - started,
+        "train_s": outcome.seconds,
+        "norm_start": outcome.norm_start,
+        "norm_end": outcome.norm_end,
+        "norm_lost": outcome.decayed * outcome.norm_start,
+        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    temporary = scratch / "result.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_adapter(peft_model, temporary / "adapter", base=config.get("model_name", ""))
+    shutil.copy(scratch / "curves.jsonl", temporary / "curves.jsonl")
+    (temporary / "result.json").write_text(json.dumps(facts))
+    shutil.rmtree(scratch / "result", ignore_errors=True)
+    os.rename(temporary, scratch / "result")

@@ -1,0 +1,86 @@
+"""Outcomes per prompt and their shares -> outcomes.jsonl and the result.
+
+Result: {metric: {"value", "num", "unparsed", "sets": {set: {"value", "num", "unparsed"}}}}; `value` is the mean over
+sets of each set's mean (macro), in [0, 1], null where nothing could be read. Unparsed verdicts count in no mean.
+outcomes.jsonl: {"metric", "set", "id", "value", "cluster"} a line; equal clusters are not independent prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safecl.base import Json
+from safecl.store import Context
+from safecl.tasks import Row, load
+
+VERSION = "1"
+Outcome = dict[str, Any]
+
+
+def run(context: Context) -> dict[str, Json]:
+    """Reads `<role>.<set>.<what>` inputs as the config's measures name them."""
+    config: Any = context.stage.config
+    outcomes: list[Outcome] = []
+    for measure in config["measures"]:
+        outcomes += _measure(measure, context.inputs)
+    with (context.out / "outcomes.jsonl").open("w") as file:
+        for outcome in outcomes:
+            file.write(json.dumps(outcome) + "\n")
+    return {metric: _summary(outcomes, metric) for metric in dict.fromkeys(o["metric"] for o in outcomes)}
+
+
+def _measure(measure: dict[str, Any], inputs: dict[str, Path]) -> Iterator[Outcome]:
+    metric, name, of = measure["metric"], measure["set"], measure["of"]
+    prefix = name if of == "label" else f"{measure['role']}.{name}"
+    rows = {line["id"]: Row(**line) for line in _lines(inputs[f"{prefix}.rows"] / "rows.jsonl")}
+
+    def outcome(metric: str, row: Row, value: float | None) -> Outcome:
+        label = name if of == "label" else f"{measure['role']}/{name}"
+        cluster = str(row.meta.get("group", row.id))
+        return {"metric": metric, "set": label, "id": row.id, "value": value, "cluster": cluster}
+
+    if of == "score":
+        task = load(name)()
+        for answer in _lines(inputs[f"{prefix}.generations"] / "generations.jsonl"):
+            yield outcome(metric, rows[answer["id"]], task.score(rows[answer["id"]], answer["text"]))
+        return
+    verdicts = {line["id"]: line["label"] for line in _lines(inputs[_judged(prefix, metric, of)] / "verdicts.jsonl")}
+    if of == "label":  # agreement of a guard with true labels
+        for id, label in verdicts.items():
+            yield outcome(metric, rows[id], None if label is None else float(label == rows[id].harmful))
+        return
+    for id, label in verdicts.items():
+        yield outcome(metric, rows[id], None if label is None else float(label))
+    rule = getattr(load(name), "label", None)
+    if metric == "asr":
+        for answer in _lines(inputs[f"{prefix}.generations"] / "generations.jsonl"):
+            row, label = rows[answer["id"]], verdicts[answer["id"]]
+            yield outcome("hit_limit", row, float(answer["finish"] == "length"))
+            if rule is not None and label is not None:  # an independent rule, to measure the guard on what it judged
+                complied = rule(load(name)(), row, answer["text"]) == "compliance"
+                yield outcome("guard_rule_agreement", row, float(complied == label))
+
+
+def _judged(prefix: str, metric: str, of: str) -> str:
+    return f"{prefix}.judged" if of == "label" else f"{prefix}.{metric}"
+
+
+def _summary(outcomes: list[Outcome], metric: str) -> dict[str, Json]:
+    sets: dict[str, Json] = {}
+    means: list[float] = []
+    num = unparsed = 0
+    for name in dict.fromkeys(o["set"] for o in outcomes if o["metric"] == metric):
+        values = [o["value"] for o in outcomes if o["metric"] == metric and o["set"] == name]
+        read = [value for value in values if value is not None]
+        mean = sum(read) / len(read) if read else None
+        sets[name] = {"value": mean, "num": len(read), "unparsed": len(values) - len(read)}
+        means += [] if mean is None else [mean]
+        num, unparsed = num + len(read), unparsed + len(values) - len(read)
+    return {"value": sum(means) / len(means) if means else None, "num": num, "unparsed": unparsed, "sets": sets}
+
+
+def _lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

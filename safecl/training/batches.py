@@ -1,0 +1,234 @@
+"""Rows -> token ids -> micro-batches, the order of global batches, and the seed streams.
+
+Everything random is a pure function of (seed, stream name, position): nothing depends on the number of workers, on the
+micro-batch size or on what ran before, so a resumed run needs no random state.
+
+Shapes: B rows of a micro-batch, T tokens of its longest row (right padding).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from safecl.base import ConfigError, Json
+from safecl.tasks import Row
+
+IGNORED = -100  # label of a position that carries no loss
+
+
+def stream(seed: int, name: str, *position: int) -> int:
+    """Seed of a named random stream, in [0, 2**63). Names in use: adapter, order, dropout, memory, memory.dropout,
+    memory.pick; other rooms add theirs. Independent for different names or positions."""
+    text = "/".join([str(seed), name, *map(str, position)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def permutation(seed: int, num: int) -> list[int]:
+    """A seeded permutation of range(num); the same on every machine and torch build (it does not use torch)."""
+    return sorted(range(num), key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest())
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows.jsonl of a stage's folder."""
+    return [Row(**json.loads(line)) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def write_rows(rows: Sequence[Row], folder: Path) -> None:
+    """Write rows.jsonl."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+
+
+class Encoded(NamedTuple):
+    """A row as token ids: the first `num_prompt` are the prompt, the rest the answer with its end token(s)."""
+
+    row_id: str
+    ids: list[int]
+    num_prompt: int
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that carry loss."""
+        return len(self.ids) - self.num_prompt
+
+
+def encode(
+    rows: Sequence[Row], tokenizer: Any, template: Mapping[str, Json], bos: bool, max_tokens: int
+) -> tuple[list[Encoded], dict[str, str]]:
+    """Token ids of training rows, and `{row id: why}` for the rows that were left out.
+
+    A row is left out when its answer does not fit into `max_tokens` beside the template's tail (prompts are cut from the
+    left, answers never), or when the text tokenised as one does not begin with the prompt tokenised alone: then
+    generation would see other ids than training.
+
+    Raises:
+        ConfigError: no row is left, or the template's end is not the same tokens after an answer as alone.
+    """
+    prompt_text, tail_text = _parts(template)
+    end = str(template["end"])
+    prompts = _ids(tokenizer, [prompt_text(row.prompt) for row in rows])
+    wholes = _ids(tokenizer, [prompt_text(row.prompt) + row.response + end for row in rows])
+    [end_ids, tail_ids] = _ids(tokenizer, [end, tail_text])
+    start = _bos(tokenizer, bos)
+    encoded: list[Encoded] = []
+    dropped: dict[str, str] = {}
+    for row, prompt, whole in zip(rows, prompts, wholes, strict=True):
+        answer = whole[len(prompt) :]
+        if whole[: len(prompt)] != prompt:
+            dropped[row.id] = "prompt and answer tokenise differently together than apart"
+        elif not end_ids or answer[-len(end_ids) :] != end_ids:
+            raise ConfigError(
+                f"row {row.id!r}: its tokens end with {answer[-len(end_ids) :]}, expected template.end {end!r} = {end_ids}; "
+                "choose a special token of this tokenizer as template.end"
+            )
+        elif len(start) + len(tail_ids) + 1 + len(answer) > max_tokens:
+            dropped[row.id] = f"answer of {len(answer)} tokens does not fit into max_tokens = {max_tokens}"
+        else:
+            kept = _cut(prompt, start, max_tokens - len(answer))
+            encoded.append(Encoded(row.id, kept + answer, len(kept)))
+    if not encoded:
+        reasons = sorted(set(dropped.values()))[:3]
+        raise ConfigError(f"none of {len(rows)} training rows can be used: {'; '.join(reasons) or 'there are none'}")
+    return encoded, dropped
+
+
+def encode_prompt(
+    prompt: str, tokenizer: Any, template: Mapping[str, Json], bos: bool, max_tokens: int | None = None
+) -> list[int]:
+    """Token ids of a prompt for generation: exactly those that training puts before the answer. Cut from the left to
+    `max_tokens` if given."""
+    prompt_text, _ = _parts(template)
+    [ids] = _ids(tokenizer, [prompt_text(prompt)])
+    start = _bos(tokenizer, bos)
+    return _cut(ids, start, max_tokens if max_tokens is not None else len(start) + len(ids))
+
+
+def _parts(template: Mapping[str, Json]) -> tuple[Any, str]:
+    head, tail = str(template["prompt"]).split("{prompt}")
+    return (lambda prompt: head + prompt + tail), tail
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def _bos(tokenizer: Any, bos: bool) -> list[int]:
+    if not bos:
+        return []
+    if tokenizer.bos_token_id is None:
+        raise ConfigError("models[].bos is true but this tokenizer has no BOS token; set it to false")
+    return [int(tokenizer.bos_token_id)]
+
+
+def _cut(prompt: list[int], start: list[int], room: int) -> list[int]:
+    """BOS exactly once (also where the template wrote it), then the last tokens of the prompt that fit."""
+    if start and prompt[:1] == start:
+        prompt = prompt[1:]
+    space = room - len(start)
+    return start + prompt[max(0, len(prompt) - space) :]
+
+
+def order(seed: int, num_rows: int, batch_size: int, epochs: float) -> list[list[int]]:
+    """Global batches as row indices: one seeded permutation an epoch, laid end to end, cut every `batch_size` rows. The
+    last epoch may be a fraction, the last batch smaller. Depends on nothing else."""
+    total = max(1, round(num_rows * epochs))
+    sequence: list[int] = []
+    epoch = 0
+    while len(sequence) < total:
+        sequence += permutation(stream(seed, "order", epoch), num_rows)
+        epoch += 1
+    sequence = sequence[:total]
+    return [sequence[i : i + batch_size] for i in range(0, total, batch_size)]
+
+
+@dataclass
+class Batch:
+    """A micro-batch: this rank's share of a global batch, or a part of it.
+
+    `num_targets` counts the response tokens of the whole GLOBAL batch: a loss is a sum over this micro-batch's tokens
+    divided by it, so that sums over ranks and micro-batches give the global mean. `rows` is empty where a rank has
+    nothing to do (the tensors then hold one row without targets, so that every rank runs the same collectives).
+    """
+
+    ids_BT: Tensor
+    labels_BT: Tensor  # IGNORED on prompts and padding
+    attention_BT: Tensor  # 1 on tokens, 0 on padding: by length, never by pad id
+    positions_BT: Tensor
+    num_targets: int
+    rows: list[Encoded]
+    indices: list[int]  # of the rows, in the list they were drawn from
+    dropout_seeds: list[int]  # one a row
+    states_ND: Tensor | None = None  # memory batches: theta_safe's hidden states at the response positions
+    parts: list[Batch] = field(default_factory=list, repr=False)  # a share's micro-batches; the same number on every rank
+
+    @property
+    def lengths(self) -> list[int]:
+        return [int(n) for n in self.attention_BT.sum(1)]
+
+
+def collate(
+    rows: Sequence[Encoded], indices: Sequence[int], seeds: Sequence[int], num_targets: int, filler: Encoded, device: str
+) -> Batch:
+    """One micro-batch of `rows`; where there are none, `filler` without targets."""
+    real = list(rows)
+    shown = real or [filler]
+    width = max(len(row.ids) for row in shown)
+    ids = torch.zeros(len(shown), width, dtype=torch.long)
+    labels = torch.full((len(shown), width), IGNORED, dtype=torch.long)
+    attention = torch.zeros(len(shown), width, dtype=torch.long)
+    for b, row in enumerate(shown):
+        ids[b, : len(row.ids)] = torch.tensor(row.ids)
+        attention[b, : len(row.ids)] = 1
+        if real:
+            labels[b, row.num_prompt : len(row.ids)] = torch.tensor(row.ids[row.num_prompt :])
+    positions = torch.arange(width).expand(len(shown), width)
+    return Batch(
+        ids.to(device),
+        labels.to(device),
+        attention.to(device),
+        positions.to(device),
+        num_targets,
+        real,
+        list(indices),
+        list(seeds) if real else [0],
+    )
+
+
+def share(
+    rows: Sequence[Encoded],
+    indices: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    device: str = "cpu",
+) -> Batch:
+    """This rank's share of the global batch `rows[i] for i in indices`, with its micro-batches in `parts`.
+
+    Rows are sorted by length inside the global batch only, dealt to ranks in turn, and cut into the same number of
+    micro-batches on every rank (the last ones may be empty).
+    """
+    num_targets = sum(rows[i].num_targets for i in indices)
+    by_length = sorted(range(len(indices)), key=lambda k: (len(rows[indices[k]].ids), k))
+    mine = by_length[rank::world_size]
+    num_parts = max(1, -(-(-(-len(indices) // world_size)) // micro_batch_size))
+
+    def make(places: Sequence[int]) -> Batch:
+        chosen = [indices[k] for k in places]
+        found = [rows[i] for i in chosen]
+        return collate(found, chosen, [seeds[k] for k in places], num_targets, rows[indices[0]], device)
+
+    whole = make(mine)
+    cuts = [mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(num_parts)]
+    whole.parts = [whole] if num_parts == 1 else [make(cut) for cut in cuts]
+    return whole

@@ -1,0 +1,324 @@
+"""The training loop, top to bottom, and what a method may touch (`Run`). Knows nothing of Ray.
+
+One optimizer step:
+
+    batch = this rank's share of the global batch
+    method.before_step -> for each micro-batch: backward(method.loss) -> method.after_backward -> clip, AdamW, clear
+
+Checkpoints hold adapter, optimizer state and step as safetensors and JSON; schedule, order, draws and dropout are
+functions of (seed, step), so a resumed run continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from safecl.config import Training
+from safecl.training import batches, losses
+from safecl.training.batches import Batch, Encoded, stream
+from safecl.training.engine import Engine
+from safecl.training.model import HiddenStates, factors, load_factors, norm
+
+Report = Callable[[int, int, dict[str, float]], None]
+REPORT_EVERY_S = 0.3
+
+
+@dataclass
+class Memory:
+    """Safety rows with theta_safe's hidden states at their response positions (made by the memory stage)."""
+
+    rows: list[Encoded]
+    states: list[Tensor]  # one a row: [its response tokens, D]
+
+    @staticmethod
+    def load(folder: Path) -> Memory:
+        """Read a memory stage's folder."""
+        from safetensors.torch import load_file
+
+        data = load_file(str(folder / "memory.safetensors"))
+        names = [json.loads(line)["id"] for line in (folder / "rows.jsonl").read_text().splitlines()]
+        lengths, prompts = data["num_tokens_R"].tolist(), data["num_prompt_R"].tolist()
+        ids = [part.tolist() for part in data["ids_N"].split(lengths)]
+        rows = [Encoded(name, row, prompt) for name, row, prompt in zip(names, ids, prompts, strict=True)]
+        return Memory(rows, list(data["states_ND"].split([row.num_targets for row in rows])))
+
+
+@dataclass
+class Run:
+    """A finetune under way, as a method sees it on one rank."""
+
+    hidden_states: HiddenStates
+    engine: Engine
+    config: Training
+    seed: int
+    rows: list[Encoded]
+    memory_rows: Memory | None = None
+    memory_batch_size: int | None = None  # rows a draw over all ranks; None: the user batch size
+    inputs: dict[str, Path] = field(default_factory=dict)  # folders of the method's own inputs, by name
+    rank: int = 0
+    world_size: int = 1
+    micro_batch_size: int = 8
+    device: str = "cpu"
+    step: int = 0  # optimizer steps done
+    num_steps: int = 0
+    part: int = 0  # micro-batch under way, of num_parts
+    num_parts: int = 1
+    metrics: dict[str, float] = field(default_factory=dict)
+    shared: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model = self.hidden_states.peft_model
+        self.head = losses.head_of(self.model.get_base_model())
+
+    # -- what a method calls -------------------------------------------------------------------------------------------
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states [N, D] at the positions of `batch` that predict a response token; trained adapter, with
+        dropout."""
+        self.hidden_states.seed_dropout(batch)
+        hidden_BTD = self.engine.forward(batch.ids_BT, batch.attention_BT, batch.positions_BT)
+        mask_BT, _ = losses.targets(batch.labels_BT)
+        return hidden_BTD[mask_BT]
+
+    def cross_entropy(self, batch: Batch) -> Tensor:
+        """Sum of cross-entropies of this micro-batch's response tokens / the global batch's number of them."""
+        _, targets_N = losses.targets(batch.labels_BT)
+        return losses.cross_entropy_sum(self.hidden(batch), self.head, targets_N) / batch.num_targets
+
+    def draw(self, name: str = "memory") -> Batch:
+        """This micro-batch's part of the memory rows drawn for this step (without replacement, from the stream `name`).
+        `states_ND` holds theta_safe's hidden states, `num_targets` counts the whole draw's response tokens. Without a
+        target where there are fewer rows than ranks times micro-batches and none falls here."""
+        assert self.memory_rows is not None, "this method draws memory rows: `requires` must name a memory stage"
+        num = len(self.memory_rows.rows)
+        size = min(num, self.memory_batch_size or self.config.batch_size)
+        chosen = batches.permutation(stream(self.seed, name, self.step), num)[:size]
+        place = self.rank * self.num_parts + self.part
+        mine = chosen[place :: self.world_size * self.num_parts]
+        all_rows, states = self.memory_rows.rows, self.memory_rows.states
+        seeds = [stream(self.seed, f"{name}.dropout", self.step, i) for i in mine]
+        rows = [all_rows[i] for i in mine]
+        num_targets = sum(all_rows[i].num_targets for i in chosen)
+        batch = batches.collate(rows, mine, seeds, num_targets, all_rows[chosen[0]], self.device)
+        batch.states_ND = torch.cat([states[i] for i in mine] or [states[0][:0]]).to(self.device)
+        return batch
+
+    def log(self, name: str, value: Tensor | float) -> None:
+        """Add a part of a metric: parts are summed over micro-batches and ranks, like the loss. Every rank must log the
+        same names."""
+        self.metrics[name] = self.metrics.get(name, 0.0) + float(value)
+
+    def log_whole(self, name: str, value: Tensor | float) -> None:
+        """A metric of the step that is the same on every rank already."""
+        self.shared[name] = float(value)
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What is trained, by name."""
+        return self.engine.named
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def share(self, indices: Sequence[int], step: int) -> Batch:
+        """This rank's share of a global batch of user rows."""
+        seeds = [stream(self.seed, "dropout", step, place) for place in range(len(indices))]
+        return batches.share(
+            self.rows,
+            indices,
+            seeds,
+            rank=self.rank,
+            world_size=self.world_size,
+            micro_batch_size=self.micro_batch_size,
+            device=self.device,
+        )
+
+    def each_part(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
+        """The micro-batches of a share, and whether each is the last."""
+        self.num_parts = len(batch.parts)
+        for self.part, part in enumerate(batch.parts):
+            yield part, self.part == self.num_parts - 1
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Element-wise sum over ranks (all must call it)."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return [float(v) for v in tensor]
+
+
+def learning_rate(config: Training, step: int, num_steps: int) -> float:
+    """Of optimizer step `step` (from 0): linear warm-up over the first `warmup_ratio`, then a cosine to 0."""
+    warm = math.ceil(config.warmup_ratio * num_steps)
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    done = (step - warm) / max(1, num_steps - warm)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training came to. Token counts are of response tokens in the user batches; `tokens` of all their tokens."""
+
+    steps: int
+    final_loss: float
+    response_tokens: int
+    tokens: int
+    seconds: float  # in this attempt
+    tokens_per_s: float  # of all tokens, in this attempt
+    decayed: float  # share of the starting factors that weight decay alone took off, in [0, 1]
+    norm_start: float  # L2 norm of the LoRA factors
+    norm_end: float
+
+
+def train(
+    method: Any,
+    run: Run,
+    scratch: Path,
+    report: Report | None = None,
+    checkpoint_every_s: float = 60.0,
+    after_step: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Train `run.model`'s adapter in place, continuing from the newest checkpoint in `scratch`; rank 0 writes
+    `scratch/curves.jsonl` (one line a step). `after_step` is for tests."""
+    config = run.config
+    order = batches.order(run.seed, len(run.rows), config.batch_size, config.epochs)
+    run.num_steps = len(order)
+    saved = restore(run, scratch)
+    norm_start = saved["norm_start"] if saved else norm(list(factors(run.model).values()))
+    response_tokens, tokens = (saved["response_tokens"], saved["tokens"]) if saved else (0, 0)
+    loss = saved["loss"] if saved else math.nan
+    tokens_before = tokens
+    method.prepare(run)
+    run.hidden_states.train()
+    curves = _open_curves(scratch, run.step) if run.rank == 0 else None
+    started = checkpointed = time.monotonic()
+    reported = 0.0
+    while run.step < run.num_steps:
+        run.metrics, run.shared = {}, {}
+        indices = order[run.step]
+        batch = run.share(indices, run.step)
+        run.num_parts = len(batch.parts)
+        method.before_step(run, batch)
+        for part, last in run.each_part(batch):
+            value = method.loss(run, part)
+            run.log("loss", value.detach())
+            run.engine.backward(value, last)
+        method.after_backward(run, batch)
+        rate = learning_rate(config, run.step, run.num_steps)
+        grad_norm = run.engine.step(rate)
+        run.step += 1
+
+        # One small all-reduce a step: metrics, and rank 0's word on whether all write a checkpoint now.
+        names = sorted(run.metrics)
+        due = run.rank == 0 and time.monotonic() - checkpointed >= checkpoint_every_s
+        *sums, due_now = run.sum_over_ranks([run.metrics[name] for name in names] + [float(due)])
+        line = {"step": run.step, **dict(zip(names, sums, strict=True)), **run.shared}
+        line.update(learning_rate=rate, grad_norm=grad_norm, response_tokens=batch.num_targets)
+        loss = line["loss"]
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {run.step}: the loss is {loss}; expected a finite number (lower learning_rate?)")
+        response_tokens += batch.num_targets
+        tokens += sum(len(run.rows[i].ids) for i in indices)
+        if curves is not None:
+            curves.write(json.dumps(line) + "\n")
+            curves.flush()
+            if report is not None and (time.monotonic() - reported >= REPORT_EVERY_S or run.step == run.num_steps):
+                reported = time.monotonic()
+                report(run.step, run.num_steps, {k: v for k, v in line.items() if k != "step"})
+        if due_now and run.step < run.num_steps:
+            save(run, scratch, norm_start=norm_start, response_tokens=response_tokens, tokens=tokens, loss=loss)
+            checkpointed = time.monotonic()
+        if after_step is not None:
+            after_step(run.step)
+    if curves is not None:
+        curves.close()
+    seconds = time.monotonic() - started
+    kept = math.prod(1 - learning_rate(config, s, run.num_steps) * config.weight_decay for s in range(run.num_steps))
+    return Outcome(
+        steps=run.num_steps,
+        final_loss=loss,
+        response_tokens=response_tokens,
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_s=(tokens - tokens_before) / max(seconds, 1e-9),
+        decayed=1 - kept,
+        norm_start=norm_start,
+        norm_end=norm(list(factors(run.model).values())),
+    )
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def save(run: Run, scratch: Path, **counts: float) -> None:
+    """Write `scratch/checkpoint-<step>` atomically (all ranks call it, rank 0 writes) and remove older ones."""
+    from safetensors.torch import save_file
+
+    state = run.engine.state()
+    if run.rank == 0:
+        scratch.mkdir(parents=True, exist_ok=True)
+        temporary = scratch / f"tmp-{os.getpid()}-{run.step}"
+        temporary.mkdir()
+        adapter = {name: p.detach().cpu().contiguous() for name, p in factors(run.model).items()}
+        save_file(adapter, str(temporary / "adapter.safetensors"))
+        save_file({k: v.cpu().contiguous() for k, v in state.items()}, str(temporary / "optimizer.safetensors"))
+        (temporary / "state.json").write_text(json.dumps({"step": run.step, "num_steps": run.num_steps, **counts}))
+        final = scratch / f"checkpoint-{run.step:08d}"
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+        for old in [*scratch.glob("checkpoint-*"), *scratch.glob("tmp-*")]:
+            if old != final:
+                shutil.rmtree(old, ignore_errors=True)
+    if run.world_size > 1:
+        dist.barrier()
+
+
+def newest(scratch: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    return max(scratch.glob("checkpoint-*"), default=None)
+
+
+def restore(run: Run, scratch: Path) -> dict[str, Any] | None:
+    """Load the newest checkpoint into model, engine and `run.step`; its state, or None where there is none."""
+    from safetensors.torch import load_file
+
+    folder = newest(scratch)
+    if folder is None:
+        return None
+    saved: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    if saved["num_steps"] != run.num_steps:
+        raise RuntimeError(f"{folder}: is of a run of {saved['num_steps']} steps, expected {run.num_steps}; remove it")
+    load_factors(run.model, load_file(str(folder / "adapter.safetensors")))
+    run.engine.load_state(load_file(str(folder / "optimizer.safetensors")))
+    run.step = int(saved["step"])
+    return saved
+
+
+def _open_curves(scratch: Path, step: int) -> Any:
+    """curves.jsonl with only the steps that the checkpoint knows, opened to append: each step stands there once."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    path = scratch / "curves.jsonl"
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                known = json.loads(line)["step"] <= step
+            except (ValueError, KeyError):  # the half line of a killed writer
+                known = False
+            kept += [line + "\n"] if known else []
+    temporary = scratch / "curves.tmp"
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+    return path.open("a")

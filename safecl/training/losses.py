@@ -1,0 +1,140 @@
+"""Losses from hidden states. Vocabulary-sized tensors exist for one chunk of response tokens at a time.
+
+Shapes: B rows, T tokens, D hidden, V vocabulary, N response tokens of a micro-batch.
+Position t carries a target when labels[t + 1] is one: the last prompt token predicts the answer's first token, and the
+end token's own state predicts nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safecl.base import PrerequisiteError
+
+CHUNK_ELEMENTS = 2**24  # logits held at once, in float32: 64 MiB
+
+
+@dataclass(frozen=True)
+class Head:
+    """The frozen output layer: z = cap * tanh((W h + b) / cap), without bias and cap in most models."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    soft_cap: float | None = None
+
+    @property
+    def num_vocab(self) -> int:
+        return int(self.weight_VD.shape[0])
+
+    @property
+    def linear(self) -> bool:
+        """z = W h and nothing else: what the Gram form needs."""
+        return self.bias_V is None and self.soft_cap is None
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N, V] in the head's dtype, as the model computes them."""
+        logits_NV = torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V)
+        if self.soft_cap is not None:
+            logits_NV = torch.tanh(logits_NV / self.soft_cap) * self.soft_cap
+        return logits_NV
+
+
+def head_of(model: Any) -> Head:
+    """The output layer of a causal language model (Hugging Face)."""
+    layer = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    bias = getattr(layer, "bias", None)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight.detach(), None if bias is None else bias.detach(), None if cap is None else float(cap))
+
+
+def check_head(head: Head, hidden_ND: Tensor, logits_NV: Tensor) -> None:
+    """Raise PrerequisiteError unless head(hidden) is what the model itself computed from these hidden states."""
+    ours = head.logits(hidden_ND).float()
+    off = float((ours - logits_NV.float()).abs().max())
+    size = float(logits_NV.float().abs().max())
+    if not off <= 1e-2 * max(size, 1e-6):
+        raise PrerequisiteError(
+            f"the model's logits are not its output layer applied to the last hidden state: largest difference {off:.3g}, "
+            f"largest logit {size:.3g}; this architecture scales or changes them in a way that safecl does not know"
+        )
+
+
+def targets(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(mask [B, T] of the positions that predict a target, targets [N] in the mask's row-major order)."""
+    following_BT = torch.full_like(labels_BT, -100)
+    following_BT[:, :-1] = labels_BT[:, 1:]
+    mask_BT = following_BT != -100
+    return mask_BT, following_BT[mask_BT]
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """Sum of cross-entropies in nats. The head is frozen, so the gradient to the hidden states is made chunk by chunk in
+    the forward pass and no logits are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        wants_grad = hidden_ND.requires_grad
+        grad_ND = torch.empty_like(hidden_ND) if wants_grad else None
+        step = max(1, CHUNK_ELEMENTS // head.num_vocab)
+        for start in range(0, len(hidden_ND), step):
+            target_N1 = targets_N[start : start + step, None]
+            logits_NV = head.logits(hidden_ND[start : start + step]).float()
+            slope_NV = None if head.soft_cap is None else 1 - (logits_NV / head.soft_cap) ** 2
+            picked_N1 = logits_NV.gather(1, target_N1)
+            norm_N1 = torch.logsumexp(logits_NV, 1, keepdim=True)
+            total += (norm_N1 - picked_N1).sum()
+            if grad_ND is not None:
+                logits_NV.sub_(norm_N1).exp_()  # softmax in place
+                logits_NV.scatter_add_(1, target_N1, torch.full_like(picked_N1, -1.0))
+                if slope_NV is not None:
+                    logits_NV.mul_(slope_NV)
+                grad_ND[start : start + step] = logits_NV.to(head.weight_VD.dtype) @ head.weight_VD
+        if grad_ND is not None:
+            ctx.save_for_backward(grad_ND)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        (grad_ND,) = ctx.saved_tensors
+        return (grad_ND.float() * outer[0]).to(grad_ND.dtype), None, None
+
+
+def cross_entropy_sum(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
+    """Sum over N response tokens of -log p(target), float32 scalar."""
+    total: Tensor = _CrossEntropySum.apply(hidden_ND, head, targets_N)  # type: ignore[no-untyped-call]
+    return total
+
+
+def gram(head: Head) -> Tensor:
+    """G = W^T W, [D, D] float32, so that |W dh|^2 = dh^T G dh.
+
+    Raises:
+        PrerequisiteError: the head has a bias or a soft cap, where logit distances are not this quadratic form.
+    """
+    if not head.linear:
+        what = "a bias" if head.bias_V is not None else f"a soft cap of {head.soft_cap}"
+        raise PrerequisiteError(
+            f"this model's output layer has {what}: the distance of logits by the Gram matrix is not exact there, and the "
+            "exact path over vocabulary chunks is not built yet; use a model with a plain linear output layer"
+        )
+    num_vocab, width = head.weight_VD.shape
+    gram_DD = torch.zeros(width, width, dtype=torch.float32, device=head.weight_VD.device)
+    step = max(1, CHUNK_ELEMENTS // width)
+    with torch.no_grad():
+        for start in range(0, num_vocab, step):
+            rows_VD = head.weight_VD[start : start + step].float()
+            gram_DD.addmm_(rows_VD.T, rows_VD)
+    return gram_DD
+
+
+def gram_distance(hidden_ND: Tensor, states_ND: Tensor, gram_DD: Tensor, num_vocab: int) -> Tensor:
+    """Sum over N tokens of |f(x) - z|^2 / V, with dh = hidden - states in float32 and autocast off."""
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        difference_ND = hidden_ND.float() - states_ND.float()
+        return ((difference_ND @ gram_DD) * difference_ND).sum() / num_vocab

@@ -1,0 +1,232 @@
+"""The frozen base, its LoRA adapters, and per-row dropout.
+
+One base, in its own dtype; LoRA factors in float32. `default` is the adapter that is trained; `safe` (where a method
+needs its teacher) is theta_safe's, frozen, in the same model: never a second copy of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safecl.base import ConfigError, Json, PrerequisiteError
+from safecl.training.batches import Batch, stream
+
+HEADS = ("lm_head", "embed_tokens", "wte", "embed_out", "output_layer")
+
+
+def base_folder(path: Path) -> Path:
+    """The Hugging Face folder behind a finished model stage (or such a folder itself)."""
+    pointer = path / "where.json"
+    return Path(json.loads(pointer.read_text())["path"]) if pointer.exists() else path
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(base_folder(folder)))
+
+
+def load(folder: Path, dtype: str, device: str = "cpu") -> Any:
+    """The frozen base model in `dtype` ("bfloat16" or "float32")."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+    base = base_folder(folder)
+    if not (base / "config.json").exists():
+        raise PrerequisiteError(f"no model in {base}: expected config.json and safetensors in Hugging Face format")
+    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=getattr(torch, dtype)).to(device)
+    model.config.use_cache = False
+    return model.requires_grad_(False)
+
+
+def with_adapter(
+    model: Any, lora: Mapping[str, Json], seed: int, continue_from: Path | None = None, keep_safe: bool = False
+) -> Any:
+    """PEFT model with a trainable float32 adapter `default`: a fresh one (B = 0, A from the stream "adapter"), or the one
+    in `continue_from` (a PEFT folder) trained on; with `keep_safe`, that one again as a frozen second adapter `safe`.
+
+    Raises:
+        ConfigError: the adapter to continue has another shape than `lora`, or LoRA would sit on embedding or head.
+    """
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+
+    targets = lora["targets"]
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=targets if isinstance(targets, str) else list(targets),  # type: ignore[arg-type]
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(seed, "adapter"))
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
+        if continue_from is not None and keep_safe:
+            peft_model.add_adapter("safe", config)
+    _refuse_heads(peft_model)
+    if continue_from is not None:
+        _same_shape(continue_from, config)
+        tensors = load_file(str(continue_from / "adapter_model.safetensors"))
+        load_factors(peft_model, tensors, "default")
+        if keep_safe:
+            load_factors(peft_model, tensors, "safe")
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+        parameter.requires_grad_("lora_" in name and ".default." in name)
+    return peft_model
+
+
+def with_continued(model: Any, folder: Path) -> Any:
+    """PEFT model with the adapter of a PEFT folder as `default`, its shape read from there, without dropout."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    lora = {"rank": config["r"], "alpha": config["lora_alpha"], "dropout": 0.0, "targets": config["target_modules"]}
+    return with_adapter(model, lora, 0, folder)
+
+
+def _refuse_heads(peft_model: Any) -> None:
+    base = peft_model.get_base_model()
+    outer = {id(base.get_input_embeddings()), id(base.get_output_embeddings())}
+    for name, module in base.named_modules():
+        wrapped = hasattr(module, "modules_to_save") or hasattr(module, "lora_A")
+        if wrapped and (id(module) in outer or name.rsplit(".", 1)[-1] in HEADS):
+            raise ConfigError(
+                f"lora.targets puts an adapter on {name!r}: the embedding and the output layer stay frozen in safecl "
+                "(DER's exact logit distance needs it); name inner layers only, e.g. q_proj, v_proj, or all-linear"
+            )
+
+
+def _same_shape(folder: Path, config: Any) -> None:
+    theirs = json.loads((folder / "adapter_config.json").read_text())
+    for key, ours in (("r", config.r), ("lora_alpha", config.lora_alpha)):
+        if theirs.get(key) != ours:
+            raise ConfigError(f"adapter {folder}: {key} is {theirs.get(key)}, expected {ours}; align and user task share `lora`")
+    if theirs.get("modules_to_save"):
+        raise ConfigError(f"adapter {folder}: modules_to_save is {theirs['modules_to_save']}; expected none")
+
+
+def factors(peft_model: Any, adapter: str = "default") -> dict[str, Tensor]:
+    """LoRA factors by the names PEFT writes to disk (`base_model.model.<module>.lora_A.weight`), not copied."""
+    mark = f".{adapter}."
+    return {name.replace(mark, "."): p for name, p in peft_model.named_parameters() if "lora_" in name and mark in name}
+
+
+def load_factors(peft_model: Any, tensors: Mapping[str, Tensor], adapter: str = "default") -> None:
+    """Copy tensors into an adapter; the names must match exactly, both ways."""
+    ours = factors(peft_model, adapter)
+    if set(ours) != set(tensors):
+        odd = sorted(set(ours) ^ set(tensors))
+        raise ConfigError(f"adapter does not fit this model: {len(odd)} names differ, e.g. {odd[0]!r}; expected lora.targets alike")
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            parameter.copy_(tensors[name])
+
+
+def save_adapter(peft_model: Any, folder: Path, base: str = "") -> None:
+    """Write the adapter `default` as a PEFT folder (adapter_config.json, adapter_model.safetensors, float32)."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().float().cpu().contiguous() for name, p in factors(peft_model).items()}
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    config = peft_model.peft_config["default"].to_dict()
+    config.update(inference_mode=True, base_model_name_or_path=base)
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    plain.update({k: getattr(v, "value", v) for k, v in plain.items()})
+    (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True, default=str))
+
+
+@contextmanager
+def adapter(peft_model: Any, name: str | None) -> Iterator[None]:
+    """Run with another adapter (`safe`), or with none, in eval mode and without gradients: the teacher. What is
+    trainable afterwards is what was trainable before."""
+    flags = [(p, p.requires_grad) for p in peft_model.parameters()]
+    training = peft_model.training
+    before = peft_model.active_adapter
+    peft_model.eval()
+    try:
+        with torch.no_grad():
+            if name is None:
+                with peft_model.disable_adapter():
+                    yield
+            else:
+                peft_model.base_model.set_adapter(name)
+                yield
+    finally:
+        peft_model.base_model.set_adapter(before)
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+        peft_model.train(training)
+
+
+class RowDropout(nn.Module):
+    """LoRA dropout whose mask depends on (row seed, module) alone: two ranks draw what one would, a forward more or less
+    changes nobody else's mask, and a resumed run needs no random state."""
+
+    def __init__(self, probability: float, module_index: int, rows: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.probability, self.module_index = probability, module_index
+        self.rows = rows  # shared by all modules: (seed, length) of each row of the running forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0:
+            return x
+        if len(self.rows) != len(x):
+            raise RuntimeError(f"dropout has seeds for {len(self.rows)} rows, got a batch of {len(x)}")
+        keep = 1 - self.probability
+        mask = torch.zeros_like(x)
+        generator = torch.Generator(device=x.device)
+        for b, (seed, length) in enumerate(self.rows):
+            generator.manual_seed((seed + self.module_index * 0x9E3779B97F4A7C15) % 2**63)
+            mask[b, :length].bernoulli_(keep, generator=generator)
+        return x * mask.div_(keep)
+
+
+class HiddenStates(nn.Module):
+    """The PEFT model as a function to last hidden states [B, T, D] (after the final norm), without the output layer."""
+
+    def __init__(self, peft_model: Any) -> None:
+        super().__init__()
+        self.peft_model = peft_model
+        self.dropout_rows: list[tuple[int, int]] = []
+        index = 0
+        for module in peft_model.modules():
+            drop = getattr(module, "lora_dropout", None)
+            if isinstance(drop, nn.ModuleDict) and "default" in drop and isinstance(drop["default"], nn.Dropout):
+                drop["default"] = RowDropout(drop["default"].p, index, self.dropout_rows)
+                index += 1
+
+    def forward(self, ids_BT: Tensor, attention_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        base = self.peft_model.get_base_model()
+        inner = getattr(base, base.base_model_prefix)
+        # Without padding no mask is passed: attention then takes its faster causal path.
+        mask = None if bool(attention_BT.all()) else attention_BT
+        out = inner(input_ids=ids_BT, attention_mask=mask, position_ids=positions_BT, use_cache=False)
+        hidden_BTD: Tensor = out.last_hidden_state
+        return hidden_BTD
+
+    def seed_dropout(self, batch: Batch) -> None:
+        """Give the next forward its rows' dropout seeds."""
+        self.dropout_rows[:] = list(zip(batch.dropout_seeds, batch.lengths, strict=True))
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of what is trained, in a fixed order."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def norm(tensors: Sequence[Tensor]) -> float:
+    """L2 norm over all tensors together."""
+    return float(torch.stack([t.detach().float().square().sum() for t in tensors]).sum().sqrt())

@@ -1,0 +1,127 @@
+"""What a swap loads, without an engine: the merge itself, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from safecl.serving import swap
+from tests.serving.adapters import change_base, make_adapter
+
+
+def test_the_merge_gives_the_logits_of_the_model_with_its_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    for number, extra in enumerate(({}, {"use_rslora": True})):
+        adapter = make_adapter(tiny_model, tmp_path / str(number), seed=number, **extra)
+        plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+        adapted = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), str(adapter)
+        ).eval()
+        merged = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+        missing = merged.load_state_dict(dict(swap.merged(tiny_model, adapter)), strict=False)
+        assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}  # tied
+        ids = torch.arange(3, 43).view(2, 20)
+        with torch.no_grad():
+            theirs, ours, base = adapted(ids).logits, merged(ids).logits, plain(ids).logits
+        assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+        assert (base - theirs).abs().max() > 1e-2 * theirs.abs().max(), "the adapter changes nothing: test is void"
+
+
+def test_a_bfloat16_base_is_merged_in_float32_and_rounded_once(tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    base = change_base(tiny_model, tmp_path / "base", dtype="bfloat16")
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", seed=0)
+    weights, factors = load_file(base / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    got = dict(swap.merged(base, adapter))
+    assert set(got) == set(weights)
+    name = "model.layers.1.mlp.down_proj"
+    a_RI, b_OR = (factors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+    exact = weights[f"{name}.weight"].double() + 6 / 4 * b_OR @ a_RI
+    assert got[f"{name}.weight"].dtype == torch.bfloat16
+    # bfloat16 has 8 significant bits: rounding once errs by at most 2^-9 of the value (plus float32 noise).
+    assert ((got[f"{name}.weight"].double() - exact).abs() <= exact.abs() * 2**-9 * 1.01 + 1e-5).all()
+    untouched = "model.norm.weight"
+    assert torch.equal(got[untouched], weights[untouched])
+
+
+def test_tensors_are_fresh_so_that_writing_to_them_reaches_nobody(tiny_model: Path) -> None:
+    import torch
+
+    first = dict(swap.merged(tiny_model, None))
+    before = {name: tensor.clone() for name, tensor in first.items()}
+    for tensor in first.values():
+        tensor.fill_(float("nan"))
+    again = dict(swap.merged(tiny_model, None))
+    assert all(torch.equal(again[name], before[name]) for name in before)
+
+
+def test_a_sharded_base_is_read_through_its_index(tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model.save_pretrained(str(tmp_path), max_shard_size="300KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    whole, sharded = dict(swap.merged(tiny_model, None)), dict(swap.merged(tmp_path, None))
+    assert whole.keys() == sharded.keys()
+    assert all(torch.equal(whole[name], sharded[name]) for name in whole)
+
+
+def edit_adapter(adapter: Path, folder: Path, config: dict[str, object] | None = None, rename: str | None = None) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(adapter, folder)
+    written = json.loads((folder / "adapter_config.json").read_text()) | (config or {})
+    (folder / "adapter_config.json").write_text(json.dumps(written))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    if rename is not None:
+        old, new = rename.split("->")
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_what_cannot_be_merged_whole_is_refused_before_anything_is_loaded(tiny_model: Path, tmp_path: Path) -> None:
+    good = make_adapter(tiny_model, tmp_path / "good", seed=0)
+    swap.check(tiny_model, tiny_model, good)
+
+    unknown = edit_adapter(good, tmp_path / "unknown", rename="layers.1.mlp.up_proj->layers.7.mlp.up_proj")
+    with pytest.raises(ValueError, match=r"layers\.7\.mlp\.up_proj"):
+        swap.check(tiny_model, tiny_model, unknown)
+    with pytest.raises(ValueError, match=r"layers\.7\.mlp\.up_proj"):
+        list(swap.merged(tiny_model, unknown))
+
+    lone = edit_adapter(good, tmp_path / "lone", rename="layers.1.mlp.up_proj.lora_B->layers.7.mlp.up_proj.lora_B")
+    with pytest.raises(ValueError, match="pairs"):
+        swap.check(tiny_model, tiny_model, lone)
+
+    crossed = edit_adapter(good, tmp_path / "crossed", rename="q_proj.lora->x.lora")
+    crossed = edit_adapter(crossed, tmp_path / "crossed2", rename="gate_proj.lora->q_proj.lora")
+    with pytest.raises(ValueError, match=r"shape \[128, 128\]"):
+        swap.check(tiny_model, tiny_model, edit_adapter(crossed, tmp_path / "crossed3", rename="x.lora->gate_proj.lora"))
+
+    for config in ({"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"alpha_pattern": {"q_proj": 9}}):
+        with pytest.raises(ValueError, match="plain LoRA"):
+            swap.check(tiny_model, tiny_model, edit_adapter(good, tmp_path / next(iter(config)), config=config))
+    with pytest.raises(FileNotFoundError, match="adapter_model"):
+        swap.check(tiny_model, tiny_model, tmp_path)
+
+
+def test_a_base_without_one_of_the_served_tensors_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.gate_proj.weight"
+    with pytest.raises(ValueError, match=name):
+        swap.check(tiny_model, change_base(tiny_model, tmp_path / "less", drop=name), None)
+
+
+def test_a_parameter_that_was_not_loaded_raises() -> None:
+    swap.require_complete({"a", "b"}, {"a", "b", "c"})
+    with pytest.raises(RuntimeError, match="1 of 2 parameters"):
+        swap.require_complete({"a", "b"}, {"a"})

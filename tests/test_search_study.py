@@ -1,0 +1,248 @@
+"""One cell's Optuna study on real SQLite: defaults first, feedback, constraints, ghosts of killed drivers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from safecl.base import ConfigError, Json
+from safecl.config import Objective
+from safecl.objective import select
+from safecl.search import CellStudy, open_storage, space_check, study_name
+
+SPACE: dict[str, Json] = {
+    "weight": {"low": 0.001, "high": 10.0, "log": True},
+    "rows": {"low": 8, "high": 64, "step": 8},
+    "centre": [True, 1, 1.0, None, "one"],
+}
+DEFAULTS: dict[str, Json] = {"weight": 0.5, "rows": 16, "centre": 1.0, "not_searched": 3}
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> object:
+    return open_storage(f"sqlite:///{tmp_path_factory.mktemp('study')}/study.db")
+
+
+def url(folder: Path) -> str:
+    return f"sqlite:///{folder}/study.db"
+
+
+def test_trial_zero_is_the_defaults_with_their_exact_types(storage: object) -> None:
+    number, params = CellStudy("zero", SPACE, DEFAULTS, storage, seed=0, trials=4).ask()
+    assert number == 0 and params == {"centre": 1.0, "rows": 16, "weight": 0.5}
+    assert type(params["centre"]) is float and type(params["rows"]) is int
+
+
+def test_choices_that_python_calls_equal_stay_apart(storage: object) -> None:
+    study = CellStudy("types", {"centre": SPACE["centre"]}, DEFAULTS, storage, seed=0, trials=60, sampler="random")
+    seen = set()
+    for _ in range(60):
+        number, params = study.ask()
+        study.tell(number, 0.0, {})
+        seen.add(repr(params["centre"]))
+    assert seen == {"True", "1", "1.0", "None", "'one'"}
+    assert {repr(t.params["centre"]) for t in study.complete()} == seen
+
+
+def run_study(name: str, trials: int, value: float, reopen: bool) -> list[dict[str, Json]]:
+    def fresh() -> CellStudy:
+        return CellStudy("follow", SPACE, DEFAULTS, open_storage(f"sqlite:///{name}"), seed=3, trials=trials)
+
+    study, asked = fresh(), []
+    for index in range(trials):
+        if reopen:
+            study = fresh()
+        number, params = study.ask()
+        asked.append(params)
+        study.tell(number, value if index % 2 else 1 - value, {})
+    return asked
+
+
+def test_a_reopened_study_goes_on_as_if_it_had_never_closed_and_repeats_nothing(tmp_path: Path) -> None:
+    whole = run_study(f"{tmp_path}/a.db", 8, 0.2, reopen=False)
+    pieces = run_study(f"{tmp_path}/b.db", 8, 0.2, reopen=True)
+    assert whole == pieces
+    assert len({p["weight"] for p in whole}) == 8
+
+
+def test_later_suggestions_change_when_earlier_results_change(tmp_path: Path) -> None:
+    one = run_study(f"{tmp_path}/a.db", 8, 0.2, reopen=False)
+    other = run_study(f"{tmp_path}/b.db", 8, 0.9, reopen=False)
+    startup = 8 // 4
+    assert one[:startup] == other[:startup]  # the random quarter knows no results
+    assert one[startup:] != other[startup:]
+
+
+def test_seed_and_study_name_change_the_suggestions(storage: object) -> None:
+    def second(name: str, seed: int) -> dict[str, Json]:
+        study = CellStudy(name, SPACE, DEFAULTS, storage, seed=seed, trials=4, sampler="random")
+        study.ask()
+        return study.ask()[1]
+
+    assert len({str(second(name, seed)) for name, seed in [("s1", 0), ("s2", 0), ("s3", 1)]}) == 3
+
+
+def test_constraints_keep_the_search_out_of_what_is_unsafe(storage: object) -> None:
+    """Value rises with x, but x > .3 is unsafe: the modelled trials must crowd below .3, not at 1."""
+
+    def modelled(name: str, constrained: bool) -> tuple[float, CellStudy]:
+        study = CellStudy(name, {"x": {"low": 0.0, "high": 1.0}}, {"x": 0.2}, storage, seed=1, trials=32)
+        xs = []
+        for _ in range(32):
+            number, params = study.ask()
+            x = float(str(params["x"]))
+            xs.append(x)
+            study.tell(number, x, {"asr": x - 0.3} if constrained else {})
+        return sum(x > 0.3 for x in xs[8:]) / 24, study
+
+    unsafe, study = modelled("bound", True)
+    free, _ = modelled("free", False)
+    assert unsafe < 0.5 < 0.8 < free
+    best, trials = select(study.complete()), study.complete()
+    assert best.feasible and best.value == max(t.value for t in trials if t.feasible)
+    assert best.value < max(t.value for t in trials)  # an infeasible one had more, and was not taken
+
+
+def test_violations_come_back_as_told(storage: object) -> None:
+    study = CellStudy("told", SPACE, DEFAULTS, storage, seed=0, trials=2)
+    number, params = study.ask()
+    study.tell(number, 0.75, {"asr": 0.02, "degenerate": -0.05})
+    again = CellStudy("told", SPACE, DEFAULTS, storage, seed=0, trials=2).complete()
+    assert again == [(0, params, 0.75, {"asr": 0.02, "degenerate": -0.05})]
+
+
+def test_nan_raises_by_name_and_leaves_the_trial_running(storage: object) -> None:
+    study = CellStudy("nan", SPACE, DEFAULTS, storage, seed=0, trials=1)
+    number, _ = study.ask()
+    with pytest.raises(ValueError, match="trial 0: value is nan"):
+        study.tell(number, float("nan"), {})
+    with pytest.raises(ValueError, match="violation 'asr' is nan"):
+        study.tell(number, 0.5, {"asr": float("nan")})
+    study.tell(number, 0.5, {"asr": 0.0})
+    with pytest.raises(ValueError, match="not running here"):
+        study.tell(number, 0.5, {})
+
+
+def test_failed_trials_count_and_the_budget_is_kept(storage: object) -> None:
+    study = CellStudy("budget", SPACE, DEFAULTS, storage, seed=0, trials=3)
+    numbers = [study.ask()[0] for _ in range(3)]
+    assert numbers == [0, 1, 2] and study.remaining == 0 and not study.is_done
+    with pytest.raises(RuntimeError, match="all 3 trials"):
+        study.ask()
+    study.fail(1)
+    study.tell(0, 0.1, {})
+    study.tell(2, 0.2, {})
+    assert study.is_done and [t.number for t in study.complete()] == [0, 2]
+    assert CellStudy("budget", SPACE, DEFAULTS, storage, seed=0, trials=5).remaining == 2
+
+
+CHILD = """
+import json, sys, time
+from safecl.search import CellStudy
+study = CellStudy("kill", json.loads(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[1], seed=0, trials=4)
+study.repair()
+asked = [study.ask() for _ in range(int(sys.argv[4]))]
+study.tell(asked[0][0], 0.5, {})
+print(json.dumps(asked), flush=True)
+time.sleep(60)
+"""
+
+
+def killed_driver(folder: Path, num: int) -> list[tuple[int, dict[str, Json]]]:
+    command = [sys.executable, "-c", CHILD, url(folder), json.dumps(SPACE), json.dumps(DEFAULTS), str(num)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    line = child.stdout.readline()
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    return [(number, params) for number, params in json.loads(line)]
+
+
+def test_what_ran_in_a_killed_driver_is_asked_again_with_its_parameters(tmp_path: Path) -> None:
+    first = killed_driver(tmp_path, 3)  # trial 0 told, 1 and 2 left running
+    second = killed_driver(tmp_path, 1)  # repairs; takes the copy of 1 and finishes it; dies
+    assert second[0][1] == first[1][1]
+    study = CellStudy("kill", SPACE, DEFAULTS, url(tmp_path), seed=0, trials=4)
+    assert study.repair() == 0 and study.remaining == 2  # the copy of 2 waits in the queue
+    number, params = study.ask()
+    assert params == first[2][1]
+    study.tell(number, 0.1, {})
+    number, params = study.ask()
+    assert params not in [p for _, p in first]
+    study.tell(number, 0.1, {})
+    assert study.is_done and len(study.complete()) == 4
+    assert not any(t.state.name == "RUNNING" for t in study._study.trials)
+
+
+def test_a_driver_killed_inside_repair_or_inside_ask_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    study = CellStudy("half", SPACE, DEFAULTS, url(tmp_path), seed=0, trials=3)
+    asked = [study.ask()[1] for _ in range(2)]
+    # As after a death between the queueing and the closing of ghost 1 ...
+    study._study.enqueue_trial(study._encode(asked[1]), user_attrs={"safecl:repairs": 1})
+    # ... and after one that had created a third trial and stored nothing of it.
+    study._study._storage.create_new_trial(study._study._study_id)
+    again = CellStudy("half", SPACE, DEFAULTS, url(tmp_path), seed=0, trials=3)
+    assert again.repair() == 3 and again.repair() == 0 and again.remaining == 3
+    params = [again.ask()[1] for _ in range(3)]
+    assert params[0] == asked[1] and params[1] == asked[0]
+    assert set(params[2]) == set(SPACE) and params[2] not in asked
+    assert again.remaining == 0
+
+
+def test_a_repaired_default_is_still_the_default_when_its_parameters_were_never_stored(tmp_path: Path) -> None:
+    study = CellStudy("early", SPACE, DEFAULTS, url(tmp_path), seed=0, trials=2)
+    study._study.ask()  # popped from the queue, nothing suggested yet
+    again = CellStudy("early", SPACE, DEFAULTS, url(tmp_path), seed=0, trials=2)
+    assert again.repair() == 1
+    assert again.ask()[1] == {k: DEFAULTS[k] for k in SPACE}
+
+
+def test_the_study_name_covers_cell_space_and_objective() -> None:
+    objective, other = Objective(), Objective(bounds={"asr": 0.5})
+    name = study_name("smol.der", SPACE, objective)
+    assert name.startswith("smol.der-") and name == study_name("smol.der", dict(reversed(SPACE.items())), objective)
+    changed = SPACE | {"weight": {"low": 0.001, "high": 10.1, "log": True}}
+    names = {
+        name,
+        study_name("smol.der2", SPACE, objective),
+        study_name("smol.der", changed, objective),
+        study_name("smol.der", SPACE, other),
+    }
+    assert len(names) == 4
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        ([], "empty"),
+        ([1, 2, 1], "more than once"),
+        ("1e-4", "expected a list"),
+        ({"low": 0}, "no 'high'"),
+        ({"low": 0, "high": 1, "hgih": 2}, "'hgih'"),
+        ({"low": "1e-4", "high": 1}, "YAML reads"),
+        ({"low": 2, "high": 1}, "above"),
+        ({"low": 0, "high": 1, "log": True}, "low > 0"),
+        ({"low": 1, "high": 9, "log": True, "step": 1}, "both"),
+        ({"low": 0, "high": 9, "step": 2}, "does not lead"),
+        ({"low": 0, "high": 9, "step": 0}, "does not lead"),
+        ({"low": 0.5, "high": 9, "step": 1}, "an int"),
+        ({"low": float("nan"), "high": 1}, "a number"),
+    ],
+)
+def test_a_wrong_space_is_named_in_one_line(form: Json, says: str, storage: object) -> None:
+    (error,) = space_check({"weight": form})
+    assert error.startswith("search.weight: ") and says in error
+    with pytest.raises(ConfigError, match=r"search\.weight"):
+        CellStudy("wrong", {"weight": form}, {"weight": 1}, storage, seed=0, trials=1)
+
+
+def test_the_default_must_lie_in_the_space() -> None:
+    assert space_check(SPACE, DEFAULTS) == []
+    outside: dict[str, Json] = {"weight": 11.0, "rows": 17}
+    errors = space_check(SPACE, outside)
+    assert len(errors) == 3 and "11.0" in errors[0] and "17" in errors[1] and "no default" in errors[2]

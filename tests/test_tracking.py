@@ -1,0 +1,206 @@
+"""The tracker against real MLflow on SQLite. Creating a database takes seconds, so one is made and copied."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safecl.tracking import EXPERIMENT, Tracker
+
+CURVE = [{"step": step, "loss": 1 / (step + 1), "safety_loss": 2.0} for step in range(30)]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("template")
+    assert Tracker(None, root).close(60)
+    return root
+
+
+@pytest.fixture
+def root(template: Path, tmp_path: Path) -> Path:
+    shutil.copy(template / "mlflow.db", tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def client(root: Path) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+
+
+def runs(root: Path, wanted: str = "") -> list[Any]:
+    found = client(root).search_runs([client(root).get_experiment_by_name(EXPERIMENT).experiment_id], wanted)
+    return list(found)
+
+
+def fill(tracker: Tracker, asr: float = 0.25) -> None:
+    for trial in ("0", "1"):
+        for cell in ("der", "sft"):
+            stages = {"finetune": "abc" * 20}
+            tracker.trial("quick", cell, trial, {"weight": 0.5, "rows": 8}, {"asr": asr}, CURVE, {"note": "n"}, stages)
+    tracker.cell("quick", "der", {"weight": 0.5}, {"asr": asr})
+
+
+def test_sweep_cell_and_trial_are_nested_and_found_by_their_tags(root: Path) -> None:
+    tracker = Tracker(None, root)
+    fill(tracker)
+    assert tracker.close(60), tracker.problem
+    assert len(runs(root)) == 1 + 2 + 4
+    (sweep,) = runs(root, "tags.`safecl.level` = 'sweep'")
+    (cell,) = runs(root, "tags.`safecl.level` = 'cell' and tags.`safecl.cell` = 'der'")
+    (trial,) = runs(root, "tags.`safecl.cell` = 'der' and tags.`safecl.trial` = '1'")
+    assert {sweep.data.tags["safecl.sweep"], cell.data.tags["safecl.sweep"]} == {"quick"}
+    assert cell.data.tags["mlflow.parentRunId"] == sweep.info.run_id
+    assert trial.data.tags["mlflow.parentRunId"] == cell.info.run_id
+    assert trial.data.params == {"weight": "0.5", "rows": "8"} and trial.data.metrics["asr"] == 0.25
+    assert trial.data.tags["note"] == "n" and trial.data.tags["safecl.stage.finetune"] == "abc" * 20
+    assert cell.data.params == {"weight": "0.5"}
+    history = client(root).get_metric_history(trial.info.run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(p["step"], p["loss"]) for p in CURVE]
+    assert {r.info.status for r in runs(root)} == {"FINISHED"}
+
+
+def test_running_twice_updates_and_duplicates_nothing(root: Path) -> None:
+    for asr in (0.25, 0.25, 0.75):
+        tracker = Tracker(None, root)
+        fill(tracker, asr)
+        assert tracker.close(60), tracker.problem
+    assert len(runs(root)) == 7
+    (trial,) = runs(root, "tags.`safecl.cell` = 'der' and tags.`safecl.trial` = '1'")
+    assert trial.data.metrics["asr"] == 0.75
+    assert [m.value for m in client(root).get_metric_history(trial.info.run_id, "asr")] == [0.25, 0.75]
+    assert len(client(root).get_metric_history(trial.info.run_id, "loss")) == len(CURVE)
+
+
+def test_a_failed_trial_is_shown_as_failed_until_it_succeeds(root: Path) -> None:
+    for failed, status in ((True, "FAILED"), (False, "FINISHED")):
+        tracker = Tracker(None, root)
+        tracker.trial("quick", "der", "0", {"weight": 1}, {}, failed=failed)
+        assert tracker.close(60), tracker.problem
+        (trial,) = runs(root, "tags.`safecl.trial` = '0'")
+        assert trial.info.status == status
+
+
+def test_what_is_not_a_number_becomes_a_tag_and_not_a_number(root: Path) -> None:
+    tracker = Tracker(None, root)
+    curve = [{"step": 0, "loss": 1.0}, {"step": 1, "loss": math.inf}, {"step": 2, "loss": math.nan}]
+    tracker.trial("s", 'it\'s "odd"', "0", {"a b(c)": "x" * 9000}, {"asr": None, "u": math.nan, "v": -math.inf}, curve)
+    assert tracker.close(60), tracker.problem
+    (trial,) = runs(root, "tags.`safecl.trial` = '0'")
+    assert trial.data.metrics == {"loss": 1.0}
+    noted = {k.rsplit(".", 1)[1]: v for k, v in trial.data.tags.items() if "not_finite" in k}
+    assert noted == {"asr": "None", "u": "nan", "v": "-inf", "loss": "2 point(s) of the curve, first at step 1"}
+    assert trial.data.params["a b_c_"].endswith("(cut short)") and trial.data.tags["safecl.cell"] == "it_s _odd_"
+
+
+def test_a_changed_parameter_is_shown_beside_the_old_one(root: Path) -> None:
+    for weight in (1, 2):
+        tracker = Tracker(None, root)
+        tracker.trial("s", "c", "0", {"weight": weight}, {"asr": float(weight)})
+        assert tracker.close(60), tracker.problem
+    (trial,) = runs(root, "tags.`safecl.trial` = '0'")
+    assert trial.data.params == {"weight": "1"} and trial.data.tags["safecl.changed.weight"] == "2"
+    assert trial.data.metrics == {"asr": 2.0}
+
+
+def test_a_dead_server_never_raises_and_its_spool_is_sent_at_the_next_start(root: Path) -> None:
+    spool = root / "spool"
+    dead = Tracker("http://127.0.0.1:9", root)  # the discard port: nobody listens
+    fill(dead)
+    start = time.monotonic()
+    assert not dead.close(20) and time.monotonic() - start < 25
+    assert dead.num_spooled == 5 and dead.problem and "127.0.0.1:9" in dead.problem
+    lines = [json.loads(line) for path in spool.glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert sorted(m["path"] for m in lines) == sorted(
+        [["quick", "der"]] + [["quick", cell, trial] for cell in ("der", "sft") for trial in "01"]
+    )
+    alive = Tracker(None, root)
+    assert alive.close(60), alive.problem
+    assert len(runs(root)) == 7 and not list(spool.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("uri", ["no-such-scheme://x", "sqlite:////proc/nowhere/mlflow.db", "http://"])
+def test_a_bogus_uri_spools(uri: str, tmp_path: Path) -> None:
+    tracker = Tracker(uri, tmp_path)
+    tracker.trial("s", "c", "0", {}, {"asr": 0.5})
+    assert not tracker.close(30)
+    assert tracker.num_spooled == 1 and len(list((tmp_path / "spool").glob("*.jsonl"))) == 1 and tracker.problem
+
+
+def test_with_nowhere_to_write_at_all_it_says_so_and_does_not_raise(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    tracker = Tracker(None, tmp_path / "file" / "root")
+    tracker.trial("s", "c", "0", {}, {"asr": 0.5})
+    assert not tracker.close(30) and "neither sent nor spooled" in str(tracker.problem)
+    tracker.trial("s", "c", "1", {}, {"asr": 0.5})  # after closing as well
+
+
+def test_a_message_the_server_refuses_does_not_hold_up_the_others(root: Path) -> None:
+    tracker = Tracker(None, root)
+    tracker.trial("s", "c", "bad", {}, {"n" * 239: 1.0}, tags={"mlflow.parentRunId" + "x" * 300: "v", "": "empty"})
+    tracker.trial("s", "c", "good", {}, {"asr": 0.5})
+    assert not tracker.close(60) and "refused s/c/bad" in str(tracker.problem)
+    assert len(runs(root, "tags.`safecl.trial` = 'good'")) == 1
+    assert len(list((root / "spool").glob("*.refused"))) == 1 and not list((root / "spool").glob("*.jsonl"))
+
+
+def test_close_is_bounded_and_spools_what_the_thread_still_holds(tmp_path: Path) -> None:
+    tracker = Tracker(None, tmp_path)  # an empty folder: the thread is busy creating its database for seconds
+    fill(tracker)
+    start = time.monotonic()
+    assert not tracker.close(0.01) and time.monotonic() - start < 1
+    assert tracker.num_spooled == 5
+    tracker.trial("late", "c", "0", {}, {})
+    assert tracker.num_spooled == 6
+    tracker._thread.join(60)  # let it end before its folder goes
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from safecl.tracking import Tracker
+tracker = Tracker(None, Path(sys.argv[1]))
+for i in range(1000):
+    tracker.trial("kill", "c", str(i), {"i": i}, {"asr": i / 1000}, [{"step": s, "loss": 1.0} for s in range(50)])
+print("queued", flush=True)
+if len(sys.argv) > 2:
+    time.sleep(60)
+"""
+
+
+def test_a_killed_driver_leaves_nothing_that_the_next_run_cannot_mend(root: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(root), "hang"], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "queued\n"
+    while len(runs(root)) < 4:
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    before = len(runs(root))
+    tracker = Tracker(None, root)
+    for i in range(before):
+        curve = [{"step": s, "loss": 1.0} for s in range(50)]
+        tracker.trial("kill", "c", str(i), {"i": i}, {"asr": i / 1000}, curve)
+    assert tracker.close(60), tracker.problem
+    trials = runs(root, "tags.`safecl.level` = 'trial'")
+    assert sorted(int(t.data.tags["safecl.trial"]) for t in trials) == list(range(before))
+    for trial in trials:
+        assert trial.info.status == "FINISHED" and trial.data.metrics["asr"] == int(trial.data.params["i"]) / 1000
+        assert len(client(root).get_metric_history(trial.info.run_id, "loss")) == 50
+
+
+def test_it_says_nothing_on_the_terminal(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from safecl.tracking import Tracker\n"
+    code += "t = Tracker(None, Path(sys.argv[1])); t.trial('s', 'c', '0', {}, {'a': 1.0}); print(t.close(60))"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=90)
+    assert (done.stdout, done.stderr) == ("True\n", "")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".creating", "mlflow.db"]
