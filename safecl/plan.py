@@ -25,7 +25,8 @@ import safecl.methods as methods
 import safecl.tasks as tasks
 from safecl.base import ConfigError, Json, PrerequisiteError
 from safecl.config import Align, Evaluate, Lora, Method, Model, Prompts, Rows, Sweep, Template, Training, UserTask
-from safecl.store import Stage, Store, canonical, content_sha256
+from safecl.store import Stage, Store, canonical
+from safecl.tasks._source import identity, sha256
 
 REFERENCES = ("base", "aligned")  # rows of every table that have no finetune
 
@@ -89,7 +90,7 @@ class Graph:
         return {"task": part.task, "split": split, "num_rows": part.num_rows, "source": self._source(part.task, split)}
 
     def _source(self, task: str, split: str) -> Json:
-        return tasks.identity(tasks.load(task), split, self.folder)
+        return identity(tasks.load(task), split, self.folder)
 
     @cached_property
     def _test_prompts(self) -> dict[str, Stage]:
@@ -113,7 +114,7 @@ class Graph:
         """Rows of stage one. Requests of `self_answered` sets get the base model's own answers."""
         align, inputs = self.recipe.align, dict(self._held_out)
         for part in align.self_answered:
-            asked = self.data("self_answered", "safety", [part], seed=self.recipe.seed, inputs=self._held_out)
+            asked = self.data("self_answered", "benign.train", [part], seed=self.recipe.seed, inputs=self._held_out)
             inputs[f"answers_{part.task}"] = self.generate(None, asked, self.recipe.evaluate.max_new_tokens)
         return self.data("safety", "safety", align.safety, seed=self.recipe.seed, inputs=inputs)
 
@@ -305,15 +306,15 @@ def model_stage(model: Model) -> Stage:
     """A model's folder, identified by content: a wheel's file by its recorded sha256, a folder by its files', a hub
     id by its commit."""
     if model.source.startswith("wheel:"):
-        identity, path = _wheel_file(model.source.removeprefix("wheel:"))
+        source, path = _wheel_file(model.source.removeprefix("wheel:"))
     elif Path(model.source).is_dir():
         path = str(Path(model.source).absolute())
         wanted = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
         files = sorted(file for pattern in wanted for file in Path(path).glob(pattern))
-        identity = {"files": {file.name: content_sha256(file) for file in files}}
+        source = {"files": {file.name: sha256(file) for file in files}}
     else:
-        identity, path = {"hub": model.source, "revision": model.revision}, ""
-    return _stage("model", {"source": identity, "dtype": model.dtype}, {}, hints={"path": path})
+        source, path = {"hub": model.source, "revision": model.revision}, ""
+    return _stage("model", {"source": source, "dtype": model.dtype}, {}, hints={"path": path})
 
 
 @lru_cache
@@ -452,8 +453,9 @@ def check(sweep: Sweep, folder: Path | None) -> None:
             has_split(f"tasks[{i}].task", task.task, split)
     if any(ratio > 0 for ratio in sweep.poison.ratios):
         has_split("poison.task", sweep.poison.task, "poison")
-    for i, part in enumerate([*sweep.align.safety, *sweep.align.self_answered]):
-        has_split(f"align.safety[{i}].task", part.task, "safety")
+    for name, split in (("safety", "safety"), ("self_answered", "benign.train")):
+        for i, part in enumerate(getattr(sweep.align, name)):
+            has_split(f"align.{name}[{i}].task", part.task, split)
     for split in ("validation", "test"):
         for role in ("attack", "benign"):
             for i, part in enumerate(getattr(getattr(sweep.evaluate, split), role)):
@@ -477,8 +479,10 @@ def check(sweep: Sweep, folder: Path | None) -> None:
             errors.append(f"models[{i}].revision: a hub id needs its commit, so that results stay what they were")
     longest = sweep.evaluate.max_prompt_tokens + sweep.evaluate.max_new_tokens
     if longest > sweep.execution.engine_max_tokens:
-        errors.append(f"execution.engine_max_tokens is {sweep.execution.engine_max_tokens}, expected at least {longest}: "
-                      "evaluate.max_prompt_tokens + evaluate.max_new_tokens")  # fmt: skip
+        errors.append(
+            f"execution.engine_max_tokens: expected at least {longest} (evaluate.max_prompt_tokens + max_new_tokens), "
+            f"got {sweep.execution.engine_max_tokens}"
+        )
     if errors:
         raise ConfigError("\n".join(errors))
     for cell in cells(sweep):  # builds every stage: missing data files and models raise here

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -279,15 +279,3 @@ def libraries() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-@lru_cache
-def _sha256_of(path: str, size: int, modified_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def content_sha256(path: Path) -> str:
-    """sha256 (hex) of a file's content; read once per process for an unchanged file."""
-    facts = path.stat()
-    return _sha256_of(str(path), facts.st_size, facts.st_mtime_ns)

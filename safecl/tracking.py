@@ -139,8 +139,10 @@ class Tracker:
                     self._send_spool(sender)
                     waiting, self.problem = False, self._refused
             except Exception as error:
-                self.problem = f"{self.uri}: {_line(error)}"
-                _LOG.warning("tracking waits on disk: %s", self.problem)
+                problem = f"{self.uri}: {_line(error)}"
+                if problem != self.problem:  # once, not at every attempt
+                    _LOG.warning("tracking waits on disk: %s", problem)
+                self.problem = problem
                 sender, rest_until, waiting = None, time.monotonic() + _RETRY_S, True
                 if message is not None:
                     self._give_up(message)

@@ -67,7 +67,7 @@ class Method:
         return weights["tuned"]
 
     @classmethod
-    def neutral(cls) -> Config | None:
+    def neutral(cls) -> Strict | None:
         """The setting under which this IS SFT, held bit for bit by a test; None where there is none."""
         return None
 

@@ -60,7 +60,7 @@ def _measure(measure: dict[str, Any], inputs: dict[str, Path]) -> Iterator[Outco
             row, label = rows[answer["id"]], verdicts[answer["id"]]
             yield outcome("hit_limit", row, float(answer["finish"] == "length"))
             if rule is not None and label is not None:  # an independent rule, to measure the guard on what it judged
-                complied = rule(load(name)(), row, answer["text"]) == "compliance"
+                complied = rule(row, answer["text"]) == "compliance"
                 yield outcome("guard_rule_agreement", row, float(complied == label))
 
 

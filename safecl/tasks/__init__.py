@@ -5,6 +5,7 @@ A split says what its rows may be used for, so that no row can serve two roles b
     safety               alignment rows: harmful requests with refusals, benign requests with help
     user                 fine-tuning rows of a utility task
     poison               harmful requests with compliance, mixed into user rows
+    benign.train         benign prompts that the base model answers itself, for safety sets without benign rows
     attack.validation    harmful prompts the search may read       attack.test      those the tables read
     benign.train         look-alike benign prompts that alignment may use, answered by the model itself
     benign.validation    look-alike benign prompts, likewise       benign.test

@@ -23,7 +23,7 @@ def make_adapter(base: Path, folder: Path, seed: int, std: float = 0.2, **lora: 
     return folder
 
 
-def change_base(base: Path, folder: Path, dtype: str | None = None, noise: float = 0.0, drop: str | None = None) -> Path:
+def change_base(base: Path, folder: Path, *, dtype: str = "", noise: float = 0.0, drop: str = "") -> Path:
     """A copy of `base` with its tensors in `dtype`, `noise` added to the embedding, one tensor dropped."""
     import shutil
 
@@ -36,9 +36,9 @@ def change_base(base: Path, folder: Path, dtype: str | None = None, noise: float
         embedding = tensors["model.embed_tokens.weight"]
         draw = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(11))
         tensors["model.embed_tokens.weight"] = embedding + noise * draw
-    if drop is not None:
+    if drop:
         del tensors[drop]
-    if dtype is not None:
+    if dtype:
         tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

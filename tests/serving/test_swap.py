@@ -75,14 +75,14 @@ def test_a_sharded_base_is_read_through_its_index(tiny_model: Path, tmp_path: Pa
     assert all(torch.equal(whole[name], sharded[name]) for name in whole)
 
 
-def edit_adapter(adapter: Path, folder: Path, config: dict[str, object] | None = None, rename: str | None = None) -> Path:
+def edit_adapter(adapter: Path, folder: Path, *, config: dict[str, object] | None = None, rename: str = "") -> Path:
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(adapter, folder)
     written = json.loads((folder / "adapter_config.json").read_text()) | (config or {})
     (folder / "adapter_config.json").write_text(json.dumps(written))
     tensors = load_file(folder / "adapter_model.safetensors")
-    if rename is not None:
+    if rename:
         old, new = rename.split("->")
         tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -103,10 +103,11 @@ def test_what_cannot_be_merged_whole_is_refused_before_anything_is_loaded(tiny_m
     with pytest.raises(ValueError, match="pairs"):
         swap.check(tiny_model, tiny_model, lone)
 
-    crossed = edit_adapter(good, tmp_path / "crossed", rename="q_proj.lora->x.lora")
-    crossed = edit_adapter(crossed, tmp_path / "crossed2", rename="gate_proj.lora->q_proj.lora")
-    with pytest.raises(ValueError, match=r"shape \[128, 128\]"):
-        swap.check(tiny_model, tiny_model, edit_adapter(crossed, tmp_path / "crossed3", rename="x.lora->gate_proj.lora"))
+    crossed = good
+    for number, rename in enumerate(("up_proj.lora->x.lora", "down_proj.lora->up_proj.lora", "x.lora->down_proj.lora")):
+        crossed = edit_adapter(crossed, tmp_path / f"crossed{number}", rename=rename)
+    with pytest.raises(ValueError, match=r"shape \[(128, 192|192, 128)\]"):
+        swap.check(tiny_model, tiny_model, crossed)
 
     for config in ({"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"alpha_pattern": {"q_proj": 9}}):
         with pytest.raises(ValueError, match="plain LoRA"):

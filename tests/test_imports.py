@@ -1,0 +1,112 @@
+"""Who may import whom (the rooms), which library lives in which file, and that light commands stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "safecl"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of its code
+    "base": set(),
+    "config": set(),
+    "store": {"config"},
+    "plan": {"config", "store", "methods", "tasks", "judges"},
+    "objective": {"config"},
+    "stats": set(),
+    "schedule": {"config", "methods", "objective", "plan", "store"},
+    "execute": {"config", "serving", "store", "training"},
+    "search": {"config", "execute", "objective", "plan", "schedule", "store"},
+    "tracking": {"store", "stats", "objective"},
+    "doctor": {"tasks"},
+    "driver": {"config", "execute", "judges", "methods", "objective", "plan", "report", "schedule", "search", "stats",
+               "store", "tasks", "tracking"},
+    "cli": {"doctor", "driver", "report", "store"},
+    "stages": {"config", "judges", "methods", "serving", "store", "tasks", "training"},
+    "training": {"config", "methods", "store", "tasks"},
+    "serving": set(),
+    "methods": {"tasks", "training"},
+    "tasks": set(),
+    "judges": {"tasks"},
+    "report": {"objective", "stats", "store"},
+}  # fmt: skip
+HOME = {  # library -> the only files that may import it
+    "deepspeed": {"training/engine.py"},
+    "mlflow": {"tracking.py"},
+    "vllm": {"serving/engine.py", "serving/swap.py"},
+    "ray.serve": {"serving/engine.py"},
+    "optuna": {"search.py"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_file_imports_only_the_rooms_below_it(path: Path) -> None:
+    own = room(path)
+    if own == "__init__":
+        return
+    rooms = {name.split(".")[1] for name in imports(path) if name.startswith("safecl.")}
+    extra = rooms - ALLOWED[own] - {own, "base"}
+    assert not extra, f"{own} imports {extra}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(p) == "stages"], ids=lambda p: p.name)
+def test_stages_never_import_each_other(path: Path) -> None:
+    assert not {name for name in imports(path) if name.startswith("safecl.stages.")}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(p) == "methods"], ids=lambda p: p.name)
+def test_methods_use_only_losses_and_weights_of_training(path: Path) -> None:
+    used = {name for name in imports(path) if name.startswith("safecl.training")}
+    assert all(name.startswith(("safecl.training.losses", "safecl.training.weights")) for name in used), used
+
+
+@pytest.mark.parametrize("library", sorted(HOME))
+def test_a_heavy_library_is_imported_in_its_own_file_only(library: str) -> None:
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        for name in imports(path)
+        if name == library or name.startswith(library + ".")
+    }
+    assert users <= HOME[library], users
+
+
+def test_plan_ls_show_report_and_help_never_load_torch() -> None:
+    code = (
+        "import sys, pkgutil, importlib, safecl.cli, safecl.driver, safecl.plan, safecl.schedule, safecl.stats\n"
+        "import safecl.methods as m, safecl.tasks as t, safecl.judges as j\n"
+        "[room.load(name) for room in (m, t, j) for name in room.names()]\n"
+        "import safecl.stages as s\n"
+        "[importlib.import_module('safecl.stages.' + x.name) for x in pkgutil.iter_modules(s.__path__)]\n"
+        "heavy = {'torch', 'transformers', 'peft', 'ray', 'deepspeed', 'vllm', 'mlflow', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,153 @@
+"""The store: identity, atomic publishing, what survives a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from safecl.base import PrerequisiteError
+from safecl.store import Stage, Store, canonical
+
+
+def stage(**config: object) -> Stage:
+    return Stage("data", config or {"seed": 0})  # type: ignore[arg-type]
+
+
+def publish(store: Store, made: Stage, text: str = "x") -> Path:
+    folder = store.new_folder()
+    (folder / "rows.jsonl").write_text(text)
+    return store.publish(made, folder, {"num": 1}, 0.5)
+
+
+def test_a_key_is_the_same_in_another_process_whatever_the_order_of_keys_and_the_hash_seed() -> None:
+    code = "from safecl.store import Stage; print(Stage('data', {'b': [1, 2.5], 'a': {'y': None, 'x': 'é'}}).key)"
+    keys = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert keys == {Stage("data", {"a": {"x": "é", "y": None}, "b": [1, 2.5]}).key}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1: "x"}, {"a": {2, 3}}, Path("x"), b"x"])
+def test_a_value_without_a_stable_form_raises(value: object) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        canonical({"at": value})  # type: ignore[dict-item]
+
+
+def test_an_input_or_the_version_changes_the_key_and_a_hint_does_not() -> None:
+    plain = Stage("data", {"seed": 0})
+    assert Stage("data", {"seed": 0}, {"rows": plain}).key != plain.key
+    assert Stage("data", {"seed": 0}, version="2").key != plain.key
+    assert Stage("data", {"seed": 0}, hints={"path": "elsewhere"}).key == plain.key
+    assert Stage("data", {"seed": 0.0}).key != plain.key  # 0 and 0.0 are different configs
+
+
+def test_a_stage_without_a_record_does_not_exist(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    folder = publish(store, stage())
+    assert store.has(stage())
+    (folder / "record.json").unlink()
+    assert not store.has(stage())
+    with pytest.raises(KeyError):
+        store.path(stage())
+    publish(store, stage(), "again")  # and is made again over what lies there
+    assert (store.path(stage()) / "rows.jsonl").read_text() == "again"
+
+
+def test_the_first_to_publish_wins(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    publish(store, stage(), "first")
+    publish(store, stage(), "second")
+    assert (store.path(stage()) / "rows.jsonl").read_text() == "first"
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_record_names_inputs_result_cost_and_libraries(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    below = stage()
+    above = Stage("memory", {"num_rows": 3}, {"rows": below})
+    publish(store, below)
+    publish(store, above)
+    record = store.record(above)
+    assert record["inputs"] == {"rows": below.key}
+    assert record["result"] == {"num": 1} and record["seconds"] == 0.5
+    assert record["files"] == {"rows.jsonl": 1}
+    assert "torch" in record["libraries"]
+    assert [found["key"] for found in store.find(above.key[:6])] == [above.key]
+
+
+def test_kill_9_in_the_middle_of_writing_leaves_no_stage_and_the_next_attempt_succeeds(tmp_path: Path) -> None:
+    code = textwrap.dedent(f"""
+        import time
+        from safecl.store import Stage, Store
+        store = Store({str(tmp_path)!r})
+        folder = store.new_folder()
+        with (folder / "rows.jsonl").open("w") as file:
+            for i in range(10**9):
+                file.write("row\\n"); file.flush()
+                if i == 100: print("half", flush=True)
+                time.sleep(0.001)
+    """)
+    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None and writer.stdout.readline() == "half\n"
+    os.kill(writer.pid, signal.SIGKILL)
+    assert writer.wait() == -signal.SIGKILL
+    store = Store(str(tmp_path))
+    assert not store.has(stage()) and store.find("") == []
+    publish(store, stage(), "whole")
+    assert (store.path(stage()) / "rows.jsonl").read_text() == "whole"
+    store.sweep_temporary(older_than_s=-1)
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_full_disk_leaves_no_stage(tmp_path: Path) -> None:
+    """A real write limit: the process may write 4 KiB a file, the record is refused."""
+    code = textwrap.dedent(f"""
+        import resource, signal
+        from safecl.store import Stage, Store
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        store = Store({str(tmp_path)!r})
+        made = store.new_folder()
+        (made / "rows.jsonl").write_text("x")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+        store.publish(Stage("data", {{"seed": 0}}), made, {{}}, 0.0)
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and "File too large" in done.stderr
+    assert not Store(str(tmp_path)).has(stage())
+
+
+def test_a_store_at_a_url_gives_back_what_another_machine_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    monkeypatch.setenv("SAFECL_CACHE", str(tmp_path / "one"))
+    url = f"memory://bucket-{time.time_ns()}/safecl"
+    publish(Store(url), stage(), "shared")
+    monkeypatch.setenv("SAFECL_CACHE", str(tmp_path / "two"))
+    other = Store(url)
+    assert other.has(stage())
+    assert (other.path(stage()) / "rows.jsonl").read_text() == "shared"
+    assert json.loads((other.path(stage()) / "record.json").read_text())["key"] == stage().key
+    assert [record["key"] for record in other.find(stage().key[:8])] == [stage().key]
+    filesystem = fsspec.filesystem("memory")
+    [record] = [path for path in filesystem.find("/") if path.endswith("record.json") and stage().key in path]
+    filesystem.rm(record)
+    assert not Store(url + "/").has(Stage("data", {"seed": 1}))
+
+
+def test_a_root_that_cannot_hold_the_results_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PrerequisiteError, match="cannot be written"):
+        Store(str(tmp_path / "file" / "below")).check_writable(0.0)
+    with pytest.raises(PrerequisiteError, match=r"GiB free, expected at least"):
+        Store(str(tmp_path)).check_writable(1e9)
