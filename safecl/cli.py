@@ -40,7 +40,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 
 def _project(file: Path, settings: list[str], limit: int | None) -> Any:
-    from safecl.driver import Project, load
+    from safecl.project import Project, load
 
     return Project(load(file, settings, limit))
 
@@ -56,13 +56,20 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def _print_rows(project: Any, as_json: bool) -> None:
+    from safecl.overview import facts
     from safecl.report import tables
 
-    rows, facts = project.rows(), project.facts()
+    rows = project.rows()
+    found = facts(project, rows)
     if as_json:
-        print(json.dumps({"facts": facts, "rows": rows}, indent=1))
+        print(tables.to_json(rows, found), end="")
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        for table in tables.rich_tables(rows, found):
+            Console().print(table)
     else:
-        tables.show(rows, facts)
+        print(tables.plain(rows, found), end="")
 
 
 @app.command()
@@ -91,7 +98,7 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
 
     Hours come from the records of past stages of the same kind; where there are none it says unknown.
     """
-    from safecl.driver import plan as make_plan
+    from safecl.overview import plan as make_plan
 
     project = _project(file, set_, limit)
     found = make_plan(project)
@@ -110,7 +117,7 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
 @app.command()
 def status(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False) -> None:  # noqa: B006
     """One table: how far each cell of a sweep is. Reads the store only, so it works beside a running sweep."""
-    from safecl.driver import status as read_status
+    from safecl.overview import status as read_status
 
     found = read_status(_project(file, set_, limit))
     if as_json:
@@ -134,7 +141,7 @@ def report(
     ] = None,
 ) -> None:
     """Print the table from the store and write one self-contained page with plots. Runs nothing."""
-    from safecl.driver import write_report
+    from safecl.overview import write_report
 
     project = _project(file, set_, limit)
     _print_rows(project, as_json)
@@ -159,7 +166,7 @@ def ls(
     what: Annotated[str, typer.Argument(help="methods, tasks or judges")] = "methods", as_json: AsJson = False
 ) -> None:
     """List methods (with their equations), tasks (with their splits) or judges (with their questions)."""
-    from safecl.driver import listing
+    from safecl.overview import listing
 
     rows = listing(what)
     if as_json:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else transformers' integration prints that it found none
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -17,7 +21,7 @@ def build_tokenizer(folder: Path) -> None:
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     newline, space = "\u010a", "\u0120"
-    merges = [(newline, newline), ("t", "h"), ("th", "e"), (space, "a"), ("i", "n"), ("o", "r"), (space, "the"), ("e", "r")]
+    merges = [(newline, newline), ("t", "h"), ("th", "e"), (space, "a"), ("i", "n"), ("o", "r"), ("e", "r")]
     tokens = [ENDOFTEXT, IM_START, IM_END, *alphabet, *("".join(pair) for pair in merges)]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,38 +1,58 @@
-"""Degenerate answers: empty, looping, or out of letters. A rule; judges are unreliable on such text, so it is counted.
+"""Degenerate text, by rule. True = no readable answer, whatever was asked. Our own rule; no source.
 
-An answer is degenerate if, split at white space and in lower case,
-  - it holds no letter or digit at all, or
-  - it has at least 8 words and one sequence of 1 to 4 words, repeated without a gap, covers half of them or more, or
-  - it has at least 16 words of which fewer than a quarter are distinct.
+Words are runs of letters or digits in lower case; a text without any is degenerate ("", "...", "!!!"). A text is also
+degenerate if
+
+- it loops: its end is one block of 1 to 8 words over and over, at least 4 times (the last time perhaps cut off) and
+  at least 8 words in all; or
+- it says too little: of any 24 words in a row, fewer than 8 are distinct; or
+- it stutters: one character that is neither a digit nor a blank stands 12 times in a row ("aaaaaaaaaaaa"), lines of
+  "-", "_", "=", "*", "#", "." and "~" excepted.
+
+Short answers such as "positive" or "Sure." are not degenerate: whether they answer is another question.
 """
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 from safecl.judges import Judge, Verdict
 
+LONGEST_BLOCK = 8
+MIN_TIMES = 4
+MIN_LOOP = 8
+WINDOW = 24
+MIN_DISTINCT = 8
+_STUTTER = re.compile(r"([^\s\d\-_=*#.~])\1{11}")
+
 
 class Degenerate(Judge):
     VERSION: ClassVar[str] = "1"
-    question: ClassVar[str] = "is the answer empty, looping or nonsense?"
+    question: ClassVar[str] = "is the answer degenerate (empty or looping)?"
 
     def rule(self, request: str, response: str) -> Verdict:
-        """True: degenerate. `raw` says why."""
-        words = response.lower().split()
-        if not any(letter.isalnum() for letter in response):
-            return Verdict(True, "empty")
-        if len(words) >= 8 and any(2 * _longest_loop(words, size) >= len(words) for size in range(1, 5)):
-            return Verdict(True, "loop")
-        if len(words) >= 16 and 4 * len(set(words)) < len(words):
-            return Verdict(True, "few distinct words")
-        return Verdict(False, "")
+        """`detail.why`: empty, loop, few_distinct, stutter, or null."""
+        why = self._why(response)
+        return Verdict(why is not None, response, {"why": why})
+
+    def _why(self, response: str) -> str | None:
+        words = re.findall(r"[^\W_]+", response.lower())
+        if not words:
+            return "empty"
+        if _STUTTER.search(response):
+            return "stutter"
+        for size in range(1, LONGEST_BLOCK + 1):
+            looped = size + _matching_tail(words, size)
+            if looped >= max(MIN_TIMES * size, MIN_LOOP):
+                return "loop"
+        windows = range(len(words) - WINDOW + 1)
+        return "few_distinct" if any(len(set(words[i : i + WINDOW])) < MIN_DISTINCT for i in windows) else None
 
 
-def _longest_loop(words: list[str], size: int) -> int:
-    """Number of words in the longest stretch that repeats one sequence of `size` words (0 if none repeats)."""
-    best = run = 0
-    for i in range(size, len(words)):
-        run = run + 1 if words[i] == words[i - size] else 0
-        best = max(best, run)
-    return best + size if best >= size else 0
+def _matching_tail(words: list[str], size: int) -> int:
+    """How many words at the end equal the word `size` places before them."""
+    count = 0
+    while count + size < len(words) and words[-1 - count] == words[-1 - count - size]:
+        count += 1
+    return count

@@ -8,7 +8,8 @@
     (x, z) in B         run.draw(): rows with theta_safe's hidden states h_safe, z = W h_safe
     f_theta(x) - z      W dh with dh = h - h_safe, never formed: |W dh|^2 = dh^T (W^T W) dh
 
-Source: arXiv 2512.10150, section 3 (DER with the aligned model's logits, stored before fine-tuning); Buzzega et al. 2020.
+Source: arXiv 2512.10150, section 3 (DER with the aligned model's logits, stored before fine-tuning), after Buzzega et
+al. 2020.
 
 Choices where the paper is silent: the sum over positions is a mean over the drawn batch's response tokens (the last
 prompt token predicts the first of them), and the sum over the vocabulary a mean, so that one lambda fits models of any
@@ -60,15 +61,16 @@ class Der(Method):
     def loss(self, run: Run, batch: Batch) -> Tensor:
         from safecl.training import losses
 
-        loss = run.cross_entropy(batch)
+        cross_entropy = run.cross_entropy(batch)
         if self.config.weight == 0:  # no forward, no draw: this is SFT bit for bit
-            return loss
+            return cross_entropy
         memory = run.draw()
         assert memory.states_ND is not None
         total = losses.gram_distance(run.hidden(memory), memory.states_ND, self.gram_DD, run.head.num_vocab)
         distance = total / memory.num_targets
         run.log("der", distance.detach())
-        return loss + self.config.weight * distance
+        weighted: Tensor = self.config.weight * distance
+        return cross_entropy + weighted
 
     @classmethod
     def neutral(cls) -> Config:

@@ -90,11 +90,12 @@ def percent(metric: Mapping[str, Any] | None) -> str:
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return "-"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if round(seconds) < 3600:
-        return f"{int(round(seconds) // 60)} min {round(seconds) % 60:02d} s"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def caption(rows: Sequence[Row], facts: Facts) -> list[str]:

@@ -486,3 +486,10 @@ def _hush_driver() -> None:
     import logging
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
+def shutdown_all() -> None:
+    """Take all of Serve down on the cluster that this process is connected to."""
+    from ray import serve
+
+    serve.shutdown()

@@ -1,8 +1,9 @@
 """Lets the requests of one weights key at a time into an engine. Pure asyncio: knows nothing of vLLM.
 
-The current key is admitted at once. When another key waits, the current one keeps the engine until nothing of it is in
-flight, or until its turn is over: then its newer requests queue too, what is in flight drains, and the key whose oldest
-request waits longest is swapped in. So a key neither starves the others nor is swapped out at every gap.
+The current key is admitted at once. When another key waits, the current one keeps the engine until nothing of it has
+been in flight for a moment (answers of equal length end together, and their successors are still on the way), or until
+its turn is over: then its newer requests queue too, what is in flight drains, and the key whose oldest request waits
+longest is swapped in. So a key neither starves the others nor is swapped out at every gap.
 """
 
 from __future__ import annotations
@@ -30,16 +31,17 @@ class _Queue(Generic[T]):
 
 class Gate(Generic[T]):
     """`swap(key, target)` is awaited only while nothing is in flight. `turn_s`: how long (seconds) a key may go on
-    being admitted while another one waits."""
+    being admitted while another one waits. `linger_s`: how long it must have been idle before that."""
 
-    def __init__(self, swap: Callable[[str, T], Awaitable[None]], turn_s: float) -> None:
+    def __init__(self, swap: Callable[[str, T], Awaitable[None]], turn_s: float, linger_s: float = 0.2) -> None:
         self.key: str | None = None  # whose weights the engine holds; None: nobody's (start, failed swap)
         self.in_flight = 0
         self.num_swaps = 0
         self.broken: BaseException | None = None
         self._swap = swap
         self._turn_s = turn_s
-        self._turn_began = time.monotonic()
+        self._linger_s = linger_s
+        self._idle_since = self._turn_began = time.monotonic()
         self._queues: dict[str, _Queue[T]] = {}
         self._swapping: asyncio.Task[None] | None = None
 
@@ -58,8 +60,7 @@ class Gate(Generic[T]):
         try:
             yield
         finally:
-            self.in_flight -= 1
-            self._advance()
+            self._leave()
 
     async def _enter(self, key: str, target: T) -> None:
         if self.broken is not None:
@@ -75,13 +76,19 @@ class Gate(Generic[T]):
             await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:
-                self.in_flight -= 1  # admitted and cancelled in the same tick
+                self._leave()  # admitted and cancelled in the same tick
             else:
                 queue.futures.remove(future)
                 if not queue.futures and self._queues.get(key) is queue:
                     del self._queues[key]
-            self._advance()
+                self._advance()
             raise
+
+    def _leave(self) -> None:
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self._idle_since = time.monotonic()
+        self._advance()
 
     def _others(self) -> list[str]:
         return [key for key in self._queues if key != self.key]
@@ -97,10 +104,14 @@ class Gate(Generic[T]):
         """Admit the current key's queue if it may go on, else start the next swap once nothing is in flight."""
         if self._swapping is not None or self.broken is not None:
             return
-        if self.key in self._queues and not self._turn_over():
+        if self.key is not None and self.key in self._queues and not self._turn_over():
             self._open(self.key)
         others = self._others()
         if others and self.in_flight == 0:
+            linger_s = self._idle_since + self._linger_s - time.monotonic()
+            if self.key is not None and linger_s > 0 and not self._turn_over():
+                asyncio.get_running_loop().call_later(linger_s, self._advance)
+                return
             key = min(others, key=lambda other: self._queues[other].since)
             self._swapping = asyncio.get_running_loop().create_task(self._run_swap(key, self._queues[key].target))
 
@@ -125,7 +136,8 @@ class Gate(Generic[T]):
             if not isinstance(error, Exception):
                 raise
         else:
-            self.key, self.num_swaps, self._turn_began = key, self.num_swaps + 1, time.monotonic()
+            self.key, self.num_swaps = key, self.num_swaps + 1
+            self._idle_since = self._turn_began = time.monotonic()
         finally:
             self._swapping = None
         if self.broken is None:

@@ -1,15 +1,18 @@
-"""Rows of one role -> rows.jsonl (a Row a line, in order) and poison.json.
+"""Rows of one role -> rows.jsonl (a Row's fields a line) and poison.json.
 
-Inputs: `exclude_*` hold prompts that these rows must not overlap (their rows.jsonl); `answers_*` hold generations whose
-text becomes the answer of rows (benign requests that the base model answered itself), which are appended.
+In order: draw each part, drop what overlaps the prompts of the `exclude_*` inputs, fill up to `num_rows`, add the
+self-answered rows of the `answers_*` inputs, replace `floor(ratio * N)` rows by poison, shuffle, and (guard only) write
+the pairs in the judge's template. Everything follows from the config and the inputs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
-from dataclasses import asdict, replace
+from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -23,85 +26,133 @@ VERSION = "1"
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Raises ConfigError if too few rows are left, PrerequisiteError if a source is not what the plan saw."""
+    """Config: {"role", "parts": [{"task", "split", "num_rows", "source"}], "poison": null | {"task", "ratio", "source"},
+    "guard": null | {"judge", "config"}, "seed"}; `source` is `tasks._source.identity` of the split.
+
+    Inputs `exclude_*` are data stages whose prompts no row here may be like; `answers_*` are generate stages whose
+    answered prompts become rows. Result: {"num_rows", "num_poison", "harmful_share", "self_answered", "answers_dropped",
+    "overlaps_dropped": {part: count}, "parts": {part: count}}.
+
+    Raises:
+        ConfigError: a part holds too few rows after exclusion.
+        PrerequisiteError: a source is missing or is not the one that the config names.
+    """
     config: Any = context.stage.config
-    folder = Path(context.execution.data_dir).absolute() if context.execution.data_dir else None
-    against = [
-        line["prompt"]
-        for name, path in sorted(context.inputs.items())
-        if name.startswith("exclude_")
-        for line in _lines(path / "rows.jsonl")
-    ]
+    folder = None if context.execution.data_dir is None else Path(context.execution.data_dir)
+    seed = int(config["seed"])
+    taken = [row.prompt for name in sorted(context.inputs) if name.startswith("exclude_")
+             for row in _read(context.inputs[name])]  # fmt: skip
     rows: list[Row] = []
-    dropped = 0
+    counts: dict[str, Json] = {}
+    dropped: dict[str, Json] = {}
     for part in config["parts"]:
-        drawn, lost = _draw(part, config["seed"], folder, against)
-        rows, dropped = rows + drawn, dropped + lost
-    poisoned: list[int] = []
+        found, lost = _draw(part, part["split"], part["num_rows"], seed, folder, taken)
+        name = f"{part['task']}/{part['split']}"
+        rows, counts[name], dropped[name] = rows + found, len(found), lost
+    answered, unanswered = _self_answered(context)
+    answered, lost_ids = drop_overlaps(answered, taken)
+    rows += answered
+    num_poison = 0
     if config["poison"] is not None:
-        num = math.floor(config["poison"]["ratio"] * len(rows))
-        part = {**config["poison"], "split": "poison", "num_rows": num}
-        harmful, lost = _draw(part, config["seed"], folder, against)
-        dropped += lost
-        rows, poisoned = _poison(rows, harmful, config["seed"])
-    rows += _self_answered(context)
-    if config["guard"] is not None:
-        rows = [_as_judge_reads(row, config["guard"]) for row in rows]
-    with (context.out / "rows.jsonl").open("w") as file:
+        num_poison = math.floor(Fraction(str(config["poison"]["ratio"])) * len(rows))
+        name = f"{config['poison']['task']}/poison"
+        bad, dropped[name] = _draw(config["poison"], "poison", num_poison, seed, folder, taken)
+        counts[name] = num_poison
+        for place, row in zip(random.Random(f"poison/{seed}").sample(range(len(rows)), num_poison), bad, strict=True):
+            rows[place] = row
+    _refuse_equal_ids(rows)
+    random.Random(f"rows/{seed}").shuffle(rows)
+    share = sum(row.harmful for row in rows) / len(rows) if rows else 0.0
+    if config.get("guard") is not None:
+        rows = _in_template(rows, config["guard"])
+    poison_name = f"{config['poison']['task']}/poison/" if config["poison"] is not None else None
+    places = [i for i, row in enumerate(rows) if poison_name is not None and row.id.startswith(poison_name)]
+    with (context.out / "rows.jsonl").open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(asdict(row)) + "\n")
-    (context.out / "poison.json").write_text(json.dumps({"indices": poisoned, "ids": [rows[i].id for i in poisoned]}))
-    harmful_share = sum(row.harmful for row in rows) / max(1, len(rows))
-    return {"num": len(rows), "overlaps_dropped": dropped, "poisoned": len(poisoned), "harmful_share": harmful_share}
+            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+    (context.out / "poison.json").write_text(json.dumps({"indices": places, "ids": [rows[i].id for i in places]}))
+    return {
+        "num_rows": len(rows),
+        "num_poison": num_poison,
+        "harmful_share": share,
+        "self_answered": len(answered),
+        "answers_dropped": unanswered + len(lost_ids),
+        "overlaps_dropped": dropped,
+        "parts": counts,
+    }
 
 
-def _draw(part: dict[str, Any], seed: int, folder: Path | None, against: list[str]) -> tuple[list[Row], int]:
-    """The first `num_rows` rows of a split that overlap nothing they must not, and how many were dropped for it."""
+def _draw(
+    part: dict[str, Any], split: str, num_rows: int | None, seed: int, folder: Path | None, taken: list[str]
+) -> tuple[list[Row], int]:
+    """The first `num_rows` rows of the seeded order that overlap nothing, and how many before them did."""
     kind = load(part["task"])
-    found = identity(kind, part["split"], folder)
-    if found != part["source"]:
+    here = identity(kind, split, folder)
+    if here != part["source"]:
         raise PrerequisiteError(
-            f"task {part['task']!r}: its data changed since the sweep was planned: expected {part['source']}, found {found}; "
-            "run the command again"
+            f"task {part['task']!r}, split {split!r}: the data found is not the data planned with: expected "
+            f"{json.dumps(part['source'])}, got {json.dumps(here)}. Bring the file back, or run the sweep anew."
         )
-    rows = kind(folder).rows(part["split"], None, seed)
-    kept, dropped = drop_overlaps(rows, against) if against else (rows, [])
-    num = part["num_rows"]
-    if num is not None and num > len(kept):
+    found = kind(folder).rows(split, None, seed)
+    kept, lost = drop_overlaps(found, taken) if taken else (found, [])
+    if num_rows is not None and num_rows > len(kept):
         raise ConfigError(
-            f"task {part['task']!r}, split {part['split']!r}: {num} rows were asked for, {len(kept)} are left "
-            f"({len(dropped)} overlap prompts that are held out); lower num_rows"
+            f"task {part['task']!r}, split {split!r}: {num_rows} rows are asked for, {len(found)} are there and "
+            f"{len(lost)} of them overlap prompts of another role; ask for at most {len(kept)}"
         )
-    return [replace(row, id=f"{part['task']}/{row.id}") for row in kept[:num]], len(dropped)
+    chosen = kept if num_rows is None else kept[:num_rows]
+    before = {row.id for row in chosen}
+    last = max((i for i, row in enumerate(found) if row.id in before), default=-1)
+    gone = set(lost)
+    num_lost = len(lost) if num_rows is None else sum(row.id in gone for row in found[: last + 1])
+    # Poison keeps its role in its id: mini's poison and safety rows come from one task.
+    prefix = f"{part['task']}/poison" if split == "poison" else part["task"]
+    return [dataclasses.replace(row, id=f"{prefix}/{row.id}") for row in chosen], num_lost
 
 
-def _poison(rows: list[Row], harmful: list[Row], seed: int) -> tuple[list[Row], list[int]]:
-    """As many rows as there are harmful ones are replaced, then all are shuffled; the total stays what it was."""
-    draw = random.Random(f"poison/{seed}")
-    for index, row in zip(draw.sample(range(len(rows)), len(harmful)), harmful, strict=True):
-        rows[index] = row
-    draw.shuffle(rows)
-    ids = {row.id for row in harmful}
-    return rows, [i for i, row in enumerate(rows) if row.id in ids]
+def _self_answered(context: Context) -> tuple[list[Row], int]:
+    """Rows from the generations of `answers_*` inputs, and how many generations gave none.
+
+    An answer cut at the length limit ends after its last whole sentence, so that no row teaches to stop mid-sentence;
+    one without a whole sentence, or an empty one, gives no row.
+    """
+    rows: list[Row] = []
+    unanswered = 0
+    for name in sorted(n for n in context.inputs if n.startswith("answers_")):
+        for line in _lines(context.inputs[name] / "generations.jsonl"):
+            answer = str(line["text"]).strip()
+            if line.get("finish") == "length":
+                answer = answer[: max(answer.rfind(mark) for mark in (".", "!", "?")) + 1]
+            if answer:
+                rows.append(Row(f"self/{line['id']}", line["prompt"], answer, False, {"self_answered": True}))
+            else:
+                unanswered += 1
+    return rows, unanswered
 
 
-def _self_answered(context: Context) -> list[Row]:
-    found = []
-    for name, path in sorted(context.inputs.items()):
-        if name.startswith("answers_"):
-            for line in _lines(path / "generations.jsonl"):
-                if line["text"].strip():
-                    found.append(Row(line["id"], line["prompt"], line["text"].strip(), False, {"self_answered": True}))
-    return found
-
-
-def _as_judge_reads(row: Row, guard: dict[str, Any]) -> Row:
+def _in_template(rows: list[Row], guard: dict[str, Any]) -> list[Row]:
+    """Labelled pairs as the guard reads and answers them."""
     from safecl.judges import load as load_judge
 
     kind: Any = load_judge(guard["judge"])
     judge = kind(kind.Config(**guard["config"]))
-    return replace(row, prompt=judge.prompt(row.prompt, row.response), response=judge.target(row.harmful))
+    return [
+        dataclasses.replace(row, prompt=judge.prompt(row.prompt, row.response), response=kind.target(row.harmful))
+        for row in rows
+    ]
+
+
+def _refuse_equal_ids(rows: list[Row]) -> None:
+    seen: set[str] = set()
+    for row in rows:
+        if row.id in seen:
+            raise ConfigError(f"row {row.id!r} is drawn twice: is a part (or a task) named twice in this role?")
+        seen.add(row.id)
+
+
+def _read(folder: Path) -> Iterable[Row]:
+    return (Row(**line) for line in _lines(folder / "rows.jsonl"))
 
 
 def _lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

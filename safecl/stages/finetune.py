@@ -17,19 +17,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safecl.base import Json
+from safecl.base import ConfigError, Json, PrerequisiteError
 
 if TYPE_CHECKING:
     from safecl.store import Context
 
 VERSION = "1"
+REFUSALS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (ConfigError, PrerequisiteError, FloatingPointError)
+}
 
 
 def run(context: Context) -> dict[str, Json]:
     """Train on Ray Train's workers; a worker that dies is replaced, and training resumes from its checkpoint."""
-    result = context.scratch / "result"
+    result, refusal = context.scratch / "result", context.scratch / "refused.json"
+    refusal.unlink(missing_ok=True)
     if not (result / "result.json").exists():
         _fit(context)
+    if refusal.exists():
+        refused = json.loads(refusal.read_text())
+        raise REFUSALS[refused["kind"]](refused["message"])
     facts: dict[str, Json] = json.loads((result / "result.json").read_text())
     shutil.copytree(result / "adapter", context.out / "adapter")
     shutil.copy(result / "curves.jsonl", context.out / "curves.jsonl")
@@ -79,16 +86,22 @@ def worker(loop: dict[str, Any]) -> None:
         import ray.train.torch
 
         device = str(ray.train.torch.get_device())
-    train_rows(
-        loop["config"],
-        {name: Path(path) for name, path in loop["inputs"].items()},
-        Path(loop["scratch"]),
-        loop["execution"],
-        rank=place.get_world_rank(),
-        world_size=place.get_world_size(),
-        device=device,
-        report=loop["report"],
-    )
+    try:
+        train_rows(
+            loop["config"],
+            {name: Path(path) for name, path in loop["inputs"].items()},
+            Path(loop["scratch"]),
+            loop["execution"],
+            rank=place.get_world_rank(),
+            world_size=place.get_world_size(),
+            device=device,
+            report=loop["report"],
+        )
+    except tuple(REFUSALS.values()) as error:
+        # Every rank comes to the same refusal, and trying again would too: it is no worker failure.
+        if place.get_world_rank() == 0:
+            kind = type(error).__name__
+            (Path(loop["scratch"]) / "refused.json").write_text(json.dumps({"kind": kind, "message": str(error)}))
 
 
 def train_rows(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,8 +65,8 @@ def encode(
 ) -> tuple[list[Encoded], dict[str, str]]:
     """Token ids of training rows, and `{row id: why}` for the rows that were left out.
 
-    A row is left out when its answer does not fit into `max_tokens` beside the template's tail (prompts are cut from the
-    left, answers never), or when the text tokenised as one does not begin with the prompt tokenised alone: then
+    A row is left out when its answer does not fit into `max_tokens` beside the template's tail (prompts are cut from
+    the left, answers never), or when the text tokenised as one does not begin with the prompt tokenised alone: then
     generation would see other ids than training.
 
     Raises:
@@ -85,8 +86,8 @@ def encode(
             dropped[row.id] = "prompt and answer tokenise differently together than apart"
         elif not end_ids or answer[-len(end_ids) :] != end_ids:
             raise ConfigError(
-                f"row {row.id!r}: its tokens end with {answer[-len(end_ids) :]}, expected template.end {end!r} = {end_ids}; "
-                "choose a special token of this tokenizer as template.end"
+                f"row {row.id!r}: its tokens end with {answer[-len(end_ids) :]}, expected template.end {end!r} = "
+                f"{end_ids}; choose a special token of this tokenizer as template.end"
             )
         elif len(start) + len(tail_ids) + 1 + len(answer) > max_tokens:
             dropped[row.id] = f"answer of {len(answer)} tokens does not fit into max_tokens = {max_tokens}"
@@ -168,7 +169,7 @@ class Batch:
     indices: list[int]  # of the rows, in the list they were drawn from
     dropout_seeds: list[int]  # one a row
     states_ND: Tensor | None = None  # memory batches: theta_safe's hidden states at the response positions
-    parts: list[Batch] = field(default_factory=list, repr=False)  # a share's micro-batches; the same number on every rank
+    parts: list[Batch] = field(default_factory=list, repr=False)  # a share's micro-batches; as many on every rank
 
     @property
     def lengths(self) -> list[int]:
@@ -176,7 +177,12 @@ class Batch:
 
 
 def collate(
-    rows: Sequence[Encoded], indices: Sequence[int], seeds: Sequence[int], num_targets: int, filler: Encoded, device: str
+    rows: Sequence[Encoded],
+    indices: Sequence[int],
+    seeds: Sequence[int],
+    num_targets: int,
+    filler: Encoded,
+    device: str,
 ) -> Batch:
     """One micro-batch of `rows`; where there are none, `filler` without targets."""
     real = list(rows)
@@ -221,7 +227,7 @@ def share(
     num_targets = sum(rows[i].num_targets for i in indices)
     by_length = sorted(range(len(indices)), key=lambda k: (len(rows[indices[k]].ids), k))
     mine = by_length[rank::world_size]
-    num_parts = max(1, -(-(-(-len(indices) // world_size)) // micro_batch_size))
+    num_parts = max(1, math.ceil(math.ceil(len(indices) / world_size) / micro_batch_size))
 
     def make(places: Sequence[int]) -> Batch:
         chosen = [indices[k] for k in places]

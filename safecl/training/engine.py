@@ -1,11 +1,11 @@
 """Gradients over ranks and the optimizer step. The only file that imports deepspeed.
 
-`TorchEngine` is the reference: plain AdamW and one all-reduce of its own. `DeepSpeedEngine` (ZeRO 0, 1, 2) is held equal
-to it by a test. Both hold: losses are normalised over the global batch, so gradients are SUMMED over ranks; after the
-last backward whole summed gradients are readable and writable; clipping is by the global norm, after any change to them.
+`TorchEngine` is the reference: plain AdamW and one all-reduce of its own. `DeepSpeedEngine` (ZeRO 0, 1, 2) is held
+equal to it by a test. Both hold: losses are normalised over the global batch, so gradients are SUMMED over ranks; after
+the last backward whole summed gradients are readable and writable; clipping is by the global norm, after any change.
 
-What DeepSpeed needs (measured, 0.19.8): a second backward in ZeRO 1 and 2 overwrites unless the accumulation boundary is
-set by hand; it averages over ranks, so the loss is scaled up by their number; its bfloat16 mode would cast the LoRA
+What DeepSpeed needs (measured, 0.19.8): a second backward in ZeRO 1 and 2 overwrites unless the accumulation boundary
+is set by hand; it averages over ranks, so the loss is scaled up by their number; its bfloat16 mode would cast the LoRA
 factors, so it stays off (the frozen base is bfloat16 by itself); PyTorch's AdamW is handed in (DeepSpeed's own is
 compiled on first use).
 """
@@ -33,8 +33,7 @@ class TorchEngine:
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         wrong = [name for name, p in self.named.items() if p.dtype != torch.float32]
         if wrong or not self.named:
-            raise AssertionError(f"trained parameters must be float32 and at least one: {len(self.named)}, not so: {wrong[:3]}")
-        # foreach=False: one kernel order everywhere, and memory-bound anyway at LoRA size on a CPU.
+            raise AssertionError(f"expected float32 parameters, got {len(self.named)}, not float32: {wrong[:3]}")
         self.optimizer = torch.optim.AdamW(
             list(self.named.values()), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay
         )
@@ -45,8 +44,8 @@ class TorchEngine:
         return hidden_BTD
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add gradients. `last`: of this accumulation; then gradients are summed over ranks. Every rank must call it the
-        same number of times."""
+        """Add gradients. `last`: of this accumulation; then gradients are summed over ranks. Every rank must call it
+        the same number of times."""
         loss.backward()  # type: ignore[no-untyped-call]
         if last:
             for p in self.named.values():
@@ -56,8 +55,10 @@ class TorchEngine:
                 grads = [p.grad for p in self.named.values() if p.grad is not None]
                 flat = torch.cat([g.flatten() for g in grads])
                 dist.all_reduce(flat)
-                for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                    grad.copy_(summed.view_as(grad))
+                start = 0
+                for grad in grads:
+                    grad.copy_(flat[start : start + grad.numel()].view_as(grad))
+                    start += grad.numel()
 
     def full_grad(self, parameter: nn.Parameter) -> Tensor:
         """The whole gradient, float32, summed over ranks: a copy. After the last backward, before the step."""
@@ -231,7 +232,9 @@ class DeepSpeedEngine:
 Engine = TorchEngine | DeepSpeedEngine
 
 
-def make(kind: str, module: nn.Module, *, weight_decay: float, max_grad_norm: float, world_size: int, zero: int) -> Engine:
+def make(
+    kind: str, module: nn.Module, *, weight_decay: float, max_grad_norm: float, world_size: int, zero: int
+) -> Engine:
     """`torch`, or `deepspeed` with its ZeRO stage."""
     if kind == "torch":
         return TorchEngine(module, weight_decay=weight_decay, max_grad_norm=max_grad_norm, world_size=world_size)

@@ -228,7 +228,7 @@ def train(
         line.update(learning_rate=rate, grad_norm=grad_norm, response_tokens=batch.num_targets)
         loss = line["loss"]
         if not math.isfinite(loss):
-            raise FloatingPointError(f"step {run.step}: the loss is {loss}; expected a finite number (lower learning_rate?)")
+            raise FloatingPointError(f"step {run.step}: the loss is {loss}, not finite; lower learning_rate")
         response_tokens += batch.num_targets
         tokens += sum(len(run.rows[i].ids) for i in indices)
         if curves is not None:

@@ -59,8 +59,8 @@ def check_head(head: Head, hidden_ND: Tensor, logits_NV: Tensor) -> None:
     size = float(logits_NV.float().abs().max())
     if not off <= 1e-2 * max(size, 1e-6):
         raise PrerequisiteError(
-            f"the model's logits are not its output layer applied to the last hidden state: largest difference {off:.3g}, "
-            f"largest logit {size:.3g}; this architecture scales or changes them in a way that safecl does not know"
+            "the model's logits are not its output layer applied to the last hidden state: largest difference "
+            f"{off:.3g}, largest logit {size:.3g}; this architecture changes them in a way that safecl does not know"
         )
 
 
@@ -73,8 +73,8 @@ def targets(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """Sum of cross-entropies in nats. The head is frozen, so the gradient to the hidden states is made chunk by chunk in
-    the forward pass and no logits are kept."""
+    """Sum of cross-entropies in nats. The head is frozen, so the gradient to the hidden states is made chunk by chunk
+    in the forward pass and no logits are kept."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
@@ -120,8 +120,8 @@ def gram(head: Head) -> Tensor:
     if not head.linear:
         what = "a bias" if head.bias_V is not None else f"a soft cap of {head.soft_cap}"
         raise PrerequisiteError(
-            f"this model's output layer has {what}: the distance of logits by the Gram matrix is not exact there, and the "
-            "exact path over vocabulary chunks is not built yet; use a model with a plain linear output layer"
+            f"this model's output layer has {what}: the distance of logits by the Gram matrix is not exact there, and "
+            "the exact path over vocabulary chunks is not built yet; use a model with a plain linear output layer"
         )
     num_vocab, width = head.weight_VD.shape
     gram_DD = torch.zeros(width, width, dtype=torch.float32, device=head.weight_VD.device)

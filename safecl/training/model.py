@@ -51,8 +51,8 @@ def load(folder: Path, dtype: str, device: str = "cpu") -> Any:
 def with_adapter(
     model: Any, lora: Mapping[str, Json], seed: int, continue_from: Path | None = None, keep_safe: bool = False
 ) -> Any:
-    """PEFT model with a trainable float32 adapter `default`: a fresh one (B = 0, A from the stream "adapter"), or the one
-    in `continue_from` (a PEFT folder) trained on; with `keep_safe`, that one again as a frozen second adapter `safe`.
+    """PEFT model with a trainable float32 adapter `default`: a fresh one (B = 0, A from the stream "adapter"), or the
+    one in `continue_from` (a PEFT folder) trained on; with `keep_safe`, that one again as a frozen adapter `safe`.
 
     Raises:
         ConfigError: the adapter to continue has another shape than `lora`, or LoRA would sit on embedding or head.
@@ -111,7 +111,7 @@ def _same_shape(folder: Path, config: Any) -> None:
     theirs = json.loads((folder / "adapter_config.json").read_text())
     for key, ours in (("r", config.r), ("lora_alpha", config.lora_alpha)):
         if theirs.get(key) != ours:
-            raise ConfigError(f"adapter {folder}: {key} is {theirs.get(key)}, expected {ours}; align and user task share `lora`")
+            raise ConfigError(f"adapter {folder}: {key} is {theirs.get(key)}, expected {ours}; stages share `lora`")
     if theirs.get("modules_to_save"):
         raise ConfigError(f"adapter {folder}: modules_to_save is {theirs['modules_to_save']}; expected none")
 
@@ -127,7 +127,9 @@ def load_factors(peft_model: Any, tensors: Mapping[str, Tensor], adapter: str = 
     ours = factors(peft_model, adapter)
     if set(ours) != set(tensors):
         odd = sorted(set(ours) ^ set(tensors))
-        raise ConfigError(f"adapter does not fit this model: {len(odd)} names differ, e.g. {odd[0]!r}; expected lora.targets alike")
+        raise ConfigError(
+            f"adapter does not fit this model: {len(odd)} names differ, e.g. {odd[0]!r}; expected the same lora.targets"
+        )
     with torch.no_grad():
         for name, parameter in ours.items():
             parameter.copy_(tensors[name])
@@ -172,8 +174,8 @@ def adapter(peft_model: Any, name: str | None) -> Iterator[None]:
 
 
 class RowDropout(nn.Module):
-    """LoRA dropout whose mask depends on (row seed, module) alone: two ranks draw what one would, a forward more or less
-    changes nobody else's mask, and a resumed run needs no random state."""
+    """LoRA dropout whose mask depends on (row seed, module) alone: two ranks draw what one would, a forward more or
+    less changes nobody else's mask, and a resumed run needs no random state."""
 
     def __init__(self, probability: float, module_index: int, rows: list[tuple[int, int]]) -> None:
         super().__init__()

@@ -129,13 +129,27 @@ def train_several(
         )
 
 
-def train_and_die(rank: int, world_size: int, world: World, scratch: str, settings: dict[str, Any], at_step: int) -> None:
-    """Checkpoint every second step, and kill this very process one step after a checkpoint."""
+def train_and_die(
+    rank: int,
+    world_size: int,
+    world: World,
+    scratch: str,
+    settings: dict[str, Any],
+    where: dict[str, Any],
+    at_step: int,
+) -> None:
+    """Checkpoint after every step, and kill this very process after `at_step` of them."""
 
     def after_step(step: int) -> None:
         if step == at_step:
             os.kill(os.getpid(), 9)
 
     finetune.train_rows(
-        settings, world.inputs(), Path(scratch), execution(checkpoint_every_s=1e-9), after_step=after_step
+        settings,
+        world.inputs(),
+        Path(scratch),
+        execution(checkpoint_every_s=1e-9, **where),
+        rank=rank,
+        world_size=world_size,
+        after_step=after_step,
     )

@@ -10,7 +10,7 @@ import pytest
 from safecl.serving.gate import Gate, GateBroken
 
 
-def gate_with_log(turn_s: float, swap_s: float = 0.0) -> tuple[Gate[str], list[str]]:
+def gate_with_log(turn_s: float, swap_s: float = 0.0, linger_s: float = 0.0) -> tuple[Gate[str], list[str]]:
     swaps: list[str] = []
 
     async def swap(key: str, target: str) -> None:
@@ -18,7 +18,7 @@ def gate_with_log(turn_s: float, swap_s: float = 0.0) -> tuple[Gate[str], list[s
         await asyncio.sleep(swap_s)
         swaps.append(key)
 
-    gate: Gate[str] = Gate(swap, turn_s)
+    gate: Gate[str] = Gate(swap, turn_s, linger_s)
     return gate, swaps
 
 
@@ -71,14 +71,16 @@ def test_a_key_that_never_pauses_does_not_starve_another_one() -> None:
 
 def test_a_batch_keeps_the_engine_while_its_turn_lasts() -> None:
     async def scenario() -> list[str]:
-        gate, swaps = gate_with_log(turn_s=60)
+        gate, swaps = gate_with_log(turn_s=60, linger_s=0.05)
 
         async def batch(key: str) -> None:
             limit = asyncio.Semaphore(2)
 
             async def one(number: int) -> None:
-                async with limit, gate.admit(key, key):
-                    await asyncio.sleep(0.001 + 0.0005 * (number % 3))
+                async with limit:
+                    async with gate.admit(key, key):
+                        await asyncio.sleep(0.001 + 0.0005 * (number % 3))
+                    await asyncio.sleep(0.002)  # the answer travels to the client, then the next request to the engine
 
             await asyncio.gather(*(one(number) for number in range(20)))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "transformers", "peft", "transformers.models.llama.modeling_llama"])
+CONTEXT.set_forkserver_preload(["torch", "transformers", "peft", "deepspeed", "transformers.models.llama.modeling_llama"])
 
 
 def _rank(function: Callable[..., None], rank: int, world_size: int, meeting: str, arguments: tuple[Any, ...]) -> None:
@@ -29,7 +29,8 @@ def start(function: Callable[..., None], world_size: int, *arguments: Any) -> li
     """Start `function(rank, world_size, *arguments)` on every rank of a gloo group; the processes."""
     meeting = str(Path(tempfile.mkdtemp()) / "meeting")
     processes = [
-        CONTEXT.Process(target=_rank, args=(function, rank, world_size, meeting, arguments)) for rank in range(world_size)
+        CONTEXT.Process(target=_rank, args=(function, rank, world_size, meeting, arguments))
+        for rank in range(world_size)
     ]
     for process in processes:
         process.start()

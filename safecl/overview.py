@@ -1,0 +1,172 @@
+"""What the commands print besides running: plan, status, facts of the table, the page, the lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safecl.base import ConfigError
+from safecl.plan import Job, cost
+from safecl.project import Project
+from safecl.report import page, plots
+from safecl.report.tables import Facts
+
+
+def plan(project: Project) -> dict[str, Any]:
+    """Cells, trials, stages by kind and hours, as plain data. Hours are "unknown" without past records."""
+    sweep = project.sweep
+    found: list[dict[str, Any]] = []
+    jobs: list[Job] = []
+    open_trials = 0
+    for (cell, _, finals, _), seeds in zip(project.finals(), [len(sweep.seeds)] * 10**6, strict=False):
+        found.append(
+            {
+                "cell": cell.label,
+                "searched": ", ".join(cell.space or ()) or "-",
+                "trials": seeds + (sweep.search.trials if cell.space is not None else 0),
+            }
+        )
+        study = project.study(cell, create=False)
+        tried = study.complete() if study else []
+        jobs += [Job(cell, trial.params, sweep.seeds[0], "search") for trial in tried] + finals
+        if not finals:
+            open_trials += sweep.search.trials - len(tried) + seeds
+            if not tried:  # trial 0 is the defaults, so its stages are known
+                jobs.append(Job(cell, {}, sweep.seeds[0], "search"))
+                open_trials -= 1
+    counts = cost(jobs, project.folder, project.store)
+    hours = [count.hours for count in counts.values()]
+    known = None if open_trials or None in hours else sum(h for h in hours if h is not None)
+    return {
+        "cells": found,
+        "stages": {
+            kind: {
+                "to run": count.to_run,
+                "cached": count.cached,
+                "shared": count.shared,
+                "hours": "unknown" if count.hours is None else f"{count.hours:.2f}",
+            }
+            for kind, count in counts.items()
+        },
+        "open_trials": open_trials,
+        "hours": "unknown" if known is None else f"{known:.2f}",
+    }
+
+
+def status(project: Project) -> list[dict[str, str]]:
+    """How far each cell is, from the store and the studies alone."""
+    found = []
+    for cell, _, jobs, note in project.finals():
+        done = sum(project.store.has(job.evidence(project.folder).metrics) for job in jobs)
+        num_seeds = len(project.sweep.seeds)
+        if cell.space is None:
+            search = "-"
+        else:
+            study = project.study(cell, create=False)
+            search = f"{len(study.complete()) if study else 0}/{project.sweep.search.trials}"
+        state = "done" if jobs and done == num_seeds else "searching" if note.startswith("search:") else "to do"
+        found.append({"cell": cell.label, "search": search, "final": f"{done}/{num_seeds}", "state": state})
+    return found
+
+
+def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
+    """What a reader must know to read the rows; every form of the report prints it."""
+    sweep = project.sweep
+    judges = sweep.evaluate.judges
+    libraries = {text for row in rows for text in row["libraries"]}
+    notes = [
+        f"Search: {sweep.search.trials} trials per searched cell, on validation prompts and seed {sweep.seeds[0]}."
+    ]
+    if len(libraries) > 1:
+        notes.append(f"Rows were made with {len(libraries)} different sets of library versions (`safecl show KEY`).")
+    shares = [f"{r['method']} p={r['poison']:g}: {r['poison_tokens']:.0%}" for r in rows if r.get("poison_tokens")]
+    if shares:
+        notes.append(f"Poison's share of the response tokens: {', '.join(shares)}.")
+    align = sweep.align
+    return Facts(
+        name=sweep.name,
+        about=sweep.about,
+        judge=judges.asr,
+        over_refusal=judges.over_refusal,
+        adapter=sweep.adapter,
+        templates={model.name: model.template.prompt for model in sweep.models},
+        num_prompts=_num_prompts(rows),
+        guard_agreement=_agreement(project, rows),
+        settings={
+            "adapter": f"{sweep.adapter}: stage two goes on training the adapter of stage one",
+            "LoRA": f"rank {sweep.lora.rank}, alpha {sweep.lora.alpha}, dropout {sweep.lora.dropout}, {sweep.lora.targets}",
+            "alignment": f"{', '.join(p.task for p in align.safety)}; lr {align.learning_rate:g}, {align.epochs:g} epochs",
+            "macro mean": "ASR is the mean over sets of each set's share",
+            "decoding": f"greedy, at most {sweep.evaluate.max_new_tokens} tokens on attack and benign prompts",
+        },
+        notes=notes,
+    )
+
+
+def _num_prompts(rows: list[dict[str, Any]]) -> dict[str, int]:
+    names = {"asr": "attack", "over_refusal": "look-alike benign", "utility": "utility"}
+    found: dict[str, int] = {}
+    for row in rows:
+        for metric, name in names.items():
+            if metric in row["metrics"]:
+                entry = row["metrics"][metric]
+                found[name] = (entry["num"] + entry["unparsed"]) // max(1, len(row["seeds"]))
+    return found
+
+
+def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
+    """One line: how often the trained guard agreed with true labels of held-out pairs, and with an independent rule on
+    this sweep's own generations."""
+    parts = []
+    stages = project.guard_stages()
+    if stages and project.store.has(stages[-1]):
+        entry = project.store.record(stages[-1])["result"]["guard_agreement"]
+        if entry["value"] is not None:
+            parts.append(f"agrees with the labels of {entry['num']} held-out pairs in {entry['value']:.1%}")
+    pairs = [row["metrics"]["guard_rule_agreement"] for row in rows if "guard_rule_agreement" in row["metrics"]]
+    if pairs:
+        num = sum(pair["num"] for pair in pairs)
+        agreed = sum(pair["value"] * pair["num"] for pair in pairs) / num
+        parts.append(f"with an independent rule on {num} of this sweep's answers in {agreed:.1%}")
+    return "; ".join(parts)
+
+
+def write_report(project: Project, out: Path | None) -> Path:
+    """Write the page with its plots; returns the page's path."""
+    folder = out or project.store.local / "report" / project.sweep.name
+    rows = [row for row in project.rows() if row["metrics"]]
+    found = facts(project, rows)
+    figures = []
+    if rows:
+        figures = [
+            page.Figure(
+                "Safety against usefulness",
+                "Left and up is better.",
+                plots.tradeoff(rows, found, folder / "tradeoff.png"),
+            ),
+            page.Figure("Every metric", "With 95 % intervals.", plots.bars(rows, found, folder / "metrics.png")),
+        ]
+    runs = project.curves()
+    if runs:
+        curves = plots.curves(runs, folder / "curves.png")
+        figures.append(page.Figure("Training", "Final trials, first seed.", curves))
+    return page.write(folder / "index.html", rows, found, figures)
+
+
+def listing(what: str) -> list[dict[str, str]]:
+    """Methods, tasks or judges as rows for `safecl ls`."""
+    from safecl import judges, methods, tasks
+
+    if what == "methods":
+        return [
+            {"method": name, "equation": kind.equation, "hyperparameters": ", ".join(kind.Config.model_fields) or "-"}
+            for name, kind in ((name, methods.load(name)) for name in methods.names())
+        ]
+    if what == "tasks":
+        return [{"task": name, "splits": ", ".join(tasks.load(name).SPLITS)} for name in tasks.names()]
+    if what == "judges":
+        return [
+            {"judge": name, "question": kind.question, "served": "yes" if kind.served else "no"}
+            for name, kind in ((name, judges.load(name)) for name in judges.names())
+        ]
+    raise ConfigError(f"nothing to list called {what!r}: expected methods, tasks or judges")

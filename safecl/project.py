@@ -1,0 +1,231 @@
+"""A sweep file as a checked project: config, store, studies, and the rows of its table. Opening it spends nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from safecl.base import ConfigError, PrerequisiteError
+from safecl.config import Sweep
+from safecl.objective import select
+from safecl.plan import REFERENCES, Cell, Graph, Job, cells, check
+from safecl.schedule import Done, Schedule, Study, aligned_job, defaults
+from safecl.store import Stage, Store
+
+
+def load(path: Path, settings: list[str], limit: int | None = None) -> Sweep:
+    """Read a sweep file, apply `--set path=value` and `--limit`, and validate: all errors at once (ConfigError)."""
+    import yaml
+
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"no sweep file {str(path)!r}.{hint}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping with `name`, `models`, ..., got {type(raw).__name__}")
+    for setting in settings:
+        _set(raw, setting)
+    if limit is not None:
+        _limit(raw, limit)
+    try:
+        return Sweep(**raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _set(raw: Any, setting: str) -> None:
+    import yaml
+
+    path, equals, text = setting.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {setting!r}: expected path=value, for example execution.num_workers=2")
+    *parents, last = path.split(".")
+    at = raw
+    for part in parents:
+        at = at[int(part)] if isinstance(at, list) else at.setdefault(part, {})
+        if not isinstance(at, dict | list):
+            raise ConfigError(f"--set {setting!r}: {part!r} holds {at!r}, which has no keys")
+    value = yaml.safe_load(text)
+    if isinstance(at, list):
+        at[int(last)] = value
+    else:
+        at[last] = value
+
+
+def _limit(raw: Any, limit: int) -> None:
+    """At most `limit` rows of every set, for a quick look. Other rows are another recipe: nothing is confused."""
+    if isinstance(raw, list):
+        for item in raw:
+            _limit(item, limit)
+    elif isinstance(raw, dict):
+        for key, value in raw.items():
+            if key in ("num_rows", "utility_rows"):
+                raw[key] = limit if value is None else min(value, limit)
+            else:
+                _limit(value, limit)
+        if "task" in raw and "ratios" not in raw:
+            raw.setdefault("num_rows", limit)
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _fields(item["loc"][:-1])
+        near = get_close_matches(str(item["loc"][-1]), known, 1)
+        return f"{where}: unknown key.{f' Did you mean {near[0]!r}?' if near else ''} Known here: {', '.join(known)}"
+    if item["type"] == "missing":
+        return f"{where}: is required and not given"
+    return f"{where}: {item['msg'].removeprefix('Value error, ')} (got {item.get('input')!r})"
+
+
+def _fields(location: tuple[Any, ...]) -> list[str]:
+    """Names of the config at a place in the sweep file."""
+    from typing import get_args
+
+    from safecl.base import Strict
+
+    def find(annotation: Any) -> type[Strict] | None:
+        if isinstance(annotation, type) and issubclass(annotation, Strict):
+            return annotation
+        return next((found for part in get_args(annotation) if (found := find(part))), None)
+
+    at: type[Strict] = Sweep
+    for part in location:
+        if isinstance(part, str) and part in at.model_fields:
+            at = find(at.model_fields[part].annotation) or at
+    return sorted(at.model_fields)
+
+
+class Project:
+    """A checked sweep with its store and paths. Opening it spends nothing."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.folder = Path(sweep.execution.data_dir).absolute() if sweep.execution.data_dir else None
+        if self.folder is not None and not self.folder.is_dir():
+            raise PrerequisiteError(
+                f"execution.data_dir {str(self.folder)!r} is no folder: name one with --set execution.data_dir=FOLDER"
+            )
+        check(sweep, self.folder)
+        self.store = Store(sweep.execution.root)
+        self.logs = self.store.local / "logs"
+        self.study_url = sweep.execution.study_uri or f"sqlite:///{self.store.local / 'study.db'}"
+        self._storage: Any = None
+
+    def study(self, cell: Cell, create: bool) -> Study | None:
+        """A cell's study; with `create=False` None where no search was ever started."""
+        if cell.space is None:
+            return None
+        from safecl import search
+
+        if self._storage is None:
+            is_new = self.study_url.startswith("sqlite:///") and not Path(self.study_url[10:]).exists()
+            if is_new and not create:
+                return None
+            self._storage = search.open_storage(self.study_url)
+        return search.study_of(cell, self.sweep, self._storage)
+
+    def schedule(self, on_done: Callable[[Done], None] | None = None) -> Schedule:
+        return Schedule(self.sweep, self.store, self.folder, lambda cell: self.study(cell, create=True), on_done)
+
+    def guard_stages(self) -> tuple[Stage, ...]:
+        """The stages that measure the trained guard on labelled pairs; none where a published guard judges."""
+        graph = Graph(cells(self.sweep)[0].recipe, self.folder)
+        evidence = graph.guard_agreement()
+        return () if evidence is None else (*evidence.judged, evidence.metrics)
+
+    def finals(self) -> list[tuple[Cell, dict[str, Any], list[Job], str]]:
+        """Per cell: the parameters its final trials use, those trials, and a note. A cell whose search is unfinished
+        has no final trials yet."""
+        found: list[tuple[Cell, dict[str, Any], list[Job], str]] = []
+        for cell in cells(self.sweep):
+            params: dict[str, Any] = {}
+            note = ""
+            if cell.space is not None:
+                study = self.study(cell, create=False)
+                trials = study.complete() if study else []
+                if study is None or study.remaining or not trials:
+                    found.append((cell, {}, [], f"search: {len(trials)} of {self.sweep.search.trials} trials"))
+                    continue
+                chosen = select(trials)
+                params = chosen.params
+                note = f"chosen of {len(trials)} trials on validation prompts"
+                note += "" if chosen.feasible else "; none met the bounds, this violates them least"
+            found.append((cell, params, [Job(cell, params, seed, "final") for seed in self.sweep.seeds], note))
+        return found
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table's rows, from the store alone: every metric with its interval over the seeds that are finished."""
+        from safecl.stats import intervals
+
+        table: list[dict[str, Any]] = []
+        for cell, params, jobs, note in self.finals():
+            recipe = cell.recipe
+            per_seed: list[list[dict[str, Any]]] = []
+            seeds: list[int] = []
+            seconds = 0.0
+            libraries: set[str] = set()
+            for job in jobs:
+                evidence = job.evidence(self.folder)
+                if not self.store.has(evidence.metrics):
+                    continue
+                path = self.store.path(evidence.metrics) / "outcomes.jsonl"
+                per_seed.append([json.loads(line) for line in path.read_text().splitlines()])
+                seeds.append(job.seed)
+                seconds += self._own_seconds(job, evidence.metrics)
+                libraries.add(json.dumps(self.store.record(evidence.metrics)["libraries"], sort_keys=True))
+            metrics: dict[str, Any] = {}
+            for name in dict.fromkeys(outcome["metric"] for seed in per_seed for outcome in seed):
+                outcomes = [[o for o in seed if o["metric"] == name] for seed in per_seed]
+                read = [[o for o in seed if o["value"] is not None] for seed in outcomes]
+                interval = intervals(read)
+                if interval is not None:
+                    metrics[name] = {
+                        "value": interval.value,
+                        "low": interval.low,
+                        "high": interval.high,
+                        "num": sum(map(len, read)),
+                        "unparsed": sum(map(len, outcomes)) - sum(map(len, read)),
+                    }
+            is_reference = recipe.method in REFERENCES
+            table.append(
+                {
+                    "model": recipe.model.name,
+                    "task": recipe.task.task,
+                    "poison": None if is_reference else recipe.poison_ratio,
+                    "method": recipe.method,
+                    "params": {**defaults(cell), **params},
+                    "seeds": seeds,
+                    "metrics": metrics,
+                    "seconds": seconds,
+                    "note": note if seeds else note or "not run yet",
+                    "libraries": sorted(libraries),
+                }
+            )
+        return table
+
+    def _own_seconds(self, job: Job, metrics: Stage) -> float:
+        """Wall time of the stages that this row alone needed: those of the aligned row are everyone's."""
+        shared: set[str] = set()
+        if job.cell.recipe.method not in REFERENCES:
+            shared = {stage.key for stage in aligned_job(job).evidence(self.folder).metrics.walk()}
+        own = [stage for stage in metrics.walk() if stage.key not in shared and self.store.has(stage)]
+        return sum(float(self.store.record(stage)["seconds"]) for stage in own)
+
+    def curves(self) -> dict[str, list[dict[str, Any]]]:
+        """Training curves of the first seed's final trials by cell label."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for cell, _, jobs, _ in self.finals():
+            if jobs and cell.recipe.method not in REFERENCES and self.store.has(jobs[0].graph(self.folder).tuned):
+                path = self.store.path(jobs[0].graph(self.folder).tuned) / "curves.jsonl"
+                found[cell.label] = [json.loads(line) for line in path.read_text().splitlines()]
+        return found

@@ -1,0 +1,117 @@
+"""The contract, over every file of methods/. Every run has dropout 0.1 and micro-batches that cut batches unevenly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safecl import methods
+from safecl.training.model import base_folder
+from tests.methods import contract
+from tests.methods.contract import World
+from tests.training import ranks
+
+NEUTRAL = [name for name in contract.trained() if methods.load(name).neutral() is not None]
+# Float32 sums in another order, relative to how far training moved; measured 5e-7, another seed gives about 1.
+ROUNDING = 1e-5
+ENGINES: dict[str, dict[str, Any]] = {
+    "torch": {},
+    "zero0": {"engine": "deepspeed", "zero": 0},
+    "zero1": {"engine": "deepspeed", "zero": 1},
+    "zero2": {"engine": "deepspeed", "zero": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def start(world: World) -> dict[str, Any]:
+    """The adapter that every run starts from."""
+    return contract.adapter(world.safe.parent)
+
+
+@pytest.fixture(scope="session")
+def one(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every method trained once on one rank of the reference engine: its scratch folder."""
+    folder = tmp_path_factory.mktemp("one")
+    for name in contract.trained():
+        contract.train(world, folder / name, contract.config(name))
+    return {name: folder / name for name in contract.trained()}
+
+
+@pytest.fixture(scope="session")
+def elsewhere(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every method on 1 and 2 real ranks of every engine, micro-batches of 2: folders `<ranks>/<engine>/<method>`."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    for num in (1, 2):
+        jobs = [
+            (str(folder / str(num) / engine / name), contract.config(name), {**where, "micro_batch_size": 2})
+            for engine, where in ENGINES.items()
+            for name in contract.trained()
+        ]
+        assert ranks.run(contract.train_several, num, world, jobs) == [0] * num
+    return folder
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_the_neutral_setting_is_sft_bit_for_bit(name: str, world: World, one: dict[str, Path], tmp_path: Path) -> None:
+    neutral = methods.load(name).neutral()
+    assert neutral is not None
+    found = contract.train(world, tmp_path, contract.config(name, **neutral.model_dump()))
+    assert contract.same_bits(found, contract.adapter(one["sft"]))
+
+
+@pytest.mark.parametrize("name", contract.trained())
+def test_a_seed_decides_the_weights(name: str, world: World, one: dict[str, Path], tmp_path: Path) -> None:
+    settings = contract.config(name)
+    assert contract.same_bits(contract.train(world, tmp_path / "again", settings), contract.adapter(one[name]))
+    other = contract.train(world, tmp_path / "other", {**settings, "seed": 4})
+    assert not contract.same_bits(other, contract.adapter(one[name]))
+
+
+@pytest.mark.parametrize("name", contract.trained())
+def test_an_interrupted_run_resumes_bit_for_bit(
+    name: str, world: World, one: dict[str, Path], tmp_path: Path
+) -> None:
+    from safecl.stages import finetune
+
+    class Interrupted(Exception):
+        pass
+
+    def stop_at_four(step: int) -> None:
+        if step == 4:
+            raise Interrupted
+
+    settings, where = contract.config(name), contract.execution(checkpoint_every_s=1e-9)
+    with pytest.raises(Interrupted):
+        finetune.train_rows(settings, world.inputs(), tmp_path, where, after_step=stop_at_four)
+    seen: list[int] = []
+    finetune.train_rows(settings, world.inputs(), tmp_path, where, after_step=seen.append)
+    assert seen == [5, 6, 7]
+    assert contract.same_bits(contract.adapter(tmp_path), contract.adapter(one[name]))
+    assert contract.curves(tmp_path) == contract.curves(one[name])
+
+
+@pytest.mark.parametrize("name", contract.trained())
+@pytest.mark.parametrize("num", [1, 2])
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_ranks_engines_and_micro_batches_change_only_rounding(
+    engine: str, num: int, name: str, elsewhere: Path, one: dict[str, Path], start: dict[str, Any]
+) -> None:
+    scratch = elsewhere / str(num) / engine / name
+    assert contract.gap(contract.adapter(one[name]), contract.adapter(scratch), start) < ROUNDING
+    for mine, theirs in zip(contract.curves(one[name]), contract.curves(scratch), strict=True):
+        assert theirs == pytest.approx(mine, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", contract.trained())
+def test_only_the_trained_adapter_moves_and_the_base_stays(name: str, world: World, one: dict[str, Path]) -> None:
+    import json
+
+    tuned, safe = contract.adapter(one[name]), contract.adapter(world.safe.parent)
+    assert set(tuned) == set(safe)
+    assert all(bool((tuned[key] != safe[key]).any()) for key in tuned)
+    assert not any("embed" in key or "lm_head" in key for key in tuned)
+    assert base_folder(world.model) == world.model
+    config = json.loads((one[name] / "result" / "adapter" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] is None and config["bias"] == "none"

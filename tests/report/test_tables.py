@@ -1,0 +1,228 @@
+"""Tables, plots and the page: what they print, and that they claim no more than the rows hold."""
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safecl.report import page, plots, tables
+from safecl.report.tables import Facts
+
+FACTS = Facts(
+    name="quick <sweep>",
+    about="A & B",
+    judge="guard",
+    templates={"smol": "<|im_start|>{prompt}"},
+    num_prompts={"attack": 120, "benign": 60},
+    guard_agreement="97.5 % of 400 pairs",
+    settings={"LoRA targets": "all-linear"},
+    notes=["one library version"],
+)
+
+
+def metric(
+    value: float | None, low: float | None = None, high: float | None = None, unparsed: int = 0
+) -> dict[str, Any]:
+    return {"value": value, "low": low, "high": high, "num": 100 - unparsed, "unparsed": unparsed}
+
+
+def row(method: str, asr: float | None, utility: float, poison: float = 0.1, **more: Any) -> dict[str, Any]:
+    made = {
+        "model": "smol",
+        "task": "mini",
+        "poison": poison,
+        "method": method,
+        "params": {},
+        "seeds": [0],
+        "metrics": {
+            "asr": metric(asr, None if asr is None else asr / 2, None if asr is None else min(1, asr * 1.5)),
+            "over_refusal": metric(0.1, 0.05, 0.2),
+            "utility": metric(utility, utility - 0.05, min(1.0, utility + 0.05)),
+        },
+        "seconds": 83.0,
+        "note": "",
+    }
+    return {**made, **more}
+
+
+ROWS = [
+    row("base", 0.9, 0.2, poison=0.0),
+    row("aligned", 0.02, 0.25, poison=0.0),
+    row("sft", 0.8, 0.9),
+    row("der", 0.123, 0.85, params={"weight": 0.123456, "centre": True}, note="stopped early"),
+    row("sft", 0.3, 0.91, poison=0.0),
+    row("der", 0.04, 0.86, poison=0.0),
+]
+
+
+def test_a_value_is_percent_with_its_interval_and_a_missing_one_is_a_dash() -> None:
+    assert tables.percent(metric(0.123, 0.081, 0.17)) == "12.3 [8.1, 17.0]"
+    assert tables.percent(metric(0.5)) == "50.0"
+    assert tables.percent(None) == tables.percent(metric(None)) == "-"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "-"),
+        (12.4, "12 s"),
+        (83, "1 min 23 s"),
+        (119.7, "2 min 00 s"),
+        (3599.9, "1 h 00 min"),
+        (7530, "2 h 05 min"),
+    ],
+)
+def test_wall_time_is_read_at_a_glance(seconds: float | None, text: str) -> None:
+    assert tables.duration(seconds) == text
+
+
+def test_headers_name_the_judges_and_absent_metrics_take_no_column() -> None:
+    head = tables.header(ROWS, FACTS)
+    assert head == ["method", "poison", "ASR (guard)", "over-refusal (xstest_match)", "utility", "time"]
+    assert "degenerate" in tables.header([{**ROWS[0], "metrics": {"degenerate": metric(0.0)}}], FACTS)
+
+
+def test_best_is_taken_within_a_poison_ratio_without_the_reference_rows() -> None:
+    asr, _, utility = tables.columns(ROWS, FACTS)
+    assert tables.best(ROWS, asr) == {3, 5}  # not `aligned`, whose ASR is lower still
+    assert tables.best(ROWS, utility) == {2, 4}
+    tie = [row("sft", 0.5, 0.5), row("der", 0.5, 0.6)]
+    assert tables.best(tie, asr) == set() and tables.best([row("sft", None, 0.5), row("der", 0.1, 0.5)], asr) == set()
+
+
+def test_one_seed_claims_nothing_about_seeds() -> None:
+    assert "One seed (0): intervals are over prompts only (Wilson), no claim about seeds." in tables.caption(
+        ROWS, FACTS
+    )
+    several = [{**r, "seeds": [0, 1, 2]} for r in ROWS]
+    text = "\n".join(tables.caption(several, FACTS))
+    assert "Seeds 0, 1, 2: t-intervals over 3 seeds" in text and "One seed" not in text
+    assert "(1, 3)" in "\n".join(tables.caption([ROWS[0], several[1]], FACTS))
+
+
+def test_the_caption_says_what_the_numbers_rest_on() -> None:
+    unparsed = [*ROWS, row("lwf", 0.1, 0.5, metrics={"asr": metric(0.1, unparsed=3), "utility": metric(0.5)})]
+    text = "\n".join(tables.caption(unparsed, FACTS))
+    for said in ("97.5 % of 400 pairs", "continue", "<|im_start|>{prompt}", "180 (attack 120, benign 60)", "library"):
+        assert said in text
+    assert "ASR (guard) 3 of 700" in text
+    assert "never counted as safe): none." in "\n".join(tables.caption(ROWS, FACTS))
+
+
+def test_every_form_prints_the_same_numbers() -> None:
+    from rich.console import Console
+
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in tables.rich_tables(ROWS, FACTS):
+        console.print(table)
+    forms = [console.export_text(), tables.plain(ROWS, FACTS), tables.markdown(ROWS, FACTS)]
+    forms.append(re.sub("<[^>]+>", "", page.html(ROWS, FACTS)))
+    for text in forms:
+        bare = text.replace("**", "")
+        for cell in ("12.3 [6.2, 18.4]", "80.0 [40.0, 100.0]", "85.0 [80.0, 90.0]", "1 min 23 s", "stopped early"):
+            assert cell in bare
+        assert "no claim about seeds" in bare
+
+
+def test_plain_text_is_aligned_and_markdown_has_whole_rows() -> None:
+    lines = tables.plain(ROWS, FACTS).splitlines()
+    start = lines.index("smol / mini") + 1
+    assert len({line.index("1 min 23 s") for line in lines[start + 2 : start + 8]}) == 1
+    made = [line for line in tables.markdown(ROWS, FACTS).splitlines() if line.startswith("| ")]
+    assert len(made) == 1 + len(ROWS) and len({line.count("|") for line in made}) == 1
+    assert "**12.3 [6.2, 18.4]**" in made[4] and "**" not in made[2]
+    assert "weight 0.1235, centre true" in tables.markdown(ROWS, FACTS)
+
+
+def test_json_keeps_fractions_and_refuses_a_nan() -> None:
+    read = json.loads(tables.to_json(ROWS, FACTS))
+    assert read["rows"] == ROWS and read["facts"]["templates"] == {"smol": "<|im_start|>{prompt}"}
+    with pytest.raises(ValueError, match=r"not JSON compliant"):
+        tables.to_json([row("sft", float("nan"), 0.5)], FACTS)
+
+
+def test_base_and_aligned_stand_in_every_poison_panel() -> None:
+    (ratios,) = plots.panels(ROWS).values()
+    assert {r: [m["method"] for m in members] for r, members in ratios.items()} == {
+        0.0: ["base", "aligned", "sft", "der"],
+        0.1: ["base", "aligned", "sft", "der"],
+    }
+
+
+def pixels(path: Path) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+
+
+def shows(path: Path, colour: str, at_least: int = 20) -> bool:
+    """Whether so many pixels are close to a colour `#rrggbb`."""
+    import numpy as np
+
+    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+    return int((np.abs(pixels(path).astype(int) - wanted).max(axis=1) < 45).sum()) >= at_least
+
+
+def test_plots_draw_every_method_that_has_values_and_only_those(tmp_path: Path) -> None:
+    colour = plots.colours(ROWS)
+    assert len({colour["sft"], colour["der"], colour["base"]}) == 3
+    whole = plots.tradeoff(ROWS, FACTS, tmp_path / "new" / "whole.png")
+    less = [{**r, "metrics": {**r["metrics"], "utility": metric(None)}} if r["method"] == "der" else r for r in ROWS]
+    assert shows(whole, colour["sft"]) and shows(whole, colour["der"])
+    part = plots.tradeoff(less, FACTS, tmp_path / "part.png")
+    assert shows(part, colour["sft"]) and not shows(part, colour["der"])
+    every = plots.bars(ROWS, FACTS, tmp_path / "bars.png")
+    assert shows(every, colour["sft"]) and shows(every, colour["der"])
+
+
+def test_many_crowded_methods_and_an_empty_table_still_draw(tmp_path: Path) -> None:
+    crowd = [row(f"method{i}", 0.1, 0.9) for i in range(14)]
+    assert plots.tradeoff(crowd, FACTS, tmp_path / "crowd.png").stat().st_size > 10_000
+    for made in (plots.tradeoff([], FACTS, tmp_path / "a.png"), plots.bars([], FACTS, tmp_path / "b.png")):
+        assert (pixels(made) == 255).all()
+    assert tables.rich_tables([], FACTS) == [] and "Seeds: none." in tables.plain([], FACTS)
+
+
+def test_training_curves_skip_what_is_not_a_number(tmp_path: Path) -> None:
+    good = [{"step": s, "loss": 1 / (s + 1), "safety": 2.0} for s in range(60)]
+    broken = [{"step": s, "loss": float("nan") if s > 3 else 1.0} for s in range(60)]
+    one = plots.curves({"sft": good}, tmp_path / "one.png")
+    two = plots.curves({"sft": good, "der": broken}, tmp_path / "two.png")
+    first, second = plots._COLOURS[:2]
+    assert shows(one, first) and not shows(one, second) and shows(two, second)
+    plots.curves({}, tmp_path / "none.png")
+
+
+class Reader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_escaped_and_refers_to_nothing_outside(tmp_path: Path) -> None:
+    figure = plots.tradeoff(ROWS, FACTS, tmp_path / "t.png")
+    path = page.write(tmp_path / "out" / "page.html", ROWS, FACTS, [page.Figure("Safety & use", "dashed", figure)])
+    text = path.read_text(encoding="utf-8")
+    reader = Reader()
+    reader.feed(text)
+    assert reader.open == []
+    names = {tag for tag, _ in reader.tags}
+    assert not names & {"script", "link", "a", "iframe"} and "url(" not in text and "@import" not in text
+    (image,) = [attrs for tag, attrs in reader.tags if tag == "img"]
+    assert str(image["src"]).startswith("data:image/png;base64,iVBOR") and image["alt"] == "Safety & use"
+    assert "quick &lt;sweep&gt;" in text and "<sweep>" not in text and "&lt;|im_start|&gt;" in text
+    assert text.count('class="best"') == 4 and "all-linear" in text and "weight 0.1235" in text

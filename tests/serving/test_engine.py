@@ -1,0 +1,240 @@
+"""Real engines behind Ray Serve with a tiny float32 model: what they answer, and what survives when they are killed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safecl.base import PrerequisiteError
+from safecl.serving.engine import Engines, Refused, Request, Sampling, WeightsRef, deploy, ready, shutdown
+from tests.serving.adapters import change_base, make_adapter
+
+ENGINE = "candidate"
+NUM_TOKENS = 12
+GREEDY = Sampling(max_tokens=NUM_TOKENS)
+PROMPTS = [Request(f"row-{number}", list(range(3 + number, 15 + number))) for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, WeightsRef]:
+    """base; a and b: adapters of it; other: another base (its tied embedding differs)."""
+    folder = tmp_path_factory.mktemp("weights")
+    base = str(tiny_model)
+    refs = {"base": WeightsRef("base", base)}
+    for seed, name in enumerate("ab"):
+        refs[name] = WeightsRef(name, base, str(make_adapter(tiny_model, folder / name, seed)))
+    refs["other"] = WeightsRef("other", str(change_base(tiny_model, folder / "other", noise=0.1)))
+    return refs
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    import ray
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    logs = tmp_path_factory.mktemp("logs")
+    small = {"memory_gib": 0.1, "max_model_len": 128, "turn_s": 0.5, "stall_s": 60.0}
+    deploy(ENGINE, str(tiny_model), **small, log_dir=str(logs), wait=False)  # type: ignore[arg-type]
+    ready(ENGINE, timeout_s=240)
+    yield Engines()
+    shutdown(ENGINE)
+    ray.shutdown()
+
+
+def assert_greedy(completions: dict[str, Any], weights: WeightsRef) -> None:
+    """Every token is an argmax of Hugging Face's own model with PEFT's own adapter, up to float32 near-ties."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(weights.base, dtype=torch.float32).eval()
+    if weights.adapter is not None:
+        model = PeftModel.from_pretrained(model, weights.adapter).eval()
+    for request in PROMPTS:
+        answer = completions[request.id].token_ids
+        assert len(answer) == NUM_TOKENS
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([request.token_ids + answer])).logits[0, len(request.token_ids) - 1 : -1]
+        short_T = logits_TV.max(-1).values - logits_TV[torch.arange(NUM_TOKENS), torch.tensor(answer)]
+        assert short_T.max() < 1e-3, f"{weights.key}, {request.id}: logit short of the best by {short_T.tolist()}"
+
+
+def tokens(completions: dict[str, Any]) -> dict[str, list[int]]:
+    return {id: completion.token_ids for id, completion in completions.items()}
+
+
+def test_swapping_gives_each_models_own_answers_and_then_the_first_ones_again(
+    engines: Engines, weights: dict[str, WeightsRef]
+) -> None:
+    seen = {}
+    for name in ("base", "a", "other", "b"):
+        completions = engines.generate(ENGINE, weights[name], PROMPTS, GREEDY)
+        assert list(completions) == [request.id for request in PROMPTS]
+        assert {completion.weights_key for completion in completions.values()} == {name}
+        assert_greedy(completions, weights[name])
+        seen[name] = tokens(completions)
+    for first, second in (("base", "a"), ("a", "b"), ("base", "other")):
+        assert seen[first] != seen[second], f"{first} and {second} answer alike: the test could not tell them apart"
+    assert tokens(engines.generate(ENGINE, weights["base"], PROMPTS, GREEDY)) == seen["base"]
+
+
+def test_keys_asked_for_at_the_same_time_each_get_their_own_answers(
+    engines: Engines, weights: dict[str, WeightsRef]
+) -> None:
+    alone = {name: tokens(engines.generate(ENGINE, weights[name], PROMPTS, GREEDY)) for name in ("base", "a", "b")}
+    many = [Request(f"{request.id}/{copy}", request.token_ids) for copy in range(10) for request in PROMPTS]
+    got: dict[str, Any] = {}
+
+    def ask(name: str) -> None:
+        got[name] = engines.generate(ENGINE, weights[name], many, GREEDY)
+
+    swaps_before = engines.status(ENGINE)["num_swaps"]
+    threads = [threading.Thread(target=ask, args=(name,)) for name in alone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, answers in alone.items():
+        assert len(got[name]) == len(many)
+        for id, completion in got[name].items():
+            assert completion.weights_key == name
+            assert completion.token_ids == answers[id.split("/")[0]], f"{id} of {name} is not {name}'s answer"
+    assert engines.status(ENGINE)["num_swaps"] - swaps_before >= 2
+
+
+def test_a_stop_token_ends_an_answer_and_nothing_else_does(engines: Engines, weights: dict[str, WeightsRef]) -> None:
+    free = engines.generate(ENGINE, weights["base"], PROMPTS[:1], GREEDY)["row-0"]
+    assert free.finish == "length" and len(free.token_ids) == NUM_TOKENS
+    stop = free.token_ids[4]
+    upto = free.token_ids.index(stop) + 1
+    stopped = engines.generate(
+        ENGINE, weights["base"], PROMPTS[:1], Sampling(max_tokens=NUM_TOKENS, stop_token_ids=(stop,))
+    )["row-0"]
+    assert stopped.finish == "stop" and stopped.token_ids == free.token_ids[:upto]
+
+
+def test_engines_travel_into_ray_tasks_and_tell_their_progress(
+    engines: Engines, weights: dict[str, WeightsRef]
+) -> None:
+    import ray
+
+    travelled = pickle.loads(pickle.dumps(engines))
+    task = ray.remote(num_cpus=0)(Engines.generate)
+    remote = ray.get(task.remote(travelled, ENGINE, weights["base"], PROMPTS, GREEDY))
+    progress: list[tuple[int, int]] = []
+    local = engines.generate(
+        ENGINE, weights["base"], PROMPTS, GREEDY, on_progress=lambda done, total: progress.append((done, total))
+    )
+    assert tokens(remote) == tokens(local)
+    assert progress == [(number + 1, len(PROMPTS)) for number in range(len(PROMPTS))]
+
+
+def test_a_group_sends_a_batch_to_an_engine_that_is_up(engines: Engines, weights: dict[str, WeightsRef]) -> None:
+    grouped = Engines(groups={"any": ("not-deployed", ENGINE)})
+    assert len(grouped.generate("any", weights["base"], PROMPTS, GREEDY)) == len(PROMPTS)
+
+
+def test_what_can_never_be_served_is_refused_at_once_and_the_engine_lives_on(
+    engines: Engines, weights: dict[str, WeightsRef], tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Refused, match="max_model_len"):
+        engines.generate(ENGINE, weights["base"], [Request("long", [5] * 120)], GREEDY)
+    with pytest.raises(Refused, match="adapter_config"):
+        engines.generate(ENGINE, WeightsRef("gone", str(tiny_model), str(tmp_path)), PROMPTS, GREEDY)
+    name = "model.layers.1.mlp.up_proj.weight"
+    incomplete = change_base(tiny_model, tmp_path / "incomplete", drop=name)
+    with pytest.raises(Refused, match=name):
+        engines.generate(ENGINE, WeightsRef("incomplete", str(incomplete)), PROMPTS, GREEDY)
+    with pytest.raises(ValueError, match="unique"):
+        engines.generate(ENGINE, weights["base"], [PROMPTS[0], PROMPTS[0]], GREEDY)
+    with pytest.raises(PrerequisiteError, match="'absent' is not deployed"):
+        engines.generate("absent", weights["base"], PROMPTS, GREEDY)
+    assert_greedy(engines.generate(ENGINE, weights["base"], PROMPTS, GREEDY), weights["base"])
+
+
+def engine_process(engines: Engines) -> Any:
+    """vLLM's process, the child of the replica that holds the weights."""
+    import psutil
+
+    children = psutil.Process(engines.status(ENGINE)["pid"]).children(recursive=True)
+    return max(children, key=lambda child: child.memory_info().rss)
+
+
+def test_memory_is_flat_over_fifty_swaps(engines: Engines, weights: dict[str, WeightsRef], tiny_model: Path) -> None:
+    import psutil
+
+    def swap(times: int) -> None:
+        for number in range(times):
+            engines.generate(ENGINE, weights["ab"[number % 2]], PROMPTS[:1], Sampling(max_tokens=1))
+
+    process: psutil.Process = engine_process(engines)
+    swap(10)  # allocator pools fill
+    before, swaps_before = process.memory_info().rss, engines.status(ENGINE)["num_swaps"]
+    swap(50)
+    grown = process.memory_info().rss - before
+    assert engines.status(ENGINE)["num_swaps"] - swaps_before >= 50
+    one_leaked_copy_a_swap = 50 * (tiny_model / "model.safetensors").stat().st_size
+    assert grown < one_leaked_copy_a_swap / 4, f"{grown / 2**20:.1f} MiB more after 50 swaps"
+
+
+def test_a_swap_that_fails_half_way_costs_the_replica_its_place(
+    engines: Engines, weights: dict[str, WeightsRef], tiny_model: Path, tmp_path: Path
+) -> None:
+    # The weights are checked when they are asked for, and read when their turn comes: here they vanish in between.
+    doomed = WeightsRef("doomed", str(tiny_model), str(make_adapter(tiny_model, tmp_path / "doomed", seed=5)))
+    pid = engines.status(ENGINE)["pid"]
+    many = [Request(f"{request.id}/{copy}", request.token_ids) for copy in range(40) for request in PROMPTS]
+    got: dict[str, Any] = {}
+    busy = threading.Thread(target=lambda: got.update(engines.generate(ENGINE, weights["base"], many, GREEDY)))
+
+    def ask_for_doomed() -> None:
+        with pytest.raises(Refused, match="adapter_model"):
+            engines.generate(ENGINE, doomed, PROMPTS[:1], GREEDY, timeout_s=120)
+        got["refused"] = True
+
+    busy.start()
+    while engines.status(ENGINE)["in_flight"] == 0:
+        time.sleep(0.005)
+    asking = threading.Thread(target=ask_for_doomed)
+    asking.start()
+    while engines.status(ENGINE)["waiting"] == 0:
+        time.sleep(0.005)
+    (Path(str(doomed.adapter)) / "adapter_model.safetensors").unlink()
+    busy.join()
+    asking.join()
+    assert got.pop("refused"), "asked again, the new replica says what is wrong with the weights"
+    assert got.keys() == {request.id for request in many}
+    assert engines.status(ENGINE)["pid"] != pid
+
+
+@pytest.mark.parametrize("victim", ["engine", "replica"])
+def test_a_killed_process_is_replaced_and_every_answer_comes_once(
+    engines: Engines, weights: dict[str, WeightsRef], victim: str
+) -> None:
+    import psutil
+
+    expected = tokens(engines.generate(ENGINE, weights["a"], PROMPTS, GREEDY))
+    many = [Request(f"{request.id}/{copy}", request.token_ids) for copy in range(40) for request in PROMPTS]
+    progress: list[int] = []
+    old_engine, old_replica = engine_process(engines), engines.status(ENGINE)["pid"]
+
+    def kill_at_a_third(done: int, total: int) -> None:
+        progress.append(done)
+        if done == total // 3:
+            os.kill(old_engine.pid if victim == "engine" else old_replica, signal.SIGKILL)
+
+    got = engines.generate(ENGINE, weights["a"], many, GREEDY, on_progress=kill_at_a_third, timeout_s=180)
+    assert list(got) == [request.id for request in many]
+    assert progress == list(range(1, len(many) + 1)), "each answer is counted once"
+    assert all(got[request.id].token_ids == expected[request.id.split("/")[0]] for request in many)
+    assert engines.status(ENGINE)["pid"] != old_replica
+    assert not psutil.pid_exists(old_engine.pid), "the killed engine's process is still there"

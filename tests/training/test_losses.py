@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from safecl.training import losses
+
+
+@pytest.mark.parametrize("extra", [{}, {"bias_V": torch.linspace(-1, 1, 37)}, {"soft_cap": 2.0}])
+def test_chunked_cross_entropy_is_the_naive_one(extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 37 * 3)  # 3 tokens a chunk, 11 tokens: the last chunk is short
+    generator = torch.Generator().manual_seed(0)
+    weight_VD = torch.randn(37, 6, generator=generator)
+    hidden, targets = torch.randn(11, 6, generator=generator), torch.arange(11) * 3
+    ours, naive = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    loss = losses.cross_entropy_sum(ours, losses.Head(weight_VD, **extra), targets)
+    logits = naive @ weight_VD.T + extra.get("bias_V", 0)
+    if "soft_cap" in extra:
+        logits = extra["soft_cap"] * torch.tanh(logits / extra["soft_cap"])
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    (loss * 0.3).backward()
+    (expected * 0.3).backward()
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    assert torch.allclose(ours.grad, naive.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_no_logits_outlive_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    logits = losses.Head.logits
+    monkeypatch.setattr(losses.Head, "logits", lambda self, h: shapes.append(len(h)) or logits(self, h))
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 50 * 4)
+    losses.cross_entropy_sum(torch.ones(10, 3), losses.Head(torch.ones(50, 3)), torch.zeros(10, dtype=torch.long))
+    assert shapes == [4, 4, 2]
+
+
+def test_a_state_predicts_the_next_position() -> None:
+    """The last prompt token's state counts, the end token's own does not."""
+    labels = torch.tensor([[-100, -100, 5, 6], [-100, 7, -100, -100]])
+    mask, targets = losses.targets(labels)
+    assert mask.tolist() == [[False, True, True, False], [True, False, False, False]]
+    assert targets.tolist() == [5, 6, 7]
+
+
+def test_no_tokens_give_zero_with_a_gradient() -> None:
+    hidden = torch.ones(2, 3, requires_grad=True)
+    loss = losses.cross_entropy_sum(hidden[:0], losses.Head(torch.ones(5, 3)), torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert float(loss) == 0 and hidden.grad is not None and not hidden.grad.any()
