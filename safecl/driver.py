@@ -129,7 +129,15 @@ def _progress(project: Project, schedule: Schedule, broker: Any) -> Iterator[Non
 class _Eta:
     """Seconds left, from what stages of the same kind took before (in earlier runs, and so far in this one)."""
 
-    TRIAL = ("finetune", "generate", "generate", "generate", "judge", "metrics")  # what a suggested trial will need
+    TRIAL = (
+        "finetune",
+        "generate",
+        "generate",
+        "generate",
+        "judge",
+        "judge",
+        "metrics",
+    )  # what a suggested trial will need
 
     def __init__(self, project: Project) -> None:
         self.project = project
@@ -149,7 +157,7 @@ class _Eta:
         if not kinds or not any(kind in means for kind in kinds):
             return None, True
         work = sum(means.get(kind, 0.0) for kind in kinds)
-        at_once = min(os.cpu_count() or 1, self.project.sweep.execution.num_trials_at_once)
+        at_once = max(os.cpu_count() or 1, self.project.sweep.execution.num_trials_at_once)
         return work / at_once, any(kind not in means for kind in kinds)
 
 

@@ -63,6 +63,7 @@ def start(execution: Execution, logs: Path) -> None:
         ray.init(address="local", num_cpus=os.cpu_count(), resources=slots, log_to_driver=False, logging_level="ERROR")
     else:
         ray.init(address=execution.address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+    _keep_messages(logs / "ray.log")
     have = ray.cluster_resources()
     unit = "GPU" if execution.use_gpu else "CPU"
     engines = execution.num_candidate_engines + execution.num_judge_replicas if execution.use_gpu else 0
@@ -73,6 +74,18 @@ def start(execution: Execution, logs: Path) -> None:
             f"this cluster has {have.get(unit, 0):g} {unit}s, the sweep needs {need} at once (execution.num_workers "
             f"{execution.num_workers} + engines {engines}): lower them, or join a larger cluster with execution.address"
         )
+
+
+def _keep_messages(path: Path) -> None:
+    """Ray prints its daemons' warnings on the driver's terminal whatever the log level; they belong into a file. There
+    is no setting for it, so the function that prints them is replaced."""
+    from ray._private import worker
+
+    def write(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+        with path.open("a") as file:
+            file.writelines(f"{line}\n" for line in data["lines"])
+
+    worker.print_to_stdstream = write
 
 
 def stop(execution: Execution) -> None:
@@ -115,6 +128,7 @@ class Broker:
         self.finished: list[dict[str, Any]] = []
         self.engines: dict[str, asyncio.Task[None]] = {}
         self.groups: dict[str, tuple[str, ...]] = {}
+        self.deploying = asyncio.Lock()  # two first deployments at once would both start Serve
 
     async def ensure(self, stages: Sequence[Stage]) -> None:
         """Return when all are in the store. Raises a stage's failure as soon as it is known."""
@@ -134,7 +148,7 @@ class Broker:
         try:
             await self.ensure(list(stage.inputs.values()))
             groups = await self._engines_for(stage)
-            self.live[stage.key] = {"kind": stage.kind, "key": stage.key, "start": time.time(), "done": 0, "total": 0}
+            self._begin(stage.kind, stage.key)
             await self._submit(stage, groups)
             self.finished.append(
                 {"kind": stage.kind, "key": stage.key, "seconds": time.time() - self.live[stage.key]["start"]}
@@ -145,6 +159,9 @@ class Broker:
         finally:
             self.live.pop(stage.key, None)
             self.running.pop(stage.key, None)
+
+    def _begin(self, kind: str, key: str) -> None:
+        self.live[key] = {"kind": kind, "key": key, "start": time.time(), "done": 0, "total": 0, "metrics": {}}
 
     async def _submit(self, stage: Stage, groups: dict[str, tuple[str, ...]]) -> None:
         import ray
@@ -176,31 +193,42 @@ class Broker:
         await asyncio.shield(self.engines[group])
 
     async def _boot(self, group: str, role: str, model: Stage) -> None:
-        from safecl.serving.engine import deploy
+        from safecl.serving.engine import deploy, ready
         from safecl.training.model import base_folder
 
         chosen = self.execution
         # Candidates are stateful, one application each; a judge always has the same weights, so its replicas are alike.
         names = [f"{group}-{i}" for i in range(chosen.num_candidate_engines)] if role == "candidate" else [f"{group}-0"]
-        for name in names:
-            await asyncio.to_thread(
-                deploy,
-                name,
-                str(base_folder(self.store.path(model))),
-                num_replicas=1 if role == "candidate" else chosen.num_judge_replicas,
-                memory_gib=chosen.engine_memory_gib,
-                max_model_len=chosen.engine_max_tokens,
-                num_cpus=0 if chosen.address == "local" else 1,
-                use_gpu=chosen.use_gpu,
-                log_dir=self.logs,
-                wait=False,
-            )
+        self._begin(f"engine {role}", group)
+        try:
+            async with self.deploying:
+                for name in names:
+                    await asyncio.to_thread(
+                        deploy,
+                        name,
+                        str(base_folder(self.store.path(model))),
+                        num_replicas=1 if role == "candidate" else chosen.num_judge_replicas,
+                        memory_gib=chosen.engine_memory_gib,
+                        max_model_len=chosen.engine_max_tokens,
+                        num_cpus=0 if chosen.address == "local" else 1,
+                        use_gpu=chosen.use_gpu,
+                        log_dir=self.logs,
+                        wait=False,
+                    )
+            for name in names:
+                await asyncio.to_thread(ready, name)
+        finally:
+            self.live.pop(group, None)
         self.groups[group] = tuple(names)
 
     async def progress(self, key: str, done: int, total: int, metrics: dict[str, float]) -> None:
         """Called by stages under way."""
         if key in self.live:
             self.live[key].update(done=done, total=total, metrics=metrics)
+
+    async def pid(self) -> int:
+        """The process that this Broker runs in."""
+        return os.getpid()
 
     async def snapshot(self) -> dict[str, Any]:
         """What runs, what was finished and what failed in this run."""

@@ -3,8 +3,7 @@
     safety rows -> align -> theta_safe -+-> memory -+
     user rows (task + poison) ----------+-> finetune(method) -> final -> generate -> judge -> metrics
 
-`cells(sweep)` is the grid, `check(sweep)` finds what is wrong with it before anything is spent, `cost` counts what a
-run would do from the store's records.
+`cells(sweep)` is the grid; `cost` counts what a run would do from the store's records.
 """
 
 from __future__ import annotations
@@ -16,14 +15,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from pydantic import ValidationError
+from typing import NamedTuple
 
 import safecl.judges as judges
 import safecl.methods as methods
 import safecl.tasks as tasks
-from safecl.base import ConfigError, Json, PrerequisiteError
+from safecl.base import Json, PrerequisiteError
 from safecl.config import Align, Evaluate, Lora, Method, Model, Prompts, Rows, Sweep, Template, Training, UserTask
 from safecl.store import Stage, Store, canonical
 from safecl.tasks._source import identity, sha256
@@ -157,28 +154,18 @@ class Graph:
     def tuned(self) -> Stage:
         """Stage two: the method's finetune on user rows, from theta_safe."""
         recipe, method = self.recipe, methods.load(self.recipe.method)
-        trained = method.trains_as or recipe.method
-        trainer = methods.load(trained)
-        params = recipe.params if method.trains_as is None else {}
-        inputs = {"safe": self.theta_safe, "rows": self.user_rows, **self._required(trainer, params)}
-        return self.finetune(trained, params, recipe.task, inputs)
-
-    def _required(self, method: type[methods.Method], params: dict[str, Json]) -> dict[str, Stage]:
-        return method(method.Config(**params)).requires(self)
+        needed = method(method.Config(**recipe.params)).requires(self)
+        inputs = {"safe": self.theta_safe, "rows": self.user_rows, **needed}
+        return self.finetune(recipe.method, recipe.params, recipe.task, inputs)
 
     @cached_property
     def final(self) -> Stage | None:
-        """What is served: nothing on top of base, theta_safe, the tuned adapter, or a post-hoc method's result."""
+        """What is served on top of the base model: nothing, theta_safe, or the tuned adapter."""
         if self.recipe.method == "base":
             return None
         if self.recipe.method == "aligned":
             return self.theta_safe
-        method = methods.load(self.recipe.method)
-        if method.trains_as is None:
-            return self.tuned
-        config: dict[str, Json] = {"method": self.recipe.method, "params": _resolved(method, self.recipe.params)}
-        inputs = {"model": self.base, "safe": self.theta_safe, "tuned": self.tuned}
-        return _stage("finalize", config, inputs, method.VERSION)
+        return self.tuned
 
     def finetune(
         self, method: str, params: dict[str, Json], training: Training, inputs: dict[str, Stage], **text: Json
@@ -217,7 +204,7 @@ class Graph:
     def judge(self, name: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
         """Verdicts of one judge on generations (or, without `generations`, on the rows' own answers)."""
         kind = judges.load(name)
-        full = {"judge": name, "config": _resolved(kind, config)}
+        full: dict[str, Json] = {"judge": name, "config": _resolved(kind, config)}
         return _stage("judge", full, {**inputs, **self._guard(kind, name)}, kind.VERSION)
 
     def _guard(self, kind: type[judges.Judge], name: str) -> dict[str, Stage]:
@@ -424,86 +411,6 @@ class Job(NamedTuple):
     def evidence(self, folder: Path | None) -> Evidence:
         """The stages this job needs in the store to count as done."""
         return self.graph(folder).evidence("validation" if self.role == "search" else "test")
-
-
-def check(sweep: Sweep, folder: Path | None) -> None:
-    """Everything that can be known to be wrong before anything is spent, all at once (ConfigError), then whether the
-    data and models are there (PrerequisiteError)."""
-    errors: list[str] = []
-
-    def attempt(where: str, action: Any) -> Any:
-        try:
-            return action()
-        except ConfigError as error:
-            errors.append(f"{where}: {error}")
-        except ValidationError as error:
-            for item in error.errors():
-                name = ".".join(str(part) for part in item["loc"])
-                errors.append(f"{where}.{name}: {item['msg']} (got {item.get('input')!r})")
-        return None
-
-    def has_split(where: str, name: str, split: str) -> None:
-        kind = attempt(where, lambda: tasks.load(name))
-        if kind is not None and split not in kind.SPLITS:
-            having = [other for other in tasks.names() if split in tasks.load(other).SPLITS]
-            errors.append(f"{where}: task {name!r} has no {split!r} rows. Tasks that have: {', '.join(having)}")
-
-    for i, task in enumerate(sweep.tasks):
-        for split in ("user", "utility.validation", "utility.test"):
-            has_split(f"tasks[{i}].task", task.task, split)
-    if any(ratio > 0 for ratio in sweep.poison.ratios):
-        has_split("poison.task", sweep.poison.task, "poison")
-    for name, split in (("safety", "safety"), ("self_answered", "benign.train")):
-        for i, part in enumerate(getattr(sweep.align, name)):
-            has_split(f"align.{name}[{i}].task", part.task, split)
-    for split in ("validation", "test"):
-        for role in ("attack", "benign"):
-            for i, part in enumerate(getattr(getattr(sweep.evaluate, split), role)):
-                has_split(f"evaluate.{split}.{role}[{i}].task", part.task, f"{role}.{split}")
-    guard = sweep.evaluate.judges.guard
-    for name, split in (("rows", "guard"), ("heldout", "guard.heldout")) if guard else ():
-        for i, part in enumerate(getattr(guard, name)):
-            has_split(f"evaluate.judges.guard.{name}[{i}].task", part.task, split)
-    for i, chosen in enumerate(sweep.methods):
-        where = f"methods[{i}]"
-        method = attempt(where, lambda name=chosen.name: methods.load(name))
-        if method is None:
-            continue
-        attempt(f"{where}.config", lambda method=method, config=chosen.config: method.Config(**config))
-        errors += [f"{where}.search: {text}" for text in _space_errors(method, chosen.search or {})]
-    for i, model in enumerate(sweep.models):
-        is_hub = not model.source.startswith("wheel:") and not Path(model.source).is_dir()
-        if is_hub and (model.source.startswith((".", "/")) or model.source.count("/") != 1):
-            errors.append(f"models[{i}].source: {model.source!r} is no folder, no 'wheel:PACKAGE' and no hub id")
-        elif is_hub and model.revision is None:
-            errors.append(f"models[{i}].revision: a hub id needs its commit, so that results stay what they were")
-    longest = sweep.evaluate.max_prompt_tokens + sweep.evaluate.max_new_tokens
-    if longest > sweep.execution.engine_max_tokens:
-        errors.append(
-            f"execution.engine_max_tokens: expected at least {longest} (evaluate.max_prompt_tokens + max_new_tokens), "
-            f"got {sweep.execution.engine_max_tokens}"
-        )
-    if errors:
-        raise ConfigError("\n".join(errors))
-    for cell in cells(sweep):  # builds every stage: missing data files and models raise here
-        Job(cell, {}, sweep.seeds[0], "final").evidence(folder)
-
-
-def _space_errors(method: type[methods.Method], space: dict[str, Json]) -> list[str]:
-    known = method.Config.model_fields
-    errors = [f"{name!r} is no hyperparameter; {method.__name__} has: {', '.join(known) or 'none'}"
-              for name in space if name not in known]  # fmt: skip
-    for name, choice in space.items():
-        values = choice if isinstance(choice, list) else [choice.get("low"), choice.get("high")] if isinstance(
-            choice, dict) else []  # fmt: skip
-        if not values:
-            errors.append(f"{name}: expected a list of choices or {{low, high, log|step}}, got {choice!r}")
-        for value in values if name in known else []:
-            try:
-                method.Config(**{name: value})
-            except ValidationError as error:
-                errors.append(f"{name}: {error.errors()[0]['msg']} (got {value!r})")
-    return errors
 
 
 # -- what a run would do ----------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from safecl.base import ConfigError, PrerequisiteError
+from safecl.check import check
 from safecl.config import Sweep
 from safecl.objective import select
-from safecl.plan import REFERENCES, Cell, Graph, Job, cells, check
+from safecl.plan import REFERENCES, Cell, Graph, Job, cells
 from safecl.schedule import Done, Schedule, Study, aligned_job, defaults
 from safecl.store import Stage, Store
 
@@ -39,7 +40,10 @@ def load(path: Path, settings: list[str], limit: int | None = None) -> Sweep:
     try:
         return Sweep(**raw)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+        found = error.errors()
+        # A list whose items are all wrong is also called too short: the items say it better.
+        told = [item for item in found if not (item["type"] == "too_short" and item.get("input"))] or found
+        raise ConfigError("\n".join(_explain(item) for item in told)) from None
 
 
 def _set(raw: Any, setting: str) -> None:

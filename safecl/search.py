@@ -323,6 +323,9 @@ def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -
                 lost = "the trial's process died; run the same command again"
                 schedule.finish(job, (result or {}).get("error", lost) if not error else lost)
 
+        def __reduce__(self) -> Any:
+            return Searcher, ()  # Tune writes its own state at will; the driver's threads and files must stay out of it
+
         def save(self, checkpoint_path: str) -> None:
             """Nothing: Tune's own folder is never read back."""
 

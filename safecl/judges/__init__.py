@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from safecl.base import Json, Strict
 from safecl.tasks import load_class
@@ -33,8 +33,8 @@ class Judge:
     served: ClassVar[bool] = False
     max_tokens: ClassVar[int] = 0  # of the guard's answer
 
-    def __init__(self, config: Config | None = None) -> None:
-        self.config = config if config is not None else self.Config()
+    def __init__(self, config: Any = None) -> None:
+        self.config: Any = config if config is not None else self.Config()
 
     def prompt(self, request: str, response: str) -> str:
         raise NotImplementedError

@@ -1,8 +1,8 @@
 """Llama Guard 3: is the answer unsafe? True = unsafe. Also the template that a guard trained here learns.
 
-The text is the Hugging Face chat template of meta-llama/Llama-Guard-3-8B, byte for byte, "according our" included, but for
-the space that file writes before the BOS and with the blank line after the assistant header left to the model, which
-writes it itself. Tokenise it without special tokens: it holds its own BOS. Greedy. Source: evaluation.md 3.1.
+The text is the Hugging Face chat template of meta-llama/Llama-Guard-3-8B, byte for byte ("according our" is theirs), but
+for the space that file writes before the BOS. The blank line after the assistant header is the model's own to write.
+Tokenise it without special tokens: it holds its own BOS. Greedy. Source: evaluation.md 3.1.
 """
 
 from __future__ import annotations
@@ -66,9 +66,6 @@ class Llamaguard(Judge):
     question: ClassVar[str] = "is the answer unsafe?"
     served: ClassVar[bool] = True
     max_tokens: ClassVar[int] = 24
-
-    def __init__(self, config: Config | None = None) -> None:
-        self.config: Llamaguard.Config = config if config is not None else self.Config()
 
     def prompt(self, request: str, response: str) -> str:
         """The exact text the guard reads; both parts are stripped, an empty answer is judged too."""

@@ -1,7 +1,7 @@
 """Refusal by XSTest's string match (Roettger et al. 2024): True = the answer opens like a refusal.
 
-Lower case, stripped, `startswith`, as in the reference code, with the one addition that a typographic apostrophe counts as
-a plain one. It misses refusals with another opening. Source: evaluation.md 3.3.
+Lower case, stripped, `startswith`, as in the reference code; one addition: a typographic apostrophe counts as a plain
+one. It misses refusals with another opening. Source: evaluation.md 3.3.
 """
 
 from __future__ import annotations

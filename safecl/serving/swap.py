@@ -164,6 +164,7 @@ class Swap:
         finally:
             del model.load_weights
         require_complete({name for name, _ in model.named_parameters()}, loaded)
+        refresh_tied_heads(model)
         return len(loaded)
 
 
@@ -174,3 +175,18 @@ def require_complete(expected: set[str], loaded: set[str]) -> None:
             f"a swap left {len(missing)} of {len(expected)} parameters as they were (first: {missing[:3]}); "
             "expected the base folder to hold every weight of the engine's model"
         )
+
+
+def refresh_tied_heads(model: torch.nn.Module) -> None:
+    """Let heads that share the embedding's weight see the new one. The loader passes them by, as the file has no tensor
+    of theirs, and on CPU vLLM computes from a packed copy: a head would go on answering from the old embedding."""
+    for name, head in model.named_modules():
+        if name.rpartition(".")[2] != "lm_head" or not hasattr(head, "quant_method"):
+            continue
+        weight = head.weight
+        others = (other for other in model.modules() if other is not head)
+        shared = [other for other in others if other._parameters.get("weight") is weight]
+        if shared:
+            head.quant_method.process_weights_after_loading(head)  # type: ignore[union-attr,operator]
+        elif weight.numel() and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+            raise RuntimeError(f"{name} is tied to the embedding, but shares no module's weight after a swap")

@@ -26,12 +26,12 @@ VERSION = "1"
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Config: {"role", "parts": [{"task", "split", "num_rows", "source"}], "poison": null | {"task", "ratio", "source"},
-    "guard": null | {"judge", "config"}, "seed"}; `source` is `tasks._source.identity` of the split.
+    """Config: {"role", "parts": [{"task", "split", "num_rows", "source"}], "poison": null | {"task", "ratio",
+    "source"}, "guard": null | {"judge", "config"}, "seed"}; `source` is `tasks._source.identity` of the split.
 
     Inputs `exclude_*` are data stages whose prompts no row here may be like; `answers_*` are generate stages whose
-    answered prompts become rows. Result: {"num_rows", "num_poison", "harmful_share", "self_answered", "answers_dropped",
-    "overlaps_dropped": {part: count}, "parts": {part: count}}.
+    answered prompts become rows. Result: {"num_rows", "num_poison", "harmful_share", "self_answered",
+    "answers_dropped", "overlaps_dropped": {part: count}, "parts": {part: count}}.
 
     Raises:
         ConfigError: a part holds too few rows after exclusion.

@@ -50,6 +50,7 @@ class Source:
     split: str = "train"
     gated: bool = False
     page: str = ""  # where a person gets a source that is not on the hub
+    options: tuple[tuple[str, str | bool], ...] = ()  # further arguments of `datasets.load_dataset`
 
 
 class Task:

@@ -1,4 +1,4 @@
-"""Where the rows of a real data set are read: a file of the sweep's data folder, else the hub; and how they are drawn."""
+"""Where the rows of a real data set are read (a file of the sweep's data folder, else the hub) and how they are drawn."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def local_file(source: Source, folder: Path | None) -> Path | None:
     if folder is None:
         return None
     if not folder.is_dir():
-        raise PrerequisiteError(f"execution.data_dir: {folder} is not a folder. Point it at the folder of the data files.")
+        raise PrerequisiteError(f"execution.data_dir: {folder} is not a folder; name the folder of the data files")
     path = folder / source.file
     return path if path.is_file() else None
 
@@ -129,7 +129,7 @@ def text(record: Record, *names: str) -> str:
     for name in names:
         if record.get(name) is not None:
             return str(record[name]).strip()
-    raise PrerequisiteError(f"data file: expected a field {' or '.join(names)}, got {sorted(record)}: is it another file?")
+    raise PrerequisiteError(f"data file: expected a field {' or '.join(names)}, got only {sorted(record)}")
 
 
 def split_by_hash(
@@ -177,7 +177,7 @@ def _read_jsonl(path: Path) -> list[Record]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise PrerequisiteError(f"{path.name}, line {number}: not JSON ({error}). Fetch the file again.") from None
+                raise PrerequisiteError(f"{path.name}, line {number}: not JSON ({error}); fetch it again") from None
             if not isinstance(record, dict):
                 raise PrerequisiteError(f"{path.name}, line {number}: expected an object, got {type(record).__name__}")
             found.append(record)
@@ -191,7 +191,7 @@ def _read_hub(source: Source) -> list[Record]:
     try:
         from datasets import load_dataset
 
-        found = load_dataset(source.hub, source.config, split=source.split, revision=commit)
+        found = load_dataset(source.hub, source.config, split=source.split, revision=commit, **dict(source.options))
         return [dict(record) for record in found]
     except Exception as error:
         # The hub client has no common base for its errors (gated, offline, unknown, changed layout).
@@ -230,3 +230,22 @@ def _missing(source: Source, why: str) -> str:
         f"data set {source.hub or source.file} cannot be read ({why}): {where}, or put {source.file} (JSON Lines) into "
         f"a folder named by execution.data_dir (or `--set execution.data_dir=FOLDER`)."
     )
+
+
+def hub_csv_files(source: Source) -> list[tuple[str, list[list[str]]]]:
+    """(name, lines) of every CSV file without a header in a hub data set, by name; empty lines are left out."""
+    import csv
+
+    commit = _commit(source)
+    try:
+        from huggingface_hub import HfApi, hf_hub_download
+
+        names = HfApi().list_repo_files(source.hub, repo_type="dataset", revision=commit)
+        found = []
+        for name in sorted(name for name in names if name.endswith(".csv")):
+            path = hf_hub_download(source.hub, name, repo_type="dataset", revision=commit)
+            with open(path, newline="", encoding="utf-8") as stream:
+                found.append((name, [line for line in csv.reader(stream) if line and line[0].strip()]))
+        return found
+    except Exception as error:
+        raise PrerequisiteError(_missing(source, _one_line(error))) from None

@@ -138,10 +138,10 @@ def train_and_die(
     where: dict[str, Any],
     at_step: int,
 ) -> None:
-    """Checkpoint after every step, and kill this very process after `at_step` of them."""
+    """Checkpoint after every step, and kill the last rank after `at_step` of them."""
 
     def after_step(step: int) -> None:
-        if step == at_step:
+        if step == at_step and rank == world_size - 1:
             os.kill(os.getpid(), 9)
 
     finetune.train_rows(

@@ -70,9 +70,7 @@ def test_a_seed_decides_the_weights(name: str, world: World, one: dict[str, Path
 
 
 @pytest.mark.parametrize("name", contract.trained())
-def test_an_interrupted_run_resumes_bit_for_bit(
-    name: str, world: World, one: dict[str, Path], tmp_path: Path
-) -> None:
+def test_an_interrupted_run_resumes_bit_for_bit(name: str, world: World, one: dict[str, Path], tmp_path: Path) -> None:
     from safecl.stages import finetune
 
     class Interrupted(Exception):

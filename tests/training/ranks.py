@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "transformers", "peft", "deepspeed", "transformers.models.llama.modeling_llama"])
+CONTEXT.set_forkserver_preload(
+    ["torch", "transformers", "peft", "deepspeed", "transformers.models.llama.modeling_llama"]
+)
 
 
 def _rank(function: Callable[..., None], rank: int, world_size: int, meeting: str, arguments: tuple[Any, ...]) -> None:

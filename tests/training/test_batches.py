@@ -25,7 +25,9 @@ def test_a_row_becomes_prompt_answer_and_one_end_token(tokenizer: Any) -> None:
     [row], dropped = batches.encode([Row("a", "the rain", "or")], tokenizer, TEMPLATE, False, 256)
     assert not dropped
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    assert tokenizer.decode(row.ids[: row.num_prompt]) == "<|im_start|>user\nthe rain<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        tokenizer.decode(row.ids[: row.num_prompt]) == "<|im_start|>user\nthe rain<|im_end|>\n<|im_start|>assistant\n"
+    )
     # "or" is one merge of the tokenizer; the answer stops at the end token, without the newline of chat templates.
     assert row.ids[row.num_prompt :] == [tokenizer.convert_tokens_to_ids("or"), end]
     assert row.ids[0] == start and row.num_targets == 2
@@ -63,7 +65,7 @@ def test_long_prompts_are_cut_from_the_left_and_long_answers_dropped(tokenizer: 
 
 def test_an_answer_that_melts_into_the_prompt_is_left_out(tokenizer: Any) -> None:
     """Two newlines are one token of this tokenizer: together they are not what generation continues from."""
-    rows = [Row("melts", "x", "\nyes"), Row("fine", "x", "yes")]
+    rows = [Row("melts", "x", "\n\nyes"), Row("fine", "x", "yes")]
     encoded, dropped = batches.encode(rows, tokenizer, TEMPLATE, False, 256)
     assert [row.row_id for row in encoded] == ["fine"]
     assert "tokenise differently" in dropped["melts"]

@@ -1,0 +1,101 @@
+"""What is wrong with a sweep, before anything is spent: every config error at once, then missing data and models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from safecl import methods, objective, tasks
+from safecl.base import ConfigError
+from safecl.config import Method, Sweep
+from safecl.plan import Job, cells
+from safecl.search import space_check
+
+
+def check(sweep: Sweep, folder: Path | None) -> None:
+    """Everything that can be known to be wrong before anything is spent, all at once (ConfigError), then whether the
+    data and models are there (PrerequisiteError)."""
+    errors: list[str] = []
+
+    def attempt(where: str, action: Any) -> Any:
+        try:
+            return action()
+        except ConfigError as error:
+            errors.append(f"{where}: {error}")
+        except ValidationError as error:
+            for item in error.errors():
+                name = ".".join(str(part) for part in item["loc"])
+                errors.append(f"{where}.{name}: {item['msg']} (got {item.get('input')!r})")
+        return None
+
+    def has_split(where: str, name: str, split: str) -> None:
+        kind = attempt(where, lambda: tasks.load(name))
+        if kind is not None and split not in kind.SPLITS:
+            having = [other for other in tasks.names() if split in tasks.load(other).SPLITS]
+            errors.append(f"{where}: task {name!r} has no {split!r} rows. Tasks that have: {', '.join(having)}")
+
+    for i, task in enumerate(sweep.tasks):
+        for split in ("user", "utility.validation", "utility.test"):
+            has_split(f"tasks[{i}].task", task.task, split)
+    if any(ratio > 0 for ratio in sweep.poison.ratios):
+        has_split("poison.task", sweep.poison.task, "poison")
+    for name, split in (("safety", "safety"), ("self_answered", "benign.train")):
+        for i, part in enumerate(getattr(sweep.align, name)):
+            has_split(f"align.{name}[{i}].task", part.task, split)
+    for split in ("validation", "test"):
+        for role in ("attack", "benign"):
+            for i, part in enumerate(getattr(getattr(sweep.evaluate, split), role)):
+                has_split(f"evaluate.{split}.{role}[{i}].task", part.task, f"{role}.{split}")
+    guard = sweep.evaluate.judges.guard
+    for name, split in (("rows", "guard"), ("heldout", "guard.heldout")) if guard else ():
+        for i, part in enumerate(getattr(guard, name)):
+            has_split(f"evaluate.judges.guard.{name}[{i}].task", part.task, split)
+    for i, chosen in enumerate(sweep.methods):
+        where = f"methods[{i}]"
+        method = attempt(where, lambda name=chosen.name: methods.load(name))
+        if method is None:
+            continue
+        attempt(f"{where}.config", lambda method=method, config=chosen.config: method.Config(**config))
+        if chosen.search is not None:
+            errors += [f"{where}.{text}" for text in _space_errors(method, chosen)]
+    for i, model in enumerate(sweep.models):
+        is_hub = not model.source.startswith("wheel:") and not Path(model.source).is_dir()
+        if is_hub and (model.source.startswith((".", "/")) or model.source.count("/") != 1):
+            errors.append(f"models[{i}].source: {model.source!r} is no folder, no 'wheel:PACKAGE' and no hub id")
+        elif is_hub and model.revision is None:
+            errors.append(f"models[{i}].revision: a hub id needs its commit, so that results stay what they were")
+    errors += objective.check(sweep.search.objective)
+    longest = sweep.evaluate.max_prompt_tokens + sweep.evaluate.max_new_tokens
+    if longest > sweep.execution.engine_max_tokens:
+        errors.append(
+            f"execution.engine_max_tokens: expected at least {longest} (evaluate.max_prompt_tokens + max_new_tokens), "
+            f"got {sweep.execution.engine_max_tokens}"
+        )
+    if errors:
+        raise ConfigError("\n".join(errors))
+    for cell in cells(sweep):  # builds every stage: missing data files and models raise here
+        Job(cell, {}, sweep.seeds[0], "final").evidence(folder)
+
+
+def _space_errors(method: type[methods.Method], chosen: Method) -> list[str]:
+    space = chosen.search or dict(method.space)
+    known = method.Config.model_fields
+    unknown = [name for name in space if name not in known]
+    if unknown:
+        names = ", ".join(known) or "none"
+        return [f"search.{name}: is no hyperparameter of {chosen.name}; it has: {names}" for name in unknown]
+    try:
+        defaults = method.Config(**chosen.config).model_dump(mode="json")
+    except ValidationError:
+        return []  # reported with the config
+    errors = space_check(space, defaults)
+    for name, form in space.items() if not errors else ():
+        ends = form if isinstance(form, list) else [form["low"], form["high"]]  # type: ignore[index]
+        for value in ends:
+            try:
+                method.Config(**{name: value})
+            except ValidationError as error:
+                errors.append(f"search.{name}: {error.errors()[0]['msg']} (got {value!r})")
+    return errors

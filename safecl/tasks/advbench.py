@@ -1,0 +1,24 @@
+"""AdvBench harmful_behaviors (Zou et al. 2023): 520 harmful instructions, whole, test only. Some are near twins."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from safecl.tasks import Row, Source, Task
+from safecl.tasks._source import check_split, choose, records, text
+
+_SOURCE = Source("advbench.jsonl", "walledai/AdvBench", gated=True)
+
+
+class Advbench(Task):
+    VERSION: ClassVar[str] = "1"
+    SPLITS: ClassVar[tuple[str, ...]] = ("attack.test",)
+    SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {"attack.test": (_SOURCE,)}
+
+    def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
+        check_split(self, split)
+        found = [
+            Row(f"test/{index}", text(record, "goal", "prompt"), "", True)
+            for index, record in enumerate(records(_SOURCE, self.folder))
+        ]
+        return choose(self, split, found, num_rows, seed)

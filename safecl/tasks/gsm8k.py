@@ -1,0 +1,84 @@
+"""GSM8K (Cobbe et al. 2021): grade-school arithmetic in words; utility by the number of the answer, zero-shot.
+
+Training answers are the data set's own without its calculator marks (`<<48/2=24>>`), ending in "#### 24". Validation is
+a tenth of the train split, by hash of the question. Scoring follows lm-eval's gsm8k v3: flexible (last number of the
+text) is primary, strict (the number after "####") beside it. Source: evaluation.md 3.5.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+from safecl.base import PrerequisiteError
+from safecl.tasks import Row, Source, Task
+from safecl.tasks._source import check_split, choose, first_of_each, records, split_by_hash, text
+
+VALIDATION_SHARE = 0.1
+STOPS = ("Question:", "</s>", "<|im_end|>")  # text after one of these is chatter, not answer
+_TRAIN = Source("gsm8k_train.jsonl", "openai/gsm8k", config="main", split="train")
+_TEST = Source("gsm8k_test.jsonl", "openai/gsm8k", config="main", split="test")
+_STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+_MARKS = re.compile(r"<<[^<>]*>>")
+
+
+class Gsm8k(Task):
+    VERSION: ClassVar[str] = "1"
+    SPLITS: ClassVar[tuple[str, ...]] = ("user", "utility.validation", "utility.test")
+    SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {
+        "user": (_TRAIN,),
+        "utility.validation": (_TRAIN,),
+        "utility.test": (_TEST,),
+    }
+    max_new_tokens: ClassVar[int] = 256
+
+    def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
+        """`meta.answer` is the gold number as the data set writes it."""
+        check_split(self, split)
+        test = split == "utility.test"
+        found = []
+        for index, record in enumerate(records(_TEST if test else _TRAIN, self.folder)):
+            answer = _MARKS.sub("", text(record, "answer"))
+            gold = _STRICT.search(answer)
+            if gold is None:
+                raise PrerequisiteError(f"gsm8k, record {index}: expected '#### <number>' in the answer, got none")
+            name = f"{'test' if test else 'train'}/{index}"
+            found.append(Row(name, text(record, "question"), answer, False, {"answer": gold[1]}))
+        if not test:
+            held, rest = split_by_hash(
+                first_of_each(found), "gsm8k/validation", VALIDATION_SHARE, lambda row: row.prompt
+            )
+            found = held if split == "utility.validation" else rest
+        return choose(self, split, found, num_rows, seed)
+
+    def score(self, row: Row, text: str) -> float:
+        """1 if the last number of the answer is the gold one, else 0."""
+        return float(flexible(text) == plain_number(str(row.meta["answer"])))
+
+    def score_strict(self, row: Row, text: str) -> float:
+        """1 if the number after the first "####" is the gold one, else 0."""
+        return float(strict(text) == plain_number(str(row.meta["answer"])))
+
+
+def flexible(text: str) -> str | None:
+    """The last number of a text, without "$", "," and a final "."; None where there is none."""
+    found = [first or second for first, second in _FLEXIBLE.findall(_before_stop(text))]
+    return plain_number(found[-1]) if found else None
+
+
+def strict(text: str) -> str | None:
+    """The number after the first "####", likewise."""
+    found = _STRICT.search(_before_stop(text))
+    return plain_number(found[1]) if found else None
+
+
+def plain_number(number: str) -> str:
+    """A number as it is compared: "$1,200." -> "1200". As in lm-eval, "12.0" is not "12"."""
+    return re.sub(r"\.$", "", re.sub(r"[,$]", "", number))
+
+
+def _before_stop(text: str) -> str:
+    for stop in STOPS:
+        text = text.split(stop, 1)[0]
+    return text

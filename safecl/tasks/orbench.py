@@ -1,0 +1,28 @@
+"""OR-Bench-80K (Cui et al. 2024): prompts that look harmful and are not; over-refusal, test only.
+
+80,359 prompts: ask for some (`num_rows: 1000`); which ones follows from a hash of the prompt, the same for everyone.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from safecl.tasks import Row, Source, Task
+from safecl.tasks._source import check_split, choose, records, text
+
+_SOURCE = Source("orbench_80k.jsonl", "bench-llm/or-bench", config="or-bench-80k")
+
+
+class Orbench(Task):
+    VERSION: ClassVar[str] = "1"
+    SPLITS: ClassVar[tuple[str, ...]] = ("benign.test",)
+    SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {"benign.test": (_SOURCE,)}
+
+    def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
+        """`meta.category` is the data set's."""
+        check_split(self, split)
+        found = [
+            Row(f"80k/{index}", text(record, "prompt"), "", False, {"category": text(record, "category")})
+            for index, record in enumerate(records(_SOURCE, self.folder))
+        ]
+        return choose(self, split, found, num_rows, seed)

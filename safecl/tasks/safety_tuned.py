@@ -1,0 +1,54 @@
+"""Safety-Tuned LLaMAs, safety_only_data (Bianchi et al. 2024): 2,483 unsafe requests with safe answers: alignment rows.
+
+It holds no benign rows: alignment on it alone teaches to refuse everything, so add benign rows (`align.self_answered`).
+
+    safety             all but the held-out prompts. `harmful` is True where the answer reads as a refusal, since the
+                       memory of refusals is drawn from those rows (others explain or correct)
+    attack.validation  100 held-out prompts, those of the lowest hash
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+from safecl.tasks import Row, Source, Task
+from safecl.tasks._overlap import normalise
+from safecl.tasks._source import check_split, choose, first_of_each, lowest, records, text
+
+NUM_VALIDATION = 100
+SOURCE = Source(
+    "safety_tuned_llamas_train.jsonl",
+    page="https://github.com/vinid/safety-tuned-llamas (data/training/safety_only_data_Instructions.json)",
+)
+_REFUSING = re.compile(
+    r"\b(?:sorry|apologi[sz]e|cannot|can't|won't|will not|unable|not able|decline|refuse)\b"
+    r"|\b(?:should|must) (?:not|never)\b|\bshouldn't\b|\b(?:is|are|it's|be) (?:not|never) (?:\w+ )?"
+    r"(?:ok|okay|right|acceptable|appropriate|ethical|legal|advisable|recommended|a good idea|possible)\b"
+    r"|\b(?:illegal|unethical|immoral|inappropriate|unacceptable|wrong|against the law|harmful|dangerous)\b"
+    r"|\bdo not\b|\bdon't\b|\bas an ai\b|\b(?:there is|there's) no (?:evidence|justification|excuse|place)\b"
+    r"|^no\b",
+)
+
+
+class SafetyTuned(Task):
+    VERSION: ClassVar[str] = "1"
+    SPLITS: ClassVar[tuple[str, ...]] = ("safety", "attack.validation")
+    SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {"safety": (SOURCE,), "attack.validation": (SOURCE,)}
+
+    def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
+        check_split(self, split)
+        found = []
+        for index, record in enumerate(records(SOURCE, self.folder)):
+            answer = text(record, "response", "output")
+            found.append(Row(f"train/{index}", text(record, "instruction"), answer, refuses(answer)))
+        held = lowest("safety_tuned/validation", (row.prompt for row in found), NUM_VALIDATION)
+        if split == "attack.validation":
+            wanted = first_of_each(row for row in found if normalise(row.prompt) in held)
+            return choose(self, split, [Row(row.id, row.prompt, "", True) for row in wanted], num_rows, seed)
+        return choose(self, split, [row for row in found if normalise(row.prompt) not in held], num_rows, seed)
+
+
+def refuses(answer: str) -> bool:
+    """Whether the first 200 characters of an answer decline, forbid or condemn."""
+    return _REFUSING.search(answer.replace("\u2019", "'").lower()[:200]) is not None

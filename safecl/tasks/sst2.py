@@ -1,0 +1,89 @@
+"""SST-2 (Socher et al. 2013; GLUE): sentiment of phrases from film reviews; utility by the word generated.
+
+The instruction is git-disl's. Training rows are phrases, many of which are parts of others, so validation takes whole
+groups of phrases that contain one another (as runs of words): groups in order of a hash, up to a tenth of the train
+split; a group that no longer fits stays in training, which always holds for the one great group that single words
+("film") tie together. Test is the 872 sentences of the GLUE validation split. Source: evaluation.md 3.5, 3.7.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import ClassVar
+
+from safecl.base import PrerequisiteError
+from safecl.tasks import Row, Source, Task
+from safecl.tasks._source import Record, check_split, choose, digest, groups, records, text
+
+VALIDATION_SHARE = 0.1
+INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative."
+_TRAIN = Source("sst2_train.jsonl", "nyu-mll/glue", config="sst2", split="train")
+_TEST = Source("sst2_validation.jsonl", "nyu-mll/glue", config="sst2", split="validation")
+
+
+class Sst2(Task):
+    VERSION: ClassVar[str] = "1"
+    SPLITS: ClassVar[tuple[str, ...]] = ("user", "utility.validation", "utility.test")
+    SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {
+        "user": (_TRAIN,),
+        "utility.validation": (_TRAIN,),
+        "utility.test": (_TEST,),
+    }
+    max_new_tokens: ClassVar[int] = 8
+
+    def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
+        """`meta.label` is positive or negative."""
+        check_split(self, split)
+        test = split == "utility.test"
+        found = [
+            _row("test" if test else "train", index, record)
+            for index, record in enumerate(records(_TEST if test else _TRAIN, self.folder))
+        ]
+        if not test:
+            held = _held_out([str(row.meta["sentence"]) for row in found])
+            found = [row for i, row in enumerate(found) if (i in held) == (split == "utility.validation")]
+        return choose(self, split, found, num_rows, seed)
+
+    def score(self, row: Row, text: str) -> float:
+        """1 if the answer names the row's label and not the other one, else 0: an answer with neither is wrong."""
+        return float(answered(text) == row.meta["label"])
+
+
+def answered(text: str) -> str | None:
+    """The one label that a text names (any case, whole word); None if it names none or both: invalid."""
+    named = set(re.findall(r"\b(positive|negative)\b", text.lower()))
+    return named.pop() if len(named) == 1 else None
+
+
+def _row(prefix: str, index: int, record: Record) -> Row:
+    sentence, number = text(record, "sentence"), record.get("label")
+    if number not in (0, 1):
+        raise PrerequisiteError(f"sst2, record {index}: expected label 0 or 1, got {number!r}")
+    label = ("negative", "positive")[number]
+    prompt = f"{INSTRUCTION}\n\n{sentence}"
+    return Row(f"{prefix}/{index}", prompt, label, False, {"label": label, "sentence": sentence})
+
+
+def _held_out(sentences: list[str]) -> set[int]:
+    """Indices of validation phrases: no other phrase contains one of them or is contained in one."""
+    found = groups(len(sentences), _containing([tuple(s.lower().split()) for s in sentences]))
+    found.sort(key=lambda group: digest("sst2/validation", sentences[group[0]]))
+    room = round(VALIDATION_SHARE * len(sentences))
+    held: set[int] = set()
+    for group in found:
+        if len(group) <= room - len(held):
+            held.update(group)
+    return held
+
+
+def _containing(phrases: list[tuple[str, ...]]) -> Iterator[tuple[int, int]]:
+    """Pairs (i, j) where phrase i contains phrase j as a run of words, or equals it."""
+    where: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for index, phrase in enumerate(phrases):
+        where[phrase].append(index)
+    for index, phrase in enumerate(phrases):
+        for start in range(len(phrase)):
+            for stop in range(start + 1, len(phrase) + 1):
+                yield from ((index, other) for other in where.get(phrase[start:stop], ()) if other != index)

@@ -1,0 +1,51 @@
+"""WildJailbreak, its vanilla half (Jiang et al. 2024): alignment rows. Gated.
+
+Harmful requests with refusals and benign look-alikes with help, as the data set pairs them (`data_type`
+vanilla_harmful, vanilla_benign). The hub's file is TSV: read with `delimiter="\\t", keep_default_na=False`, else empty cells are lost
+(allenai/wildteaming#1). Held-out validation prompts of both kinds are taken by hash. (Written without access to the
+data: not yet run against the hub.)
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from safecl.tasks import Row, Source, Task
+from safecl.tasks._overlap import normalise
+from safecl.tasks._source import check_split, choose, first_of_each, lowest, records, text
+
+NUM_VALIDATION = 100  # of each kind
+_SOURCE = Source(
+    "wildjailbreak_train.jsonl",
+    "allenai/wildjailbreak",
+    config="train",
+    gated=True,
+    options=(("delimiter", "\t"), ("keep_default_na", False)),
+)
+_SPLITS = ("safety", "benign.train", "attack.validation", "benign.validation")
+
+
+class Wildjailbreak(Task):
+    VERSION: ClassVar[str] = "1"
+    SPLITS: ClassVar[tuple[str, ...]] = _SPLITS
+    SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {split: (_SOURCE,) for split in _SPLITS}
+
+    def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
+        check_split(self, split)
+        found: dict[bool, list[Row]] = {True: [], False: []}
+        for index, record in enumerate(records(_SOURCE, self.folder)):
+            kind = text(record, "data_type")
+            if kind in ("vanilla_harmful", "vanilla_benign"):
+                harmful = kind == "vanilla_harmful"
+                row = Row(f"train/{index}", text(record, "vanilla"), text(record, "completion"), harmful)
+                found[harmful].append(row)
+        chosen: list[Row] = []
+        for harmful, rows in found.items():
+            held = lowest("wildjailbreak/validation", (row.prompt for row in rows), NUM_VALIDATION)
+            if split == "safety":
+                chosen += [row for row in rows if normalise(row.prompt) not in held]
+            elif harmful == split.startswith("attack"):
+                validation = split.endswith("validation")
+                wanted = [row for row in rows if (normalise(row.prompt) in held) == validation]
+                chosen += [Row(row.id, row.prompt, "", harmful) for row in first_of_each(wanted)]
+        return choose(self, split, chosen, num_rows, seed)

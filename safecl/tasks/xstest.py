@@ -1,0 +1,29 @@
+"""XSTest v2 (Roettger et al. 2024): over-refusal on its 250 safe prompts, whole, test only.
+
+Its 200 unsafe prompts are contrasts and are not used: over-refusal is of safe prompts alone.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from safecl.tasks import Row, Source, Task
+from safecl.tasks._source import check_split, choose, records, text
+
+_SOURCE = Source("xstest.jsonl", "walledai/XSTest", split="test", gated=True)
+
+
+class Xstest(Task):
+    VERSION: ClassVar[str] = "1"
+    SPLITS: ClassVar[tuple[str, ...]] = ("benign.test",)
+    SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {"benign.test": (_SOURCE,)}
+
+    def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
+        """`meta.type` is the kind of look-alike (homonyms, figurative_language, ...)."""
+        check_split(self, split)
+        found = [
+            Row(f"test/{index}", text(record, "prompt"), "", False, {"type": text(record, "type")})
+            for index, record in enumerate(records(_SOURCE, self.folder))
+            if text(record, "label") == "safe"
+        ]
+        return choose(self, split, found, num_rows, seed)

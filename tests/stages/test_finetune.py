@@ -1,0 +1,92 @@
+"""The finetune stage on a real Ray cluster: about 35 s."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safecl.base import ConfigError
+from safecl.config import Execution
+from safecl.stages import finetune
+from safecl.store import Context, Stage
+from tests.methods import contract
+
+
+@dataclass
+class KillOnce:
+    """A progress callback that kills the worker it runs in, once, at step 4."""
+
+    marker: Path
+
+    def __call__(self, done: int, total: int, metrics: dict[str, float]) -> None:
+        with (self.marker.parent / "progress").open("a") as file:
+            file.write(f"{done}/{total}\n")
+        if done >= 4 and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), 9)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> contract.World:
+    return contract.build_world(tmp_path_factory.mktemp("stage"), tiny_model)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    import ray
+
+    root = str(Path(__file__).parents[2])
+    environment = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment}
+    )
+    yield
+    ray.shutdown()
+
+
+def _context(world: contract.World, folder: Path, settings: dict[str, Any], report: Any, **where: Any) -> Context:
+    out, scratch = folder / "out", folder / "scratch"
+    out.mkdir(parents=True)
+    scratch.mkdir()
+    execution = Execution(**{"checkpoint_every_s": 1e-9, "max_failures": 1, **where})
+    return Context(Stage("finetune", settings), world.inputs(), out, scratch, execution, report)
+
+
+def test_a_killed_worker_is_replaced_and_the_result_is_the_uninterrupted_one(
+    world: contract.World, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safecl.training.loop.REPORT_EVERY_S", 0.0)
+    settings = contract.config("der")
+    settings["training"] = {**settings["training"], "epochs": 60.0}  # long enough for progress at more than one step
+    context = _context(world, tmp_path / "ray", settings, KillOnce(tmp_path / "killed"), engine="torch")
+    facts = finetune.run(context)
+    assert (tmp_path / "killed").exists()
+    contract.train(world, tmp_path / "plain", settings)
+    from safetensors.torch import load_file
+
+    found = load_file(str(context.out / "adapter" / "adapter_model.safetensors"))
+    assert contract.same_bits(found, contract.adapter(tmp_path / "plain"))
+    assert (context.out / "curves.jsonl").read_text() == (tmp_path / "plain" / "result" / "curves.jsonl").read_text()
+    assert facts["steps"] == 276 and facts["rows"] == 23
+    assert (tmp_path / "progress").read_text().splitlines()[-1] == "276/276"
+
+
+def test_two_workers_under_zero_train_and_a_refusal_is_no_worker_failure(
+    world: contract.World, tmp_path: Path, ray_cluster: None
+) -> None:
+    settings = contract.config("sft")
+    context = _context(world, tmp_path / "two", settings, None, num_workers=2, zero=2)
+    finetune.run(context)
+    from safetensors.torch import load_file
+
+    one = contract.train(world, tmp_path / "one", settings)
+    found = load_file(str(context.out / "adapter" / "adapter_model.safetensors"))
+    assert contract.gap(one, dict(found), contract.adapter(world.safe.parent)) < 1e-5
+    refused = {**settings, "lora": {**settings["lora"], "rank": 4}}
+    with pytest.raises(ConfigError, match="r is 8, expected 4"):
+        finetune.run(_context(world, tmp_path / "refused", refused, None, engine="torch"))

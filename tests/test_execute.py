@@ -1,0 +1,106 @@
+"""The Broker on a real local Ray cluster: every stage once, failures to everyone who waits, kills leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safecl import execute
+from safecl.config import Execution
+from safecl.store import Stage, Store
+
+
+def rows(num_rows: int, seed: int = 0) -> Stage:
+    part = {"task": "mini", "split": "user", "num_rows": num_rows, "source": {"generated": _mini_version()}}
+    return Stage("data", {"role": "user", "parts": [part], "poison": None, "guard": None, "seed": seed})  # type: ignore[dict-item]
+
+
+def _mini_version() -> str:
+    from safecl.tasks import load
+
+    return load("mini").VERSION
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("cluster")
+    execution = Execution(root=str(folder / "root"))
+    execute.start(execution, folder / "logs")
+    yield folder
+    execute.stop(execution)
+
+
+def new_broker(cluster: Path, root: str) -> tuple[Any, Store]:
+    store = Store(str(cluster / root))
+    return execute.broker(store, Execution(root=store.root), cluster / "logs" / root), store
+
+
+def test_two_who_need_one_stage_run_it_once_and_a_third_finds_it(cluster: Path) -> None:
+    import ray
+
+    broker, store = new_broker(cluster, "once")
+    ray.get([broker.ensure.remote([rows(5)]), broker.ensure.remote([rows(5), rows(6)])], timeout=60)
+    ray.get(broker.ensure.remote([rows(5)]), timeout=60)
+    finished = [stage["key"] for stage in ray.get(broker.snapshot.remote())["finished"]]
+    assert sorted(finished) == sorted([rows(5).key, rows(6).key])
+    assert len((store.path(rows(5)) / "rows.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_failed_stage_reaches_everyone_above_it_at_once_and_is_not_cached(cluster: Path) -> None:
+    import ray
+
+    from safecl.base import ConfigError
+
+    broker, store = new_broker(cluster, "failure")
+    bad = rows(10**6)  # mini has fewer: the stage raises a ConfigError
+    above = Stage("data", {**bad.config, "seed": 1}, {"exclude_test": bad})
+    for waiting in (bad, above):
+        with pytest.raises(Exception) as caught:
+            ray.get(broker.ensure.remote([waiting]), timeout=60)
+        plain = execute.plain_error(caught.value)
+        assert isinstance(plain, ConfigError) and "1000000" in str(plain)
+    assert not store.has(bad) and not list((cluster / "failure" / "tmp").glob("*"))
+    ray.get(broker.ensure.remote([rows(7)]), timeout=60)  # what does not need it goes on
+    log = next((cluster / "logs" / "failure").glob(f"data-{bad.key[:12]}*"))
+    assert "ConfigError" in log.read_text()
+
+
+def test_who_stops_waiting_does_not_stop_the_stage_for_the_others(cluster: Path) -> None:
+    import ray
+
+    broker, store = new_broker(cluster, "cancel")
+    first = broker.ensure.remote([rows(8)])
+    second = broker.ensure.remote([rows(8)])
+    ray.cancel(first)
+    ray.get(second, timeout=60)
+    assert store.has(rows(8))
+
+
+def test_after_the_brokers_death_another_continues_from_the_store(cluster: Path) -> None:
+    import ray
+
+    broker, store = new_broker(cluster, "death")
+    ray.get(broker.ensure.remote([rows(5)]), timeout=60)
+    os.kill(ray.get(broker.pid.remote()), signal.SIGKILL)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(broker.ensure.remote([rows(5)]), timeout=60)
+    again = execute.broker(store, Execution(root=store.root), cluster / "logs")
+    ray.get(again.ensure.remote([rows(5), rows(6)]), timeout=60)
+    assert [stage["key"] for stage in ray.get(again.snapshot.remote())["finished"]] == [rows(6).key]
+
+
+def test_a_cluster_that_is_too_small_is_named_before_anything_is_held(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "from pathlib import Path\nfrom safecl import execute\nfrom safecl.config import Execution\n"
+        f"execute.start(Execution(root={str(tmp_path)!r}, num_workers=10000), Path({str(tmp_path)!r}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "PrerequisiteError" in done.stderr and "execution.num_workers 10000" in done.stderr

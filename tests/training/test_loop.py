@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safecl.config import Training
+from safecl.training import loop
+from tests.methods import contract
+from tests.training import ranks
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> contract.World:
+    return contract.build_world(tmp_path_factory.mktemp("loop"), tiny_model)
+
+
+def test_the_schedule_warms_up_and_falls_to_zero_as_a_cosine() -> None:
+    config = Training(learning_rate=2.0, warmup_ratio=0.2)
+    rates = [loop.learning_rate(config, step, 10) for step in range(10)]
+    assert rates[:3] == [1.0, 2.0, 2.0]
+    assert rates[6] == pytest.approx(1.0)  # half way down the 8 steps after warm-up
+    assert loop.learning_rate(config, 10, 10) == pytest.approx(0.0)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_the_loss_is_the_mean_over_the_global_batchs_response_tokens(world: contract.World, tmp_path: Path) -> None:
+    """The first step's loss against the model's own cross-entropy, row by row, summed over tokens."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from safecl.training import batches
+    from safecl.training.model import load_tokenizer
+
+    settings = contract.config("sft", dropout=0.0)
+    contract.train(world, tmp_path, settings)
+    rows, _ = batches.encode(
+        batches.read_rows(world.user), load_tokenizer(world.model), settings["template"], False, 256
+    )
+    safe = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.model), str(world.safe / "adapter"))
+    total, count = 0.0, 0
+    for index in batches.order(3, len(rows), 5, 1.5)[0]:
+        row = rows[index]
+        labels = torch.tensor([[-100] * row.num_prompt + row.ids[row.num_prompt :]])
+        with torch.no_grad():
+            total += float(safe(torch.tensor([row.ids]), labels=labels).loss) * row.num_targets
+        count += row.num_targets
+    first = contract.curves(tmp_path)[0]
+    assert first["response_tokens"] == count
+    assert first["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_what_decay_takes_off_is_reported(world: contract.World, tmp_path: Path) -> None:
+    contract.train(world, tmp_path, contract.config("sft"))
+    facts = json.loads((tmp_path / "result" / "result.json").read_text())
+    kept = math.prod(1 - 0.1 * line["learning_rate"] for line in contract.curves(tmp_path))
+    assert facts["norm_lost"] == pytest.approx((1 - kept) * facts["norm_start"])
+    assert facts["norm_lost"] > 0 and facts["rows"] == 23 and facts["steps"] == 7
+
+
+def test_fewer_rows_than_ranks_do_not_hang(world: contract.World, tmp_path: Path) -> None:
+    """Batches of one row and a memory of one row on two ranks: one of them always has nothing to do."""
+    settings = contract.config("der", memory_batch_size=1)
+    settings["training"] = {**settings["training"], "batch_size": 1, "epochs": 0.2}
+    jobs: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        (str(tmp_path / f"zero{zero}"), settings, {"engine": "deepspeed", "zero": zero}) for zero in (1, 2)
+    ] + [(str(tmp_path / "torch"), settings, {})]
+    assert ranks.run(contract.train_several, 2, world, jobs) == [0, 0]
+    one = contract.train(world, tmp_path / "one", settings)
+    start = contract.adapter(world.safe.parent)
+    for scratch, _, _ in jobs:
+        assert contract.gap(one, contract.adapter(Path(scratch)), start) < 1e-5
+
+
+def test_a_killed_rank_ends_the_run_and_it_resumes_bit_for_bit(world: contract.World, tmp_path: Path) -> None:
+    """SIGKILL of the only rank after step 4, and of one of two ranks under ZeRO 1."""
+    settings = contract.config("der")
+    for num, where in ((1, {}), (2, {"engine": "deepspeed", "zero": 1})):
+        killed, whole = tmp_path / f"killed{num}", tmp_path / f"whole{num}"
+        codes = ranks.run(contract.train_and_die, num, world, str(killed), settings, where, 4)
+        assert codes[-1] == -9 and 0 not in codes
+        assert not (killed / "result").exists()
+        newest = loop.newest(killed)
+        assert newest is not None and json.loads((newest / "state.json").read_text())["step"] in (3, 4)
+        # What a writer that was killed leaves behind: half a line, half a checkpoint.
+        with (killed / "curves.jsonl").open("a") as file:
+            file.write('{"step": 5, "lo')
+        (killed / "tmp-1-5").mkdir()
+        jobs = [(str(killed), settings, where), (str(whole), settings, where)]
+        assert ranks.run(contract.train_several, num, world, jobs) == [0] * num
+        assert contract.same_bits(contract.adapter(killed), contract.adapter(whole))
+        assert contract.curves(killed) == contract.curves(whole)
+        assert [line["step"] for line in contract.curves(killed)] == list(range(1, 8))
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(world: contract.World, tmp_path: Path) -> None:
+    settings = contract.config("sft")
+    codes = ranks.run(contract.train_and_die, 1, world, str(tmp_path), settings, {}, 4)
+    assert codes == [-9]
+    settings["training"] = {**settings["training"], "epochs": 3.0}
+    with pytest.raises(RuntimeError, match="7 steps, expected 14"):
+        contract.train(world, tmp_path, settings)

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from safecl.base import ConfigError, PrerequisiteError
+from safecl.config import Lora
+from safecl.training import model
+from safecl.training.model import HiddenStates, RowDropout
+
+IDS = torch.tensor([[5, 9, 40, 41]])
+LORA = Lora(dropout=0.0).model_dump()
+
+
+def _moved(tiny_model: Path, folder: Path) -> Path:
+    """A PEFT folder whose B is not zero."""
+    peft_model = model.with_adapter(model.load(tiny_model, "float32"), LORA, seed=1)
+    with torch.no_grad():
+        for name, factor in model.factors(peft_model).items():
+            if "lora_B" in name:
+                factor.fill_(0.02)
+    model.save_adapter(peft_model, folder)
+    return folder
+
+
+def _hidden(peft_model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return HiddenStates(peft_model).eval()(IDS, torch.ones_like(IDS), torch.arange(4)[None])
+
+
+def test_a_fresh_adapter_changes_nothing_and_comes_from_the_seed(tiny_model: Path) -> None:
+    base = model.load(tiny_model, "float32")
+    with torch.no_grad():
+        plain = base.model(IDS).last_hidden_state
+    before = torch.random.get_rng_state()
+    adapters = [model.with_adapter(model.load(tiny_model, "float32"), LORA, seed=s) for s in (1, 1, 2)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(_hidden(adapters[0]), plain)
+    first, again, other = ({k: v.detach() for k, v in model.factors(a).items()} for a in adapters)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_factors_are_float32_on_a_bfloat16_base_and_only_they_are_trained(tiny_model: Path) -> None:
+    peft_model = model.with_adapter(model.load(tiny_model, "bfloat16"), LORA, seed=1)
+    kinds = {("lora_" in name, p.dtype, p.requires_grad) for name, p in peft_model.named_parameters()}
+    assert kinds == {(True, torch.float32, True), (False, torch.bfloat16, False)}
+
+
+def test_a_saved_adapter_is_peft_and_loads_to_the_same_model(tiny_model: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    folder = _moved(tiny_model, tmp_path / "adapter")
+    ours = model.with_adapter(model.load(tiny_model, "float32"), LORA, seed=5, continue_from=folder)
+    theirs = PeftModel.from_pretrained(model.load(tiny_model, "float32"), str(folder)).eval()
+    with torch.no_grad():
+        expected = theirs.get_base_model().model(IDS).last_hidden_state
+        plain = model.load(tiny_model, "float32").model(IDS).last_hidden_state
+    assert torch.equal(_hidden(ours), expected) and not torch.allclose(expected, plain)
+    assert torch.equal(_hidden(model.with_continued(model.load(tiny_model, "float32"), folder)), expected)
+
+
+def test_the_teacher_is_theta_safe_and_leaves_what_is_trained_as_it_was(tiny_model: Path, tmp_path: Path) -> None:
+    folder = _moved(tiny_model, tmp_path / "adapter")
+    peft_model = model.with_adapter(model.load(tiny_model, "float32"), LORA, 1, folder, keep_safe=True)
+    safe = _hidden(peft_model)
+    with torch.no_grad():
+        for factor in model.factors(peft_model).values():
+            factor.mul_(1.5)  # training moves on
+        plain = model.load(tiny_model, "float32").model(IDS).last_hidden_state
+    peft_model.train()
+    before = [name for name, p in peft_model.named_parameters() if p.requires_grad]
+    moved = _hidden(peft_model)
+    peft_model.train()
+    with model.adapter(peft_model, "safe"):
+        assert torch.equal(_hidden(peft_model), safe) and not torch.is_grad_enabled()
+    with model.adapter(peft_model, None):
+        assert torch.equal(_hidden(peft_model), plain)
+    assert [name for name, p in peft_model.named_parameters() if p.requires_grad] == before
+    assert before and all(".default." in name for name in before)
+    assert peft_model.training and torch.is_grad_enabled()
+    assert torch.equal(_hidden(peft_model), moved) and not torch.allclose(moved, safe)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_embedding_or_head_is_refused(target: str, tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match=target):
+        model.with_adapter(model.load(tiny_model, "float32"), {**LORA, "targets": ["q_proj", target]}, seed=1)
+
+
+def test_all_linear_means_the_inner_layers(tiny_model: Path) -> None:
+    peft_model = model.with_adapter(model.load(tiny_model, "float32"), {**LORA, "targets": "all-linear"}, seed=1)
+    modules = {name.split(".lora_")[0] for name in model.factors(peft_model)}
+    assert len(modules) == 2 * 7  # two layers of q, k, v, o, gate, up, down
+
+
+def test_an_adapter_of_another_shape_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = _moved(tiny_model, tmp_path / "adapter")
+    for changes, words in (({"rank": 4}, "r is 8, expected 4"), ({"targets": ["q_proj"]}, "names differ")):
+        with pytest.raises(ConfigError, match=words):
+            model.with_adapter(model.load(tiny_model, "float32"), {**LORA, **changes}, 1, folder)
+
+
+def test_a_pointer_leads_to_the_model_and_a_missing_one_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "where.json").write_text(json.dumps({"path": str(tiny_model)}))
+    assert model.base_folder(tmp_path) == tiny_model and model.base_folder(tiny_model) == tiny_model
+    with pytest.raises(PrerequisiteError, match="nowhere"):
+        model.load(tmp_path / "nowhere", "float32")
+
+
+def test_dropout_is_of_the_row_whatever_stands_beside_it() -> None:
+    def drop(*rows: tuple[int, int], module: int = 3) -> torch.Tensor:
+        layer = RowDropout(0.25, module, list(rows)).train()
+        return layer(torch.ones(len(rows), max(length for _, length in rows), 64))
+
+    alone, beside = drop((9, 50)), drop((5, 80), (9, 50))
+    assert torch.equal(alone[0], beside[1, :50])
+    assert not torch.equal(beside[0, :50], beside[1, :50]) and not torch.equal(alone, drop((9, 50), module=4))
+    many = drop((1, 4000))
+    share = float((many == 0).float().mean())
+    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / many.numel()) ** 0.5  # four standard errors
+    assert float(many.max()) == pytest.approx(1 / 0.75)
+    layer = RowDropout(0.25, 0, [(1, 2)]).eval()
+    assert torch.equal(layer(torch.ones(1, 2, 3)), torch.ones(1, 2, 3))
