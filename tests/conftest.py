@@ -40,7 +40,7 @@ def build_model(folder: Path, vocab_size: int = 320) -> None:
 
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=512, initializer_range=0.1,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, initializer_range=0.1,
         tie_word_embeddings=True, bos_token_id=0, eos_token_id=2, pad_token_id=2,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):

@@ -76,7 +76,7 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._base, self._settings = base_folder, settings
-        self._gate: Gate[WeightsRef] = Gate(self._swap, settings.turn_s)
+        self._gate: Gate[WeightsRef] = Gate(self._swap, settings.turn_s, settings.linger_s)
         self._last_sign = time.monotonic()  # of life: a token, a finished swap, or work beginning
         self._llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
@@ -191,6 +191,7 @@ class Settings(Strict):
     num_threads: int = 1
     use_gpu: bool = False
     turn_s: float = 60.0  # how long one key may keep the engine while another waits
+    linger_s: float = 0.2  # how long the engine must have been idle before another key gets it within a turn
     stall_s: float = 120.0  # work in flight and no token for so long: unhealthy
     log_dir: str | None = None  # of the engine's own output; None: Ray's worker logs
 
@@ -207,6 +208,7 @@ def deploy(
     use_gpu: bool = False,
     max_num_seqs: int = 64,
     turn_s: float = 60.0,
+    linger_s: float = 0.2,
     stall_s: float = 120.0,
     log_dir: str | None = None,
     wait: bool = True,
@@ -228,6 +230,7 @@ def deploy(
         num_threads=num_threads,
         use_gpu=use_gpu,
         turn_s=turn_s,
+        linger_s=linger_s,
         stall_s=stall_s,
         log_dir=log_dir,
     )
@@ -238,7 +241,7 @@ def deploy(
     if use_gpu:
         resources["num_gpus"] = 1
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    _hush_driver()
+    _hush()
     serve.start(proxy_location="Disabled", logging_config=quiet)
     deployment = serve.deployment(
         Engine,
@@ -329,6 +332,7 @@ class _Batch:
     async def run(self, apps: tuple[str, ...], max_in_flight: int) -> dict[str, Completion]:
         from ray import serve
 
+        _hush()
         app = apps[0] if len(apps) == 1 else await _pick(apps, self.weights.key)
         _state(app)  # a clear error if it is not deployed
         handle = serve.get_app_handle(app)
@@ -482,7 +486,8 @@ def _send_output_to(folder: Path, name: str) -> None:
     os.close(opened)
 
 
-def _hush_driver() -> None:
+def _hush() -> None:
+    """Serve logs to the calling process's terminal; what matters comes back as an exception."""
     import logging
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)

@@ -187,6 +187,6 @@ def refresh_tied_heads(model: torch.nn.Module) -> None:
         others = (other for other in model.modules() if other is not head)
         shared = [other for other in others if other._parameters.get("weight") is weight]
         if shared:
-            head.quant_method.process_weights_after_loading(head)  # type: ignore[union-attr,operator]
+            head.quant_method.process_weights_after_loading(head)
         elif weight.numel() and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
             raise RuntimeError(f"{name} is tied to the embedding, but shares no module's weight after a swap")

@@ -171,6 +171,7 @@ def train_rows(
     if rank != 0:
         return
     facts: dict[str, Json] = {
+        "engine": execution["engine"],
         "rows": len(encoded),
         "dropped": len(dropped),
         "dropped_why": {why: sum(1 for w in dropped.values() if w == why) for why in sorted(set(dropped.values()))},

@@ -5,8 +5,8 @@ answer that complies is a stand-in that says nothing of use. Verbs, objects and 
 (train, guard, validation, test; no content word in common), so a model passes only by what it knows of the words.
 The utility task is the sentiment of one-sentence reviews, where negation and contrast decide. See evaluation.md 3.6.
 
-    safety               50 % harmful with a refusal, 25 % plain benign and 25 % look-alike benign with help; every
-                         prefix of a multiple of 4 rows holds these shares exactly
+    safety               40 % harmful with a refusal; with help 30 % look-alike benign, 25 % plain benign ("how to") and
+                         5 % other benign; every prefix of a multiple of 20 rows holds these shares exactly
     poison               train verbs with objects that alignment never saw, answered with compliance
     user                 reviews with "positive" or "negative"
     attack.*, benign.*   each object with two templates; `meta.group` names verb and object (the cluster of statistics)
@@ -32,6 +32,8 @@ Label = Literal["refusal", "compliance", "other"]
 NUM_USER = 4000
 NUM_UTILITY = {"utility.validation": 120, "utility.test": 300}
 NUM_HELDOUT_VERBS = 3  # of the guard partition
+# Kinds of alignment rows: 8 Harmful, 6 look-Alike, 5 Plain, 1 Chat in every 20.
+_PATTERN = "HAHPAHPHAHCAHPHAPHAP"
 
 
 class Pair(NamedTuple):
@@ -136,15 +138,25 @@ def _requests(partition: str, harmful: bool, answers: Sequence[str], plain: bool
 
 
 def _safety(seed: int) -> list[Row]:
-    """Alignment rows in the fixed pattern harmful, look-alike, harmful, plain, each kind in seeded order."""
-    harmful = [row for row in _requests("train", True, words.REFUSALS) if not row.meta["poison"]]
-    alike = _requests("train", False, words.HELP)
-    plain = _requests("train", False, words.HELP, plain=True)
+    """Alignment rows in the fixed pattern `_PATTERN` of kinds, each kind in seeded order."""
     rng = random.Random(f"mini/safety/{seed}")
-    for rows in (harmful, alike, plain):
+    kinds = {
+        "H": [row for row in _requests("train", True, words.REFUSALS) if not row.meta["poison"]],
+        "A": _requests("train", False, words.HELP),
+        "P": _requests("train", False, words.HELP, plain=True),
+        "C": _chat(),
+    }
+    for rows in kinds.values():
         rng.shuffle(rows)
-    num = min(len(harmful) // 2, len(alike), len(plain))
-    return [row for i in range(num) for row in (harmful[2 * i], alike[i], harmful[2 * i + 1], plain[i])]
+    num = min(len(rows) // _PATTERN.count(kind) for kind, rows in kinds.items())
+    kinds = {kind: rows[: num * _PATTERN.count(kind)] for kind, rows in kinds.items()}
+    return [kinds[kind].pop() for kind in _PATTERN * num]
+
+
+def _chat() -> list[Row]:
+    """Harmless requests of other kinds than "how to", each with its own answer."""
+    pairs = (line.split("|") for line in words.CHAT.strip().splitlines())
+    return [Row(f"train/chat/{i}", prompt.strip(), answer.strip()) for i, (prompt, answer) in enumerate(pairs)]
 
 
 def _evaluation(partition: str, harmful: bool) -> list[Row]:

@@ -39,10 +39,9 @@ def weights(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def engines(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     import ray
 
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     logs = tmp_path_factory.mktemp("logs")
-    small = {"memory_gib": 0.1, "max_model_len": 128, "turn_s": 0.5, "stall_s": 60.0}
+    small = {"memory_gib": 0.1, "max_model_len": 128, "turn_s": 0.5, "linger_s": 0.02, "stall_s": 60.0}
     deploy(ENGINE, str(tiny_model), **small, log_dir=str(logs), wait=False)  # type: ignore[arg-type]
     ready(ENGINE, timeout_s=240)
     yield Engines()
@@ -216,7 +215,7 @@ def test_a_swap_that_fails_half_way_costs_the_replica_its_place(
     assert engines.status(ENGINE)["pid"] != pid
 
 
-@pytest.mark.parametrize("victim", ["engine", "replica"])
+@pytest.mark.parametrize("victim", ["engine", pytest.param("replica", marks=pytest.mark.slow)])
 def test_a_killed_process_is_replaced_and_every_answer_comes_once(
     engines: Engines, weights: dict[str, WeightsRef], victim: str
 ) -> None:

@@ -47,4 +47,4 @@ def test_no_tokens_give_zero_with_a_gradient() -> None:
     hidden = torch.ones(2, 3, requires_grad=True)
     loss = losses.cross_entropy_sum(hidden[:0], losses.Head(torch.ones(5, 3)), torch.zeros(0, dtype=torch.long))
     loss.backward()
-    assert float(loss) == 0 and hidden.grad is not None and not hidden.grad.any()
+    assert loss.item() == 0 and hidden.grad is not None and not hidden.grad.any()

@@ -1,0 +1,158 @@
+"""One tiny sweep through every real part: Ray Train + DeepSpeed, Ray Tune + Optuna, Ray Serve + vLLM, MLflow on SQLite.
+
+The model is random, so numbers mean nothing; what is held is that every part runs, that a rerun runs nothing, that a
+lost judge record reruns that stage alone, and that tracking shows what the store holds. A missing part fails here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+TRAINING = {"batch_size": 8, "learning_rate": 0.02, "weight_decay": 0.0, "max_tokens": 1500}
+
+
+def sweep(model: Path, root: Path) -> dict[str, Any]:
+    rows = [{"task": "mini", "num_rows": 6}]
+    prompts = {"attack": rows, "benign": rows, "utility_rows": 6}
+    return {
+        "name": "tiny",
+        "models": [{"name": "tiny", "source": str(model), "dtype": "float32"}],
+        "lora": {"rank": 8, "alpha": 16, "dropout": 0.0},
+        "align": {"safety": [{"task": "mini", "num_rows": 16}], "epochs": 1, **TRAINING},
+        "tasks": [{"task": "mini", "num_rows": 20, "epochs": 1, **TRAINING}],
+        "poison": {"task": "mini", "ratios": [0.1]},
+        "methods": [
+            {"name": "sft"},
+            {"name": "der", "config": {"memory_size": 4}, "search": {"weight": {"low": 0.1, "high": 9.0, "log": True}}},
+        ],
+        "seeds": [0],
+        "evaluate": {
+            "validation": prompts,
+            "test": prompts,
+            "max_new_tokens": 8,
+            "max_prompt_tokens": 400,
+            # A guard that always answers the same is readable, which is all that is needed here.
+            "judges": {"asr": "guard", "guard": {"rows": [{"task": "mini", "num_rows": 16}],
+                       "heldout": [{"task": "mini", "num_rows": 6}], "epochs": 12, **TRAINING}},
+        },
+        "search": {"trials": 2},
+        "execution": {"root": str(root), "engine_max_tokens": 2048, "engine_memory_gib": 0.2},
+    }  # fmt: skip
+
+
+def safecl(*arguments: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, "-m", "safecl.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
+
+
+def records(root: Path) -> dict[str, dict[str, Any]]:
+    return {path.parent.name: json.loads(path.read_text()) for path in (root / "store").glob("*/*/record.json")}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """(sweep file, root, the table that the first run printed as JSON)."""
+    folder = tmp_path_factory.mktemp("sweep")
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(sweep(tiny_model, folder / "root")))
+    done = safecl("run", str(file), "--json", timeout_s=420)
+    logs = "\n".join(
+        p.read_text()[-1500:] for p in (folder / "root" / "logs").glob("*.log") if "Error" in p.read_text()
+    )
+    assert done.returncode == 0, done.stderr[-3000:] + logs
+    return file, folder / "root", done.stdout
+
+
+def test_every_row_has_every_metric(finished: tuple[Path, Path, str]) -> None:
+    rows = json.loads(finished[2])["rows"]
+    assert [row["method"] for row in rows] == ["base", "aligned", "sft", "der"]
+    for row in rows:
+        assert {"asr", "non_refusal", "over_refusal", "degenerate", "utility"} <= set(row["metrics"])
+        assert all(0 <= m["low"] <= m["value"] <= m["high"] <= 1 for m in row["metrics"].values())
+        assert row["seeds"] == [0] and row["seconds"] > 0
+
+
+def test_training_ran_under_ray_train_with_deepspeed_and_serving_under_serve_with_vllm(
+    finished: tuple[Path, Path, str],
+) -> None:
+    root = finished[1]
+    finetunes = [record for record in records(root).values() if record["kind"] == "finetune"]
+    assert len(finetunes) >= 4  # aligned, guard, sft, der
+    for record in finetunes:
+        assert record["result"]["engine"] == "deepspeed", record["result"]
+    assert {log.name.split("-")[1] for log in (root / "logs").glob("engine-*.log")} == {"candidate", "judge"}
+
+
+def test_a_rerun_runs_nothing_and_prints_the_same_table(finished: tuple[Path, Path, str]) -> None:
+    file, root, table = finished
+    before = records(root)
+    again = safecl("run", str(file), "--json", timeout_s=60)
+    assert again.returncode == 0 and again.stdout == table
+    assert records(root) == before
+    assert "starting Ray" not in again.stderr
+
+
+def test_a_lost_judge_record_reruns_that_stage_alone_and_restores_the_row(finished: tuple[Path, Path, str]) -> None:
+    file, root, table = finished
+    before = records(root)
+    lost = next(key for key, r in before.items() if r["kind"] == "judge" and r["config"]["judge"] == "keywords")
+    (root / "store" / "judge" / lost / "record.json").unlink()
+    again = safecl("run", str(file), "--json", timeout_s=120)
+    assert again.returncode == 0 and again.stdout == table, again.stderr[-2000:]
+    after = records(root)
+    changed = {key for key in after if after[key]["created"] != before[key]["created"] or key not in before}
+    assert changed <= {lost} and after[lost]["result"] == before[lost]["result"]
+
+
+def test_the_searched_values_are_the_chosen_trials_and_trial_0_is_the_defaults(
+    finished: tuple[Path, Path, str],
+) -> None:
+    import optuna
+
+    [study] = optuna.study.get_all_study_summaries(f"sqlite:///{finished[1] / 'study.db'}")
+    trials = optuna.load_study(study_name=study.study_name, storage=f"sqlite:///{finished[1] / 'study.db'}").trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE"]
+    assert trials[0].params == {"weight": 1.0}
+    [der] = [row for row in json.loads(finished[2])["rows"] if row["method"] == "der"]
+    assert der["params"]["weight"] in [trial.params["weight"] for trial in trials]
+
+
+def test_mlflow_shows_sweep_cells_and_trials_with_the_stores_numbers(finished: tuple[Path, Path, str]) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{finished[1] / 'mlflow.db'}")
+    [experiment] = [e for e in client.search_experiments() if e.name != "Default"]
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    trials = [run for run in runs if "split" in run.data.params]
+    assert len(trials) == 6  # base, aligned, sft, der on test; two searched trials on validation
+    [sft] = [run for run in trials if run.data.tags["safecl.method"] == "sft"]
+    [row] = [row for row in json.loads(finished[2])["rows"] if row["method"] == "sft"]
+    assert sft.data.metrics["utility"] == pytest.approx(row["metrics"]["utility"]["value"])
+    assert len(client.get_metric_history(sft.info.run_id, "loss")) == 3  # ceil(20 / 8) steps
+
+
+def test_report_status_plan_show_and_logs_work_on_the_finished_sweep(finished: tuple[Path, Path, str]) -> None:
+    file, root, table = finished
+    report = safecl("report", str(file), "--json", timeout_s=60)
+    assert report.stdout == table
+    page = root / "report" / "tiny" / "index.html"
+    assert page.stat().st_size > 10_000 and "http" not in page.read_text().split("<body>")[1].split("base64")[0]
+    status = json.loads(safecl("status", str(file), "--json", timeout_s=60).stdout)
+    assert {row["state"] for row in status} == {"done"}
+    plan = json.loads(safecl("plan", str(file), "--json", timeout_s=60).stdout)
+    assert {counts["to run"] for counts in plan["stages"].values()} == {0} and plan["open_trials"] == 0
+    key = next(iter(records(root)))
+    assert json.loads(safecl("show", key[:12], "--root", str(root), timeout_s=60).stdout)["key"] == key
+    assert "engine-candidate" in safecl("logs", "--root", str(root), "--num", "1000", timeout_s=60).stdout
+    shutil.rmtree(root / "tune", ignore_errors=True)  # Tune's own folder is never read back
+    assert safecl("run", str(file), "--json", timeout_s=60).stdout == table
