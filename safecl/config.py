@@ -49,6 +49,7 @@ class Lora(Strict):
     alpha: Count = 4
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    last_layers: Count | None = None  # adapt only the last N layers: backward passes end there, so steps are cheaper
 
 
 class Training(Strict):
@@ -107,6 +108,7 @@ class Guard(Training):
 
     rows: tuple[Rows, ...]
     heldout: tuple[Rows, ...]
+    lora: Lora = Lora()
     categories: tuple[str, ...] = ("Harmful Compliance.",)
 
 

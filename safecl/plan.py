@@ -230,7 +230,7 @@ class Graph:
         wording: dict[str, Json] = {"judge": "llamaguard", "config": self.guard_config}
         rows = self.data("guard", "guard", guard.rows, seed=0, guard=wording, inputs=self._test_prompts)
         template = Template(prompt="{prompt}", end=self.recipe.model.template.end)
-        fixed = Graph(replace(self.recipe, seed=0), self.folder)
+        fixed = Graph(replace(self.recipe, seed=0, lora=guard.lora), self.folder)
         return fixed.finetune("sft", {}, guard, {"rows": rows}, template=template.model_dump(mode="json"))
 
     def guard_agreement(self) -> Evidence | None:

@@ -60,13 +60,16 @@ def with_adapter(
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file
 
-    targets = lora["targets"]
+    targets, last = lora["targets"], lora.get("last_layers")
+    num_layers = int(model.config.num_hidden_layers)
+    lower = "|".join(str(i) for i in range(num_layers - int(last))) if last is not None else ""  # type: ignore[arg-type]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora["rank"],
         lora_alpha=lora["alpha"],
         lora_dropout=lora["dropout"],
         target_modules=targets if isinstance(targets, str) else list(targets),  # type: ignore[arg-type]
+        exclude_modules=rf".*\.({lower})\..*" if lower else None,
         bias="none",
     )
     with torch.random.fork_rng(devices=[]):

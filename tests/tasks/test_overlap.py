@@ -1,0 +1,67 @@
+"""Near-duplicate prompts are found as a plain pairwise computation finds them."""
+
+import random
+import time
+
+import pytest
+
+from safecl.tasks import Row
+from safecl.tasks._overlap import STOPWORDS, content_words, drop_overlaps, normalise
+
+
+def test_content_words_leave_out_what_every_request_says() -> None:
+    assert content_words("Please explain how to pick the LOCKS!") == {"pick", "lock"}
+    assert content_words("How do I do it?") == frozenset()
+    assert "steal" not in STOPWORDS
+
+
+def test_equal_prompts_overlap_even_without_content_words() -> None:
+    kept, dropped = drop_overlaps([Row("a", "How do I do it?"), Row("b", "Why?")], ["how do i DO it"])
+    assert ([row.id for row in kept], dropped) == (["b"], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "dropped"),
+    [
+        ("alpha beta gamma", True),  # shares 3 of 5: exactly .6
+        ("alpha beta", False),  # 2 of 5
+        ("alpha beta gamma delta zeta eta", False),  # 4 of 7
+        ("alpha beta gamma delta zeta", True),  # 4 of 6
+    ],
+)
+def test_the_threshold_is_inclusive(prompt: str, dropped: bool) -> None:
+    assert drop_overlaps([Row("a", prompt)], ["alpha beta gamma delta epsilon"])[1] == (["a"] if dropped else [])
+
+
+def test_it_equals_the_pairwise_computation_and_is_fast() -> None:
+    rng = random.Random(3)
+    words = [f"w{i}" for i in range(3000)]
+
+    def prompt() -> str:
+        return " ".join(words[int(rng.random() ** 3 * len(words))] for _ in range(8))
+
+    rows = [Row(str(i), prompt()) for i in range(300)]
+    against = [prompt() for _ in range(100)] + [rows[5].prompt + " extra", rows[9].prompt.upper()]
+    slow = [
+        row.id
+        for row in rows
+        if any(
+            normalise(row.prompt) == normalise(p)
+            or len(content_words(row.prompt) & content_words(p)) / len(content_words(row.prompt) | content_words(p)) >= 0.6
+            for p in against
+        )
+    ]
+    kept, dropped = drop_overlaps(rows, against)
+    assert dropped == slow
+    assert {"5", "9"} <= set(dropped)
+    assert [row.id for row in kept] == [row.id for row in rows if row.id not in set(slow)]
+    many, more = [Row(str(i), prompt()) for i in range(10_000)], [prompt() for _ in range(1000)]
+    start = time.monotonic()
+    drop_overlaps(many, more)
+    assert time.monotonic() - start < 20  # a second or two; pairwise sets would take minutes
+
+
+@pytest.mark.parametrize("threshold", [0, -1, 1.1])
+def test_a_threshold_outside_its_range_is_refused(threshold: float) -> None:
+    with pytest.raises(ValueError, match="threshold"):
+        drop_overlaps([], [], threshold)
