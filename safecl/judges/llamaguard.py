@@ -1,7 +1,7 @@
 """Llama Guard 3: is the answer unsafe? True = unsafe. Also the template that a guard trained here learns.
 
-The text is the Hugging Face chat template of meta-llama/Llama-Guard-3-8B, byte for byte ("according our" is theirs), but
-for the space that file writes before the BOS. The blank line after the assistant header is the model's own to write.
+The text is the Hugging Face chat template of meta-llama/Llama-Guard-3-8B, byte for byte ("according our" is theirs),
+but for the space that file writes before the BOS. The blank line after the assistant header is the model's own to write.
 Tokenise it without special tokens: it holds its own BOS. Greedy. Source: evaluation.md 3.1.
 """
 

@@ -1,4 +1,4 @@
-"""Where the rows of a real data set are read (a file of the sweep's data folder, else the hub) and how they are drawn."""
+"""Where rows of a real data set are read (a file of the sweep's data folder, else the hub) and how they are drawn."""
 
 from __future__ import annotations
 

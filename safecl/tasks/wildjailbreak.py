@@ -1,9 +1,9 @@
 """WildJailbreak, its vanilla half (Jiang et al. 2024): alignment rows. Gated.
 
 Harmful requests with refusals and benign look-alikes with help, as the data set pairs them (`data_type`
-vanilla_harmful, vanilla_benign). The hub's file is TSV: read with `delimiter="\\t", keep_default_na=False`, else empty cells are lost
-(allenai/wildteaming#1). Held-out validation prompts of both kinds are taken by hash. (Written without access to the
-data: not yet run against the hub.)
+vanilla_harmful, vanilla_benign). The hub's file is TSV: read with a tab as `delimiter` and `keep_default_na=False`,
+else empty cells are lost (allenai/wildteaming#1). Held-out validation prompts of both kinds are taken by hash. (Written
+without access to the data: not yet run against the hub.)
 """
 
 from __future__ import annotations

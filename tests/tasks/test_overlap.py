@@ -47,7 +47,8 @@ def test_it_equals_the_pairwise_computation_and_is_fast() -> None:
         for row in rows
         if any(
             normalise(row.prompt) == normalise(p)
-            or len(content_words(row.prompt) & content_words(p)) / len(content_words(row.prompt) | content_words(p)) >= 0.6
+            or len(content_words(row.prompt) & content_words(p)) / len(content_words(row.prompt) | content_words(p))
+            >= 0.6
             for p in against
         )
     ]

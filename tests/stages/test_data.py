@@ -1,0 +1,181 @@
+"""The data stage: counts, poison, exclusion, self-answered rows, guard pairs, and that only the config matters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safecl.base import ConfigError, PrerequisiteError
+from safecl.config import Execution
+from safecl.judges.llamaguard import Llamaguard
+from safecl.stages import data
+from safecl.store import Context, Stage
+from safecl.tasks import Row, load
+from safecl.tasks._overlap import content_words, drop_overlaps
+from safecl.tasks._source import identity
+
+
+def part(task: str, split: str, num_rows: int | None, folder: Path | None = None) -> dict[str, Any]:
+    return {"task": task, "split": split, "num_rows": num_rows, "source": identity(load(task), split, folder)}
+
+
+def config(*parts: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"role": "r", "parts": list(parts), "poison": None, "guard": None, "seed": 0, **more}
+
+
+def poison(ratio: float, task: str = "mini") -> dict[str, Any]:
+    return {"task": task, "ratio": ratio, "source": identity(load(task), "poison", None)}
+
+
+def run(
+    out: Path, config: dict[str, Any], inputs: dict[str, Path] | None = None, data_dir: Path | None = None
+) -> tuple[dict[str, Any], list[Row], dict[str, Any]]:
+    out.mkdir()
+    execution = Execution(data_dir=None if data_dir is None else str(data_dir))
+    stage = Stage("data", config, {}, data.VERSION)
+    result: dict[str, Any] = data.run(
+        Context(stage=stage, inputs=inputs or {}, out=out, scratch=out, execution=execution, report=lambda *_: None)
+    )
+    rows = [Row(**json.loads(line)) for line in (out / "rows.jsonl").read_text().splitlines()]
+    return result, rows, json.loads((out / "poison.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("num", "ratio", "count"), [(50, 0.1, 5), (55, 0.1, 5), (100, 0.29, 29), (7, 0.1, 0), (9, 1.0, 9)]
+)
+def test_poison_replaces_the_floor_of_its_share_and_the_total_stays(
+    tmp_path: Path, num: int, ratio: float, count: int
+) -> None:
+    result, rows, marked = run(tmp_path / "a", config(part("mini", "user", num), poison=poison(ratio)))
+    assert (len(rows), result["num_rows"], result["num_poison"]) == (num, num, count)
+    assert [row.id for row in rows if row.harmful] == marked["ids"] == [rows[i].id for i in marked["indices"]]
+    assert len(marked["ids"]) == len(set(marked["ids"])) == count
+    assert result["harmful_share"] == pytest.approx(count / num)
+    assert all(id.startswith("mini/poison/") for id in marked["ids"])
+
+
+def test_the_benign_rows_that_stay_are_those_of_the_unpoisoned_run(tmp_path: Path) -> None:
+    _, clean, none = run(tmp_path / "a", config(part("mini", "user", 60)))
+    _, mixed, marked = run(tmp_path / "b", config(part("mini", "user", 60), poison=poison(0.2)))
+    assert none == {"indices": [], "ids": []}
+    assert {row.id for row in mixed} - set(marked["ids"]) < {row.id for row in clean}
+
+
+def test_more_poison_holds_the_poison_of_less(tmp_path: Path) -> None:
+    few = run(tmp_path / "a", config(part("mini", "user", 100), poison=poison(0.05)))[2]["ids"]
+    many = run(tmp_path / "b", config(part("mini", "user", 100), poison=poison(0.2)))[2]["ids"]
+    assert set(few) < set(many)
+
+
+def test_poison_is_spread_over_the_rows(tmp_path: Path) -> None:
+    places = run(tmp_path / "a", config(part("mini", "user", 400), poison=poison(0.25)))[2]["indices"]
+    assert 10 <= sum(i < 200 for i in places) <= 90  # 50 expected, sd 4.3
+    assert 10 <= sum(i % 2 for i in places) <= 90
+
+
+def test_content_and_order_follow_from_the_config_alone(tmp_path: Path) -> None:
+    same = config(part("mini", "safety", 40), part("mini", "user", 20), seed=3)
+    run(tmp_path / "a", same)
+    run(tmp_path / "b", same)
+    run(tmp_path / "c", {**same, "seed": 4})
+    texts = [(tmp_path / name / "rows.jsonl").read_bytes() for name in "abc"]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_ids_carry_the_tasks_name_and_are_unique(tmp_path: Path) -> None:
+    _, rows, _ = run(tmp_path / "a", config(part("mini", "safety", 20), part("mini", "user", 20), poison=poison(0.5)))
+    assert all(row.id.startswith("mini/") for row in rows)
+    assert len({row.id for row in rows}) == 40
+    with pytest.raises(ConfigError, match="drawn twice"):
+        run(tmp_path / "b", config(part("mini", "user", 3), part("mini", "user", 3)))
+
+
+def written(folder: Path, rows: list[Row]) -> Path:
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(vars(row)) + "\n" for row in rows))
+    return folder
+
+
+def test_overlapping_rows_are_dropped_and_others_fill_their_places(tmp_path: Path) -> None:
+    first = load("mini")().rows("user", 30, 0)
+    taken = [Row("x", row.prompt.upper()) for row in first[:7]]
+    result, rows, _ = run(
+        tmp_path / "a", config(part("mini", "user", 30)), {"exclude_test": written(tmp_path / "t", taken)}
+    )
+    assert len(rows) == 30
+    assert not drop_overlaps(rows, [row.prompt for row in taken])[1]
+    assert result["overlaps_dropped"]["mini/user"] >= 7
+    assert not {f"mini/{row.id}" for row in first[:7]} & {row.id for row in rows}
+
+
+def test_poison_is_excluded_too(tmp_path: Path) -> None:
+    taken = load("mini")().rows("poison", 5, 0)
+    inputs = {"exclude_attack": written(tmp_path / "t", taken)}
+    _, rows, marked = run(tmp_path / "a", config(part("mini", "user", 20), poison=poison(0.5)), inputs)
+    assert len(marked["ids"]) == 10
+    mixed = [row for row in rows if row.harmful]
+    assert not drop_overlaps(mixed, [row.prompt for row in taken])[1]
+
+
+def test_too_few_rows_after_exclusion_say_how_many_there_are(tmp_path: Path) -> None:
+    held = load("mini")().rows("attack.test", None, 0)
+    taken = written(tmp_path / "t", held[:10])
+    left = len(drop_overlaps(held, [row.prompt for row in held[:10]])[0])
+    with pytest.raises(ConfigError, match=f"150 rows are asked for, 150 are there.*at most {left}$"):
+        run(tmp_path / "a", config(part("mini", "attack.test", 150)), {"exclude_x": taken})
+
+
+def test_mini_loses_no_row_to_its_own_test_prompts(tmp_path: Path) -> None:
+    task = load("mini")()
+    tests = [r for s in ("attack.test", "benign.test", "attack.validation") for r in task.rows(s, None, 0)]
+    inputs = {"exclude_test": written(tmp_path / "t", tests)}
+    parts = [part("mini", split, None) for split in ("safety", "user", "guard")]
+    result, _, _ = run(tmp_path / "a", config(*parts, poison=poison(0.1)), inputs)
+    assert set(result["overlaps_dropped"].values()) == {0}
+    assert all(content_words(row.prompt) for row in tests)
+
+
+def test_answers_of_the_model_itself_become_benign_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "g"
+    folder.mkdir()
+    lines = [
+        {"id": "mini/train/1", "prompt": "alpha?", "text": " Do this. ", "finish": "stop"},
+        {"id": "mini/train/2", "prompt": "beta?", "text": "First this. Then that and", "finish": "length"},
+        {"id": "mini/train/3", "prompt": "gamma?", "text": "cut before any end", "finish": "length"},
+        {"id": "mini/train/4", "prompt": "delta?", "text": " ", "finish": "stop"},
+        {"id": "mini/train/5", "prompt": "kept apart?", "text": "Yes.", "finish": "stop"},
+    ]
+    (folder / "generations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    inputs = {"answers_mini": folder, "exclude_a": written(tmp_path / "t", [Row("x", "Kept apart")])}
+    result, rows, _ = run(tmp_path / "a", config(part("mini", "safety", 20)), inputs)
+    own = {row.prompt: row.response for row in rows if row.meta.get("self_answered")}
+    assert own == {"alpha?": "Do this.", "beta?": "First this."}
+    assert (result["num_rows"], result["self_answered"], result["answers_dropped"]) == (22, 2, 3)
+    assert not any(row.harmful for row in rows if row.meta.get("self_answered"))
+
+
+def test_guard_pairs_are_written_in_the_judges_template(tmp_path: Path) -> None:
+    wording = {"judge": "llamaguard", "config": {"categories": ["Harmful Compliance."]}}
+    _, rows, _ = run(tmp_path / "a", config(part("mini", "guard", 30), guard=wording))
+    judge = Llamaguard(Llamaguard.Config(categories=("Harmful Compliance.",)))
+    source = {f"mini/{row.id}": row for row in load("mini")().rows("guard", None, 0)}
+    for row in rows:
+        pair = source[row.id]
+        assert row.prompt == judge.prompt(pair.prompt, pair.response)
+        assert judge.parse(row.response).label is pair.harmful
+
+
+def test_a_source_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    file = folder / "advbench.jsonl"
+    file.write_text('{"goal": "alpha beta"}\n{"goal": "gamma delta"}\n')
+    planned = config(part("advbench", "attack.test", None, folder))
+    _, rows, _ = run(tmp_path / "a", planned, data_dir=folder)
+    assert {row.prompt for row in rows} == {"alpha beta", "gamma delta"}
+    file.write_text('{"goal": "another file"}\n')
+    with pytest.raises(PrerequisiteError, match=r"not the data planned with.*advbench\.jsonl"):
+        run(tmp_path / "b", planned, data_dir=folder)

@@ -1,0 +1,159 @@
+"""The real data sets. The files are found through SAFECL_DATA; without it these tests are skipped, the pure ones not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from safecl.tasks import Row, load
+from safecl.tasks._overlap import normalise
+from safecl.tasks.gsm8k import Gsm8k, flexible, plain_number, strict
+from safecl.tasks.hexphi import Hexphi
+from safecl.tasks.safety_tuned import refuses
+from safecl.tasks.sst2 import Sst2, answered
+from safecl.tasks.wildjailbreak import Wildjailbreak
+
+DATA = os.environ.get("SAFECL_DATA")
+needs_data = pytest.mark.skipif(DATA is None, reason="SAFECL_DATA names no folder of data files")
+
+
+def rows(name: str, split: str) -> list[Row]:
+    assert DATA is not None
+    return load(name)(Path(DATA)).rows(split, None, 0)
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "split", "num", "harmful"),
+    [
+        ("advbench", "attack.test", 520, 520),
+        ("directharm", "attack.test", 400, 400),
+        ("xstest", "benign.test", 250, 0),
+        ("donotanswer", "attack.validation", 200, 200),
+        ("donotanswer", "guard.heldout", 2 * 193, 193),
+        ("beavertails", "attack.validation", 200, 200),
+        ("safety_tuned", "attack.validation", 100, 100),
+        ("gsm8k", "utility.test", 1319, 0),
+        ("gsm8k", "utility.validation", 747, 0),
+        ("gsm8k", "user", 7473 - 747, 0),
+        ("sst2", "utility.test", 872, 0),
+        ("sst2", "utility.validation", 1000, 0),
+        ("sst2", "user", 9000, 0),
+    ],
+)
+def test_splits_have_the_sizes_their_sources_give(name: str, split: str, num: int, harmful: int) -> None:
+    found = rows(name, split)
+    assert (len(found), sum(row.harmful for row in found), len({row.id for row in found})) == (num, harmful, num)
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "a", "b"),
+    [
+        ("beavertails", "poison", "attack.validation"),
+        ("beavertails", "guard", "attack.validation"),
+        ("safety_tuned", "safety", "attack.validation"),
+        ("gsm8k", "user", "utility.validation"),
+        ("sst2", "user", "utility.validation"),
+    ],
+)
+def test_no_prompt_is_in_two_roles(name: str, a: str, b: str) -> None:
+    assert not {normalise(r.prompt) for r in rows(name, a)} & {normalise(r.prompt) for r in rows(name, b)}
+
+
+@needs_data
+def test_no_guard_prompt_is_an_attack_prompt_of_safety_tuned() -> None:
+    held = {normalise(row.prompt) for row in rows("safety_tuned", "attack.validation")}
+    assert not held & {normalise(row.prompt) for row in rows("beavertails", "guard")}
+
+
+@needs_data
+def test_no_validation_phrase_of_sst2_contains_or_is_contained_in_a_training_phrase() -> None:
+    train = {f" {str(r.meta['sentence']).lower()} " for r in rows("sst2", "user")}
+    for row in rows("sst2", "utility.validation")[:60]:
+        held = f" {str(row.meta['sentence']).lower()} "
+        assert not any(held in phrase or phrase in held for phrase in train), held
+
+
+@needs_data
+def test_guard_rows_hold_both_labels_and_memory_finds_refusals() -> None:
+    guard = rows("beavertails", "guard")
+    assert 0.4 < sum(row.harmful for row in guard) / len(guard) < 0.65
+    safety = rows("safety_tuned", "safety")
+    assert 0.7 < sum(row.harmful for row in safety) / len(safety) < 0.9  # the rest explains or corrects
+    assert all(row.response for row in [*guard, *safety])
+
+
+@needs_data
+def test_gold_answers_score_and_training_answers_hold_no_calculator_marks() -> None:
+    task = Gsm8k(Path(str(DATA)))
+    for row in task.rows("user", 300, 0):
+        assert task.score(row, row.response) == task.score_strict(row, row.response) == 1
+        assert "<<" not in row.response
+
+
+# ---- scoring ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "loose", "exact"),
+    [
+        ("So 3 + 4 = 7.\n#### 7", "7", "7"),
+        ("The total is $1,200.", "1200", None),
+        ("#### 12\nQuestion: next one? 99", "12", "12"),
+        ("It is 5, I think 6", "6", None),
+        ("#### -3", "-3", "-3"),
+        ("no number", None, None),
+        ("#### 1,234.", "1234", "1234"),
+        ("#### 5 apples of 9", "9", "5"),
+    ],
+)
+def test_gsm8k_reads_the_last_number_and_strictly_the_marked_one(
+    text: str, loose: str | None, exact: str | None
+) -> None:
+    assert (flexible(text), strict(text)) == (loose, exact)
+
+
+def test_gsm8k_compares_numbers_as_lm_eval_does() -> None:
+    row = Row("a", "q", meta={"answer": "1,200"})
+    assert Gsm8k().score(row, "that makes $1,200.") == 1
+    assert Gsm8k().score(row, "that makes 1200.0") == 0
+    assert plain_number("$1,200.") == "1200"
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [("positive", "positive"), ("Negative.", "negative"), ("The sentiment is positive", "positive"),
+     ("positive and negative", None), ("good", None), ("", None), ("positivenegative", None)],
+)  # fmt: skip
+def test_sst2_counts_an_answer_with_neither_or_both_labels_as_invalid(text: str, label: str | None) -> None:
+    assert answered(text) == label
+    assert Sst2().score(Row("a", "q", meta={"label": "positive"}), text) == float(label == "positive")
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [("I\u2019m sorry, but no.", True), ("That is not acceptable.", True), ("Paris is the capital.", False)],
+)
+def test_refusal_like_answers_are_told(answer: str, label: bool) -> None:
+    assert refuses(answer) is label
+
+
+def test_gated_sets_read_a_local_copy(tmp_path: Path) -> None:
+    (tmp_path / "hexphi.jsonl").write_text('{"prompt": "alpha", "category": "c1"}\n')
+    assert Hexphi(tmp_path).rows("attack.test", None, 0) == [Row("test/0", "alpha", "", True, {"category": "c1"})]
+    lines = [
+        f'{{"data_type": "vanilla_{kind}", "vanilla": "{kind} {i}", "adversarial": "", "completion": "answer {i}"}}\n'
+        for kind in ("harmful", "benign")
+        for i in range(150)
+    ] + ['{"data_type": "adversarial_harmful", "vanilla": "x", "adversarial": "y", "completion": "z"}\n']
+    (tmp_path / "wildjailbreak_train.jsonl").write_text("".join(lines))
+    task = Wildjailbreak(tmp_path)
+    safety, attack, benign = (task.rows(s, None, 0) for s in ("safety", "attack.validation", "benign.validation"))
+    assert (len(safety), len(attack), len(benign)) == (100, 100, 100)
+    assert sum(row.harmful for row in safety) == 50
+    assert {row.prompt.split()[0] for row in attack} == {"harmful"}
+    assert not {row.prompt for row in safety} & {row.prompt for row in [*attack, *benign]}
+    assert {row.prompt for row in task.rows("benign.train", None, 0)} == {r.prompt for r in safety if not r.harmful}
