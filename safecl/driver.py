@@ -154,8 +154,8 @@ class _Eta:
         targets = [stage for job in schedule.open_jobs() for stage in _stages(self.project, job)]
         kinds = [stage.kind for stage in missing(targets, self.project.store)]
         kinds += list(self.TRIAL) * schedule.num_unasked()
-        if not kinds or not any(kind in means for kind in kinds):
-            return None, True
+        if "finetune" in kinds and "finetune" not in means:
+            return None, True  # what takes longest is not known yet: a number would mislead
         work = sum(means.get(kind, 0.0) for kind in kinds)
         at_once = max(os.cpu_count() or 1, self.project.sweep.execution.num_trials_at_once)
         return work / at_once, any(kind not in means for kind in kinds)

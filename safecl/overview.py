@@ -34,7 +34,7 @@ def plan(project: Project) -> dict[str, Any]:
             if not tried:  # trial 0 is the defaults, so its stages are known
                 jobs.append(Job(cell, {}, sweep.seeds[0], "search"))
                 open_trials -= 1
-    counts = cost(jobs, project.folder, project.store)
+    counts = cost(jobs, project.folder, project.store, project.guard_stages())
     hours = [count.hours for count in counts.values()]
     known = None if open_trials or None in hours else sum(h for h in hours if h is not None)
     return {
@@ -79,9 +79,9 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     ]
     if len(libraries) > 1:
         notes.append(f"Rows were made with {len(libraries)} different sets of library versions (`safecl show KEY`).")
-    shares = [f"{r['method']} p={r['poison']:g}: {r['poison_tokens']:.0%}" for r in rows if r.get("poison_tokens")]
+    shares = {f"{r['task']} p={r['poison']:g} {r['poison_tokens']:.0%}" for r in rows if r["poison_tokens"] is not None}
     if shares:
-        notes.append(f"Poison's share of the response tokens: {', '.join(shares)}.")
+        notes.append(f"Poison's share of the response tokens: {', '.join(sorted(shares))}.")
     align = sweep.align
     return Facts(
         name=sweep.name,

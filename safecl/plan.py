@@ -442,17 +442,19 @@ def missing(targets: Sequence[Stage], store: Store) -> list[Stage]:
     return list(needed.values())
 
 
-def cost(jobs: Iterable[Job], folder: Path | None, store: Store) -> dict[str, Count]:
-    """Per kind of stage, what running these jobs would take."""
+def cost(jobs: Iterable[Job], folder: Path | None, store: Store, instruments: Sequence[Stage] = ()) -> dict[str, Count]:
+    """Per kind of stage, what running these jobs would take, with the stages that measure the judges (`instruments`)."""
     uses: Counter[str] = Counter()
     stages: dict[str, Stage] = {}
-    targets: list[Stage] = []
+    targets: list[Stage] = list(instruments)
+    tops = list(instruments[-1:])
     for job in jobs:
         evidence = job.evidence(folder)
         targets += [*evidence.judged, evidence.metrics]
-        for stage in evidence.metrics.walk():
-            uses[stage.key] += 1
-            stages[stage.key] = stage
+        tops.append(evidence.metrics)
+    for stage in (stage for top in tops for stage in top.walk()):
+        uses[stage.key] += 1
+        stages[stage.key] = stage
     to_run = {stage.key for stage in missing(targets, store)}
     table: dict[str, Count] = {}
     for kind in dict.fromkeys(stage.kind for stage in stages.values()):

@@ -178,6 +178,7 @@ class Project:
             seeds: list[int] = []
             seconds = 0.0
             libraries: set[str] = set()
+            poison_tokens: float | None = None
             for job in jobs:
                 evidence = job.evidence(self.folder)
                 if not self.store.has(evidence.metrics):
@@ -186,6 +187,8 @@ class Project:
                 per_seed.append([json.loads(line) for line in path.read_text().splitlines()])
                 seeds.append(job.seed)
                 seconds += self._own_seconds(job, evidence.metrics)
+                if recipe.poison_ratio > 0 and self.store.has(tuned := job.graph(self.folder).tuned):
+                    poison_tokens = self.store.record(tuned)["result"].get("harmful_token_share")
                 libraries.add(json.dumps(self.store.record(evidence.metrics)["libraries"], sort_keys=True))
             metrics: dict[str, Any] = {}
             for name in dict.fromkeys(outcome["metric"] for seed in per_seed for outcome in seed):
@@ -213,6 +216,7 @@ class Project:
                     "seconds": seconds,
                     "note": note if seeds else note or "not run yet",
                     "libraries": sorted(libraries),
+                    "poison_tokens": poison_tokens,
                 }
             )
         return table

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from safecl.base import ConfigError, Json, PrerequisiteError
 
 if TYPE_CHECKING:
     from safecl.store import Context
+    from safecl.tasks import Row
+    from safecl.training.batches import Encoded
 
 VERSION = "1"
 REFUSALS: dict[str, type[Exception]] = {
@@ -74,6 +76,13 @@ def _fit(context: Context) -> None:
         ),
     )
     trainer.fit()
+
+
+def _harmful_share(rows: Sequence[Row], encoded: Sequence[Encoded]) -> float:
+    """Share of the response tokens that harmful rows hold: 10 % of the rows can be 80 % of what is trained on."""
+    harmful = {row.id for row in rows if row.harmful}
+    total = sum(row.num_targets for row in encoded)
+    return sum(row.num_targets for row in encoded if row.row_id in harmful) / total
 
 
 def worker(loop: dict[str, Any]) -> None:
@@ -173,6 +182,7 @@ def train_rows(
     facts: dict[str, Json] = {
         "engine": execution["engine"],
         "rows": len(encoded),
+        "harmful_token_share": _harmful_share(rows, encoded),
         "dropped": len(dropped),
         "dropped_why": {why: sum(1 for w in dropped.values() if w == why) for why in sorted(set(dropped.values()))},
         "steps": outcome.steps,
