@@ -88,7 +88,10 @@ def run(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False
         return
     for done in failed:
         print(f"failed: {done.job.cell.label} {json.dumps(done.job.params)}: {done.error}", file=sys.stderr)
-    print(f"{len(failed)} trials failed; their output is under {project.logs}. Run the same command to try again.")
+    print(
+        f"{len(failed)} trials failed; their output is under {project.logs}. Run the same command to try again.",
+        file=sys.stderr,
+    )
     raise typer.Exit(1)
 
 
@@ -208,12 +211,11 @@ def logs(root: Annotated[Path, typer.Option(help="The store")] = Path("runs"), n
 def main() -> None:
     """Entry point: errors that a person can mend print without a traceback and exit 2; Ctrl-C exits 130."""
     try:
-        app(standalone_mode=False)
+        # Without its standalone mode click returns the code of an Exit in place of raising it.
+        sys.exit(app(standalone_mode=False) or 0)
     except (ConfigError, PrerequisiteError) as error:
         print(f"{type(error).__name__.removesuffix('Error').lower()} error: {error}", file=sys.stderr)
         sys.exit(2)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("stopped; run the same command to continue from what is finished", file=sys.stderr)
         sys.exit(130)
