@@ -128,7 +128,6 @@ class Broker:
         self.finished: list[dict[str, Any]] = []
         self.engines: dict[str, asyncio.Task[None]] = {}
         self.groups: dict[str, tuple[str, ...]] = {}
-        self.deploying = asyncio.Lock()  # two first deployments at once would both start Serve
 
     async def ensure(self, stages: Sequence[Stage]) -> None:
         """Return when all are in the store. Raises a stage's failure as soon as it is known."""
@@ -201,20 +200,19 @@ class Broker:
         names = [f"{group}-{i}" for i in range(chosen.num_candidate_engines)] if role == "candidate" else [f"{group}-0"]
         self._begin(f"engine {role}", group)
         try:
-            async with self.deploying:
-                for name in names:
-                    await asyncio.to_thread(
-                        deploy,
-                        name,
-                        str(base_folder(self.store.path(model))),
-                        num_replicas=1 if role == "candidate" else chosen.num_judge_replicas,
-                        memory_gib=chosen.engine_memory_gib,
-                        max_model_len=chosen.engine_max_tokens,
-                        num_cpus=0 if chosen.address == "local" else 1,
-                        use_gpu=chosen.use_gpu,
-                        log_dir=self.logs,
-                        wait=False,
-                    )
+            for name in names:
+                await asyncio.to_thread(
+                    deploy,
+                    name,
+                    str(base_folder(self.store.path(model))),
+                    num_replicas=1 if role == "candidate" else chosen.num_judge_replicas,
+                    memory_gib=chosen.engine_memory_gib,
+                    max_model_len=chosen.engine_max_tokens,
+                    num_cpus=0 if chosen.address == "local" else 1,
+                    use_gpu=chosen.use_gpu,
+                    log_dir=self.logs,
+                    wait=False,
+                )
             for name in names:
                 await asyncio.to_thread(ready, name)
         finally:

@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -24,6 +25,9 @@ from safecl.serving.gate import Gate, GateBroken
 
 Finish = Literal["stop", "length"]
 _STATUS_EVERY_S = 2.0  # how often a waiting client looks whether its engine can still come up
+# Building or reading a Serve config registers a module with the pickler and takes that back: two threads would undo
+# each other's and raise. The first deployment starts Serve, which must not happen twice at once either.
+_SERVE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -242,21 +246,22 @@ def deploy(
         resources["num_gpus"] = 1
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     _hush()
-    serve.start(proxy_location="Disabled", logging_config=quiet)
-    deployment = serve.deployment(
-        Engine,
-        name="engine",
-        num_replicas=num_replicas,
-        max_ongoing_requests=4096,  # the engine's own queue does the batching
-        ray_actor_options=resources,
-        health_check_period_s=1.0,
-        health_check_timeout_s=30.0,
-        graceful_shutdown_timeout_s=3.0,  # a replica that is replaced has nothing worth waiting for
-        graceful_shutdown_wait_loop_s=0.2,
-        logging_config=quiet,
-    )
-    target = RunTarget(deployment.bind(base_folder, settings), name=name, route_prefix=None, logging_config=quiet)
-    serve.run_many([target], wait_for_applications_running=wait, wait_for_ingress_deployment_creation=wait)
+    with _SERVE:
+        serve.start(proxy_location="Disabled", logging_config=quiet)
+        deployment = serve.deployment(
+            Engine,
+            name="engine",
+            num_replicas=num_replicas,
+            max_ongoing_requests=4096,  # the engine's own queue does the batching
+            ray_actor_options=resources,
+            health_check_period_s=1.0,
+            health_check_timeout_s=30.0,
+            graceful_shutdown_timeout_s=3.0,  # a replica that is replaced has nothing worth waiting for
+            graceful_shutdown_wait_loop_s=0.2,
+            logging_config=quiet,
+        )
+        target = RunTarget(deployment.bind(base_folder, settings), name=name, route_prefix=None, logging_config=quiet)
+        serve.run_many([target], wait_for_applications_running=wait, wait_for_ingress_deployment_creation=wait)
 
 
 def ready(name: str, timeout_s: float = 600.0) -> None:
@@ -435,7 +440,8 @@ def _state(name: str) -> tuple[str, str]:
     """(status, message) of an application. Raises PrerequisiteError if it is not there or can never come up."""
     from ray import serve
 
-    application = serve.status().applications.get(name)
+    with _SERVE:
+        application = serve.status().applications.get(name)
     if application is None:
         raise PrerequisiteError(f"engine {name!r} is not deployed on this cluster; deploy it before asking for answers")
     if application.status == "DEPLOY_FAILED":
