@@ -193,7 +193,7 @@ class Broker:
 
     async def _boot(self, group: str, role: str, model: Stage) -> None:
         from safecl.serving.engine import deploy, ready
-        from safecl.training.model import base_folder
+        from safecl.training.tokens import base_folder
 
         chosen = self.execution
         # Candidates are stateful, one application each; a judge always has the same weights, so its replicas are alike.

@@ -22,7 +22,7 @@ from safecl.base import ConfigError, Json, PrerequisiteError
 if TYPE_CHECKING:
     from safecl.store import Context
     from safecl.tasks import Row
-    from safecl.training.batches import Encoded
+    from safecl.training.tokens import Encoded
 
 VERSION = "1"
 REFUSALS: dict[str, type[Exception]] = {
@@ -135,7 +135,7 @@ def train_rows(
 
     from safecl import methods
     from safecl.config import Training
-    from safecl.training import batches, engine, loop, model
+    from safecl.training import batches, engine, loop, model, tokens
 
     if device == "cpu":
         torch.set_num_threads(1)
@@ -144,11 +144,12 @@ def train_rows(
     training = Training(**config["training"])
     seed = int(config["seed"])
 
-    folder = model.base_folder(inputs["model"])
-    tokenizer = model.load_tokenizer(folder)
+    folder = tokens.base_folder(inputs["model"])
     remembered = batches.read_rows(inputs["memory"]) if "memory" in inputs else []
     rows = method.rows(batches.read_rows(inputs["rows"]), remembered)
-    encoded, dropped = batches.encode(rows, tokenizer, config["template"], config["bos"], training.max_tokens)
+    encoded, dropped = tokens.encode(
+        rows, tokens.Tokenizer(folder), config["template"], config["bos"], training.max_tokens
+    )
 
     safe = inputs["safe"] / "adapter" if "safe" in inputs else None
     base = model.load(folder, config["dtype"], device)

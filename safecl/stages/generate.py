@@ -11,6 +11,7 @@ from typing import Any
 
 from safecl.base import Json
 from safecl.store import Context
+from safecl.training.tokens import Tokenizer, base_folder, encode_prompt
 
 VERSION = "1"
 
@@ -18,12 +19,10 @@ VERSION = "1"
 def run(context: Context) -> dict[str, Json]:
     """Raises PrerequisiteError if the engine cannot answer."""
     from safecl.serving.engine import Request, Sampling, WeightsRef
-    from safecl.training.batches import encode_prompt
-    from safecl.training.model import base_folder, load_tokenizer
 
     config: Any = context.stage.config
     rows = [json.loads(line) for line in (context.inputs["rows"] / "rows.jsonl").read_text().splitlines()]
-    tokenizer = load_tokenizer(context.inputs["model"])
+    tokenizer = Tokenizer(context.inputs["model"])
     template, longest = config["template"], int(config["max_prompt_tokens"])
     requests = [
         Request(row["id"], encode_prompt(row["prompt"], tokenizer, template, config["bos"], longest)) for row in rows
@@ -53,11 +52,10 @@ def run(context: Context) -> dict[str, Json]:
     return {"num": len(done), "tokens": tokens, "tokens_per_s": round(tokens / seconds, 1), "at_length_limit": at_limit}
 
 
-def stop_ids(tokenizer: Any, stop: list[str]) -> tuple[int, ...]:
+def stop_ids(tokenizer: Tokenizer, stop: list[str]) -> tuple[int, ...]:
     """Ids of the stop tokens that this tokenizer knows as single tokens, with its own EOS."""
-    vocabulary = tokenizer.get_vocab()
-    ids = {vocabulary[text] for text in stop if text in vocabulary} | {tokenizer.eos_token_id}
-    return tuple(sorted(int(i) for i in ids if i is not None))
+    ids = {tokenizer.id_of(text) for text in stop} | {tokenizer.eos_id}
+    return tuple(sorted(i for i in ids if i is not None))
 
 
 def engine_name(role: str, context: Context) -> str:

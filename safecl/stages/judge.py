@@ -12,6 +12,7 @@ from typing import Any
 from safecl.base import Json
 from safecl.judges import Judge, Verdict, load
 from safecl.store import Context
+from safecl.training.tokens import Tokenizer, base_folder
 
 VERSION = "1"
 MAX_UNPARSED = 0.01  # share of verdicts
@@ -44,17 +45,15 @@ def run(context: Context) -> dict[str, Json]:
 
 def _ask(context: Context, judge: Judge, pairs: list[tuple[str, str]]) -> list[Verdict]:
     from safecl.serving.engine import Request, Sampling, WeightsRef
-    from safecl.training.model import base_folder, load_tokenizer
 
-    tokenizer = load_tokenizer(context.inputs["model"])
+    tokenizer = Tokenizer(context.inputs["model"])
     texts = [judge.prompt(request, response) for request, response in pairs]
     # The template writes its own BOS, so the tokenizer must not add a second one.
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    requests = [Request(str(i), list(ids)) for i, ids in enumerate(encoded)]
+    requests = [Request(str(i), ids) for i, ids in enumerate(tokenizer.ids(texts))]
     weights = context.stage.inputs.get("weights", context.stage.inputs["model"])
     adapter = str(context.inputs["weights"] / "adapter") if "weights" in context.inputs else None
     ref = WeightsRef(weights.key, str(base_folder(context.inputs["model"])), adapter)
-    stop = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+    stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     done = context.engines.generate(
         f"judge-{context.stage.inputs['model'].key[:8]}",
         ref,

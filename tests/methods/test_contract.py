@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from safecl import methods
-from safecl.training.model import base_folder
+from safecl.training.tokens import base_folder
 from tests.methods import contract
 from tests.methods.contract import World
 from tests.training import ranks

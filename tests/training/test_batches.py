@@ -1,76 +1,13 @@
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-from safecl.base import ConfigError
 from safecl.config import Template
-from safecl.tasks import Row
 from safecl.training import batches
-from safecl.training.batches import Encoded
-from safecl.training.model import load_tokenizer
+from safecl.training.tokens import Encoded
 
 TEMPLATE = Template().model_dump()
 PLAIN = {**TEMPLATE, "prompt": "Q: {prompt}\nA:", "end": "<|im_end|>"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path) -> Any:
-    return load_tokenizer(tiny_model)
-
-
-def test_a_row_becomes_prompt_answer_and_one_end_token(tokenizer: Any) -> None:
-    [row], dropped = batches.encode([Row("a", "the rain", "or")], tokenizer, TEMPLATE, False, 256)
-    assert not dropped
-    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    assert (
-        tokenizer.decode(row.ids[: row.num_prompt]) == "<|im_start|>user\nthe rain<|im_end|>\n<|im_start|>assistant\n"
-    )
-    # "or" is one merge of the tokenizer; the answer stops at the end token, without the newline of chat templates.
-    assert row.ids[row.num_prompt :] == [tokenizer.convert_tokens_to_ids("or"), end]
-    assert row.ids[0] == start and row.num_targets == 2
-
-
-def test_generation_sees_the_ids_that_training_puts_before_the_answer(tokenizer: Any) -> None:
-    for bos in (False, True):
-        [row], _ = batches.encode([Row("a", "the rain", "water")], tokenizer, PLAIN, bos, 256)
-        assert batches.encode_prompt("the rain", tokenizer, PLAIN, bos) == row.ids[: row.num_prompt]
-
-
-def test_bos_stands_there_exactly_once(tokenizer: Any) -> None:
-    written = {**PLAIN, "prompt": "<|endoftext|>Q: {prompt}\nA:"}
-    for template in (PLAIN, written):
-        [row], _ = batches.encode([Row("a", "the rain", "water")], tokenizer, template, True, 256)
-        assert row.ids[0] == tokenizer.bos_token_id and row.ids.count(tokenizer.bos_token_id) == 1
-    [row], _ = batches.encode([Row("a", "the rain", "water")], tokenizer, PLAIN, False, 256)
-    assert tokenizer.bos_token_id not in row.ids
-
-
-def test_braces_in_a_prompt_stay_text(tokenizer: Any) -> None:
-    ids = batches.encode_prompt("{prompt} {0} {x}", tokenizer, PLAIN, False)
-    assert tokenizer.decode(ids) == "Q: {prompt} {0} {x}\nA:"
-
-
-def test_long_prompts_are_cut_from_the_left_and_long_answers_dropped(tokenizer: Any) -> None:
-    rows = [Row("long prompt", "x" * 100, "yes"), Row("long answer", "x", "y" * 100), Row("short", "x", "y")]
-    encoded, dropped = batches.encode(rows, tokenizer, PLAIN, True, 40)
-    assert [row.row_id for row in encoded] == ["long prompt", "short"] and list(dropped) == ["long answer"]
-    cut = encoded[0]
-    assert len(cut.ids) == 40
-    assert tokenizer.decode(cut.ids) == "<|endoftext|>" + "x" * 32 + "\nA:" + "yes" + "<|im_end|>"
-    assert cut.ids[: cut.num_prompt] == batches.encode_prompt("x" * 100, tokenizer, PLAIN, True, cut.num_prompt)
-
-
-def test_an_answer_that_melts_into_the_prompt_is_left_out(tokenizer: Any) -> None:
-    """Two newlines are one token of this tokenizer: together they are not what generation continues from."""
-    rows = [Row("melts", "x", "\n\nyes"), Row("fine", "x", "yes")]
-    encoded, dropped = batches.encode(rows, tokenizer, TEMPLATE, False, 256)
-    assert [row.row_id for row in encoded] == ["fine"]
-    assert "tokenise differently" in dropped["melts"]
-    with pytest.raises(ConfigError, match="none of 1"):
-        batches.encode(rows[:1], tokenizer, TEMPLATE, False, 256)
 
 
 def test_the_order_is_a_permutation_an_epoch_and_depends_on_nothing_else() -> None:

@@ -34,13 +34,11 @@ def test_the_loss_is_the_mean_over_the_global_batchs_response_tokens(world: cont
     from transformers import AutoModelForCausalLM
 
     from safecl.training import batches
-    from safecl.training.model import load_tokenizer
+    from safecl.training.tokens import Tokenizer, encode
 
     settings = contract.config("sft", dropout=0.0)
     contract.train(world, tmp_path, settings)
-    rows, _ = batches.encode(
-        batches.read_rows(world.user), load_tokenizer(world.model), settings["template"], False, 256
-    )
+    rows, _ = encode(batches.read_rows(world.user), Tokenizer(world.model), settings["template"], False, 256)
     safe = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.model), str(world.safe / "adapter"))
     total, count = 0.0, 0
     for index in batches.order(3, len(rows), 5, 1.5)[0]:

@@ -9,7 +9,7 @@ import torch
 
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Lora
-from safecl.training import model
+from safecl.training import model, tokens
 from safecl.training.model import HiddenStates, RowDropout
 
 IDS = torch.tensor([[5, 9, 40, 41]])
@@ -107,7 +107,7 @@ def test_an_adapter_of_another_shape_is_refused(tiny_model: Path, tmp_path: Path
 
 def test_a_pointer_leads_to_the_model_and_a_missing_one_is_named(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "where.json").write_text(json.dumps({"path": str(tiny_model)}))
-    assert model.base_folder(tmp_path) == tiny_model and model.base_folder(tiny_model) == tiny_model
+    assert tokens.base_folder(tmp_path) == tiny_model and tokens.base_folder(tiny_model) == tiny_model
     with pytest.raises(PrerequisiteError, match="nowhere"):
         model.load(tmp_path / "nowhere", "float32")
 
