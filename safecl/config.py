@@ -177,7 +177,8 @@ class Execution(Strict):
     checkpoint_every_s: Annotated[float, Field(gt=0)] = 60.0
     max_failures: Annotated[int, Field(ge=0)] = 2  # restarts of a finetune whose worker died
     num_candidate_engines: Count = 1
-    num_judge_replicas: Count = 1
+    # 0: judges answer from the engines of candidates with the same base, in turn. Saves an engine's memory and boot.
+    num_judge_replicas: Annotated[int, Field(ge=0)] = 1
     engine_memory_gib: Annotated[float, Field(gt=0)] = 1.0  # KV cache of one engine
     engine_max_tokens: Count = 2048  # prompt + answer; checked to hold what `evaluate` asks for
     use_gpu: bool = False

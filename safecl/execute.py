@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ HEAVY = (
     "memory",
     "fisher",
 )  # stages that compute in their own task; finetune's workers hold their resources themselves
+LIGHT = ("data", "generate", "judge", "metrics")  # next to no CPU: they wait for engines, or are done at once
 ENGINE_ROLE = {"generate": "candidate", "judge": "judge"}
 
 
@@ -119,7 +120,7 @@ class Progress:
 class Broker:
     """Runs stages. Made a Ray actor by `broker()`; all methods run on one event loop."""
 
-    def __init__(self, root: str, execution: Execution, logs: str) -> None:
+    def __init__(self, root: str, execution: Execution, logs: str, num_cpus: float) -> None:
         self.root, self.execution, self.logs = root, execution, logs
         self.store = Store(root)
         self.running: dict[str, asyncio.Task[None]] = {}
@@ -128,6 +129,7 @@ class Broker:
         self.finished: list[dict[str, Any]] = []
         self.engines: dict[str, asyncio.Task[None]] = {}
         self.groups: dict[str, tuple[str, ...]] = {}
+        self.light = asyncio.Semaphore(2 * max(2, int(num_cpus)))
 
     async def ensure(self, stages: Sequence[Stage]) -> None:
         """Return when all are in the store. Raises a stage's failure as soon as it is known."""
@@ -147,8 +149,10 @@ class Broker:
         try:
             await self.ensure(list(stage.inputs.values()))
             groups = await self._engines_for(stage)
-            self._begin(stage.kind, stage.key)
-            await self._submit(stage, groups)
+            # A task that reserves no CPU would start a process of its own at once, however many wait for one engine.
+            async with self.light if stage.kind in LIGHT else nullcontext():
+                self._begin(stage.kind, stage.key)
+                await self._submit(stage, groups)
             self.finished.append(
                 {"kind": stage.kind, "key": stage.key, "seconds": time.time() - self.live[stage.key]["start"]}
             )
@@ -188,8 +192,13 @@ class Broker:
     async def _deploy(self, role: str, model: Stage) -> None:
         group = f"{role}-{model.key[:8]}"
         if group not in self.engines:
-            self.engines[group] = asyncio.create_task(self._boot(group, role, model))
+            start = self._share if role == "judge" and self.execution.num_judge_replicas == 0 else self._boot
+            self.engines[group] = asyncio.create_task(start(group, role, model))
         await asyncio.shield(self.engines[group])
+
+    async def _share(self, group: str, role: str, model: Stage) -> None:
+        await self._deploy("candidate", model)
+        self.groups[group] = self.groups[f"candidate-{model.key[:8]}"]
 
     async def _boot(self, group: str, role: str, model: Stage) -> None:
         from safecl.serving.engine import deploy, ready
@@ -241,7 +250,7 @@ def broker(store: Store, execution: Execution, logs: Path) -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)(Broker)
-    return actor.remote(store.root, execution, str(logs))
+    return actor.remote(store.root, execution, str(logs), ray.cluster_resources().get("CPU", 1))
 
 
 def run_stage(

@@ -270,7 +270,7 @@ def ready(name: str, timeout_s: float = 600.0) -> None:
     while (state := _state(name))[0] != "RUNNING":
         if time.monotonic() > deadline:
             raise PrerequisiteError(f"engine {name!r} was not ready within {timeout_s:.0f} s; state: {state}")
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def shutdown(name: str) -> None:
