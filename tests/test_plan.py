@@ -41,13 +41,11 @@ def without_model(sweep: Sweep) -> dict[str, str]:
     return found
 
 
-def test_the_rows_of_the_quickstart_are_what_they_were() -> None:
-    assert without_model(load(QUICKSTART, [])) == GOLDEN["quickstart"]
-
-
-def test_every_sweep_file_is_valid() -> None:
-    for file in SWEEPS.glob("*.yaml"):
-        assert load(file, []).name == file.stem
+@pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_rows_of_every_sweep_file_are_what_they_were(file: Path) -> None:
+    sweep = load(file, [])
+    assert sweep.name == file.stem
+    assert without_model(sweep) == GOLDEN[file.stem]
 
 
 @pytest.mark.parametrize(
