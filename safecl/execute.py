@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from safecl.base import ConfigError, PrerequisiteError
+from safecl.base import PrerequisiteError
 from safecl.config import Execution
 from safecl.store import Context, Stage, Store
 
@@ -239,7 +239,8 @@ class Broker:
 
     async def snapshot(self) -> dict[str, Any]:
         """What runs, what was finished and what failed in this run."""
-        failed = {key: f"{type(error).__name__}: {error}" for key, error in self.failed.items()}
+        plain = {key: plain_error(error) for key, error in self.failed.items()}
+        failed = {key: f"{type(error).__name__}: {error}" for key, error in plain.items()}
         return {"running": list(self.live.values()), "finished": list(self.finished), "failed": failed}
 
 
@@ -306,9 +307,6 @@ def output_to(path: Path) -> Iterator[None]:
 
 def plain_error(error: BaseException) -> BaseException:
     """The error that a stage raised, without Ray's wrapping."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, ConfigError | PrerequisiteError) and type(seen) in (ConfigError, PrerequisiteError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
+    while isinstance(cause := getattr(error, "cause", None), BaseException):
+        error = cause
     return error

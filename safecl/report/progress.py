@@ -24,9 +24,9 @@ class Display:
 
     def show(self, state: dict[str, Any]) -> None:
         """Draw the state. `eta_s` None means unknown."""
-        for key, error in state["failed"].items():
-            if key not in self.reported:
-                self.reported.add(key)
+        for error in state["failed"].values():
+            if error not in self.reported:  # what depends on a failed stage fails with the same words
+                self.reported.add(error)
                 self._print(f"failed: {error}")
         if self.live is not None:
             self.live.update(self._block(state))

@@ -46,8 +46,7 @@ def with_adapter(
     Raises:
         ConfigError: the adapter to continue has another shape than `lora`, or LoRA would sit on embedding or head.
     """
-    from peft import LoraConfig, get_peft_model
-    from safetensors.torch import load_file
+    from peft import LoraConfig
 
     targets, last = lora["targets"], lora.get("last_layers")
     num_layers = int(model.config.num_hidden_layers)
@@ -61,6 +60,22 @@ def with_adapter(
         exclude_modules=rf".*\.({lower})\..*" if lower else None,
         bias="none",
     )
+    return _attach(model, config, seed, continue_from, keep_safe)
+
+
+def with_continued(model: Any, folder: Path) -> Any:
+    """PEFT model with the adapter of a PEFT folder as `default`, its whole shape read from there, without dropout."""
+    from peft import LoraConfig
+
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode, config.lora_dropout = False, 0.0
+    return _attach(model, config, 0, folder, keep_safe=False)
+
+
+def _attach(model: Any, config: Any, seed: int, continue_from: Path | None, keep_safe: bool) -> Any:
+    from peft import get_peft_model
+    from safetensors.torch import load_file
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(seed, "adapter"))
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
@@ -78,13 +93,6 @@ def with_adapter(
             parameter.data = parameter.data.float()
         parameter.requires_grad_("lora_" in name and ".default." in name)
     return peft_model
-
-
-def with_continued(model: Any, folder: Path) -> Any:
-    """PEFT model with the adapter of a PEFT folder as `default`, its shape read from there, without dropout."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    lora = {"rank": config["r"], "alpha": config["lora_alpha"], "dropout": 0.0, "targets": config["target_modules"]}
-    return with_adapter(model, lora, 0, folder)
 
 
 def _refuse_heads(peft_model: Any) -> None:

@@ -92,6 +92,19 @@ def test_an_adapter_on_embedding_or_head_is_refused(target: str, tiny_model: Pat
         model.with_adapter(model.load(tiny_model, "float32"), {**LORA, "targets": ["q_proj", target]}, seed=1)
 
 
+def test_an_adapter_of_the_last_layers_goes_on_as_one(tiny_model: Path, tmp_path: Path) -> None:
+    lora = {**LORA, "last_layers": 1}
+    peft_model = model.with_adapter(model.load(tiny_model, "float32"), lora, seed=1)
+    assert all(".layers.1." in name for name in model.factors(peft_model))
+    model.save_adapter(peft_model, tmp_path / "adapter")
+    for again in (
+        model.with_adapter(model.load(tiny_model, "float32"), lora, 2, tmp_path / "adapter"),
+        model.with_continued(model.load(tiny_model, "float32"), tmp_path / "adapter"),
+    ):
+        theirs, ours = model.factors(again), model.factors(peft_model)
+        assert set(theirs) == set(ours) and all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
 def test_all_linear_means_the_inner_layers(tiny_model: Path) -> None:
     peft_model = model.with_adapter(model.load(tiny_model, "float32"), {**LORA, "targets": "all-linear"}, seed=1)
     modules = {name.split(".lora_")[0] for name in model.factors(peft_model)}
