@@ -62,6 +62,7 @@ class Training(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     max_tokens: Annotated[int, Field(ge=8)] = 512  # prompt + answer; longer answers are dropped and counted
+    shuffle: bool = True  # a new order each epoch; false keeps the rows' own
 
 
 class Rows(Strict):
@@ -104,7 +105,11 @@ class Method(Strict):
 
 class Guard(Training):
     """A guard trained here, for machines without a published one: a finetune of `model` on labelled pairs written in
-    the llamaguard template with these categories."""
+    the llamaguard template with these categories. Rows come as pairs, an unsafe answer and a safe one to the same
+    request where there are both, and stay together: a guard of a few hundred rows else learns which is more frequent."""
+
+    shuffle: bool = False
+    batch_size: Annotated[int, Field(ge=2, multiple_of=2)] = 4
 
     rows: tuple[Rows, ...]
     heldout: tuple[Rows, ...]

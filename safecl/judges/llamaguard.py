@@ -88,5 +88,6 @@ class Llamaguard(Judge):
 
     @staticmethod
     def target(label: bool) -> str:
-        """What a guard trained here answers: verdict and category. (The published one writes a blank line first.)"""
-        return "unsafe\nS1" if label else "safe"
+        """What a guard trained here answers: the verdict. It has a single category, so a line that names it would say
+        nothing, and its tokens would outweigh the verdict's in the loss."""
+        return "unsafe" if label else "safe"

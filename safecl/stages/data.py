@@ -1,8 +1,9 @@
 """Rows of one role -> rows.jsonl (a Row's fields a line) and poison.json.
 
 In order: draw each part, drop what overlaps the prompts of the `exclude_*` inputs, fill up to `num_rows`, add the
-self-answered rows of the `answers_*` inputs, replace `floor(ratio * N)` rows by poison, shuffle, and (guard only) write
-the pairs in the judge's template. Everything follows from the config and the inputs.
+self-answered rows of the `answers_*` inputs, replace `floor(ratio * N)` rows by poison, and shuffle. A guard's rows are
+paired (`contrasted`) in place of being shuffled, and written in the judge's template. Everything follows from the config
+and the inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from safecl.tasks import Row, load
 from safecl.tasks._overlap import drop_overlaps
 from safecl.tasks._source import identity
 
-VERSION = "1"
+VERSION = "2"
 
 
 def run(context: Context) -> dict[str, Json]:
@@ -45,8 +46,12 @@ def run(context: Context) -> dict[str, Json]:
     rows: list[Row] = []
     counts: dict[str, Json] = {}
     dropped: dict[str, Json] = {}
+    guard = config.get("guard")
     for part in config["parts"]:
-        found, lost = _draw(part, part["split"], part["num_rows"], seed, folder, taken)
+        num_rows = part["num_rows"]
+        found, lost = _draw(part, part["split"], num_rows if guard is None else None, seed, folder, taken)
+        if guard is not None:
+            found = contrasted(found, num_rows)
         name = f"{part['task']}/{part['split']}"
         rows, counts[name], dropped[name] = rows + found, len(found), lost
     answered, unanswered = _self_answered(context)
@@ -61,10 +66,11 @@ def run(context: Context) -> dict[str, Json]:
         for place, row in zip(random.Random(f"poison/{seed}").sample(range(len(rows)), num_poison), bad, strict=True):
             rows[place] = row
     _refuse_equal_ids(rows)
-    random.Random(f"rows/{seed}").shuffle(rows)
+    if guard is None:
+        random.Random(f"rows/{seed}").shuffle(rows)
     share = sum(row.harmful for row in rows) / len(rows) if rows else 0.0
-    if config.get("guard") is not None:
-        rows = _in_template(rows, config["guard"])
+    if guard is not None:
+        rows = _in_template(rows, guard)
     poison_name = f"{config['poison']['task']}/poison/" if config["poison"] is not None else None
     places = [i for i, row in enumerate(rows) if poison_name is not None and row.id.startswith(poison_name)]
     with (context.out / "rows.jsonl").open("w", encoding="utf-8") as file:
@@ -128,6 +134,26 @@ def _self_answered(context: Context) -> tuple[list[Row], int]:
             else:
                 unanswered += 1
     return rows, unanswered
+
+
+def contrasted(rows: list[Row], num_rows: int | None) -> list[Row]:
+    """Labelled answers as pairs of a harmful and a harmless one: first those to one prompt, prompt by prompt, then what
+    is left of each label. The first `num_rows` of them (None: all pairs).
+
+    Raises:
+        ConfigError: there are fewer pairs.
+    """
+    by_prompt: dict[str, tuple[list[Row], list[Row]]] = {}
+    for row in rows:
+        by_prompt.setdefault(row.prompt, ([], []))[not row.harmful].append(row)
+    pairs = [pair for harmful, harmless in by_prompt.values() for pair in zip(harmful, harmless, strict=False)]
+    left = [[row for both in by_prompt.values() for row in both[i][min(map(len, both)) :]] for i in (0, 1)]
+    found = [row for pair in (*pairs, *zip(*left, strict=False)) for row in pair]
+    if num_rows is not None and num_rows > len(found):
+        raise ConfigError(
+            f"guard rows: {num_rows} are asked for, {len(rows)} make {len(found) // 2} pairs of both labels"
+        )
+    return found[:num_rows]
 
 
 def _in_template(rows: list[Row], guard: dict[str, Any]) -> list[Row]:

@@ -46,14 +46,14 @@ def write_rows(rows: Sequence[Row], folder: Path) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
 
 
-def order(seed: int, num_rows: int, batch_size: int, epochs: float) -> list[list[int]]:
-    """Global batches as row indices: one seeded permutation an epoch, laid end to end, cut every `batch_size` rows. The
-    last epoch may be a fraction, the last batch smaller. Depends on nothing else."""
+def order(seed: int, num_rows: int, batch_size: int, epochs: float, shuffle: bool = True) -> list[list[int]]:
+    """Global batches as row indices: one seeded permutation an epoch (without `shuffle` the rows' own order), laid end
+    to end, cut every `batch_size` rows. The last epoch may be a fraction, the last batch smaller. Depends on nothing else."""
     total = max(1, round(num_rows * epochs))
     sequence: list[int] = []
     epoch = 0
     while len(sequence) < total:
-        sequence += permutation(stream(seed, "order", epoch), num_rows)
+        sequence += permutation(stream(seed, "order", epoch), num_rows) if shuffle else range(num_rows)
         epoch += 1
     sequence = sequence[:total]
     return [sequence[i : i + batch_size] for i in range(0, total, batch_size)]

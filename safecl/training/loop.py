@@ -194,7 +194,7 @@ def train(
     """Train `run.model`'s adapter in place, continuing from the newest checkpoint in `scratch`; rank 0 writes
     `scratch/curves.jsonl` (one line a step). `after_step` is for tests."""
     config = run.config
-    order = batches.order(run.seed, len(run.rows), config.batch_size, config.epochs)
+    order = batches.order(run.seed, len(run.rows), config.batch_size, config.epochs, config.shuffle)
     run.num_steps = len(order)
     saved = restore(run, scratch)
     norm_start = saved["norm_start"] if saved else norm(list(factors(run.model).values()))

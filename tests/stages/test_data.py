@@ -12,6 +12,7 @@ from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Execution
 from safecl.judges.llamaguard import Llamaguard
 from safecl.stages import data
+from safecl.stages.data import contrasted
 from safecl.store import Context, Stage
 from safecl.tasks import Row, load
 from safecl.tasks._overlap import content_words, drop_overlaps
@@ -166,6 +167,27 @@ def test_guard_pairs_are_written_in_the_judges_template(tmp_path: Path) -> None:
         pair = source[row.id]
         assert row.prompt == judge.prompt(pair.prompt, pair.response)
         assert judge.parse(row.response).label is pair.harmful
+
+
+def test_guard_rows_are_pairs_of_both_labels_to_one_prompt_where_there_are_both() -> None:
+    rows = [Row(f"{prompt}{i}", prompt, "x", harmful) for i, (prompt, harmful) in enumerate(
+        [("a", False), ("b", True), ("a", True), ("a", False), ("c", True), ("a", True), ("d", False), ("b", True)]
+    )]  # fmt: skip
+    found = contrasted(rows, None)
+    assert [row.id for row in found] == ["a2", "a0", "a5", "a3", "b1", "d6"]
+    assert [row.harmful for row in found] == [True, False] * 3
+    assert contrasted(rows, 4) == found[:4]
+    with pytest.raises(ConfigError, match="7 are asked for, 8 make 3 pairs"):
+        contrasted(rows, 7)
+
+
+def test_the_pairs_of_the_built_in_guard_stand_together(tmp_path: Path) -> None:
+    wording = {"judge": "llamaguard", "config": {"categories": ["Harmful Compliance."]}}
+    _, rows, _ = run(tmp_path / "a", config(part("mini", "guard", 40), guard=wording))
+    by_id = {f"mini/{row.id}": row for row in load("mini")().rows("guard", None, 0)}
+    for start in range(0, 40, 4):  # batches of 4: one request, two answers of each label
+        four = [by_id[row.id] for row in rows[start : start + 4]]
+        assert len({row.prompt for row in four}) == 1 and sum(row.harmful for row in four) == 2
 
 
 def test_a_source_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:

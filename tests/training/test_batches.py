@@ -17,6 +17,7 @@ def test_the_order_is_a_permutation_an_epoch_and_depends_on_nothing_else() -> No
     assert sorted(flat[:10]) == sorted(flat[10:20]) == list(range(10)) and len(set(flat[20:])) == 5
     assert flat[:10] != flat[10:20]
     assert order == batches.order(1, 10, 4, 2.5) != batches.order(2, 10, 4, 2.5)
+    assert batches.order(1, 3, 2, 2, shuffle=False) == [[0, 1], [2, 0], [1, 2]]
     assert [i for batch in batches.order(1, 10, 3, 2.5) for i in batch] == flat
 
 
