@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 from safecl.base import PrerequisiteError
@@ -150,15 +151,16 @@ class _Eta:
         seconds = {kind: list(past) for kind, past in self.seconds.items()}
         for stage in snapshot["finished"]:
             seconds.setdefault(stage["kind"], []).append(stage["seconds"])
-        means = {kind: sum(past) / len(past) for kind, past in seconds.items() if past}
+        # Medians: aligning, or training a guard, takes several times what a trial's finetune does.
+        typical = {kind: median(past) for kind, past in seconds.items() if past}
         targets = [stage for job in schedule.open_jobs() for stage in _stages(self.project, job)]
         kinds = [stage.kind for stage in missing(targets, self.project.store)]
         kinds += list(self.TRIAL) * schedule.num_unasked()
-        if "finetune" in kinds and "finetune" not in means:
+        if "finetune" in kinds and "finetune" not in typical:
             return None, True  # what takes longest is not known yet: a number would mislead
-        work = sum(means.get(kind, 0.0) for kind in kinds)
+        work = sum(typical.get(kind, 0.0) for kind in kinds)
         at_once = max(os.cpu_count() or 1, self.project.sweep.execution.num_trials_at_once)
-        return work / at_once, any(kind not in means for kind in kinds)
+        return work / at_once, any(kind not in typical for kind in kinds)
 
 
 def _stages(project: Project, job: Job) -> list[Stage]:

@@ -42,6 +42,7 @@ def start(execution: Execution, logs: Path) -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end the search as if it were done; ours stops the sweep
         "RAY_AIR_NEW_OUTPUT": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
