@@ -89,6 +89,9 @@ class Engine:
                 max_model_len=settings.max_model_len,
                 max_num_seqs=settings.max_num_seqs,
                 kv_cache_memory_bytes=int(settings.memory_gib * 2**30),
+                # A prefix is shared in whole blocks. On CPU the default of 128 tokens is longer than what the prompts of
+                # a judge have in common; 32 is the least that its attention takes.
+                block_size=None if settings.use_gpu else 32,
                 distributed_executor_backend=None if settings.use_gpu else "uni",
                 enforce_eager=not settings.use_gpu,  # compiling on CPU costs minutes of boot
                 worker_extension_cls="safecl.serving.swap.Swap",
