@@ -162,7 +162,8 @@ class Project:
                     continue
                 chosen = select(trials)
                 params = chosen.params
-                note = f"chosen of {len(trials)} trials on validation prompts"
+                values = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in params.items())
+                note = f"{values}, chosen of {len(trials)} trials on validation prompts"
                 note += "" if chosen.feasible else "; none met the bounds, this violates them least"
             found.append((cell, params, [Job(cell, params, seed, "final") for seed in self.sweep.seeds], note))
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Iterator
@@ -104,3 +105,34 @@ def test_a_cluster_that_is_too_small_is_named_before_anything_is_held(tmp_path: 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "PrerequisiteError" in done.stderr and "execution.num_workers 10000" in done.stderr
+
+
+class Booting(execute.Broker):
+    """A Broker whose engines are there at once."""
+
+    async def _boot(self, group: str, role: str, model: Stage) -> None:
+        self.booted = [*getattr(self, "booted", []), (role, model.key)]
+        self.groups[group] = (f"{group}-0",)
+
+
+@pytest.mark.parametrize("num_judge_replicas", [0, 1])
+def test_without_replicas_of_its_own_a_judge_answers_from_the_candidates_engine(
+    num_judge_replicas: int, tmp_path: Path
+) -> None:
+    base, other = (Stage("model", {"source": name}) for name in ("base", "other"))
+
+    async def deploy() -> Booting:
+        broker = Booting(str(tmp_path), Execution(num_judge_replicas=num_judge_replicas), str(tmp_path / "logs"), 2)
+        await asyncio.gather(
+            *(broker._deploy(*what) for what in (("judge", base), ("candidate", base), ("judge", other)))
+        )
+        return broker
+
+    broker = asyncio.run(deploy())
+    names = {group: apps[0] for group, apps in broker.groups.items()}
+    candidate, judge, foreign = (f"candidate-{base.key[:8]}", f"judge-{base.key[:8]}", f"judge-{other.key[:8]}")
+    if num_judge_replicas:
+        assert len(broker.booted) == 3 and names[judge] == f"{judge}-0"
+    else:  # one engine a base model, whoever asks
+        assert sorted(key for _, key in broker.booted) == sorted([base.key, other.key])
+        assert names[judge] == names[candidate] == f"{candidate}-0" and names[foreign] == f"candidate-{other.key[:8]}-0"

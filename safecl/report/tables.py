@@ -204,7 +204,11 @@ def rich_tables(rows: Sequence[Row], facts: Facts) -> list[Table]:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    return [f"{row['method']} ({row['task']}): {row['note']}" for row in rows if row.get("note")]
+    return [f"{row['method']} ({_where(row)}): {row['note']}" for row in rows if row.get("note")]
+
+
+def _where(row: Row) -> str:
+    return str(row["task"]) if row.get("poison") is None else f"{row['task']}, p = {row['poison']:g}"
 
 
 def plain(rows: Sequence[Row], facts: Facts) -> str:
