@@ -211,14 +211,13 @@ def logs(root: Annotated[Path, typer.Option(help="The store")] = Path("runs"), n
 def main() -> None:
     """Entry point: errors that a person can mend print without a traceback and exit 2; Ctrl-C exits 130."""
     try:
-        # Without its standalone mode click returns the code of an Exit in place of raising it.
-        sys.exit(app(standalone_mode=False) or 0)
+        # Without its standalone mode click returns the code of an Exit, and 130 for Ctrl-C, in place of raising it.
+        code = app(standalone_mode=False) or 0
     except (ConfigError, PrerequisiteError) as error:
         print(f"{type(error).__name__.removesuffix('Error').lower()} error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        print("stopped; run the same command to continue from what is finished", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort):  # before or after typer's own
+        code = 130
     except Exception as error:
         import click
 
@@ -226,6 +225,9 @@ def main() -> None:
             error.show()
             sys.exit(error.exit_code)
         raise
+    if code == 130:
+        print("stopped; run the same command to continue from what is finished", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

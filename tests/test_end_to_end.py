@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -161,3 +164,40 @@ def test_report_status_plan_show_and_logs_work_on_the_finished_sweep(finished: t
     assert "engine-candidate" in safecl("logs", "--root", str(root), "--num", "1000", timeout_s=60).stdout
     shutil.rmtree(root / "tune", ignore_errors=True)  # Tune's own folder is never read back
     assert safecl("run", str(file), "--json", timeout_s=60).stdout == report.stdout
+
+
+def test_ctrl_c_stops_everything_soon_and_keeps_what_is_finished(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(sweep(tiny_model, tmp_path / "root")))
+    before = {process.pid for process in psutil.process_iter()}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "safecl.cli", "run", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 180
+        while not list((tmp_path / "root" / "store" / "finetune").glob("*/record.json")):
+            assert running.poll() is None and time.monotonic() < deadline
+            time.sleep(0.5)
+        os.killpg(running.pid, signal.SIGINT)  # what a terminal does: to the whole foreground group
+        _, errors = running.communicate(timeout=60)
+    finally:
+        if running.poll() is None:
+            running.kill()
+    assert running.returncode == 130 and "run the same command to continue" in errors and "Traceback" not in errors
+    deadline = time.monotonic() + 30
+    while left := [p.name() for p in psutil.process_iter() if p.pid not in before and is_ours(p)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+    kept = records(tmp_path / "root")
+    status = safecl("status", str(file), "--json", timeout_s=60)
+    assert status.returncode == 0 and any(record["kind"] == "finetune" for record in kept.values())
+
+
+def is_ours(process: psutil.Process) -> bool:
+    """Whether it is one of Ray's or vLLM's processes."""
+    try:
+        command = " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+    return process.status() != psutil.STATUS_ZOMBIE and any(name in command for name in ("ray", "VLLM"))
