@@ -34,6 +34,7 @@ def run(project: Project, show: Callable[[str], None]) -> list[Done]:
         first = schedule.next()
         guard = [stage for stage in project.guard_stages() if not project.store.has(stage)]
         if first is None and not guard:
+            show("nothing left to do: everything that this sweep reports is finished")
             return [done for done in schedule.done if done.error]
         if first is not None:
             schedule.give_back(first)

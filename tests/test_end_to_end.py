@@ -107,7 +107,7 @@ def test_a_rerun_runs_nothing_and_prints_the_same_table(finished: tuple[Path, Pa
     again = safecl("run", str(file), "--json", timeout_s=60)
     assert again.returncode == 0 and again.stdout == table
     assert records(root) == before
-    assert "starting Ray" not in again.stderr
+    assert "starting Ray" not in again.stderr and "nothing left to do" in again.stderr
 
 
 def test_a_lost_judge_record_reruns_that_stage_alone_and_restores_the_row(finished: tuple[Path, Path, str]) -> None:
