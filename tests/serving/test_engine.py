@@ -191,7 +191,8 @@ def test_a_swap_that_fails_half_way_costs_the_replica_its_place(
     # The weights are checked when they are asked for, and read when their turn comes: here they vanish in between.
     doomed = WeightsRef("doomed", str(tiny_model), str(make_adapter(tiny_model, tmp_path / "doomed", seed=5)))
     pid = engines.status(ENGINE)["pid"]
-    many = [Request(f"{request.id}/{copy}", request.token_ids) for copy in range(40) for request in PROMPTS]
+    # Seconds of work that the doomed weights wait for, however slowly this process gets to remove them.
+    many = [Request(f"{request.id}/{copy}", request.token_ids) for copy in range(150) for request in PROMPTS]
     got: dict[str, Any] = {}
     busy = threading.Thread(target=lambda: got.update(engines.generate(ENGINE, weights["base"], many, GREEDY)))
 
