@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -49,6 +50,12 @@ def test_the_rows_of_every_sweep_file_are_what_they_were(file: Path) -> None:
     sweep = load(file, [])
     assert sweep.name == file.stem
     assert without_model(sweep) == GOLDEN[file.stem]
+
+
+@pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_no_sweep_file_has_a_config_error(file: Path, tmp_path: Path) -> None:
+    with contextlib.suppress(PrerequisiteError):  # data or a model that is not here
+        Project(load(file, [f"execution.root={tmp_path}", f"execution.data_dir={tmp_path}"]))
 
 
 @pytest.mark.parametrize(
