@@ -49,6 +49,9 @@ def _fit(context: Context) -> None:
     # Ray Train reads these where the trainer is made. Its default poll of 2 s is what short finetunes wait for.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    # Its default of 60 s fails a finetune that waits for a CPU that another one holds. Waiting is right: the preflight
+    # has seen that the cluster is large enough.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(7 * 86_400))
     if context.execution.address == "local":  # nobody reclaims this machine: one process less to start
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     from ray.train import FailureConfig, RunConfig, ScalingConfig

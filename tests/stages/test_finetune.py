@@ -89,3 +89,21 @@ def test_two_workers_under_zero_train_and_a_refusal_is_no_worker_failure(
     refused = {**settings, "lora": {**settings["lora"], "rank": 4}}
     with pytest.raises(ConfigError, match="r is 8, expected 4"):
         finetune.run(_context(world, tmp_path / "refused", refused, None, engine="torch"))
+
+
+@pytest.mark.slow  # longer than Ray Train's own patience of 60 s
+def test_a_finetune_waits_for_as_long_as_others_hold_the_cpus(
+    world: contract.World, ray_cluster: None, tmp_path: Path
+) -> None:
+    import time
+
+    import ray
+
+    def hold() -> None:
+        time.sleep(75)
+
+    held = ray.remote(num_cpus=2)(hold).remote()
+    started = time.monotonic()
+    facts = finetune.run(_context(world, tmp_path, contract.config("sft"), None, num_workers=1))
+    assert facts["steps"] == 7 and time.monotonic() - started > 60
+    ray.get(held)
