@@ -23,10 +23,8 @@ from safecl.base import PrerequisiteError
 from safecl.config import Execution
 from safecl.store import Context, Stage, Store
 
-HEAVY = (
-    "memory",
-    "fisher",
-)  # stages that compute in their own task; finetune's workers hold their resources themselves
+# Stages that compute in their own task; finetune's workers hold their resources themselves.
+HEAVY = ("memory", "fisher", "finalize", "replay")
 LIGHT = ("data", "generate", "judge", "metrics")  # next to no CPU: they wait for engines, or are done at once
 ENGINE_ROLE = {"generate": "candidate", "judge": "judge"}
 
@@ -172,9 +170,10 @@ class Broker:
         import ray
 
         heavy = stage.kind in HEAVY
+        on_gpu = heavy and self.execution.use_gpu and stage.kind != "finalize"
         options = {
-            "num_cpus": 1 if heavy and not self.execution.use_gpu else 0,
-            "num_gpus": 1 if heavy and self.execution.use_gpu else 0,
+            "num_cpus": 1 if heavy and not on_gpu else 0,
+            "num_gpus": 1 if on_gpu else 0,
             "max_retries": 1,  # of a worker that died, not of a stage that raised
         }
         me = ray.get_runtime_context().current_actor
@@ -204,6 +203,7 @@ class Broker:
 
     async def _boot(self, group: str, role: str, model: Stage) -> None:
         from safecl.serving.engine import deploy, ready
+        from safecl.serving.messages import Settings
         from safecl.training.tokens import base_folder
 
         chosen = self.execution
@@ -212,16 +212,19 @@ class Broker:
         self._begin(f"engine {role}", group)
         try:
             for name in names:
-                await asyncio.to_thread(
-                    deploy,
-                    name,
-                    str(base_folder(self.store.path(model))),
-                    num_replicas=1 if role == "candidate" else chosen.num_judge_replicas,
-                    memory_gib=chosen.engine_memory_gib,
+                settings = Settings(
+                    name=name,
                     max_model_len=chosen.engine_max_tokens,
-                    num_cpus=0 if chosen.address == "local" else 1,
+                    memory_gib=chosen.engine_memory_gib,
                     use_gpu=chosen.use_gpu,
                     log_dir=self.logs,
+                )
+                await asyncio.to_thread(
+                    deploy,
+                    settings,
+                    str(base_folder(self.store.path(model))),
+                    num_replicas=1 if role == "candidate" else chosen.num_judge_replicas,
+                    num_cpus=0 if chosen.address == "local" else 1,
                     wait=False,
                 )
             for name in names:

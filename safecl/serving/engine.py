@@ -8,6 +8,7 @@ back carries the key that sampled it; an answer of any other key is discarded an
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import sys
@@ -18,56 +19,16 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from safecl.base import PrerequisiteError, Strict
+from safecl.base import PrerequisiteError
 from safecl.serving.gate import Gate, GateBroken
+from safecl.serving.messages import Completion, Refused, Request, Sampling, Settings, Unavailable, WeightsRef
 
-Finish = Literal["stop", "length"]
 _STATUS_EVERY_S = 2.0  # how often a waiting client looks whether its engine can still come up
 # Building or reading a Serve config registers a module with the pickler and takes that back: two threads would undo
 # each other's and raise. The first deployment starts Serve, which must not happen twice at once either.
 _SERVE = threading.Lock()
-
-
-@dataclass(frozen=True)
-class WeightsRef:
-    """Weights to answer with: `base` (HF folder) plus `adapter` (PEFT folder; None: the base itself). `key` stands for
-    both and is what the engine goes by: equal keys must mean equal weights."""
-
-    key: str
-    base: str
-    adapter: str | None = None
-
-
-class Request(NamedTuple):
-    id: str
-    token_ids: list[int]
-
-
-class Sampling(Strict):
-    """temperature 0 is greedy. Only `stop_token_ids` end an answer early: the model's own EOS must be among them."""
-
-    max_tokens: int
-    temperature: float = 0.0
-    stop_token_ids: tuple[int, ...] = ()
-    seed: int | None = None
-
-
-class Completion(NamedTuple):
-    id: str
-    text: str  # special tokens left out
-    token_ids: list[int]  # as sampled: a stop token that ended the answer is the last one
-    finish: Finish
-    weights_key: str
-
-
-class Refused(ValueError):
-    """A request or weights that this engine can never serve: asking again would not help."""
-
-
-class Unavailable(RuntimeError):
-    """This replica cannot answer now (engine died, swap failed, wrong weights): ask again."""
 
 
 class Engine:
@@ -124,6 +85,7 @@ class Engine:
         params = SamplingParams(
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
+            top_p=sampling.top_p,
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,
             seed=sampling.seed,
@@ -188,64 +150,24 @@ class Engine:
             llm.shutdown()
 
 
-class Settings(Strict):
-    """One engine. None of it may change an answer, except as rounding order does."""
-
-    name: str
-    max_model_len: int  # tokens: prompt + answer
-    memory_gib: float = 1.0  # KV cache
-    max_num_seqs: int = 64  # requests decoded together
-    num_threads: int = 1
-    use_gpu: bool = False
-    turn_s: float = 60.0  # how long one key may keep the engine while another waits
-    linger_s: float = 0.2  # how long the engine must have been idle before another key gets it within a turn
-    stall_s: float = 120.0  # work in flight and no token for so long: unhealthy
-    log_dir: str | None = None  # of the engine's own output; None: Ray's worker logs
-
-
 def deploy(
-    name: str,
-    base_folder: str,
-    *,
-    num_replicas: int = 1,
-    memory_gib: float = 1.0,
-    max_model_len: int = 1024,
-    num_threads: int = 1,
-    num_cpus: float | None = None,
-    use_gpu: bool = False,
-    max_num_seqs: int = 64,
-    turn_s: float = 60.0,
-    linger_s: float = 0.2,
-    stall_s: float = 120.0,
-    log_dir: str | None = None,
-    wait: bool = True,
+    settings: Settings, base_folder: str, *, num_replicas: int = 1, num_cpus: float | None = None, wait: bool = True
 ) -> None:
-    """Serve `base_folder`'s model as application `name` on the Ray cluster that this process is connected to.
+    """Serve `base_folder`'s model as application `settings.name` on the Ray cluster that this process is connected to.
 
-    `num_cpus`: what a replica reserves of Ray's logical CPUs (default `num_threads`). `wait=False` returns at once, so
-    that the boot overlaps with other work; see `ready`. Nothing listens for HTTP: engines are reached through handles.
+    `num_cpus`: what a replica reserves of Ray's logical CPUs (default `settings.num_threads`). `wait=False` returns at
+    once, so that the boot overlaps with other work; see `ready`. Nothing listens for HTTP: engines are reached through
+    handles.
     """
     from ray import serve
     from ray.serve.api import RunTarget
     from ray.serve.schema import LoggingConfig
 
-    settings = Settings(
-        name=name,
-        max_model_len=max_model_len,
-        memory_gib=memory_gib,
-        max_num_seqs=max_num_seqs,
-        num_threads=num_threads,
-        use_gpu=use_gpu,
-        turn_s=turn_s,
-        linger_s=linger_s,
-        stall_s=stall_s,
-        log_dir=log_dir,
-    )
     resources: dict[str, Any] = {
-        "num_cpus": float(num_threads) if num_cpus is None else num_cpus,
+        "num_cpus": float(settings.num_threads) if num_cpus is None else num_cpus,
         "runtime_env": {"env_vars": _environment(settings)},
     }
-    if use_gpu:
+    if settings.use_gpu:
         resources["num_gpus"] = 1
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     _hush()
@@ -263,7 +185,9 @@ def deploy(
             graceful_shutdown_wait_loop_s=0.2,
             logging_config=quiet,
         )
-        target = RunTarget(deployment.bind(base_folder, settings), name=name, route_prefix=None, logging_config=quiet)
+        target = RunTarget(
+            deployment.bind(base_folder, settings), name=settings.name, route_prefix=None, logging_config=quiet
+        )
         serve.run_many([target], wait_for_applications_running=wait, wait_for_ingress_deployment_creation=wait)
 
 
@@ -366,7 +290,7 @@ class _Batch:
 
     async def _complete(self, handle: Any, request: Request) -> None:
         while request.id not in self.done:
-            async with _asked(handle, request, self.weights, self.sampling) as response:
+            async with _asked(handle, request, self.weights, _own(self.sampling, request)) as response:
                 try:
                     answer = await response
                 except Exception as error:
@@ -396,6 +320,13 @@ class _Batch:
                 f"engine {app!r}: no completion for {silent_s:.0f} s, {len(self.done)} of {len(self.requests)} done; "
                 f"state: {state}; last error: {self.last_error}"
             )
+
+
+def _own(sampling: Sampling, request: Request) -> Sampling:
+    if sampling.seed is None:
+        return sampling
+    digest = hashlib.sha256(f"{sampling.seed}/{request.id}".encode()).digest()
+    return sampling.model_copy(update={"seed": int.from_bytes(digest[:4], "big") >> 1})
 
 
 @asynccontextmanager

@@ -1,6 +1,8 @@
-"""Puts new weights into a live vLLM engine: base + LoRA adapter, merged in float32 inside the engine's own worker.
+"""Puts new weights into a live vLLM engine: base + LoRA adapter (or dense deltas), merged in float32 inside the engine's
+own worker.
 
     W_served = (float32(W_base) + scale * B @ A) cast to W_base's dtype,    scale = alpha / r  (alpha / sqrt(r): rslora)
+    W_served = (float32(W_base) + delta) cast to W_base's dtype,            for a folder of dense deltas
 
 vLLM loads `Swap` into its worker by qualified name (`worker_extension_cls`). Every swap starts from the pristine base
 files, so nothing accumulates over swaps. The loader keeps references to the tensors that it is given until a layer is
@@ -11,7 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,48 +55,71 @@ def check(served: Path, base: Path, adapter: Path | None) -> None:
             f"{base}: {len(odd)} tensors differ in name or shape from those of the served {served}, first: {odd[0]} "
             f"expected {expected.get(odd[0])}, got {shapes.get(odd[0])}"
         )
-    if adapter is None:
-        return
-    _scale(adapter)
-    with _open(_adapter_file(adapter)) as opened:
-        for module, (name_a, name_b) in _factors(adapter, list(opened.keys())).items():
-            name = f"{module}.weight"
-            if name not in shapes:
-                raise ValueError(f"{adapter}: adapts {module}, expected a tensor {name} in {base}, got none")
-            rank, dim_in = opened.get_slice(name_a).get_shape()
-            dim_out, rank_b = opened.get_slice(name_b).get_shape()
-            if rank != rank_b or [dim_out, dim_in] != shapes[name]:
-                raise ValueError(
-                    f"{adapter}: {module} has A [{rank}, {dim_in}] and B [{dim_out}, {rank_b}], "
-                    f"expected B @ A of shape {shapes[name]} as in {base}"
-                )
+    for name, change in changes(adapter).items() if adapter is not None else ():
+        if name not in shapes:
+            raise ValueError(
+                f"{adapter}: adapts {name.removesuffix('.weight')}, expected a tensor {name} in {base}, got none"
+            )
+        if change.shape != shapes[name]:
+            raise ValueError(f"{adapter}: {name} {change.what}, expected a change of shape {shapes[name]} as in {base}")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is added to one tensor of the base."""
+
+    shape: list[int] | None  # None: its factors do not fit each other
+    what: str
+    add: Callable[[torch.Tensor], torch.Tensor]  # in float32
+
+
+def changes(adapter: Path) -> dict[str, Change]:
+    """Tensor name in the base -> change, for a PEFT folder or a folder of dense deltas. Reads headers only; values are
+    read where `add` is called. Raises FileNotFoundError, or ValueError for anything that would not be applied."""
+    if (adapter / "delta.json").is_file():
+        shards = json.loads((adapter / "delta.json").read_text())
+        opened_shards = {shard: _open(adapter / shard) for shard in set(shards.values())}
+        return {name: _dense(opened_shards[shard], name) for name, shard in shards.items()}
+    scale, file = _scale(adapter), adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{adapter}: expected a PEFT adapter with adapter_model.safetensors, got none")
+    opened = _open(file)  # opened once: reading a factor costs next to nothing
+    pairs = _factors(adapter, list(opened.keys()))
+    return {f"{module}.weight": _low_rank(opened, *names, scale) for module, names in pairs.items()}
+
+
+def _dense(opened: Any, name: str) -> Change:
+    shape = opened.get_slice(name).get_shape()
+    return Change(shape, f"has shape {shape}", lambda base_OI: base_OI.float() + opened.get_tensor(name).float())
+
+
+def _low_rank(opened: Any, name_a: str, name_b: str, scale: float) -> Change:
+    rank, dim_in = opened.get_slice(name_a).get_shape()
+    dim_out, rank_b = opened.get_slice(name_b).get_shape()
+
+    def add(base_OI: torch.Tensor) -> torch.Tensor:
+        a_RI, b_OR = opened.get_tensor(name_a).float(), opened.get_tensor(name_b).float()
+        return torch.addmm(base_OI.float(), b_OR, a_RI, alpha=scale)
+
+    what = f"has A [{rank}, {dim_in}] and B [{dim_out}, {rank_b}]"
+    return Change([dim_out, dim_in] if rank == rank_b else None, what, add)
 
 
 def merged(base: Path, adapter: Path | None) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every tensor of `base` once, as (name, fresh tensor in the file's dtype), the adapted ones merged in
     float32. Raises ValueError if the adapter holds anything that is not applied."""
-    factors: dict[str, tuple[str, str]] = {}
-    scale, opened_adapter = 0.0, None  # opened once: reading a factor costs next to nothing
-    if adapter is not None:
-        opened_adapter = _open(_adapter_file(adapter))
-        scale, factors = _scale(adapter), _factors(adapter, list(opened_adapter.keys()))
+    left = {} if adapter is None else changes(adapter)
     by_file: dict[Path, list[str]] = {}
     for name, file in files(base).items():
         by_file.setdefault(file, []).append(name)
-    left = dict(factors)
     for file, names in by_file.items():
         with _open(file) as opened:
             for name in names:
                 tensor: torch.Tensor = opened.get_tensor(name)
-                pair = left.pop(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
-                if pair is None or opened_adapter is None:
-                    yield name, tensor.clone()
-                    continue
-                a_RI = opened_adapter.get_tensor(pair[0]).float()
-                b_OR = opened_adapter.get_tensor(pair[1]).float()
-                yield name, torch.addmm(tensor.float(), b_OR, a_RI, alpha=scale).to(tensor.dtype)
+                change = left.pop(name, None)
+                yield name, tensor.clone() if change is None else change.add(tensor).to(tensor.dtype)
     if left:
-        raise ValueError(f"{adapter}: factors of {sorted(left)} are not applied, expected these modules in {base}")
+        raise ValueError(f"{adapter}: changes of {sorted(left)} are not applied, expected these tensors in {base}")
 
 
 def _open(file: Path) -> Any:
@@ -107,13 +133,6 @@ def _shapes(base: Path) -> dict[str, list[int]]:
             for name in opened.keys():  # noqa: SIM118  (a safe_open is not a mapping)
                 shapes[name] = opened.get_slice(name).get_shape()
     return shapes
-
-
-def _adapter_file(adapter: Path) -> Path:
-    file = adapter / "adapter_model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"{adapter}: expected a PEFT adapter with adapter_model.safetensors, got none")
-    return file
 
 
 def _scale(adapter: Path) -> float:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from safecl.base import PrerequisiteError
-from safecl.serving.engine import Engines, Refused, Request, Sampling, WeightsRef, deploy, ready, shutdown
+from safecl.serving.engine import Engines, deploy, ready, shutdown
+from safecl.serving.messages import Refused, Request, Sampling, Settings, WeightsRef
 from tests.serving.adapters import change_base, make_adapter
 
 ENGINE = "candidate"
@@ -42,7 +43,7 @@ def engines(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     logs = tmp_path_factory.mktemp("logs")
     small = {"memory_gib": 0.1, "max_model_len": 128, "turn_s": 0.5, "linger_s": 0.02, "stall_s": 60.0}
-    deploy(ENGINE, str(tiny_model), **small, log_dir=str(logs), wait=False)  # type: ignore[arg-type]
+    deploy(Settings(name=ENGINE, **small, log_dir=str(logs)), str(tiny_model), wait=False)  # type: ignore[arg-type]
     ready(ENGINE, timeout_s=240)
     yield Engines()
     shutdown(ENGINE)

@@ -47,7 +47,7 @@ class ScriptedEngines:
         self.texts = texts
 
     def generate(self, name: str, weights: Any, requests: Any, sampling: Any, on_progress: Any) -> dict[str, Any]:
-        from safecl.serving.engine import Completion
+        from safecl.serving.messages import Completion
 
         return {r.id: Completion(r.id, t, [1], "stop", weights.key) for r, t in zip(requests, self.texts, strict=True)}
 

@@ -1,0 +1,67 @@
+"""What stages and engines say to each other. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from safecl.base import Strict
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class WeightsRef:
+    """Weights to answer with: `base` (HF folder) plus `adapter` (PEFT folder; None: the base itself). `key` stands for
+    both and is what the engine goes by: equal keys must mean equal weights."""
+
+    key: str
+    base: str
+    adapter: str | None = None
+
+
+class Request(NamedTuple):
+    id: str
+    token_ids: list[int]
+
+
+class Sampling(Strict):
+    """temperature 0 is greedy. Only `stop_token_ids` end an answer early: the model's own EOS must be among them. With a
+    `seed` each request of a batch is sampled from a stream of its own (seed, request id), whatever engine takes it."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+
+
+class Completion(NamedTuple):
+    id: str
+    text: str  # special tokens left out
+    token_ids: list[int]  # as sampled: a stop token that ended the answer is the last one
+    finish: Finish
+    weights_key: str
+
+
+class Refused(ValueError):
+    """A request or weights that this engine can never serve: asking again would not help."""
+
+
+class Unavailable(RuntimeError):
+    """This replica cannot answer now (engine died, swap failed, wrong weights): ask again."""
+
+
+class Settings(Strict):
+    """One engine. None of it may change an answer, except as rounding order does."""
+
+    name: str
+    max_model_len: int  # tokens: prompt + answer
+    memory_gib: float = 1.0  # KV cache
+    max_num_seqs: int = 64  # requests decoded together
+    num_threads: int = 1
+    use_gpu: bool = False
+    turn_s: float = 60.0  # how long one key may keep the engine while another waits
+    linger_s: float = 0.2  # how long the engine must have been idle before another key gets it within a turn
+    stall_s: float = 120.0  # work in flight and no token for so long: unhealthy
+    log_dir: str | None = None  # of the engine's own output; None: Ray's worker logs
