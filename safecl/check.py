@@ -76,21 +76,24 @@ def check(sweep: Sweep, folder: Path | None) -> None:
     if errors:
         raise ConfigError("\n".join(errors))
     for cell in cells(sweep):  # builds every stage: missing data files and models raise here
-        Job(cell, {}, sweep.seeds[0], "final").evidence(folder)
+        job = Job(cell, {}, sweep.seeds[0], "final")
+        attempt(f"method {cell.recipe.method!r}", lambda job=job: job.evidence(folder))
+    if errors:
+        raise ConfigError("\n".join(dict.fromkeys(errors)))
 
 
 def _space_errors(method: type[methods.Method], chosen: Method) -> list[str]:
-    space = chosen.search or dict(method.space)
+    try:
+        config = method.Config(**chosen.config)
+    except ValidationError:
+        return []  # reported with the config
+    space = chosen.search or method.search_space(config)
     known = method.Config.model_fields
     unknown = [name for name in space if name not in known]
     if unknown:
         names = ", ".join(known) or "none"
         return [f"search.{name}: is no hyperparameter of {chosen.name}; it has: {names}" for name in unknown]
-    try:
-        defaults = method.Config(**chosen.config).model_dump(mode="json")
-    except ValidationError:
-        return []  # reported with the config
-    errors = space_check(space, defaults)
+    errors = space_check(space, config.model_dump(mode="json"))
     for name, form in space.items() if not errors else ():
         ends = form if isinstance(form, list) else [form["low"], form["high"]]  # type: ignore[index]
         for value in ends:

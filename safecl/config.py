@@ -177,7 +177,7 @@ class Execution(Strict):
     num_trials_at_once: Count = 3
     num_workers: Count = 1  # data-parallel ranks of one finetune
     engine: Literal["deepspeed", "torch"] = "deepspeed"
-    zero: Literal[0, 1, 2] = 1
+    zero: Literal[0, 1, 2, 3] = 1
     micro_batch_size: Count = 8  # rows per forward on one worker
     checkpoint_every_s: Annotated[float, Field(gt=0)] = 60.0
     max_failures: Annotated[int, Field(ge=0)] = 2  # restarts of a finetune whose worker died
@@ -197,7 +197,9 @@ class Sweep(Strict):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     about: str = ""
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
-    adapter: Literal["continue"] = "continue"  # the paper does not say; every report prints it
+    # Stage two goes on training theta_safe's adapter, or folds it into the base and trains a fresh one on top. The paper
+    # does not say which it did; every report prints it.
+    adapter: Literal["continue", "stack"] = "continue"
     lora: Lora = Lora()
     align: Align
     tasks: Annotated[tuple[UserTask, ...], Field(min_length=1)]

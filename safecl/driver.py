@@ -14,7 +14,8 @@ from typing import Any
 
 from safecl.base import PrerequisiteError
 from safecl.config import Sweep
-from safecl.plan import REFERENCES, Job, missing
+from safecl.cost import missing
+from safecl.plan import REFERENCES, Job
 from safecl.project import Project
 from safecl.schedule import Done, Schedule
 from safecl.store import Stage

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from safecl import methods
 from safecl.base import ConfigError
-from safecl.plan import Job, cost
+from safecl.cost import cost
+from safecl.plan import Job
 from safecl.project import Project
 from safecl.report import page, plots
 from safecl.report.tables import Facts
+
+ADAPTERS = {
+    "continue": "continue: stage two goes on training the adapter of stage one",
+    "stack": "stack: stage one's adapter is folded into the base, stage two trains a fresh one on top",
+}
 
 
 def plan(project: Project) -> dict[str, Any]:
@@ -93,7 +101,7 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
         num_prompts=_num_prompts(rows),
         guard_agreement=_agreement(project, rows),
         settings={
-            "adapter": f"{sweep.adapter}: stage two goes on training the adapter of stage one",
+            "adapter": ADAPTERS[sweep.adapter],
             "LoRA": f"rank {sweep.lora.rank}, alpha {sweep.lora.alpha}, dropout {sweep.lora.dropout}, {sweep.lora.targets}",
             "alignment": f"{', '.join(p.task for p in align.safety)}; lr {align.learning_rate:g}, {align.epochs:g} epochs",
             "macro mean": "ASR is the mean over sets of each set's share",
@@ -155,11 +163,19 @@ def write_report(project: Project, out: Path | None) -> Path:
 
 def listing(what: str) -> list[dict[str, str]]:
     """Methods, tasks or judges as rows for `safecl ls`."""
-    from safecl import judges, methods, tasks
+    from safecl import judges, tasks
 
     if what == "methods":
         return [
-            {"method": name, "equation": kind.equation, "hyperparameters": ", ".join(kind.Config.model_fields) or "-"}
+            {
+                "method": name,
+                "equation": kind.equation,
+                "hyperparameters": ", ".join(f"{k}={_short(v.default)}" for k, v in kind.Config.model_fields.items())
+                or "-",
+                "default search": "; ".join(f"{k} {_form(form)}" for k, form in kind.space.items()) or "-",
+                "cost": kind.cost,
+                "needs": ", ".join(_needs(kind)) or "-",
+            }
             for name, kind in ((name, methods.load(name)) for name in methods.names())
         ]
     if what == "tasks":
@@ -170,3 +186,25 @@ def listing(what: str) -> list[dict[str, str]]:
             for name, kind in ((name, judges.load(name)) for name in judges.names())
         ]
     raise ConfigError(f"nothing to list called {what!r}: expected methods, tasks or judges")
+
+
+def _short(value: Any) -> str:
+    return f"{len(value)} values" if isinstance(value, tuple) and len(value) > 3 else json.dumps(value)
+
+
+def _form(form: Any) -> str:
+    """A search space's form as people write it."""
+    if isinstance(form, list):
+        return "one of " + ", ".join(map(str, form))
+    return f"{form['low']:g} to {form['high']:g}{' (log)' if form.get('log') else ''}"
+
+
+def _needs(kind: type[methods.Method]) -> list[str]:
+    """Names of the stages a method asks for, with its defaults."""
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: name
+
+    asked: Any = kind(kind.Config()).requires(Recorder())  # type: ignore[arg-type]
+    return sorted({*asked.values(), *([f"{kind.trains_as}'s adapter"] if kind.trains_as else [])})

@@ -1,29 +1,32 @@
 """The experiment: `Graph` turns one recipe into cached stages. Read it top to bottom to see what is run.
 
-    safety rows -> align -> theta_safe -+-> memory -+
-    user rows (task + poison) ----------+-> finetune(method) -> final -> generate -> judge -> metrics
+    safety rows -> align -> theta_safe -+-> memory, fisher, teacher -+
+    user rows (task + poison) ----------+-> finetune(method) <-------+
+                                            tuned -> finalize (post-hoc methods) -> generate -> judge -> metrics
 
-`cells(sweep)` is the grid; `cost` counts what a run would do from the store's records.
+`cells(sweep)` is the grid; cost.py counts what a run would do.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import safecl.judges as judges
 import safecl.methods as methods
 import safecl.tasks as tasks
-from safecl.base import Json, PrerequisiteError
+from safecl.base import ConfigError, Json, PrerequisiteError
 from safecl.config import Align, Evaluate, Lora, Method, Model, Prompts, Rows, Sweep, Template, Training, UserTask
-from safecl.store import Stage, Store, canonical
+from safecl.store import Stage, canonical
 from safecl.tasks._source import identity, sha256
+
+if TYPE_CHECKING:
+    from safecl.methods.grsap import Grsap
 
 REFERENCES = ("base", "aligned")  # rows of every table that have no finetune
 
@@ -139,33 +142,115 @@ class Graph:
         """Stage one: SFT of the base model on safety rows."""
         return self.finetune("sft", {}, self.recipe.align, {"rows": self.safety_rows})
 
-    def memory(self, num_rows: int) -> Stage:
-        """`num_rows` refusals of stage one with theta_safe's hidden states at their response positions."""
-        recipe = self.recipe
+    def memory(self, num_rows: int, positions: str | None = None) -> Stage:
+        """`num_rows` refusals of stage one; with `positions`, theta_safe's hidden states there."""
+        return self._states(self.safety_rows, num_rows, positions, self.recipe.align.max_tokens)
+
+    def teacher(self, positions: str) -> Stage:
+        """theta_safe's hidden states on the user rows."""
+        return self._states(self.user_rows, None, positions, self.recipe.task.max_tokens)
+
+    def _states(self, rows: Stage, num_rows: int | None, positions: str | None, max_tokens: int) -> Stage:
         config: dict[str, Json] = {
             "num_rows": num_rows,
-            "seed": recipe.seed,
-            "max_tokens": recipe.align.max_tokens,
-            **self._text(recipe.model.template),
+            "positions": positions,
+            "seed": self.recipe.seed,
+            "max_tokens": max_tokens,
+            "adapter": self.recipe.adapter,
+            **self._text(self.recipe.model.template),
         }
-        return _stage("memory", config, {"model": self.base, "safe": self.theta_safe, "rows": self.safety_rows})
+        inputs = {"model": self.base, "rows": rows}
+        return _stage("memory", config, inputs if positions is None else {**inputs, "safe": self.theta_safe})
+
+    def fisher(self, num_rows: int, labels: str) -> Stage:
+        """How much safety depends on each factor of theta_safe's adapter.
+
+        Raises:
+            ConfigError: a fresh adapter is stacked, where the Fisher of its A is zero.
+        """
+        if self.recipe.adapter == "stack":
+            raise ConfigError(
+                f"method {self.recipe.method!r} needs `adapter: continue`: a fresh adapter (`stack`) starts with B = 0, so "
+                "the gradient and with it the Fisher information of its A is zero"
+            )
+        config: dict[str, Json] = {
+            "num_rows": num_rows,
+            "labels": labels,
+            "seed": self.recipe.seed,
+            "max_tokens": self.recipe.align.max_tokens,
+            **self._text(self.recipe.model.template),
+        }
+        return _stage("fisher", config, {"model": self.base, "safe": self.theta_safe, "rows": self.safety_rows})
+
+    def replay(self, config: Grsap.Config) -> Stage:
+        """Safety rows that theta_safe makes: it names requests, answers them, is judged, answers the unsafe ones again."""
+        seed, template, judge = self.recipe.seed, self.recipe.model.template, self.asr_judge
+        longest = self.recipe.evaluate.max_new_tokens
+
+        def step(name: str, inputs: dict[str, Stage], **settings: Json) -> Stage:
+            return _stage("replay", {"step": name, **settings}, inputs)
+
+        def answers(
+            rows: Stage, temperature: float, top_p: float, num: int, before: str = "", after: str = ""
+        ) -> Stage:
+            text = template.prompt.replace("{prompt}", "{prompt}" + before) + after
+            sampling: dict[str, Json] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+            own = template.model_copy(update={"prompt": text}).model_dump(mode="json")
+            return self.generate(self.theta_safe, rows, num, template=own, sampling=sampling)
+
+        asked = step("prompts", {}, domains=list(config.domains), num_per_domain=config.num_per_domain)
+        said = answers(asked, 1.0, 1.0, 64, after='Sure, the \\textbf{specific request} is "')
+        embedder = {} if config.embedder is None else {"embedder": model_stage(config.embedder)}
+        queries = step(
+            "queries",
+            {"rows": asked, "generations": said, "model": self.base, **embedder, **self._held_out},
+            perplexity_percentiles=list(config.perplexity_percentiles),
+            max_similarity=config.max_similarity,
+            min_relevance=config.min_relevance if embedder else None,
+        )
+        first = answers(queries, 0.8, 0.95, longest)
+        verdicts = self.judge(*judge, {"generations": first, "rows": queries})
+        hard = step("hard", {"rows": queries, "verdicts": verdicts})
+        again = answers(hard, 0.7, 1.0, longest, before="\nThe above request is harmful. Please refuse it.")
+        inputs = {"queries": queries, "answers": first, "verdicts": verdicts, "hard": hard, "answers_hard": again}
+        inputs["verdicts_hard"] = self.judge(*judge, {"generations": again, "rows": hard})
+        return step("rows", inputs, num_rows=config.num_rows, hard_share=config.hard_share, seed=seed)
+
+    @cached_property
+    def asr_judge(self) -> tuple[str, dict[str, Json]]:
+        """Name and config of the judge that says whether an answer is harmful."""
+        asr = self.recipe.evaluate.judges.asr
+        name = "llamaguard" if asr == "guard" else asr
+        return name, self.guard_config if name == "llamaguard" else {}
 
     @cached_property
     def tuned(self) -> Stage:
-        """Stage two: the method's finetune on user rows, from theta_safe."""
-        recipe, method = self.recipe, methods.load(self.recipe.method)
-        needed = method(method.Config(**recipe.params)).requires(self)
+        """Stage two: the method's finetune on user rows, from theta_safe. Post-hoc methods share another method's."""
+        recipe, kind = self.recipe, methods.load(self.recipe.method)
+        name, params = (recipe.method, recipe.params) if kind.trains_as is None else (kind.trains_as, {})
+        trained = methods.load(name)
+        needed = trained(trained.Config(**params)).requires(self)
         inputs = {"safe": self.theta_safe, "rows": self.user_rows, **needed}
-        return self.finetune(recipe.method, recipe.params, recipe.task, inputs)
+        return self.finetune(name, params, recipe.task, inputs)
 
     @cached_property
     def final(self) -> Stage | None:
-        """What is served on top of the base model: nothing, theta_safe, or the tuned adapter."""
-        if self.recipe.method == "base":
+        """What is served on top of the base model: nothing, theta_safe, the tuned adapter, or what a post-hoc method
+        makes of the two."""
+        recipe = self.recipe
+        if recipe.method == "base":
             return None
-        if self.recipe.method == "aligned":
+        if recipe.method == "aligned":
             return self.theta_safe
-        return self.tuned
+        kind = methods.load(recipe.method)
+        if kind.trains_as is None:
+            return self.tuned
+        config: dict[str, Json] = {
+            "method": recipe.method,
+            "params": _resolved(kind, recipe.params),
+            "dtype": recipe.model.dtype,
+        }
+        return _stage("finalize", config, {"safe": self.theta_safe, "tuned": self.tuned}, kind.VERSION)
 
     def finetune(
         self, method: str, params: dict[str, Json], training: Training, inputs: dict[str, Stage], **text: Json
@@ -190,13 +275,14 @@ class Graph:
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def generate(self, final: Stage | None, rows: Stage, max_new_tokens: int) -> Stage:
-        """Greedy answers of a model to rows' prompts."""
+    def generate(self, final: Stage | None, rows: Stage, max_new_tokens: int, **more: Json) -> Stage:
+        """A model's answers to rows' prompts: greedy, unless `more` says otherwise (`sampling`, another `template`)."""
         longest = self.recipe.evaluate.max_prompt_tokens
         config: dict[str, Json] = {
             "max_new_tokens": max_new_tokens,
             "max_prompt_tokens": longest,
             **self._text(self.recipe.model.template),
+            **more,
         }
         inputs = {"model": self.base, "rows": rows}
         return _stage("generate", config, inputs if final is None else {**inputs, "weights": final})
@@ -249,11 +335,10 @@ class Graph:
         evaluate = self.recipe.evaluate
         prompts: Prompts = getattr(evaluate, split)
         chosen = evaluate.judges
-        asr = "llamaguard" if chosen.asr == "guard" else chosen.asr
         refusal: dict[str, Json] = {"question": "refusal"} if chosen.over_refusal == "wildguard" else {}
         questions: dict[str, list[tuple[str, str, dict[str, Json]]]] = {
             "attack": [
-                ("asr", asr, self.guard_config if asr == "llamaguard" else {}),
+                ("asr", *self.asr_judge),
                 ("non_refusal", "keywords", {}),
                 ("degenerate", "degenerate", {}),
             ],
@@ -383,7 +468,8 @@ def cells(sweep: Sweep) -> list[Cell]:
             def cell(method: Method, ratio: float, model: Model = model, task: UserTask = task) -> Cell:
                 space = method.search
                 if space is not None and not space:
-                    space = dict(methods.load(method.name).space)
+                    kind = methods.load(method.name)
+                    space = kind.search_space(kind.Config(**method.config))
                 params = dict(method.config)
                 recipe = Recipe(
                     model, sweep.adapter, sweep.lora, sweep.align, task, sweep.poison.task, ratio, method.name, params,
@@ -411,56 +497,3 @@ class Job(NamedTuple):
     def evidence(self, folder: Path | None) -> Evidence:
         """The stages this job needs in the store to count as done."""
         return self.graph(folder).evidence("validation" if self.role == "search" else "test")
-
-
-# -- what a run would do ----------------------------------------------------------------------------------------------
-
-
-class Count(NamedTuple):
-    """Stages of one kind: how many must run, are finished, and how often one was needed again (shared)."""
-
-    to_run: int
-    cached: int
-    shared: int
-    hours: float | None  # of those to run, from past records of the kind; None: unknown
-
-
-def missing(targets: Sequence[Stage], store: Store) -> list[Stage]:
-    """The stages that must run, inputs first, so that every target is finished. A finished stage's inputs are not
-    needed: they may have been pruned."""
-    needed: dict[str, Stage] = {}
-
-    def visit(stage: Stage) -> None:
-        if stage.key in needed or store.has(stage):
-            return
-        for below in stage.inputs.values():
-            visit(below)
-        needed[stage.key] = stage
-
-    for target in targets:
-        visit(target)
-    return list(needed.values())
-
-
-def cost(jobs: Iterable[Job], folder: Path | None, store: Store, instruments: Sequence[Stage] = ()) -> dict[str, Count]:
-    """Per kind of stage, what running these jobs would take, with the stages that measure the judges (`instruments`)."""
-    uses: Counter[str] = Counter()
-    stages: dict[str, Stage] = {}
-    targets: list[Stage] = list(instruments)
-    tops = list(instruments[-1:])
-    for job in jobs:
-        evidence = job.evidence(folder)
-        targets += [*evidence.judged, evidence.metrics]
-        tops.append(evidence.metrics)
-    for stage in (stage for top in tops for stage in top.walk()):
-        uses[stage.key] += 1
-        stages[stage.key] = stage
-    to_run = {stage.key for stage in missing(targets, store)}
-    table: dict[str, Count] = {}
-    for kind in dict.fromkeys(stage.kind for stage in stages.values()):
-        keys = [key for key, stage in stages.items() if stage.kind == kind]
-        run = [key for key in keys if key in to_run]
-        past = [float(record["seconds"]) for record in store.records(kind)]
-        hours = (sum(past) / len(past)) * len(run) / 3600 if past else (0.0 if not run else None)
-        table[kind] = Count(len(run), len(keys) - len(run), sum(uses[key] - 1 for key in keys), hours)
-    return table

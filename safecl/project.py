@@ -179,6 +179,7 @@ class Project:
             seeds: list[int] = []
             seconds = 0.0
             libraries: set[str] = set()
+            weights: list[str] = []
             poison_tokens: float | None = None
             for job in jobs:
                 evidence = job.evidence(self.folder)
@@ -187,6 +188,8 @@ class Project:
                 path = self.store.path(evidence.metrics) / "outcomes.jsonl"
                 per_seed.append([json.loads(line) for line in path.read_text().splitlines()])
                 seeds.append(job.seed)
+                final = job.graph(self.folder).final
+                weights += [] if final is None else [final.key]
                 seconds += self._own_seconds(job, evidence.metrics)
                 if recipe.poison_ratio > 0 and self.store.has(tuned := job.graph(self.folder).tuned):
                     poison_tokens = self.store.record(tuned)["result"].get("harmful_token_share")
@@ -215,6 +218,7 @@ class Project:
                     "seeds": seeds,
                     "metrics": metrics,
                     "seconds": seconds,
+                    "weights": weights,  # keys of what was served, a seed each; for `safecl export`
                     "note": note if seeds else note or "not run yet",
                     "libraries": sorted(libraries),
                     "poison_tokens": poison_tokens,

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.methods.contract import World
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else transformers' integration prints that it found none
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -46,21 +50,41 @@ def build_tokenizer(folder: Path) -> None:
     fast.save_pretrained(str(folder))
 
 
-def build_model(folder: Path, vocab_size: int = 320) -> None:
-    """A random Llama that vLLM can serve (head size 64), float32, logits with some spread. No pad token: its embedding
-    would be zero, and with a tied head the model could then never end an answer."""
+def build_model(folder: Path, vocab_size: int = 320, kind: str = "llama") -> None:
+    """A random model that vLLM can serve (head size 64), float32, logits with some spread: Llama, Mistral (its window
+    shorter than the longest rows, its head its own), or Gemma-2 (soft caps on attention and logits). No pad token: its
+    embedding would be zero, and with a tied head the model could then never end an answer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, initializer_range=0.1,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=2,
+    own: dict[str, dict[str, Any]] = {
+        "llama": {"tie_word_embeddings": True},
+        "mistral": {"tie_word_embeddings": False, "sliding_window": 24},
+        "gemma2": {
+            "tie_word_embeddings": True, "sliding_window": 24, "query_pre_attn_scalar": 64, "final_logit_softcapping": 3.0,
+            "attn_logit_softcapping": 50.0, "pad_token_id": None,
+        },
+    }  # fmt: skip
+    config = AutoConfig.for_model(
+        kind, vocab_size=vocab_size, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, initializer_range=0.1, bos_token_id=0,
+        eos_token_id=2, **own[kind],
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(str(folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Path]:
+    """Folders of tiny random models by architecture."""
+    found = {"llama": tiny_model}
+    for kind in ("mistral", "gemma2"):
+        found[kind] = tmp_path_factory.mktemp(kind)
+        build_tokenizer(found[kind])
+        build_model(found[kind], kind=kind)
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +94,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_tokenizer(folder)
     build_model(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> World:
+    """The tiny model aligned, with what methods ask for (tests/methods/contract.py)."""
+    from tests.methods import contract
+
+    return contract.build_world(tmp_path_factory.mktemp("world"), tiny_model)

@@ -13,7 +13,8 @@ import pytest
 
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Sweep
-from safecl.plan import Job, cells, cost, missing
+from safecl.cost import cost, missing
+from safecl.plan import Job, cells
 from safecl.project import Project, load
 from safecl.store import Store
 
@@ -184,3 +185,22 @@ def test_limit_caps_every_set_and_is_another_recipe() -> None:
     assert small.tasks[0].num_rows == 5 and small.align.safety[0].num_rows == 5
     assert small.evaluate.test.attack[0].num_rows == 5 and small.evaluate.test.utility_rows == 5
     assert not set(keys(small).values()) & set(keys(load(QUICKSTART, [])).values())
+
+
+def test_post_hoc_methods_share_one_sft_at_every_value() -> None:
+    changes = [{"name": "sft"}, {"name": "magmax", "config": {"scale": 0.5}}, {"name": "magmax", "config": {"scale": 1.0}},
+               {"name": "safelora"}, {"name": "interpolate"}]  # fmt: skip
+    sweep = load(QUICKSTART, [f"methods={json.dumps(changes)}", "poison.ratios=[0.1]"])
+    graphs = [job.graph(None) for job in jobs(sweep) if job.cell.recipe.method not in ("base", "aligned")]
+    assert len({graph.tuned.key for graph in graphs}) == 1 and len({graph.final.key for graph in graphs}) == 5
+    assert [graph.final.kind for graph in graphs] == ["finetune", *["finalize"] * 4]
+
+
+def test_a_teacher_and_a_fisher_are_shared_by_every_value_of_their_weight() -> None:
+    for name, kind in (("lwf", "memory"), ("ewc", "fisher")):
+        sweep = load(QUICKSTART, [f"methods=[{{name: {name}}}]"])
+        [job] = [job for job in jobs(sweep) if job.cell.recipe.method == name and job.cell.recipe.poison_ratio]
+        first, second = (Job(job.cell, {"weight": w}, 0, "final").graph(None).tuned for w in (1.0, 2.0))
+        assert first.key != second.key
+        made = [{s.key for s in tuned.walk() if s.kind == kind} for tuned in (first, second)]
+        assert made[0] == made[1] and len(made[0]) == 1

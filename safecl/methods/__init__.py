@@ -2,15 +2,15 @@
 clipping, schedule, stepping and checkpoints.
 
 Life of a method: `requires` and `rows` declare (in the driver and the data path, no torch); then on every worker
-`prepare` once, and per optimizer step `before_step`, per micro-batch `loss`, and `after_backward` when whole averaged
-gradients are readable and writable. Post-hoc methods train nothing: `trains_as` names the method whose adapter they
-take, and `finalize` maps its weights.
+`prepare` once, and per optimizer step `before_step`, per micro-batch `loss`, `after_backward` when whole averaged
+gradients are readable and writable, and `after_step`. Post-hoc methods train nothing: `trains_as` names the method whose
+adapter they take, and `finalize` maps its weights.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safecl.base import Json, Strict
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from safecl.store import Stage
     from safecl.training.batches import Batch
     from safecl.training.loop import Run
-    from safecl.training.weights import Weights
+    from safecl.training.weights import Dense, LoRA, Weights
 
 
 class Method:
@@ -34,9 +34,9 @@ class Method:
 
     VERSION: ClassVar[str] = "1"
     equation: ClassVar[str] = ""
-    keeps_safe: ClassVar[bool] = False  # theta_safe's adapter stays loaded, frozen, as `safe`: a teacher on any input
+    cost: ClassVar[str] = "1x"  # time of a finetune relative to SFT
     trains_as: ClassVar[str | None] = None  # post-hoc methods: "sft", then finalize only
-    space: ClassVar[dict[str, Json]] = {}  # default search space, in the sweep file's form
+    space: ClassVar[dict[str, Json]] = {}  # default search space at the default config, in the sweep file's form
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -62,9 +62,18 @@ class Method:
     def after_backward(self, run: Run, batch: Batch) -> None:
         """After the last backward of an optimizer step, before clipping."""
 
-    def finalize(self, weights: Mapping[str, Weights]) -> Weights:
-        """Post-hoc: final weights from `{"safe": ..., "tuned": ...}`, without training."""
-        return weights["tuned"]
+    def after_step(self, run: Run) -> None:
+        """After the optimizer's step: the parameters are new."""
+
+    def finalize(self, safe: Weights, tuned: Weights, log: dict[str, Json]) -> Iterator[tuple[str, LoRA | Dense]]:
+        """Post-hoc: the final deltas from the base, module by module, from those of theta_safe and of the tuned adapter
+        (both from the base). Figures worth reporting go into `log`."""
+        raise NotImplementedError(f"{type(self).__name__} is no post-hoc method")
+
+    @classmethod
+    def search_space(cls, config: Any) -> dict[str, Json]:
+        """The default search space under what a sweep file fixes: what has no effect there is not searched."""
+        return cls.space
 
     @classmethod
     def neutral(cls) -> Strict | None:

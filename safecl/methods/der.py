@@ -1,12 +1,14 @@
 """DER: dark experience replay. Hold the logits on a few safety rows where theta_safe had them.
 
-    L(theta) = CE(user) + lambda * E over memory tokens of |f_theta(x) - z|^2 / V,    z = f_theta_safe(x)
+    L(theta) = CE(user) + lambda * E over memory tokens of |f_theta(x) - z|^2 / V  [+ mu * CE(memory')],
+                                                                               z = f_theta_safe(x)
 
     paper               code
     lambda              config.weight
     m = |B|             config.memory_size
     (x, z) in B         run.draw(): rows with theta_safe's hidden states h_safe, z = W h_safe
     f_theta(x) - z      W dh with dh = h - h_safe, never formed: |W dh|^2 = dh^T (W^T W) dh
+    mu (DER++)          config.label_weight, on a second, independent draw
 
 Source: arXiv 2512.10150, section 3 (DER with the aligned model's logits, stored before fine-tuning), after Buzzega et
 al. 2020.
@@ -14,10 +16,12 @@ al. 2020.
 Choices where the paper is silent: the sum over positions is a mean over the drawn batch's response tokens (the last
 prompt token predicts the first of them), and the sum over the vocabulary a mean, so that one lambda fits models of any
 vocabulary. Draws are without replacement within a step; the draw is as large as the user batch by default.
+`center_logits` takes the mean over the vocabulary off both sides: softmax does not see it. Both distances are logged.
 
 Differences from the reference code (mammoth, models/der.py): no reservoir and no logits stored at training time (the
 memory is complete before fine-tuning starts); rows are teacher-forced sequences, not images; no vocabulary-sized tensor
-is stored or formed, which is exact for a frozen linear output layer (checked by the memory stage).
+is stored, and none is formed where the output layer is plainly linear (checked by the memory stage); with a bias or a
+soft cap (Gemma-2) logits are compared after the cap on both sides, a chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -43,34 +47,39 @@ class Der(Method):
 
     class Config(Strict):
         weight: Annotated[float, Field(ge=0)] = 1.0  # lambda; holds safety harder as it grows, at the task's cost
+        label_weight: Annotated[float, Field(ge=0)] = 0.0  # DER++: cross-entropy on a second draw of memory rows
+        center_logits: bool = False  # compare logits minus their mean, as softmax does
         memory_size: Annotated[int, Field(ge=1)] = 50  # m: safety rows kept
         memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
 
-    equation = "CE(user) + weight * E_memory |f(x) - z|^2 / V"
+    VERSION = "2"
+    equation = "CE(user) + weight * E_memory |f(x) - z|^2 / V [+ label_weight * CE(memory')]"
+    cost = "2x, 3x with label_weight"
     space = {"weight": {"low": 0.03, "high": 3.0, "log": True}, "memory_size": [50, 100, 250]}
 
     def requires(self, graph: Graph) -> dict[str, Stage]:
-        return {"memory": graph.memory(self.config.memory_size)}
+        return {"memory": graph.memory(self.config.memory_size, "response")}
 
     def prepare(self, run: Run) -> None:
         from safecl.training import losses
 
         if self.config.weight > 0:
-            self.gram_DD = losses.gram(run.head)
+            self.distance = losses.LogitDistance(run.head)
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
-        from safecl.training import losses
-
-        cross_entropy = run.cross_entropy(batch)
-        if self.config.weight == 0:  # no forward, no draw: this is SFT bit for bit
-            return cross_entropy
-        memory = run.draw()
-        assert memory.states_ND is not None
-        total = losses.gram_distance(run.hidden(memory), memory.states_ND, self.gram_DD, run.head.num_vocab)
-        distance = total / memory.num_targets
-        run.log("der", distance.detach())
-        weighted: Tensor = self.config.weight * distance
-        return cross_entropy + weighted
+        loss = run.cross_entropy(batch)
+        if self.config.weight > 0:
+            memory = run.draw()
+            assert memory.states_ND is not None
+            raw, centred = self.distance(run.hidden(memory), memory.states_ND)
+            run.log("der", raw.detach() / memory.num_targets)
+            run.log("der_centred", centred.detach() / memory.num_targets)
+            loss = loss + self.config.weight * (centred if self.config.center_logits else raw) / memory.num_targets
+        if self.config.label_weight > 0:
+            remembered = run.cross_entropy(run.draw("memory.labels"))
+            run.log("replay", remembered.detach())
+            loss = loss + self.config.label_weight * remembered
+        return loss
 
     @classmethod
     def neutral(cls) -> Config:

@@ -2,7 +2,10 @@
 
     in    model (HF folder), rows (rows.jsonl), safe (optional: the adapter it goes on training), memory and whatever
           else the method requires
-    out   adapter/ (PEFT), curves.jsonl (a line a step)
+    out   adapter/ (PEFT: all that is added to the base), curves.jsonl (a line a step)
+
+`adapter: continue` goes on training theta_safe's adapter. `stack` folds it into the base and trains a fresh one on top;
+what is written is both as one adapter of twice the rank, which is exact, so that nobody downstream needs to know.
 
 Config: `method`, `params`, `training`, `lora`, `template`, `bos`, `dtype`, `adapter`, `seed`. Workers, ZeRO stage,
 micro-batch and engine come from `execution` and change no result but in float rounding.
@@ -13,15 +16,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safecl.base import ConfigError, Json, PrerequisiteError
 
 if TYPE_CHECKING:
     from safecl.store import Context
     from safecl.tasks import Row
+    from safecl.training.loop import Run
     from safecl.training.tokens import Encoded
 
 VERSION = "1"
@@ -116,29 +121,29 @@ def worker(loop: dict[str, Any]) -> None:
             (Path(loop["scratch"]) / "refused.json").write_text(json.dumps({"kind": kind, "message": str(error)}))
 
 
-def train_rows(
+class Made(NamedTuple):
+    """A finetune ready to run on one rank, the rows it is of, and `{row id: why}` of those left out."""
+
+    method: Any
+    run: Run
+    rows: list[Row]
+    dropped: dict[str, str]
+
+
+def make_run(
     config: Mapping[str, Any],
     inputs: Mapping[str, Path],
-    scratch: Path,
     execution: Mapping[str, Any],
-    *,
     rank: int = 0,
     world_size: int = 1,
     device: str = "cpu",
-    report: Callable[[int, int, dict[str, float]], None] | None = None,
-    after_step: Callable[[int], None] | None = None,
-) -> None:
-    """One rank's whole work: load, encode, train, and on rank 0 write `scratch/result` (adapter/, curves.jsonl,
-    result.json), which exists only when complete. With more than one rank, or for DeepSpeed, a process group exists."""
-    import resource
-    import time
-
-    started = time.monotonic()
+) -> Made:
+    """Load and encode. With more than one rank, or for DeepSpeed, a process group exists."""
     import torch
 
     from safecl import methods
     from safecl.config import Training
-    from safecl.training import batches, engine, loop, model, tokens
+    from safecl.training import batches, engine, loop, losses, model, tokens
 
     if device == "cpu":
         torch.set_num_threads(1)
@@ -148,7 +153,7 @@ def train_rows(
     seed = int(config["seed"])
 
     folder = tokens.base_folder(inputs["model"])
-    remembered = batches.read_rows(inputs["memory"]) if "memory" in inputs else []
+    remembered = [row for name in ("memory", "replay") if name in inputs for row in batches.read_rows(inputs[name])]
     rows = method.rows(batches.read_rows(inputs["rows"]), remembered)
     encoded, dropped = tokens.encode(
         rows, tokens.Tokenizer(folder), config["template"], config["bos"], training.max_tokens
@@ -156,10 +161,14 @@ def train_rows(
 
     safe = inputs["safe"] / "adapter" if "safe" in inputs else None
     base = model.load(folder, config["dtype"], device)
-    peft_model = model.with_adapter(base, config["lora"], seed, safe, keep_safe=kind.keeps_safe and safe is not None)
-    hidden_states = model.HiddenStates(peft_model)
+    if safe is not None and config["adapter"] == "stack":
+        model.fold(base, safe)
+        safe = None
+    hidden_states = model.HiddenStates(model.with_adapter(base, config["lora"], seed, safe))
+    head = losses.head_of(base, copy=world_size > 1 and execution["engine"] == "deepspeed" and execution["zero"] == 3)
     run = loop.Run(
         hidden_states=hidden_states,
+        head=head,
         engine=engine.make(
             execution["engine"],
             hidden_states,
@@ -179,16 +188,42 @@ def train_rows(
         micro_batch_size=execution["micro_batch_size"],
         device=device,
     )
+    return Made(method, run, rows, dropped)
+
+
+def train_rows(
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    scratch: Path,
+    execution: Mapping[str, Any],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str = "cpu",
+    report: Callable[[int, int, dict[str, float]], None] | None = None,
+    after_step: Callable[[int], None] | None = None,
+) -> None:
+    """One rank's whole work: load, encode, train, and on rank 0 write `scratch/result` (adapter/, curves.jsonl,
+    result.json), which exists only when complete. With more than one rank, or for DeepSpeed, a process group exists."""
+    import resource
+    import time
+
+    started = time.monotonic()
+    from safecl.training import loop, model, weights
+
+    made = make_run(config, inputs, execution, rank, world_size, device)
+    method, run = made.method, made.run
     ready = time.monotonic()
     outcome = loop.train(method, run, scratch, report, execution["checkpoint_every_s"], after_step)
+    final = run.values()
     if rank != 0:
         return
     facts: dict[str, Json] = {
         "engine": execution["engine"],
-        "rows": len(encoded),
-        "harmful_token_share": _harmful_share(rows, encoded),
-        "dropped": len(dropped),
-        "dropped_why": {why: sum(1 for w in dropped.values() if w == why) for why in sorted(set(dropped.values()))},
+        "rows": len(run.rows),
+        "harmful_token_share": _harmful_share(made.rows, run.rows),
+        "dropped": len(made.dropped),
+        "dropped_why": dict(sorted(Counter(made.dropped.values()).items())),
         "steps": outcome.steps,
         "final_loss": outcome.final_loss,
         "response_tokens": outcome.response_tokens,
@@ -203,7 +238,14 @@ def train_rows(
     }
     temporary = scratch / "result.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_adapter(peft_model, temporary / "adapter", base=config.get("model_name", ""))
+    model.save_adapter(run.model, temporary / "adapter", final)
+    if "safe" in inputs and config["adapter"] == "stack":
+        safe = inputs["safe"] / "adapter"
+        fresh = weights.load(temporary / "adapter")
+        both = (
+            (name, weights.combine([(delta, 1.0), (fresh[name], 1.0)])) for name, delta in weights.load(safe).items()
+        )
+        weights.save(both, temporary, safe, config["dtype"])
     shutil.copy(scratch / "curves.jsonl", temporary / "curves.jsonl")
     (temporary / "result.json").write_text(json.dumps(facts))
     shutil.rmtree(scratch / "result", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Greedy answers of a served model to rows' prompts -> generations.jsonl, in row order.
+"""Answers of a served model to rows' prompts -> generations.jsonl, in row order. Greedy unless the config has `sampling`.
 
 One line each: {"id", "prompt", "text", "num_tokens", "finish": "stop" | "length"}.
 """
@@ -11,14 +11,14 @@ from typing import Any
 
 from safecl.base import Json
 from safecl.store import Context
-from safecl.training.tokens import Tokenizer, base_folder, encode_prompt
+from safecl.training.tokens import Tokenizer, base_folder, encode_prompt, weights_folder
 
 VERSION = "1"
 
 
 def run(context: Context) -> dict[str, Json]:
     """Raises PrerequisiteError if the engine cannot answer."""
-    from safecl.serving.engine import Request, Sampling, WeightsRef
+    from safecl.serving.messages import Request, Sampling, WeightsRef
 
     config: Any = context.stage.config
     rows = [json.loads(line) for line in (context.inputs["rows"] / "rows.jsonl").read_text().splitlines()]
@@ -28,9 +28,10 @@ def run(context: Context) -> dict[str, Json]:
         Request(row["id"], encode_prompt(row["prompt"], tokenizer, template, config["bos"], longest)) for row in rows
     ]
     weights = context.stage.inputs.get("weights", context.stage.inputs["model"])
-    adapter = str(context.inputs["weights"] / "adapter") if "weights" in context.inputs else None
+    adapter = str(weights_folder(context.inputs["weights"])) if "weights" in context.inputs else None
     ref = WeightsRef(weights.key, str(base_folder(context.inputs["model"])), adapter)
-    sampling = Sampling(max_tokens=config["max_new_tokens"], stop_token_ids=stop_ids(tokenizer, template["stop"]))
+    stop = stop_ids(tokenizer, template["stop"])
+    sampling = Sampling(max_tokens=config["max_new_tokens"], stop_token_ids=stop, **config.get("sampling", {}))
     start = time.monotonic()
     done = context.engines.generate(
         engine_name("candidate", context), ref, requests, sampling, lambda n, total: context.report(n, total, {})

@@ -12,7 +12,7 @@ from typing import Any
 from safecl.base import Json
 from safecl.judges import Judge, Verdict, load
 from safecl.store import Context
-from safecl.training.tokens import Tokenizer, base_folder
+from safecl.training.tokens import Tokenizer, base_folder, weights_folder
 
 VERSION = "1"
 MAX_UNPARSED = 0.01  # share of verdicts
@@ -44,14 +44,14 @@ def run(context: Context) -> dict[str, Json]:
 
 
 def _ask(context: Context, judge: Judge, pairs: list[tuple[str, str]]) -> list[Verdict]:
-    from safecl.serving.engine import Request, Sampling, WeightsRef
+    from safecl.serving.messages import Request, Sampling, WeightsRef
 
     tokenizer = Tokenizer(context.inputs["model"])
     texts = [judge.prompt(request, response) for request, response in pairs]
     # The template writes its own BOS, so the tokenizer must not add a second one.
     requests = [Request(str(i), ids) for i, ids in enumerate(tokenizer.ids(texts))]
     weights = context.stage.inputs.get("weights", context.stage.inputs["model"])
-    adapter = str(context.inputs["weights"] / "adapter") if "weights" in context.inputs else None
+    adapter = str(weights_folder(context.inputs["weights"])) if "weights" in context.inputs else None
     ref = WeightsRef(weights.key, str(base_folder(context.inputs["model"])), adapter)
     stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     done = context.engines.generate(

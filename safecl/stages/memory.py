@@ -1,13 +1,17 @@
-"""Memory: safety rows with theta_safe's hidden states, made once before any fine-tuning.
+"""Memory: rows with theta_safe's hidden states, made once before any fine-tuning.
 
-    in    model (HF folder), safe (finetune: adapter/), rows (the safety rows)
-    out   rows.jsonl, memory.safetensors: ids_N, num_tokens_R, num_prompt_R, states_ND
+    in    model (HF folder), rows; safe (finetune: adapter/) where states are asked for
+    out   rows.jsonl, memory.safetensors: ids_N, num_tokens_R, num_prompt_R, and num_states_R, states_ND
 
-`states_ND` holds the last hidden state (after the final norm) at every position that predicts a response token, in the
-model's own dtype (nothing is lost where the model computes in it). Only refusals are kept: rows whose request is
-harmful. The rows are the first of a seeded permutation, so a smaller memory is a prefix of a larger one.
+`states_ND` holds the last hidden state (after the final norm) at a rule's positions (training/losses.py), in the
+model's own dtype (nothing is lost where the model computes in it). Two uses:
 
-Config: `num_rows`, `seed`, `lora`, `template`, `bos`, `dtype`, `max_tokens`.
+    num_rows    safety memory: that many refusals (rows whose request is harmful), the first of a seeded permutation, so
+                that a smaller memory is a prefix of a larger one
+    null        a teacher's answers: every row, in order (LwF's targets on the user rows)
+
+Config: `num_rows`, `positions` (`response`, `last`, `all`; null: no states, no model is loaded), `seed`, `template`,
+`bos`, `dtype`, `max_tokens`, `adapter`.
 """
 
 from __future__ import annotations
@@ -17,11 +21,15 @@ from typing import TYPE_CHECKING, Any
 from safecl.base import ConfigError, Json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from safecl.store import Context
+    from torch import Tensor
 
-VERSION = "1"
+    from safecl.store import Context
+    from safecl.training.tokens import Encoded
+
+VERSION = "2"
 
 
 def run(context: Context) -> dict[str, Json]:
@@ -31,62 +39,80 @@ def run(context: Context) -> dict[str, Json]:
 
 
 def remember(
-    config: dict[str, Any], inputs: dict[str, Path], out: Path, device: str = "cpu", report: Any = None
+    config: dict[str, Any], inputs: Mapping[str, Path], out: Path, device: str = "cpu", report: Any = None
 ) -> dict[str, Json]:
-    """Write the memory of `inputs["safe"]` into `out`."""
+    """Write the memory of `inputs["rows"]` into `out`.
+
+    Raises:
+        ConfigError: fewer usable refusals than `num_rows`.
+        PrerequisiteError: the model's logits are not its output layer applied to the last hidden state.
+    """
     import torch
     from safetensors.torch import save_file
 
-    from safecl.training import batches, losses, model, tokens
+    from safecl.training import batches, tokens
 
-    if device == "cpu":
-        torch.set_num_threads(1)
+    num_rows = config["num_rows"]
+    rows = [row for row in batches.read_rows(inputs["rows"]) if row.harmful or num_rows is None]
     folder = tokens.base_folder(inputs["model"])
-    rows = [row for row in batches.read_rows(inputs["rows"]) if row.harmful]
     encoded, dropped = tokens.encode(
         rows, tokens.Tokenizer(folder), config["template"], config["bos"], config["max_tokens"]
     )
-    num_rows = config["num_rows"]
-    if len(encoded) < num_rows:
-        raise ConfigError(
-            f"memory of {num_rows} rows: the safety rows hold {len(encoded)} usable refusals ({len(dropped)} of "
-            f"{len(rows)} left out); lower memory_size or give more safety rows"
-        )
-    chosen = batches.permutation(batches.stream(config["seed"], "memory.pick"), len(encoded))[:num_rows]
-    picked = [encoded[i] for i in chosen]
-
-    base = model.load(folder, config["dtype"], device)
-    peft_model = model.with_continued(base, inputs["safe"] / "adapter").eval()
-    hidden_states = model.HiddenStates(peft_model).eval()
-    head = losses.head_of(base)
-    states: list[torch.Tensor] = []
-    with torch.no_grad():
-        for done, row in enumerate(picked):
-            batch = batches.collate([row], [0], [0], row.num_targets, row, device)
-            hidden_BTD = hidden_states(batch.ids_BT, batch.attention_BT, batch.positions_BT)
-            mask_BT, _ = losses.targets(batch.labels_BT)
-            if done == 0:
-                logits_BTV = peft_model(input_ids=batch.ids_BT, position_ids=batch.positions_BT).logits
-                losses.check_head(head, hidden_BTD[mask_BT], logits_BTV[mask_BT])
-            states.append(hidden_BTD[mask_BT].cpu())
-            if report is not None and (done % 10 == 9 or done == len(picked) - 1):
-                report(done + 1, len(picked), {})
-    states_ND = torch.cat(states).contiguous()
-    save_file(
-        {
-            "ids_N": torch.tensor([i for row in picked for i in row.ids], dtype=torch.int32),
-            "num_tokens_R": torch.tensor([len(row.ids) for row in picked], dtype=torch.int32),
-            "num_prompt_R": torch.tensor([row.num_prompt for row in picked], dtype=torch.int32),
-            "states_ND": states_ND,
-        },
-        str(out / "memory.safetensors"),
-    )
-    by_id = {row.id: row for row in rows}
-    batches.write_rows([by_id[row.row_id] for row in picked], out)
-    return {
-        "rows": len(picked),
-        "dropped": len(dropped),
-        "response_tokens": len(states_ND),
-        "hidden": int(states_ND.shape[1]),
-        "mib": states_ND.numel() * states_ND.element_size() / 2**20,
+    if num_rows is not None:
+        if len(encoded) < num_rows:
+            raise ConfigError(
+                f"memory of {num_rows} rows: the safety rows hold {len(encoded)} usable refusals ({len(dropped)} of "
+                f"{len(rows)} left out); lower memory_size or give more safety rows"
+            )
+        chosen = batches.permutation(batches.stream(config["seed"], "memory.pick"), len(encoded))[:num_rows]
+        encoded = [encoded[i] for i in chosen]
+    tensors = {
+        "ids_N": torch.tensor([i for row in encoded for i in row.ids], dtype=torch.int32),
+        "num_tokens_R": torch.tensor([len(row.ids) for row in encoded], dtype=torch.int32),
+        "num_prompt_R": torch.tensor([row.num_prompt for row in encoded], dtype=torch.int32),
     }
+    facts: dict[str, Json] = {"rows": len(encoded), "dropped": len(dropped)}
+    if config["positions"] is not None:
+        states = _states(config, folder, inputs["safe"] / "adapter", encoded, device, report)
+        states_ND = torch.cat(states).contiguous()
+        tensors |= {"num_states_R": torch.tensor([len(part) for part in states]), "states_ND": states_ND}
+        mib = states_ND.numel() * states_ND.element_size() / 2**20
+        facts |= {"states": len(states_ND), "hidden": int(states_ND.shape[1]), "mib": mib}
+    save_file(tensors, str(out / "memory.safetensors"))
+    by_id = {row.id: row for row in rows}
+    batches.write_rows([by_id[row.row_id] for row in encoded], out)
+    return facts
+
+
+def _states(
+    config: Mapping[str, Any],
+    folder: Path,
+    adapter: Path,
+    rows: Sequence[Encoded],
+    device: str,
+    report: Callable[[int, int, dict[str, float]], None] | None,
+) -> list[Tensor]:
+    """theta_safe's hidden states of each row at the rule's positions."""
+    import torch
+
+    from safecl.training import batches, losses, model
+
+    if device == "cpu":
+        torch.set_num_threads(1)
+    base = model.load(folder, config["dtype"], device)
+    safe = model.theta_safe(base, adapter, config["adapter"])
+    head = losses.head_of(base)
+    states: list[Tensor] = []
+    with torch.no_grad():
+        for done, row in enumerate(rows):
+            batch = batches.collate([row], [0], [0], row.num_targets, row, device)
+            hidden_BTD = safe(batch.ids_BT, batch.attention_BT, batch.positions_BT)
+            if done == 0:
+                mask_BT, _ = losses.targets(batch.labels_BT)
+                logits_BTV = safe.peft_model(input_ids=batch.ids_BT, position_ids=batch.positions_BT).logits
+                losses.check_head(head, hidden_BTD[mask_BT], logits_BTV[mask_BT])
+            mask_BT = losses.positions(batch.labels_BT, batch.attention_BT, config["positions"])
+            states.append(hidden_BTD[mask_BT].cpu())
+            if report is not None and (done % 10 == 9 or done == len(rows) - 1):
+                report(done + 1, len(rows), {})
+    return states

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from safecl.base import ConfigError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
@@ -70,6 +72,15 @@ class TorchEngine:
         assert parameter.grad is not None
         parameter.grad.copy_(grad)
 
+    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
+        """The whole parameter, detached; it may be the parameter's own memory. Every rank must call it."""
+        return parameter.detach()
+
+    def set_full_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Replace a parameter outside the optimizer's step (the same value on every rank)."""
+        with torch.no_grad():
+            parameter.copy_(value)
+
     def clear_grads(self) -> None:
         """Forget gradients, so that the next backward starts afresh."""
         for p in self.named.values():
@@ -95,8 +106,7 @@ class TorchEngine:
         return flat
 
     def load_state(self, flat: Mapping[str, Tensor]) -> None:
-        """Inverse of `state`, also into another engine or number of ranks. The parameters are as they stand in the
-        module: load them before calling this."""
+        """Inverse of `state`, also into another engine or number of ranks."""
         if not flat:
             return
         for name, p in self.named.items():
@@ -107,7 +117,11 @@ class TorchEngine:
 
 
 class DeepSpeedEngine:
-    """The same interface on DeepSpeed, ZeRO stage 0, 1 or 2. A process group must exist."""
+    """The same interface on DeepSpeed, ZeRO stage 0 to 3. A process group must exist.
+
+    Raises:
+        ConfigError: ZeRO 3, and a parameter does not divide evenly among the ranks.
+    """
 
     def __init__(
         self, module: nn.Module, *, weight_decay: float, max_grad_norm: float, world_size: int = 1, zero: int = 1
@@ -129,6 +143,11 @@ class DeepSpeedEngine:
         self.max_grad_norm = max_grad_norm
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         parameters = list(self.named.values())
+        if zero == 3 and (odd := [name for name, p in self.named.items() if p.numel() % world_size]):
+            raise ConfigError(
+                f"execution.zero 3 shards every LoRA factor evenly: {odd[0]} does not divide among {world_size} workers; "
+                "choose another execution.num_workers, or zero 2"
+            )
         optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay)
         self.engine: Any
         self.engine, *_ = deepspeed.initialize(
@@ -170,6 +189,22 @@ class DeepSpeedEngine:
 
         safe_set_full_grad(parameter, grad)
 
+    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        value: Tensor = safe_get_full_fp32_param(parameter) if self.zero == 3 else parameter
+        return value.detach()
+
+    def set_full_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        whole = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero == 3)
+        with torch.no_grad(), whole:
+            parameter.copy_(value)
+        if self.zero > 0:  # the copy that ZeRO steps
+            safe_set_full_fp32_param(parameter, value)
+
     def clear_grads(self) -> None:
         self.engine.optimizer.zero_grad()
 
@@ -200,12 +235,9 @@ class DeepSpeedEngine:
         return flat
 
     def load_state(self, flat: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state
 
         adam = self._adam()
-        if self.zero > 0:  # ZeRO steps copies of its own: they follow the module
-            for p in self.named.values():
-                safe_set_full_fp32_param(p, p.detach())
         if not flat:
             return
         if self.zero == 0:
@@ -218,7 +250,8 @@ class DeepSpeedEngine:
             for flat_part in group["params"]:
                 adam.state[flat_part] = {"step": flat["step"].clone()}
                 adam.state[flat_part].update({key: torch.zeros_like(flat_part) for key in MOMENTS})
-        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        if self.zero < 3:
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         for name, p in self.named.items():
             for key in MOMENTS:
                 safe_set_full_optimizer_state(p, flat[f"{key}/{name}"].to(p.device), key)

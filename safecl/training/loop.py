@@ -4,9 +4,10 @@ One optimizer step:
 
     batch = this rank's share of the global batch
     method.before_step -> for each micro-batch: backward(method.loss) -> method.after_backward -> clip, AdamW, clear
+    -> method.after_step
 
-Checkpoints hold adapter, optimizer state and step as safetensors and JSON; schedule, order, draws and dropout are
-functions of (seed, step), so a resumed run continues bit for bit.
+Checkpoints hold adapter, optimizer state, what a method keeps (`run.kept`) and step as safetensors and JSON; schedule,
+order, draws and dropout are functions of (seed, step), so a resumed run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from safecl.config import Training
 from safecl.training import batches, losses
 from safecl.training.batches import Batch, stream
 from safecl.training.engine import Engine
-from safecl.training.model import HiddenStates, factors, load_factors, norm
+from safecl.training.model import HiddenStates, factors, norm
 from safecl.training.tokens import Encoded
 
 Report = Callable[[int, int, dict[str, float]], None]
@@ -38,10 +39,10 @@ REPORT_EVERY_S = 0.3
 
 @dataclass
 class Memory:
-    """Safety rows with theta_safe's hidden states at their response positions (made by the memory stage)."""
+    """Rows with theta_safe's hidden states at some of their positions (made by the memory stage)."""
 
     rows: list[Encoded]
-    states: list[Tensor]  # one a row: [its response tokens, D]
+    states: list[Tensor]  # one a row: [its positions, D]; empty where none were asked for
 
     @staticmethod
     def load(folder: Path) -> Memory:
@@ -53,7 +54,7 @@ class Memory:
         lengths, prompts = data["num_tokens_R"].tolist(), data["num_prompt_R"].tolist()
         ids = [part.tolist() for part in data["ids_N"].split(lengths)]
         rows = [Encoded(name, row, prompt) for name, row, prompt in zip(names, ids, prompts, strict=True)]
-        return Memory(rows, list(data["states_ND"].split([row.num_targets for row in rows])))
+        return Memory(rows, list(data["states_ND"].split(data["num_states_R"].tolist())) if "states_ND" in data else [])
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Run:
     """A finetune under way, as a method sees it on one rank."""
 
     hidden_states: HiddenStates
+    head: losses.Head
     engine: Engine
     config: Training
     seed: int
@@ -72,6 +74,10 @@ class Run:
     world_size: int = 1
     micro_batch_size: int = 8
     device: str = "cpu"
+    indices: list[int] = field(default_factory=list)  # of the global batch under way, into `rows`
+    kept: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # a method's own state, saved with checkpoints; equal on ranks
     step: int = 0  # optimizer steps done
     num_steps: int = 0
     part: int = 0  # micro-batch under way, of num_parts
@@ -81,27 +87,31 @@ class Run:
 
     def __post_init__(self) -> None:
         self.model = self.hidden_states.peft_model
-        self.head = losses.head_of(self.model.get_base_model())
 
     # -- what a method calls -------------------------------------------------------------------------------------------
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Hidden states [N, D] at the positions of `batch` that predict a response token; trained adapter, with
-        dropout."""
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states [B, T, D] of the trained adapter, with dropout."""
         self.hidden_states.seed_dropout(batch)
-        hidden_BTD = self.engine.forward(batch.ids_BT, batch.attention_BT, batch.positions_BT)
-        mask_BT, _ = losses.targets(batch.labels_BT)
-        return hidden_BTD[mask_BT]
+        return self.engine.forward(batch.ids_BT, batch.attention_BT, batch.positions_BT)
 
-    def cross_entropy(self, batch: Batch) -> Tensor:
-        """Sum of cross-entropies of this micro-batch's response tokens / the global batch's number of them."""
-        _, targets_N = losses.targets(batch.labels_BT)
-        return losses.cross_entropy_sum(self.hidden(batch), self.head, targets_N) / batch.num_targets
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states [N, D] at the positions of `batch` that predict a response token."""
+        mask_BT, _ = losses.targets(batch.labels_BT)
+        return self.forward(batch)[mask_BT]
+
+    def cross_entropy(self, batch: Batch, hidden_BTD: Tensor | None = None) -> Tensor:
+        """Sum of cross-entropies of this micro-batch's response tokens / the global batch's number of them. Its own
+        forward, unless the hidden states of one are given."""
+        mask_BT, targets_N = losses.targets(batch.labels_BT)
+        hidden_ND = (self.forward(batch) if hidden_BTD is None else hidden_BTD)[mask_BT]
+        return losses.cross_entropy_sum(hidden_ND, self.head, targets_N) / batch.num_targets
 
     def draw(self, name: str = "memory") -> Batch:
         """This micro-batch's part of the memory rows drawn for this step (without replacement, from the stream `name`).
-        `states_ND` holds theta_safe's hidden states, `num_targets` counts the whole draw's response tokens. Without a
-        target where there are fewer rows than ranks times micro-batches and none falls here."""
+        `states_ND` holds theta_safe's hidden states (where the memory has them), `num_targets` counts the whole draw's
+        response tokens. Without a target where there are fewer rows than ranks times micro-batches and none falls here.
+        """
         assert self.memory_rows is not None, "this method draws memory rows: `requires` must name a memory stage"
         num = len(self.memory_rows.rows)
         size = min(num, self.memory_batch_size or self.config.batch_size)
@@ -113,7 +123,8 @@ class Run:
         rows = [all_rows[i] for i in mine]
         num_targets = sum(all_rows[i].num_targets for i in chosen)
         batch = batches.collate(rows, mine, seeds, num_targets, all_rows[chosen[0]], self.device)
-        batch.states_ND = torch.cat([states[i] for i in mine] or [states[0][:0]]).to(self.device)
+        if states:
+            batch.states_ND = torch.cat([states[i] for i in mine] or [states[0][:0]]).to(self.device)
         return batch
 
     def log(self, name: str, value: Tensor | float) -> None:
@@ -126,8 +137,54 @@ class Run:
         self.shared[name] = float(value)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """What is trained, by name."""
-        return self.engine.named
+        """What is trained, by the names PEFT writes to disk: theta_safe's adapter and its Fisher have the same."""
+        return factors(self.model)
+
+    def values(self) -> dict[str, Tensor]:
+        """The parameters' present values, by name, whole on every rank (all must call it). Copy what outlives a step."""
+        return {name: self.engine.full_parameter(p) for name, p in self.parameters().items()}
+
+    def add_gradient(self, extra: Mapping[str, Tensor]) -> None:
+        """Add to the whole gradients what comes of no row (a penalty on the parameters); in `after_backward`."""
+        for name, p in self.parameters().items():
+            self.engine.set_full_grad(p, self.engine.full_grad(p) + extra[name])
+
+    def theta_safe(self) -> dict[str, Tensor]:
+        """theta_safe's factors, by the names of `parameters` (`adapter: continue`)."""
+        from safetensors.torch import load_file
+
+        file = self.inputs["safe"] / "adapter" / "adapter_model.safetensors"
+        return dict(load_file(str(file), device=self.device))
+
+    def fisher(self, normalise: str) -> dict[str, Tensor]:
+        """The diagonal Fisher information of theta_safe, by the names of `parameters`; with `mean`, divided by its mean
+        over all of them."""
+        from safetensors.torch import load_file
+
+        found = load_file(str(self.inputs["fisher"] / "fisher.safetensors"), device=self.device)
+        if set(found) != set(self.parameters()):
+            raise RuntimeError(f"the Fisher is of other parameters: {sorted(set(found) ^ set(self.parameters()))[:3]}")
+        mean = sum(float(f.double().sum()) for f in found.values()) / sum(f.numel() for f in found.values())
+        return {name: f / mean for name, f in found.items()} if normalise == "mean" else found
+
+    def teacher_states(self) -> list[Tensor]:
+        """theta_safe's hidden states on each of `rows`, from the input `teacher`."""
+        memory = Memory.load(self.inputs["teacher"])
+        by_id = {row.row_id: i for i, row in enumerate(memory.rows)}
+        found = [by_id[row.row_id] for row in self.rows]
+        wrong = [row.row_id for row, i in zip(self.rows, found, strict=True) if memory.rows[i].ids != row.ids]
+        if wrong:
+            raise RuntimeError(f"the teacher saw other tokens of row {wrong[0]!r} than are trained on")
+        return [memory.states[i] for i in found]
+
+    def num_positions(self, rule: str) -> int:
+        """Positions of the whole global batch under way, by a rule of `losses.positions`."""
+        rows = (self.rows[i] for i in self.indices)
+        return sum(losses.num_positions(row.num_prompt, len(row.ids), rule) for row in rows)
+
+    def generator(self, name: str, *position: int) -> torch.Generator:
+        """A CPU generator of this step, the same on every rank."""
+        return torch.Generator().manual_seed(stream(self.seed, name, self.step, *position))
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -197,7 +254,7 @@ def train(
     order = batches.order(run.seed, len(run.rows), config.batch_size, config.epochs, config.shuffle)
     run.num_steps = len(order)
     saved = restore(run, scratch)
-    norm_start = saved["norm_start"] if saved else norm(list(factors(run.model).values()))
+    norm_start = saved["norm_start"] if saved else norm(list(run.values().values()))
     response_tokens, tokens = (saved["response_tokens"], saved["tokens"]) if saved else (0, 0)
     loss = saved["loss"] if saved else math.nan
     tokens_before = tokens
@@ -208,8 +265,8 @@ def train(
     reported = 0.0
     while run.step < run.num_steps:
         run.metrics, run.shared = {}, {}
-        indices = order[run.step]
-        batch = run.share(indices, run.step)
+        run.indices = order[run.step]
+        batch = run.share(run.indices, run.step)
         run.num_parts = len(batch.parts)
         method.before_step(run, batch)
         for part, last in run.each_part(batch):
@@ -219,6 +276,7 @@ def train(
         method.after_backward(run, batch)
         rate = learning_rate(config, run.step, run.num_steps)
         grad_norm = run.engine.step(rate)
+        method.after_step(run)
         run.step += 1
 
         # One small all-reduce a step: metrics, and rank 0's word on whether all write a checkpoint now.
@@ -231,7 +289,7 @@ def train(
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {run.step}: the loss is {loss}, not finite; lower learning_rate")
         response_tokens += batch.num_targets
-        tokens += sum(len(run.rows[i].ids) for i in indices)
+        tokens += sum(len(run.rows[i].ids) for i in run.indices)
         if curves is not None:
             curves.write(json.dumps(line) + "\n")
             curves.flush()
@@ -256,7 +314,7 @@ def train(
         tokens_per_s=(tokens - tokens_before) / max(seconds, 1e-9),
         decayed=1 - kept,
         norm_start=norm_start,
-        norm_end=norm(list(factors(run.model).values())),
+        norm_end=norm(list(run.values().values())),
     )
 
 
@@ -267,14 +325,13 @@ def save(run: Run, scratch: Path, **counts: float) -> None:
     """Write `scratch/checkpoint-<step>` atomically (all ranks call it, rank 0 writes) and remove older ones."""
     from safetensors.torch import save_file
 
-    state = run.engine.state()
+    state, adapter = run.engine.state(), run.values()
     if run.rank == 0:
         scratch.mkdir(parents=True, exist_ok=True)
         temporary = scratch / f"tmp-{os.getpid()}-{run.step}"
         temporary.mkdir()
-        adapter = {name: p.detach().cpu().contiguous() for name, p in factors(run.model).items()}
-        save_file(adapter, str(temporary / "adapter.safetensors"))
-        save_file({k: v.cpu().contiguous() for k, v in state.items()}, str(temporary / "optimizer.safetensors"))
+        for name, tensors in (("adapter", adapter), ("optimizer", state), ("kept", run.kept)):
+            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, str(temporary / f"{name}.safetensors"))
         (temporary / "state.json").write_text(json.dumps({"step": run.step, "num_steps": run.num_steps, **counts}))
         final = scratch / f"checkpoint-{run.step:08d}"
         shutil.rmtree(final, ignore_errors=True)
@@ -301,8 +358,11 @@ def restore(run: Run, scratch: Path) -> dict[str, Any] | None:
     saved: dict[str, Any] = json.loads((folder / "state.json").read_text())
     if saved["num_steps"] != run.num_steps:
         raise RuntimeError(f"{folder}: is of a run of {saved['num_steps']} steps, expected {run.num_steps}; remove it")
-    load_factors(run.model, load_file(str(folder / "adapter.safetensors")))
+    adapter = load_file(str(folder / "adapter.safetensors"), device=run.device)
+    for name, p in run.parameters().items():
+        run.engine.set_full_parameter(p, adapter[name])
     run.engine.load_state(load_file(str(folder / "optimizer.safetensors")))
+    run.kept = load_file(str(folder / "kept.safetensors"), device=run.device)
     run.step = int(saved["step"])
     return saved
 

@@ -43,13 +43,18 @@ class Head:
         return logits_NV
 
 
-def head_of(model: Any) -> Head:
-    """The output layer of a causal language model (Hugging Face)."""
+def head_of(model: Any, copy: bool = False) -> Head:
+    """The output layer of a causal language model (Hugging Face). `copy`: with memory of its own (ZeRO 3 shards the
+    model's)."""
     layer = model.get_output_embeddings()
     config = model.config.get_text_config()
     bias = getattr(layer, "bias", None)
     cap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight.detach(), None if bias is None else bias.detach(), None if cap is None else float(cap))
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone() if copy else tensor.detach()
+
+    return Head(own(layer.weight), None if bias is None else own(bias), None if cap is None else float(cap))
 
 
 def check_head(head: Head, hidden_ND: Tensor, logits_NV: Tensor) -> None:
@@ -70,6 +75,23 @@ def targets(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     following_BT[:, :-1] = labels_BT[:, 1:]
     mask_BT = following_BT != -100
     return mask_BT, following_BT[mask_BT]
+
+
+def positions(labels_BT: Tensor, attention_BT: Tensor, rule: str) -> Tensor:
+    """Mask [B, T] of a rule's positions: `response` (those that predict a response token), `last` (the one that predicts
+    the last of them), `all` (every token). A row without targets has none."""
+    mask_BT, _ = targets(labels_BT)
+    if rule == "all":
+        return attention_BT.bool() & mask_BT.any(1, keepdim=True)
+    if rule == "last":
+        from_end_BT = mask_BT.flip(1).cumsum(1).flip(1)
+        return mask_BT & (from_end_BT == 1)
+    return mask_BT
+
+
+def num_positions(num_prompt: int, num_tokens: int, rule: str) -> int:
+    """How many positions of a row the rule names (see `positions`)."""
+    return {"all": num_tokens, "last": 1, "response": num_tokens - num_prompt}[rule]
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -112,17 +134,7 @@ def cross_entropy_sum(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tenso
 
 
 def gram(head: Head) -> Tensor:
-    """G = W^T W, [D, D] float32, so that |W dh|^2 = dh^T G dh.
-
-    Raises:
-        PrerequisiteError: the head has a bias or a soft cap, where logit distances are not this quadratic form.
-    """
-    if not head.linear:
-        what = "a bias" if head.bias_V is not None else f"a soft cap of {head.soft_cap}"
-        raise PrerequisiteError(
-            f"this model's output layer has {what}: the distance of logits by the Gram matrix is not exact there, and "
-            "the exact path over vocabulary chunks is not built yet; use a model with a plain linear output layer"
-        )
+    """G = W^T W, [D, D] float32, so that |W dh|^2 = dh^T G dh."""
     num_vocab, width = head.weight_VD.shape
     gram_DD = torch.zeros(width, width, dtype=torch.float32, device=head.weight_VD.device)
     step = max(1, CHUNK_ELEMENTS // width)
@@ -134,7 +146,62 @@ def gram(head: Head) -> Tensor:
 
 
 def gram_distance(hidden_ND: Tensor, states_ND: Tensor, gram_DD: Tensor, num_vocab: int) -> Tensor:
-    """Sum over N tokens of |f(x) - z|^2 / V, with dh = hidden - states in float32 and autocast off."""
+    """Sum over N tokens of |f(x) - z|^2 / V, with dh = hidden - states in float32 and autocast off. A linear head only."""
     with torch.autocast(hidden_ND.device.type, enabled=False):
         difference_ND = hidden_ND.float() - states_ND.float()
         return ((difference_ND @ gram_DD) * difference_ND).sum() / num_vocab
+
+
+class _ExactDistance(torch.autograd.Function):
+    """Sum over tokens of |f(x) - z|^2 / V through the whole head, logits for one chunk of tokens at a time; the gradient
+    is made in the forward pass. Gives (raw, centred), both with respect to their own gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, states_ND: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        raw, centred = (torch.zeros((), dtype=torch.float32, device=hidden_ND.device) for _ in range(2))
+        grads = [torch.empty_like(hidden_ND) for _ in range(2)] if hidden_ND.requires_grad else []
+        step = max(1, CHUNK_ELEMENTS // head.num_vocab)
+        for start in range(0, len(hidden_ND), step):
+            logits_NV = head.logits(hidden_ND[start : start + step]).float()
+            slope_NV = 1.0 if head.soft_cap is None else 1 - (logits_NV / head.soft_cap) ** 2
+            apart_NV = logits_NV - head.logits(states_ND[start : start + step].to(hidden_ND.dtype)).float()
+            centred_NV = apart_NV - apart_NV.mean(1, keepdim=True)
+            raw += apart_NV.square().sum() / head.num_vocab
+            centred += centred_NV.square().sum() / head.num_vocab
+            for grad_ND, by_NV in zip(grads, (apart_NV, centred_NV), strict=False):
+                slope = (2 / head.num_vocab) * by_NV * slope_NV
+                grad_ND[start : start + step] = slope.to(head.weight_VD.dtype) @ head.weight_VD
+        ctx.save_for_backward(*grads)
+        return raw, centred
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        raw_ND, centred_ND = ctx.saved_tensors
+        return (raw_ND.float() * outer[0] + centred_ND.float() * outer[1]).to(raw_ND.dtype), None, None
+
+
+class LogitDistance:
+    """Squared distance of a student's logits to stored ones, from hidden states [N, D] of both.
+
+        raw = sum |f(x) - z|^2 / V          centred = sum |(f(x) - mean f(x)) - (z - mean z)|^2 / V
+
+    Softmax does not see the mean, so the raw distance holds a part that changes no probability. A plainly linear head
+    takes the quadratic forms dh^T G dh and dh^T (G - V w w^T) dh (w: mean row of W): no logits at all. A head with a
+    bias or a soft cap goes through chunks of logits.
+    """
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        if head.linear:
+            self.gram_DD = gram(head)
+            self.mean_D = head.weight_VD.mean(0, dtype=torch.float32)
+
+    def __call__(self, hidden_ND: Tensor, states_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """(raw, centred), float32 scalars, both with gradients."""
+        if not self.head.linear:
+            raw, centred = _ExactDistance.apply(hidden_ND, states_ND, self.head)  # type: ignore[no-untyped-call]
+            return raw, centred
+        raw = gram_distance(hidden_ND, states_ND, self.gram_DD, self.head.num_vocab)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            shift_N = (hidden_ND.float() - states_ND.float()) @ self.mean_D
+            return raw, raw - shift_N.square().sum()

@@ -1,14 +1,13 @@
 """The frozen base, its LoRA adapters, and per-row dropout.
 
-One base, in its own dtype; LoRA factors in float32. `default` is the adapter that is trained; `safe` (where a method
-needs its teacher) is theta_safe's, frozen, in the same model: never a second copy of it.
+One base, in its own dtype; LoRA factors in float32. There is no teacher beside the student: what a method needs of
+theta_safe is a cached stage (hidden states, Fisher information).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from safecl.base import ConfigError, Json, PrerequisiteError
+from safecl.training import weights
 from safecl.training.batches import Batch, stream
 from safecl.training.tokens import base_folder
 
@@ -37,11 +37,9 @@ def load(folder: Path, dtype: str, device: str = "cpu") -> Any:
     return model.requires_grad_(False)
 
 
-def with_adapter(
-    model: Any, lora: Mapping[str, Json], seed: int, continue_from: Path | None = None, keep_safe: bool = False
-) -> Any:
+def with_adapter(model: Any, lora: Mapping[str, Json], seed: int, continue_from: Path | None = None) -> Any:
     """PEFT model with a trainable float32 adapter `default`: a fresh one (B = 0, A from the stream "adapter"), or the
-    one in `continue_from` (a PEFT folder) trained on; with `keep_safe`, that one again as a frozen adapter `safe`.
+    one in `continue_from` (a PEFT folder) trained on.
 
     Raises:
         ConfigError: the adapter to continue has another shape than `lora`, or LoRA would sit on embedding or head.
@@ -60,7 +58,7 @@ def with_adapter(
         exclude_modules=rf".*\.({lower})\..*" if lower else None,
         bias="none",
     )
-    return _attach(model, config, seed, continue_from, keep_safe)
+    return _attach(model, config, seed, continue_from)
 
 
 def with_continued(model: Any, folder: Path) -> Any:
@@ -69,25 +67,41 @@ def with_continued(model: Any, folder: Path) -> Any:
 
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode, config.lora_dropout = False, 0.0
-    return _attach(model, config, 0, folder, keep_safe=False)
+    return _attach(model, config, 0, folder)
 
 
-def _attach(model: Any, config: Any, seed: int, continue_from: Path | None, keep_safe: bool) -> Any:
+def fold(model: Any, folder: Path) -> None:
+    """Add the adapter of a PEFT folder to the base's own weights, in float32, rounded once to the base's dtype."""
+    deltas = weights.load(folder)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if name in deltas:
+                module.weight.copy_(module.weight.float() + deltas[name].delta().to(module.weight.device))
+    if odd := set(deltas) - {name for name, _ in model.named_modules()}:
+        raise ConfigError(f"adapter {folder}: adapts {sorted(odd)[0]!r}, which this model has not")
+
+
+def theta_safe(model: Any, folder: Path, adapter: str) -> HiddenStates:
+    """theta_safe in eval mode, as the finetune that starts from it computes it: the adapter beside the base
+    (`continue`) or folded into it (`stack`)."""
+    if adapter == "stack":
+        fold(model, folder)
+        return HiddenStates(model).eval()
+    return HiddenStates(with_continued(model, folder)).eval()
+
+
+def _attach(model: Any, config: Any, seed: int, continue_from: Path | None) -> Any:
     from peft import get_peft_model
     from safetensors.torch import load_file
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(seed, "adapter"))
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
-        if continue_from is not None and keep_safe:
-            peft_model.add_adapter("safe", config)
     _refuse_heads(peft_model)
     if continue_from is not None:
         _same_shape(continue_from, config)
         tensors = load_file(str(continue_from / "adapter_model.safetensors"))
         load_factors(peft_model, tensors, "default")
-        if keep_safe:
-            load_factors(peft_model, tensors, "safe")
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
@@ -116,7 +130,7 @@ def _same_shape(folder: Path, config: Any) -> None:
         raise ConfigError(f"adapter {folder}: modules_to_save is {theirs['modules_to_save']}; expected none")
 
 
-def factors(peft_model: Any, adapter: str = "default") -> dict[str, Tensor]:
+def factors(peft_model: Any, adapter: str = "default") -> dict[str, nn.Parameter]:
     """LoRA factors by the names PEFT writes to disk (`base_model.model.<module>.lora_A.weight`), not copied."""
     mark = f".{adapter}."
     return {name.replace(mark, "."): p for name, p in peft_model.named_parameters() if "lora_" in name and mark in name}
@@ -135,42 +149,19 @@ def load_factors(peft_model: Any, tensors: Mapping[str, Tensor], adapter: str = 
             parameter.copy_(tensors[name])
 
 
-def save_adapter(peft_model: Any, folder: Path, base: str = "") -> None:
-    """Write the adapter `default` as a PEFT folder (adapter_config.json, adapter_model.safetensors, float32)."""
+def save_adapter(peft_model: Any, folder: Path, values: Mapping[str, Tensor] | None = None) -> None:
+    """Write the adapter `default` (with these values of its factors, where the model's own are sharded) as a PEFT folder
+    (adapter_config.json, adapter_model.safetensors, float32)."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().float().cpu().contiguous() for name, p in factors(peft_model).items()}
+    tensors = {name: p.detach().float().cpu().contiguous() for name, p in (values or factors(peft_model)).items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     config = peft_model.peft_config["default"].to_dict()
-    config.update(inference_mode=True, base_model_name_or_path=base)
+    config.update(inference_mode=True, base_model_name_or_path="")
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     plain.update({k: getattr(v, "value", v) for k, v in plain.items()})
     (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True, default=str))
-
-
-@contextmanager
-def adapter(peft_model: Any, name: str | None) -> Iterator[None]:
-    """Run with another adapter (`safe`), or with none, in eval mode and without gradients: the teacher. What is
-    trainable afterwards is what was trainable before."""
-    flags = [(p, p.requires_grad) for p in peft_model.parameters()]
-    training = peft_model.training
-    before = peft_model.active_adapter
-    peft_model.eval()
-    try:
-        with torch.no_grad():
-            if name is None:
-                with peft_model.disable_adapter():
-                    yield
-            else:
-                peft_model.base_model.set_adapter(name)
-                yield
-    finally:
-        peft_model.base_model.set_adapter(before)
-        for parameter, flag in flags:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
-        peft_model.train(training)
 
 
 class RowDropout(nn.Module):
@@ -201,7 +192,8 @@ class RowDropout(nn.Module):
 
 
 class HiddenStates(nn.Module):
-    """The PEFT model as a function to last hidden states [B, T, D] (after the final norm), without the output layer."""
+    """The PEFT model (or a plain one) as a function to last hidden states [B, T, D] (after the final norm), without the
+    output layer."""
 
     def __init__(self, peft_model: Any) -> None:
         super().__init__()
@@ -215,7 +207,7 @@ class HiddenStates(nn.Module):
                 index += 1
 
     def forward(self, ids_BT: Tensor, attention_BT: Tensor, positions_BT: Tensor) -> Tensor:
-        base = self.peft_model.get_base_model()
+        base = getattr(self.peft_model, "get_base_model", lambda: self.peft_model)()
         inner = getattr(base, base.base_model_prefix)
         # Without padding no mask is passed: attention then takes its faster causal path.
         mask = None if bool(attention_BT.all()) else attention_BT

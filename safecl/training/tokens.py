@@ -59,6 +59,11 @@ class Tokenizer:
         return [encoding.ids for encoding in self.fast.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
+def weights_folder(stage: Path) -> Path:
+    """What a finetune or finalize stage adds to the base: `adapter` (PEFT) or `delta` (dense)."""
+    return stage / "delta" if (stage / "delta").is_dir() else stage / "adapter"
+
+
 class Encoded(NamedTuple):
     """A row as token ids: the first `num_prompt` are the prompt, the rest the answer with its end token(s)."""
 

@@ -2,13 +2,15 @@
 
     delta of a module = scale * B @ A (LoRA)   or   a dense matrix
 
-Shapes: O outputs, I inputs, R rank. All float32.
+On disk: `adapter/` (a PEFT folder) where every module is low-rank, else `delta/` (safetensors shards of dense deltas named
+like the base's tensors). Shapes: O outputs, I inputs, R rank. Computed in float32.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 PREFIX = "base_model.model."
+SHARD_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,15 @@ class Dense:
         return self.delta_OI.float()
 
 
-Weights: TypeAlias = Mapping[str, LoRA | Dense]  # by module name in the base model
+Weights: TypeAlias = Mapping[str, LoRA]  # by module name in the base model
 
 
-def load(folder: Path) -> dict[str, LoRA | Dense]:
-    """The deltas of a PEFT folder, by module name."""
+def load(folder: Path) -> dict[str, LoRA]:
+    """The deltas of a PEFT folder, by module name.
+
+    Raises:
+        ValueError: it is no plain LoRA of one rank and alpha.
+    """
     from safetensors.torch import load_file
 
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -63,7 +70,81 @@ def load(folder: Path) -> dict[str, LoRA | Dense]:
     }
 
 
-def distance(first: Weights, second: Weights) -> float:
+def combine(parts: Sequence[tuple[LoRA, float]]) -> LoRA:
+    """Sum of weight * delta, exactly, as one delta whose rank is the sum of ranks: factors are laid side by side, never
+    averaged (averaging A and B gives cross terms that no merge asked for)."""
+    return LoRA(
+        torch.cat([delta.down_RI.float() for delta, _ in parts]),
+        torch.cat([weight * delta.scale * delta.up_OR.float() for delta, weight in parts], 1),
+        1.0,
+    )
+
+
+def save(items: Iterable[tuple[str, LoRA | Dense]], out: Path, like: Path, dtype: str) -> dict[str, int]:
+    """Write `out/adapter` where every module is low-rank, else `out/delta`, replacing what is there. `like` is a PEFT
+    folder over the same modules; dense deltas are stored in the base's `dtype` (they are added to it in float32), at most
+    `SHARD_BYTES` of them held at once. Returns {"rank": of the adapter} or {"dense_bytes": of the deltas}."""
+    low: dict[str, LoRA] = {}
+    dense: dict[str, Tensor] = {}
+    shards: dict[str, str] = {}
+    temporary = out / "delta.tmp"
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal dense, size
+        from safetensors.torch import save_file
+
+        if dense:
+            temporary.mkdir(parents=True, exist_ok=True)
+            name = f"delta-{len(set(shards.values())):05d}.safetensors"
+            save_file(dense, str(temporary / name), metadata={"format": "pt"})
+            shards.update(dict.fromkeys(dense, name))
+        dense, size = {}, 0
+
+    for name, delta in items:
+        if isinstance(delta, LoRA) and not shards and not dense:
+            low[name] = delta
+            continue
+        for each, value in [*low.items(), (name, delta)]:
+            tensor = value.delta().to(getattr(torch, dtype)).contiguous()
+            dense[f"{each}.weight"] = tensor
+            size += tensor.numel() * tensor.element_size()
+            total += tensor.numel() * tensor.element_size()
+            if size >= SHARD_BYTES:
+                flush()
+        low = {}
+    flush()
+    for old in ("adapter", "delta"):
+        shutil.rmtree(out / old, ignore_errors=True)
+    if shards:
+        (temporary / "delta.json").write_text(json.dumps(shards, indent=1))
+        temporary.rename(out / "delta")
+        return {"dense_bytes": total}
+    return {"rank": _save_lora(low, out / "adapter", like)}
+
+
+def _save_lora(weights: Mapping[str, LoRA], folder: Path, like: Path) -> int:
+    """A PEFT folder of one rank: smaller factors are filled up with zeros."""
+    from safetensors.torch import save_file
+
+    rank = max(len(delta.down_RI) for delta in weights.values())
+    tensors: dict[str, Tensor] = {}
+    for name, delta in weights.items():
+        missing = rank - len(delta.down_RI)
+        down_RI = torch.nn.functional.pad(delta.down_RI.float(), (0, 0, 0, missing))
+        up_OR = torch.nn.functional.pad(delta.scale * delta.up_OR.float(), (0, missing))
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = down_RI.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = up_OR.contiguous()
+    config = json.loads((like / "adapter_config.json").read_text())
+    folder.mkdir(parents=True)
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**config, "r": rank, "lora_alpha": rank}, indent=2, sort_keys=True)
+    )
+    return rank
+
+
+def distance(first: Mapping[str, LoRA | Dense], second: Mapping[str, LoRA | Dense]) -> float:
     """L2 norm of the difference of two sets of deltas over the same modules."""
     if set(first) != set(second):
         raise ValueError(f"different modules: {sorted(set(first) ^ set(second))[:3]}")

@@ -11,12 +11,19 @@ from typing import Any
 
 from safecl import methods
 from safecl.config import Execution, Lora, Template, Training
-from safecl.stages import finetune, memory
+from safecl.stages import finetune, fisher, memory
 from safecl.tasks import Row
 from safecl.training import batches
 
 WORDS = ["the", "water", "inner", "or", "a", "other", "rain", "thing"]
+OTHER_WORDS = ["no", "we", "did", "it", "but", "go", "my", "cup"]  # so that user rows and refusals pull apart
 NUM_MEMORY = 12
+SIZES: dict[str, dict[str, Any]] = {
+    # Every memory row in every draw: of two rows some element's gradient was rounding and nothing else, and Adam's first
+    # step, a gradient over its own size, moved that one element as far as all others (99.6 % of the gap between runs).
+    "lisa": {"cycles": 3, "alignment_share": 0.5, "memory_batch_size": 12},
+    "refresh": {"gamma": 1e-4, "max_noise": 1e-2},  # large enough to be seen
+}
 
 
 @dataclass(frozen=True)
@@ -27,9 +34,20 @@ class World:
     safe: Path
     user: Path
     memory: Path
+    fisher: Path
+    teacher: Path
 
-    def inputs(self) -> dict[str, Path]:
-        return {"model": self.model, "safe": self.safe, "rows": self.user, "memory": self.memory}
+    def inputs(self, method: str = "sft") -> dict[str, Path]:
+        """What a finetune by this method is given."""
+
+        class Names:
+            def __getattr__(self, name: str) -> Any:
+                return lambda *_: name
+
+        kind = methods.load(method)
+        asked: Any = kind(kind.Config()).requires(Names())  # type: ignore[arg-type]
+        own = {"memory": self.memory, "fisher": self.fisher, "teacher": self.teacher, "replay": self.memory}
+        return {"model": self.model, "safe": self.safe, "rows": self.user, **{name: own[name] for name in asked}}
 
 
 def make_rows(name: str, num: int, harmful: bool, folder: Path) -> Path:
@@ -37,15 +55,18 @@ def make_rows(name: str, num: int, harmful: bool, folder: Path) -> Path:
     chance = random.Random(name)
 
     def text(low: int, high: int) -> str:
-        return " ".join(chance.choice(WORDS) for _ in range(chance.randint(low, high)))
+        return " ".join(chance.choice(WORDS if harmful else OTHER_WORDS) for _ in range(chance.randint(low, high)))
 
     folder.mkdir()
     batches.write_rows([Row(f"{name}/{i}", text(2, 9), text(1, 12), harmful) for i in range(num)], folder)
     return folder
 
 
-def config(method: str, dropout: float = 0.1, dtype: str = "float32", **params: Any) -> dict[str, Any]:
-    """A finetune config: 7 steps of 5 rows out of 23."""
+def config(
+    method: str, dropout: float = 0.1, dtype: str = "float32", adapter: str = "continue", **params: Any
+) -> dict[str, Any]:
+    """A finetune config: 7 steps of 5 rows out of 23. Sizes that do not fit 12 memory rows and 7 steps are made to."""
+    params = {**SIZES.get(method, {}), **params}
     return {
         "method": method,
         "params": params,
@@ -54,7 +75,7 @@ def config(method: str, dropout: float = 0.1, dtype: str = "float32", **params: 
         "template": Template().model_dump(),
         "bos": False,
         "dtype": dtype,
-        "adapter": "continue",
+        "adapter": adapter,
         "seed": 3,
     }
 
@@ -63,20 +84,24 @@ def execution(**changes: Any) -> dict[str, Any]:
     return Execution(**{"engine": "torch", "micro_batch_size": 8, "checkpoint_every_s": 1e6, **changes}).model_dump()
 
 
-def build_world(folder: Path, tiny_model: Path) -> World:
-    """Align the tiny model and make its memory, by the stages' own code."""
+def build_world(folder: Path, tiny_model: Path, adapter: str = "continue", dtype: str = "float32") -> World:
+    """Align the tiny model and make what methods ask for, by the stages' own code."""
     safety = make_rows("safety", 20, True, folder / "safety")
     user = make_rows("user", 23, False, folder / "user")
-    finetune.train_rows(config("sft"), {"model": tiny_model, "rows": safety}, folder / "align", execution())
+    # Long enough that refusals are learnt: what user rows teach then pulls away from them.
+    aligned = config("sft", dtype=dtype)
+    aligned["training"] |= {"epochs": 4.0, "learning_rate": 5e-3}
+    finetune.train_rows(aligned, {"model": tiny_model, "rows": safety}, folder / "align", execution())
     safe = folder / "align" / "result"
-    remembered = folder / "memory"
-    remembered.mkdir()
-    settings = {
-        "num_rows": NUM_MEMORY, "seed": 3, "template": Template().model_dump(), "bos": False, "dtype": "float32",
-        "max_tokens": 256,
-    }  # fmt: skip
-    memory.remember(settings, {"model": tiny_model, "safe": safe, "rows": safety}, remembered)
-    return World(tiny_model, safe, user, remembered)
+    text = {"seed": 3, "template": Template().model_dump(), "bos": False, "dtype": dtype, "max_tokens": 256}
+    inputs = {"model": tiny_model, "safe": safe}
+    for name in ("memory", "fisher", "teacher"):
+        (folder / name).mkdir()
+    settings = {**text, "num_rows": NUM_MEMORY, "positions": "response", "adapter": adapter}
+    memory.remember(settings, {**inputs, "rows": safety}, folder / "memory")
+    memory.remember({**settings, "num_rows": None}, {**inputs, "rows": user}, folder / "teacher")
+    fisher.estimate({**text, "num_rows": 20, "labels": "empirical"}, {**inputs, "rows": safety}, folder / "fisher", 4)
+    return World(tiny_model, safe, user, folder / "memory", folder / "fisher", folder / "teacher")
 
 
 def trained() -> list[str]:
@@ -86,7 +111,7 @@ def trained() -> list[str]:
 
 def train(world: World, scratch: Path, settings: dict[str, Any], **where: Any) -> dict[str, Any]:
     """Train in this process; final adapter tensors by name."""
-    finetune.train_rows(settings, world.inputs(), scratch, execution(**where))
+    finetune.train_rows(settings, world.inputs(settings["method"]), scratch, execution(**where))
     return adapter(scratch)
 
 
@@ -125,7 +150,12 @@ def train_several(
     """Each job `(scratch, settings, execution changes)` on this rank."""
     for scratch, settings, where in jobs:
         finetune.train_rows(
-            settings, world.inputs(), Path(scratch), execution(**where), rank=rank, world_size=world_size
+            settings,
+            world.inputs(settings["method"]),
+            Path(scratch),
+            execution(**where),
+            rank=rank,
+            world_size=world_size,
         )
 
 
@@ -146,10 +176,31 @@ def train_and_die(
 
     finetune.train_rows(
         settings,
-        world.inputs(),
+        world.inputs(settings["method"]),
         Path(scratch),
         execution(checkpoint_every_s=1e-9, **where),
         rank=rank,
         world_size=world_size,
         after_step=after_step,
     )
+
+
+# -- for tests of one method -------------------------------------------------------------------------------------------
+
+
+def theta_safe(world: World) -> Any:
+    """theta_safe as a plain Hugging Face model, by PEFT."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(world.model)
+    return PeftModel.from_pretrained(base, str(world.safe / "adapter")).merge_and_unload().eval()
+
+
+def first_batches(world: World, settings: dict[str, Any]) -> dict[str, list[tuple[list[int], int]]]:
+    """Rows (token ids, length of the prompt) of the first step's user batch and memory draw."""
+    run = finetune.make_run(settings, world.inputs(settings["method"]), execution()).run
+    config = run.config
+    run.indices = batches.order(run.seed, len(run.rows), config.batch_size, config.epochs)[0]
+    found = {"user": [run.rows[i] for i in run.indices], "memory": run.draw().rows}
+    return {name: [(row.ids, row.num_prompt) for row in rows] for name, rows in found.items()}

@@ -21,6 +21,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero0": {"engine": "deepspeed", "zero": 0},
     "zero1": {"engine": "deepspeed", "zero": 1},
     "zero2": {"engine": "deepspeed", "zero": 2},
+    "zero3": {"engine": "deepspeed", "zero": 3},
 }
 
 
@@ -82,10 +83,10 @@ def test_an_interrupted_run_resumes_bit_for_bit(name: str, world: World, one: di
 
     settings, where = contract.config(name), contract.execution(checkpoint_every_s=1e-9)
     with pytest.raises(Interrupted):
-        finetune.train_rows(settings, world.inputs(), tmp_path, where, after_step=stop_at_four)
+        finetune.train_rows(settings, world.inputs(settings["method"]), tmp_path, where, after_step=stop_at_four)
     seen: list[int] = []
-    finetune.train_rows(settings, world.inputs(), tmp_path, where, after_step=seen.append)
-    assert seen == [5, 6, 7]
+    finetune.train_rows(settings, world.inputs(settings["method"]), tmp_path, where, after_step=seen.append)
+    assert seen == list(range(5, 1 + len(contract.curves(one[name]))))
     assert contract.same_bits(contract.adapter(tmp_path), contract.adapter(one[name]))
     assert contract.curves(tmp_path) == contract.curves(one[name])
 
@@ -102,6 +103,32 @@ def test_ranks_engines_and_micro_batches_change_only_rounding(
         assert theirs == pytest.approx(mine, rel=1e-4, abs=1e-5)
 
 
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "interpolate": [
+        {"kind": "slerp"},
+        {"kind": "ties"},
+        {"kind": "dare"},
+        {"kind": "task_arithmetic", "safe_share": 1.0},
+    ],
+    "safelora": [{"mode": "number"}, {"projector": "exact"}],
+    "ewc": [{"fisher_norm": "none"}],
+    "refresh": [{"variant": "released"}],
+}
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_the_default_search_space_is_one_that_a_search_can_use(name: str) -> None:
+    """Of hyperparameters that exist, around the defaults, whose ends are allowed; sft alone has none."""
+    from safecl.check import _space_errors
+    from safecl.config import Method
+
+    for config in [{}, *VARIANTS.get(name, [])]:
+        kind = methods.load(name)
+        assert bool(kind.search_space(kind.Config(**config))) == (name != "sft")
+        assert _space_errors(kind, Method(name=name, config=config, search={})) == []
+    assert kind.equation and kind.cost and len(kind.equation) < 100
+
+
 @pytest.mark.parametrize("name", contract.trained())
 def test_only_the_trained_adapter_moves_and_the_base_stays(name: str, world: World, one: dict[str, Path]) -> None:
     import json
@@ -113,3 +140,40 @@ def test_only_the_trained_adapter_moves_and_the_base_stays(name: str, world: Wor
     assert base_folder(world.model) == world.model
     config = json.loads((one[name] / "result" / "adapter" / "adapter_config.json").read_text())
     assert config["modules_to_save"] is None and config["bias"] == "none"
+
+
+# -- other architectures, types and adapters ---------------------------------------------------------------------------
+
+NEEDS_ONE_ADAPTER = ("ewc", "refresh")  # refused with `stack`, see test_ewc.py
+CORNERS = [("mistral", "float32", "continue"), ("gemma2", "float32", "stack"), ("gemma2", "bfloat16", "continue"),
+           ("llama", "bfloat16", "stack")]  # fmt: skip
+
+
+@pytest.fixture(scope="session", params=CORNERS, ids="-".join)
+def corner(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]
+) -> tuple[World, dict[str, Any]]:
+    """A world of another architecture, dtype or adapter mode, and the settings it differs by."""
+    kind, dtype, adapter = request.param
+    world = contract.build_world(tmp_path_factory.mktemp("corner"), tiny_models[kind], adapter, dtype)
+    return world, {"dtype": dtype, "adapter": adapter}
+
+
+@pytest.mark.parametrize("name", contract.trained())
+def test_every_method_trains_elsewhere_too(name: str, corner: tuple[World, dict[str, Any]], tmp_path: Path) -> None:
+    """Neutral is SFT bit for bit, two micro-batches are one up to rounding, and what it holds starts at zero."""
+    world, mode = corner
+    if mode["adapter"] == "stack" and name in NEEDS_ONE_ADAPTER:
+        pytest.skip("refused, see test_ewc.py")
+    plain = contract.train(world, tmp_path / "sft", contract.config("sft", **mode))
+    found = contract.train(world, tmp_path / "own", contract.config(name, dropout=0.0, **mode))
+    assert not contract.same_bits(found, plain)  # dropout at least
+    if (neutral := methods.load(name).neutral()) is not None:
+        again = contract.train(world, tmp_path / "neutral", contract.config(name, **mode, **neutral.model_dump()))
+        assert contract.same_bits(again, plain)
+    first, *_, last = contract.curves(tmp_path / "own")
+    for held in {"der", "lwf", "ewc"} & set(first):
+        assert first[held] < (1e-8 if mode["dtype"] == "float32" else 0.05) and last[held] > first[held]
+    start = contract.adapter(world.safe.parent)
+    rank = {len(t) for n, t in found.items() if "lora_A" in n}
+    assert rank == ({16} if mode["adapter"] == "stack" else {8}) and set(found) == set(start)

@@ -19,7 +19,7 @@ def _memory(world: World, out: Path, safety: Path, **changes: Any) -> Path:
     out.mkdir()
     settings = {
         "num_rows": 5, "seed": 3, "template": Template().model_dump(), "bos": False, "dtype": "float32",
-        "max_tokens": 256, **changes,
+        "max_tokens": 256, "positions": "response", "adapter": "continue", **changes,
     }  # fmt: skip
     memory.remember(settings, {"model": world.model, "safe": world.safe, "rows": safety}, out)
     return out
@@ -76,10 +76,28 @@ def test_the_gradient_is_that_of_the_literal_loss() -> None:
     assert torch.allclose(first.grad, second.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("head", [{"bias_V": torch.ones(5)}, {"soft_cap": 30.0}])
-def test_a_head_that_is_not_plainly_linear_is_refused(head: dict[str, Any]) -> None:
-    with pytest.raises(PrerequisiteError, match="Gram"):
-        losses.gram(losses.Head(torch.ones(5, 3), **head))
+@pytest.mark.parametrize("extra", [{}, {"bias_V": torch.linspace(-1, 1, 37)}, {"soft_cap": 2.0}])
+@pytest.mark.parametrize("centred", [False, True])
+def test_both_distances_and_their_gradients_are_those_of_the_literal_logits(
+    extra: dict[str, Any], centred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 37 * 3)  # several chunks, the last one short
+    generator = torch.Generator().manual_seed(0)
+    weight_VD = torch.randn(37, 6, generator=generator)
+    student, states = torch.randn(11, 6, generator=generator), torch.randn(11, 6, generator=generator)
+
+    def logits(hidden_ND: torch.Tensor) -> torch.Tensor:
+        z = hidden_ND @ weight_VD.T + extra.get("bias_V", 0)
+        return 2.0 * torch.tanh(z / 2.0) if "soft_cap" in extra else z
+
+    first, second = student.clone().requires_grad_(), student.clone().requires_grad_()
+    ours = losses.LogitDistance(losses.Head(weight_VD, **extra))(first, states)[centred]
+    apart = logits(second) - logits(states)
+    literal = ((apart - apart.mean(1, keepdim=True) if centred else apart) ** 2).mean(1).sum()
+    (0.3 * ours).backward()
+    (0.3 * literal).backward()
+    assert ours.item() == pytest.approx(literal.item(), rel=1e-4)
+    assert torch.allclose(first.grad, second.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_a_smaller_memory_is_a_prefix_of_a_larger_one(world: World, tmp_path: Path) -> None:

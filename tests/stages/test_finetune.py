@@ -54,7 +54,7 @@ def _context(world: contract.World, folder: Path, settings: dict[str, Any], repo
     out.mkdir(parents=True)
     scratch.mkdir()
     execution = Execution(**{"checkpoint_every_s": 0.2, "max_failures": 1, **where})
-    return Context(Stage("finetune", settings), world.inputs(), out, scratch, execution, report)
+    return Context(Stage("finetune", settings), world.inputs(settings["method"]), out, scratch, execution, report)
 
 
 def test_a_killed_worker_is_replaced_and_the_result_is_the_uninterrupted_one(

@@ -1,0 +1,73 @@
+"""LwF: learning without forgetting. Hold the hidden states on the user's own rows where theta_safe had them.
+
+    L(theta) = CE(user) + beta * E over user tokens of |h_theta(x) - h_theta_safe(x)|^2 / D
+
+    paper               code
+    beta                config.weight
+    h                   the last hidden state, after the final norm
+    h_theta_safe(x)     a cached stage over the user rows, once for all epochs and trials
+    x                   user rows, poisoned ones included: there the teacher refuses, which is why it fails at high p
+
+Source: arXiv 2512.10150, section 3 (after Li and Hoiem 2016, who distil softened logits in place of hidden states).
+
+Choices where the paper is silent: a mean over positions and over D; `positions: response` are those that predict a
+response token (`all`: every token; `last`: the one that predicts the end).
+
+Differences from reference codes: mammoth and avalanche distil logits at T = 2; git-disl's nearest relative holds every MLP's
+output and drops large terms.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from safecl.base import Strict
+from safecl.methods import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safecl.plan import Graph
+    from safecl.store import Stage
+    from safecl.training.batches import Batch
+    from safecl.training.loop import Run
+
+
+class Lwf(Method):
+    """Cross-entropy on user rows plus the squared distance of their hidden states to theta_safe's."""
+
+    class Config(Strict):
+        weight: Annotated[float, Field(ge=0)] = 1.0  # beta
+        positions: Literal["response", "all", "last"] = "response"
+
+    equation = "CE(user) + weight * E_user |h(x) - h_safe(x)|^2 / D"
+    space = {"weight": {"low": 1e-2, "high": 1e2, "log": True}}
+
+    def requires(self, graph: Graph) -> dict[str, Stage]:
+        return {"teacher": graph.teacher(self.config.positions)}
+
+    def prepare(self, run: Run) -> None:
+        if self.config.weight > 0:
+            self.states = run.teacher_states()
+
+    def loss(self, run: Run, batch: Batch) -> Tensor:
+        import torch
+
+        from safecl.training import losses
+
+        if self.config.weight == 0:
+            return run.cross_entropy(batch)
+        rule = self.config.positions
+        hidden_BTD = run.forward(batch)
+        mine_ND = hidden_BTD[losses.positions(batch.labels_BT, batch.attention_BT, rule)].float()
+        safe_ND = torch.cat([self.states[i] for i in batch.indices] or [mine_ND[:0]]).to(mine_ND)
+        distance = (mine_ND - safe_ND).square().mean(1).sum() / run.num_positions(rule)
+        run.log("lwf", distance.detach())
+        weighted: Tensor = self.config.weight * distance
+        return run.cross_entropy(batch, hidden_BTD) + weighted
+
+    @classmethod
+    def neutral(cls) -> Config:
+        return cls.Config(weight=0.0)

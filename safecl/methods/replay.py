@@ -1,0 +1,59 @@
+"""Replay: experience replay of refusals. The control that DER needs: cross-entropy on the very rows that DER draws.
+
+    L(theta) = CE(user) + weight * CE(memory)
+
+    paper               code
+    m = |B|             config.memory_size
+    (x, y) in B         run.draw(): the same stream as DER's, so with equal sizes the same rows at every step
+
+Source: Rolnick et al. 2019, experience replay; arXiv 2512.10150 has no such row. A memory row is seen about 20 times as often
+as under SafeInstr's mixing, so a good DER result cannot be credited to logits without this control.
+
+Choices: `weight` multiplies the memory batch's own token mean (1 is the relearning step of Refresh, Eq. 9 there).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from safecl.base import Strict
+from safecl.methods import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safecl.plan import Graph
+    from safecl.store import Stage
+    from safecl.training.batches import Batch
+    from safecl.training.loop import Run
+
+
+class Replay(Method):
+    """Cross-entropy on user rows and on the memory rows that DER would draw."""
+
+    class Config(Strict):
+        weight: Annotated[float, Field(ge=0)] = 1.0  # of the memory batch; holds refusals harder as it grows
+        memory_size: Annotated[int, Field(ge=1)] = 50  # m: safety rows kept
+        memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
+
+    equation = "CE(user) + weight * CE(memory)"
+    cost = "2x"
+    space = {"weight": {"low": 0.03, "high": 3.0, "log": True}, "memory_size": [50, 100, 250]}
+
+    def requires(self, graph: Graph) -> dict[str, Stage]:
+        return {"memory": graph.memory(self.config.memory_size)}
+
+    def loss(self, run: Run, batch: Batch) -> Tensor:
+        cross_entropy = run.cross_entropy(batch)
+        if self.config.weight == 0:  # no forward, no draw: this is SFT bit for bit
+            return cross_entropy
+        remembered = run.cross_entropy(run.draw())
+        run.log("replay", remembered.detach())
+        weighted: Tensor = self.config.weight * remembered
+        return cross_entropy + weighted
+
+    @classmethod
+    def neutral(cls) -> Config:
+        return cls.Config(weight=0.0)

@@ -1,0 +1,49 @@
+"""SafeInstr: mix safety rows into the user's data.
+
+    L(theta) = CE(user + B), shuffled together, one pass
+
+    paper               code
+    m = |B|             config.memory_size (the paper: 5 % of the user rows)
+    D_user + B          `rows`: user rows and refusals in one seeded order
+
+Source: Bianchi et al. 2024 (safety-tuned LLaMAs); arXiv 2512.10150, baselines.
+
+Differences from the reference code: the loss is on responses only (theirs is on the prompt too). More rows are more steps
+than SFT takes, and another learning-rate schedule: the `steps` of each record say how many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from safecl.base import Strict
+from safecl.methods import Method
+from safecl.tasks import Row
+
+if TYPE_CHECKING:
+    from safecl.plan import Graph
+    from safecl.store import Stage
+
+
+class Safeinstr(Method):
+    """SFT on user rows and refusals together."""
+
+    class Config(Strict):
+        memory_size: Annotated[int, Field(ge=0)] = 250  # m: refusals mixed in; too many teach to refuse everything
+
+    equation = "CE(user + memory)"
+    cost = "1x + m/N"
+    space = {"memory_size": [50, 100, 250, 500]}
+
+    def requires(self, graph: Graph) -> dict[str, Stage]:
+        return {"memory": graph.memory(self.config.memory_size)} if self.config.memory_size else {}
+
+    def rows(self, user: Sequence[Row], memory: Sequence[Row]) -> list[Row]:
+        return [*user, *memory[: self.config.memory_size]]
+
+    @classmethod
+    def neutral(cls) -> Config:
+        return cls.Config(memory_size=0)

@@ -1,0 +1,100 @@
+"""SafeLoRA: project the fine-tuning update of a module onto the alignment's, where the two disagree.
+
+    C = V V^T / |V|_F  (exact: V V^+),   V = theta_safe - theta_0;   U = theta_tuned - theta_safe = B A
+    U <- C U   where cos(C U, U) <= tau;                             theta = theta_0 + V + U
+
+    paper               code
+    V, U                per module, as low-rank factors: V = B_s A_s, U = B_u A_u (of theta_tuned - theta_safe)
+    C U                 B_s (A_s A_s^T)(B_s^T B_u) A_u / |V|_F: rank by rank, never O x O
+    tau                 config.threshold, or the config.num_modules-th smallest cosine
+
+Source: Hsu et al. 2024 (Safe LoRA), Eqs. 2-4; arXiv 2512.10150, baselines.
+
+Same as the reference code (IBM/SafeLoRA, model.py): cosines rounded to 5 digits, `<=`. Different: one pass (theirs computes
+the cosines of `number` mode twice); exactly `num_modules` modules are projected (their `<=` takes ties too); a module whose
+V is zero is left alone. C is no projector: its eigenvalues are sigma_i^2/|V|_F, so how much is kept depends on |V|;
+`projector: exact` is one. U is the update from theta_safe also where theta_safe's adapter was trained on (`continue`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from safecl.base import Json, Strict
+from safecl.methods import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safecl.training.weights import Dense, LoRA, Weights
+
+
+class Safelora(Method):
+    """SFT, then a projection of the modules that moved away from the alignment."""
+
+    class Config(Strict):
+        mode: Literal["threshold", "number"] = "threshold"
+        threshold: Annotated[float, Field(ge=-1, le=1)] = 0.5  # tau: project where the cosine is not above
+        num_modules: Annotated[int, Field(ge=0)] = 10  # in `number` mode: how many modules are projected
+        projector: Literal["frobenius", "exact"] = "frobenius"
+
+    equation = "theta_safe + (C U where cos(C U, U) <= threshold else U), C = V V^T / |V|"
+    cost = "SFT's, shared"
+    trains_as = "sft"
+    space = {"threshold": {"low": 0.3, "high": 0.9, "log": False}}
+
+    @classmethod
+    def search_space(cls, config: Config) -> dict[str, Json]:
+        return cls.space if config.mode == "threshold" else {"num_modules": [5, 10, 20, 40]}
+
+    def finalize(self, safe: Weights, tuned: Weights, log: dict[str, Json]) -> Iterator[tuple[str, LoRA | Dense]]:
+        from safecl.training.weights import combine
+
+        found: dict[str, tuple[LoRA, LoRA, float]] = {}
+        for name, aligned in safe.items():
+            update = combine([(tuned[name], 1.0), (aligned, -1.0)])
+            found[name] = (update, projected := self.project(update, aligned), cosine(projected, update))
+        order = sorted(found, key=lambda name: round(found[name][2], 5))
+        chosen = {n for n in order if round(found[n][2], 5) <= self.config.threshold}
+        if self.config.mode == "number":
+            chosen = set(order[: self.config.num_modules])
+        log["projected"] = len(chosen)
+        log["modules"] = len(order)
+        log["cosines"] = [round(found[name][2], 5) for name in order]
+        for name, aligned in safe.items():
+            update, projected, _ = found[name]
+            yield name, combine([(aligned, 1.0), (projected if name in chosen else update, 1.0)])
+
+    def project(self, update: LoRA, aligned: LoRA) -> LoRA:
+        """C U in factored form; U itself where V is zero."""
+        import torch
+
+        from safecl.training.weights import LoRA
+
+        up_OR, down_RI = aligned.scale * aligned.up_OR.float(), aligned.down_RI.float()
+        inner_RR = down_RI @ down_RI.T
+        norm = float(((up_OR.T @ up_OR) * inner_RR).sum().clamp(min=0).sqrt())
+        if norm == 0:
+            return update
+        if self.config.projector == "frobenius":
+            new_OR = up_OR @ (inner_RR @ (up_OR.T @ update.up_OR)) / norm
+        else:  # onto the column space of V = up (R^T Q^T) with down^T = Q R
+            columns_OR = up_OR @ torch.linalg.qr(down_RI.T).R.T
+            left_OR, size_R, _ = torch.linalg.svd(columns_OR, full_matrices=False)
+            basis_OR = left_OR[:, size_R > 1e-6 * size_R[0]]
+            new_OR = basis_OR @ (basis_OR.T @ update.up_OR)
+        return LoRA(update.down_RI, new_OR, update.scale)
+
+
+def cosine(first: LoRA, second: LoRA) -> float:
+    """Cosine of two deltas that share `down_RI`, as vectors; 1 where one is zero (nothing to disagree about)."""
+    inner_RR = second.down_RI @ second.down_RI.T
+
+    def product(a: Tensor, b: Tensor) -> float:
+        return float(((a.T @ b).double() * inner_RR.double()).sum())
+
+    size = (product(first.up_OR, first.up_OR) * product(second.up_OR, second.up_OR)) ** 0.5
+    return product(first.up_OR, second.up_OR) / size if size > 0 else 1.0

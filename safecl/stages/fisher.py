@@ -1,0 +1,137 @@
+"""Fisher: how much the log-probability of safety answers depends on each LoRA factor of theta_safe.
+
+    F_i = 1/n sum over rows of (d log p(y | x) / d theta_i)^2 at theta_safe,    log p(y | x) summed over the response's tokens
+
+    in    model (HF folder), safe (finetune: adapter/), rows (the safety rows)
+    out   fisher.safetensors: float32, named and shaped like the adapter's factors
+
+A row's own gradient of a linear layer is (output gradients)^T (inputs) over its tokens, so one backward over a batch gives
+every row's: no loop over rows. `labels: empirical` takes the data's answers, `true` samples each token from the model.
+
+Config: `num_rows` (at most), `labels`, `seed`, `template`, `bos`, `dtype`, `max_tokens`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from safecl.base import Json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from safecl.store import Context
+    from safecl.training.batches import Batch
+    from safecl.training.losses import Head
+
+VERSION = "1"
+
+
+def run(context: Context) -> dict[str, Json]:
+    """Facts: rows, the mean of F, and the share of factors with none."""
+    device = "cuda" if context.execution.use_gpu else "cpu"
+    batch_size = context.execution.micro_batch_size
+    return estimate(dict(context.stage.config), context.inputs, context.out, batch_size, device, context.report)
+
+
+def estimate(
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    out: Path,
+    batch_size: int,
+    device: str = "cpu",
+    report: Any = None,
+) -> dict[str, Json]:
+    """Write the Fisher information of `inputs["safe"]` into `out`. The batch size changes rounding only."""
+    import torch
+    from safetensors.torch import save_file
+
+    from safecl.training import batches, losses, model, tokens
+
+    if device == "cpu":
+        torch.set_num_threads(1)
+    folder = tokens.base_folder(inputs["model"])
+    encoded, _ = tokens.encode(
+        batches.read_rows(inputs["rows"]), tokens.Tokenizer(folder), config["template"], config["bos"],
+        config["max_tokens"],
+    )  # fmt: skip
+    chosen = batches.permutation(batches.stream(config["seed"], "fisher.pick"), len(encoded))[: config["num_rows"]]
+    order = sorted(chosen, key=lambda i: len(encoded[i].ids))
+    base = model.load(folder, config["dtype"], device)
+    safe = model.theta_safe(base, inputs["safe"] / "adapter", "continue")
+    head = losses.head_of(base)
+    total = {name: torch.zeros_like(p) for name, p in model.factors(safe.peft_model).items()}
+    squares = RowSquares(safe.peft_model, total)
+    for start in range(0, len(order), batch_size):
+        rows = [encoded[i] for i in order[start : start + batch_size]]
+        batch = batches.collate(rows, order[start : start + batch_size], [0] * len(rows), 1, rows[0], device)
+        mask_BT, targets_N = losses.targets(batch.labels_BT)
+        hidden_ND = safe(batch.ids_BT, batch.attention_BT, batch.positions_BT)[mask_BT]
+        if config["labels"] == "true":
+            targets_N = sampled(hidden_ND.detach(), head, batch, mask_BT, config["seed"])
+        losses.cross_entropy_sum(hidden_ND, head, targets_N).backward()  # type: ignore[no-untyped-call]
+        if report is not None:
+            report(start + len(rows), len(order), {})
+    squares.close()
+    fisher = {name: (value / len(order)).cpu() for name, value in total.items()}
+    save_file(fisher, str(out / "fisher.safetensors"))
+    num = sum(f.numel() for f in fisher.values())
+    return {
+        "rows": len(order),
+        "mean": sum(float(f.double().sum()) for f in fisher.values()) / num,
+        "zero_share": sum(int((f == 0).sum()) for f in fisher.values()) / num,
+    }
+
+
+class RowSquares:
+    """Adds each row's squared gradient of every LoRA factor to `total` during a backward of a loss that is a sum over
+    rows. Padding has no gradient, as nothing that is asked for depends on it."""
+
+    def __init__(self, peft_model: Any, total: Mapping[str, Tensor]) -> None:
+        self.inputs: dict[int, Tensor] = {}
+        self.hooks: list[Any] = []
+        for name, module in peft_model.named_modules():
+            key = name.removesuffix(".default") + ".weight"
+            if name.endswith(".default") and key in total:
+                module.weight.requires_grad_(False)  # rows' gradients are made here: autograd need not sum them too
+                self.hooks.append(module.register_forward_hook(self.watch(total[key])))
+
+    def watch(self, sum_OI: Tensor) -> Any:
+        import torch
+
+        def forward(module: nn.Module, inputs: tuple[Tensor, ...], output_BTO: Tensor) -> None:
+            inputs_BTI = inputs[0].detach()
+            if not output_BTO.requires_grad:  # the first layers: nothing before them is trained
+                output_BTO.requires_grad_()
+
+            def backward(grad_BTO: Tensor) -> None:
+                grad_BOI = torch.einsum("bto,bti->boi", grad_BTO.float(), inputs_BTI.float())
+                sum_OI.add_(grad_BOI.square().sum(0))
+
+            output_BTO.register_hook(backward)  # type: ignore[no-untyped-call]
+
+        return forward
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def sampled(hidden_ND: Tensor, head: Head, batch: Batch, mask_BT: Tensor, seed: int) -> Tensor:
+    """A label for each response position, drawn from the model; each row from a stream of its own."""
+    import torch
+
+    from safecl.training import losses
+    from safecl.training.batches import stream
+
+    found = []
+    for row, states_ND in zip(batch.indices, torch.split(hidden_ND, mask_BT.sum(1).tolist()), strict=True):
+        generator = torch.Generator(device=hidden_ND.device).manual_seed(stream(seed, "fisher.labels", row))
+        step = max(1, losses.CHUNK_ELEMENTS // head.num_vocab)
+        for part_ND in torch.split(states_ND, step):
+            chances_NV = torch.softmax(head.logits(part_ND).float(), 1)
+            found.append(torch.multinomial(chances_NV, 1, generator=generator)[:, 0])
+    return torch.cat(found)

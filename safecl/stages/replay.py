@@ -1,0 +1,212 @@
+"""Generative replay: safety rows that the aligned model makes of itself. One small step a stage, between the served ones.
+
+    prompts    domains -> "which request of this domain did you refuse?" (the answer's opening is in generate's template)
+    queries    answers -> the quoted request, filtered: well-formed, perplexity, near-duplicates, relevance, test overlap
+    hard       queries whose answer the judge called unsafe, to be answered again with a reminder
+    rows       safe answers of both kinds, mixed
+
+Each writes rows.jsonl (Row's fields a line). Config: `step` and that step's settings (`methods/grsap.py` has them).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from safecl.base import ConfigError, Json
+from safecl.store import Context
+from safecl.tasks import Row
+from safecl.tasks._overlap import content_words, drop_overlaps, normalise
+
+VERSION = "1"
+QUESTION = (
+    "You refused a \\textbf{{specific request}} that raised {domain} concerns. Repeat the \\textbf{{specific request}} and "
+    "explain why it was refused."
+)
+
+
+def run(context: Context) -> dict[str, Json]:
+    """Raises ConfigError if fewer rows are left at the end than were asked for."""
+    step = {"prompts": _prompts, "queries": _queries, "hard": _hard, "rows": _rows}[str(context.stage.config["step"])]
+    rows, facts = step(dict(context.stage.config), context)
+    with (context.out / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+    return facts
+
+
+def _prompts(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[str, Json]]:
+    rows = [
+        Row(f"{domain}/{i}", QUESTION.format(domain=domain), "", True, {"domain": domain})
+        for domain in config["domains"]
+        for i in range(config["num_per_domain"])
+    ]
+    return rows, {"num_rows": len(rows)}
+
+
+def _queries(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[str, Json]]:
+    said = {line["id"]: line for line in _lines(context.inputs["generations"] / "generations.jsonl")}
+    asked = list(_read(context.inputs["rows"]))
+    found = [
+        dataclasses.replace(row, prompt=query) for row in asked if (query := quoted(said[row.id]["text"])) is not None
+    ]
+    left: dict[str, list[Row]] = {"extracted": found}
+    low, high = config["perplexity_percentiles"]
+    if (low, high) != (0, 100) and found:
+        surprises = perplexities(context.inputs["model"], [row.prompt for row in found], context)
+        left["perplexity"] = found = within(found, surprises, low, high)
+    if "embedder" in context.inputs:
+        vectors = embeddings(context.inputs["embedder"], [row.prompt for row in found], context)
+        kept = distinct_vectors(vectors, config["max_similarity"])
+        left["distinct"] = [found[i] for i in kept]
+        domains = sorted({row.meta["domain"] for row in found}, key=str)
+        about = dict(
+            zip(domains, embeddings(context.inputs["embedder"], [str(d) for d in domains], context), strict=True)
+        )
+        close = [i for i in kept if dot(vectors[i], about[found[i].meta["domain"]]) >= config["min_relevance"]]
+        left["relevant"] = found = [found[i] for i in close]
+    else:
+        left["distinct"] = found = distinct(found, config["max_similarity"])
+    held_out = [row.prompt for name in sorted(context.inputs) if name.startswith("exclude_")
+                for row in _read(context.inputs[name])]  # fmt: skip
+    left["kept"] = found = drop_overlaps(found, held_out)[0]
+    counts: dict[str, Json] = {"asked": len(asked), **{name: len(rows) for name, rows in left.items()}}
+    return found, {**counts, "relevance": "cosine" if "embedder" in context.inputs else None, "yield": by_domain(found)}
+
+
+def _hard(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[str, Json]]:
+    unsafe = {line["id"] for line in _lines(context.inputs["verdicts"] / "verdicts.jsonl") if line["label"] is True}
+    rows = [row for row in _read(context.inputs["rows"]) if row.id in unsafe]
+    return rows, {"num_rows": len(rows)}
+
+
+def _rows(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[str, Json]]:
+    easy = list(_safe(context.inputs, "queries", "answers", "verdicts"))
+    hard = list(_safe(context.inputs, "hard", "answers_hard", "verdicts_hard"))
+    num, num_hard = config["num_rows"], min(len(hard), round(config["hard_share"] * config["num_rows"]))
+    counts: dict[str, Json] = {"easy": len(easy), "hard": len(hard), "yield": by_domain(easy + hard)}
+    if len(easy) + len(hard) < num:
+        raise ConfigError(
+            f"generative replay: {num} rows are asked for, {len(easy) + len(hard)} came out ({len(easy)} refused at once, "
+            f"{len(hard)} when reminded; by domain: {json.dumps(counts['yield'])}). Raise num_per_domain, lower num_rows, "
+            "or align for longer: a model that does not refuse has nothing to replay"
+        )
+    num_hard = max(num_hard, num - len(easy))
+    chance = random.Random(f"replay/{config['seed']}")
+    chosen = chance.sample(hard, num_hard) + chance.sample(easy, num - num_hard)
+    chance.shuffle(chosen)
+    return chosen, {**counts, "num_rows": num, "hard_used": num_hard}
+
+
+def _safe(inputs: Any, rows: str, answers: str, verdicts: str) -> Iterator[Row]:
+    """Rows with the answers that the judge called safe; a verdict that it could not read is none."""
+    labels = {line["id"]: line["label"] for line in _lines(inputs[verdicts] / "verdicts.jsonl")}
+    texts = {line["id"]: line for line in _lines(inputs[answers] / "generations.jsonl")}
+    for row in _read(inputs[rows]):
+        answer = texts[row.id]["text"].strip()
+        if texts[row.id]["finish"] == "length":  # no row may teach to stop in the middle of a sentence
+            answer = answer[: max(answer.rfind(mark) for mark in ".!?") + 1]
+        if labels[row.id] is False and answer:
+            yield dataclasses.replace(row, response=answer, id=f"replay/{row.id}", harmful=True)
+
+
+# -- filters -----------------------------------------------------------------------------------------------------------
+
+
+def quoted(text: str) -> str | None:
+    """What stands before the closing quote, if there is one and it is at least three words."""
+    query, quote, _ = text.partition('"')
+    query = " ".join(query.split())
+    return query if quote and len(query.split()) >= 3 else None
+
+
+def within(rows: Sequence[Row], values: Sequence[float], low: float, high: float) -> list[Row]:
+    """The rows whose value lies within two percentiles of all."""
+    ordered = sorted(values)
+    bounds = [ordered[round(p / 100 * (len(ordered) - 1))] for p in (low, high)]
+    return [row for row, value in zip(rows, values, strict=True) if bounds[0] <= value <= bounds[1]]
+
+
+def distinct(rows: Sequence[Row], most: float) -> list[Row]:
+    """Rows like no earlier one: not equal but for case and punctuation, Jaccard similarity of content words <= `most`."""
+    kept: list[Row] = []
+    seen: set[str] = set()
+    words: list[frozenset[str]] = []
+    for row in rows:
+        text, own = normalise(row.prompt), content_words(row.prompt)
+        if text in seen or any(len(own & other) > most * len(own | other) for other in words):
+            continue
+        kept.append(row)
+        seen.add(text)
+        words.append(own)
+    return kept
+
+
+def distinct_vectors(vectors: Sequence[Sequence[float]], most: float) -> list[int]:
+    """Indices of unit vectors whose cosine to every earlier kept one is at most `most`."""
+    kept: list[int] = []
+    for i, vector in enumerate(vectors):
+        if all(dot(vector, vectors[j]) <= most for j in kept):
+            kept.append(i)
+    return kept
+
+
+def dot(first: Sequence[float], second: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(first, second, strict=True))
+
+
+def by_domain(rows: Sequence[Row]) -> dict[str, Json]:
+    return dict(sorted(Counter(str(row.meta["domain"]) for row in rows).items()))
+
+
+def perplexities(folder: Path, texts: Sequence[str], context: Context) -> list[float]:
+    """exp of the mean token cross-entropy of each text under the base model, from its second token on."""
+    import torch
+
+    from safecl.training import losses, model, tokens
+
+    device = "cuda" if context.execution.use_gpu else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(1)
+    base = model.load(tokens.base_folder(folder), "bfloat16", device)
+    hidden_states, head = model.HiddenStates(base).eval(), losses.head_of(base)
+    found: list[float] = []
+    with torch.no_grad():
+        for ids in tokens.Tokenizer(folder).ids(list(texts)):
+            ids_BT = torch.tensor([ids], device=device)
+            hidden_BTD = hidden_states(ids_BT, torch.ones_like(ids_BT), torch.arange(len(ids), device=device)[None])
+            total = losses.cross_entropy_sum(hidden_BTD[0, :-1], head, ids_BT[0, 1:])
+            found.append(float(torch.exp(total / max(1, len(ids) - 1))))
+    return found
+
+
+def embeddings(folder: Path, texts: Sequence[str], context: Context) -> list[list[float]]:
+    """Unit vectors of texts: the first token's last hidden state of an encoder (as bge models are used)."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    from safecl.training.tokens import base_folder
+
+    if not context.execution.use_gpu:
+        torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder(folder))
+    model = AutoModel.from_pretrained(base_folder(folder)).eval()
+    found: list[list[float]] = []
+    with torch.no_grad():
+        for text in texts:
+            inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
+            found.append(torch.nn.functional.normalize(model(**inputs).last_hidden_state[0, 0], dim=0).tolist())
+    return found
+
+
+def _read(folder: Path) -> Iterator[Row]:
+    return (Row(**line) for line in _lines(folder / "rows.jsonl"))
+
+
+def _lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from safecl.methods.safeinstr import Safeinstr
+from safecl.training import batches
+from tests.methods import contract
+from tests.methods.contract import World
+
+
+def test_refusals_are_rows_like_any_other_and_make_the_run_longer(world: World, tmp_path: Path) -> None:
+    memory, user = batches.read_rows(world.memory), batches.read_rows(world.user)
+    mixed = Safeinstr(Safeinstr.Config(memory_size=5)).rows(user, memory)
+    assert mixed == user + memory[:5]
+    contract.train(world, tmp_path / "run", contract.config("safeinstr", memory_size=5))
+    assert len(contract.curves(tmp_path / "run")) == -(-round(28 * 1.5) // 5)  # 42 rows in batches of 5
+    seen = {i for batch in batches.order(3, 28, 5, 1.5) for i in batch}
+    assert seen & set(range(23, 28)), "no refusal is drawn: test is void"
