@@ -165,6 +165,20 @@ def show(key: Annotated[str, typer.Argument(help="The beginning of a stage's key
 
 
 @app.command()
+def export(
+    key: Annotated[str, typer.Argument(help="The beginning of the key of a row's weights (`run --json` prints it)")],
+    out: Annotated[Path, typer.Argument(help="A new folder")],
+    merged: Annotated[bool, typer.Option(help="The whole model, not the adapter alone")] = False,
+    root: str = "runs",
+) -> None:
+    """Write a trial's weights as a PEFT adapter or a merged model, for transformers, PEFT and vLLM."""
+    from safecl.export import export as write
+    from safecl.store import Store
+
+    print(write(Store(root), key, out, merged))
+
+
+@app.command()
 def ls(
     what: Annotated[str, typer.Argument(help="methods, tasks or judges")] = "methods", as_json: AsJson = False
 ) -> None:
@@ -175,7 +189,13 @@ def ls(
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    _table(what, list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+    if what != "methods":
+        _table(what, list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+        return
+    for row in rows:  # too much for columns
+        print(f"{row['method']:12} {row['equation']}")
+        for name in list(row)[2:]:
+            print(f"{'':12} {name}: {row[name]}")
 
 
 @app.command()

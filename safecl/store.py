@@ -206,6 +206,10 @@ class Store:
                     self._copy_down(url.rsplit("/", 1)[0], target)
         return [json.loads(path.read_text()) for path in sorted(self.local.glob(pattern))]
 
+    def folder(self, record: dict[str, Any]) -> Path:
+        """Local folder of a stage that `find` gave."""
+        return self.local / "store" / str(record["kind"]) / str(record["key"])
+
     def records(self, kind: str) -> list[dict[str, Any]]:
         """Local records of one kind, oldest first: what past work cost."""
         found = [json.loads(path.read_text()) for path in self.local.glob(f"store/{kind}/*/record.json")]

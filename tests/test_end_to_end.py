@@ -36,6 +36,7 @@ def sweep(model: Path, root: Path) -> dict[str, Any]:
         "methods": [
             {"name": "sft"},
             {"name": "der", "config": {"memory_size": 4}, "search": {"weight": {"low": 0.1, "high": 9.0, "log": True}}},
+            {"name": "magmax"},
         ],
         "seeds": [0],
         "evaluate": {
@@ -83,7 +84,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 def test_every_row_has_every_metric(finished: tuple[Path, Path, str]) -> None:
     rows = json.loads(finished[2])["rows"]
-    assert [row["method"] for row in rows] == ["base", "aligned", "sft", "der"]
+    assert [row["method"] for row in rows] == ["base", "aligned", "sft", "der", "magmax"]
     for row in rows:
         assert {"asr", "non_refusal", "over_refusal", "degenerate", "utility"} <= set(row["metrics"])
         assert all(0 <= m["low"] <= m["value"] <= m["high"] <= 1 for m in row["metrics"].values())
@@ -96,6 +97,11 @@ def test_training_ran_under_ray_train_with_deepspeed_and_serving_under_serve_wit
     root = finished[1]
     finetunes = [record for record in records(root).values() if record["kind"] == "finetune"]
     assert len(finetunes) >= 4  # aligned, guard, sft, der
+    by_key = records(root)
+    [merged] = [record for record in by_key.values() if record["kind"] == "finalize"]
+    assert (
+        merged["result"]["dense_bytes"] > 0 and merged["inputs"]["tuned"] in by_key
+    )  # the SFT that has a row of its own
     for record in finetunes:
         assert record["result"]["engine"] == "deepspeed", record["result"]
     assert {log.name.split("-")[1] for log in (root / "logs").glob("engine-*.log")} == {"candidate", "judge"}
@@ -142,7 +148,7 @@ def test_mlflow_shows_sweep_cells_and_trials_with_the_stores_numbers(finished: t
     [experiment] = [e for e in client.search_experiments() if e.name != "Default"]
     runs = client.search_runs([experiment.experiment_id], max_results=100)
     trials = [run for run in runs if "split" in run.data.params]
-    assert len(trials) == 6  # base, aligned, sft, der on test; two searched trials on validation
+    assert len(trials) == 7  # base, aligned, sft, der, magmax on test; two searched trials on validation
     [sft] = [run for run in trials if run.data.tags["safecl.method"] == "sft"]
     [row] = [row for row in json.loads(finished[2])["rows"] if row["method"] == "sft"]
     assert sft.data.metrics["utility"] == pytest.approx(row["metrics"]["utility"]["value"])

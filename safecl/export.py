@@ -1,0 +1,101 @@
+"""A trial's weights as others load them: a PEFT adapter, or a merged model in Hugging Face format."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safecl.base import ConfigError
+from safecl.store import Store
+
+SHARD_BYTES = 2 * 2**30
+
+
+def export(store: Store, key: str, out: Path, merged: bool) -> Path:
+    """Write what the finetune or finalize stage whose key begins with `key` made into the new folder `out`: its PEFT adapter,
+    or with `merged` the whole model (base + adapter, summed in float32 and rounded once to the base's type) with its
+    tokenizer. Complete or not there.
+
+    Raises:
+        ConfigError: there is not one such stage, `out` exists, or a dense result is asked for as an adapter.
+    """
+    from safecl.training.tokens import base_folder, weights_folder
+
+    record = _only(store, key)
+    if out.exists():
+        raise ConfigError(f"{str(out)!r} is there already: name a new folder")
+    weights = weights_folder(store.folder(record))
+    if weights.name == "delta" and not merged:
+        raise ConfigError(
+            f"stage {key!r} ({record['config']['method']}) changes whole weights, which no adapter can hold: add --merged"
+        )
+    while "model" not in record["inputs"]:  # finalize rests on a finetune, which names the model
+        record = _only(store, record["inputs"]["tuned"])
+    base = base_folder(store.folder(_only(store, record["inputs"]["model"])))
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        if merged:
+            _write_model(base, weights, temporary)
+        else:
+            shutil.copytree(weights, temporary)
+            config = json.loads((weights / "adapter_config.json").read_text())
+            (temporary / "adapter_config.json").write_text(
+                json.dumps({**config, "base_model_name_or_path": str(base)}, indent=2, sort_keys=True)
+            )
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def _only(store: Store, key: str) -> dict[str, Any]:
+    found = [r for r in store.find(key) if r["kind"] in ("finetune", "finalize", "model")]
+    if len(found) != 1:
+        what = "no" if not found else f"{len(found)}"
+        raise ConfigError(
+            f"{what} stages that hold weights have a key that begins with {key!r}, expected one; `safecl run FILE --json` "
+            "gives the key of each row's weights"
+        )
+    return found[0]
+
+
+def _write_model(base: Path, weights: Path, out: Path) -> None:
+    from safetensors.torch import save_file
+
+    from safecl.serving import swap
+
+    swap.check(base, base, weights)
+    out.mkdir(parents=True)
+    for file in base.iterdir():
+        if file.is_file() and not file.name.startswith("model.safetensors") and file.suffix != ".safetensors":
+            shutil.copy(file, out / file.name)
+    shards: list[list[str]] = []
+    held: dict[str, Any] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal held, size
+        if held:
+            save_file(held, str(out / f"shard-{len(shards)}"), metadata={"format": "pt"})
+            shards.append(list(held))
+        held, size = {}, 0
+
+    for name, tensor in swap.merged(base, weights):
+        held[name] = tensor.contiguous()
+        size, total = size + tensor.numel() * tensor.element_size(), total + tensor.numel() * tensor.element_size()
+        if size >= SHARD_BYTES:
+            flush()
+    flush()
+    if len(shards) == 1:
+        (out / "shard-0").rename(out / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        shard = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (out / f"shard-{i}").rename(out / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
