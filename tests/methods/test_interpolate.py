@@ -52,11 +52,13 @@ def test_slerp_goes_along_the_arc() -> None:
 def test_ties_trims_elects_signs_and_averages_what_agrees() -> None:
     """By hand, as mergekit's generalised task arithmetic does it (sum consensus, normalised), density .75 of 4 entries.
 
-    first  [4, -3, 1, .5] -> [4, -3, 1, 0];  second [2, 5, -8, .1] -> [2, 5, -8, 0];  weights .25 and .75
-    weighted sums: 1 + 1.5, -.75 + 3.75, .25 - 6, 0 -> signs + + - +; agreeing: both, second, second, none (0 has no sign)
+    first  [4, -3, 1, .5] -> [4, -3, 1, 0];  second [2, 5, -8, 9] -> [0, 5, -8, 9];  weights .25 and .75
+    weighted sums 1, -.75 + 3.75, .25 - 6, 6.75 -> signs + + - +; agreeing: first, second, second, second (0 has no sign)
     """
-    found = ties([torch.tensor([4.0, -3.0, 1.0, 0.5]), torch.tensor([2.0, 5.0, -8.0, 0.1])], [0.25, 0.75], 0.75)
-    assert found.tolist() == pytest.approx([2.5, 5.0, -8.0, 0.0])
+    found = ties([torch.tensor([4.0, -3.0, 1.0, 0.5]), torch.tensor([2.0, 5.0, -8.0, 9.0])], [0.25, 0.75], 0.75)
+    assert found.tolist() == pytest.approx([4.0, 5.0, -8.0, 9.0])
+    both = ties([torch.tensor([4.0, 1.0]), torch.tensor([2.0, 1.0])], [0.25, 0.75], 1.0)
+    assert both.tolist() == pytest.approx([0.25 * 4 + 0.75 * 2, 1.0])  # where both agree: their weighted mean
 
 
 def test_dare_drops_at_random_from_the_seed_and_keeps_the_mean() -> None:
