@@ -27,6 +27,7 @@ from pydantic import Field
 
 from safecl.base import Json, Strict
 from safecl.methods import Method
+from safecl.methods.replay import Replay
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -105,13 +106,8 @@ class Refresh(Method):
         return config.gamma * inverse * grad + torch.minimum(wanted, most) * drawn, int((wanted > most).sum())
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
-        cross_entropy = run.cross_entropy(batch)
-        if self.config.weight == 0:
-            return cross_entropy
-        remembered = run.cross_entropy(run.draw())
-        run.log("replay", remembered.detach())
-        weighted: Tensor = self.config.weight * remembered
-        return cross_entropy + weighted
+        """Relearning is replay's loss."""
+        return Replay(self.config).loss(run, batch)
 
     @classmethod
     def neutral(cls) -> Config:
