@@ -19,6 +19,8 @@ ADAPTERS = {
     "stack": "stack: stage one's adapter is folded into the base, stage two trains a fresh one on top",
 }
 
+MAX_MERGE_LOSS = 0.01  # share of a finetune's KL from where it started
+
 
 def plan(project: Project) -> dict[str, Any]:
     """Cells, trials, stages by kind and hours, as plain data. Hours are "unknown" without past records."""
@@ -90,6 +92,13 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     shares = {f"{r['task']} p={r['poison']:g} {r['poison_tokens']:.0%}" for r in rows if r["poison_tokens"] is not None}
     if shares:
         notes.append(f"Poison's share of the response tokens: {', '.join(sorted(shares))}.")
+    for model in sweep.models:
+        lost = max((row["merge_loss"] or 0 for row in rows if row["model"] == model.name), default=0)
+        if lost > MAX_MERGE_LOSS:
+            notes.append(
+                f"{model.name}: rounding the merge to {model.dtype} for serving lost up to {lost:.1%} of what a finetune "
+                f"changed (KL; at most {MAX_MERGE_LOSS:.0%} expected): give this model `dtype: float32`."
+            )
     align = sweep.align
     return Facts(
         name=sweep.name,

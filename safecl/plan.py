@@ -370,7 +370,7 @@ class Graph:
             f"utility.{task}.generations": self.generate(self.final, rows, tasks.load(task).max_new_tokens),
         }
         measures.append({"metric": "utility", "set": task, "of": "score", "role": "utility"})
-        versions = [tasks.load(part.task).VERSION for part in [*prompts.attack, Rows(task=task)]]
+        versions = [tasks.load(part.task).SCORING for part in [*prompts.attack, Rows(task=task)]]
         return Evidence(_stage("metrics", {"measures": measures}, inputs, *versions), tuple(judged))
 
 

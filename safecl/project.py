@@ -181,6 +181,7 @@ class Project:
             libraries: set[str] = set()
             weights: list[str] = []
             poison_tokens: float | None = None
+            merge_losses: list[float] = []
             for job in jobs:
                 evidence = job.evidence(self.folder)
                 if not self.store.has(evidence.metrics):
@@ -191,8 +192,11 @@ class Project:
                 final = job.graph(self.folder).final
                 weights += [] if final is None else [final.key]
                 seconds += self._own_seconds(job, evidence.metrics)
-                if recipe.poison_ratio > 0 and self.store.has(tuned := job.graph(self.folder).tuned):
-                    poison_tokens = self.store.record(tuned)["result"].get("harmful_token_share")
+                if recipe.method not in REFERENCES and self.store.has(tuned := job.graph(self.folder).tuned):
+                    training = self.store.record(tuned)["result"]
+                    poison_tokens = training.get("harmful_token_share") if recipe.poison_ratio > 0 else None
+                    if training.get("kl_moved"):
+                        merge_losses.append(training["kl_merged"] / training["kl_moved"])
                 libraries.add(json.dumps(self.store.record(evidence.metrics)["libraries"], sort_keys=True))
             metrics: dict[str, Any] = {}
             for name in dict.fromkeys(outcome["metric"] for seed in per_seed for outcome in seed):
@@ -222,6 +226,7 @@ class Project:
                     "note": note if seeds else note or "not run yet",
                     "libraries": sorted(libraries),
                     "poison_tokens": poison_tokens,
+                    "merge_loss": max(merge_losses, default=None),
                 }
             )
         return table

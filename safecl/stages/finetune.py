@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from safecl.training.tokens import Encoded
 
 VERSION = "1"
+GAP_ROWS = 4  # rows on which the rounding of a merge is measured
 REFUSALS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (ConfigError, PrerequisiteError, FloatingPointError)
 }
@@ -246,7 +247,47 @@ def train_rows(
             (name, weights.combine([(delta, 1.0), (fresh[name], 1.0)])) for name, delta in weights.load(safe).items()
         )
         weights.save(both, temporary, safe, config["dtype"])
+    if world_size == 1 or execution["engine"] == "torch" or execution["zero"] < 3:  # else rank 0 has not the model
+        continues = "safe" in inputs and config["adapter"] == "continue"
+        facts |= merge_gap(run, Path(inputs["model"]), temporary / "adapter", continues)
     shutil.copy(scratch / "curves.jsonl", temporary / "curves.jsonl")
     (temporary / "result.json").write_text(json.dumps(facts))
     shutil.rmtree(scratch / "result", ignore_errors=True)
     os.rename(temporary, scratch / "result")
+
+
+def merge_gap(run: Run, model: Path, adapter: Path, continues: bool) -> dict[str, Json]:
+    """What rounding costs where the adapter is served merged into the base, in nats a response token of the first rows:
+    `kl_merged`, KL(trained || merged), and as its scale `kl_moved`, KL(trained || where training started). A merge that
+    loses a hundredth of what was learned should be served in float32. Leaves the model merged, so it comes last."""
+    import torch
+
+    from safecl.serving import swap
+    from safecl.training import batches, losses, tokens
+    from safecl.training.model import factors, load_factors
+
+    rows = run.rows[:GAP_ROWS]
+    batch = batches.collate(rows, range(len(rows)), [0] * len(rows), 1, rows[0], run.device)
+    mask_BT, _ = losses.targets(batch.labels_BT)
+    trained = {name: p.detach().clone() for name, p in factors(run.model).items()}
+    base = run.model.get_base_model()
+    run.hidden_states.eval()
+
+    def log_probabilities() -> torch.Tensor:
+        hidden_BTD = run.hidden_states(batch.ids_BT, batch.attention_BT, batch.positions_BT)
+        return run.head.logits(hidden_BTD[mask_BT]).float().log_softmax(-1)
+
+    def divergence(other_NV: torch.Tensor) -> float:
+        return float((tuned_NV.exp() * (tuned_NV - other_NV)).sum(-1).mean())
+
+    with torch.no_grad():
+        tuned_NV = log_probabilities()
+        start = run.theta_safe() if continues else {n: torch.zeros_like(p) for n, p in trained.items()}
+        load_factors(run.model, start)
+        moved = divergence(log_probabilities())
+        changes = swap.changes(adapter)
+        load_factors(run.model, {name: torch.zeros_like(p) for name, p in trained.items()})
+        for name, tensor in swap.merged(tokens.base_folder(model), adapter):
+            if name in changes:
+                base.get_submodule(name.removesuffix(".weight")).base_layer.weight.copy_(tensor)
+        return {"kl_merged": divergence(log_probabilities()), "kl_moved": moved}

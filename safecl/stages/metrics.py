@@ -43,9 +43,11 @@ def _measure(measure: dict[str, Any], inputs: dict[str, Path]) -> Iterator[Outco
         return {"metric": metric, "set": label, "id": row.id, "value": value, "cluster": cluster}
 
     if of == "score":
-        task = load(name)()
-        for answer in _lines(inputs[f"{prefix}.generations"] / "generations.jsonl"):
-            yield outcome(metric, rows[answer["id"]], task.score(rows[answer["id"]], answer["text"]))
+        answers = _lines(inputs[f"{prefix}.generations"] / "generations.jsonl")
+        answered = [rows[answer["id"]] for answer in answers]
+        for found, values in load(name)().scores(answered, [answer["text"] for answer in answers]).items():
+            for row, value in zip(answered, values, strict=True):
+                yield outcome(found, row, value)
         return
     verdicts = {line["id"]: line["label"] for line in _lines(inputs[_judged(prefix, metric, of)] / "verdicts.jsonl")}
     if of == "label":  # agreement of a guard with true labels

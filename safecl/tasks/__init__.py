@@ -56,7 +56,8 @@ class Source:
 class Task:
     """A data set. Subclasses set the class attributes and write `rows` (and `score` if they are a utility task)."""
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "1"  # of the rows
+    SCORING: ClassVar[str] = "1"  # version of `scores`
     SPLITS: ClassVar[tuple[str, ...]] = ()
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {}  # split -> its sources; empty for a generated suite
     max_new_tokens: ClassVar[int] = 64  # how long an answer to this task's utility prompts may be
@@ -77,6 +78,11 @@ class Task:
     def score(self, row: Row, text: str) -> float:
         """Utility of an answer in [0, 1]. Only utility tasks define it."""
         raise NotImplementedError(f"{type(self).__name__} is not a utility task")
+
+    def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, list[float | None]]:
+        """Everything measured of the answers: metric -> a value a row, in order. `utility` is the one searched for; others
+        stand beside it. None: could not be read."""
+        return {"utility": [self.score(row, text) for row, text in zip(rows, texts, strict=True)]}
 
 
 def names() -> list[str]:

@@ -16,6 +16,7 @@ from tests.training import ranks
 NEUTRAL = [name for name in contract.trained() if methods.load(name).neutral() is not None]
 # Float32 sums in another order, relative to how far training moved; measured 5e-7, another seed gives about 1.
 ROUNDING = 1e-5
+BF16_ROUNDING = 0.05  # measured .006 to .015
 ENGINES: dict[str, dict[str, Any]] = {
     "torch": {},
     "zero0": {"engine": "deepspeed", "zero": 0},
@@ -101,6 +102,20 @@ def test_ranks_engines_and_micro_batches_change_only_rounding(
     assert contract.gap(contract.adapter(one[name]), contract.adapter(scratch), start) < ROUNDING
     for mine, theirs in zip(contract.curves(one[name]), contract.curves(scratch), strict=True):
         assert theirs == pytest.approx(mine, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero3"])
+def test_ranks_and_engines_agree_in_bfloat16_too(
+    engine: str, world: World, start: dict[str, Any], tmp_path: Path
+) -> None:
+    """As far as bfloat16 goes: the factors are float32, activations are not, and other shapes round otherwise."""
+    settings = {name: contract.config(name, dtype="bfloat16") for name in ("der", "ewc", "agem", "refresh")}
+    alone = {name: contract.train(world, tmp_path / name, own) for name, own in settings.items()}
+    where = {**ENGINES[engine], "micro_batch_size": 2}
+    jobs = [(str(tmp_path / engine / name), own, where) for name, own in settings.items()]
+    assert ranks.run(contract.train_several, 2, world, jobs) == [0, 0]
+    for name in settings:
+        assert contract.gap(alone[name], contract.adapter(tmp_path / engine / name), start) < BF16_ROUNDING
 
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {

@@ -91,6 +91,60 @@ def test_two_workers_under_zero_train_and_a_refusal_is_no_worker_failure(
         finetune.run(_context(world, tmp_path / "refused", refused, None, engine="torch"))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "adapter"), [("float32", "continue"), ("bfloat16", "continue"), ("bfloat16", "stack")]
+)
+def test_the_record_says_what_rounding_the_merge_costs(
+    world: contract.World, tmp_path: Path, dtype: str, adapter: str
+) -> None:
+    """Against Hugging Face models row by row: the one trained, theta_safe, and the base with the deltas added by hand."""
+    import json
+
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    settings = contract.config("sft", dtype=dtype, adapter=adapter)
+    contract.train(world, tmp_path, settings)
+    facts = json.loads((tmp_path / "result" / "result.json").read_text())
+    run = finetune.make_run(settings, world.inputs(), contract.execution()).run
+    kind = getattr(torch, dtype)
+
+    def adapted(folder: Path | None, merged: bool = False) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(world.model, dtype=kind)
+        if folder is None or not merged:
+            return model if folder is None else PeftModel.from_pretrained(model, str(folder)).eval()
+        tensors = load_file(str(folder / "adapter_model.safetensors"))
+        scale = {8: 0.5, 16: 1.0}[len(next(t for n, t in tensors.items() if "lora_A" in n))]
+        for name, down in tensors.items():
+            if "lora_A" in name:
+                module = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+                delta = scale * tensors[name.replace("lora_A", "lora_B")] @ down
+                module.weight.data = (module.weight.data.float() + delta).to(kind)
+        return model.eval()
+
+    def answers(model: Any) -> torch.Tensor:
+        rows = run.rows[: finetune.GAP_ROWS]
+        with torch.no_grad():
+            logits = [model(torch.tensor([row.ids])).logits[0, row.num_prompt - 1 : -1] for row in rows]
+        return torch.cat(logits).float().log_softmax(-1)
+
+    tuned = answers(adapted(tmp_path / "result" / "adapter"))
+    safe = answers(adapted(world.safe / "adapter", merged=adapter == "stack"))
+    served = answers(adapted(tmp_path / "result" / "adapter", merged=True))
+
+    def divergence(other: torch.Tensor) -> float:
+        return float((tuned.exp() * (tuned - other)).sum(-1).mean())
+
+    assert facts["kl_moved"] == pytest.approx(divergence(safe), rel=1e-3 if dtype == "float32" else 0.1)
+    assert facts["kl_moved"] > 1e-3
+    if dtype == "float32":
+        assert abs(facts["kl_merged"]) < 1e-5 * facts["kl_moved"]
+    else:
+        assert 0.3 < facts["kl_merged"] / divergence(served) < 3  # both are rounding, in another order of sums
+
+
 @pytest.mark.slow  # longer than Ray Train's own patience of 60 s
 def test_a_finetune_waits_for_as_long_as_others_hold_the_cpus(
     world: contract.World, ray_cluster: None, tmp_path: Path
