@@ -381,9 +381,9 @@ def model_stage(model: Model) -> Stage:
         source, path = _wheel_file(model.source.removeprefix("wheel:"))
     elif Path(model.source).is_dir():
         path = str(Path(model.source).absolute())
-        wanted = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+        wanted = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "1_Pooling/config.json")
         files = sorted(file for pattern in wanted for file in Path(path).glob(pattern))
-        source = {"files": {file.name: sha256(file) for file in files}}
+        source = {"files": {str(file.relative_to(path)): sha256(file) for file in files}}
     else:
         source, path = {"hub": model.source, "revision": model.revision}, ""
     return _stage("model", {"source": source, "dtype": model.dtype}, {}, hints={"path": path})

@@ -15,7 +15,8 @@ Source: Farn et al. 2024 (arXiv 2412.19512); SLERP after Shoemake 1985, TIES aft
 All are defined on changes from the base, module by module. Linear and task arithmetic stay low-rank and exact (factors side by
 side; averaging A and B themselves is another thing, and errs). SLERP's angle is between S and T, not between whole weights,
 where every pair is parallel and SLERP is linear. TIES as in mergekit: trim each to its `density` largest entries, elect the
-sign of the weighted sum, average what agrees over the weights that took part. DARE rescales by 1/density (mergekit's default).
+sign of the weighted sum, average what agrees over the weights that took part. DARE rescales by 1/density as its paper does
+(mergekit 0.1.5: so that the L1 norm stays, the same in expectation).
 """
 
 from __future__ import annotations

@@ -186,7 +186,8 @@ def perplexities(folder: Path, texts: Sequence[str], context: Context) -> list[f
 
 
 def embeddings(folder: Path, texts: Sequence[str], context: Context) -> list[list[float]]:
-    """Unit vectors of texts: the first token's last hidden state of an encoder (as bge models are used)."""
+    """Unit vectors of texts: an encoder's last hidden states, pooled as its folder says (sentence-transformers' file) or
+    else the first token's (as bge models are used)."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -194,13 +195,17 @@ def embeddings(folder: Path, texts: Sequence[str], context: Context) -> list[lis
 
     if not context.execution.use_gpu:
         torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(base_folder(folder))
-    model = AutoModel.from_pretrained(base_folder(folder)).eval()
+    source = base_folder(folder)
+    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModel.from_pretrained(source).eval()
+    pooling = source / "1_Pooling" / "config.json"
+    mean = pooling.exists() and json.loads(pooling.read_text()).get("pooling_mode_mean_tokens", False)
     found: list[list[float]] = []
     with torch.no_grad():
         for text in texts:
-            inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
-            found.append(torch.nn.functional.normalize(model(**inputs).last_hidden_state[0, 0], dim=0).tolist())
+            states_TD = model(
+                **tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
+            ).last_hidden_state[0]
+            found.append(torch.nn.functional.normalize(states_TD.mean(0) if mean else states_TD[0], dim=0).tolist())
     return found
 
 

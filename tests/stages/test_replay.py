@@ -93,19 +93,33 @@ def test_an_embedder_filters_near_duplicates_and_what_is_off_its_domain(
     assert (facts["distinct"], facts["relevant"], facts["relevance"]) == (3, 2, "cosine")
 
 
-def test_embeddings_are_an_encoders_first_state_at_length_one(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mean", [None, True, False])
+def test_embeddings_are_an_encoders_states_pooled_as_its_folder_says(
+    mean: bool | None, tiny_model: Path, tmp_path: Path
+) -> None:
     import shutil
 
-    from transformers import BertConfig, BertModel
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
 
-    BertModel(
-        BertConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    ).save_pretrained(tmp_path / "bert")
+    config = BertConfig(
+        vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
     for file in tiny_model.glob("token*"):
         shutil.copy(file, tmp_path / "bert")
+    if mean is not None:
+        pooling = {"pooling_mode_cls_token": not mean, "pooling_mode_mean_tokens": mean}
+        (tmp_path / "bert" / "1_Pooling").mkdir()
+        (tmp_path / "bert" / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     context = Context(Stage("replay", {}), {}, tmp_path, tmp_path, Execution(), lambda *_: None)
     first, again, other = replay.embeddings(tmp_path / "bert", ["the rain", "the rain", "no"], context)
-    assert first == again != other and replay.dot(first, first) == pytest.approx(1.0)
+    assert first == again != other
+    ids = AutoTokenizer.from_pretrained(tmp_path / "bert")("the rain", return_tensors="pt")
+    with torch.no_grad():
+        states = BertModel.from_pretrained(tmp_path / "bert").eval()(**ids).last_hidden_state[0]
+    expected = states.mean(0) if mean else states[0]
+    assert first == pytest.approx((expected / expected.norm()).tolist(), abs=1e-6)
 
 
 def _answered(tmp: Path) -> dict[str, Path]:
