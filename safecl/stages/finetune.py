@@ -88,7 +88,8 @@ def _fit(context: Context) -> None:
 
 
 def _harmful_share(rows: Sequence[Row], encoded: Sequence[Encoded]) -> float:
-    """Share of the response tokens that harmful rows hold: 10 % of the rows can be 80 % of what is trained on."""
+    """Share of the response tokens that the user's harmful rows hold: 10 % of the rows can be 80 % of what is trained on.
+    Refusals that a method mixes in are rows of harmful requests too, and not meant."""
     harmful = {row.id for row in rows if row.harmful}
     total = sum(row.num_targets for row in encoded)
     return sum(row.num_targets for row in encoded if row.row_id in harmful) / total
@@ -123,11 +124,11 @@ def worker(loop: dict[str, Any]) -> None:
 
 
 class Made(NamedTuple):
-    """A finetune ready to run on one rank, the rows it is of, and `{row id: why}` of those left out."""
+    """A finetune ready to run on one rank, the user rows it was given, and `{row id: why}` of rows left out."""
 
     method: Any
     run: Run
-    rows: list[Row]
+    user_rows: list[Row]
     dropped: dict[str, str]
 
 
@@ -155,9 +156,13 @@ def make_run(
 
     folder = tokens.base_folder(inputs["model"])
     remembered = [row for name in ("memory", "replay") if name in inputs for row in batches.read_rows(inputs[name])]
-    rows = method.rows(batches.read_rows(inputs["rows"]), remembered)
+    user_rows = batches.read_rows(inputs["rows"])
     encoded, dropped = tokens.encode(
-        rows, tokens.Tokenizer(folder), config["template"], config["bos"], training.max_tokens
+        method.rows(user_rows, remembered),
+        tokens.Tokenizer(folder),
+        config["template"],
+        config["bos"],
+        training.max_tokens,
     )
 
     safe = inputs["safe"] / "adapter" if "safe" in inputs else None
@@ -189,7 +194,7 @@ def make_run(
         micro_batch_size=execution["micro_batch_size"],
         device=device,
     )
-    return Made(method, run, rows, dropped)
+    return Made(method, run, user_rows, dropped)
 
 
 def train_rows(
@@ -222,7 +227,7 @@ def train_rows(
     facts: dict[str, Json] = {
         "engine": execution["engine"],
         "rows": len(run.rows),
-        "harmful_token_share": _harmful_share(made.rows, run.rows),
+        "harmful_token_share": _harmful_share(made.user_rows, run.rows),
         "dropped": len(made.dropped),
         "dropped_why": dict(sorted(Counter(made.dropped.values()).items())),
         "steps": outcome.steps,
@@ -259,35 +264,45 @@ def train_rows(
 def merge_gap(run: Run, model: Path, adapter: Path, continues: bool) -> dict[str, Json]:
     """What rounding costs where the adapter is served merged into the base, in nats a response token of the first rows:
     `kl_merged`, KL(trained || merged), and as its scale `kl_moved`, KL(trained || where training started). A merge that
-    loses a hundredth of what was learned should be served in float32. Leaves the model merged, so it comes last."""
+    loses a hundredth of what was learned should be served in float32.
+
+    All are computed in float32: in bfloat16 the activations' own rounding (KL of 1e-3 on SmolLM2, merged or not) hides the
+    weights' (4e-5). Leaves the model in float32 and merged, so it comes last; empty where memory is short of that.
+    """
+    import psutil
     import torch
 
     from safecl.serving import swap
     from safecl.training import batches, losses, tokens
     from safecl.training.model import factors, load_factors
 
+    on_gpu = run.device != "cpu"
+    free = torch.cuda.mem_get_info(run.device)[0] if on_gpu else psutil.virtual_memory().available
+    if free < 2 * sum(4 * p.numel() for p in run.model.parameters()):
+        return {}
     rows = run.rows[:GAP_ROWS]
     batch = batches.collate(rows, range(len(rows)), [0] * len(rows), 1, rows[0], run.device)
     mask_BT, _ = losses.targets(batch.labels_BT)
+    base = run.model.get_base_model().float()
+    head = losses.head_of(base)
     trained = {name: p.detach().clone() for name, p in factors(run.model).items()}
-    base = run.model.get_base_model()
     run.hidden_states.eval()
 
     def log_probabilities() -> torch.Tensor:
         hidden_BTD = run.hidden_states(batch.ids_BT, batch.attention_BT, batch.positions_BT)
-        return run.head.logits(hidden_BTD[mask_BT]).float().log_softmax(-1)
+        return head.logits(hidden_BTD[mask_BT]).log_softmax(-1)
 
     def divergence(other_NV: torch.Tensor) -> float:
         return float((tuned_NV.exp() * (tuned_NV - other_NV)).sum(-1).mean())
 
     with torch.no_grad():
         tuned_NV = log_probabilities()
-        start = run.theta_safe() if continues else {n: torch.zeros_like(p) for n, p in trained.items()}
-        load_factors(run.model, start)
+        zero = {name: torch.zeros_like(p) for name, p in trained.items()}
+        load_factors(run.model, run.theta_safe() if continues else zero)
         moved = divergence(log_probabilities())
-        changes = swap.changes(adapter)
-        load_factors(run.model, {name: torch.zeros_like(p) for name, p in trained.items()})
+        load_factors(run.model, zero)
+        changed = swap.changes(adapter)
         for name, tensor in swap.merged(tokens.base_folder(model), adapter):
-            if name in changes:
+            if name in changed:
                 base.get_submodule(name.removesuffix(".weight")).base_layer.weight.copy_(tensor)
         return {"kl_merged": divergence(log_probabilities()), "kl_moved": moved}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from safecl.methods.safeinstr import Safeinstr
@@ -16,3 +17,5 @@ def test_refusals_are_rows_like_any_other_and_make_the_run_longer(world: World, 
     assert len(contract.curves(tmp_path / "run")) == -(-round(28 * 1.5) // 5)  # 42 rows in batches of 5
     seen = {i for batch in batches.order(3, 28, 5, 1.5) for i in batch}
     assert seen & set(range(23, 28)), "no refusal is drawn: test is void"
+    facts = json.loads((tmp_path / "run" / "result" / "result.json").read_text())
+    assert all(row.harmful for row in memory) and facts["harmful_token_share"] == 0  # refusals are no poison

@@ -1,0 +1,66 @@
+"""Replicas of one judge engine, one of them frozen in the middle of its work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from safecl.serving.engine import Engines, deploy, ready, shutdown
+from safecl.serving.messages import Request, Sampling, Settings, WeightsRef
+
+REQUESTS = [Request(f"row-{i}", list(range(3 + i % 40, 15 + i % 40))) for i in range(600)]
+SAMPLING = Sampling(max_tokens=24)
+
+
+def _engines_of(name: str, num: int) -> dict[int, int]:
+    """Replica pid -> pid of vLLM's own process below it, for all replicas."""
+    import psutil
+
+    found: dict[int, int] = {}
+    for _ in range(200):
+        pid = Engines().status(name)["pid"]
+        children = psutil.Process(pid).children(recursive=True)
+        found[pid] = max(children, key=lambda child: child.memory_info().rss).pid
+        if len(found) == num:
+            return found
+    raise AssertionError(f"expected {num} replicas, saw {found}")
+
+
+@pytest.mark.slow
+def test_a_frozen_engine_is_noticed_and_replaced_and_every_answer_comes_once(tiny_model: Path, tmp_path: Path) -> None:
+    """A stopped process is alive for every flag; only the tokens that do not come tell."""
+    import psutil
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        settings = Settings(name="judge", memory_gib=0.1, max_model_len=128, stall_s=10.0, log_dir=str(tmp_path))
+        deploy(settings, str(tiny_model), num_replicas=2, wait=False)
+        ready("judge", timeout_s=240)
+        weights = WeightsRef("base", str(tiny_model))
+        expected = Engines().generate("judge", weights, REQUESTS, SAMPLING)
+        before = _engines_of("judge", 2)
+        replica, frozen = next(iter(before.items()))
+        progress: list[int] = []
+
+        def freeze_at_a_third(done: int, total: int) -> None:
+            progress.append(done)
+            if done == total // 3:
+                os.kill(frozen, signal.SIGSTOP)
+
+        started = time.monotonic()
+        got = Engines().generate("judge", weights, REQUESTS, SAMPLING, on_progress=freeze_at_a_third, timeout_s=180)
+        assert time.monotonic() - started > 10  # some answers were lost with the frozen engine, and asked for again
+        assert progress == list(range(1, len(REQUESTS) + 1)), "each answer is counted once"
+        assert {i: c.token_ids for i, c in got.items()} == {i: c.token_ids for i, c in expected.items()}
+        ready("judge", timeout_s=240)
+        after = _engines_of("judge", 2)
+        assert replica not in after and len(after.keys() & before.keys()) == 1
+        assert not psutil.pid_exists(frozen), "the frozen engine's process is still there"
+        shutdown("judge")
+    finally:
+        ray.shutdown()
