@@ -38,9 +38,31 @@ MIN_COMMON = 0.05
 MIN_CODE = 0.2
 _STUTTER = re.compile(r"([^\s\d\-_=*#.~])\1{11}")
 _SYMBOL = re.compile(r"[(){}\[\]<>=;]")
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def _matching_tail(words: list[str], size: int) -> int:
+    """How many words at the end equal the word `size` places before them."""
+    count = 0
+    while count + size < len(words) and words[-1 - count] == words[-1 - count - size]:
+        count += 1
+    return count
+
+
+def _echoes(words: list[str], asked: list[str]) -> bool:
+    said = [word[:STEM] for word in (words[1:] if words[0] == "to" else words)]
+    heard = [word[:STEM] for word in asked]
+    return any(heard[i : i + len(said)] == said for i in range(len(heard) - len(said) + 1))
+
+
 _COMMON = frozenset(
-    "the a an and or of to in on at by for with from as is are was be been not no it its this that you your i we they "
-    "he she can will would should have has do if then".split()
+    _words(
+        "the a an and or of to in on at by for with from as is are was be been not no it its this that you your i we they "
+        "he she can will would should have has do if then"
+    )
 )
 
 
@@ -69,21 +91,3 @@ class Degenerate(Judge):
         if len(words) < MIN_NOISE or "```" in response or len(_SYMBOL.findall(response)) >= MIN_CODE * len(words):
             return None
         return "noise" if sum(word in _COMMON for word in words) < MIN_COMMON * len(words) else None
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.lower())
-
-
-def _matching_tail(words: list[str], size: int) -> int:
-    """How many words at the end equal the word `size` places before them."""
-    count = 0
-    while count + size < len(words) and words[-1 - count] == words[-1 - count - size]:
-        count += 1
-    return count
-
-
-def _echoes(words: list[str], asked: list[str]) -> bool:
-    said = [word[:STEM] for word in (words[1:] if words[0] == "to" else words)]
-    heard = [word[:STEM] for word in asked]
-    return any(heard[i : i + len(said)] == said for i in range(len(heard) - len(said) + 1))

@@ -50,9 +50,9 @@ def _measure(measure: dict[str, Any], inputs: dict[str, Path]) -> Iterator[Outco
     if of == "score":
         answers = _lines(inputs[f"{prefix}.generations"] / "generations.jsonl")
         answered = [rows[answer["id"]] for answer in answers]
-        for found, values in load(name)().scores(answered, [answer["text"] for answer in answers]).items():
+        for scored, values in load(name)().scores(answered, [answer["text"] for answer in answers]).items():
             for row, value in zip(answered, values, strict=True):
-                yield outcome(found, row, value)
+                yield outcome(scored, row, value)
         return
     judged = _verdicts(inputs, _judged(prefix, metric, of))
     verdicts = {line["id"]: line["label"] for line in judged}
@@ -62,7 +62,9 @@ def _measure(measure: dict[str, Any], inputs: dict[str, Path]) -> Iterator[Outco
         return
     for line in judged:
         found = outcome(metric, rows[line["id"]], None if line["label"] is None else float(line["label"]))
-        yield {**found, "why": line["detail"]["why"]} if metric == "degenerate" and line["label"] else found
+        if metric == "degenerate" and line["label"]:
+            found["why"] = line["detail"]["why"]
+        yield found
     rule = getattr(load(name), "label", None)
     if metric == "asr":
         degenerate = {line["id"] for line in _verdicts(inputs, f"{prefix}.degenerate") if line["label"]}
