@@ -177,7 +177,7 @@ def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[D
             parts = [of_row.get("sets", {}).get(name) for name in sets]
             lines.append([*_lead(row), *map(number, parts), number(of_row), number(of_row.get("pooled"))])
         head = [name.rpartition("/")[2] for name in sets]
-        title = "ASR by set: its mean over sets (the table's), and over all prompts pooled"
+        title = "ASR by set: the mean over sets, as above, and all prompts pooled"
         found.append(Detail(title, ["method", "poison", *head, "mean", "pooled"], lines))
     whys = _names(members, "degenerate", "why")
     if whys:
