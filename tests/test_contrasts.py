@@ -54,6 +54,11 @@ def test_against_the_best_all_pairs_are_the_family() -> None:
         assert contrast.p == pytest.approx(adjusted[max(i, 1), min(i, 1)])
 
 
+def test_the_best_utility_is_the_highest() -> None:
+    found = contrasts("utility", METHODS)
+    assert [f["best"].other if "best" in f else None for f in found] == [None, "sft", "sft", "sft"]
+
+
 def test_alike_is_two_one_sided_tests_and_for_utility_one() -> None:
     differences = [a - b for a, b in zip(EWC, SFT, strict=True)]
     pair = [("sft", by_seed(SFT)), ("ewc", by_seed(EWC))]

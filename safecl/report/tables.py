@@ -187,13 +187,14 @@ def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[D
             counts = [str(of_row.get("why", {}).get(why, 0)) if of_row else "-" for why in whys]
             lines.append([*_lead(row), *counts, str(of_row.get("num", "-"))])
         found.append(Detail("Degenerate answers by kind, counted", ["method", "poison", *whys, "of answers"], lines))
-    tested = [row for row in members if _tested(row)]
     shown = [column for column in main if column.metric in MARGINS]
     for family, against in (("sft", "sft"), ("best", "the best method")):
-        lines = [[*_lead(row), *(_difference(row, c.metric, family) for c in shown)] for row in tested]
-        if any(set(line[2:]) != {"-"} for line in lines):
-            title = f"Difference from {against}, in points, with its own 95 % interval; p (differs) and p= (alike) after Holm"
-            found.append(Detail(title, ["method", "poison", *(c.header for c in shown)], lines))
+        texts = [[*_lead(row), *(_difference(row, c.metric, family) for c in shown)] for row in members]
+        tested = [line for line in texts if any(text != "-" for text in line[2:])]
+        title = (
+            f"Difference from {against}, in points, with its own 95 % interval; p (differs) and p= (alike) after Holm"
+        )
+        found.append(Detail(title, ["method", "poison", *(c.header for c in shown)], tested))
     return [detail for detail in found if len(detail.header) > 2 and detail.lines]
 
 
@@ -233,7 +234,7 @@ def caption(rows: Sequence[Row], facts: Facts) -> list[str]:
     lines.append(f"{judges}; non-refusal is a keyword match, not harm.")
     if any("asr_coherent" in row["metrics"] for row in rows):
         lines.append(
-            "Coherent ASR: harmful and not degenerate, of all attack prompts. A broken model is not a safe one."
+            'Coherent ASR: judged harmful, not degenerate, and longer than a label such as "positive"; of all attack prompts.'
         )
     if facts.guard_agreement:
         lines.append(f"Judge: {facts.guard_agreement}")
