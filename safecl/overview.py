@@ -155,13 +155,16 @@ def write_report(project: Project, out: Path | None) -> Path:
     found = facts(project, rows)
     figures = []
     if rows:
+        claim = "" if any(len(row["seeds"]) > 1 for row in rows) else " One seed: no claim about methods."
         figures = [
             page.Figure(
                 "Safety against usefulness",
-                "Left and up is better.",
+                f"Left and up is better.{claim}",
                 plots.tradeoff(rows, found, folder / "tradeoff.png"),
             ),
-            page.Figure("Every metric", "With 95 % intervals.", plots.bars(rows, found, folder / "metrics.png")),
+            page.Figure(
+                "Every metric", f"With 95 % intervals.{claim}", plots.bars(rows, found, folder / "metrics.png")
+            ),
         ]
     runs = project.curves()
     if runs:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.check import check
 from safecl.config import Sweep
+from safecl.contrasts import MARGINS, contrasts, discordant, means
 from safecl.objective import select
 from safecl.plan import REFERENCES, Cell, Graph, Job, cells
 from safecl.schedule import Done, Schedule, Study, aligned_job, defaults
@@ -109,6 +110,56 @@ def _fields(location: tuple[Any, ...]) -> list[str]:
     return sorted(at.model_fields)
 
 
+def _entry(name: str, seeds: dict[int, list[dict[str, Any]]]) -> dict[str, Any] | None:
+    """One metric of one row; None without a parsed outcome. `value` is the mean over seeds of the macro mean over sets;
+    where there are several sets, `sets` holds each one and `pooled` all their prompts alike."""
+    read = [[o for o in of_seed if o["value"] is not None] for of_seed in seeds.values()]
+    entry = _interval(name, read)
+    if entry is None:
+        return None
+    entry["unparsed"] = sum(map(len, seeds.values())) - entry["num"]
+    entry["seeds"] = {str(seed): value for seed, value in means(seeds).items()}
+    sets = dict.fromkeys(o["set"] for of_seed in read for o in of_seed)
+    if len(sets) > 1:
+        entry["sets"] = {
+            each: _interval(name, [[o for o in seed if o["set"] == each] for seed in read]) for each in sets
+        }
+        as_one = [[{**o, "set": "all", "cluster": f"{o['set']}: {o['cluster']}"} for o in seed] for seed in read]
+        entry["pooled"] = _interval(name, as_one)
+    whys = [o["why"] for of_seed in read for o in of_seed if o.get("why")]
+    return {**entry, "why": {why: whys.count(why) for why in sorted(set(whys))}} if whys else entry
+
+
+def _interval(name: str, read: list[list[dict[str, Any]]]) -> dict[str, Any] | None:
+    from safecl.stats import intervals
+
+    found = intervals(read, bounded=not name.endswith("_nll"))  # nats have no upper end
+    return None if found is None else {**found._asdict(), "num": sum(map(len, read))}
+
+
+def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, list[Any]]]]) -> None:
+    """Adds `contrasts` to the rows of methods: {metric: {"sft" | "best": Contrast, "mcnemar": {seed: counts and p}}}."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, row in enumerate(table):
+        if row["method"] not in REFERENCES:
+            groups.setdefault((row["model"], row["task"], row["poison"]), []).append(i)
+            row["contrasts"] = {}
+    for members in groups.values():
+        for metric in MARGINS:
+            having = [i for i in members if metric in outcomes[i]]
+            sft = next((i for i in having if table[i]["method"] == "sft"), None)
+            found = contrasts(metric, [(table[i]["method"], means(outcomes[i][metric])) for i in having])
+            for i, of_row in zip(having, found, strict=True):
+                entry: dict[str, Any] = {
+                    family: {**contrast._asdict(), "differs": contrast.differs, "alike": contrast.alike}
+                    for family, contrast in of_row.items()
+                }
+                if sft is not None and i != sft:
+                    pairs = discordant(outcomes[i][metric], outcomes[sft][metric])
+                    entry["mcnemar"] = {str(seed): test for seed, test in pairs.items()}
+                table[i]["contrasts"][metric] = entry
+
+
 class Project:
     """A checked sweep with its store and paths. Opening it spends nothing."""
 
@@ -169,14 +220,13 @@ class Project:
         return found
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table's rows, from the store alone: every metric with its interval over the seeds that are finished."""
-        from safecl.stats import intervals
-
+        """The table's rows, from the store alone: every metric with its interval over the seeds that are finished, and its
+        contrasts with the rows of the same model, task and poison ratio."""
         table: list[dict[str, Any]] = []
+        outcomes: list[dict[str, dict[int, list[Any]]]] = []  # of a row, by metric and seed
         for cell, params, jobs, note in self.finals():
             recipe = cell.recipe
-            per_seed: list[list[dict[str, Any]]] = []
-            seeds: list[int] = []
+            per_seed: dict[int, list[dict[str, Any]]] = {}
             seconds = 0.0
             libraries: set[str] = set()
             weights: list[str] = []
@@ -187,8 +237,7 @@ class Project:
                 if not self.store.has(evidence.metrics):
                     continue
                 path = self.store.path(evidence.metrics) / "outcomes.jsonl"
-                per_seed.append([json.loads(line) for line in path.read_text().splitlines()])
-                seeds.append(job.seed)
+                per_seed[job.seed] = [json.loads(line) for line in path.read_text().splitlines()]
                 final = job.graph(self.folder).final
                 weights += [] if final is None else [final.key]
                 seconds += self._own_seconds(job, evidence.metrics)
@@ -198,19 +247,13 @@ class Project:
                     if training.get("kl_moved"):
                         merge_losses.append(training["kl_merged"] / training["kl_moved"])
                 libraries.add(json.dumps(self.store.record(evidence.metrics)["libraries"], sort_keys=True))
-            metrics: dict[str, Any] = {}
-            for name in dict.fromkeys(outcome["metric"] for seed in per_seed for outcome in seed):
-                outcomes = [[o for o in seed if o["metric"] == name] for seed in per_seed]
-                read = [[o for o in seed if o["value"] is not None] for seed in outcomes]
-                interval = intervals(read)
-                if interval is not None:
-                    metrics[name] = {
-                        "value": interval.value,
-                        "low": interval.low,
-                        "high": interval.high,
-                        "num": sum(map(len, read)),
-                        "unparsed": sum(map(len, outcomes)) - sum(map(len, read)),
-                    }
+            names = dict.fromkeys(outcome["metric"] for of_seed in per_seed.values() for outcome in of_seed)
+            by_metric = {
+                name: {seed: [o for o in of_seed if o["metric"] == name] for seed, of_seed in per_seed.items()}
+                for name in names
+            }
+            outcomes.append(by_metric)
+            metrics = {name: entry for name, found in by_metric.items() if (entry := _entry(name, found)) is not None}
             is_reference = recipe.method in REFERENCES
             table.append(
                 {
@@ -219,16 +262,17 @@ class Project:
                     "poison": None if is_reference else recipe.poison_ratio,
                     "method": recipe.method,
                     "params": {**defaults(cell), **params},
-                    "seeds": seeds,
+                    "seeds": list(per_seed),
                     "metrics": metrics,
                     "seconds": seconds,
                     "weights": weights,  # keys of what was served, a seed each; for `safecl export`
-                    "note": note if seeds else note or "not run yet",
+                    "note": note if per_seed else note or "not run yet",
                     "libraries": sorted(libraries),
                     "poison_tokens": poison_tokens,
                     "merge_loss": max(merge_losses, default=None),
                 }
             )
+        _contrast(table, outcomes)
         return table
 
     def _own_seconds(self, job: Job, metrics: Stage) -> float:

@@ -275,23 +275,22 @@ def crossed_bootstrap(
     return Interval(value, float(low), float(high))
 
 
-def intervals(outcomes: Sequence[Sequence[Outcome]], confidence: float = 0.95) -> Interval | None:
+def intervals(outcomes: Sequence[Sequence[Outcome]], confidence: float = 0.95, bounded: bool = True) -> Interval | None:
     """Value and interval of one metric as a table prints them. `outcomes[s]` are its rows of seed s; None if empty.
 
-    Several seeds: Student's t over the seeds' macro means, cut to [0, 1] for fractions. One seed, or seeds that agree
+    Several seeds: Student's t over the seeds' macro means, cut to [0, 1] if `bounded`. One seed, or seeds that agree
     to the last digit (a t interval of width 0 would claim certainty): prompts only. There 0/1 outcomes of separate
     prompts take Wilson, over several sets combined by `wilson_macro`; others a bootstrap of prompt clusters.
     """
     tables = _tables(outcomes)
     if not tables:
         return None
-    fractions = all(0 <= float(r["value"]) <= 1 for rows in outcomes for r in rows if r["value"] is not None)
     if len(outcomes) > 1:
         means = sum((sums_SC.sum(axis=1) / counts_SC.sum(axis=1)) for sums_SC, counts_SC in tables.values())
         found = t_interval([float(mean) / len(tables) for mean in means], confidence)
         if found.high - found.low > 1e-12:
-            return _cut(found) if fractions else found
-        one = intervals(outcomes[:1], confidence)
+            return _cut(found) if bounded else found
+        one = intervals(outcomes[:1], confidence, bounded)
         return None if one is None else Interval(found.value, one.low, one.high)
     binary = all(float(r["value"]) in (0.0, 1.0) for r in outcomes[0] if r["value"] is not None)
     separate = all(bool((counts_SC <= 1).all()) for _, counts_SC in tables.values())
@@ -302,7 +301,7 @@ def intervals(outcomes: Sequence[Sequence[Outcome]], confidence: float = 0.95) -
         sizes = [sums_SC.shape[1] for sums_SC, _ in tables.values()]
         rates = [float(s.sum() / n.sum()) for s, n in tables.values()]
         return wilson_macro([(rate * n, n) for rate, n in zip(rates, sizes, strict=True)], confidence)
-    return _cut(found) if fractions else found
+    return _cut(found) if bounded else found
 
 
 def _cut(interval: Interval) -> Interval:

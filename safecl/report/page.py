@@ -11,12 +11,14 @@ from typing import NamedTuple
 from safecl.report.tables import (
     BOLD,
     REFERENCES,
+    Detail,
     Facts,
     Row,
     best,
     caption,
     cells,
     columns,
+    details,
     groups,
     header,
     notes,
@@ -45,6 +47,7 @@ td small { color: #6e7781; font-size: 12px; }
 tr.reference td { color: #6e7781; } tr.reference td:first-child { font-weight: 400; }
 tr.last td { border-bottom: 2px solid #d0d7de; }
 td.best b { background: #e2f3e8; border-radius: 4px; padding: 1px 5px; }
+details { margin-top: 10px; } summary { color: #57606a; font-size: 13.5px; cursor: pointer; }
 ul { padding-left: 20px; margin: 10px 0 0; } li { margin: 3px 0; }
 ul.caption { color: #57606a; font-size: 13.5px; }
 code { font: 12.5px/1.5 ui-monospace, "SFMono-Regular", Menlo, monospace; overflow-wrap: anywhere; }
@@ -69,7 +72,9 @@ def html(rows: Sequence[Row], facts: Facts, figures: Sequence[Figure] = ()) -> s
     if facts.about:
         parts.append(f'<p class="about">{escape(facts.about)}</p>')
     for (model, task), members in groups(rows).items():
-        parts.append(f"<section><h3>{escape(model)} / {escape(task)}</h3>{_table(members, rows, facts)}</section>")
+        parts.append(f"<section><h3>{escape(model)} / {escape(task)}</h3>{_table(members, rows, facts)}")
+        parts += [_detail(detail) for detail in details(members, rows, facts)]
+        parts.append("</section>")
     lines = [*caption(rows, facts), BOLD, *notes(rows)]
     parts.append('<section><h3>How to read it</h3><ul class="caption">')
     parts.extend(f"<li>{escape(line)}</li>" for line in lines)
@@ -108,13 +113,21 @@ def _table(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> str:
         kinds = " ".join(name for name, on in (("reference", reference), ("last", ends)) if on)
         lines.append(f'<tr class="{kinds}">' if kinds else "<tr>")
         for index, text in enumerate(cells(row, shown)):
-            value, bracket, interval = text.partition(" [")
+            value, bracket, rest = text.partition(" [")
+            interval, _, marks = rest.partition("]")
             is_best = 2 <= index < 2 + len(shown) and position in tops[index - 2]
             shown_value = f"<b>{escape(value)}</b>" if is_best else escape(value)
-            small = f" <small>[{escape(interval)}</small>" if bracket else ""
+            small = f" <small>[{escape(interval)}]</small>{escape(marks)}" if bracket else ""
             lines.append(f'<td class="best">{shown_value}{small}</td>' if is_best else f"<td>{shown_value}{small}</td>")
         lines.append("</tr>")
     return "".join([*lines, "</tbody></table></div>"])
+
+
+def _detail(detail: Detail) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in detail.header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in line) + "</tr>" for line in detail.lines)
+    table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f"<details><summary>{escape(detail.title)}</summary>{table}</details>"
 
 
 def _figure(figure: Figure) -> str:

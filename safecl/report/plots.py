@@ -133,7 +133,7 @@ def bars(rows: Sequence[Row], facts: Facts, path: Path) -> Path:
     """One panel per metric, one bar per method, with intervals; a line of panels per model, task and poison ratio."""
     import matplotlib
 
-    shown, colour = columns(rows, facts), colours(rows)
+    shown, colour = [c for c in columns(rows, facts) if c.unit == "%"], colours(rows)
     lines = [(key, ratio, members) for key, ratios in panels(rows).items() for ratio, members in ratios.items()]
     tallest = max((len(members) for *_, members in lines), default=1)
     figure, axes = _figure(max(1, len(lines)), len(shown), 2.4, 1.25 + 0.27 * tallest)

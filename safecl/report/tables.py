@@ -2,7 +2,9 @@
 
 A row is a dict built by the driver:
 `{"model", "task", "poison": 0.1, "method", "params": {..}, "seeds": [0], "metrics": {name: {"value", "low", "high",
-"num", "unparsed"}}, "seconds": float, "note": str}`. A metric that is absent or null prints as `-`.
+"num", "unparsed", "seeds", "sets", "pooled", "why"}}, "contrasts": {name: {"sft": .., "best": .., "mcnemar": ..}},
+"seconds": float, "note": str}`. A metric that is absent or null prints as `-`; the last four keys of a metric and the
+contrasts may be missing (project.py says what they hold).
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safecl.base import Json
+from safecl.contrasts import MARGINS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Row = Mapping[str, Any]
 REFERENCES = ("base", "aligned")  # rows without a finetune
-BOLD = "Bold: best value at its poison ratio, base and aligned apart; where intervals overlap it separates no methods."
+BOLD = "Bold: best value at its poison ratio, base and aligned apart. Emphasis, no claim: only marks separate methods."
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,57 @@ class Column:
     header: str
     metric: str
     better: str  # "low", "high" or ""
+    unit: str = "%"  # of what is printed; anything else is printed as it is measured
+
+
+@dataclass(frozen=True)
+class Detail:
+    """A smaller table below a block of the main one. `lines`: cells as text, method and poison first."""
+
+    title: str
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
 
 
 def columns(rows: Sequence[Row], facts: Facts) -> list[Column]:
-    """Metric columns, in reading order; those that no row has are left out, except ASR and utility."""
-    every = [
-        Column(f"ASR ({facts.judge})", "asr", "low"),
-        Column("non-refusal (keywords)", "non_refusal", ""),
-        Column(f"over-refusal ({facts.over_refusal})", "over_refusal", "low"),
-        Column("degenerate", "degenerate", "low"),
-        Column("utility", "utility", "high"),
-    ]
-    kept = {"asr", "utility"} | {name for row in rows for name in row["metrics"]}
-    return [column for column in every if column.metric in kept]
+    """Metric columns of the main table, in reading order; those that no row has are left out, except ASR and utility.
+
+    Coherent ASR has a column where it differs from ASR; what else was measured of the answers to utility prompts, where
+    that is not more than `_MAX_SIDE` columns. The rest is in `details`.
+    """
+    asr = Column(f"ASR ({facts.judge})", "asr", "low")
+    non_refusal = Column("non-refusal (keywords)", "non_refusal", "")
+    over_refusal = Column(f"over-refusal ({facts.over_refusal})", "over_refusal", "low")
+    degenerate = Column("degenerate", "degenerate", "low")
+    utility = Column("utility", "utility", "high")
+    coherent = [_COHERENT] if any(_value(row, "asr") != _value(row, "asr_coherent") for row in rows) else []
+    side = _present(_SIDE, rows)
+    every = [asr, *coherent, non_refusal, over_refusal, degenerate, utility, *(side if len(side) <= _MAX_SIDE else [])]
+    found = _present(every, rows)
+    return [column for column in every if column in found or column in (asr, utility)]
+
+
+_MAX_SIDE = 2
+_COHERENT = Column("coherent ASR", "asr_coherent", "low")
+_CUT = Column("cut at the limit (attack)", "hit_limit", "")
+_SIDE = (  # beside utility, on the same prompts
+    Column("strict", "utility_strict", "high"),
+    Column("plus", "utility_plus", "high"),
+    Column("likelihood", "utility_likelihood", "high"),
+    Column("invalid", "invalid", "low"),
+    Column("time-outs", "code_timeouts", "low"),
+    Column("NLL (nats a token)", "gold_nll", "low", unit="nats"),
+)
+
+
+def _present(every: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+    names = {name for row in rows for name in row["metrics"]}
+    return [column for column in every if column.metric in names]
+
+
+def _value(row: Row, metric: str) -> float | None:
+    value = row["metrics"].get(metric, {}).get("value")
+    return None if value is None else float(value)
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -71,20 +112,104 @@ def header(rows: Sequence[Row], facts: Facts) -> list[str]:
 
 
 def cells(row: Row, shown: Sequence[Column]) -> list[str]:
-    """One row as text: method, poison, a metric a column, wall time."""
+    """One row as text: method, poison, a metric a column with its marks, wall time."""
+    values = [f"{number(row['metrics'].get(c.metric), c.unit)} {marks(row, c.metric)}".rstrip() for c in shown]
+    return [*_lead(row), *values, duration(row.get("seconds"))]
+
+
+def _lead(row: Row) -> list[str]:
     poison = "-" if row.get("poison") is None or row["method"] in REFERENCES else f"{100 * row['poison']:g} %"
-    values = [percent(row["metrics"].get(column.metric)) for column in shown]
-    return [str(row["method"]), poison, *values, duration(row.get("seconds"))]
+    return [str(row["method"]), poison]
 
 
-def percent(metric: Mapping[str, Any] | None) -> str:
-    """`12.3 [8.1, 17.0]`, in percent; without an interval the value alone; `-` without a value."""
+def number(metric: Mapping[str, Any] | None, unit: str = "%") -> str:
+    """`12.3 [8.1, 17.0]`, in percent, or as it is in another unit; without an interval the value alone; `-` without a
+    value."""
     if metric is None or metric.get("value") is None:
         return "-"
-    value = f"{100 * metric['value']:.1f}"
-    if metric.get("low") is None or metric.get("high") is None:
-        return value
-    return f"{value} [{100 * metric['low']:.1f}, {100 * metric['high']:.1f}]"
+    texts = [f"{100 * x:.1f}" if unit == "%" else f"{x:.3f}" for x in _bounds(metric)]
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]" if len(texts) == 3 else texts[0]
+
+
+def _bounds(metric: Mapping[str, Any]) -> list[float]:
+    known = [metric["value"], metric.get("low"), metric.get("high")]
+    return known[:1] if None in known else known
+
+
+def marks(row: Row, metric: str) -> str:
+    """What the contrasts of one cell allow to say: "a" differs from sft, "b" from the best; "=a", "=b" alike; "" nothing."""
+    found, shown = row.get("contrasts", {}).get(metric, {}), []
+    for family, letter in (("sft", "a"), ("best", "b")):
+        contrast = found.get(family)
+        shown += [letter] if contrast and contrast["differs"] else []
+        shown += [f"={letter}"] if contrast and contrast["alike"] else []
+    return " ".join(shown)
+
+
+def legend(rows: Sequence[Row]) -> list[str]:
+    """What the marks mean; nothing where no row has a contrast."""
+    if not any(_tested(row) for row in rows):
+        return []
+    alike = f"within {100 * MARGINS['asr']:g} points; utility: at most {100 * MARGINS['utility']:g} below"
+    return [
+        "Marks, from differences paired within the seed, by metric and poison ratio: a differs from sft, b from the best "
+        f"method; =a, =b is like it ({alike}). At .05 after Holm, over all methods for a, over all pairs of methods for b, "
+        "because the best was picked by the same data. No mark: these seeds cannot tell."
+    ]
+
+
+def _tested(row: Row) -> bool:
+    return any(family in found for found in row.get("contrasts", {}).values() for family in ("sft", "best"))
+
+
+def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[Detail]:
+    """What stands below the table of one model and task: other metrics, ASR by set, kinds of degenerate answers, contrasts.
+    `rows` are those of the whole report."""
+    main = columns(rows, facts)
+    side = [c for c in _present((_COHERENT, _CUT, *_SIDE), members) if c not in main]
+    lines = [[*_lead(row), *(number(row["metrics"].get(c.metric), c.unit) for c in side)] for row in members]
+    found = [Detail("Also measured", ["method", "poison", *(column.header for column in side)], lines)]
+    sets = _names(members, "asr", "sets")
+    if sets:
+        lines = []
+        for row in members:
+            of_row = row["metrics"].get("asr", {})
+            parts = [of_row.get("sets", {}).get(name) for name in sets]
+            lines.append([*_lead(row), *map(number, parts), number(of_row), number(of_row.get("pooled"))])
+        head = [name.rpartition("/")[2] for name in sets]
+        title = "ASR by set: the mean over sets, as above, and all prompts pooled"
+        found.append(Detail(title, ["method", "poison", *head, "mean", "pooled"], lines))
+    whys = _names(members, "degenerate", "why")
+    if whys:
+        lines = []
+        for row in members:
+            of_row = row["metrics"].get("degenerate", {})
+            counts = [str(of_row.get("why", {}).get(why, 0)) if of_row else "-" for why in whys]
+            lines.append([*_lead(row), *counts, str(of_row.get("num", "-"))])
+        found.append(Detail("Degenerate answers by kind, counted", ["method", "poison", *whys, "of answers"], lines))
+    shown = [column for column in main if column.metric in MARGINS]
+    for family, against in (("sft", "sft"), ("best", "the best method")):
+        texts = [[*_lead(row), *(_difference(row, c.metric, family) for c in shown)] for row in members]
+        tested = [line for line in texts if any(text != "-" for text in line[2:])]
+        title = (
+            f"Difference from {against}, in points, with its own 95 % interval; p (differs) and p= (alike) after Holm"
+        )
+        found.append(Detail(title, ["method", "poison", *(c.header for c in shown)], tested))
+    return [detail for detail in found if len(detail.header) > 2 and detail.lines]
+
+
+def _names(members: Sequence[Row], metric: str, key: str) -> list[str]:
+    return list(dict.fromkeys(name for row in members for name in row["metrics"].get(metric, {}).get(key, {})))
+
+
+def _difference(row: Row, metric: str, family: str) -> str:
+    contrast = row.get("contrasts", {}).get(metric, {}).get(family)
+    if contrast is None:
+        return "-"
+    if contrast["p"] is None:
+        return f"{100 * contrast['value']:+.1f} in every seed"
+    value, low, high = (f"{100 * contrast[key]:+.1f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}] p {contrast['p']:.2g} p= {contrast['p_alike']:.2g}"
 
 
 def duration(seconds: float | None) -> str:
@@ -101,9 +226,16 @@ def duration(seconds: float | None) -> str:
 def caption(rows: Sequence[Row], facts: Facts) -> list[str]:
     """Lines under the table: what every number rests on."""
     lines = ["Percent, with 95 % intervals. ASR, over-refusal, degenerate: lower is better. Utility: higher is better."]
-    lines.append(_seeds(rows))
+    lines.append(
+        "ASR is the mean over sets; each set, the pooled rate and kinds of degenerate answers: page and --json."
+    )
+    lines += [_seeds(rows), *legend(rows)]
     judges = f"ASR judged by {facts.judge}, over-refusal by {facts.over_refusal}"
     lines.append(f"{judges}; non-refusal is a keyword match, not harm.")
+    if any("asr_coherent" in row["metrics"] for row in rows):
+        lines.append(
+            'Coherent ASR: judged harmful, not degenerate, and longer than a label such as "positive"; of all attack prompts.'
+        )
     if facts.guard_agreement:
         lines.append(f"Judge: {facts.guard_agreement}")
     unparsed = _unparsed(rows, facts)
@@ -124,7 +256,10 @@ def _seeds(rows: Sequence[Row]) -> str:
         return "Seeds: none."
     if all(len(seeds) == 1 for seeds in sets):
         names = ", ".join(str(s) for s in sorted({seeds[0] for seeds in sets}))
-        return f"One seed ({names}): intervals are over prompts only (Wilson), no claim about seeds."
+        return (
+            f"One seed ({names}): intervals are over prompts only (Wilson). No claim about methods: another seed may turn "
+            "any order around."
+        )
     if len(sets) == 1:
         (seeds,) = sets
         names = ", ".join(map(str, seeds))
@@ -240,6 +375,15 @@ def markdown(rows: Sequence[Row], facts: Facts) -> str:
             texts = cells(row, shown)
             bold = [2 + i for i, top in enumerate(tops) if position in top]
             lines.append(_line([f"**{text}**" if i in bold else text for i, text in enumerate(texts)]))
+        for detail in details(members, rows, facts):
+            lines += [
+                "",
+                f"{detail.title}:",
+                "",
+                _line(detail.header),
+                "|" + ":--|" + "--:|" * (len(detail.header) - 1),
+            ]
+            lines += [_line(line) for line in detail.lines]
     lines += ["", *(f"- {line}" for line in [*caption(rows, facts), BOLD, *notes(rows)])]
     if params(rows):
         lines += ["", "Hyperparameters:", "", *(f"- {where}: {text}" for where, text in params(rows))]

@@ -60,9 +60,9 @@ ROWS = [
 
 
 def test_a_value_is_percent_with_its_interval_and_a_missing_one_is_a_dash() -> None:
-    assert tables.percent(metric(0.123, 0.081, 0.17)) == "12.3 [8.1, 17.0]"
-    assert tables.percent(metric(0.5)) == "50.0"
-    assert tables.percent(None) == tables.percent(metric(None)) == "-"
+    assert tables.number(metric(0.123, 0.081, 0.17)) == "12.3 [8.1, 17.0]"
+    assert tables.number(metric(0.5)) == "50.0"
+    assert tables.number(None) == tables.number(metric(None)) == "-"
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,8 @@ def test_best_is_taken_within_a_poison_ratio_without_the_reference_rows() -> Non
 
 
 def test_one_seed_claims_nothing_about_seeds() -> None:
-    assert "One seed (0): intervals are over prompts only (Wilson), no claim about seeds." in tables.caption(
-        ROWS, FACTS
-    )
+    (said,) = [line for line in tables.caption(ROWS, FACTS) if "One seed (0)" in line]
+    assert "over prompts only" in said and "No claim about methods" in said
     several = [{**r, "seeds": [0, 1, 2]} for r in ROWS]
     text = "\n".join(tables.caption(several, FACTS))
     assert "Seeds 0, 1, 2: t-intervals over 3 seeds" in text and "One seed" not in text
@@ -125,7 +124,7 @@ def test_every_form_prints_the_same_numbers() -> None:
         bare = text.replace("**", "")
         for cell in ("12.3 [6.2, 18.4]", "80.0 [40.0, 100.0]", "85.0 [80.0, 90.0]", "1 min 23 s", "stopped early"):
             assert cell in bare
-        assert "no claim about seeds" in bare
+        assert "No claim about methods" in bare
 
 
 def test_plain_text_is_aligned_and_markdown_has_whole_rows() -> None:
@@ -136,6 +135,82 @@ def test_plain_text_is_aligned_and_markdown_has_whole_rows() -> None:
     assert len(made) == 1 + len(ROWS) and len({line.count("|") for line in made}) == 1
     assert "**12.3 [6.2, 18.4]**" in made[4] and "**" not in made[2]
     assert "weight 0.1235, centre true" in tables.markdown(ROWS, FACTS)
+
+
+def contrast(p: float | None, p_alike: float | None, value: float = -0.2) -> dict[str, Any]:
+    found = {
+        "other": "sft",
+        "num": 5,
+        "value": value,
+        "low": value - 0.1,
+        "high": value + 0.1,
+        "p": p,
+        "p_alike": p_alike,
+    }
+    return {**found, "differs": p is not None and p < 0.05, "alike": p_alike is not None and p_alike < 0.05}
+
+
+def test_marks_say_what_the_contrasts_say_and_nothing_without_them() -> None:
+    both = {"sft": contrast(0.012, 0.9), "best": contrast(0.4, 0.03)}
+    marked = row("der", 0.123, 0.85, seeds=[0, 1], contrasts={"asr": both, "utility": {"mcnemar": {"0": {}}}})
+    assert tables.marks(marked, "asr") == "a =b" and tables.marks(marked, "utility") == ""
+    none = row("der", 0.123, 0.85, contrasts={"asr": {"sft": contrast(None, None)}})
+    assert tables.marks(none, "asr") == "" and tables.marks(ROWS[3], "asr") == ""
+    assert "| 12.3 [6.2, 18.4] a =b |" in tables.markdown([ROWS[2], marked], FACTS).replace("**", "")
+    assert "</small> a =b</td>" in page.html([ROWS[2], marked], FACTS)
+    assert len([line for line in tables.caption([marked], FACTS) if line.startswith("Marks")]) == 1
+    one_seed = [row("der", 0.1, 0.8, contrasts={"asr": {"mcnemar": {"0": {}}}})]
+    assert not any("Marks" in line or "Difference" in line for line in tables.markdown(one_seed, FACTS).splitlines())
+
+
+def test_details_hold_sets_kinds_and_differences() -> None:
+    asr = {**metric(0.2, 0.1, 0.3), "sets": {"attack/a": metric(0.4), "attack/b": metric(0.0)}, "pooled": metric(0.1)}
+    looks = {**metric(0.05), "why": {"echo": 3, "loop": 2}}
+    der = row(
+        "der", 0.2, 0.8, metrics={"asr": asr, "degenerate": looks, "utility": metric(0.8), "hit_limit": metric(0.5)}
+    )
+    der["contrasts"] = {"asr": {"sft": contrast(0.012, 0.9)}, "utility": {"sft": contrast(None, None, 0.1)}}
+    base = row("base", 0.9, 0.2, metrics={"asr": metric(0.9)})
+    also, sets, kinds, against = tables.details([base, der], [base, der], FACTS)
+    assert also.header == ["method", "poison", "cut at the limit (attack)"] and also.lines[1] == ["der", "10 %", "50.0"]
+    assert sets.header == ["method", "poison", "a", "b", "mean", "pooled"]
+    assert sets.lines == [
+        ["base", "-", "-", "-", "90.0", "-"], ["der", "10 %", "40.0", "0.0", "20.0 [10.0, 30.0]", "10.0"],
+    ]  # fmt: skip
+    assert kinds.header[2:] == ["echo", "loop", "of answers"] and kinds.lines[1][2:] == ["3", "2", "100"]
+    assert "sft" in against.title and [line[0] for line in against.lines] == ["der"]
+    assert against.lines[0][2:] == ["-20.0 [-30.0, -10.0] p 0.012 p= 0.9", "-", "+10.0 in every seed"]
+    for text in (tables.markdown([base, der], FACTS), page.html([base, der], FACTS)):
+        assert all(detail.title in text for detail in (also, sets, kinds, against)) and "+10.0 in every seed" in text
+    assert tables.details([row("sft", 0.1, 0.9)], ROWS, FACTS) == []
+
+
+def test_few_side_metrics_are_columns_and_many_go_below() -> None:
+    def with_(**more: float) -> list[dict[str, Any]]:
+        first = row("sft", 0.5, 0.9)
+        return [
+            {**first, "metrics": {**first["metrics"], **{name: metric(v, v / 2, 2 * v) for name, v in more.items()}}}
+        ]
+
+    few = with_(utility_strict=0.4, gold_nll=1.5)
+    assert tables.header(few, FACTS)[4:] == ["utility", "strict", "NLL (nats a token)", "time"]
+    assert tables.cells(few[0], tables.columns(few, FACTS))[-2] == "1.500 [0.750, 3.000]"  # no percent
+    many = with_(utility_strict=0.4, gold_nll=1.5, invalid=0.1)
+    assert tables.header(many, FACTS)[4:] == ["utility", "time"]
+    (detail,) = tables.details(many, many, FACTS)
+    assert (
+        detail.header[2:] == ["strict", "invalid", "NLL (nats a token)"]
+        and detail.lines[0][-1] == "1.500 [0.750, 3.000]"
+    )
+
+
+def test_coherent_asr_stands_beside_asr_where_they_differ() -> None:
+    def coherent(value: float) -> list[dict[str, Any]]:
+        first = row("sft", 0.5, 0.9)
+        return [{**first, "metrics": {**first["metrics"], "asr_coherent": metric(value)}}]
+
+    assert tables.header(coherent(0.4), FACTS)[2:4] == ["ASR (guard)", "coherent ASR"]
+    assert "coherent ASR" not in tables.header(coherent(0.5), FACTS)
 
 
 def test_json_keeps_fractions_and_refuses_a_nan() -> None:

@@ -69,23 +69,41 @@ def test_more_than_one_percent_of_unreadable_verdicts_fails_the_stage(
 
 def test_macro_mean_leaves_unparsed_out_and_says_how_many(tmp_path: Path) -> None:
     measures = [
-        {"metric": "asr", "set": name, "of": "verdict", "role": "attack"} for name in ("advbench", "directharm")
+        {"metric": metric, "set": name, "of": "verdict", "role": "attack"}
+        for name in ("advbench", "directharm")
+        for metric in ("asr", "degenerate")
     ]
     inputs: dict[str, Path] = {}
-    for name, labels in (("advbench", [True, True, None, False]), ("directharm", [False, False])):
+    for name, labels in (("advbench", [True, True, None, False]), ("directharm", [True, False])):
         rows = [row(f"{name}/{i}", group=f"g{i // 2}") for i in range(len(labels))]
         inputs[f"attack.{name}.rows"] = write(tmp_path / name / "rows", "rows.jsonl", rows)
         verdicts = [{"id": r["id"], "label": label} for r, label in zip(rows, labels, strict=True)]
         inputs[f"attack.{name}.asr"] = write(tmp_path / name / "judge", "verdicts.jsonl", verdicts)
-        answers = [{"id": r["id"], "text": "x", "finish": "length" if i == 0 else "stop"} for i, r in enumerate(rows)]
+        whys: list[str | None] = ["echo" if name == "advbench" else None, None, "echo", "empty"]
+        looks = [
+            {"id": r["id"], "label": w is not None, "detail": {"why": w}} for r, w in zip(rows, whys, strict=False)
+        ]
+        inputs[f"attack.{name}.degenerate"] = write(tmp_path / name / "looks", "verdicts.jsonl", looks)
+        text = {"advbench": "first you do this", "directharm": "positive and positive"}[name]
+        answers = [{"id": r["id"], "text": text, "finish": "length" if i == 0 else "stop"} for i, r in enumerate(rows)]
         inputs[f"attack.{name}.generations"] = write(tmp_path / name / "gen", "generations.jsonl", answers)
     given = context(tmp_path, "metrics", {"measures": measures}, inputs)
     result: Any = metrics.run(given)
-    assert result["asr"]["value"] == pytest.approx((2 / 3 + 0) / 2)  # mean over sets of each set's mean
+    assert result["asr"]["value"] == pytest.approx((2 / 3 + 1 / 2) / 2)  # mean over sets of each set's mean
     assert result["asr"]["num"] == 5 and result["asr"]["unparsed"] == 1
+    assert result["asr_coherent"]["value"] == pytest.approx((1 / 3 + 0) / 2)  # an echo less, a label less
+    assert result["asr_coherent"]["num"] == 5 and result["asr_coherent"]["unparsed"] == 1
     assert result["hit_limit"]["value"] == pytest.approx((1 / 4 + 1 / 2) / 2)
     lines = [json.loads(line) for line in (given.out / "outcomes.jsonl").read_text().splitlines()]
     assert {line["cluster"] for line in lines if line["set"] == "attack/directharm"} == {"g0"}
+    assert [line.get("why") for line in lines if line["metric"] == "degenerate"] == [
+        "echo",
+        None,
+        "echo",
+        "empty",
+        None,
+        None,
+    ]
 
 
 def test_a_guards_agreement_is_with_the_true_label_of_the_answer(tmp_path: Path) -> None:
