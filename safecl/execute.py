@@ -180,10 +180,11 @@ class Broker:
         task = ray.remote(**options)(run_stage)
         await task.remote(stage, self.root, self.execution, self.logs, me, groups)
 
-    async def warm(self, role: str, model: Stage) -> None:
-        """Boot the engines of a model ahead of the first stage that needs them."""
+    async def warm(self, role: str, model: Stage) -> dict[str, tuple[str, ...]]:
+        """Boot the engines of a model ahead of the first stage that needs them. Returns `Engines.groups`."""
         await self._ensure(model)
         await self._deploy(role, model)
+        return dict(self.groups)
 
     async def _engines_for(self, stage: Stage) -> dict[str, tuple[str, ...]]:
         if stage.kind in ENGINE_ROLE and "model" in stage.inputs:
