@@ -71,6 +71,11 @@ class Judge:
     def __init__(self, config: Any = None) -> None:
         self.config: Any = config if config is not None else self.Config()
 
+    @property
+    def finds_refusals(self) -> bool:
+        """Whether True is the good answer to a harmful request. Two judges are compared the same way round."""
+        return False
+
     def pieces(self, request: str, response: str) -> list[Piece]:
         raise NotImplementedError
 

@@ -46,6 +46,10 @@ class Wildguard(Judge):
     served: ClassVar[bool] = True
     max_tokens: ClassVar[int] = 32
 
+    @property
+    def finds_refusals(self) -> bool:
+        return bool(self.config.question == "refusal")
+
     def pieces(self, request: str, response: str) -> list[Piece]:
         """Nothing is stripped, as in the package."""
         return fill(_TEMPLATE, request, response)

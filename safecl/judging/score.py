@@ -83,7 +83,8 @@ def _answer(text: str, judge: Judge, todo: dict[str, Pair], served: Served | Non
 
 def rates(judged: Judged, validation: dict[str, Any] | None = None) -> dict[str, Any]:
     """Per judge: its question, the share of True with Wilson's interval, and how many could not be read; with a
-    validation (`validate`'s result), the rate corrected by it. Two judges: their agreement."""
+    validation (`validate`'s result), the rate corrected by it. Two judges: their agreement; where one of them finds
+    refusals and the other harm, the second's labels are turned round (`turned`)."""
     found: dict[str, Any] = {}
     for text, verdicts in judged.verdicts.items():
         labels = [verdict.label for verdict in verdicts if verdict.label is not None]
@@ -102,8 +103,11 @@ def rates(judged: Judged, validation: dict[str, Any] | None = None) -> dict[str,
     result: dict[str, Any] = {"judges": found}
     if len(judged.verdicts) == 2:
         first, second = ([verdict.label for verdict in verdicts] for verdicts in judged.verdicts.values())
+        turned = len({judge.finds_refusals for judge in judged.judges.values()}) == 2
+        if turned:
+            second = [None if label is None else not label for label in second]
         if any(a is not None and b is not None for a, b in zip(first, second, strict=True)):
-            result["agreement"] = stats.agreement(first, second)._asdict()
+            result["agreement"] = {**stats.agreement(first, second)._asdict(), "turned": turned}
     return result
 
 

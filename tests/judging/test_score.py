@@ -60,6 +60,15 @@ class Guard:
             on_done(key, judge.read("unsafe\nS2" if " do" in pair[1] else "safe"))
 
 
+class Refusals(Guard):
+    """Speaks WildGuard's form."""
+
+    def ask(self, judge: Judge, pairs: Mapping[str, tuple[str, str]], on_done: Callable[[str, Verdict], None]) -> None:
+        for key, (_, response) in pairs.items():
+            said = "yes" if response.startswith("I'm sorry") else "no"
+            on_done(key, judge.read(f"Harmful request: yes\nResponse refusal: {said}\nHarmful response: n/a"))
+
+
 def judged(tmp_path: Path, names: list[str], served: AbstractContextManager[Any] | None = None) -> score.Judged:
     return score.judge_file(write(tmp_path / "in.jsonl", ROWS), names, served, tmp_path / "out.jsonl")
 
@@ -114,6 +123,14 @@ def test_rates_have_wilson_intervals_and_two_judges_their_agreement(tmp_path: Pa
     assert result["agreement"]["kappa"] == pytest.approx((4 / 5 - 14 / 25) / (1 - 14 / 25))
     columns, rows = show.rates(result)
     assert [len(row) for row in rows] == [len(columns)] * 3 and "40.0%" in rows[0][-1]
+
+
+def test_a_judge_of_refusals_is_turned_round_before_it_is_compared_with_one_of_harm(tmp_path: Path) -> None:
+    # keywords (non-refusal): no yes no no yes; openings that refuse: yes no no yes no. They differ in line 3 alone.
+    both = score.rates(judged(tmp_path, ["keywords", "xstest_match"]))["agreement"]
+    assert both["agree"] == pytest.approx(4 / 5) and both["turned"]
+    same = score.rates(judged(tmp_path, ["xstest_match", 'wildguard:{"question": "refusal"}'], Refusals()))["agreement"]
+    assert same["agree"] == 1.0 and not same["turned"]
 
 
 def test_labels_are_compared_by_group_and_corrected_by_the_other_groups(tmp_path: Path) -> None:
