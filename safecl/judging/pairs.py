@@ -114,6 +114,8 @@ class Verdicts:
                 lines.append({**self.known[key], "line": pair.line, "id": pair.row.get("id")})
         self._file.close()
         if not lines:
+            if not self.partial.stat().st_size:
+                self.partial.unlink()
             return
         others = [line for key, line in self.known.items() if key not in used]
         fresh = self.path.with_name(self.path.name + ".new")

@@ -83,7 +83,7 @@ class OwnEngine:
         store = Store(self._execution.root)
         logs = store.local / "logs"
         self._show("starting Ray and the judge's engine; their output is under " + str(logs))
-        execute.start(self._execution, logs)
+        execute.start(self._execution, logs, need=1)
         self._open.callback(execute.stop, self._execution)
         try:
             broker = execute.broker(store, self._execution, logs)

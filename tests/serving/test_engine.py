@@ -136,6 +136,7 @@ def test_log_probabilities_come_when_asked_for_and_are_those_of_hugging_face(
 
     model = PeftModel.from_pretrained(model, weights["a"].adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(weights["a"].base)
+    texts: list[str] = []
     for request in PROMPTS[:2]:
         completion = completions[request.id]
         with torch.no_grad():
@@ -143,8 +144,11 @@ def test_log_probabilities_come_when_asked_for_and_are_those_of_hugging_face(
         best_TK = logits_TV.log_softmax(-1)[len(request.token_ids) - 1 : -1].topk(3).values
         assert len(completion.likely) == NUM_TOKENS
         for token, places, best_K in zip(completion.token_ids, completion.likely, best_TK, strict=True):
-            assert places[0][0] == tokenizer.decode([token])
+            text = tokenizer.decode([token])
+            assert places[0][0] == (text if "\ufffd" not in text else "")  # a piece of a character has no text
+            texts.append(places[0][0])
             assert [logprob for _, logprob in places] == pytest.approx(best_K.tolist(), abs=1e-3)
+    assert any(texts)
 
 
 def test_engines_travel_into_ray_tasks_and_tell_their_progress(
