@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -80,8 +81,9 @@ class Handler(BaseHTTPRequestHandler):
         if status == 429:
             self.send_header("Retry-After", "0")
         self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text.encode())
+        with contextlib.suppress(ConnectionError):  # the client has given up
+            self.end_headers()
+            self.wfile.write(text.encode())
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ def server() -> Iterator[Server]:
 
 def endpoint(server: Server, **settings: Any) -> Endpoint:
     url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    return Endpoint(url, "guard", **{"first_wait_s": 0.01, "timeout_s": 0.5, "max_in_flight": 4, **settings})
+    return Endpoint(url, "guard", **{"first_wait_s": 0.01, "timeout_s": 60.0, "max_in_flight": 4, **settings})
 
 
 def test_every_prompt_is_answered_once_whatever_fails_in_between(server: Server) -> None:
@@ -105,7 +107,6 @@ def test_every_prompt_is_answered_once_whatever_fails_in_between(server: Server)
         "do 0": ["429", "429"],
         "be 1": ["503", "hang up", "500"],
         "be 2": ["nonsense"],
-        "do 3": ["slow"],
     }
     seen: list[Completion] = []
     done = endpoint(server).generate(prompts, GREEDY, seen.append)
@@ -115,9 +116,18 @@ def test_every_prompt_is_answered_once_whatever_fails_in_between(server: Server)
     }
     assert Counter(c.id for c in seen) == Counter(prompts.keys())
     assert done["id-0"].likely == [[("unsafe", -0.25), ("no", -3.0)]]
-    tries = {"do 0": 3, "be 1": 4, "be 2": 2, "do 3": 2}
+    tries = {"do 0": 3, "be 1": 4, "be 2": 2}
     assert server.asked == Counter({prompt: tries.get(prompt, 1) for prompt in prompts.values()})
-    assert 1 < server.most <= 5  # one more than max_in_flight: what the client gave up on as too slow is still running
+    assert 1 < server.most <= 4
+
+
+def test_a_request_that_hangs_is_given_up_and_asked_again_and_its_late_answer_counts_nothing(server: Server) -> None:
+    server.troubles = {"do": ["slow"]}
+    seen: list[Completion] = []
+    # On a busy machine more than the first try may take that long; what is counted stays the same.
+    done = endpoint(server, timeout_s=0.5, max_tries=100).generate({"a": "do", "b": "be"}, GREEDY, seen.append)
+    assert server.asked["do"] >= 2
+    assert [done["a"].text, done["b"].text] == ["unsafe", "safe"] and sorted(c.id for c in seen) == ["a", "b"]
 
 
 def test_the_request_is_the_exact_prompt_with_no_template_and_no_tokens_of_the_server(server: Server) -> None:
