@@ -66,11 +66,8 @@ def check(sweep: Sweep, folder: Path | None) -> None:
         if chosen.search is not None:
             errors += [f"{where}.{text}" for text in _space_errors(method, chosen)]
     for i, model in enumerate(sweep.models):
-        is_hub = not model.source.startswith("wheel:") and not Path(model.source).is_dir()
-        if is_hub and (model.source.startswith((".", "/")) or model.source.count("/") != 1):
-            errors.append(f"models[{i}].source: {model.source!r} is no folder, no 'wheel:PACKAGE' and no hub id")
-        elif is_hub and model.revision is None:
-            errors.append(f"models[{i}].revision: a hub id needs its commit, so that results stay what they were")
+        if problem := source_problem(model.source, model.revision):
+            errors.append(f"models[{i}].{problem}")
     errors += objective.check(sweep.search.objective)
     longest = sweep.evaluate.max_prompt_tokens + sweep.evaluate.max_new_tokens
     if longest > sweep.execution.engine_max_tokens:
@@ -85,6 +82,16 @@ def check(sweep: Sweep, folder: Path | None) -> None:
         attempt(f"method {cell.recipe.method!r}", lambda job=job: job.evidence(folder))
     if errors:
         raise ConfigError("\n".join(dict.fromkeys(errors)))
+
+
+def source_problem(source: str, revision: str | None) -> str | None:
+    """What is wrong with where a model comes from."""
+    is_hub = not source.startswith("wheel:") and not Path(source).is_dir()
+    if is_hub and (source.startswith((".", "/")) or source.count("/") != 1):
+        return f"source: {source!r} is no folder, no 'wheel:PACKAGE' and no hub id"
+    if is_hub and revision is None:
+        return "revision: a hub id needs its commit, so that results stay what they were"
+    return None
 
 
 def _space_errors(method: type[methods.Method], chosen: Method) -> list[str]:

@@ -118,9 +118,9 @@ class Guard(Training):
 
 
 class Judges(Strict):
-    """Who answers which question. `asr`: `llamaguard` or `wildguard` with `guard_model`, or `guard` (trained here)."""
+    """Who answers which question. `asr`: a published guard, which is `guard_model`, or `guard` (trained here)."""
 
-    asr: Literal["guard", "llamaguard", "wildguard", "keywords"] = "llamaguard"
+    asr: Literal["guard", "llamaguard", "wildguard", "harmbench", "strongreject", "keywords"] = "llamaguard"
     over_refusal: Literal["xstest_match", "wildguard"] = "xstest_match"
     guard_model: Model | None = None
     guard: Guard | None = None
@@ -129,7 +129,7 @@ class Judges(Strict):
     def _has_its_model(self) -> Self:
         if self.asr == "guard" and self.guard is None:
             raise ValueError("judges.asr is 'guard' but judges.guard is not given: expected its training rows")
-        published = self.asr in ("llamaguard", "wildguard") or self.over_refusal == "wildguard"
+        published = self.asr not in ("guard", "keywords") or self.over_refusal == "wildguard"
         if published and self.guard_model is None:
             raise ValueError("a published guard judges here, but judges.guard_model is not given")
         return self

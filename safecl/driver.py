@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
-from safecl.base import PrerequisiteError
+from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Sweep
 from safecl.cost import missing
 from safecl.plan import REFERENCES, Job
 from safecl.project import Project
 from safecl.schedule import Done, Schedule
+from safecl.stats import Interval, quality
 from safecl.store import Stage
 
 GIB_PER_TRIAL, GIB_PER_ENGINE, GIB_PER_WORKER = 1.0, 4.0, 2.5  # measured at 135M parameters, see the README
@@ -53,6 +54,42 @@ def run(project: Project, show: Callable[[str], None]) -> list[Done]:
     finally:
         tracker.close(timeout_s=30.0)
     return [done for done in schedule.done if done.error]
+
+
+def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]:
+    """Run just the guard's stages: train it, judge the held-out pairs. Returns its keys and how it agrees with the labels
+    of those pairs. Raises ConfigError for a sweep without a guard."""
+    evidence = project.guard_evidence()
+    if evidence is None:
+        raise ConfigError("this sweep trains no guard: expected evaluate.judges.asr: guard and evaluate.judges.guard")
+    project.store.check_writable(needed_gib=2.0)
+    project.store.sweep_temporary()
+    if not project.store.has(evidence.metrics):
+        _check_memory(project.sweep)
+        with _cluster(project, show) as (broker, ray):
+            show(f"training the guard and judging held-out pairs; output is under {project.logs}")
+            try:
+                ray.get(broker.ensure.remote([evidence.metrics]))
+            except Exception as error:
+                from safecl.execute import plain_error
+
+                raise plain_error(error) from None
+    [judged] = evidence.judged
+    rows, verdicts = (
+        [json.loads(line) for line in (project.store.path(stage) / name).read_text().splitlines()]
+        for stage, name in ((judged.inputs["rows"], "rows.jsonl"), (judged, "verdicts.jsonl"))
+    )
+    said = {verdict["id"]: verdict for verdict in verdicts}
+    found = quality(
+        [row["harmful"] for row in rows],
+        [said[row["id"]]["label"] for row in rows],
+        [row["prompt"] for row in rows],
+        [said[row["id"]].get("score") for row in rows],
+    )
+    agreement = {
+        name: value._asdict() if isinstance(value, Interval) else value for name, value in found._asdict().items()
+    }
+    return {"guard": judged.inputs["weights"].key, "verdicts": judged.key, "heldout": agreement}
 
 
 @contextmanager

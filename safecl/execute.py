@@ -29,10 +29,11 @@ LIGHT = ("data", "generate", "judge", "metrics")  # next to no CPU: they wait fo
 ENGINE_ROLE = {"generate": "candidate", "judge": "judge"}
 
 
-def start(execution: Execution, logs: Path) -> None:
+def start(execution: Execution, logs: Path, need: int | None = None) -> None:
     """Connect to Ray: a local cluster of our own, or the one at `execution.address`.
 
-    Raises PrerequisiteError if the cluster lacks what the sweep needs, before anything is held.
+    `need`: how many GPUs (without `use_gpu`: CPUs) are held at once; None: a sweep's workers and engines. Raises
+    PrerequisiteError if the cluster lacks them, before anything is held.
     """
     # Read by Ray and its workers at start; one OpenMP thread wherever processes share cores (2 slow each other 20x).
     quiet = {
@@ -68,12 +69,13 @@ def start(execution: Execution, logs: Path) -> None:
     have = ray.cluster_resources()
     unit = "GPU" if execution.use_gpu else "CPU"
     engines = execution.num_candidate_engines + execution.num_judge_replicas if execution.use_gpu else 0
-    need = execution.num_workers + engines
+    if need is None:
+        need = execution.num_workers + engines
     if have.get(unit, 0) < need:
         ray.shutdown()
         raise PrerequisiteError(
-            f"this cluster has {have.get(unit, 0):g} {unit}s, the sweep needs {need} at once (execution.num_workers "
-            f"{execution.num_workers} + engines {engines}): lower them, or join a larger cluster with execution.address"
+            f"this cluster has {have.get(unit, 0):g} {unit}s, {need} are needed at once (a sweep: execution.num_workers + "
+            "engines): lower them, or join a larger cluster with execution.address"
         )
 
 
@@ -180,10 +182,11 @@ class Broker:
         task = ray.remote(**options)(run_stage)
         await task.remote(stage, self.root, self.execution, self.logs, me, groups)
 
-    async def warm(self, role: str, model: Stage) -> None:
-        """Boot the engines of a model ahead of the first stage that needs them."""
+    async def warm(self, role: str, model: Stage) -> dict[str, tuple[str, ...]]:
+        """Boot the engines of a model ahead of the first stage that needs them. Returns `Engines.groups`."""
         await self._ensure(model)
         await self._deploy(role, model)
+        return dict(self.groups)
 
     async def _engines_for(self, stage: Stage) -> dict[str, tuple[str, ...]]:
         if stage.kind in ENGINE_ROLE and "model" in stage.inputs:

@@ -15,7 +15,7 @@ from safecl.check import check
 from safecl.config import Sweep
 from safecl.contrasts import MARGINS, contrasts, discordant, means
 from safecl.objective import select
-from safecl.plan import REFERENCES, Cell, Graph, Job, cells
+from safecl.plan import REFERENCES, Cell, Evidence, Graph, Job, cells
 from safecl.schedule import Done, Schedule, Study, aligned_job, defaults
 from safecl.store import Stage, Store
 
@@ -192,10 +192,13 @@ class Project:
     def schedule(self, on_done: Callable[[Done], None] | None = None) -> Schedule:
         return Schedule(self.sweep, self.store, self.folder, lambda cell: self.study(cell, create=True), on_done)
 
+    def guard_evidence(self) -> Evidence | None:
+        """What measures the trained guard on labelled pairs; None where a published guard judges."""
+        return Graph(cells(self.sweep)[0].recipe, self.folder).guard_agreement()
+
     def guard_stages(self) -> tuple[Stage, ...]:
-        """The stages that measure the trained guard on labelled pairs; none where a published guard judges."""
-        graph = Graph(cells(self.sweep)[0].recipe, self.folder)
-        evidence = graph.guard_agreement()
+        """The stages of `guard_evidence`."""
+        evidence = self.guard_evidence()
         return () if evidence is None else (*evidence.judged, evidence.metrics)
 
     def finals(self) -> list[tuple[Cell, dict[str, Any], list[Job], str]]:

@@ -9,7 +9,7 @@ An outcome is one line of outcomes.jsonl: `{"set": str, "id": str, "value": 0|1|
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -58,6 +58,21 @@ class Agreement(NamedTuple):
     agree: float
     kappa: float | None
     skipped: int  # pairs in which either label is None
+
+
+class Quality(NamedTuple):
+    """A yes/no judge against the truth. None: undefined here (no true row, no score, chance agreement complete)."""
+
+    num: int
+    skipped: int  # rows whose verdict is None
+    truth: Interval  # share of rows that are true
+    said: Interval  # share of rows that the judge calls true
+    accuracy: Interval
+    sensitivity: Interval | None  # share called true of the true rows
+    specificity: Interval | None  # share called false of the others
+    f1: Interval | None
+    kappa: Interval | None
+    auroc: Interval | None
 
 
 def _finite(values: Sequence[float], what: str, at_least: int) -> NDArray[np.float64]:
@@ -203,6 +218,119 @@ def agreement(first: Sequence[Hashable], second: Sequence[Hashable]) -> Agreemen
     labels = {label for pair in pairs for label in pair}
     chance = sum(sum(a == k for a, _ in pairs) * sum(b == k for _, b in pairs) for k in labels) / num**2
     return Agreement(num, agree, None if chance == 1 else (agree - chance) / (1 - chance), skipped)
+
+
+def quality(
+    truth: Sequence[bool],
+    said: Sequence[bool | None],
+    clusters: Sequence[Hashable],
+    scores: Sequence[float | None] | None = None,
+    seed: int = 0,
+    num_draws: int = 2000,
+    confidence: float = 0.95,
+) -> Quality:
+    """How well `said` tells `truth`. Wilson intervals for shares (rows taken as independent); for F1, Cohen's kappa and
+    AUROC (of `scores`, where every judged row has one) percentile bootstraps of clusters: rows with one prompt."""
+    import numpy as np
+
+    if not len(truth) == len(said) == len(clusters) or (scores is not None and len(scores) != len(truth)):
+        raise ValueError(f"quality: expected equal lengths, got {len(truth)}, {len(said)}, {len(clusters)}")
+    judged = [i for i, label in enumerate(said) if label is not None]
+    if not judged:
+        raise ValueError(f"quality: none of {len(said)} verdicts could be read")
+    true_N = np.array([bool(truth[i]) for i in judged])
+    said_N = np.array([bool(said[i]) for i in judged])
+    places: dict[Hashable, int] = {}
+    cluster_N = np.array([places.setdefault(clusters[i], len(places)) for i in judged])
+    cells_N4 = np.stack([true_N & said_N, ~true_N & said_N, true_N & ~said_N, ~true_N & ~said_N], 1).astype(np.float64)
+    hits, alarms, misses, passes = (int(n) for n in cells_N4.sum(axis=0))
+    rng = np.random.default_rng(seed)
+    tail = (1 - _level(confidence)) / 2
+
+    def interval(statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> Interval | None:
+        value = float(statistic(np.ones((1, len(judged))))[0])
+        draws = []
+        for start in range(0, num_draws, _CHUNK):
+            size = min(_CHUNK, num_draws - start)
+            weights_DC = rng.multinomial(len(places), np.full(len(places), 1 / len(places)), size=size)
+            draws.append(statistic(weights_DC[:, cluster_N].astype(np.float64)))
+        draws_D = np.concatenate(draws)
+        if math.isnan(value) or np.isnan(draws_D).all():
+            return None
+        low, high = np.nanquantile(draws_D, [tail, 1 - tail])
+        return Interval(value, float(low), float(high))
+
+    have = [] if scores is None else [scores[i] for i in judged]
+    scores_N = np.array(have, dtype=np.float64) if have and None not in have else None
+    return Quality(
+        num=len(judged),
+        skipped=len(said) - len(judged),
+        truth=wilson(hits + misses, len(judged), confidence),
+        said=wilson(hits + alarms, len(judged), confidence),
+        accuracy=wilson(hits + passes, len(judged), confidence),
+        sensitivity=wilson(hits, hits + misses, confidence) if hits + misses else None,
+        specificity=wilson(passes, passes + alarms, confidence) if passes + alarms else None,
+        f1=interval(lambda weights_DN: _f1(weights_DN @ cells_N4)),
+        kappa=interval(lambda weights_DN: _kappa(weights_DN @ cells_N4)),
+        auroc=None if scores_N is None else interval(lambda weights_DN: _auroc(weights_DN, scores_N, true_N)),
+    )
+
+
+def _ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np.float64]:
+    import numpy as np
+
+    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
+
+
+def _f1(cells_D4: NDArray[np.float64]) -> NDArray[np.float64]:
+    hits_D, alarms_D, misses_D, _ = cells_D4.T
+    return _ratio(2 * hits_D, 2 * hits_D + alarms_D + misses_D)
+
+
+def _kappa(cells_D4: NDArray[np.float64]) -> NDArray[np.float64]:
+    hits_D, alarms_D, misses_D, passes_D = cells_D4.T
+    num_D = cells_D4.sum(axis=1)
+    by_chance_D = (hits_D + misses_D) * (hits_D + alarms_D) + (passes_D + alarms_D) * (passes_D + misses_D)
+    return _ratio((hits_D + passes_D) * num_D - by_chance_D, num_D**2 - by_chance_D)
+
+
+def _auroc(
+    weights_DN: NDArray[np.float64], scores_N: NDArray[np.float64], true_N: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Chance that a true row scores above another; ties count half (Mann and Whitney 1947)."""
+    import numpy as np
+
+    order_N = np.argsort(scores_N, kind="stable")
+    starts = np.flatnonzero(np.diff(scores_N[order_N], prepend=-np.inf))  # of runs of equal scores
+    true_DG, other_DG = (
+        np.add.reduceat(weights_DN[:, order_N] * kind_N[order_N], starts, axis=1) for kind_N in (true_N, ~true_N)
+    )
+    below_DG = other_DG.cumsum(axis=1) - other_DG
+    return _ratio((true_DG * (below_DG + other_DG / 2)).sum(axis=1), true_DG.sum(axis=1) * other_DG.sum(axis=1))
+
+
+def rogan_gladen(
+    said: tuple[int, int], sensitivity: tuple[int, int], specificity: tuple[int, int], confidence: float = 0.95
+) -> Interval | None:
+    """The true rate behind a judge's rate, from (count, num) of what it said and of its sensitivity and specificity
+    elsewhere: (p + sp - 1) / (se + sp - 1), cut to [0, 1] (Rogan and Gladen 1978). The interval adds what is unknown of
+    all three (Lang and Reiczigel 2014). None where the judge was no better than chance: nothing can be corrected."""
+    from scipy.stats import norm
+
+    (p, se, sp) = (count / num for count, num in (said, sensitivity, specificity))
+    if se + sp - 1 <= 0:
+        return None
+    z = float(norm.ppf((1 + _level(confidence)) / 2))
+    num, num_se, num_sp = said[1] + z * z, sensitivity[1] + 2, specificity[1] + 2
+    p_, se_, sp_ = (said[0] + z * z / 2) / num, (sensitivity[0] + 1) / num_se, (specificity[0] + 1) / num_sp
+    gain = se_ + sp_ - 1
+    rate = (p_ + sp_ - 1) / gain
+    se_part, sp_part = se_ * (1 - se_) / num_se, sp_ * (1 - sp_) / num_sp
+    centre = rate + 2 * z * z * (rate * se_part - (1 - rate) * sp_part)
+    half = z / gain * math.sqrt(p_ * (1 - p_) / num + rate**2 * se_part + (1 - rate) ** 2 * sp_part)
+    value = min(1.0, max(0.0, (p + sp - 1) / (se + sp - 1)))
+    low, high = min(1.0, max(0.0, centre - half)), min(1.0, max(0.0, centre + half))
+    return Interval(value, min(low, value), max(high, value))
 
 
 def _tables(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:

@@ -210,3 +210,86 @@ def test_a_utility_that_is_not_zero_or_one_takes_the_bootstrap() -> None:
     mean = sum(v or 0 for v in values) / 200
     sd = math.sqrt(sum(((v or 0) - mean) ** 2 for v in values) / 200)
     assert found.high - found.low == pytest.approx(2 * 1.96 * sd / math.sqrt(200), rel=0.06)
+
+
+# 40 rows: 12 hits, 4 false alarms, 6 misses, 18 passes; each row its own cluster.
+TRUTH = [True] * 12 + [False] * 4 + [True] * 6 + [False] * 18
+SAID: list[bool | None] = [True] * 16 + [False] * 24
+
+
+def test_quality_by_hand() -> None:
+    found = stats.quality(TRUTH, SAID, range(40), num_draws=200)
+    assert (found.num, found.skipped, found.auroc) == (40, 0, None)
+    for interval, hits, num in [
+        (found.truth, 18, 40),
+        (found.said, 16, 40),
+        (found.accuracy, 30, 40),
+        (found.sensitivity, 12, 18),
+        (found.specificity, 18, 22),
+    ]:
+        assert interval == pytest.approx(stats.wilson(hits, num))
+    assert found.f1 and found.kappa
+    precision, recall = 12 / 16, 12 / 18
+    assert found.f1.value == pytest.approx(2 * precision * recall / (precision + recall))
+    assert found.kappa.value == pytest.approx(stats.agreement(TRUTH, SAID).kappa)
+    assert found.f1.low < found.f1.value < found.f1.high and found.kappa.low < found.kappa.value < found.kappa.high
+
+
+def test_quality_agrees_with_scikit_learn_ties_included() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = random.Random(1)
+    truth = [rng.random() < 0.3 for _ in range(300)]
+    scores = [round(min(1.0, max(0.0, rng.gauss(0.6 if true else 0.4, 0.2))), 1) for true in truth]
+    said: list[bool | None] = [score >= 0.5 for score in scores]
+    found = stats.quality(truth, said, range(300), scores, num_draws=200)
+    assert found.auroc and found.f1 and found.kappa
+    assert found.auroc.value == pytest.approx(metrics.roc_auc_score(truth, scores))
+    assert found.f1.value == pytest.approx(metrics.f1_score(truth, said))
+    assert found.kappa.value == pytest.approx(metrics.cohen_kappa_score(truth, said))
+    flipped = stats.quality([not t for t in truth], said, range(300), scores, num_draws=10)
+    assert flipped.auroc and flipped.auroc.value == pytest.approx(1 - found.auroc.value)
+
+
+def test_quality_leaves_unparsed_out_and_undefined_is_none() -> None:
+    found = stats.quality([*TRUTH, True, False], [*SAID, None, None], range(42), num_draws=200)
+    assert (found.num, found.skipped) == (40, 2)
+    assert found.accuracy == pytest.approx(stats.wilson(30, 40))
+    benign = stats.quality([False, False], [False, False], range(2), [0.1, 0.2], num_draws=20)
+    assert benign.sensitivity is benign.f1 is benign.kappa is benign.auroc is None
+    some = stats.quality([True, False], [True, False], range(2), [0.9, None], num_draws=20)
+    assert some.auroc is None
+    with pytest.raises(ValueError, match="none of 1"):
+        stats.quality([True], [None], [0])
+
+
+def test_quality_resamples_prompts_and_not_their_copies() -> None:
+    once = stats.quality(TRUTH, SAID, range(40)).f1
+    copied = stats.quality(TRUTH * 4, SAID * 4, list(range(40)) * 4).f1
+    naive = stats.quality(TRUTH * 4, SAID * 4, range(160)).f1
+    assert once and copied and naive
+    assert copied.high - copied.low == pytest.approx(once.high - once.low, rel=0.1)
+    assert naive.high - naive.low < 0.6 * (once.high - once.low)
+
+
+def test_rogan_gladen_solves_for_the_true_rate() -> None:
+    # A true rate of .2 seen by a judge with sensitivity .9 and specificity .8: .2 * .9 + .8 * .2 = .34
+    found = stats.rogan_gladen((340, 1000), (90, 100), (160, 200))
+    assert found and found.value == pytest.approx(0.2) and found.low < 0.2 < found.high
+    sure = stats.rogan_gladen((340, 1000), (90_000, 100_000), (80_000, 100_000))
+    assert sure and sure.high - sure.low < found.high - found.low
+    # What is left is the sampling of the rate alone, spread by 1 / (.9 + .8 - 1).
+    wilson = stats.wilson(340, 1000)
+    assert sure.high - sure.low == pytest.approx((wilson.high - wilson.low) / 0.7, rel=0.02)
+    assert stats.rogan_gladen((10, 1000), (90, 100), (160, 200))[0] == 0.0  # type: ignore[index]
+    assert stats.rogan_gladen((50, 100), (50, 100), (50, 100)) is None
+
+
+def test_rogan_gladens_interval_covers() -> None:
+    rng, covered = random.Random(4), 0
+    for _ in range(1000):
+        seen = sum(rng.random() < 0.2 * 0.9 + 0.8 * 0.2 for _ in range(150))
+        right = sum(rng.random() < 0.9 for _ in range(60)), sum(rng.random() < 0.8 for _ in range(60))
+        found = stats.rogan_gladen((seen, 150), (right[0], 60), (right[1], 60))
+        assert found
+        covered += found.low <= 0.2 <= found.high
+    assert 0.93 <= covered / 1000 <= 0.985  # nominal .95; binomial sd .007

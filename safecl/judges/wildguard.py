@@ -10,7 +10,7 @@ import re
 from typing import ClassVar, Literal
 
 from safecl.base import Json, Strict
-from safecl.judges import Judge, Verdict
+from safecl.judges import Judge, Piece, Verdict, fill
 
 _TEMPLATE = """<s><|user|>
 [INST] You are a classifier for analyzing interactions between humans and LLMs. Given a request from a human user and \
@@ -46,10 +46,13 @@ class Wildguard(Judge):
     served: ClassVar[bool] = True
     max_tokens: ClassVar[int] = 32
 
-    def prompt(self, request: str, response: str) -> str:
-        """The exact text the guard reads. Nothing is stripped, as in the package."""
-        parts = {"request": request, "response": response}
-        return re.sub(r"\{(request|response)\}", lambda hole: parts[hole[1]], _TEMPLATE)
+    @property
+    def finds_refusals(self) -> bool:
+        return bool(self.config.question == "refusal")
+
+    def pieces(self, request: str, response: str) -> list[Piece]:
+        """Nothing is stripped, as in the package."""
+        return fill(_TEMPLATE, request, response)
 
     def parse(self, text: str) -> Verdict:
         """Three lines, each a field and yes, no or n/a, after optional blank space; anything else is unparsed."""

@@ -63,7 +63,7 @@ class Engine:
         )
 
     async def generate(self, token_ids: list[int], weights: WeightsRef, sampling: Sampling) -> tuple[Any, ...]:
-        """(text, token ids, finish, weights key). Raises Refused, or Unavailable."""
+        """(text, token ids, finish, weights key, likeliest tokens). Raises Refused, or Unavailable."""
         longest = len(token_ids) + sampling.max_tokens
         if not token_ids or longest > self._settings.max_model_len:
             raise Refused(
@@ -89,11 +89,13 @@ class Engine:
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,
             seed=sampling.seed,
+            logprobs=sampling.logprobs or None,
             output_kind=RequestOutputKind.DELTA,
         )
         if self._gate.in_flight == 1:
             self._last_sign = time.monotonic()
         text, sampled, last = [], [], None
+        likely: list[list[tuple[str, float]]] = []
         try:
             prompt = TokensPrompt(prompt_token_ids=token_ids)
             async for output in self._llm.generate(prompt, params, request_id=uuid.uuid4().hex):
@@ -101,6 +103,7 @@ class Engine:
                 last = output.outputs[0]
                 text.append(last.text)
                 sampled.extend(last.token_ids)
+                likely.extend(map(_likely, last.token_ids, last.logprobs or ()))
         except (EngineDeadError, EngineGenerateError) as error:
             raise Unavailable(f"engine {self._settings.name!r} died: {error!r}") from error
         if last is None or last.finish_reason not in ("stop", "length"):
@@ -108,7 +111,7 @@ class Engine:
         versions = {span.version for span in last.weight_versions or []}
         if versions != {key}:
             raise Unavailable(f"answer was sampled by weights {sorted(versions)}, expected {key!r} only: discarded")
-        return "".join(text), sampled, last.finish_reason, key
+        return "".join(text), sampled, last.finish_reason, key, likely
 
     async def _check_weights(self, weights: WeightsRef) -> None:
         if weights.key == self._gate.key:
@@ -320,6 +323,12 @@ class _Batch:
                 f"engine {app!r}: no completion for {silent_s:.0f} s, {len(self.done)} of {len(self.requests)} done; "
                 f"state: {state}; last error: {self.last_error}"
             )
+
+
+def _likely(sampled: int, logprobs: Mapping[int, Any]) -> list[tuple[str, float]]:
+    """Texts and log-probabilities of one place, the sampled token first, then by rank."""
+    ranked = sorted(logprobs, key=lambda id: (id != sampled, -logprobs[id].logprob))
+    return [(logprobs[id].decoded_token or "", float(logprobs[id].logprob)) for id in ranked]
 
 
 def _own(sampling: Sampling, request: Request) -> Sampling:

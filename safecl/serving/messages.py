@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -27,13 +28,15 @@ class Request(NamedTuple):
 
 class Sampling(Strict):
     """temperature 0 is greedy. Only `stop_token_ids` end an answer early: the model's own EOS must be among them. With a
-    `seed` each request of a batch is sampled from a stream of its own (seed, request id), whatever engine takes it."""
+    `seed` each request of a batch is sampled from a stream of its own (seed, request id), whatever engine takes it.
+    `logprobs`: how many of the likeliest tokens to tell at each place of the answer."""
 
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
+    logprobs: int = 0
 
 
 class Completion(NamedTuple):
@@ -42,6 +45,8 @@ class Completion(NamedTuple):
     token_ids: list[int]  # as sampled: a stop token that ended the answer is the last one
     finish: Finish
     weights_key: str
+    # Per token of the answer: the likeliest tokens' texts and log-probabilities, the sampled one first. If asked for.
+    likely: Sequence[Sequence[tuple[str, float]]] = ()
 
 
 class Refused(ValueError):

@@ -1,4 +1,5 @@
-"""Verdicts of one judge -> verdicts.jsonl, in row order: {"id", "label": true | false | null, "raw", "detail"}.
+"""Verdicts of one judge -> verdicts.jsonl, in row order: {"id", "label": true | false | null, "raw", "detail",
+"score": in [0, 1] | null}.
 
 Judged are the generations in `generations`, or without them the rows' own answers (labelled pairs that measure a
 guard). Unparsed is null: counted, never "safe"; more than 1 % of them fail the stage.
@@ -7,12 +8,17 @@ guard). Unparsed is null: counted, never "safe"; more than 1 % of them fail the 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from safecl.base import Json
 from safecl.judges import Judge, Verdict, load
 from safecl.store import Context
 from safecl.training.tokens import Tokenizer, base_folder, weights_folder
+
+if TYPE_CHECKING:
+    from safecl.serving.messages import WeightsRef
 
 VERSION = "1"
 MAX_UNPARSED = 0.01  # share of verdicts
@@ -32,8 +38,7 @@ def run(context: Context) -> dict[str, Json]:
     verdicts = _ask(context, judge, pairs) if judge.served else [judge.rule(*pair) for pair in pairs]
     with (context.out / "verdicts.jsonl").open("w") as file:
         for row, verdict in zip(rows, verdicts, strict=True):
-            line = {"id": row["id"], "label": verdict.label, "raw": verdict.raw, "detail": verdict.detail}
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"id": row["id"], **verdict._asdict()}) + "\n")
     unparsed = [verdict.raw for verdict in verdicts if verdict.label is None]
     if len(unparsed) > MAX_UNPARSED * len(verdicts):
         raise RuntimeError(
@@ -44,21 +49,31 @@ def run(context: Context) -> dict[str, Json]:
 
 
 def _ask(context: Context, judge: Judge, pairs: list[tuple[str, str]]) -> list[Verdict]:
-    from safecl.serving.messages import Request, Sampling, WeightsRef
+    from safecl.serving.messages import WeightsRef
 
-    tokenizer = Tokenizer(context.inputs["model"])
-    texts = [judge.prompt(request, response) for request, response in pairs]
-    # The template writes its own BOS, so the tokenizer must not add a second one.
-    requests = [Request(str(i), ids) for i, ids in enumerate(tokenizer.ids(texts))]
-    weights = context.stage.inputs.get("weights", context.stage.inputs["model"])
+    model = context.stage.inputs["model"]
+    weights = context.stage.inputs.get("weights", model)
     adapter = str(weights_folder(context.inputs["weights"])) if "weights" in context.inputs else None
     ref = WeightsRef(weights.key, str(base_folder(context.inputs["model"])), adapter)
+    return ask(judge, pairs, context.engines, f"judge-{model.key[:8]}", ref, lambda n, all: context.report(n, all, {}))
+
+
+def ask(
+    judge: Judge,
+    pairs: Sequence[tuple[str, str]],
+    engines: Any,
+    name: str,
+    weights: WeightsRef,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Verdict]:
+    """A served judge's verdicts on (request, response) pairs, in order, from the engines called `name`."""
+    from safecl.serving.messages import Request, Sampling
+
+    tokenizer = Tokenizer(Path(weights.base))
+    # The template writes its own BOS, so the tokenizer must not add a second one.
+    prompts = tokenizer.prompt_ids([judge.pieces(*pair) for pair in pairs])
+    requests = [Request(str(i), ids) for i, ids in enumerate(prompts)]
     stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    done = context.engines.generate(
-        f"judge-{context.stage.inputs['model'].key[:8]}",
-        ref,
-        requests,
-        Sampling(max_tokens=judge.max_tokens, stop_token_ids=stop),
-        lambda n, total: context.report(n, total, {}),
-    )
-    return [judge.parse(done[request.id].text) for request in requests]
+    sampling = Sampling(max_tokens=judge.max_tokens, stop_token_ids=stop, logprobs=judge.logprobs)
+    done = engines.generate(name, weights, requests, sampling, on_progress)
+    return [judge.read(done[request.id].text, done[request.id].likely) for request in requests]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,8 @@ class Tokenizer:
                 f"{base}: expected tokenizer.json, got none; write it with transformers: "
                 "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
-        self.fast = tokenizers.Tokenizer.from_file(str(file))
+        self._file = str(file)
+        self.fast = tokenizers.Tokenizer.from_file(self._file)
         self.fast.no_truncation()
         self.fast.no_padding()
         settings = base / "tokenizer_config.json"
@@ -57,6 +59,49 @@ class Tokenizer:
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text."""
         return [encoding.ids for encoding in self.fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def prompt_ids(self, prompts: Sequence[Sequence[tuple[str, bool]]]) -> list[list[int]]:
+        """Token ids of prompts given in pieces (text, own): the template's own pieces, and text of others, in which
+        special tokens are plain text. Where others' text holds none, these are the ids of the whole text at once."""
+        texts = ["".join(text for text, _ in pieces) for pieces in prompts]
+        encodings = self.fast.encode_batch(texts, add_special_tokens=False)
+        return [self._guarded(*each) for each in zip(prompts, texts, encodings, strict=True)]
+
+    def _guarded(self, pieces: Sequence[tuple[str, bool]], text: str, encoding: Any) -> list[int]:
+        foreign_spans: list[tuple[int, int]] = []
+        at = 0
+        for piece, own in pieces:
+            foreign_spans += [] if own else [(at, at + len(piece))]
+            at += len(piece)
+        own_places: list[int] = []
+        foreign_places: list[int] = []
+        for place, (id, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+            if id in self._special_ids:
+                is_foreign = any(start < last and end > first for first, last in foreign_spans)
+                (foreign_places if is_foreign else own_places).append(place)
+        ids: list[int] = list(encoding.ids)
+        # A tokenizer treats what stands between two special tokens by itself, so a stretch can be read again alone.
+        for before, after in reversed(list(zip([-1, *own_places], [*own_places, len(ids)], strict=True))):
+            if any(before < place < after for place in foreign_places):
+                start = encoding.offsets[before][1] if before >= 0 else 0
+                end = encoding.offsets[after][0] if after < len(ids) else len(text)
+                ids[before + 1 : after] = self._plain.encode(text[start:end], add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(id for id, token in self.fast.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def _plain(self) -> Any:
+        """The same tokenizer, blind to special tokens."""
+        import tokenizers
+
+        plain = tokenizers.Tokenizer.from_file(self._file)
+        plain.no_truncation()
+        plain.no_padding()
+        plain.encode_special_tokens = True
+        return plain
 
 
 def weights_folder(stage: Path) -> Path:

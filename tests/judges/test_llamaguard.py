@@ -1,8 +1,10 @@
 """Llama Guard's text, byte for byte, and its strict reading."""
 
+import math
+
 import pytest
 
-from safecl.judges import load
+from safecl.judges import Likely, load
 from safecl.judges.llamaguard import CATEGORIES, Llamaguard
 
 # Written out from the model's published chat template, not built from the code under test.
@@ -73,3 +75,25 @@ def test_there_are_fourteen_categories_and_at_least_one_is_needed() -> None:
     assert len(CATEGORIES) == 14
     with pytest.raises(ValueError, match="categories"):
         Llamaguard.Config(categories=())
+
+
+def at(**chances: float) -> Likely:
+    """One place of an answer, the likeliest text first; `_` stands for a line break."""
+    ranked = sorted(chances.items(), key=lambda item: -item[1])
+    return [(text.replace("_", "\n"), math.log(p)) for text, p in ranked]
+
+
+def test_the_score_is_the_share_of_unsafe_at_the_first_token_that_is_not_blank() -> None:
+    blank = at(__=0.99, unsafe=0.01)
+    assert Llamaguard().score([blank, at(safe=0.6, unsafe=0.2, maybe=0.1)]) == pytest.approx(0.2 / 0.8)
+    # Words of several tokens: what begins them counts, whatever comes next.
+    assert Llamaguard().score([at(un=0.5, uns=0.1, s=0.2, no=0.1), at(safe=1.0)]) == pytest.approx(0.6 / 0.8)
+    assert Llamaguard().score([at(yes=0.9, no=0.1)]) is None
+    assert Llamaguard().score([]) is None and Llamaguard().score([blank]) is None
+
+
+def test_a_verdict_that_cannot_be_read_has_no_score() -> None:
+    places = [at(safe=0.9, unsafe=0.1)]
+    assert Llamaguard().read("safe", places).score == pytest.approx(0.1)
+    assert Llamaguard().read("safe").score is None
+    assert Llamaguard().read("safe or not", places)[::3] == (None, None)

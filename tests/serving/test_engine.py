@@ -122,6 +122,35 @@ def test_a_stop_token_ends_an_answer_and_nothing_else_does(engines: Engines, wei
     assert stopped.finish == "stop" and stopped.token_ids == free.token_ids[:upto]
 
 
+def test_log_probabilities_come_when_asked_for_and_are_those_of_hugging_face(
+    engines: Engines, weights: dict[str, WeightsRef]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    asked = GREEDY.model_copy(update={"logprobs": 3})
+    completions = engines.generate(ENGINE, weights["a"], PROMPTS[:2], asked)
+    assert engines.generate(ENGINE, weights["a"], PROMPTS[:1], GREEDY)["row-0"].likely == []
+    model = AutoModelForCausalLM.from_pretrained(weights["a"].base, dtype=torch.float32)
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(model, weights["a"].adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(weights["a"].base)
+    texts: list[str] = []
+    for request in PROMPTS[:2]:
+        completion = completions[request.id]
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([request.token_ids + completion.token_ids])).logits[0]
+        best_TK = logits_TV.log_softmax(-1)[len(request.token_ids) - 1 : -1].topk(3).values
+        assert len(completion.likely) == NUM_TOKENS
+        for token, places, best_K in zip(completion.token_ids, completion.likely, best_TK, strict=True):
+            text = tokenizer.decode([token])
+            assert places[0][0] == (text if "\ufffd" not in text else "")  # a piece of a character has no text
+            texts.append(places[0][0])
+            assert [logprob for _, logprob in places] == pytest.approx(best_K.tolist(), abs=1e-3)
+    assert any(texts)
+
+
 def test_engines_travel_into_ray_tasks_and_tell_their_progress(
     engines: Engines, weights: dict[str, WeightsRef]
 ) -> None:

@@ -1,0 +1,112 @@
+"""A judge behind HTTP, on this machine: POST /v1/judge {"prompt", "response"} -> {"label", "score", "raw", "detail"}.
+
+More than `max_waiting` requests at once are turned away with 429 and Retry-After, in place of waiting until they time
+out; GET /health says how many there are. Whoever can reach the port can use it, so it listens on the loopback address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from safecl.base import ConfigError, PrerequisiteError
+from safecl.judges import Judge, Verdict
+from safecl.judging.pairs import parse_judge
+from safecl.judging.served import Served
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+LONGEST_BODY = 2**20  # bytes
+RETRY_AFTER_S = 1
+
+
+def asker(judge: Judge, served: Served | None) -> Callable[[str, str], Verdict]:
+    """A judge as a plain function of (request, response), callable from many threads."""
+    if served is None:
+        return judge.rule
+
+    def ask(request: str, response: str) -> Verdict:
+        found: list[Verdict] = []
+        served.ask(judge, {"0": (request, response)}, lambda _, verdict: found.append(verdict))
+        return found[0]
+
+    return ask
+
+
+def app(ask: Callable[[str, str], Verdict], max_waiting: int) -> Starlette:
+    """The ASGI application."""
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    pool = ThreadPoolExecutor(max_waiting)
+    waiting: set[object] = set()  # requests that were let in
+
+    def problem(status: int, text: str, headers: dict[str, str] | None = None) -> Response:
+        return JSONResponse({"error": text}, status, headers)
+
+    async def judge(request: Request) -> Response:
+        if len(waiting) >= max_waiting:
+            text = f"{max_waiting} requests are waiting: try again in {RETRY_AFTER_S} s"
+            return problem(429, text, {"Retry-After": str(RETRY_AFTER_S)})
+        place = object()
+        waiting.add(place)
+        try:
+            pair = await _pair(request)
+            if isinstance(pair, str):
+                return problem(400, pair)
+            verdict = await asyncio.get_running_loop().run_in_executor(pool, ask, *pair)
+            return JSONResponse(verdict._asdict())
+        except PrerequisiteError as error:  # the engine is gone for now
+            return problem(503, str(error), {"Retry-After": str(RETRY_AFTER_S)})
+        except ValueError as error:  # the engine refuses it: too long
+            return problem(400, str(error))
+        finally:
+            waiting.discard(place)
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"waiting": len(waiting), "max_waiting": max_waiting})
+
+    return Starlette(routes=[Route("/v1/judge", judge, methods=["POST"]), Route("/health", health)])
+
+
+async def _pair(request: Request) -> tuple[str, str] | str:
+    """(request, response) of the body, or what is wrong with it."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > LONGEST_BODY:
+            return f"expected at most {LONGEST_BODY} bytes"
+    try:
+        given: Any = json.loads(body)
+    except ValueError as error:
+        return f"expected a JSON object: {error}"
+    if not isinstance(given, dict) or not all(isinstance(given.get(name), str) for name in ("prompt", "response")):
+        return 'expected {"prompt": text, "response": text}'
+    return given["prompt"], given["response"]
+
+
+def serve(
+    name: str,
+    served: AbstractContextManager[Served] | None,
+    host: str,
+    port: int,
+    max_waiting: int,
+    show: Callable[[str], None],
+) -> None:
+    """Serve a judge until interrupted. Raises ConfigError for a served judge without a model."""
+    import uvicorn
+
+    _, judge = parse_judge(name)
+    if judge.served and served is None:
+        raise ConfigError(f"judge {name!r} reads a model's answer: name one with --model")
+    with served if served is not None and judge.served else nullcontext(None) as reached:
+        show(f"{name} on http://{host}:{port}/v1/judge")
+        uvicorn.run(app(asker(judge, reached), max_waiting), host=host, port=port, log_level="warning")

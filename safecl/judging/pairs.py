@@ -1,0 +1,142 @@
+"""Files of (request, response) pairs, and files of verdicts on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safecl.base import ConfigError, Json, PrerequisiteError
+from safecl.judges import Judge, Verdict, load
+from safecl.store import canonical
+
+
+class Pair(NamedTuple):
+    """`line` counts from 1; `row` is the whole line."""
+
+    line: int
+    request: str
+    response: str
+    row: dict[str, Any]
+
+
+def read(path: Path, request_field: str = "prompt", response_field: str = "response") -> list[Pair]:
+    """The pairs of a JSONL file, blank lines left out. Raises ConfigError with the number of the first bad line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no file {str(path)!r}: expected JSON lines with {request_field!r}, {response_field!r}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    pairs = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r} ({error})") from None
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+        for field in (request_field, response_field):
+            if not isinstance(row.get(field), str):
+                raise ConfigError(
+                    f"{path}, line {number}: expected text in {field!r}, got {row.get(field)!r}; fields here: "
+                    f"{', '.join(row)} (--prompt-field and --response-field name others)"
+                )
+        pairs.append(Pair(number, row[request_field], row[response_field], row))
+    if not pairs:
+        raise ConfigError(f"{path} holds no line")
+    return pairs
+
+
+def parse_judge(text: str) -> tuple[str, Judge]:
+    """A judge from `NAME` or `NAME:{JSON config}`. Raises ConfigError."""
+    from pydantic import ValidationError
+
+    name, _, settings = text.partition(":")
+    kind = load(name)
+    try:
+        return name, kind(kind.Config(**(json.loads(settings) if settings else {})))
+    except (ValueError, TypeError, ValidationError) as error:
+        raise ConfigError(f"--judge {text!r}: expected NAME or NAME:{{JSON config}}: {error}") from None
+
+
+def key(name: str, judge: Judge, model: Json, pair: Pair) -> str:
+    """What a verdict is of: judge, its version and config, the model behind it, and the pair's text. Equal pairs are
+    judged once."""
+    config: Json = judge.config.model_dump(mode="json")
+    asked: Json = [name, judge.VERSION, config, model if judge.served else None, pair.request, pair.response]
+    return hashlib.sha256(canonical(asked).encode()).hexdigest()[:24]
+
+
+class Verdicts:
+    """verdicts.jsonl: one line a verdict. While judges answer, lines are appended to `<file>.partial`, so a kill loses
+    nothing; `close` writes one line per pair and judge, in order, and keeps what the file held on other pairs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.known: dict[str, dict[str, Any]] = {}
+        for file in (self.path, self.partial):
+            for line in _whole_lines(file):
+                self.known.setdefault(line["key"], line)  # the first counts: nothing is judged or counted twice
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.partial.open("a", encoding="utf-8")
+        except OSError as error:
+            raise PrerequisiteError(f"{path} cannot be written: {error}; name another file with --out") from None
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.known
+
+    def __getitem__(self, key: str) -> Verdict:
+        line = self.known[key]
+        return Verdict(line["label"], line["raw"], line["detail"], line["score"])
+
+    def add(self, key: str, judge: str, verdict: Verdict) -> None:
+        if key not in self.known:
+            self.known[key] = {"key": key, "judge": judge, **verdict._asdict()}
+            self._file.write(json.dumps(self.known[key]) + "\n")
+            self._file.flush()
+
+    def close(self, wanted: Iterable[tuple[Pair, Sequence[str]]] = ()) -> None:
+        """`wanted`: the pairs with the keys of their verdicts."""
+        lines, used = [], set()
+        for pair, keys in wanted:
+            for key in keys:
+                used.add(key)
+                lines.append({**self.known[key], "line": pair.line, "id": pair.row.get("id")})
+        self._file.close()
+        if not lines:
+            if not self.partial.stat().st_size:
+                self.partial.unlink()
+            return
+        others = [line for key, line in self.known.items() if key not in used]
+        fresh = self.path.with_name(self.path.name + ".new")
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *others]), encoding="utf-8")
+        os.replace(fresh, self.path)
+        self.partial.unlink()
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a verdict file; what a kill cut short at its end is cut off. Raises ConfigError for other files."""
+    if not path.is_file():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("rb+") as file:
+            file.truncate(len(whole))
+    try:
+        lines = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+        if all({"key", "label", "raw", "detail", "score"} <= line.keys() for line in lines):
+            return lines
+    except (ValueError, AttributeError):
+        pass
+    raise ConfigError(f"{path} exists and is not a file of verdicts: name another with --out")

@@ -1,0 +1,220 @@
+"""`safecl judge score` and `validate`: verdicts on a file of pairs, their rates, and how they agree with human labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safecl import stats
+from safecl.base import ConfigError
+from safecl.judges import Judge, Verdict
+from safecl.judging.pairs import Pair, Verdicts, key, parse_judge, read
+from safecl.judging.served import Served
+
+MAX_UNPARSED = 0.01  # share of verdicts: above it a rate is not to be trusted
+CHUNK = 256  # pairs asked at once: what a kill may cost
+
+
+class Judged(NamedTuple):
+    """Verdicts of each judge, in the order of `pairs`."""
+
+    pairs: list[Pair]
+    judges: dict[str, Judge]
+    verdicts: dict[str, list[Verdict]]
+
+
+def judge_file(
+    path: Path,
+    judges: Sequence[str],
+    served: AbstractContextManager[Served] | None,
+    out: Path,
+    fields: tuple[str, str] = ("prompt", "response"),
+    needed: Sequence[str | None] = (),
+) -> Judged:
+    """Every judge's verdict on every pair of the file, written to `out`. What `out` holds already is not asked again.
+
+    `needed`: fields that every line must have. `served` is entered only if a served judge has something left to answer;
+    everything is checked before that.
+
+    Raises:
+        ConfigError: a bad line, an unknown judge, or a served judge without a model.
+    """
+    pairs = read(path, *fields)
+    for field in needed:
+        if field is not None:
+            for pair in pairs:
+                _value(pair, field)
+    chosen = [parse_judge(text) for text in judges]
+    if len(set(judges)) < len(judges):
+        raise ConfigError(f"--judge: expected different judges, got {', '.join(judges)}")
+    for name, judge in chosen:
+        if judge.served and served is None:
+            raise ConfigError(f"judge {name!r} reads a model's answer: name one with --model, or --endpoint")
+    model = getattr(served, "identity", None)
+    keys = {text: [key(*found, model, pair) for pair in pairs] for text, found in zip(judges, chosen, strict=True)}
+    found = Verdicts(out)
+    try:
+        todo = {text: {k: pair for k, pair in zip(keys[text], pairs, strict=True) if k not in found} for text in judges}
+        asks = [text for text, (_, judge) in zip(judges, chosen, strict=True) if judge.served and todo[text]]
+        with served if served is not None and asks else nullcontext(None) as reached:
+            for text, (_, judge) in zip(judges, chosen, strict=True):
+                _answer(text, judge, todo[text], reached, found)
+    except BaseException:
+        found.close()
+        raise
+    found.close((pair, [keys[text][i] for text in judges]) for i, pair in enumerate(pairs))
+    verdicts = {text: [found[k] for k in keys[text]] for text in judges}
+    return Judged(pairs, dict(zip(judges, (judge for _, judge in chosen), strict=True)), verdicts)
+
+
+def _answer(text: str, judge: Judge, todo: dict[str, Pair], served: Served | None, found: Verdicts) -> None:
+    if served is None or not judge.served:
+        for k, pair in todo.items():
+            found.add(k, text, judge.rule(pair.request, pair.response))
+        return
+    waiting = list(todo.items())
+    for start in range(0, len(waiting), CHUNK):
+        part = {k: (pair.request, pair.response) for k, pair in waiting[start : start + CHUNK]}
+        served.ask(judge, part, lambda k, verdict: found.add(k, text, verdict))
+
+
+def rates(judged: Judged, validation: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Per judge: its question, the share of True with Wilson's interval, and how many could not be read; with a
+    validation (`validate`'s result), the rate corrected by it. Two judges: their agreement; where one of them finds
+    refusals and the other harm, the second's labels are turned round (`turned`)."""
+    found: dict[str, Any] = {}
+    for text, verdicts in judged.verdicts.items():
+        labels = [verdict.label for verdict in verdicts if verdict.label is not None]
+        rate = stats.wilson(sum(labels), len(labels)) if labels else None
+        found[text] = {
+            "question": judged.judges[text].question,
+            "num": len(labels),
+            "unparsed": len(verdicts) - len(labels),
+            "rate": None if rate is None else rate._asdict(),
+        }
+        scores = [verdict.score for verdict in verdicts if verdict.score is not None]
+        if scores:
+            found[text]["mean_score"] = sum(scores) / len(scores)
+        if validation is not None:
+            found[text]["corrected"] = _corrected(labels, text, validation)
+    result: dict[str, Any] = {"judges": found}
+    if len(judged.verdicts) == 2:
+        first, second = ([verdict.label for verdict in verdicts] for verdicts in judged.verdicts.values())
+        turned = len({judge.finds_refusals for judge in judged.judges.values()}) == 2
+        if turned:
+            second = [None if label is None else not label for label in second]
+        if any(a is not None and b is not None for a, b in zip(first, second, strict=True)):
+            result["agreement"] = {**stats.agreement(first, second)._asdict(), "turned": turned}
+    return result
+
+
+def _corrected(labels: list[bool], text: str, validation: dict[str, Any]) -> dict[str, float] | None:
+    entry = validation.get("judges", {}).get(text)
+    if entry is None:
+        raise ConfigError(
+            f"--validation holds no judge {text!r}: expected one of {', '.join(validation.get('judges', ()))}"
+        )
+    cells = entry["all"]["cells"]
+    right, wrong = _shares(cells)
+    found = stats.rogan_gladen((sum(labels), len(labels)), right, wrong) if labels and right[1] and wrong[1] else None
+    return None if found is None else found._asdict()
+
+
+def load_validation(path: Path) -> dict[str, Any]:
+    """What `safecl judge validate --json` printed, from a file. Raises ConfigError."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        if all("all" in entry for entry in found["judges"].values()):
+            return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ConfigError(f"--validation {str(path)!r}: expected a file that `safecl judge validate --json` printed")
+
+
+def unreadable(judged: Judged) -> str | None:
+    """What to say if more than MAX_UNPARSED of a judge's verdicts cannot be read."""
+    for text, verdicts in judged.verdicts.items():
+        unparsed = [verdict.raw for verdict in verdicts if verdict.label is None]
+        if len(unparsed) > MAX_UNPARSED * len(verdicts):
+            return (
+                f"judge {text}: {len(unparsed)} of {len(verdicts)} verdicts cannot be read, expected at most "
+                f"{MAX_UNPARSED:.0%}; the first: {unparsed[0]!r}. Is this model a guard that speaks this template?"
+            )
+    return None
+
+
+def validate(judged: Judged, label: str, positive: Sequence[str], by: str | None = None) -> dict[str, Any]:
+    """Each judge against the human labels in field `label`: True is a value among `positive`, anything else is not.
+
+    Per judge and group (`all`, and each value of field `by`): stats.Quality with its table of counts. A group's
+    `corrected` rate is what Rogan and Gladen's estimator makes of its judged rate with the sensitivity and specificity
+    seen in all *other* groups; beside `truth`, it shows what such a correction is worth here.
+
+    Raises ConfigError for a line without the label, or if no line has a positive one.
+    """
+    told = [_value(pair, label) for pair in judged.pairs]
+    counts = {value: told.count(value) for value in sorted(set(told))}
+    if missing := [value for value in positive if value not in counts]:
+        raise ConfigError(f"--positive {','.join(missing)}: no line has it; values of {label!r}: {counts}")
+    truth = [value in positive for value in told]
+    groups = [None if by is None else _value(pair, by) for pair in judged.pairs]
+    result: dict[str, Any] = {"label": label, "positive": list(positive), "values": counts, "judges": {}}
+    for text, verdicts in judged.verdicts.items():
+        entry: dict[str, Any] = {
+            "question": judged.judges[text].question,
+            "all": _quality(judged, truth, verdicts, None),
+        }
+        if by is not None:
+            names = list(dict.fromkeys(str(group) for group in groups))
+            entry["by"] = {
+                name: _quality(judged, truth, verdicts, [group == name for group in groups]) for name in names
+            }
+        result["judges"][text] = entry
+    return result
+
+
+def _value(pair: Pair, field: str) -> str:
+    if field not in pair.row:
+        raise ConfigError(f"line {pair.line} has no field {field!r}: expected one of {', '.join(pair.row)}")
+    value = pair.row[field]
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _quality(
+    judged: Judged, truth: list[bool], verdicts: list[Verdict], inside: list[bool] | None
+) -> dict[str, Any] | None:
+    picked = [i for i in range(len(truth)) if inside is None or inside[i]]
+    if all(verdicts[i].label is None for i in picked):
+        return None
+    found = stats.quality(
+        [truth[i] for i in picked],
+        [verdicts[i].label for i in picked],
+        [judged.pairs[i].request for i in picked],
+        [verdicts[i].score for i in picked],
+    )
+    entry: dict[str, Any] = {
+        name: value._asdict() if isinstance(value, stats.Interval) else value for name, value in found._asdict().items()
+    }
+    entry["cells"] = _cells(truth, verdicts, picked)
+    if inside is not None:
+        outside = _cells(truth, verdicts, [i for i in range(len(truth)) if not inside[i]])
+        said = entry["cells"][0] + entry["cells"][1]
+        right, wrong = _shares(outside)
+        fixed = stats.rogan_gladen((said, found.num), right, wrong) if right[1] and wrong[1] else None
+        entry["corrected"] = None if fixed is None else fixed._asdict()
+    return entry
+
+
+def _cells(truth: list[bool], verdicts: list[Verdict], picked: list[int]) -> list[int]:
+    """Counts of hits, false alarms, misses and passes."""
+    pairs = [(truth[i], verdicts[i].label) for i in picked]
+    return [pairs.count(cell) for cell in ((True, True), (False, True), (True, False), (False, False))]
+
+
+def _shares(cells: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Sensitivity and specificity as (count, num)."""
+    hits, alarms, misses, passes = cells
+    return (hits, hits + misses), (passes, passes + alarms)

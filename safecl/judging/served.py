@@ -1,0 +1,142 @@
+"""The models behind served judges: an engine of our own on Ray, or someone's OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from safecl.base import ConfigError, Json
+from safecl.check import source_problem
+from safecl.config import Execution, Model
+from safecl.judges import Judge, Piece, Verdict
+from safecl.plan import model_stage
+from safecl.serving.endpoint import Endpoint
+from safecl.serving.messages import Sampling
+from safecl.store import Store
+from safecl.training.tokens import Tokenizer, base_folder
+
+# What special tokens of chat templates look like. An endpoint that is sent text decides itself what is special in it.
+_SPECIAL = re.compile(r"<(?=\|[^<>|\s]+\|>|/?(?:s|bos|eos|unk|pad|start_of_turn|end_of_turn)>)")
+
+
+class Served(Protocol):
+    """`identity` is part of what a verdict is kept under."""
+
+    identity: Json
+
+    def ask(
+        self, judge: Judge, pairs: Mapping[str, tuple[str, str]], on_done: Callable[[str, Verdict], None]
+    ) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def execution(root: Path, use_gpu: bool, max_tokens: int) -> Execution:
+    """One engine and nothing else."""
+    return Execution(root=str(root), use_gpu=use_gpu, engine_max_tokens=max_tokens, num_trials_at_once=1)
+
+
+def find(
+    model: str | None,
+    revision: str | None,
+    endpoint: str | None,
+    endpoint_model: str | None,
+    tokenizer: Path | None,
+    chosen: Execution,
+    show: Callable[[str], None],
+) -> OwnEngine | RemoteModel | None:
+    """What the options name; None if they name nothing. Raises ConfigError if they name two things, or half of one."""
+    if (endpoint is None) != (endpoint_model is None) or (endpoint is not None and model is not None):
+        raise ConfigError("expected --model, or --endpoint with --endpoint-model, or none of them for rule judges")
+    if tokenizer is not None and endpoint is None:
+        raise ConfigError("--tokenizer goes with --endpoint: an engine of our own takes its model's")
+    if endpoint is not None and endpoint_model is not None:
+        return RemoteModel(Endpoint(endpoint, endpoint_model), tokenizer)
+    return None if model is None else OwnEngine(model, revision, chosen, show)
+
+
+class OwnEngine:
+    """A model that safecl serves itself; entered, it holds a Ray cluster with the engine, until it is left."""
+
+    def __init__(self, source: str, revision: str | None, execution: Execution, show: Callable[[str], None]) -> None:
+        if problem := source_problem(source, revision):
+            raise ConfigError(f"--model: {problem}")
+        self._stage = model_stage(Model(name="judge", source=source, revision=revision))
+        self.identity: Json = self._stage.key
+        self._execution, self._show = execution, show
+        self._open = ExitStack()
+        self._reach: tuple[Any, ...] = ()
+
+    def __enter__(self) -> Self:
+        import ray
+
+        from safecl import execute
+        from safecl.serving.engine import Engines
+        from safecl.serving.messages import WeightsRef
+
+        store = Store(self._execution.root)
+        logs = store.local / "logs"
+        self._show("starting Ray and the judge's engine; their output is under " + str(logs))
+        execute.start(self._execution, logs, need=1)
+        self._open.callback(execute.stop, self._execution)
+        try:
+            broker = execute.broker(store, self._execution, logs)
+            self._open.callback(lambda held: None, broker)  # it lives as long as someone holds it
+            groups = ray.get(broker.warm.remote("judge", self._stage))
+        except BaseException as error:
+            self._open.close()
+            raise execute.plain_error(error) from None
+        weights = WeightsRef(self._stage.key, str(base_folder(store.path(self._stage))))
+        self._reach = (Engines(groups), f"judge-{self._stage.key[:8]}", weights)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def ask(self, judge: Judge, pairs: Mapping[str, tuple[str, str]], on_done: Callable[[str, Verdict], None]) -> None:
+        from safecl.stages.judge import ask
+
+        for key, verdict in zip(pairs, ask(judge, list(pairs.values()), *self._reach), strict=True):
+            on_done(key, verdict)
+
+
+class RemoteModel:
+    """A model behind an endpoint. With the model's `tokenizer` prompts go as token ids, exactly as to an engine of our
+    own; without, as text, in which a blank is put into what looks like a special token of the candidate's."""
+
+    def __init__(self, endpoint: Endpoint, tokenizer: Path | None) -> None:
+        self.identity: Json = [endpoint.url, endpoint.model, tokenizer is not None]
+        self._endpoint = endpoint
+        self._tokenizer = None if tokenizer is None else Tokenizer(tokenizer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def ask(self, judge: Judge, pairs: Mapping[str, tuple[str, str]], on_done: Callable[[str, Verdict], None]) -> None:
+        pieces = [judge.pieces(*pair) for pair in pairs.values()]
+        prompts: list[Any] = (
+            [_as_text(p) for p in pieces] if self._tokenizer is None else self._tokenizer.prompt_ids(pieces)
+        )
+        sampling = Sampling(max_tokens=judge.max_tokens, logprobs=judge.logprobs)
+        self._endpoint.generate(
+            dict(zip(pairs, prompts, strict=True)),
+            sampling,
+            lambda done: on_done(done.id, judge.read(done.text, done.likely)),
+        )
+
+
+def _as_text(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.text if piece.own else _SPECIAL.sub("< ", piece.text) for piece in pieces)

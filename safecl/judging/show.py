@@ -1,0 +1,56 @@
+"""Results of `safecl judge` as columns and rows of text. Fractions are printed in percent, agreement as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Cells = tuple[list[str], list[list[str]]]
+
+
+def rates(result: Mapping[str, Any]) -> Cells:
+    """One row a judge, and one for the agreement of two."""
+    rows = [
+        [name, found["question"], str(found["num"]), str(found["unparsed"]), _percent(found["rate"])]
+        + ([_percent(found["corrected"])] if "corrected" in found else [])
+        for name, found in result["judges"].items()
+    ]
+    columns = ["judge", "question", "read", "unparsed", "yes"]
+    columns += ["corrected"] if any("corrected" in found for found in result["judges"].values()) else []
+    if both := result.get("agreement"):
+        kappa = "-" if both["kappa"] is None else f"{both['kappa']:.3f}"
+        rows.append(
+            ["both", "do they agree?", str(both["num"]), str(both["skipped"]), f"{both['agree']:.1%}, kappa {kappa}"]
+        )
+    return columns, rows
+
+
+def quality(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """One table a judge: all rows, then each group."""
+    for name, entry in result["judges"].items():
+        groups = {"all": entry["all"], **entry.get("by", {})}
+        yield f"{name} against {result['label']} = {' or '.join(result['positive'])}", *qualities(groups)
+
+
+def qualities(groups: Mapping[str, Mapping[str, Any] | None]) -> Cells:
+    """One row a group."""
+    shares = ("truth", "said", "accuracy", "sensitivity", "specificity")
+    columns = ["rows", "read", *shares, "f1", "kappa", "auroc"]
+    has_corrected = any(found and "corrected" in found for found in groups.values())
+    rows = []
+    for name, found in groups.items():
+        if found is None:
+            rows.append([name, "0"])
+            continue
+        row = [name, str(found["num"]), *(_percent(found[share]) for share in shares)]
+        row += [_number(found[measure]) for measure in ("f1", "kappa", "auroc")]
+        rows.append(row + ([_percent(found.get("corrected"))] if has_corrected else []))
+    return columns + (["corrected"] if has_corrected else []), rows
+
+
+def _percent(found: Mapping[str, float] | None) -> str:
+    return "-" if found is None else f"{found['value']:.1%} [{found['low']:.1%}, {found['high']:.1%}]"
+
+
+def _number(found: Mapping[str, float] | None) -> str:
+    return "-" if found is None else f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"

@@ -1,0 +1,114 @@
+"""An OpenAI-compatible endpoint in place of an engine of our own: exact prompts in (`/completions`, never chat, so that
+no server's template gets between), completions out by id. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any
+
+from safecl.base import PrerequisiteError
+from safecl.serving.messages import Completion, Finish, Sampling
+
+KEY_VARIABLE = "SAFECL_ENDPOINT_KEY"  # sent as bearer token if set
+_TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
+_LONGEST_WAIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """`url` ends where `/completions` follows, as in `http://127.0.0.1:8000/v1`; `model` is the server's name for it."""
+
+    url: str
+    model: str
+    max_in_flight: int = 16
+    max_tries: int = 8
+    first_wait_s: float = 0.5  # before the second try; doubles, unless the server says how long
+    timeout_s: float = 120.0
+
+    def generate(
+        self,
+        prompts: Mapping[str, str | Sequence[int]],
+        sampling: Sampling,
+        on_done: Callable[[Completion], None] | None = None,
+    ) -> dict[str, Completion]:
+        """One completion a prompt (text or token ids), by id; `on_done` sees each as it comes, from this thread.
+
+        What fails for a while (429, 5xx, time-outs, lost connections) is asked again; an answer counts once.
+
+        Raises:
+            PrerequisiteError: the server refuses a request, or failed `max_tries` times on one.
+        """
+        done: dict[str, Completion] = {}
+        stop = threading.Event()
+        pool = ThreadPoolExecutor(self.max_in_flight)
+        try:
+            asked = [pool.submit(self._complete, id, prompt, sampling, stop) for id, prompt in prompts.items()]
+            for future in as_completed(asked):
+                completion = future.result()
+                done[completion.id] = completion
+                if on_done is not None:
+                    on_done(completion)
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+        return {id: done[id] for id in prompts}
+
+    def _complete(self, id: str, prompt: str | Sequence[int], sampling: Sampling, stop: threading.Event) -> Completion:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "add_special_tokens": False,  # vLLM's name: the template writes its own BOS. Others ignore it
+        }
+        if sampling.logprobs:
+            body["logprobs"] = sampling.logprobs
+        for number in range(self.max_tries):
+            try:
+                return _completion(id, self._post(body))
+            except urllib.error.HTTPError as error:
+                said = error.read(500).decode(errors="replace")
+                if error.code not in _TRANSIENT:
+                    raise PrerequisiteError(
+                        f"endpoint {self.url} refuses request {id!r} with {error.code}: {said}"
+                    ) from None
+                problem, asked_s = f"{error.code}: {said}", error.headers.get("Retry-After", "")
+            except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+                problem, asked_s = f"{type(error).__name__}: {error}", ""
+            if number + 1 < self.max_tries:
+                # Spread out, or all that were turned away together come back together.
+                wait_s = self.first_wait_s * 2**number * random.uniform(0.75, 1.25)
+                if stop.wait(min(_LONGEST_WAIT_S, float(asked_s) if asked_s.isdigit() else wait_s)):
+                    break
+        raise PrerequisiteError(
+            f"endpoint {self.url}: no answer to request {id!r} after {self.max_tries} tries; the last: {problem}"
+        )
+
+    def _post(self, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(KEY_VARIABLE):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(f"{self.url.rstrip('/')}/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+            return json.load(response)
+
+
+def _completion(id: str, answer: Any) -> Completion:
+    choice = answer["choices"][0]
+    likely: list[list[tuple[str, float]]] = []
+    if (told := choice.get("logprobs")) and told.get("tokens"):
+        for token, logprob, others in zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True):
+            likely.append([(token, logprob), *((text, value) for text, value in others.items() if text != token)])
+    if not isinstance(choice["text"], str):
+        raise ValueError(f"expected choices[0].text, got {choice['text']!r}")
+    finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
+    return Completion(id, choice["text"], [], finish, str(answer.get("model", "")), likely)
