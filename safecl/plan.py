@@ -287,6 +287,17 @@ class Graph:
         inputs = {"model": self.base, "rows": rows}
         return _stage("generate", config, inputs if final is None else {**inputs, "weights": final})
 
+    def likelihood(self, task: str, rows: Stage) -> Stage:
+        """Log-probabilities of the options of a utility task's rows under the final model."""
+        kind = tasks.load(task)
+        config: dict[str, Json] = {
+            "task": task,
+            "max_tokens": self.recipe.evaluate.max_prompt_tokens + kind.max_new_tokens,
+            **self._text(self.recipe.model.template),
+        }
+        inputs = {"model": self.base, "rows": rows, **({} if self.final is None else {"weights": self.final})}
+        return _stage("likelihood", config, inputs, kind.SCORING)
+
     def judge(self, name: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
         """Verdicts of one judge on generations (or, without `generations`, on the rows' own answers)."""
         kind = judges.load(name)
@@ -370,6 +381,9 @@ class Graph:
             f"utility.{task}.generations": self.generate(self.final, rows, tasks.load(task).max_new_tokens),
         }
         measures.append({"metric": "utility", "set": task, "of": "score", "role": "utility"})
+        if split == "test" and tasks.load(task).options is not tasks.Task.options:
+            inputs[f"utility.{task}.likelihood"] = self.likelihood(task, rows)
+            measures.append({"metric": "likelihood", "set": task, "of": "likelihood", "role": "utility"})
         versions = [tasks.load(part.task).SCORING for part in [*prompts.attack, Rows(task=task)]]
         return Evidence(_stage("metrics", {"measures": measures}, inputs, *versions), tuple(judged))
 

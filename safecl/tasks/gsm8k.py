@@ -2,16 +2,18 @@
 
 Training answers are the data set's own without its calculator marks (`<<48/2=24>>`), ending in "#### 24". Validation is
 a tenth of the train split, by hash of the question. Scoring follows lm-eval's gsm8k v3: flexible (last number of the
-text) is primary, strict (the number after "####") beside it. Source: evaluation.md 3.5.
+text) is primary, strict (the number after "####") beside it. Small models sit at the floor of both, so the gold
+answer's negative log-likelihood stands beside them (`gold_nll`, nats a token; no fraction). Source: evaluation.md 3.5.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import ClassVar
 
 from safecl.base import PrerequisiteError
-from safecl.tasks import Row, Source, Task
+from safecl.tasks import Found, Option, Row, Source, Task
 from safecl.tasks._source import check_split, choose, first_of_each, records, split_by_hash, text
 
 VALIDATION_SHARE = 0.1
@@ -25,6 +27,7 @@ _MARKS = re.compile(r"<<[^<>]*>>")
 
 class Gsm8k(Task):
     VERSION: ClassVar[str] = "1"
+    SCORING: ClassVar[str] = "2"
     SPLITS: ClassVar[tuple[str, ...]] = ("user", "utility.validation", "utility.test")
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {
         "user": (_TRAIN,),
@@ -59,6 +62,19 @@ class Gsm8k(Task):
     def score_strict(self, row: Row, text: str) -> float:
         """1 if the number after the first "####" is the gold one, else 0."""
         return float(strict(text) == plain_number(str(row.meta["answer"])))
+
+    def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, list[float | None]]:
+        """`utility` is flexible, `utility_strict` strict."""
+        exact: list[float | None] = [self.score_strict(row, text) for row, text in zip(rows, texts, strict=True)]
+        return {**super().scores(rows, texts), "utility_strict": exact}
+
+    def options(self, row: Row) -> list[Option]:
+        """The gold answer."""
+        return [Option(row.response)]
+
+    def likelihood_scores(self, rows: Sequence[Row], found: Sequence[Sequence[Found]]) -> dict[str, list[float | None]]:
+        """`gold_nll`: -log p of the gold answer over its number of tokens (nats a token)."""
+        return {"gold_nll": [None if gold.logprob is None else -gold.logprob / gold.num_tokens for [gold] in found]}
 
 
 def flexible(text: str) -> str | None:
