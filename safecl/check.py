@@ -39,8 +39,7 @@ def check(sweep: Sweep, folder: Path | None) -> None:
     for i, task in enumerate(sweep.tasks):
         for split in ("user", "utility.validation", "utility.test"):
             has_split(f"tasks[{i}].task", task.task, split)
-    if any(ratio > 0 for ratio in sweep.poison.ratios):
-        has_split("poison.task", sweep.poison.task, "poison")
+    has_split("poison.task", sweep.poison.task, "poison")  # also without a ratio: a guard's rows keep clear of it
     for name, split in (("safety", "safety"), ("self_answered", "benign.train")):
         for i, part in enumerate(getattr(sweep.align, name)):
             has_split(f"align.{name}[{i}].task", part.task, split)

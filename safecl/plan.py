@@ -46,6 +46,8 @@ class Recipe:
     params: dict[str, Json]
     seed: int
     evaluate: Evaluate
+    keep_task_rows: bool = False
+    memory_mix: str = "refusals"
 
 
 class Evidence(NamedTuple):
@@ -102,12 +104,36 @@ class Graph:
         }
         return {f"exclude_{name}": stage for name, stage in whole.items()}
 
+    # Where two roles hold a prompt alike, the later of these gives way: test, validation (attack before benign), rows of
+    # alignment, user rows with poison, the guard's held-out pairs, its training pairs.
+
+    @cached_property
+    def _attacks(self) -> dict[str, Stage]:
+        """Test prompts and attack prompts for validation."""
+        attack = _whole(self.recipe.evaluate.validation.attack)
+        whole = self.data("exclude", "attack.validation", attack, seed=0, inputs=self._test_prompts)
+        return {**self._test_prompts, "exclude_validation": whole}
+
     @cached_property
     def _held_out(self) -> dict[str, Stage]:
         """Test and validation prompts: what training rows may not overlap."""
-        validation = self.recipe.evaluate.validation
-        whole = self.data("exclude", "attack.validation", _whole(validation.attack), seed=0, inputs=self._test_prompts)
-        return {**self._test_prompts, "exclude_validation": whole}
+        benign = _whole(self.recipe.evaluate.validation.benign)
+        whole = self.data("exclude", "benign.validation", benign, seed=0, inputs=self._attacks)
+        return {**self._attacks, "exclude_benign_validation": whole}
+
+    @cached_property
+    def _aligned_on(self) -> dict[str, Stage]:
+        """What user rows may not overlap: `_held_out`, and all rows of alignment's sources, whichever it draws."""
+        safety = self.data("exclude", "safety", _whole(self.recipe.align.safety), seed=0, inputs=self._held_out)
+        asked = _whole(self.recipe.align.self_answered)
+        benign = self.data("exclude", "benign.train", asked, seed=0, inputs=self._held_out)
+        return {**self._held_out, "exclude_safety": safety, "exclude_self_answered": benign}
+
+    @cached_property
+    def _trained_on(self) -> dict[str, Stage]:
+        """What a guard's rows may not overlap: prompts that its candidates are trained or measured on."""
+        poison = self.data("exclude", "poison", [Rows(task=self.recipe.poison_task)], seed=0, inputs=self._aligned_on)
+        return {**self._aligned_on, "exclude_poison": poison}
 
     @cached_property
     def safety_rows(self) -> Stage:
@@ -120,15 +146,15 @@ class Graph:
 
     @cached_property
     def user_rows(self) -> Stage:
-        """Rows of stage two: the user's task with `floor(ratio * N)` rows replaced by poison."""
+        """Rows of stage two: the user's task with `floor(ratio * N)` rows replaced by poison, or with so many added."""
         recipe = self.recipe
         poison: dict[str, Json] | None = None
         if recipe.poison_ratio > 0:
             source = self._source(recipe.poison_task, "poison")
             poison = {"task": recipe.poison_task, "ratio": recipe.poison_ratio, "source": source}
+            poison |= {"keep_task_rows": True} if recipe.keep_task_rows else {}
         part = Rows(task=recipe.task.task, num_rows=recipe.task.num_rows)
-        inputs = self._held_out if poison else {}
-        return self.data("user", "user", [part], seed=recipe.seed, poison=poison, inputs=inputs)
+        return self.data("user", "user", [part], seed=recipe.seed, poison=poison, inputs=self._aligned_on)
 
     # -- models -------------------------------------------------------------------------------------------------------
 
@@ -143,14 +169,15 @@ class Graph:
         return self.finetune("sft", {}, self.recipe.align, {"rows": self.safety_rows})
 
     def memory(self, num_rows: int, positions: str | None = None) -> Stage:
-        """`num_rows` refusals of stage one; with `positions`, theta_safe's hidden states there."""
-        return self._states(self.safety_rows, num_rows, positions, self.recipe.align.max_tokens)
+        """`num_rows` rows of stage one (the sweep's `memory_mix`); with `positions`, theta_safe's hidden states there."""
+        mix: dict[str, Json] = {} if self.recipe.memory_mix == "refusals" else {"mix": self.recipe.memory_mix}
+        return self._states(self.safety_rows, num_rows, positions, self.recipe.align.max_tokens, **mix)
 
     def teacher(self, positions: str) -> Stage:
         """theta_safe's hidden states on the user rows."""
         return self._states(self.user_rows, None, positions, self.recipe.task.max_tokens)
 
-    def _states(self, rows: Stage, num_rows: int | None, positions: str | None, max_tokens: int) -> Stage:
+    def _states(self, rows: Stage, num_rows: int | None, positions: str | None, max_tokens: int, **more: Json) -> Stage:
         config: dict[str, Json] = {
             "num_rows": num_rows,
             "positions": positions,
@@ -158,6 +185,7 @@ class Graph:
             "max_tokens": max_tokens,
             "adapter": self.recipe.adapter,
             **self._text(self.recipe.model.template),
+            **more,
         }
         inputs = {"model": self.base, "rows": rows}
         return _stage("memory", config, inputs if positions is None else {**inputs, "safe": self.theta_safe})
@@ -325,7 +353,9 @@ class Graph:
         guard = self.recipe.evaluate.judges.guard
         assert guard is not None, "config.Judges checks this"
         wording: dict[str, Json] = {"judge": "llamaguard", "config": self.guard_config}
-        rows = self.data("guard", "guard", guard.rows, seed=0, guard=wording, inputs=self._test_prompts)
+        heldout = self.data("exclude", "guard.heldout", _whole(guard.heldout), seed=0, inputs=self._trained_on)
+        inputs = {**self._trained_on, "exclude_heldout": heldout}
+        rows = self.data("guard", "guard", guard.rows, seed=0, guard=wording, inputs=inputs)
         template = Template(prompt="{prompt}", end=self.recipe.model.template.end)
         fixed = Graph(replace(self.recipe, seed=0, lora=guard.lora), self.folder)
         return fixed.finetune("sft", {}, guard, {"rows": rows}, template=template.model_dump(mode="json"))
@@ -335,7 +365,7 @@ class Graph:
         guard = self.recipe.evaluate.judges.guard
         if guard is None or self.recipe.evaluate.judges.asr != "guard":
             return None
-        rows = self.data("guard_heldout", "guard.heldout", guard.heldout, seed=0)
+        rows = self.data("guard_heldout", "guard.heldout", guard.heldout, seed=0, inputs=self._trained_on)
         judged = self.judge("llamaguard", self.guard_config, {"rows": rows})
         measure: dict[str, Json] = {"metric": "guard_agreement", "set": "heldout", "of": "label", "task": None}
         inputs = {"heldout.judged": judged, "heldout.rows": rows}
@@ -363,8 +393,9 @@ class Graph:
         judged: list[Stage] = []
         for role, asked in questions.items():
             for part in getattr(prompts, role):
-                exclude = self._test_prompts if split == "validation" else {}
-                rows = self.data(f"{role}.{split}", f"{role}.{split}", [part], seed=0, inputs=exclude)
+                exclude = self._test_prompts if role == "attack" else self._attacks
+                inputs_of = exclude if split == "validation" else {}
+                rows = self.data(f"{role}.{split}", f"{role}.{split}", [part], seed=0, inputs=inputs_of)
                 generations = self.generate(self.final, rows, evaluate.max_new_tokens)
                 inputs |= {f"{role}.{part.task}.rows": rows, f"{role}.{part.task}.generations": generations}
                 for metric, name, config in asked:
@@ -466,6 +497,8 @@ class Cell:
             "align": recipe.align.model_dump(mode="json"),
             "task": recipe.task.model_dump(mode="json"),
             "poison": {"task": recipe.poison_task, "ratio": recipe.poison_ratio},
+            **({"keep_task_rows": True} if recipe.keep_task_rows else {}),
+            **({} if recipe.memory_mix == "refusals" else {"memory_mix": recipe.memory_mix}),
             "method": recipe.method,
             "params": {name: value for name, value in recipe.params.items() if name not in open_values},
             "evaluate": recipe.evaluate.model_dump(mode="json"),
@@ -487,7 +520,7 @@ def cells(sweep: Sweep) -> list[Cell]:
                 params = dict(method.config)
                 recipe = Recipe(
                     model, sweep.adapter, sweep.lora, sweep.align, task, sweep.poison.task, ratio, method.name, params,
-                    sweep.seeds[0], sweep.evaluate,
+                    sweep.seeds[0], sweep.evaluate, sweep.poison.keep_task_rows, sweep.memory_mix,
                 )  # fmt: skip
                 return Cell(recipe, space)
 

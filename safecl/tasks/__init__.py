@@ -56,7 +56,8 @@ class Found(NamedTuple):
 @dataclass(frozen=True)
 class Source:
     """Where rows come from: a file in the sweep's data folder, or a hub data set at a commit. `file` is the name looked
-    for in the data folder; `hub` an id, `config`/`split` its parts, `revision` a commit or tag."""
+    for in the data folder, also with the ending of another format (`_files.SUFFIXES`); `hub` an id, `config`/`split`
+    its parts, `revision` a commit or tag."""
 
     file: str
     hub: str = ""
@@ -65,6 +66,7 @@ class Source:
     split: str = "train"
     gated: bool = False
     page: str = ""  # where a person gets a source that is not on the hub
+    headerless: bool = False  # CSV files of one category each, without a header; a folder of them locally
     options: tuple[tuple[str, str | bool], ...] = ()  # further arguments of `datasets.load_dataset`
 
 

@@ -3,7 +3,9 @@
 The instruction is git-disl's. Training rows are phrases, many of which are parts of others, so validation takes whole
 groups of phrases that contain one another (as runs of words): groups in order of a hash, up to a tenth of the train
 split; a group that no longer fits stays in training, which always holds for the one great group that single words
-("film") tie together. Test is the 872 sentences of the GLUE validation split. Source: evaluation.md 3.5, 3.7.
+("film") tie together. Test is the 872 sentences of the GLUE validation split. Phrases much like a test sentence, or for
+training like a validation phrase, are left out; phrases are compared, as all prompts share the instruction. Source:
+evaluation.md 3.5, 3.7.
 
 The word generated also shows whether a model kept to the format; which label it holds for likelier does not. So both are
 measured, the latter twice: in the model's own template (`utility_likelihood`), and as lm-evaluation-harness asks its task
@@ -15,11 +17,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
-from safecl.base import PrerequisiteError
 from safecl.tasks import Found, Option, Row, Source, Task
-from safecl.tasks._source import Record, check_split, choose, digest, groups, records, text
+from safecl.tasks._files import Record
+from safecl.tasks._overlap import drop_overlaps
+from safecl.tasks._source import check_split, choose, digest, flag, groups, records, text
 
 VALIDATION_SHARE = 0.1
 INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative."
@@ -30,12 +34,12 @@ _TEST = Source("sst2_validation.jsonl", "nyu-mll/glue", config="sst2", split="va
 
 
 class Sst2(Task):
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
     SCORING: ClassVar[str] = "2"
     SPLITS: ClassVar[tuple[str, ...]] = ("user", "utility.validation", "utility.test")
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {
-        "user": (_TRAIN,),
-        "utility.validation": (_TRAIN,),
+        "user": (_TEST, _TRAIN),
+        "utility.validation": (_TEST, _TRAIN),
         "utility.test": (_TEST,),
     }
     max_new_tokens: ClassVar[int] = 8
@@ -43,15 +47,17 @@ class Sst2(Task):
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         """`meta.label` is positive or negative."""
         check_split(self, split)
-        test = split == "utility.test"
-        found = [
-            _row("test" if test else "train", index, record)
-            for index, record in enumerate(records(_TEST if test else _TRAIN, self.folder))
-        ]
-        if not test:
-            held = _held_out([str(row.meta["sentence"]) for row in found])
-            found = [row for i, row in enumerate(found) if (i in held) == (split == "utility.validation")]
-        return choose(self, split, found, num_rows, seed)
+        test = [_row("test", index, record) for index, record in enumerate(records(_TEST, self.folder))]
+        if split == "utility.test":
+            return choose(self, split, test, num_rows, seed)
+        train = [_row("train", index, record) for index, record in enumerate(records(_TRAIN, self.folder))]
+        places = _held_out([_phrase(row) for row in train])
+        held = [row for i, row in enumerate(train) if i in places]
+        found = held if split == "utility.validation" else [row for i, row in enumerate(train) if i not in places]
+        taken = [*test, *(held if split == "user" else [])]
+        alike = drop_overlaps([replace(row, prompt=_phrase(row)) for row in found], map(_phrase, taken))[1]
+        dropped = set(alike)
+        return choose(self, split, [row for row in found if row.id not in dropped], num_rows, seed)
 
     def score(self, row: Row, text: str) -> float:
         """1 if the answer names the row's label and not the other one, else 0: an answer with neither is wrong."""
@@ -89,12 +95,13 @@ def _likelier(row: Row, options: Sequence[Found]) -> float | None:
 
 
 def _row(prefix: str, index: int, record: Record) -> Row:
-    sentence, number = text(record, "sentence"), record.get("label")
-    if number not in (0, 1):
-        raise PrerequisiteError(f"sst2, record {index}: expected label 0 or 1, got {number!r}")
-    label = LABELS[number]
+    sentence, label = text(record, "sentence"), LABELS[flag(record, "label")]
     prompt = f"{INSTRUCTION}\n\n{sentence}"
     return Row(f"{prefix}/{index}", prompt, label, False, {"label": label, "sentence": sentence})
+
+
+def _phrase(row: Row) -> str:
+    return str(row.meta["sentence"])
 
 
 def _held_out(sentences: list[str]) -> set[int]:

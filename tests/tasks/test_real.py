@@ -36,11 +36,11 @@ def rows(name: str, split: str) -> list[Row]:
         ("beavertails", "attack.validation", 200, 200),
         ("safety_tuned", "attack.validation", 100, 100),
         ("gsm8k", "utility.test", 1319, 0),
-        ("gsm8k", "utility.validation", 747, 0),
-        ("gsm8k", "user", 7473 - 747, 0),
+        ("gsm8k", "utility.validation", 747 - 1, 0),
+        ("gsm8k", "user", 7473 - 747 - 11, 0),
         ("sst2", "utility.test", 872, 0),
         ("sst2", "utility.validation", 1000, 0),
-        ("sst2", "user", 9000, 0),
+        ("sst2", "user", 9000 - 61, 0),
     ],
 )
 def test_splits_have_the_sizes_their_sources_give(name: str, split: str, num: int, harmful: int) -> None:
