@@ -65,7 +65,7 @@ def check(sweep: Sweep, folder: Path | None) -> None:
             errors.append(f"models[{i}].source: {model.source!r} is no folder, no 'wheel:PACKAGE' and no hub id")
         elif is_hub and model.revision is None:
             errors.append(f"models[{i}].revision: a hub id needs its commit, so that results stay what they were")
-    errors += objective.check(sweep.search.objective)
+    errors += objective.check(sweep.search.objective) + _on_test_only(sweep)
     longest = sweep.evaluate.max_prompt_tokens + sweep.evaluate.max_new_tokens
     if longest > sweep.execution.engine_max_tokens:
         errors.append(
@@ -79,6 +79,18 @@ def check(sweep: Sweep, folder: Path | None) -> None:
         attempt(f"method {cell.recipe.method!r}", lambda job=job: job.evidence(folder))
     if errors:
         raise ConfigError("\n".join(dict.fromkeys(errors)))
+
+
+def _on_test_only(sweep: Sweep) -> list[str]:
+    """Metrics of the objective that validation prompts do not give, so that a search would have to read test prompts."""
+    known = [task.task for task in sweep.tasks if task.task in tasks.names()]  # others are reported where they stand
+    on_test = {name for task in known for name in tasks.load(task)().likelihood_scores([], [])}
+    wanted = {"maximise": sweep.search.objective.maximise, **{f"bounds.{m}": m for m in sweep.search.objective.bounds}}
+    return [
+        f"search.objective.{where}: {metric!r} is measured on test prompts only, which no search may read"
+        for where, metric in wanted.items()
+        if metric in on_test
+    ]
 
 
 def _space_errors(method: type[methods.Method], chosen: Method) -> list[str]:

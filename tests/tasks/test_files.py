@@ -165,6 +165,8 @@ def test_a_broken_file_is_named_with_the_place(tmp_path: Path, name: str, conten
 def test_two_files_of_one_name_are_refused_and_line_separators_in_json_cut_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"x": "one\u2028two"}, ensure_ascii=False) + "\n", encoding="utf-8")
     assert records(Source("a.jsonl"), tmp_path) == [{"x": "one\u2028two"}]
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"x": 1}\n'))
+    assert records(Source("b.jsonl.gz"), tmp_path) == records(Source("b.jsonl"), tmp_path) == [{"x": 1}]
     (tmp_path / "a.csv").write_text("x\n1\n")
     with pytest.raises(PrerequisiteError, match=r"a\.jsonl, a\.csv: expected one of them"):
         find(tmp_path, "a.jsonl")
