@@ -110,7 +110,6 @@ class Graph:
 
     @cached_property
     def _attacks(self) -> dict[str, Stage]:
-        """Test prompts and attack prompts for validation."""
         attack = self._all("attack.validation", self.recipe.evaluate.validation.attack, self._test_prompts)
         return {**self._test_prompts, "exclude_validation": attack}
 
@@ -122,7 +121,6 @@ class Graph:
 
     @cached_property
     def _aligned_on(self) -> dict[str, Stage]:
-        """What user rows may not overlap."""
         safety = self._all("safety", self.recipe.align.safety, self._held_out)
         asked = self._all("benign.train", self.recipe.align.self_answered, self._held_out)
         return {**self._held_out, "exclude_safety": safety, "exclude_self_answered": asked}
@@ -315,14 +313,10 @@ class Graph:
 
     def likelihood(self, task: str, rows: Stage) -> Stage:
         """Log-probabilities of the options of a utility task's rows under the final model."""
-        kind = tasks.load(task)
-        config: dict[str, Json] = {
-            "task": task,
-            "max_tokens": self.recipe.evaluate.max_prompt_tokens + kind.max_new_tokens,
-            **self._text(self.recipe.model.template),
-        }
-        inputs = {"model": self.base, "rows": rows, **({} if self.final is None else {"weights": self.final})}
-        return _stage("likelihood", config, inputs, kind.SCORING)
+        kind, final, text = tasks.load(task), self.final, self._text(self.recipe.model.template)
+        longest = self.recipe.evaluate.max_prompt_tokens + kind.max_new_tokens
+        inputs = {"model": self.base, "rows": rows, **({} if final is None else {"weights": final})}
+        return _stage("likelihood", {"task": task, "max_tokens": longest, **text}, inputs, kind.SCORING)
 
     def judge(self, name: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
         """Verdicts of one judge on generations (or, without `generations`, on the rows' own answers)."""
