@@ -122,9 +122,10 @@ def _forward(
             fed = [options[0]._replace(ids=options[0].ids[:-1]) for options in group]
             batch = batches.collate(fed, range(len(fed)), [0] * len(fed), 1, fed[0], device)
             hidden_BTD = states(batch.ids_BT, batch.attention_BT, batch.positions_BT)
-            if not found:
-                first_T = batch.ids_BT[:1, : len(fed[0].ids)]
-                losses.check_head(head, hidden_BTD[0, : len(fed[0].ids)], base(input_ids=first_T).logits[0])
+            if not found:  # on one sequence, both ways unpadded: in bfloat16 padding alone moves logits by more
+                one = batches.collate(fed[:1], [0], [0], 1, fed[0], device)
+                alone_BTD = states(one.ids_BT, one.attention_BT, one.positions_BT)
+                losses.check_head(head, alone_BTD[0], base(input_ids=one.ids_BT).logits[0])
             places = [(b, option) for b, options in enumerate(group) for option in options]
             # The state before a token predicts it.
             hidden_ND = torch.cat([hidden_BTD[b, o.num_prompt - 1 : len(o.ids) - 1] for b, o in places])
