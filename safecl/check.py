@@ -39,8 +39,7 @@ def check(sweep: Sweep, folder: Path | None) -> None:
     for i, task in enumerate(sweep.tasks):
         for split in ("user", "utility.validation", "utility.test"):
             has_split(f"tasks[{i}].task", task.task, split)
-    if any(ratio > 0 for ratio in sweep.poison.ratios):
-        has_split("poison.task", sweep.poison.task, "poison")
+    has_split("poison.task", sweep.poison.task, "poison")  # also without a ratio: a guard's rows keep clear of it
     for name, split in (("safety", "safety"), ("self_answered", "benign.train")):
         for i, part in enumerate(getattr(sweep.align, name)):
             has_split(f"align.{name}[{i}].task", part.task, split)
@@ -68,7 +67,7 @@ def check(sweep: Sweep, folder: Path | None) -> None:
     for i, model in enumerate(sweep.models):
         if problem := source_problem(model.source, model.revision):
             errors.append(f"models[{i}].{problem}")
-    errors += objective.check(sweep.search.objective)
+    errors += objective.check(sweep.search.objective) + _on_test_only(sweep)
     longest = sweep.evaluate.max_prompt_tokens + sweep.evaluate.max_new_tokens
     if longest > sweep.execution.engine_max_tokens:
         errors.append(
@@ -92,6 +91,18 @@ def source_problem(source: str, revision: str | None) -> str | None:
     if is_hub and revision is None:
         return "revision: a hub id needs its commit, so that results stay what they were"
     return None
+
+
+def _on_test_only(sweep: Sweep) -> list[str]:
+    """Metrics of the objective that validation prompts do not give, so that a search would have to read test prompts."""
+    known = [task.task for task in sweep.tasks if task.task in tasks.names()]  # others are reported where they stand
+    on_test = {name for task in known for name in tasks.load(task)().likelihood_scores([], [])}
+    wanted = {"maximise": sweep.search.objective.maximise, **{f"bounds.{m}": m for m in sweep.search.objective.bounds}}
+    return [
+        f"search.objective.{where}: {metric!r} is measured on test prompts only, which no search may read"
+        for where, metric in wanted.items()
+        if metric in on_test
+    ]
 
 
 def _space_errors(method: type[methods.Method], chosen: Method) -> list[str]:

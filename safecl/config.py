@@ -88,10 +88,12 @@ class UserTask(Training):
 
 
 class Poison(Strict):
-    """`floor(ratio * N)` user rows are replaced by harmful ones; the total stays N."""
+    """`floor(ratio * N)` user rows are replaced by harmful ones; the total stays N. `keep_task_rows`: they are added to
+    all N, so that a poisoned model has seen as much of its task as a clean one, in more steps."""
 
     task: str
     ratios: tuple[Fraction, ...] = (0.0, 0.1)
+    keep_task_rows: bool = False
 
 
 class Method(Strict):
@@ -202,6 +204,9 @@ class Sweep(Strict):
     adapter: Literal["continue", "stack"] = "continue"
     lora: Lora = Lora()
     align: Align
+    # Of which safety rows a method's memory is: refusals alone, or every kind (each source's harmful and benign requests)
+    # in proportion. Its size is the method's own (`memory_size`).
+    memory_mix: Literal["refusals", "stratified"] = "refusals"
     tasks: Annotated[tuple[UserTask, ...], Field(min_length=1)]
     poison: Poison
     methods: Annotated[tuple[Method, ...], Field(min_length=1)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safecl.tasks import Task, load, names
+from safecl.tasks._files import find
 
 NEEDED = ("torch", "transformers", "peft", "deepspeed", "ray", "optuna", "mlflow", "datasets")
 
@@ -59,10 +60,11 @@ def examine(root: Path, data_dir: Path | None) -> list[Finding]:
 def _sources(task: type[Task], name: str, folder: Path | None) -> list[Finding]:
     assert folder is not None
     files = sorted({source.file for sources in task.SOURCES.values() for source in sources})
+    found = {file: find(folder, file) for file in files}
     return [
-        Finding(f"data {name}", file, True) if (folder / file).exists() else
+        Finding(f"data {name}", path.name, True) if path is not None else
         Finding(f"data {name}", f"{file} is not in {folder}", None, "needed only by sweeps that name this task")
-        for file in files
+        for file, path in found.items()
     ]  # fmt: skip
 
 

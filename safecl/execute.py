@@ -24,7 +24,7 @@ from safecl.config import Execution
 from safecl.store import Context, Stage, Store
 
 # Stages that compute in their own task; finetune's workers hold their resources themselves.
-HEAVY = ("memory", "fisher", "finalize", "replay")
+HEAVY = ("memory", "fisher", "finalize", "replay", "likelihood")
 LIGHT = ("data", "generate", "judge", "metrics")  # next to no CPU: they wait for engines, or are done at once
 ENGINE_ROLE = {"generate": "candidate", "judge": "judge"}
 

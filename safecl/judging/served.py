@@ -13,7 +13,7 @@ from safecl.base import ConfigError, Json
 from safecl.check import source_problem
 from safecl.config import Execution, Model
 from safecl.judges import Judge, Piece, Verdict
-from safecl.plan import model_stage
+from safecl.models import model_stage
 from safecl.serving.endpoint import Endpoint
 from safecl.serving.messages import Sampling
 from safecl.store import Store

@@ -1,7 +1,8 @@
 """Rows of one role -> rows.jsonl (a Row's fields a line) and poison.json.
 
 In order: draw each part, drop what overlaps the prompts of the `exclude_*` inputs, fill up to `num_rows`, add the
-self-answered rows of the `answers_*` inputs, replace `floor(ratio * N)` rows by poison, and shuffle. A guard's rows are
+self-answered rows of the `answers_*` inputs, replace `floor(ratio * N)` rows by poison (or add so many), and shuffle.
+poison.json says where it ended: {"indices": [of rows.jsonl], "ids"}. A guard's rows are
 paired (`contrasted`) in place of being shuffled, and written in the judge's template. Everything follows from the config
 and the inputs.
 """
@@ -27,8 +28,9 @@ VERSION = "2"
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Config: {"role", "parts": [{"task", "split", "num_rows", "source"}], "poison": null | {"task", "ratio",
-    "source"}, "guard": null | {"judge", "config"}, "seed"}; `source` is `tasks._source.identity` of the split.
+    """Config: {"role", "parts": [{"task", "split", "num_rows", "source"}], "poison": null | {"task", "ratio", "source",
+    and only where it is true "keep_task_rows"}, "guard": null | {"judge", "config"}, "seed"}; `source` is
+    `tasks._source.identity` of the split.
 
     Inputs `exclude_*` are data stages whose prompts no row here may be like; `answers_*` are generate stages whose
     answered prompts become rows. Result: {"num_rows", "num_poison", "harmful_share", "self_answered",
@@ -63,7 +65,11 @@ def run(context: Context) -> dict[str, Json]:
         name = f"{config['poison']['task']}/poison"
         bad, dropped[name] = _draw(config["poison"], "poison", num_poison, seed, folder, taken)
         counts[name] = num_poison
-        for place, row in zip(random.Random(f"poison/{seed}").sample(range(len(rows)), num_poison), bad, strict=True):
+        places = random.Random(f"poison/{seed}").sample(range(len(rows)), num_poison)
+        if config["poison"].get("keep_task_rows"):
+            places = list(range(len(rows), len(rows) + num_poison))
+            rows = [*rows, *bad]
+        for place, row in zip(places, bad, strict=True):
             rows[place] = row
     _refuse_equal_ids(rows)
     if guard is None:

@@ -7,15 +7,17 @@
 model's own dtype (nothing is lost where the model computes in it). Two uses:
 
     num_rows    safety memory: that many refusals (rows whose request is harmful), the first of a seeded permutation, so
-                that a smaller memory is a prefix of a larger one
+                that a smaller memory is a prefix of a larger one. With `mix: stratified` rows of every kind (each
+                source's harmful and benign requests), any prefix in proportion to what the safety rows hold
     null        a teacher's answers: every row, in order (LwF's targets on the user rows)
 
 Config: `num_rows`, `positions` (`response`, `last`, `all`; null: no states, no model is loaded), `seed`, `template`,
-`bos`, `dtype`, `max_tokens`, `adapter`.
+`bos`, `dtype`, `max_tokens`, `adapter`; `mix` only where it is not refusals.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from safecl.base import ConfigError, Json
@@ -44,7 +46,7 @@ def remember(
     """Write the memory of `inputs["rows"]` into `out`.
 
     Raises:
-        ConfigError: fewer usable refusals than `num_rows`.
+        ConfigError: fewer usable rows of the mix than `num_rows`.
         PrerequisiteError: the model's logits are not its output layer applied to the last hidden state.
     """
     import torch
@@ -53,7 +55,8 @@ def remember(
     from safecl.training import batches, tokens
 
     num_rows = config["num_rows"]
-    rows = [row for row in batches.read_rows(inputs["rows"]) if row.harmful or num_rows is None]
+    stratified = config.get("mix") == "stratified"
+    rows = [row for row in batches.read_rows(inputs["rows"]) if row.harmful or stratified or num_rows is None]
     folder = tokens.base_folder(inputs["model"])
     encoded, dropped = tokens.encode(
         rows, tokens.Tokenizer(folder), config["template"], config["bos"], config["max_tokens"]
@@ -61,11 +64,15 @@ def remember(
     if num_rows is not None:
         if len(encoded) < num_rows:
             raise ConfigError(
-                f"memory of {num_rows} rows: the safety rows hold {len(encoded)} usable refusals ({len(dropped)} of "
-                f"{len(rows)} left out); lower memory_size or give more safety rows"
+                f"memory of {num_rows} rows: the safety rows hold {len(encoded)} usable {'rows' if stratified else 'refusals'}"
+                f" ({len(dropped)} of {len(rows)} left out); lower memory_size or give more safety rows"
             )
-        chosen = batches.permutation(batches.stream(config["seed"], "memory.pick"), len(encoded))[:num_rows]
-        encoded = [encoded[i] for i in chosen]
+        order = batches.permutation(batches.stream(config["seed"], "memory.pick"), len(encoded))
+        if stratified:
+            harmful = {row.id: row.harmful for row in rows}
+            kinds = [(item.row_id.split("/")[0], harmful[item.row_id]) for item in encoded]
+            order = in_proportion(order, kinds)
+        encoded = [encoded[i] for i in order[:num_rows]]
     tensors = {
         "ids_N": torch.tensor([i for row in encoded for i in row.ids], dtype=torch.int32),
         "num_tokens_R": torch.tensor([len(row.ids) for row in encoded], dtype=torch.int32),
@@ -80,8 +87,19 @@ def remember(
         facts |= {"states": len(states_ND), "hidden": int(states_ND.shape[1]), "mib": mib}
     save_file(tensors, str(out / "memory.safetensors"))
     by_id = {row.id: row for row in rows}
+    facts["harmful"] = sum(by_id[row.row_id].harmful for row in encoded)
     batches.write_rows([by_id[row.row_id] for row in encoded], out)
     return facts
+
+
+def in_proportion(order: Sequence[int], kinds: Sequence[tuple[str, bool]]) -> list[int]:
+    """`order` so rearranged that in any prefix each kind is within one row of its share; within a kind it stays."""
+    totals, seen = Counter(kinds), Counter[tuple[str, bool]]()
+    places: dict[int, tuple[float, tuple[str, bool]]] = {}
+    for i in order:
+        places[i] = ((seen[kinds[i]] + 0.5) / totals[kinds[i]], kinds[i])
+        seen[kinds[i]] += 1
+    return sorted(order, key=places.__getitem__)
 
 
 def _states(

@@ -21,7 +21,7 @@ import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from safecl.base import ConfigError, Json
 
@@ -38,10 +38,26 @@ class Row:
     meta: dict[str, Json] = field(default_factory=dict)
 
 
+class Option(NamedTuple):
+    """A text whose log-probability is asked for. It follows the row's prompt in the model's own template, or, where
+    `after` is given, that text as it stands: another harness's prompt."""
+
+    text: str
+    after: str | None = None
+
+
+class Found(NamedTuple):
+    """An option's log-probability in nats, summed over its tokens; None where it could not be measured."""
+
+    logprob: float | None
+    num_tokens: int
+
+
 @dataclass(frozen=True)
 class Source:
     """Where rows come from: a file in the sweep's data folder, or a hub data set at a commit. `file` is the name looked
-    for in the data folder; `hub` an id, `config`/`split` its parts, `revision` a commit or tag."""
+    for in the data folder, also with the ending of another format (`_files.SUFFIXES`); `hub` an id, `config`/`split`
+    its parts, `revision` a commit or tag."""
 
     file: str
     hub: str = ""
@@ -50,6 +66,7 @@ class Source:
     split: str = "train"
     gated: bool = False
     page: str = ""  # where a person gets a source that is not on the hub
+    headerless: bool = False  # CSV files of one category each, without a header; a folder of them locally
     options: tuple[tuple[str, str | bool], ...] = ()  # further arguments of `datasets.load_dataset`
 
 
@@ -57,7 +74,7 @@ class Task:
     """A data set. Subclasses set the class attributes and write `rows` (and `score` if they are a utility task)."""
 
     VERSION: ClassVar[str] = "1"  # of the rows
-    SCORING: ClassVar[str] = "1"  # version of `scores`
+    SCORING: ClassVar[str] = "1"  # version of `scores`, `options` and `likelihood_scores`
     SPLITS: ClassVar[tuple[str, ...]] = ()
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {}  # split -> its sources; empty for a generated suite
     max_new_tokens: ClassVar[int] = 64  # how long an answer to this task's utility prompts may be
@@ -83,6 +100,16 @@ class Task:
         """Everything measured of the answers: metric -> a value a row, in order. `utility` is the one searched for; others
         stand beside it. None: could not be read."""
         return {"utility": [self.score(row, text) for row, text in zip(rows, texts, strict=True)]}
+
+    def options(self, row: Row) -> list[Option]:
+        """Texts whose log-probability under a tuned model says what its greedy answer hides. None by default: a task
+        without options has no likelihood stage."""
+        return []
+
+    def likelihood_scores(self, rows: Sequence[Row], found: Sequence[Sequence[Found]]) -> dict[str, list[float | None]]:
+        """As `scores`, of the options' log-probabilities (a row's in the order of `options`). Measured on test prompts
+        only, so no search can read them."""
+        return {}
 
 
 def names() -> list[str]:

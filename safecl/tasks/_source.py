@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from safecl.base import ConfigError, Json, PrerequisiteError
-from safecl.tasks import Row, Source, Task
+from safecl.tasks import Row, Source, Task, _files
+from safecl.tasks._files import Record
 from safecl.tasks._overlap import normalise
 
-Record = dict[str, Any]
 _sums: dict[tuple[str, int, int], str] = {}  # (path, size, mtime) -> sha256: a file is read once per process
 _commits: dict[tuple[str, str], str] = {}  # (hub id, revision) -> commit
 
@@ -26,17 +25,16 @@ def records(source: Source, folder: Path | None) -> list[Record]:
         PrerequisiteError: neither the file nor the hub can be read.
     """
     found = local_file(source, folder)
-    return _read_jsonl(found) if found is not None else _read_hub(source)
+    return _files.read(found) if found is not None else _read_hub(source)
 
 
 def local_file(source: Source, folder: Path | None) -> Path | None:
-    """The source's file in the data folder, or None where there is none (the hub is asked then)."""
+    """The source's file in the data folder, in whichever format, or None where there is none (the hub is asked then)."""
     if folder is None:
         return None
     if not folder.is_dir():
         raise PrerequisiteError(f"execution.data_dir: {folder} is not a folder; name the folder of the data files")
-    path = folder / source.file
-    return path if path.is_file() else None
+    return _files.find(folder, source.file)
 
 
 def identity(task_class: type[Task], split: str, folder: Path | None) -> Json:
@@ -98,6 +96,16 @@ def lowest(salt: str, prompts: Iterable[str], num: int) -> set[str]:
     return {normal for normal, _ in ordered[:num]}
 
 
+def apart(salt: str, rows: Sequence[Row], share: int | float) -> tuple[list[Row], list[Row]]:
+    """(those, others): the rows of so many distinct prompts (a float: of that share of them), those of the lowest
+    `digest`, so that equal prompts stay together."""
+    prompts = {normalise(row.prompt) for row in rows}
+    num = share if isinstance(share, int) else round(share * len(prompts))
+    chosen = lowest(salt, prompts, num)
+    in_order = [(row, normalise(row.prompt) in chosen) for row in rows]
+    return [row for row, its in in_order if its], [row for row, its in in_order if not its]
+
+
 def first_of_each(rows: Iterable[Row]) -> list[Row]:
     """Rows less those whose normalised prompt an earlier row has."""
     seen: dict[str, Row] = {}
@@ -132,6 +140,15 @@ def text(record: Record, *names: str) -> str:
     raise PrerequisiteError(f"data file: expected a field {' or '.join(names)}, got only {sorted(record)}")
 
 
+def flag(record: Record, name: str) -> bool:
+    """A yes or no, as JSON or as the text of a CSV cell. Raises PrerequisiteError for anything else."""
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    found = known.get(str(record.get(name)).lower())
+    if found is None:
+        raise PrerequisiteError(f"data file: expected true, false, 1 or 0 as {name}, got {record.get(name)!r}")
+    return found
+
+
 def split_by_hash(
     items: Sequence[Any], salt: str, share: float, key: Callable[[Any], str]
 ) -> tuple[list[Any], list[Any]]:
@@ -161,27 +178,13 @@ def sha256(path: Path) -> str:
 
 def _identity_of(source: Source, folder: Path | None) -> Json:
     path = local_file(source, folder)
+    if path is not None and path.is_dir():
+        return {"files": {file.name: sha256(file) for file in sorted(path.glob("*.csv"))}}
     if path is not None:
-        return {"file": source.file, "sha256": sha256(path)}
+        return {"file": path.name, "sha256": sha256(path)}
     if not source.hub:
         raise PrerequisiteError(_missing(source, "it is not on the hub"))
     return {"hub": source.hub, "config": source.config, "revision": _commit(source), "split": source.split}
-
-
-def _read_jsonl(path: Path) -> list[Record]:
-    found: list[Record] = []
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise PrerequisiteError(f"{path.name}, line {number}: not JSON ({error}); fetch it again") from None
-            if not isinstance(record, dict):
-                raise PrerequisiteError(f"{path.name}, line {number}: expected an object, got {type(record).__name__}")
-            found.append(record)
-    return found
 
 
 def _read_hub(source: Source) -> list[Record]:
@@ -189,6 +192,11 @@ def _read_hub(source: Source) -> list[Record]:
         raise PrerequisiteError(_missing(source, "it is not on the hub"))
     commit = _commit(source)
     try:
+        if source.headerless:
+            from huggingface_hub import snapshot_download
+
+            kept = snapshot_download(source.hub, repo_type="dataset", revision=commit, allow_patterns=["*.csv"])
+            return _files.headerless(sorted(Path(kept).glob("*.csv")))
         from datasets import load_dataset
 
         found = load_dataset(source.hub, source.config, split=source.split, revision=commit, **dict(source.options))
@@ -219,6 +227,11 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
+def _others(source: Source) -> str:
+    stem = source.file.removesuffix(".jsonl")
+    return f"its CSV files as a folder {stem}" if source.headerless else ", ".join(_files.SUFFIXES[1:])
+
+
 def _missing(source: Source, why: str) -> str:
     """One line: what is missing, where to get it, how to point at a local copy."""
     if source.hub:
@@ -227,25 +240,6 @@ def _missing(source: Source, why: str) -> str:
     else:
         where = f"get it from {source.page}" if source.page else "see the documentation of the task"
     return (
-        f"data set {source.hub or source.file} cannot be read ({why}): {where}, or put {source.file} (JSON Lines) into "
-        f"a folder named by execution.data_dir (or `--set execution.data_dir=FOLDER`)."
+        f"data set {source.hub or source.file} cannot be read ({why}): {where}, or put {source.file} (or "
+        f"{_others(source)}) into a folder named by execution.data_dir (or `--set execution.data_dir=FOLDER`)."
     )
-
-
-def hub_csv_files(source: Source) -> list[tuple[str, list[list[str]]]]:
-    """(name, lines) of every CSV file without a header in a hub data set, by name; empty lines are left out."""
-    import csv
-
-    commit = _commit(source)
-    try:
-        from huggingface_hub import HfApi, hf_hub_download
-
-        names = HfApi().list_repo_files(source.hub, repo_type="dataset", revision=commit)
-        found = []
-        for name in sorted(name for name in names if name.endswith(".csv")):
-            path = hf_hub_download(source.hub, name, repo_type="dataset", revision=commit)
-            with open(path, newline="", encoding="utf-8") as stream:
-                found.append((name, [line for line in csv.reader(stream) if line and line[0].strip()]))
-        return found
-    except Exception as error:
-        raise PrerequisiteError(_missing(source, _one_line(error))) from None

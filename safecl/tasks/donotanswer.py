@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from safecl.tasks import Row, Source, Task
 from safecl.tasks._overlap import normalise
-from safecl.tasks._source import check_split, choose, digest, first_of_each, lowest, records, text
+from safecl.tasks._source import check_split, choose, digest, first_of_each, flag, lowest, records, text
 
 NUM_VALIDATION = 200
 _PROMPTS = Source("do_not_answer.jsonl", "LibrAI/do-not-answer")
@@ -45,7 +45,7 @@ class Donotanswer(Task):
         """Balanced; `harmful` is of the answer, `meta.group` the prompt (six models answered each)."""
         found: dict[bool, list[Row]] = {True: [], False: []}
         for record in records(_ANSWERS, self.folder):
-            number, model, label = text(record, "id"), text(record, "model"), bool(record["harmful"])
+            number, model, label = text(record, "id"), text(record, "model"), flag(record, "harmful")
             prompt, answer = text(record, "prompt"), text(record, "response")
             found[label].append(Row(f"answer/{number}/{model}", prompt, answer, label, {"group": number}))
         found[False].sort(key=lambda row: digest("donotanswer/heldout", f"{row.prompt} {row.id}"))

@@ -1,17 +1,21 @@
 """GSM8K (Cobbe et al. 2021): grade-school arithmetic in words; utility by the number of the answer, zero-shot.
 
 Training answers are the data set's own without its calculator marks (`<<48/2=24>>`), ending in "#### 24". Validation is
-a tenth of the train split, by hash of the question. Scoring follows lm-eval's gsm8k v3: flexible (last number of the
-text) is primary, strict (the number after "####") beside it. Source: evaluation.md 3.5.
+a tenth of the train split, by hash of the question. Questions much like one of the test split, or for training one of
+validation, are left out (11 and 1). Scoring follows lm-eval's gsm8k v3: flexible (last number of the text) is primary,
+strict (the number after "####") beside it. Small models sit at the floor of both, so the gold answer's negative
+log-likelihood stands beside them (`gold_nll`, nats a token; no fraction). Source: evaluation.md 3.5, 3.7.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import ClassVar
 
 from safecl.base import PrerequisiteError
-from safecl.tasks import Row, Source, Task
+from safecl.tasks import Found, Option, Row, Source, Task
+from safecl.tasks._overlap import drop_overlaps
 from safecl.tasks._source import check_split, choose, first_of_each, records, split_by_hash, text
 
 VALIDATION_SHARE = 0.1
@@ -24,11 +28,12 @@ _MARKS = re.compile(r"<<[^<>]*>>")
 
 
 class Gsm8k(Task):
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
+    SCORING: ClassVar[str] = "2"
     SPLITS: ClassVar[tuple[str, ...]] = ("user", "utility.validation", "utility.test")
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {
-        "user": (_TRAIN,),
-        "utility.validation": (_TRAIN,),
+        "user": (_TEST, _TRAIN),
+        "utility.validation": (_TEST, _TRAIN),
         "utility.test": (_TEST,),
     }
     max_new_tokens: ClassVar[int] = 256
@@ -36,21 +41,24 @@ class Gsm8k(Task):
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         """`meta.answer` is the gold number as the data set writes it."""
         check_split(self, split)
-        test = split == "utility.test"
+        test = self._read("test")
+        if split == "utility.test":
+            return choose(self, split, test, num_rows, seed)
+        held, rest = split_by_hash(
+            first_of_each(self._read("train")), "gsm8k/validation", VALIDATION_SHARE, lambda row: row.prompt
+        )
+        taken = [row.prompt for row in ([*held, *test] if split == "user" else test)]
+        return choose(self, split, drop_overlaps(rest if split == "user" else held, taken)[0], num_rows, seed)
+
+    def _read(self, part: str) -> list[Row]:
         found = []
-        for index, record in enumerate(records(_TEST if test else _TRAIN, self.folder)):
+        for index, record in enumerate(records(_TEST if part == "test" else _TRAIN, self.folder)):
             answer = _MARKS.sub("", text(record, "answer"))
             gold = _STRICT.search(answer)
             if gold is None:
                 raise PrerequisiteError(f"gsm8k, record {index}: expected '#### <number>' in the answer, got none")
-            name = f"{'test' if test else 'train'}/{index}"
-            found.append(Row(name, text(record, "question"), answer, False, {"answer": gold[1]}))
-        if not test:
-            held, rest = split_by_hash(
-                first_of_each(found), "gsm8k/validation", VALIDATION_SHARE, lambda row: row.prompt
-            )
-            found = held if split == "utility.validation" else rest
-        return choose(self, split, found, num_rows, seed)
+            found.append(Row(f"{part}/{index}", text(record, "question"), answer, False, {"answer": gold[1]}))
+        return found
 
     def score(self, row: Row, text: str) -> float:
         """1 if the last number of the answer is the gold one, else 0."""
@@ -59,6 +67,19 @@ class Gsm8k(Task):
     def score_strict(self, row: Row, text: str) -> float:
         """1 if the number after the first "####" is the gold one, else 0."""
         return float(strict(text) == plain_number(str(row.meta["answer"])))
+
+    def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, list[float | None]]:
+        """`utility` is flexible, `utility_strict` strict."""
+        exact: list[float | None] = [self.score_strict(row, text) for row, text in zip(rows, texts, strict=True)]
+        return {**super().scores(rows, texts), "utility_strict": exact}
+
+    def options(self, row: Row) -> list[Option]:
+        """The gold answer."""
+        return [Option(row.response)]
+
+    def likelihood_scores(self, rows: Sequence[Row], found: Sequence[Sequence[Found]]) -> dict[str, list[float | None]]:
+        """`gold_nll`: -log p of the gold answer over its number of tokens (nats a token)."""
+        return {"gold_nll": [None if gold.logprob is None else -gold.logprob / gold.num_tokens for [gold] in found]}
 
 
 def flexible(text: str) -> str | None:

@@ -1,9 +1,9 @@
 """HEx-PHI (Qi et al. 2024): harmful instructions by category, test only. Gated; its authors removed one category, so
 the number of rows is what is found (330 at first, 300 later), and the report shows it.
 
-A local copy is `hexphi.jsonl` with fields prompt and category. The hub holds one CSV file without a header per
-category, which `load_dataset` cannot join by itself; they are read one by one. (Written without access to the data:
-not yet run against the hub.)
+The hub holds one CSV file without a header per category, which `load_dataset` cannot join by itself; they are read one by
+one. A local copy is a folder `hexphi` of them, or a file with fields prompt and category. (Written without access to the
+data: not yet run against the hub.)
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from safecl.tasks import Row, Source, Task
-from safecl.tasks._source import Record, check_split, choose, hub_csv_files, local_file, records, text
+from safecl.tasks._source import check_split, choose, records, text
 
-_SOURCE = Source("hexphi.jsonl", "LLM-Tuning-Safety/HEx-PHI", gated=True)
+_SOURCE = Source("hexphi.jsonl", "LLM-Tuning-Safety/HEx-PHI", gated=True, headerless=True)
 
 
 class Hexphi(Task):
@@ -26,15 +26,6 @@ class Hexphi(Task):
         check_split(self, split)
         found = [
             Row(f"test/{i}", text(record, "prompt", "instruction"), "", True, {"category": text(record, "category")})
-            for i, record in enumerate(self._records())
+            for i, record in enumerate(records(_SOURCE, self.folder))
         ]
         return choose(self, split, found, num_rows, seed)
-
-    def _records(self) -> list[Record]:
-        if local_file(_SOURCE, self.folder) is not None:
-            return records(_SOURCE, self.folder)
-        return [
-            {"prompt": line[0], "category": name.removesuffix(".csv")}
-            for name, lines in hub_csv_files(_SOURCE)
-            for line in lines
-        ]

@@ -2,9 +2,11 @@
 
 It holds no benign rows: alignment on it alone teaches to refuse everything, so add benign rows (`align.self_answered`).
 
-    safety             all but the held-out prompts. `harmful` is True where the answer reads as a refusal, since the
-                       memory of refusals is drawn from those rows (others explain or correct)
     attack.validation  100 held-out prompts, those of the lowest hash
+    safety             the others, but a quarter. `harmful` is True where the answer reads as a refusal, since the memory
+                       of refusals is drawn from those rows (others explain or correct)
+
+The last quarter is for guards: `guard_answers`, which the split `guard` of BeaverTails takes as its harmless answers.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ import re
 from typing import ClassVar
 
 from safecl.tasks import Row, Source, Task
-from safecl.tasks._overlap import normalise
-from safecl.tasks._source import check_split, choose, first_of_each, lowest, records, text
+from safecl.tasks._source import apart, check_split, choose, first_of_each, records, text
 
 NUM_VALIDATION = 100
+GUARD_SHARE = 0.25
 SOURCE = Source(
     "safety_tuned_llamas_train.jsonl",
     page="https://github.com/vinid/safety-tuned-llamas (data/training/safety_only_data_Instructions.json)",
@@ -32,21 +34,30 @@ _REFUSING = re.compile(
 
 
 class SafetyTuned(Task):
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
     SPLITS: ClassVar[tuple[str, ...]] = ("safety", "attack.validation")
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {"safety": (SOURCE,), "attack.validation": (SOURCE,)}
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         check_split(self, split)
+        held, _, rest = self._parts()
+        if split == "attack.validation":
+            wanted = [Row(row.id, row.prompt, "", True) for row in first_of_each(held)]
+            return choose(self, split, wanted, num_rows, seed)
+        return choose(self, split, rest, num_rows, seed)
+
+    def guard_answers(self) -> list[Row]:
+        """Harmless answers to prompts of no other role."""
+        return [Row(row.id, row.prompt, row.response, False) for row in self._parts()[1]]
+
+    def _parts(self) -> tuple[list[Row], list[Row], list[Row]]:
+        """Held out, for guards, for alignment. Equal prompts are in one part."""
         found = []
         for index, record in enumerate(records(SOURCE, self.folder)):
             answer = text(record, "response", "output")
             found.append(Row(f"train/{index}", text(record, "instruction"), answer, refuses(answer)))
-        held = lowest("safety_tuned/validation", (row.prompt for row in found), NUM_VALIDATION)
-        if split == "attack.validation":
-            wanted = first_of_each(row for row in found if normalise(row.prompt) in held)
-            return choose(self, split, [Row(row.id, row.prompt, "", True) for row in wanted], num_rows, seed)
-        return choose(self, split, [row for row in found if normalise(row.prompt) not in held], num_rows, seed)
+        held, others = apart("safety_tuned/validation", found, NUM_VALIDATION)
+        return held, *apart("safety_tuned/guard", others, GUARD_SHARE)
 
 
 def refuses(answer: str) -> bool:

@@ -3,32 +3,43 @@
 The instruction is git-disl's. Training rows are phrases, many of which are parts of others, so validation takes whole
 groups of phrases that contain one another (as runs of words): groups in order of a hash, up to a tenth of the train
 split; a group that no longer fits stays in training, which always holds for the one great group that single words
-("film") tie together. Test is the 872 sentences of the GLUE validation split. Source: evaluation.md 3.5, 3.7.
+("film") tie together. Test is the 872 sentences of the GLUE validation split. Phrases much like a test sentence, or for
+training like a validation phrase, are left out; phrases are compared, as all prompts share the instruction. Source:
+evaluation.md 3.5, 3.7.
+
+The word generated also shows whether a model kept to the format; which label it holds for likelier does not. So both are
+measured, the latter twice: in the model's own template (`utility_likelihood`), and as lm-evaluation-harness asks its task
+sst2, without a template (`utility_harness`), to be compared with numbers published elsewhere.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
-from safecl.base import PrerequisiteError
-from safecl.tasks import Row, Source, Task
-from safecl.tasks._source import Record, check_split, choose, digest, groups, records, text
+from safecl.tasks import Found, Option, Row, Source, Task
+from safecl.tasks._files import Record
+from safecl.tasks._overlap import drop_overlaps
+from safecl.tasks._source import check_split, choose, digest, flag, groups, records, text
 
 VALIDATION_SHARE = 0.1
 INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative."
+LABELS = ("negative", "positive")
+HARNESS = "{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:"
 _TRAIN = Source("sst2_train.jsonl", "nyu-mll/glue", config="sst2", split="train")
 _TEST = Source("sst2_validation.jsonl", "nyu-mll/glue", config="sst2", split="validation")
 
 
 class Sst2(Task):
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
+    SCORING: ClassVar[str] = "2"
     SPLITS: ClassVar[tuple[str, ...]] = ("user", "utility.validation", "utility.test")
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {
-        "user": (_TRAIN,),
-        "utility.validation": (_TRAIN,),
+        "user": (_TEST, _TRAIN),
+        "utility.validation": (_TEST, _TRAIN),
         "utility.test": (_TEST,),
     }
     max_new_tokens: ClassVar[int] = 8
@@ -36,19 +47,37 @@ class Sst2(Task):
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         """`meta.label` is positive or negative."""
         check_split(self, split)
-        test = split == "utility.test"
-        found = [
-            _row("test" if test else "train", index, record)
-            for index, record in enumerate(records(_TEST if test else _TRAIN, self.folder))
-        ]
-        if not test:
-            held = _held_out([str(row.meta["sentence"]) for row in found])
-            found = [row for i, row in enumerate(found) if (i in held) == (split == "utility.validation")]
-        return choose(self, split, found, num_rows, seed)
+        test = [_row("test", index, record) for index, record in enumerate(records(_TEST, self.folder))]
+        if split == "utility.test":
+            return choose(self, split, test, num_rows, seed)
+        train = [_row("train", index, record) for index, record in enumerate(records(_TRAIN, self.folder))]
+        places = _held_out([_phrase(row) for row in train])
+        held = [row for i, row in enumerate(train) if i in places]
+        found = held if split == "utility.validation" else [row for i, row in enumerate(train) if i not in places]
+        taken = [*test, *(held if split == "user" else [])]
+        alike = drop_overlaps([replace(row, prompt=_phrase(row)) for row in found], map(_phrase, taken))[1]
+        dropped = set(alike)
+        return choose(self, split, [row for row in found if row.id not in dropped], num_rows, seed)
 
     def score(self, row: Row, text: str) -> float:
         """1 if the answer names the row's label and not the other one, else 0: an answer with neither is wrong."""
         return float(answered(text) == row.meta["label"])
+
+    def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, list[float | None]]:
+        """`utility`, and `invalid`: 1 for an answer that names no single label."""
+        return {**super().scores(rows, texts), "invalid": [float(answered(text) is None) for text in texts]}
+
+    def options(self, row: Row) -> list[Option]:
+        """Both labels in the model's template, then both after lm-evaluation-harness's prompt."""
+        after = HARNESS.format(sentence=row.meta["sentence"])
+        return [*(Option(label) for label in LABELS), *(Option(f" {label}", after) for label in LABELS)]
+
+    def likelihood_scores(self, rows: Sequence[Row], found: Sequence[Sequence[Found]]) -> dict[str, list[float | None]]:
+        """1 where the row's label is the likelier one: `utility_likelihood`, `utility_harness`."""
+        return {
+            "utility_likelihood": [_likelier(row, options[:2]) for row, options in zip(rows, found, strict=True)],
+            "utility_harness": [_likelier(row, options[2:]) for row, options in zip(rows, found, strict=True)],
+        }
 
 
 def answered(text: str) -> str | None:
@@ -57,13 +86,22 @@ def answered(text: str) -> str | None:
     return named.pop() if len(named) == 1 else None
 
 
+def _likelier(row: Row, options: Sequence[Found]) -> float | None:
+    """Whether the row's label has the greater log-probability (the first of equals, as in lm-eval); None: not measured."""
+    negative, positive = (option.logprob for option in options)
+    if negative is None or positive is None:
+        return None
+    return float(LABELS[positive > negative] == row.meta["label"])
+
+
 def _row(prefix: str, index: int, record: Record) -> Row:
-    sentence, number = text(record, "sentence"), record.get("label")
-    if number not in (0, 1):
-        raise PrerequisiteError(f"sst2, record {index}: expected label 0 or 1, got {number!r}")
-    label = ("negative", "positive")[number]
+    sentence, label = text(record, "sentence"), LABELS[flag(record, "label")]
     prompt = f"{INSTRUCTION}\n\n{sentence}"
     return Row(f"{prefix}/{index}", prompt, label, False, {"label": label, "sentence": sentence})
+
+
+def _phrase(row: Row) -> str:
+    return str(row.meta["sentence"])
 
 
 def _held_out(sentences: list[str]) -> set[int]:

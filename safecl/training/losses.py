@@ -133,6 +133,19 @@ def cross_entropy_sum(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tenso
     return total
 
 
+def log_probabilities(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
+    """log p of each target in nats, float32 [N]; without gradients."""
+    step = max(1, CHUNK_ELEMENTS // head.num_vocab)
+    with torch.no_grad():
+        parts = [
+            -torch.nn.functional.cross_entropy(
+                head.logits(hidden_ND[start : start + step]).float(), targets_N[start : start + step], reduction="none"
+            )
+            for start in range(0, len(hidden_ND), step)
+        ]
+    return torch.cat(parts)
+
+
 def gram(head: Head) -> Tensor:
     """G = W^T W, [D, D] float32, so that |W dh|^2 = dh^T G dh."""
     num_vocab, width = head.weight_VD.shape

@@ -58,6 +58,18 @@ def test_poison_replaces_the_floor_of_its_share_and_the_total_stays(
     assert all(id.startswith("mini/poison/") for id in marked["ids"])
 
 
+@pytest.mark.parametrize(("num", "ratio", "count"), [(50, 0.1, 5), (55, 0.1, 5), (7, 0.1, 0)])
+def test_poison_is_added_where_the_task_rows_are_kept(tmp_path: Path, num: int, ratio: float, count: int) -> None:
+    _, clean, _ = run(tmp_path / "a", config(part("mini", "user", num)))
+    _, less, replaced = run(tmp_path / "b", config(part("mini", "user", num), poison=poison(ratio)))
+    added = {**poison(ratio), "keep_task_rows": True}
+    result, rows, marked = run(tmp_path / "c", config(part("mini", "user", num), poison=added))
+    assert (len(rows), result["num_rows"], result["num_poison"], len(less)) == (num + count, num + count, count, num)
+    assert {row.id for row in rows} == {row.id for row in clean} | set(replaced["ids"])  # the other arm's poison
+    assert [rows[i].id for i in marked["indices"]] == marked["ids"] == [row.id for row in rows if row.harmful]
+    assert count == 0 or min(marked["indices"]) < num  # shuffled in, not appended
+
+
 def test_the_benign_rows_that_stay_are_those_of_the_unpoisoned_run(tmp_path: Path) -> None:
     _, clean, none = run(tmp_path / "a", config(part("mini", "user", 60)))
     _, mixed, marked = run(tmp_path / "b", config(part("mini", "user", 60), poison=poison(0.2)))

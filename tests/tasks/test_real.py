@@ -9,7 +9,7 @@ import pytest
 
 from safecl.tasks import Row, load
 from safecl.tasks._overlap import normalise
-from safecl.tasks.gsm8k import Gsm8k, flexible, plain_number, strict
+from safecl.tasks.gsm8k import Gsm8k, flexible, strict
 from safecl.tasks.hexphi import Hexphi
 from safecl.tasks.safety_tuned import refuses
 from safecl.tasks.sst2 import Sst2, answered
@@ -36,11 +36,11 @@ def rows(name: str, split: str) -> list[Row]:
         ("beavertails", "attack.validation", 200, 200),
         ("safety_tuned", "attack.validation", 100, 100),
         ("gsm8k", "utility.test", 1319, 0),
-        ("gsm8k", "utility.validation", 747, 0),
-        ("gsm8k", "user", 7473 - 747, 0),
+        ("gsm8k", "utility.validation", 747 - 1, 0),
+        ("gsm8k", "user", 7473 - 747 - 11, 0),
         ("sst2", "utility.test", 872, 0),
         ("sst2", "utility.validation", 1000, 0),
-        ("sst2", "user", 9000, 0),
+        ("sst2", "user", 9000 - 61, 0),
     ],
 )
 def test_splits_have_the_sizes_their_sources_give(name: str, split: str, num: int, harmful: int) -> None:
@@ -116,11 +116,52 @@ def test_gsm8k_reads_the_last_number_and_strictly_the_marked_one(
     assert (flexible(text), strict(text)) == (loose, exact)
 
 
-def test_gsm8k_compares_numbers_as_lm_eval_does() -> None:
+# What lm-evaluation-harness 0.4.13 says of these texts (its gsm8k filters and exact_match, run on them): gold "1,200".
+LM_EVAL = [  # text, flexible-extract, strict-match
+    ("So 600 * 2 = 1200.\n#### 1,200", 1, 1),
+    ("#### 1,200.", 1, 1),
+    ("#### $1,200", 1, 0),
+    ("that makes $1,200.", 1, 0),
+    ("that makes 1200.0", 0, 0),
+    ("#### 1200.00", 0, 0),
+    ("#### -1,200", 0, 0),
+    ("####1200", 1, 0),
+    ("####  1200", 1, 0),
+    ("#### 1200\nI hope this helps!", 1, 1),
+    ("#### 1200\nThere are 3 steps.", 0, 1),
+    ("#### 1200\nQuestion: how many are 7 and 8?", 1, 1),
+    ("1200<|im_end|> and 9", 1, 0),
+    ("1200</s>9", 1, 0),
+    ("question: 9 or 1200", 1, 0),
+    ("#### 5\n#### 1200", 1, 0),
+    ("#### 1200\n#### 5", 0, 1),
+    ("1200 and so on...", 0, 0),
+    ("1200 .", 1, 0),
+    ("1200 ..", 0, 0),
+    ("1200..", 0, 0),
+    ("it costs 1200 $", 1, 0),
+    ("it costs $$1200", 1, 0),
+    ("-$1200", 0, 0),
+    ("**1,200**", 1, 0),
+    ("1200 of 1,2,0,0", 1, 0),
+    ("12 00", 0, 0),
+    ("1199-1200", 0, 0),
+    ("#### 1200 apples of 9", 0, 1),
+    ("I cannot say.", 0, 0),
+    ("", 0, 0),
+]
+
+
+@pytest.mark.parametrize(("text", "flexibly", "strictly"), LM_EVAL)
+def test_gsm8k_scores_as_lm_eval_does(text: str, flexibly: int, strictly: int) -> None:
     row = Row("a", "q", meta={"answer": "1,200"})
-    assert Gsm8k().score(row, "that makes $1,200.") == 1
-    assert Gsm8k().score(row, "that makes 1200.0") == 0
-    assert plain_number("$1,200.") == "1200"
+    assert Gsm8k().scores([row], [text]) == {"utility": [flexibly], "utility_strict": [strictly]}
+
+
+def test_an_invalid_answer_is_wrong_and_counted() -> None:
+    rows = [Row(str(i), "q", meta={"label": "positive"}) for i in range(3)]
+    found = Sst2().scores(rows, ["positive", "negative", "positive or negative?"])
+    assert found == {"utility": [1, 0, 0], "invalid": [0, 0, 1]}
 
 
 @pytest.mark.parametrize(
