@@ -369,7 +369,9 @@ class Graph:
             f"utility.{task}.rows": rows,
             f"utility.{task}.generations": self.generate(self.final, rows, tasks.load(task).max_new_tokens),
         }
-        measures.append({"metric": "utility", "set": task, "of": "score", "role": "utility"})
+        # Only a consent that is given is recorded: where programs are isolated, nothing changes what a number is.
+        consent: dict[str, Json] = {"unsafe_code": True} if evaluate.unsafe_code and tasks.load(task).RUNS_CODE else {}
+        measures.append({"metric": "utility", "set": task, "of": "score", "role": "utility", **consent})
         versions = [tasks.load(part.task).SCORING for part in [*prompts.attack, Rows(task=task)]]
         return Evidence(_stage("metrics", {"measures": measures}, inputs, *versions), tuple(judged))
 
@@ -454,7 +456,7 @@ class Cell:
             "poison": {"task": recipe.poison_task, "ratio": recipe.poison_ratio},
             "method": recipe.method,
             "params": {name: value for name, value in recipe.params.items() if name not in open_values},
-            "evaluate": recipe.evaluate.model_dump(mode="json"),
+            "evaluate": recipe.evaluate.model_dump(mode="json", exclude={"unsafe_code"}),
         }
         return hashlib.sha256(canonical(identity).encode()).hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import random
@@ -170,7 +171,7 @@ def _identity_of(source: Source, folder: Path | None) -> Json:
 
 def _read_jsonl(path: Path) -> list[Record]:
     found: list[Record] = []
-    with path.open(encoding="utf-8") as stream:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
