@@ -46,7 +46,9 @@ import os, resource, sys, time
 def main():
     channel, memory, seconds = map(int, sys.argv[1:4])
     token, _, program = sys.stdin.buffer.read().partition(b"\\n")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
     sys.path.append(sys.argv[4])
     seconds += 1 + int(time.process_time())
     limits = {"AS": memory, "FSIZE": 0, "CORE": 0, "NOFILE": 64, "NPROC": 1}
@@ -231,8 +233,10 @@ def _command(rules: int) -> list[str]:
         site += ["--ro-bind", str(folder), f"/site/{folder.name}"]
     outer: list[str] = []
     if os.getuid() == 0:
-        outer = [_tool("bwrap"), *system, *site, "--dir", "/tmp", "--dev-bind", "/dev", "/dev", "--bind", "/proc", "/proc",
-                 "--die-with-parent", "--",
+        # Its own process namespace ends whatever is inside when safecl dies: its launcher gives up the right to signal
+        # nobody's processes, so --die-with-parent alone would stop at the inner bwrap.
+        outer = [_tool("bwrap"), *system, *site, "--dir", "/tmp", "--dev-bind", "/dev", "/dev", "--unshare-pid",
+                 "--proc", "/proc", "--die-with-parent", "--",
                  _tool("setpriv"), "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--"]  # fmt: skip
         site = ["--ro-bind", "/site", "/site"]
     return [

@@ -38,6 +38,7 @@ _MBPP = Source("mbpp.jsonl", "google-research-datasets/mbpp", config="full", spl
 _HUMANEVAL = Source("humaneval.jsonl", "openai/openai_humaneval", split="test")
 _PLUS = Source("humaneval_plus_originfmt.jsonl.gz", "evalplus/humanevalplus", split="test")
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_WORDS = re.compile(r"(?:(?!def |class )\S[^\n]*\n|[ \t]*\n)+(?=[ \t]+\S)")  # lines before the first indented one
 _THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 _BEGINS_CODE = re.compile(
     r"([ \t]*)(?:(?:from|import|def|class|async|for|if|try|with)\b|@\w|[A-Za-z_][\w.]*\s*[=(:\[])"
@@ -168,7 +169,7 @@ def unpacked(form: str) -> str:
 
 
 def extracted(answer: str, start: str, names: Sequence[str]) -> str | None:
-    """The program in a model's answer, or None if there is none that defines all of `names` with a body.
+    """The program in a model's answer, or None if there is none that defines all of `names`.
 
     Looked for in each fenced block, in all of them together, then in the whole text: definitions (whatever stands
     before, between or after them), else the continuation of `start`, with its indentation as it is, lost on the first
@@ -186,10 +187,9 @@ def extracted(answer: str, start: str, names: Sequence[str]) -> str | None:
         if _defines(found, names):
             return _source([*given, *found], names)
     for place in places if start else ():
-        for body in _bodies(place):
-            continued = _continued(start, body, names)
-            if continued is not None:
-                return _source(continued, names)
+        continued = max((_continued(start, body, names) for body in _bodies(place)), key=lambda found: found[0])
+        if continued[0]:
+            return _source(continued[1], names)
     return None
 
 
@@ -209,20 +209,25 @@ def _definitions(place: str) -> list[ast.stmt]:
 
 
 def _bodies(place: str) -> Iterator[str]:
-    """A function's body as answers write it: as it is, after words, less the first line's indentation, less all."""
+    """A function's body as answers write it: as it is, after words, less the first line's indentation, less all. The
+    right reading is the one with which most lines belong to the function."""
     yield place
-    words = re.search(r"^[ \t]+\S", place, re.MULTILINE)
+    words = _WORDS.match(place)
     if words is not None:
-        yield place[words.start() :]
+        yield place[words.end() :]
     yield "    " + place.lstrip()
     yield textwrap.indent(textwrap.dedent(place).strip("\n"), "    ")
 
 
-def _continued(start: str, body: str, names: Sequence[str]) -> list[ast.stmt] | None:
+def _continued(start: str, body: str, names: Sequence[str]) -> tuple[int, list[ast.stmt]]:
+    """(last line of the function, statements) of the prompt and its continuation; (0, []) if it adds nothing to it."""
     for stop in STOPS:
         body = body.split(stop, 1)[0]
     _, statements = _longest(start, body.split("\n"))
-    return statements if _defines(statements, names) else None
+    if not _defines(statements, names):
+        return 0, []
+    bound = _bound(statements)
+    return max(bound[name].end_lineno or 0 for name in names), statements
 
 
 def _longest(start: str, lines: list[str]) -> tuple[int, list[ast.stmt]]:
@@ -234,7 +239,7 @@ def _longest(start: str, lines: list[str]) -> tuple[int, list[ast.stmt]]:
 
 
 def _defines(statements: Sequence[ast.stmt], names: Sequence[str]) -> bool:
-    """Whether all names are bound, those bound by a function with more in it than a docstring."""
+    """Whether all names are bound, none of them by a function that does nothing."""
     bound = _bound(statements)
     return all(name in bound and not _is_empty(bound[name]) for name in names)
 
@@ -251,8 +256,11 @@ def _bound(statements: Sequence[ast.stmt]) -> dict[str, ast.stmt]:
 
 
 def _is_empty(statement: ast.stmt) -> bool:
-    body = getattr(statement, "body", None) if isinstance(statement, ast.FunctionDef) else None
-    return body is not None and len(body) == 1 and ast.get_docstring(statement) is not None  # type: ignore[arg-type]
+    """A function that does nothing: strings, imports and further definitions only."""
+    idle = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+    return isinstance(statement, ast.FunctionDef) and all(
+        isinstance(s, idle) or (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)) for s in statement.body
+    )
 
 
 def _source(statements: Sequence[ast.stmt], names: Sequence[str]) -> str:
