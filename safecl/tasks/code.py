@@ -46,13 +46,12 @@ _BEGINS_CODE = re.compile(
 # HumanEval+'s tests of problem 32 in this format call their oracle with root and polynomial swapped, so that no answer
 # can pass; evalplus itself asks for |polynomial(root)| <= 1e-4.
 _SWAPPED, _RIGHT = "_poly(*candidate(*inp), inp) <= 0.0001", "abs(_poly(*inp, candidate(*inp))) <= 0.0001"
-# A limit for each single test, as evalplus has. The alarm raises inside the candidate's call.
+# A limit for each single test, as evalplus has. It ends the program as the limit on all of them does: no candidate can
+# catch it, and the verdict is a timeout.
 _LIMITED = """
 def _limited(candidate):
-    import signal
-    def late(number, frame):
-        raise TimeoutError("one test took too long")
-    signal.signal(signal.SIGPROF, late)
+    import os, signal
+    signal.signal(signal.SIGPROF, lambda number, frame: os.kill(os.getpid(), signal.SIGXCPU))
     def call(*args):
         signal.setitimer(signal.ITIMER_PROF, {seconds})
         try:
@@ -263,13 +262,17 @@ def _is_empty(statement: ast.stmt) -> bool:
     )
 
 
-def _source(statements: Sequence[ast.stmt], names: Sequence[str]) -> str:
+def _source(statements: Sequence[ast.stmt], names: Sequence[str]) -> str | None:
+    """The statements worth keeping as text; None if they are nested too deeply to be written out."""
     bound = _bound(statements)
     last = max(statements.index(bound[name]) for name in names)
     lasting = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    kept = [s for i, s in enumerate(statements) if isinstance(s, lasting) or (i <= last and _is_work(s))]
-    kept.sort(key=lambda s: not (isinstance(s, ast.ImportFrom) and s.module == "__future__"))  # Python wants them first
-    return "\n".join(ast.unparse(statement) for statement in kept)
+    try:
+        kept = [s for i, s in enumerate(statements) if isinstance(s, lasting) or (i <= last and _is_work(s))]
+        kept.sort(key=lambda s: not (isinstance(s, ast.ImportFrom) and s.module == "__future__"))  # they must be first
+        return "\n".join(ast.unparse(statement) for statement in kept)
+    except RecursionError:
+        return None
 
 
 def _is_work(statement: ast.stmt) -> bool:

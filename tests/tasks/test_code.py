@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,12 @@ def test_without_a_start_only_a_definition_counts_and_of_all_names() -> None:
     assert both is not None and "class Pair" in both
 
 
-def test_deep_nesting_is_no_program() -> None:
-    assert extracted("x = " + "(" * 5000 + ")" * 5000, START, ["total"]) is None
+@pytest.mark.parametrize("value", ["(" * 5000 + ")" * 5000, "1" + " + 1" * 600, "-" * 900 + "1", "'\\0\0'", "'\ud800'"])
+def test_what_a_model_repeats_without_end_never_breaks_the_reading(value: str) -> None:
+    """Nested too deeply for Python to read or write, or no text at all: a program or none, never an error."""
+    for answer in (f"def total(xs):\n    return {value}\n", f"    return {value}\n", f"```\n{value}\n```"):
+        found = extracted(answer, START, ["total"])
+        assert found is None or "def total" in found
 
 
 def row(name: str, plus: str = "") -> Row:
@@ -234,8 +239,10 @@ def test_a_single_test_that_runs_too_long_ends_the_run_of_its_problem(tmp_path: 
     write(tmp_path, "humaneval_plus_originfmt.jsonl.gz", {**problem, "test": plus})
     (found,) = Code(tmp_path).rows("utility.test", None, 0)
     program = f"def f(x):\n    while x > 1: pass\n    return x\n{unpacked(str(found.meta['plus']))}"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     (outcome,) = sandbox.run([program], timeout_s=60)
-    assert outcome.verdict == "failed" and "one test took too long" in outcome.detail
+    assert outcome.verdict == "timeout"
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 30  # two tries of 4 s of CPU, not of 60
 
 
 # ---- the real data ---------------------------------------------------------------------------------------------------
