@@ -232,7 +232,10 @@ def test_humaneval_rows_know_both_tests_and_the_swapped_oracle_is_put_right(tmp_
     assert scores["utility"] == [1, 1] and scores["utility_plus"] == [1, 0]
 
 
-def test_a_single_test_that_runs_too_long_ends_the_run_of_its_problem(tmp_path: Path) -> None:
+def test_a_single_test_that_runs_too_long_ends_the_run_of_its_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safecl.tasks.code.CALL_TIMEOUT_S", 1)
     problem = {"task_id": "a", "prompt": 'def f(x):\n    """ x """\n', "entry_point": "f", "canonical_solution": ""}
     write(tmp_path, "humaneval.jsonl", {**problem, "test": "def check(candidate):\n    assert candidate(1) == 1\n"})
     plus = "def check(candidate):\n    assert candidate(2) == 2\n"
@@ -242,7 +245,7 @@ def test_a_single_test_that_runs_too_long_ends_the_run_of_its_problem(tmp_path: 
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     (outcome,) = sandbox.run([program], timeout_s=60)
     assert outcome.verdict == "timeout"
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 30  # two tries of 4 s of CPU, not of 60
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 15  # two tries of 1 s of CPU, not of 60
 
 
 # ---- the real data ---------------------------------------------------------------------------------------------------
