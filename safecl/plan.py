@@ -402,7 +402,8 @@ class Graph:
             f"utility.{task}.rows": rows,
             f"utility.{task}.generations": self.generate(self.final, rows, tasks.load(task).max_new_tokens),
         }
-        measures.append({"metric": "utility", "set": task, "of": "score", "role": "utility"})
+        consent: dict[str, Json] = {"unsafe_code": True} if evaluate.unsafe_code and tasks.load(task).RUNS_CODE else {}
+        measures.append({"metric": "utility", "set": task, "of": "score", "role": "utility", **consent})
         if split == "test" and tasks.load(task).options is not tasks.Task.options:
             inputs[f"utility.{task}.likelihood"] = self.likelihood(task, rows)
             measures.append({"metric": "likelihood", "set": task, "of": "likelihood", "role": "utility"})
@@ -454,7 +455,7 @@ class Cell:
             **({} if recipe.memory_mix == "refusals" else {"memory_mix": recipe.memory_mix}),
             "method": recipe.method,
             "params": {name: value for name, value in recipe.params.items() if name not in open_values},
-            "evaluate": recipe.evaluate.model_dump(mode="json"),
+            "evaluate": recipe.evaluate.model_dump(mode="json", exclude={"unsafe_code"}),
         }
         return hashlib.sha256(canonical(identity).encode()).hexdigest()
 

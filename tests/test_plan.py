@@ -274,3 +274,27 @@ def test_a_teacher_and_a_fisher_are_shared_by_every_value_of_their_weight() -> N
         assert first.key != second.key
         made = [{s.key for s in tuned.walk() if s.kind == kind} for tuned in (first, second)]
         assert made[0] == made[1] and len(made[0]) == 1
+
+
+def test_consent_to_run_code_enters_no_key_but_those_of_the_code_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safecl.plan.identity", lambda task, split, folder: [task.__name__, split])
+    consent = ["evaluate.unsafe_code=true"]
+    assert keys(load(QUICKSTART, consent)) == keys(load(QUICKSTART, []))
+    code = ["tasks.0.task=code", "tasks.0.num_rows=10"]
+    refused, consented = (jobs(load(QUICKSTART, [*code, *more]))[2] for more in ([], consent))
+    assert refused.cell.key == consented.cell.key  # a study goes on
+    refused_stage, consented_stage = (job.evidence(None).metrics for job in (refused, consented))
+    assert refused_stage.key != consented_stage.key  # a number that was made without isolation says so
+    assert {s.key for s in refused_stage.inputs.values()} == {s.key for s in consented_stage.inputs.values()}
+
+
+def test_a_sweep_that_runs_code_is_refused_before_anything_is_spent_where_nothing_isolates_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("safecl.plan.identity", lambda task, split, folder: [task.__name__, split])
+    monkeypatch.setattr("safecl.sandbox.missing", lambda: "nothing isolates here")
+    settings = ["tasks.0.task=code", "tasks.0.num_rows=10", f"execution.root={tmp_path}"]
+    with pytest.raises(PrerequisiteError, match=r"nothing isolates here.*evaluate\.unsafe_code"):
+        Project(load(QUICKSTART, settings))
+    Project(load(QUICKSTART, [*settings, "evaluate.unsafe_code=true"]))
+    Project(load(QUICKSTART, [f"execution.root={tmp_path}"]))  # other tasks run nothing

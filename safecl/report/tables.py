@@ -83,8 +83,10 @@ _SIDE = (  # beside utility, on the same prompts
     Column("strict", "utility_strict", "high"),
     Column("plus", "utility_plus", "high"),
     Column("likelihood", "utility_likelihood", "high"),
+    Column("likelihood (lm-eval prompt)", "utility_harness", "high"),
     Column("invalid", "invalid", "low"),
     Column("time-outs", "code_timeouts", "low"),
+    Column("no code", "no_code", "low"),
     Column("NLL (nats a token)", "gold_nll", "low", unit="nats"),
 )
 

@@ -53,7 +53,8 @@ def _measure(measure: dict[str, Any], inputs: dict[str, Path]) -> Iterator[Outco
     if of == "score":
         answers = _lines(inputs[f"{prefix}.generations"] / "generations.jsonl")
         answered = [rows[answer["id"]] for answer in answers]
-        for scored, values in load(name)().scores(answered, [answer["text"] for answer in answers]).items():
+        task = load(name)(unsafe_code=measure.get("unsafe_code", False))
+        for scored, values in task.scores(answered, [answer["text"] for answer in answers]).items():
             for row, value in zip(answered, values, strict=True):
                 yield outcome(scored, row, value)
         return

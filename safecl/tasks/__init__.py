@@ -77,10 +77,12 @@ class Task:
     SCORING: ClassVar[str] = "1"  # version of `scores`, `options` and `likelihood_scores`
     SPLITS: ClassVar[tuple[str, ...]] = ()
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {}  # split -> its sources; empty for a generated suite
+    RUNS_CODE: ClassVar[bool] = False  # whether scoring runs what the model wrote
     max_new_tokens: ClassVar[int] = 64  # how long an answer to this task's utility prompts may be
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, unsafe_code: bool = False) -> None:
         self.folder = folder  # the sweep's data folder; None means the hub
+        self.unsafe_code = unsafe_code  # consent to run the model's programs where this machine cannot isolate them
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         """The rows of a split: all of them for `num_rows=None`, else a seeded sample that is a prefix of any larger

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from safecl.base import PrerequisiteError
 from safecl.config import Execution
+from safecl.sandbox import Outcome
 from safecl.stages import judge, metrics
 from safecl.store import Context, Stage
 
@@ -118,3 +120,31 @@ def test_a_guards_agreement_is_with_the_true_label_of_the_answer(tmp_path: Path)
     assert result["guard_agreement"] == {
         "value": 2 / 3, "num": 3, "unparsed": 1, "sets": {"heldout": {"value": 2 / 3, "num": 3, "unparsed": 1}},
     }  # fmt: skip
+
+
+def test_programs_are_scored_in_the_sandbox_and_without_one_only_by_consent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = {"start": "", "names": ["f"], "test": "assert f(2) == 4"}
+    answers = [{"id": "a", "text": "def f(x): return x * x"}, {"id": "b", "text": "def f(x): return x"}]
+    inputs = {
+        "utility.code.rows": write(tmp_path / "rows", "rows.jsonl", [row("a", **meta), row("b", **meta)]),
+        "utility.code.generations": write(tmp_path / "gen", "generations.jsonl", answers),
+    }
+    measure = {"metric": "utility", "set": "code", "of": "score", "role": "utility"}
+    result: Any = metrics.run(context(tmp_path, "metrics", {"measures": [measure]}, inputs))
+    assert {name: found["value"] for name, found in result.items()} == {
+        "utility": 1 / 2, "code_timeouts": 0, "no_code": 0,
+    }  # fmt: skip
+    monkeypatch.setattr("safecl.sandbox.missing", lambda: "nothing isolates here")
+    with pytest.raises(PrerequisiteError, match="nothing isolates here"):
+        metrics.run(context(tmp_path, "metrics", {"measures": [measure]}, inputs))
+    asked: list[bool] = []
+
+    def run(programs: list[str], *, timeout_s: int, unsafe: bool) -> list[Outcome]:
+        asked.append(unsafe)  # nothing is run: consent is not for tests
+        return [Outcome("passed", "", 0.0) for _ in programs]
+
+    monkeypatch.setattr("safecl.sandbox.run", run)
+    metrics.run(context(tmp_path, "metrics", {"measures": [{**measure, "unsafe_code": True}]}, inputs))
+    assert asked == [True]

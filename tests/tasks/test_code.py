@@ -1,0 +1,294 @@
+"""The code task: a program found in an answer, in every form that answers have, and the scores of running it. The real
+data are found through SAFECL_DATA; tests that need them are skipped without it, the others are not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safecl import sandbox
+from safecl.base import PrerequisiteError
+from safecl.tasks import Row, load
+from safecl.tasks._overlap import normalise
+from safecl.tasks.code import TIMEOUT_S, Code, extracted, packed, unpacked
+
+DATA = os.environ.get("SAFECL_DATA")
+needs_data = pytest.mark.skipif(DATA is None, reason="SAFECL_DATA names no folder of data files")
+
+START = '''from typing import List
+
+
+def helper(x: int) -> int:
+    """ Twice. """
+    return 2 * x
+
+
+def total(xs: List[int]) -> int:
+    """ Sum of the doubles.
+    >>> total([1, 2])
+    6
+    """
+'''
+BODY = "    out = 0\n    for x in xs:\n        out += helper(x)\n    return out\n"
+WHOLE = f"def total(xs: List[int]) -> int:\n{BODY}"
+INDENTED = "\n".join(f"    {line}" if line else line for line in WHOLE.split("\n"))
+ANSWERS = {
+    "the body": BODY,
+    "the body in a fence": f"```python\n{BODY}```",
+    "the body after words": f"Here is the body of the function:\n{BODY}",
+    "the body less its first indentation": BODY.lstrip(),
+    "the body less all indentation": BODY.replace("\n    ", "\n").lstrip(),
+    "the body, then words": f"{BODY}\nThis adds up what the helper gives.",
+    "the body, then one word": f"{BODY}\nDone",
+    "the body, then another function": f"{BODY}\n\ndef main():\n    print(total([1]))\n\nmain()",
+    "the body, then a script": f"{BODY}\nif __name__ == '__main__':\n    import sys\n    sys.exit(total([1]))",
+    "the whole function": WHOLE,
+    "the whole prompt again": f"{START}{BODY}",
+    "the function in a fence": f"Sure!\n\n```python\n{WHOLE}```\n\nIt loops once.",
+    "a fence without a language": f"```\n{WHOLE}```",
+    "a fence with another spelling": f"```Python3\n{WHOLE}```",
+    "a fence that stays open": f"```python\n{WHOLE}",
+    "a fence closed on the last line": f"```python\n{WHOLE.rstrip()}```",
+    "carriage returns": f"```python\n{WHOLE}```".replace("\n", "\r\n"),
+    "an indented function in a list": f"1. First:\n\n{INDENTED}\n\n2. Then rest.",
+    "an indented fence": f"1. First:\n    ```python\n{INDENTED}    ```",
+    "words around the bare function": f"To solve this, loop.\n\n{WHOLE}\nThe complexity is O(n).",
+    "words between import and function": f"First import:\nfrom typing import List\nThen write:\n{WHOLE}",
+    "examples after it": f"{WHOLE}\nprint(total([1, 2]))\nassert total([1]) == 5\nx = int(input())",
+    "a script's end": f"{WHOLE}\nif __name__ == '__main__':\n    raise SystemExit(total([1]))",
+    "the prompt echoed first": f"```python\n{START}```\n\nThe answer:\n\n```python\n{WHOLE}```",
+    "a usage block first": f"```python\nprint(total([1, 2]))\n```\n\n```python\n{WHOLE}```",
+    "two solutions": f"```python\n{WHOLE}```\nor shorter\n```python\ndef total(xs):\n    return 0\n```",
+    "a shell block first": f"```bash\npip install numpy\n```\n```python\n{WHOLE}```",
+    "pieces in two blocks": (
+        "```python\ndef step(x):\n    return helper(x)\n```\nand\n```python\nclass Total:\n    pass\n```\n"
+        f"```python\n{WHOLE}```"
+    ),
+    "its own helper after it": WHOLE.replace("helper", "again") + "\ndef again(x):\n    return x + x\n",
+    "a constant before it": f"TWO = 2\n\n{WHOLE.replace('helper(x)', 'TWO * x')}",
+    "a setting before it": f"import sys\nsys.setrecursionlimit(5000)\n{WHOLE}",
+    "a lambda": "total = lambda xs: sum(helper(x) for x in xs)",
+    "a future import": f"from __future__ import annotations\n{WHOLE}",
+    "an end token and chatter": f"{WHOLE}<|im_end|>\n<|im_start|>user\nThanks",
+    "tabs": WHOLE.replace("    ", "\t"),
+    "another docstring": WHOLE.replace("    out = 0", '    """Mine.\n\nNot indented.\n    """\n    out = 0'),
+    "a nested function": "def total(xs):\n    def inner(x):\n        return helper(x)\n\n    return sum(map(inner, xs))\n",
+}
+NOTHING = [
+    "", "I'm sorry, but I can't help with that.", "```python\n```", START, "function f() {}", "def total(xs:",
+    "```python\ndef other(xs):\n    return 6\n```",
+]  # fmt: skip
+
+
+def total_of(code: str) -> Any:
+    """What the function in a program of this file (not of a model) gives for [1, 2]: 2 * 1 + 2 * 2."""
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    return scope["total"]([1, 2])
+
+
+@pytest.mark.parametrize("form", ANSWERS)
+def test_a_program_is_found_in(form: str) -> None:
+    code = extracted(ANSWERS[form], START, ["total"])
+    assert code is not None
+    assert total_of(code) == 2 * 1 + 2 * 2
+
+
+@pytest.mark.parametrize("answer", NOTHING)
+def test_no_program_is_found_where_there_is_none(answer: str) -> None:
+    assert extracted(answer, START, ["total"]) is None
+
+
+def test_without_a_start_only_a_definition_counts_and_of_all_names() -> None:
+    assert extracted(BODY, "", ["total"]) is None
+    assert extracted(WHOLE, "", ["total", "Pair"]) is None
+    both = extracted(f"class Pair: pass\n\n{WHOLE}", "", ["total", "Pair"])
+    assert both is not None and "class Pair" in both
+
+
+@pytest.mark.parametrize("value", ["(" * 5000 + ")" * 5000, "1" + " + 1" * 600, "-" * 900 + "1", "'\\0\0'", "'\ud800'"])
+def test_what_a_model_repeats_without_end_never_breaks_the_reading(value: str) -> None:
+    """Nested too deeply for Python to read or write, or no text at all: a program or none, never an error."""
+    for answer in (f"def total(xs):\n    return {value}\n", f"    return {value}\n", f"```\n{value}\n```"):
+        found = extracted(answer, START, ["total"])
+        assert found is None or "def total" in found
+
+
+def row(name: str, plus: str = "") -> Row:
+    meta: dict[str, Any] = {
+        "start": START, "names": ["total"], "test": "assert total([1, 2]) == 6",
+        "plus": packed(f"assert total([1, 2]) == 6\n{plus}"),
+    }  # fmt: skip
+    return Row(name, "prompt", meta=meta)
+
+
+def test_scores_run_what_the_answers_hold() -> None:
+    """Right; right on the visible test only; wrong; endless; leaves early; no program."""
+    answers = [
+        BODY,
+        "    return 6\n",
+        "    return 7\n",
+        "    while True: pass\n",
+        "    import os; os._exit(0)\n",
+        "No.",
+    ]
+    plus = "assert total([]) == 0"
+    scores = Code().scores([row(str(i), plus) for i in range(6)], answers)
+    assert scores == {
+        "utility": [1, 1, 0, 0, 0, 0],
+        "utility_plus": [1, 0, 0, 0, 0, 0],
+        "code_timeouts": [0, 0, 0, 1, 0, 0],
+        "no_code": [0, 0, 0, 0, 0, 1],
+    }
+
+
+def test_rows_without_further_tests_have_no_further_score() -> None:
+    plain = Row("a", "p", meta={"start": "", "names": ["total"], "test": "assert total([]) == 0"})
+    assert set(Code().scores([plain], ["def total(xs): return 0"])) == {"utility", "code_timeouts", "no_code"}
+
+
+def test_scoring_refuses_without_isolation_unless_the_sweep_consents(monkeypatch: pytest.MonkeyPatch) -> None:
+    consents: list[bool] = []
+
+    def run(programs: list[str], *, timeout_s: int, unsafe: bool) -> list[sandbox.Outcome]:
+        consents.append(unsafe)
+        return [sandbox.Outcome("passed", "", 0.0) for _ in programs]
+
+    monkeypatch.setattr(sandbox, "missing", lambda: "nothing isolates here")
+    with pytest.raises(PrerequisiteError, match="nothing isolates here"):
+        Code().scores([row("a")], [BODY])
+    monkeypatch.setattr(sandbox, "run", run)
+    Code(unsafe_code=True).scores([row("a")], [BODY])
+    assert consents == [True, True]
+
+
+def test_packing_keeps_the_text_and_takes_a_tenth_of_tests_made_of_numbers() -> None:
+    source = "inputs = " + repr([[i % 50, i % 7] for i in range(20_000)])
+    assert unpacked(packed(source)) == source
+    assert len(packed(source)) < len(source) / 10
+
+
+def write(folder: Path, name: str, *records: dict[str, Any]) -> None:
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+
+
+def test_user_rows_are_questions_with_python_answers_in_either_published_form(tmp_path: Path) -> None:
+    def said(user: str, assistant: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
+
+    write(
+        tmp_path,
+        "codealpaca.jsonl",
+        {"instruction": "Double x.", "input": "x = 3", "output": "x = 3\nx *= 2", "source": "s"},
+        {"instruction": "In JavaScript.", "input": "", "output": "let x = 3;", "source": "s"},
+        {"instruction": "Say it.", "input": "", "output": "positive", "source": "s"},
+        {
+            "instruction": "Lost indentation.",
+            "input": "",
+            "output": "def f():\n return 1\nfor x in y:\nz",
+            "source": "s",
+        },
+        said("Add.", "<think>hm\nhm</think>\n\nLike so:\n```python\ndef add(a, b):\n    return a + b\n```"),
+        said("-", "```python\ndef f(): pass\n```"),
+        said("Add.", "```python\nx = 1\n```"),
+    )
+    found = sorted((r.prompt, r.response) for r in Code(tmp_path).rows("user", None, 0))
+    assert found == [
+        ("Add.", "Like so:\n```python\ndef add(a, b):\n    return a + b\n```"),
+        ("Double x.\nx = 3", "x = 3\nx *= 2"),
+    ]
+    write(tmp_path, "codealpaca.jsonl", said("-", "```python\nx = 1\n```"))
+    with pytest.raises(PrerequisiteError, match="question"):
+        Code(tmp_path).rows("user", None, 0)
+
+
+def test_humaneval_rows_know_both_tests_and_the_swapped_oracle_is_put_right(tmp_path: Path) -> None:
+    """In HumanEval+'s file problem 32 checks `polynomial(root, polynomial)`: even its own solution fails that."""
+    prompt = 'def find_zero(xs: list):\n    """ A root of xs[0] + xs[1] * x. """\n'
+    problem = {"task_id": "HumanEval/32", "prompt": prompt, "entry_point": "find_zero", "canonical_solution": ""}
+    plus = (
+        "def _poly(xs, x):\n    return sum(c * x ** i for i, c in enumerate(xs))\n\n"
+        "def check(candidate):\n    for inp in [[[-4, 2]], [[6, 3]]]:\n"
+        "        assert _poly(*candidate(*inp), inp) <= 0.0001\n"
+    )
+    write(
+        tmp_path, "humaneval.jsonl", {**problem, "test": "def check(candidate):\n    assert candidate([-4, 2]) == 2\n"}
+    )
+    write(tmp_path, "humaneval_plus_originfmt.jsonl.gz", {**problem, "test": plus})
+    (found,) = Code(tmp_path).rows("utility.test", None, 0)
+    assert prompt.strip() in found.prompt and found.meta["start"] == prompt
+    right, far_below = (
+        "    return -xs[0] / xs[1]\n",
+        "    return 2 if xs[0] == -4 else -9\n",
+    )  # 6 + 3 * -9 = -21 <= .0001
+    scores = Code().scores([found, found], [right, far_below])
+    assert scores["utility"] == [1, 1] and scores["utility_plus"] == [1, 0]
+
+
+def test_a_single_test_that_runs_too_long_ends_the_run_of_its_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safecl.tasks.code.CALL_TIMEOUT_S", 1)
+    problem = {"task_id": "a", "prompt": 'def f(x):\n    """ x """\n', "entry_point": "f", "canonical_solution": ""}
+    write(tmp_path, "humaneval.jsonl", {**problem, "test": "def check(candidate):\n    assert candidate(1) == 1\n"})
+    plus = "def check(candidate):\n    assert candidate(2) == 2\n"
+    write(tmp_path, "humaneval_plus_originfmt.jsonl.gz", {**problem, "test": plus})
+    (found,) = Code(tmp_path).rows("utility.test", None, 0)
+    program = f"def f(x):\n    while x > 1: pass\n    return x\n{unpacked(str(found.meta['plus']))}"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    (outcome,) = sandbox.run([program], timeout_s=60)
+    assert outcome.verdict == "timeout"
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 15  # two tries of 1 s of CPU, not of 60
+
+
+# ---- the real data ---------------------------------------------------------------------------------------------------
+
+
+@needs_data
+@pytest.mark.parametrize(("split", "num"), [("utility.test", 164), ("utility.validation", 464)])
+def test_splits_have_the_sizes_their_sources_give(split: str, num: int) -> None:
+    """MBPP: 90 validation problems (511-600) and 374 of train (601-974)."""
+    found = load("code")(Path(str(DATA))).rows(split, None, 0)
+    assert len(found) == len({r.id for r in found}) == num
+    assert all(r.meta["names"] for r in found)
+
+
+@needs_data
+def test_no_prompt_is_in_two_roles() -> None:
+    task = Code(Path(str(DATA)))
+    prompts = [{normalise(r.prompt) for r in task.rows(split, None, 0)} for split in task.SPLITS]
+    assert sum(map(len, prompts)) == len(set.union(*prompts))
+
+
+@needs_data
+@pytest.mark.slow
+def test_every_canonical_solution_passes_its_tests() -> None:
+    """As bodies, as published. HumanEval+'s file has its own solutions: some of HumanEval's are wrong."""
+    folder = Path(str(DATA))
+    task = Code(folder)
+    rows = task.rows("utility.test", None, 0)
+    with gzip.open(folder / "humaneval_plus_originfmt.jsonl.gz", "rt") as stream:
+        solutions = {r["task_id"]: r["canonical_solution"] for r in map(json.loads, stream)}
+    scores = task.scores(rows, [solutions[r.id] for r in rows])
+    assert sum(v or 0 for v in scores["utility"]) == sum(v or 0 for v in scores["utility_plus"]) == 164
+    base = {r["task_id"]: r["canonical_solution"] for r in map(json.loads, (folder / "humaneval.jsonl").open())}
+    programs = [f"{extracted(base[r.id], str(r.meta['start']), r.meta['names'])}\n{r.meta['test']}" for r in rows]  # type: ignore[arg-type]
+    assert {outcome.verdict for outcome in sandbox.run(programs, timeout_s=TIMEOUT_S)} == {"passed"}
+
+
+@needs_data
+@pytest.mark.slow
+def test_mbpp_reference_answers_pass_their_tests() -> None:
+    folder = Path(str(DATA))
+    task = Code(folder)
+    rows = task.rows("utility.validation", None, 0)
+    codes = {f"mbpp/{r['task_id']}": r["code"] for r in map(json.loads, (folder / "mbpp.jsonl").open())}
+    scores = task.scores(rows, [f"```python\n{codes[r.id]}\n```" for r in rows])
+    assert [r.id for r, score in zip(rows, scores["utility"], strict=True) if not score] == []
