@@ -190,6 +190,8 @@ class Execution(Strict):
     num_judge_replicas: Annotated[int, Field(ge=0)] = 1
     engine_memory_gib: Annotated[float, Field(gt=0)] = 1.0  # KV cache of one engine
     engine_max_tokens: Count = 2048  # prompt + answer; checked to hold what `evaluate` asks for
+    # Answers that do not depend on what else is decoded at the time, to the bit; on a CPU one request after the other.
+    batch_invariant: bool = False
     use_gpu: bool = False
     tracking_uri: str | None = None  # null: SQLite under root
     study_uri: str | None = None  # null: SQLite under root

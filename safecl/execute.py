@@ -219,6 +219,7 @@ class Broker:
                     name=name,
                     max_model_len=chosen.engine_max_tokens,
                     memory_gib=chosen.engine_memory_gib,
+                    batch_invariant=chosen.batch_invariant,
                     use_gpu=chosen.use_gpu,
                     log_dir=self.logs,
                 )

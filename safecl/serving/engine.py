@@ -48,7 +48,10 @@ class Engine:
                 model=base_folder,
                 dtype=_dtype(Path(base_folder)),  # "auto" would make bfloat16 of a float32 model
                 max_model_len=settings.max_model_len,
-                max_num_seqs=settings.max_num_seqs,
+                # Sums of other shapes round otherwise. vLLM has kernels against that on a GPU only (see _environment); on a
+                # CPU a request alone, from its first token on, always has its own shapes.
+                max_num_seqs=1 if settings.batch_invariant and not settings.use_gpu else settings.max_num_seqs,
+                enable_prefix_caching=not settings.batch_invariant,
                 kv_cache_memory_bytes=int(settings.memory_gib * 2**30),
                 # A prefix is shared in whole blocks. On CPU the default of 128 tokens is longer than what the prompts of
                 # a judge have in common; 32 is the least that its attention takes.
@@ -407,6 +410,8 @@ def _environment(settings: Settings) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "INFO" if settings.log_dir else "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if settings.use_gpu and settings.batch_invariant:
+        env["VLLM_BATCH_INVARIANT"] = "1"
     if not settings.use_gpu:
         env |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # on CPU: lets the engine's process compute itself ("uni")

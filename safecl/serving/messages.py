@@ -66,6 +66,7 @@ class Settings(Strict):
     max_num_seqs: int = 64  # requests decoded together
     num_threads: int = 1
     use_gpu: bool = False
+    batch_invariant: bool = False  # an answer's bits do not depend on what else is decoded with it; slower
     turn_s: float = 60.0  # how long one key may keep the engine while another waits
     linger_s: float = 0.2  # how long the engine must have been idle before another key gets it within a turn
     stall_s: float = 120.0  # work in flight and no token for so long: unhealthy

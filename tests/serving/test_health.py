@@ -1,4 +1,4 @@
-"""Replicas of one judge engine, one of them frozen in the middle of its work."""
+"""Engines of their own: replicas of one judge, one of them frozen in its work; answers that do not depend on company."""
 
 from __future__ import annotations
 
@@ -64,3 +64,38 @@ def test_a_frozen_engine_is_noticed_and_replaced_and_every_answer_comes_once(tin
         shutdown("judge")
     finally:
         ray.shutdown()
+
+
+@pytest.mark.slow
+def test_a_batch_invariant_engine_gives_the_same_bits_in_any_company(tiny_model: Path, tmp_path: Path) -> None:
+    """Log-probabilities of the sampled tokens, in bfloat16, where another batch rounds otherwise."""
+    import ray
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
+    weights, sampling = WeightsRef("base", str(tmp_path / "model")), Sampling(max_tokens=16, logprobs=5)
+    shared = [Request(f"row-{i}", list(range(3, 60)) + [5 + i, 70 - i]) for i in range(24)]  # a long common beginning
+
+    def likely(requests: list[Request]) -> dict[str, object]:
+        done = Engines().generate(name, weights, requests, sampling)
+        return {id: (completion.token_ids, completion.likely) for id, completion in done.items()}
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    same: dict[bool, bool] = {}
+    try:
+        for invariant in (True, False):
+            name = f"engine-{invariant}".lower()
+            settings = Settings(
+                name=name, memory_gib=0.1, max_model_len=128, batch_invariant=invariant, log_dir=str(tmp_path)
+            )
+            deploy(settings, weights.base, wait=False)
+            ready(name, timeout_s=240)
+            together = likely(shared)
+            alone = {id: found for request in shared[:6] for id, found in likely([request]).items()}
+            same[invariant] = all(together[id] == found for id, found in alone.items())
+            shutdown(name)
+    finally:
+        ray.shutdown()
+    assert same == {True: True, False: False}, "an ordinary engine that does the same makes this test void"
