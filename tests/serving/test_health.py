@@ -76,7 +76,7 @@ def test_a_batch_invariant_engine_gives_the_same_bits_in_any_company(tiny_model:
     AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
     weights, sampling = WeightsRef("base", str(tmp_path / "model")), Sampling(max_tokens=16, logprobs=5)
-    shared = [Request(f"row-{i}", list(range(3, 60)) + [5 + i, 70 - i]) for i in range(24)]  # a long common beginning
+    shared = [Request(f"row-{i}", [*range(3, 60), 5 + i, 70 - i]) for i in range(24)]  # a long common beginning
 
     def likely(requests: list[Request]) -> dict[str, object]:
         done = Engines().generate(name, weights, requests, sampling)
