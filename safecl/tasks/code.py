@@ -135,9 +135,10 @@ class Code(Task):
         return found
 
     def _humaneval(self) -> list[Row]:
+        problems = records(_HUMANEVAL, self.folder)
         plus = {record["task_id"]: str(record["test"]) for record in records(_PLUS, self.folder)}
         found = []
-        for record in records(_HUMANEVAL, self.folder):
+        for record in problems:
             start, name = str(record["prompt"]), str(record["entry_point"])
             if record["task_id"] not in plus:
                 raise PrerequisiteError(f"{_PLUS.file}: holds no tests for {record['task_id']}; fetch it again")
