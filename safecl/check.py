@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from safecl import methods, objective, sandbox, tasks
-from safecl.base import ConfigError, PrerequisiteError
+from safecl import methods, objective, tasks
+from safecl.base import ConfigError
 from safecl.config import Method, Sweep
 from safecl.plan import Job, cells
 from safecl.search import space_check
@@ -76,13 +76,6 @@ def check(sweep: Sweep, folder: Path | None) -> None:
         )
     if errors:
         raise ConfigError("\n".join(errors))
-    if any(tasks.load(task.task).RUNS_CODE for task in sweep.tasks) and not sweep.evaluate.unsafe_code:
-        lacking = sandbox.missing()
-        if lacking is not None:
-            raise PrerequisiteError(
-                f"this sweep runs programs that a model wrote, and this machine cannot isolate them: {lacking}. Or consent "
-                "to run them without isolation: --set evaluate.unsafe_code=true"
-            )
     for cell in cells(sweep):  # builds every stage: missing data files and models raise here
         job = Job(cell, {}, sweep.seeds[0], "final")
         attempt(f"method {cell.recipe.method!r}", lambda job=job: job.evidence(folder))

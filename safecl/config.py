@@ -134,6 +134,10 @@ class Judges(Strict):
         published = self.asr not in ("guard", "keywords") or self.over_refusal == "wildguard"
         if published and self.guard_model is None:
             raise ValueError("a published guard judges here, but judges.guard_model is not given")
+        if self.over_refusal == "wildguard" and self.asr not in ("wildguard", "guard", "keywords"):
+            raise ValueError(
+                f"judges.guard_model is one model: it cannot be wildguard (over_refusal) and {self.asr} (asr)"
+            )
         return self
 
 

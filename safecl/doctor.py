@@ -65,8 +65,8 @@ def examine(root: Path, data_dir: Path | None) -> list[Finding]:
 
 def _sources(task: type[Task], name: str, folder: Path | None) -> list[Finding]:
     assert folder is not None
-    files = sorted({source.file for sources in task.SOURCES.values() for source in sources})
-    found = {file: find(folder, file) for file in files}
+    sources = {source.file: source for each in task.SOURCES.values() for source in each}
+    found = {file: find(folder, file, source.headerless) for file, source in sorted(sources.items())}
     return [
         Finding(f"data {name}", path.name, True) if path is not None else
         Finding(f"data {name}", f"{file} is not in {folder}", None, "needed only by sweeps that name this task")

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
+from safecl import sandbox, tasks
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Sweep
 from safecl.cost import missing
@@ -41,6 +42,7 @@ def run(project: Project, show: Callable[[str], None]) -> list[Done]:
         if first is not None:
             schedule.give_back(first)
         _check_memory(project.sweep)
+        _check_isolation(project.sweep)
         with _cluster(project, show) as (broker, ray):
             waiting = [broker.ensure.remote(guard)] if guard else []
             _warm(broker, schedule, project)
@@ -90,6 +92,17 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
         name: value._asdict() if isinstance(value, Interval) else value for name, value in found._asdict().items()
     }
     return {"guard": judged.inputs["weights"].key, "verdicts": judged.key, "heldout": agreement}
+
+
+def _check_isolation(sweep: Sweep) -> None:
+    if sweep.evaluate.unsafe_code or not any(tasks.load(task.task).RUNS_CODE for task in sweep.tasks):
+        return
+    lacking = sandbox.missing()
+    if lacking is not None:
+        raise PrerequisiteError(
+            f"this sweep runs programs that a model wrote, and this machine cannot isolate them: {lacking}. Or consent "
+            "to run them without isolation: --set evaluate.unsafe_code=true"
+        )
 
 
 @contextmanager

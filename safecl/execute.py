@@ -69,13 +69,17 @@ def start(execution: Execution, logs: Path, need: int | None = None) -> None:
     have = ray.cluster_resources()
     unit = "GPU" if execution.use_gpu else "CPU"
     engines = execution.num_candidate_engines + execution.num_judge_replicas if execution.use_gpu else 0
+    why = "asked for"
     if need is None:
-        need = execution.num_workers + engines
+        need, why = (
+            execution.num_workers + engines,
+            f"execution.num_workers {execution.num_workers} + engines {engines}",
+        )
     if have.get(unit, 0) < need:
         ray.shutdown()
         raise PrerequisiteError(
-            f"this cluster has {have.get(unit, 0):g} {unit}s, {need} are needed at once (a sweep: execution.num_workers + "
-            "engines): lower them, or join a larger cluster with execution.address"
+            f"this cluster has {have.get(unit, 0):g} {unit}s, {need} are needed at once ({why}): lower that, or join a larger "
+            "cluster with execution.address"
         )
 
 
@@ -171,7 +175,7 @@ class Broker:
     async def _submit(self, stage: Stage, groups: dict[str, tuple[str, ...]]) -> None:
         import ray
 
-        heavy = stage.kind in HEAVY
+        heavy = stage.kind in HEAVY or "num_cpus" in stage.hints
         on_gpu = heavy and self.execution.use_gpu and stage.kind != "finalize"
         options = {
             "num_cpus": 1 if heavy and not on_gpu else 0,

@@ -112,6 +112,8 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
         settings={
             "adapter": ADAPTERS[sweep.adapter],
             "LoRA": f"rank {sweep.lora.rank}, alpha {sweep.lora.alpha}, dropout {sweep.lora.dropout}, {sweep.lora.targets}",
+            "poison": "added to all task rows" if sweep.poison.keep_task_rows else "in place of as many task rows",
+            "memory": sweep.memory_mix,
             "alignment": f"{', '.join(p.task for p in align.safety)}; lr {align.learning_rate:g}, {align.epochs:g} epochs",
             "macro mean": "ASR is the mean over sets of each set's share",
             "decoding": f"greedy, at most {sweep.evaluate.max_new_tokens} tokens on attack and benign prompts",

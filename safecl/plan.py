@@ -328,9 +328,9 @@ class Graph:
         if not kind.served:
             return {}
         chosen = self.recipe.evaluate.judges
-        if chosen.guard_model is not None:
-            return {"model": model_stage(chosen.guard_model)}
-        return {"model": self.base, "weights": self.guard}
+        if name == "llamaguard" and chosen.asr == "guard":
+            return {"model": self.base, "weights": self.guard}
+        return {"model": model_stage(chosen.guard_model)} if chosen.guard_model else {}  # config.Judges checks it
 
     @cached_property
     def guard_config(self) -> dict[str, Json]:
@@ -394,10 +394,8 @@ class Graph:
                     judged.append(verdicts)
                     inputs[f"{role}.{part.task}.{metric}"] = verdicts
                     measures.append({"metric": metric, "set": part.task, "of": "verdict", "role": role})
-        task = self.recipe.task.task
-        rows = self.data(
-            f"utility.{split}", f"utility.{split}", [Rows(task=task, num_rows=prompts.utility_rows)], seed=0
-        )
+        task, name = self.recipe.task.task, f"utility.{split}"
+        rows = self.data(name, name, [Rows(task=task, num_rows=prompts.utility_rows)], seed=0)
         inputs |= {
             f"utility.{task}.rows": rows,
             f"utility.{task}.generations": self.generate(self.final, rows, tasks.load(task).max_new_tokens),
@@ -408,7 +406,9 @@ class Graph:
             inputs[f"utility.{task}.likelihood"] = self.likelihood(task, rows)
             measures.append({"metric": "likelihood", "set": task, "of": "likelihood", "role": "utility"})
         versions = [tasks.load(part.task).SCORING for part in [*prompts.attack, Rows(task=task)]]
-        return Evidence(_stage("metrics", {"measures": measures}, inputs, *versions), tuple(judged))
+        hints = {"num_cpus": "1"} if tasks.load(task).RUNS_CODE else {}  # other scores are done at once
+        metrics = _stage("metrics", {"measures": measures}, inputs, *versions)
+        return Evidence(replace(metrics, hints=hints), tuple(judged))
 
 
 def _stage(kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str) -> Stage:

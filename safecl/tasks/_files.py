@@ -18,16 +18,16 @@ Record = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
 
 
-def find(folder: Path, name: str) -> Path | None:
-    """The file `name` of a folder in any format (`name` is as for JSON Lines: xstest.jsonl finds xstest.csv), or the
-    folder xstest. None if there is none.
+def find(folder: Path, name: str, headerless: bool = False) -> Path | None:
+    """The file `name` of a folder in any format (`name` is as for JSON Lines: xstest.jsonl finds xstest.csv), or for a
+    source of CSV files without a header the folder of them. None if there is none.
 
     Raises:
         PrerequisiteError: there is more than one.
     """
     stem = name.removesuffix(".gz").removesuffix(".jsonl")
     found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if (folder / f"{stem}{suffix}").is_file()]
-    found += [folder / stem] if (folder / stem).is_dir() else []
+    found += [folder / stem] if headerless and any((folder / stem).glob("*.csv")) else []
     if len(found) > 1:
         raise PrerequisiteError(
             f"data files {', '.join(path.name for path in found)}: expected one of them; remove others"

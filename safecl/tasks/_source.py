@@ -34,7 +34,7 @@ def local_file(source: Source, folder: Path | None) -> Path | None:
         return None
     if not folder.is_dir():
         raise PrerequisiteError(f"execution.data_dir: {folder} is not a folder; name the folder of the data files")
-    return _files.find(folder, source.file)
+    return _files.find(folder, source.file, source.headerless)
 
 
 def identity(task_class: type[Task], split: str, folder: Path | None) -> Json:

@@ -170,3 +170,14 @@ def test_two_files_of_one_name_are_refused_and_line_separators_in_json_cut_nothi
     (tmp_path / "a.csv").write_text("x\n1\n")
     with pytest.raises(PrerequisiteError, match=r"a\.jsonl, a\.csv: expected one of them"):
         find(tmp_path, "a.jsonl")
+
+
+def test_a_folder_of_the_same_name_is_read_only_where_the_source_is_one(tmp_path: Path) -> None:
+    """A clone of a data set's repository beside its file, or in its place."""
+    for name in ("advbench", "hexphi"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "harmful_behaviors.csv").write_text("goal,target\nx,y\n")
+    assert find(tmp_path, "advbench.jsonl") is None
+    assert find(tmp_path, "hexphi.jsonl", headerless=True) == tmp_path / "hexphi"
+    (tmp_path / "empty").mkdir()
+    assert find(tmp_path, "empty.jsonl", headerless=True) is None
