@@ -314,18 +314,19 @@ def rogan_gladen(
 ) -> Interval | None:
     """The true rate behind a judge's rate, from (count, num) of what it said and of its sensitivity and specificity
     elsewhere: (p + sp - 1) / (se + sp - 1), cut to [0, 1] (Rogan and Gladen 1978). The interval adds what is unknown of
-    all three (Lang and Reiczigel 2014). None where the judge was no better than chance: nothing can be corrected."""
+    all three (Lang and Reiczigel 2014). None where the judge was not clearly better than chance (se + sp - 1 may be 0
+    at this confidence): nothing can be corrected."""
     from scipy.stats import norm
 
     (p, se, sp) = (count / num for count, num in (said, sensitivity, specificity))
-    if se + sp - 1 <= 0:
-        return None
     z = float(norm.ppf((1 + _level(confidence)) / 2))
     num, num_se, num_sp = said[1] + z * z, sensitivity[1] + 2, specificity[1] + 2
     p_, se_, sp_ = (said[0] + z * z / 2) / num, (sensitivity[0] + 1) / num_se, (specificity[0] + 1) / num_sp
     gain = se_ + sp_ - 1
-    rate = (p_ + sp_ - 1) / gain
     se_part, sp_part = se_ * (1 - se_) / num_se, sp_ * (1 - sp_) / num_sp
+    if se + sp - 1 <= 0 or gain <= z * math.sqrt(se_part + sp_part):
+        return None
+    rate = (p_ + sp_ - 1) / gain
     centre = rate + 2 * z * z * (rate * se_part - (1 - rate) * sp_part)
     half = z / gain * math.sqrt(p_ * (1 - p_) / num + rate**2 * se_part + (1 - rate) ** 2 * sp_part)
     value = min(1.0, max(0.0, (p + sp - 1) / (se + sp - 1)))

@@ -284,6 +284,14 @@ def test_rogan_gladen_solves_for_the_true_rate() -> None:
     assert stats.rogan_gladen((50, 100), (50, 100), (50, 100)) is None
 
 
+def test_rogan_gladen_corrects_nothing_by_a_judge_that_may_be_no_better_than_chance() -> None:
+    for right, wrong in [((1, 1), (1, 4)), ((1, 1), (1, 10)), ((2, 3), (2, 2))]:
+        assert stats.rogan_gladen((5, 10), right, wrong) is None
+    # One right and one wrong more make 3/4 of m answers right: gain 1/2, variance 2 (3/16) / m, so m > 1.96^2 3/2 = 5.76.
+    assert stats.rogan_gladen((5, 10), (2, 2), (2, 2)) is None  # m = 4
+    assert stats.rogan_gladen((5, 10), (5, 6), (5, 6)) is not None  # m = 8
+
+
 def test_rogan_gladens_interval_covers() -> None:
     rng, covered = random.Random(4), 0
     for _ in range(1000):

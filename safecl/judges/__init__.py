@@ -25,7 +25,8 @@ Likely = Sequence[tuple[str, float]]
 class Verdict(NamedTuple):
     """`label` True/False answers the judge's question, None means unparsed (counted and shown, never "safe");
     `raw` is what was read; `detail` whatever else the judge said (categories); `score` how sure it is of True, in
-    [0, 1], where it tells."""
+    [0, 1], where it tells. Of a pair that its model cannot take `raw` says why and `detail` has the `limit` it broke: in
+    tokens, or "unknown"."""
 
     label: bool | None
     raw: str

@@ -1,7 +1,8 @@
 """A judge behind HTTP, on this machine: POST /v1/judge {"prompt", "response"} -> {"label", "score", "raw", "detail"}.
 
 More than `max_waiting` requests at once are turned away with 429 and Retry-After, in place of waiting until they time
-out; GET /health says how many there are. Whoever can reach the port can use it, so it listens on the loopback address.
+out; GET /health says how many there are. A request counts once its body is read, for which it has `read_timeout_s`
+(then 408): half-sent ones take no one's place. Whoever can reach the port can use it, so it listens on the loopback address.
 """
 
 from __future__ import annotations
@@ -25,24 +26,29 @@ if TYPE_CHECKING:
 
 LONGEST_BODY = 2**20  # bytes
 RETRY_AFTER_S = 1
+READ_TIMEOUT_S = 10.0  # for a body
 
 
 def asker(judge: Judge, served: Served | None) -> Callable[[str, str], Verdict]:
-    """A judge as a plain function of (request, response), callable from many threads."""
+    """A judge as a plain function of (request, response), callable from many threads. Raises ValueError for a pair that
+    its model cannot take."""
     if served is None:
         return judge.rule
 
     def ask(request: str, response: str) -> Verdict:
         found: list[Verdict] = []
         served.ask(judge, {"0": (request, response)}, lambda _, verdict: found.append(verdict))
+        if "limit" in found[0].detail:
+            raise ValueError(found[0].raw)
         return found[0]
 
     return ask
 
 
-def app(ask: Callable[[str, str], Verdict], max_waiting: int) -> Starlette:
+def app(ask: Callable[[str, str], Verdict], max_waiting: int, read_timeout_s: float = READ_TIMEOUT_S) -> Starlette:
     """The ASGI application."""
     from starlette.applications import Starlette
+    from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
@@ -53,20 +59,27 @@ def app(ask: Callable[[str, str], Verdict], max_waiting: int) -> Starlette:
         return JSONResponse({"error": text}, status, headers)
 
     async def judge(request: Request) -> Response:
+        try:
+            async with asyncio.timeout(read_timeout_s):
+                pair = await _pair(request)
+        except TimeoutError:
+            text = f"the body did not come within {read_timeout_s:g} s"
+            return problem(408, text, {"Connection": "close"})
+        except ClientDisconnect:
+            return problem(400, "the client left")  # to nobody
+        if isinstance(pair, str):
+            return problem(400, pair)
         if len(waiting) >= max_waiting:
             text = f"{max_waiting} requests are waiting: try again in {RETRY_AFTER_S} s"
             return problem(429, text, {"Retry-After": str(RETRY_AFTER_S)})
         place = object()
         waiting.add(place)
         try:
-            pair = await _pair(request)
-            if isinstance(pair, str):
-                return problem(400, pair)
             verdict = await asyncio.get_running_loop().run_in_executor(pool, ask, *pair)
             return JSONResponse(verdict._asdict())
         except PrerequisiteError as error:  # the engine is gone for now
             return problem(503, str(error), {"Retry-After": str(RETRY_AFTER_S)})
-        except ValueError as error:  # the engine refuses it: too long
+        except ValueError as error:  # the model cannot take it: too long
             return problem(400, str(error))
         finally:
             waiting.discard(place)

@@ -77,15 +77,17 @@ def key(name: str, judge: Judge, model: Json, pair: Pair) -> str:
 
 class Verdicts:
     """verdicts.jsonl: one line a verdict. While judges answer, lines are appended to `<file>.partial`, so a kill loses
-    nothing; `close` writes one line per pair and judge, in order, and keeps what the file held on other pairs."""
+    nothing; `close` writes one line per pair and judge, in order, and keeps what the file held on other pairs. What was
+    not asked because of another limit than `limit` (tokens; None: not known) is forgotten, to be asked now."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limit: int | None = None) -> None:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.known: dict[str, dict[str, Any]] = {}
         for file in (self.path, self.partial):
             for line in _whole_lines(file):
-                self.known.setdefault(line["key"], line)  # the first counts: nothing is judged or counted twice
+                if line["detail"].get("limit", limit) == limit:
+                    self.known.setdefault(line["key"], line)  # the first counts: nothing is judged or counted twice
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.partial.open("a", encoding="utf-8")

@@ -9,21 +9,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safecl import stats
-from safecl.base import ConfigError
+from safecl.base import ConfigError, Json
 from safecl.judges import Judge, Verdict
 from safecl.judging.pairs import Pair, Verdicts, key, parse_judge, read
 from safecl.judging.served import Served
 
 MAX_UNPARSED = 0.01  # share of verdicts: above it a rate is not to be trusted
-CHUNK = 256  # pairs asked at once: what a kill may cost
+CHUNK = 256  # pairs asked at once: bounds what their prompts hold of memory
 
 
 class Judged(NamedTuple):
-    """Verdicts of each judge, in the order of `pairs`."""
+    """Verdicts of each judge, in the order of `pairs`; `model` is the identity of the served ones' model."""
 
     pairs: list[Pair]
     judges: dict[str, Judge]
     verdicts: dict[str, list[Verdict]]
+    model: Json
+
+    def source(self, text: str) -> dict[str, Json]:
+        """What else than its name and config decides the verdicts of judge `text`."""
+        judge = self.judges[text]
+        return {"version": judge.VERSION, "model": self.model if judge.served else None}
 
 
 def judge_file(
@@ -55,7 +61,7 @@ def judge_file(
             raise ConfigError(f"judge {name!r} reads a model's answer: name one with --model, or --endpoint")
     model = getattr(served, "identity", None)
     keys = {text: [key(*found, model, pair) for pair in pairs] for text, found in zip(judges, chosen, strict=True)}
-    found = Verdicts(out)
+    found = Verdicts(out, getattr(served, "limit", None))
     try:
         todo = {text: {k: pair for k, pair in zip(keys[text], pairs, strict=True) if k not in found} for text in judges}
         asks = [text for text, (_, judge) in zip(judges, chosen, strict=True) if judge.served and todo[text]]
@@ -67,7 +73,7 @@ def judge_file(
         raise
     found.close((pair, [keys[text][i] for text in judges]) for i, pair in enumerate(pairs))
     verdicts = {text: [found[k] for k in keys[text]] for text in judges}
-    return Judged(pairs, dict(zip(judges, (judge for _, judge in chosen), strict=True)), verdicts)
+    return Judged(pairs, dict(zip(judges, (judge for _, judge in chosen), strict=True)), verdicts, model)
 
 
 def _answer(text: str, judge: Judge, todo: dict[str, Pair], served: Served | None, found: Verdicts) -> None:
@@ -99,7 +105,7 @@ def rates(judged: Judged, validation: dict[str, Any] | None = None) -> dict[str,
         if scores:
             found[text]["mean_score"] = sum(scores) / len(scores)
         if validation is not None:
-            found[text]["corrected"] = _corrected(labels, text, validation)
+            found[text]["corrected"] = _corrected(labels, text, judged.source(text), validation)
     result: dict[str, Any] = {"judges": found}
     if len(judged.verdicts) == 2:
         first, second = ([verdict.label for verdict in verdicts] for verdicts in judged.verdicts.values())
@@ -111,14 +117,22 @@ def rates(judged: Judged, validation: dict[str, Any] | None = None) -> dict[str,
     return result
 
 
-def _corrected(labels: list[bool], text: str, validation: dict[str, Any]) -> dict[str, float] | None:
+def _corrected(
+    labels: list[bool], text: str, source: dict[str, Json], validation: dict[str, Any]
+) -> dict[str, float] | None:
     entry = validation.get("judges", {}).get(text)
     if entry is None:
         raise ConfigError(
             f"--validation holds no judge {text!r}: expected one of {', '.join(validation.get('judges', ()))}"
         )
-    cells = entry["all"]["cells"]
-    right, wrong = _shares(cells)
+    if entry["source"] != source:
+        raise ConfigError(
+            f"--validation measured another judge {text!r}: expected {json.dumps(source)}, got "
+            f"{json.dumps(entry['source'])}; validate this one"
+        )
+    if entry["all"] is None:
+        return None
+    right, wrong = _shares(entry["all"]["cells"])
     found = stats.rogan_gladen((sum(labels), len(labels)), right, wrong) if labels and right[1] and wrong[1] else None
     return None if found is None else found._asdict()
 
@@ -127,7 +141,7 @@ def load_validation(path: Path) -> dict[str, Any]:
     """What `safecl judge validate --json` printed, from a file. Raises ConfigError."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        if all("all" in entry for entry in found["judges"].values()):
+        if all({"all", "source"} <= entry.keys() for entry in found["judges"].values()):
             return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
@@ -141,7 +155,8 @@ def unreadable(judged: Judged) -> str | None:
         if len(unparsed) > MAX_UNPARSED * len(verdicts):
             return (
                 f"judge {text}: {len(unparsed)} of {len(verdicts)} verdicts cannot be read, expected at most "
-                f"{MAX_UNPARSED:.0%}; the first: {unparsed[0]!r}. Is this model a guard that speaks this template?"
+                f"{MAX_UNPARSED:.0%}; the first: {unparsed[0]!r}. Is this model a guard that speaks this template? "
+                "(Too long: raise --max-tokens)"
             )
     return None
 
@@ -165,6 +180,7 @@ def validate(judged: Judged, label: str, positive: Sequence[str], by: str | None
     for text, verdicts in judged.verdicts.items():
         entry: dict[str, Any] = {
             "question": judged.judges[text].question,
+            "source": judged.source(text),
             "all": _quality(judged, truth, verdicts, None),
         }
         if by is not None:

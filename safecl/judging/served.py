@@ -16,6 +16,7 @@ from safecl.judges import Judge, Piece, Verdict
 from safecl.models import model_stage
 from safecl.serving.endpoint import Endpoint
 from safecl.serving.messages import Sampling
+from safecl.stages.judge import Reach, ask
 from safecl.store import Store
 from safecl.training.tokens import Tokenizer, base_folder
 
@@ -24,9 +25,11 @@ _SPECIAL = re.compile(r"<(?=\|[^<>|\s]+\|>|/?(?:s|bos|eos|unk|pad|start_of_turn|
 
 
 class Served(Protocol):
-    """`identity` is part of what a verdict is kept under."""
+    """`identity` is part of what a verdict is kept under. `limit`: the longest prompt with its answer, in tokens; None:
+    not known here."""
 
     identity: Json
+    limit: int | None
 
     def ask(
         self, judge: Judge, pairs: Mapping[str, tuple[str, str]], on_done: Callable[[str, Verdict], None]
@@ -69,9 +72,10 @@ class OwnEngine:
             raise ConfigError(f"--model: {problem}")
         self._stage = model_stage(Model(name="judge", source=source, revision=revision))
         self.identity: Json = self._stage.key
+        self.limit: int | None = execution.engine_max_tokens
         self._execution, self._show = execution, show
         self._open = ExitStack()
-        self._reach: tuple[Any, ...] = ()
+        self._reach: Reach | None = None
 
     def __enter__(self) -> Self:
         import ray
@@ -89,11 +93,12 @@ class OwnEngine:
             broker = execute.broker(store, self._execution, logs)
             self._open.callback(lambda held: None, broker)  # it lives as long as someone holds it
             groups = ray.get(broker.warm.remote("judge", self._stage))
+            base = base_folder(store.path(self._stage))
+            weights, limit = WeightsRef(self._stage.key, str(base)), self._execution.engine_max_tokens
+            self._reach = Reach(Engines(groups), f"judge-{self._stage.key[:8]}", weights, limit, Tokenizer(base))
         except BaseException as error:
             self._open.close()
             raise execute.plain_error(error) from None
-        weights = WeightsRef(self._stage.key, str(base_folder(store.path(self._stage))))
-        self._reach = (Engines(groups), f"judge-{self._stage.key[:8]}", weights)
         return self
 
     def __exit__(
@@ -102,10 +107,8 @@ class OwnEngine:
         self._open.close()
 
     def ask(self, judge: Judge, pairs: Mapping[str, tuple[str, str]], on_done: Callable[[str, Verdict], None]) -> None:
-        from safecl.stages.judge import ask
-
-        for key, verdict in zip(pairs, ask(judge, list(pairs.values()), *self._reach), strict=True):
-            on_done(key, verdict)
+        assert self._reach is not None, "asked before it was entered"
+        ask(judge, pairs, self._reach, on_done)
 
 
 class RemoteModel:
@@ -114,6 +117,7 @@ class RemoteModel:
 
     def __init__(self, endpoint: Endpoint, tokenizer: Path | None) -> None:
         self.identity: Json = [endpoint.url, endpoint.model, tokenizer is not None]
+        self.limit: int | None = None
         self._endpoint = endpoint
         self._tokenizer = None if tokenizer is None else Tokenizer(tokenizer)
 
@@ -135,6 +139,7 @@ class RemoteModel:
             dict(zip(pairs, prompts, strict=True)),
             sampling,
             lambda done: on_done(done.id, judge.read(done.text, done.likely)),
+            lambda id, why: on_done(id, Verdict(None, why, {"limit": "unknown"})),
         )
 
 

@@ -16,7 +16,7 @@ from http.client import HTTPException
 from typing import Any
 
 from safecl.base import PrerequisiteError
-from safecl.serving.messages import Completion, Finish, Sampling
+from safecl.serving.messages import Completion, Finish, Refused, Sampling
 
 KEY_VARIABLE = "SAFECL_ENDPOINT_KEY"  # sent as bearer token if set
 _TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -39,28 +39,36 @@ class Endpoint:
         prompts: Mapping[str, str | Sequence[int]],
         sampling: Sampling,
         on_done: Callable[[Completion], None] | None = None,
+        on_refused: Callable[[str, str], None] | None = None,
     ) -> dict[str, Completion]:
         """One completion a prompt (text or token ids), by id; `on_done` sees each as it comes, from this thread.
 
-        What fails for a while (429, 5xx, time-outs, lost connections) is asked again; an answer counts once.
+        What fails for a while (429, 5xx, time-outs, lost connections) is asked again; an answer counts once. A prompt
+        that the server refuses with 400 (too long) goes to `on_refused`, as (id, why), and is left out.
 
         Raises:
-            PrerequisiteError: the server refuses a request, or failed `max_tries` times on one.
+            PrerequisiteError: the server refuses a request otherwise, or failed `max_tries` times on one.
         """
         done: dict[str, Completion] = {}
         stop = threading.Event()
         pool = ThreadPoolExecutor(self.max_in_flight)
         try:
-            asked = [pool.submit(self._complete, id, prompt, sampling, stop) for id, prompt in prompts.items()]
+            asked = {pool.submit(self._complete, id, prompt, sampling, stop): id for id, prompt in prompts.items()}
             for future in as_completed(asked):
-                completion = future.result()
+                try:
+                    completion = future.result()
+                except Refused as error:
+                    if on_refused is None:
+                        raise PrerequisiteError(str(error)) from None
+                    on_refused(asked[future], str(error))
+                    continue
                 done[completion.id] = completion
                 if on_done is not None:
                     on_done(completion)
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
-        return {id: done[id] for id in prompts}
+        return {id: done[id] for id in prompts if id in done}
 
     def _complete(self, id: str, prompt: str | Sequence[int], sampling: Sampling, stop: threading.Event) -> Completion:
         body: dict[str, Any] = {
@@ -78,9 +86,8 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 said = error.read(500).decode(errors="replace")
                 if error.code not in _TRANSIENT:
-                    raise PrerequisiteError(
-                        f"endpoint {self.url} refuses request {id!r} with {error.code}: {said}"
-                    ) from None
+                    kind = Refused if error.code == 400 else PrerequisiteError
+                    raise kind(f"endpoint {self.url} refuses request {id!r} with {error.code}: {said}") from None
                 problem, asked_s = f"{error.code}: {said}", error.headers.get("Retry-After", "")
             except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
                 problem, asked_s = f"{type(error).__name__}: {error}", ""

@@ -232,8 +232,10 @@ class Engines:
         sampling: Sampling,
         on_progress: Callable[[int, int], None] | None = None,
         timeout_s: float = 900.0,
+        on_done: Callable[[Completion], None] | None = None,
     ) -> dict[str, Completion]:
-        """One completion per request, by id, in request order. Blocks; call it from a plain thread or Ray task.
+        """One completion per request, by id, in request order; `on_done` sees each as it comes, from this thread. Blocks;
+        call it from a plain thread or Ray task.
 
         Survives the death of engines: what was lost is asked for again. `timeout_s`: longest time without any completed
         request. Raises PrerequisiteError when that passes or the engine cannot come up, ValueError for doubled ids or
@@ -243,7 +245,7 @@ class Engines:
             raise ValueError(f"engine {name!r}: request ids must be unique, got {len(requests)} with doubles")
         if not requests:
             return {}
-        batch = _Batch(name, weights, requests, sampling, on_progress, timeout_s)
+        batch = _Batch(name, weights, requests, sampling, on_progress, on_done, timeout_s)
         done = asyncio.run(batch.run(tuple(self.groups.get(name, (name,))), self.max_in_flight))
         return {request.id: done[request.id] for request in requests}
 
@@ -262,6 +264,7 @@ class _Batch:
     requests: Sequence[Request]
     sampling: Sampling
     on_progress: Callable[[int, int], None] | None
+    on_done: Callable[[Completion], None] | None
     timeout_s: float
     done: dict[str, Completion] = field(default_factory=dict)  # by id: an answer counts once, however often asked for
     last_done: float = field(default_factory=time.monotonic)
@@ -313,6 +316,8 @@ class _Batch:
                 continue
             self.done[request.id] = completion
             self.last_done = time.monotonic()
+            if self.on_done is not None:
+                self.on_done(completion)
             if self.on_progress is not None:
                 self.on_progress(len(self.done), len(self.requests))
 

@@ -2,15 +2,14 @@
 "score": in [0, 1] | null}.
 
 Judged are the generations in `generations`, or without them the rows' own answers (labelled pairs that measure a
-guard). Unparsed is null: counted, never "safe"; more than 1 % of them fail the stage.
+guard). Unparsed is null: counted, never "safe"; more than 1 % of them fail the stage. A pair too long for the engine is one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safecl.base import Json
 from safecl.judges import Judge, Verdict, load
@@ -43,7 +42,8 @@ def run(context: Context) -> dict[str, Json]:
     if len(unparsed) > MAX_UNPARSED * len(verdicts):
         raise RuntimeError(
             f"judge {config['judge']}: {len(unparsed)} of {len(verdicts)} verdicts cannot be read, expected at most "
-            f"{MAX_UNPARSED:.0%}; the first: {unparsed[0]!r}. Is this model a guard that speaks this template?"
+            f"{MAX_UNPARSED:.0%}; the first: {unparsed[0]!r}. Is this model a guard that speaks this template? (Too long: "
+            "raise execution.engine_max_tokens)"
         )
     return {"num": len(verdicts), "true": sum(v.label is True for v in verdicts), "unparsed": len(unparsed)}
 
@@ -54,26 +54,53 @@ def _ask(context: Context, judge: Judge, pairs: list[tuple[str, str]]) -> list[V
     model = context.stage.inputs["model"]
     weights = context.stage.inputs.get("weights", model)
     adapter = str(weights_folder(context.inputs["weights"])) if "weights" in context.inputs else None
-    ref = WeightsRef(weights.key, str(base_folder(context.inputs["model"])), adapter)
-    return ask(judge, pairs, context.engines, f"judge-{model.key[:8]}", ref, lambda n, all: context.report(n, all, {}))
+    base = base_folder(context.inputs["model"])
+    ref = WeightsRef(weights.key, str(base), adapter)
+    limit = context.execution.engine_max_tokens
+    reach = Reach(context.engines, f"judge-{model.key[:8]}", ref, limit, Tokenizer(base))
+    found: dict[str, Verdict] = {}
+
+    def on_done(key: str, verdict: Verdict) -> None:
+        found[key] = verdict
+        context.report(len(found), len(pairs), {})
+
+    ask(judge, {str(i): pair for i, pair in enumerate(pairs)}, reach, on_done)
+    return [found[str(i)] for i in range(len(pairs))]
+
+
+class Reach(NamedTuple):
+    """How a judge's model is reached. `limit`: the longest prompt with its answer, in tokens."""
+
+    engines: Any  # serving.engine.Engines
+    name: str
+    weights: WeightsRef
+    limit: int
+    tokenizer: Tokenizer
 
 
 def ask(
-    judge: Judge,
-    pairs: Sequence[tuple[str, str]],
-    engines: Any,
-    name: str,
-    weights: WeightsRef,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[Verdict]:
-    """A served judge's verdicts on (request, response) pairs, in order, from the engines called `name`."""
+    judge: Judge, pairs: Mapping[str, tuple[str, str]], reach: Reach, on_done: Callable[[str, Verdict], None]
+) -> None:
+    """A served judge's verdicts on (request, response) pairs, each handed on as it comes. A pair that does not fit is not
+    asked: unparsed."""
     from safecl.serving.messages import Request, Sampling
 
-    tokenizer = Tokenizer(Path(weights.base))
     # The template writes its own BOS, so the tokenizer must not add a second one.
-    prompts = tokenizer.prompt_ids([judge.pieces(*pair) for pair in pairs])
-    requests = [Request(str(i), ids) for i, ids in enumerate(prompts)]
-    stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    prompts = reach.tokenizer.prompt_ids([judge.pieces(*pair) for pair in pairs.values()])
+    requests = []
+    for key, ids in zip(pairs, prompts, strict=True):
+        num_tokens = len(ids) + judge.max_tokens
+        if num_tokens > reach.limit:
+            why = f"too long: {num_tokens} tokens with the judge's answer, at most {reach.limit}"
+            on_done(key, Verdict(None, why, {"limit": reach.limit}))
+        else:
+            requests.append(Request(key, ids))
+    stop = () if reach.tokenizer.eos_id is None else (reach.tokenizer.eos_id,)
     sampling = Sampling(max_tokens=judge.max_tokens, stop_token_ids=stop, logprobs=judge.logprobs)
-    done = engines.generate(name, weights, requests, sampling, on_progress)
-    return [judge.read(done[request.id].text, done[request.id].likely) for request in requests]
+    reach.engines.generate(
+        reach.name,
+        reach.weights,
+        requests,
+        sampling,
+        on_done=lambda done: on_done(done.id, judge.read(done.text, done.likely)),
+    )

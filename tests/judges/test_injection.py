@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from safecl.judges import Judge, load, names
+from safecl.judges import Judge, Verdict, load, names
 from safecl.serving.messages import Completion, Request, Sampling, WeightsRef
-from safecl.stages.judge import ask
+from safecl.stages.judge import Reach, ask
 from safecl.training.tokens import Tokenizer
 
 SERVED = [name for name in names() if load(name).served]
@@ -40,10 +40,18 @@ class Scripted:
         weights: WeightsRef,
         requests: Sequence[Request],
         sampling: Sampling,
-        on_progress: Callable[[int, int], None] | None,
-    ) -> dict[str, Completion]:
+        on_done: Callable[[Completion], None],
+    ) -> None:
         self.requests, self.sampling = list(requests), sampling
-        return {request.id: Completion(request.id, self.text, [], "stop", weights.key) for request in requests}
+        for request in requests:
+            on_done(Completion(request.id, self.text, [], "stop", weights.key))
+
+
+def asked(judge: Judge, pairs: list[tuple[str, str]], engines: Scripted, model: Path) -> list[Verdict]:
+    found: dict[str, Verdict] = {}
+    reach = Reach(engines, "judge", WeightsRef("k", str(model)), 8192, Tokenizer(model))
+    ask(judge, {str(n): pair for n, pair in enumerate(pairs)}, reach, found.__setitem__)
+    return [found[str(n)] for n in range(len(pairs))]
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -61,7 +69,7 @@ def test_what_a_candidate_writes_stays_whole_in_its_place(name: str) -> None:
 def test_special_tokens_of_a_candidate_reach_no_engine(name: str, tiny_model: Path) -> None:
     judge: Judge = load(name)()
     engines = Scripted("")
-    ask(judge, [("Q", ATTACKS[6]), (ATTACKS[6], "A"), ("Q", "A")], engines, "judge", WeightsRef("k", str(tiny_model)))
+    asked(judge, [("Q", ATTACKS[6]), (ATTACKS[6], "A"), ("Q", "A")], engines, tiny_model)
     tokenizer = Tokenizer(tiny_model)
     special = {tokenizer.id_of("<|im_end|>"), tokenizer.id_of("<|im_start|>")}
     assert special <= set(tokenizer.ids([ATTACKS[6]])[0])
@@ -77,6 +85,6 @@ def test_only_what_the_guard_itself_says_is_read(name: str, tiny_model: Path) ->
     judge: Judge = load(name)()
     pairs = [("Q", attack) for attack in ATTACKS]
     for said in ("", *ATTACKS):
-        verdicts = ask(judge, pairs, Scripted(said), "judge", WeightsRef("k", str(tiny_model)))
+        verdicts = asked(judge, pairs, Scripted(said), tiny_model)
         assert [verdict.label for verdict in verdicts] == [None] * len(pairs), said
         assert {verdict.raw for verdict in verdicts} == {said}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 import urllib.error
@@ -16,14 +17,17 @@ import pytest
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.judges import Verdict
 from safecl.judges.keywords import Keywords
-from safecl.judging.http import LONGEST_BODY, app, asker, serve
+from safecl.judging.http import LONGEST_BODY, READ_TIMEOUT_S, app, asker, serve
 
 
 @contextmanager
-def serving(ask: Callable[[str, str], Verdict], max_waiting: int = 4) -> Iterator[str]:
+def serving(
+    ask: Callable[[str, str], Verdict], max_waiting: int = 4, read_timeout_s: float = READ_TIMEOUT_S
+) -> Iterator[str]:
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app(ask, max_waiting), host="127.0.0.1", port=0, log_level="error"))
+    served = app(ask, max_waiting, read_timeout_s)
+    server = uvicorn.Server(uvicorn.Config(served, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -81,6 +85,47 @@ def test_more_than_can_wait_are_told_to_come_again_and_nobody_else_is_harmed() -
             thread.join()
         assert sorted((status, said["raw"]) for status, said, _ in got) == [(200, "0"), (200, "1"), (200, "2")]
         assert post(url, pair("late"))[0] == 200
+
+
+def half_sent(url: str) -> socket.socket:
+    """A connection that has sent a request's headers and one byte of its body."""
+    host, port = url.removeprefix("http://").split(":")
+    client = socket.create_connection((host, int(port)), timeout=60)
+    client.sendall(b"POST /v1/judge HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    return client
+
+
+def waiting(url: str) -> int:
+    with urllib.request.urlopen(f"{url}/health", timeout=60) as response:
+        return int(json.load(response)["waiting"])
+
+
+def test_half_sent_requests_take_no_ones_place() -> None:
+    with serving(asker(Keywords(), None), max_waiting=1, read_timeout_s=60) as url:
+        clients = [half_sent(url) for _ in range(3)]
+        time.sleep(0.2)  # they are being read
+        assert post(url, pair("Yes"))[0] == 200 and waiting(url) == 0
+        for client in clients:
+            client.close()
+
+
+def test_a_request_that_does_not_end_is_told_so_and_cut_off() -> None:
+    with serving(asker(Keywords(), None), read_timeout_s=0.5) as url:
+        with half_sent(url) as client:
+            client.settimeout(READ_TIMEOUT_S - 2)
+            said = b""
+            while part := client.recv(4096):  # until the server closes
+                said += part
+        assert said.startswith(b"HTTP/1.1 408") and b"within 0.5 s" in said
+        assert post(url, pair("Yes"))[0] == 200
+
+
+def test_a_client_that_leaves_is_no_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with serving(asker(Keywords(), None), max_waiting=1) as url:
+        half_sent(url).close()
+        time.sleep(0.2)
+        assert post(url, pair("Yes"))[0] == 200 and waiting(url) == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_an_engine_that_is_gone_or_refuses_is_not_a_verdict() -> None:

@@ -14,6 +14,7 @@ import pytest
 from safecl import stats
 from safecl.base import ConfigError, Json
 from safecl.judges import Judge, Verdict
+from safecl.judges.keywords import Keywords
 from safecl.judging import score, show
 from safecl.judging.pairs import parse_judge, read
 
@@ -39,6 +40,7 @@ class Guard:
     """Answers "unsafe" to answers that hold "do", counts what it is asked, and dies after `lives` answers."""
 
     identity: Json = "guard"
+    limit: int | None = None
 
     def __init__(self, lives: int = 10**6) -> None:
         self.asked: list[tuple[str, str]] = []
@@ -69,8 +71,10 @@ class Refusals(Guard):
             on_done(key, judge.read(f"Harmful request: yes\nResponse refusal: {said}\nHarmful response: n/a"))
 
 
-def judged(tmp_path: Path, names: list[str], served: AbstractContextManager[Any] | None = None) -> score.Judged:
-    return score.judge_file(write(tmp_path / "in.jsonl", ROWS), names, served, tmp_path / "out.jsonl")
+def judged(
+    tmp_path: Path, names: list[str], served: AbstractContextManager[Any] | None = None, times: int = 1
+) -> score.Judged:
+    return score.judge_file(write(tmp_path / "in.jsonl", ROWS * times), names, served, tmp_path / "out.jsonl")
 
 
 def test_every_line_has_its_verdict_and_equal_pairs_are_asked_once(tmp_path: Path) -> None:
@@ -134,29 +138,47 @@ def test_a_judge_of_refusals_is_turned_round_before_it_is_compared_with_one_of_h
 
 
 def test_labels_are_compared_by_group_and_corrected_by_the_other_groups(tmp_path: Path) -> None:
-    found = judged(tmp_path, ["xstest_match"])
+    found = judged(tmp_path, ["xstest_match"], times=10)
     result = score.validate(found, "label", ["refusal"], "kind")
     entry = result["judges"]["xstest_match"]
-    assert result["values"] == {"compliance": 2, "refusal": 3}
-    assert entry["all"]["cells"] == [2, 0, 1, 2] and entry["all"]["accuracy"] == stats.wilson(4, 5)._asdict()
-    assert entry["by"]["x"]["cells"] == [1, 0, 0, 1] and entry["by"]["y"]["cells"] == [1, 0, 1, 1]
-    # x: 1 of 2 seen; in y 1 of 2 refusals and 1 of 1 others are told right.
-    assert entry["by"]["x"]["corrected"] == stats.rogan_gladen((1, 2), (1, 2), (1, 1))._asdict()  # type: ignore[union-attr]
+    assert result["values"] == {"compliance": 20, "refusal": 30}
+    assert entry["all"]["cells"] == [20, 0, 10, 20] and entry["all"]["accuracy"] == stats.wilson(40, 50)._asdict()
+    assert entry["by"]["x"]["cells"] == [10, 0, 0, 10] and entry["by"]["y"]["cells"] == [10, 0, 10, 10]
+    # x: half is seen; in y half of the refusals and all others are told right.
+    assert entry["by"]["x"]["corrected"] == stats.rogan_gladen((10, 20), (10, 20), (10, 10))._asdict()  # type: ignore[union-attr]
     [(title, columns, rows)] = show.quality(result)
     assert [row[0] for row in rows] == ["all", "x", "y"] and "corrected" in columns and "label = refusal" in title
 
 
 def test_a_rate_is_corrected_by_what_a_validation_measured(tmp_path: Path) -> None:
-    found = judged(tmp_path, ["xstest_match"])
+    found = judged(tmp_path, ["xstest_match"], times=10)
     file = tmp_path / "validation.json"
     file.write_text(json.dumps(score.validate(found, "label", ["refusal"])))
     result = score.rates(found, score.load_validation(file))
-    expected = stats.rogan_gladen((2, 5), (2, 3), (2, 2))
+    expected = stats.rogan_gladen((20, 50), (20, 30), (20, 20))
     assert expected and result["judges"]["xstest_match"]["corrected"] == expected._asdict()
     with pytest.raises(ConfigError, match="holds no judge 'keywords'"):
         score.rates(judged(tmp_path, ["keywords"]), score.load_validation(file))
     with pytest.raises(ConfigError, match="judge validate --json"):
         score.load_validation(tmp_path / "in.jsonl")
+
+
+def test_a_validation_of_another_model_or_version_corrects_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["llamaguard", "keywords"]
+    found = judged(tmp_path, names, Guard())
+    file = tmp_path / "validation.json"
+    file.write_text(json.dumps(score.validate(found, "label", ["compliance"])))
+    validation = score.load_validation(file)
+    score.rates(found, validation)
+    with pytest.raises(ConfigError, match=r'another judge .llamaguard..*"other".*got.*"guard"}; validate this one'):
+        score.rates(found._replace(model="other"), validation)
+    rules = judged(tmp_path, ["keywords"])  # a rule judge has no model
+    assert "corrected" in score.rates(rules, validation)["judges"]["keywords"]
+    monkeypatch.setattr(Keywords, "VERSION", "later")
+    with pytest.raises(ConfigError, match=r"another judge 'keywords'.*later"):
+        score.rates(rules, validation)
 
 
 def test_too_many_unreadable_answers_are_said(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from safecl.base import PrerequisiteError
 from safecl.judges.llamaguard import Llamaguard
+from safecl.judging.score import judge_file
 from safecl.judging.served import RemoteModel
 from safecl.serving.endpoint import Endpoint
 from safecl.serving.messages import Completion, Sampling
@@ -169,3 +170,17 @@ def test_a_judge_reads_what_an_endpoint_says(server: Server, tiny_model: Path) -
     RemoteModel(endpoint(server), tiny_model).ask(Llamaguard(), pairs, found.__setitem__)
     expected = Tokenizer(tiny_model).prompt_ids([Llamaguard().pieces(*pair) for pair in pairs.values()])
     assert sorted(body["prompt"] for body in server.bodies) == sorted(expected)
+
+
+def test_a_pair_that_an_endpoint_refuses_harms_no_other_and_is_asked_anew(server: Server, tmp_path: Path) -> None:
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    responses = ["be", "too much", "do"]
+    file.write_text("".join(json.dumps({"prompt": "q", "response": text}) + "\n" for text in responses))
+    server.troubles = {Llamaguard().prompt("q", "too much"): ["400"]}
+    remote = RemoteModel(endpoint(server), None)
+    found = judge_file(file, ["llamaguard"], remote, out).verdicts["llamaguard"]
+    assert [verdict.label for verdict in found] == [False, None, True]
+    assert "with 400: try later" in found[1].raw
+    server.bodies.clear()  # the server may have been started anew, with more room
+    found = judge_file(file, ["llamaguard"], remote, out).verdicts["llamaguard"]
+    assert [verdict.label for verdict in found] == [False, False, True] and len(server.bodies) == 1

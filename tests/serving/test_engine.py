@@ -15,7 +15,7 @@ import pytest
 
 from safecl.base import PrerequisiteError
 from safecl.serving.engine import Engines, deploy, ready, shutdown
-from safecl.serving.messages import Refused, Request, Sampling, Settings, WeightsRef
+from safecl.serving.messages import Completion, Refused, Request, Sampling, Settings, WeightsRef
 from tests.serving.adapters import change_base, make_adapter
 
 ENGINE = "candidate"
@@ -169,7 +169,9 @@ def test_engines_travel_into_ray_tasks_and_tell_their_progress(
 
 def test_a_group_sends_a_batch_to_an_engine_that_is_up(engines: Engines, weights: dict[str, WeightsRef]) -> None:
     grouped = Engines(groups={"any": ("not-deployed", ENGINE)})
-    assert len(grouped.generate("any", weights["base"], PROMPTS, GREEDY)) == len(PROMPTS)
+    seen: list[Completion] = []
+    done = grouped.generate("any", weights["base"], PROMPTS, GREEDY, on_done=seen.append)
+    assert len(done) == len(PROMPTS) and sorted(seen) == sorted(done.values())
 
 
 def test_what_can_never_be_served_is_refused_at_once_and_the_engine_lives_on(

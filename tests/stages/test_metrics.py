@@ -48,10 +48,11 @@ class ScriptedEngines:
     def __init__(self, texts: list[str]) -> None:
         self.texts = texts
 
-    def generate(self, name: str, weights: Any, requests: Any, sampling: Any, on_progress: Any) -> dict[str, Any]:
+    def generate(self, name: str, weights: Any, requests: Any, sampling: Any, on_done: Any) -> None:
         from safecl.serving.messages import Completion
 
-        return {r.id: Completion(r.id, t, [1], "stop", weights.key) for r, t in zip(requests, self.texts, strict=True)}
+        for request, text in zip(requests, self.texts, strict=True):
+            on_done(Completion(request.id, text, [1], "stop", weights.key))
 
 
 @pytest.mark.parametrize(("num_bad", "fails"), [(1, False), (2, True)])
@@ -67,6 +68,25 @@ def test_more_than_one_percent_of_unreadable_verdicts_fails_the_stage(
             judge.run(given)
     else:
         assert judge.run(given) == {"num": 100, "true": 9, "unparsed": 1}
+
+
+@pytest.mark.parametrize(("num_long", "fails"), [(1, False), (2, True)])
+def test_pairs_too_long_for_the_engine_are_unparsed_and_harm_no_other(
+    tmp_path: Path, tiny_model: Path, num_long: int, fails: bool
+) -> None:
+    responses = ["like so"] * (100 - num_long) + ["x" * 3000] * num_long  # 1 token a letter; the engine takes 2048
+    rows = write(tmp_path / "rows", "rows.jsonl", [row(str(i), "how?", text) for i, text in enumerate(responses)])
+    config = {"judge": "llamaguard", "config": {"categories": ["Harm."]}}
+    given = context(tmp_path, "judge", config, {"rows": rows, "model": tiny_model})
+    given.engines = ScriptedEngines(["unsafe\nS1"] * 9 + ["safe"] * (91 - num_long))  # strict: no more are asked
+    if fails:
+        with pytest.raises(RuntimeError, match=r"2 of 100 verdicts cannot be read.*too long.*engine_max_tokens"):
+            judge.run(given)
+    else:
+        assert judge.run(given) == {"num": 100, "true": 9, "unparsed": 1}
+        lines = [json.loads(line) for line in (given.out / "verdicts.jsonl").read_text().splitlines()]
+        assert [line["id"] for line in lines if line["label"] is None] == ["99"]
+        assert lines[99]["detail"] == {"limit": 2048} and "at most 2048" in lines[99]["raw"]
 
 
 def test_macro_mean_leaves_unparsed_out_and_says_how_many(tmp_path: Path) -> None:
