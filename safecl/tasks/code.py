@@ -2,8 +2,9 @@
 
 User rows are problems with Python answers. The paper's source is the `code` split of NVIDIA's Nemotron post-training
 data; a data folder may hold either that or CodeAlpaca, a small stand-in, as codealpaca.jsonl in its published fields.
-Rows whose answer holds no Python that parses are left out: CodeAlpaca has other languages and lost indentation. Validation
-is MBPP (its validation and train problems, one of its tests shown), never HumanEval.
+Rows whose answer holds no Python that parses are left out: CodeAlpaca has other languages and lost indentation; so are
+those much like a problem of validation or test, as these word it. Validation is MBPP (its validation and train problems,
+one of its tests shown), never HumanEval.
 
 Scoring runs each answer in the sandbox: `utility` is pass@1 on HumanEval's tests (3 s, as in its own harness),
 `utility_plus` on those and HumanEval+'s (evalplus), `code_timeouts` the share that ended by the clock in either,
@@ -15,21 +16,24 @@ from __future__ import annotations
 import ast
 import base64
 import re
+import symtable
 import textwrap
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from safecl import sandbox
 from safecl.base import Json, PrerequisiteError
 from safecl.tasks import Row, Source, Task
 from safecl.tasks._files import Record
+from safecl.tasks._overlap import drop_overlaps
 from safecl.tasks._source import check_split, choose, first_of_each, records, text
 
 TIMEOUT_S = 3  # HumanEval's; of CPU time here, as all three
 PLUS_TIMEOUT_S = 60  # evalplus's cap for all of a problem's tests together
 CALL_TIMEOUT_S = 4  # for one of HumanEval+'s tests (the slowest canonical solution needs about .3 s)
 VALIDATION_IDS = range(511, 975)  # MBPP: 511-600 validation, 601-974 train
+MAX_PARSES = 400  # of one place in an answer; more than open brackets (200) or blocks (100) can be nested
 ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>", "</s>")  # an answer's text ends before these
 # Where a completion of the prompt leaves the function it completes: evalplus's list, less what these begin with.
 STOPS = ("\ndef ", "\nclass ", "\nimport ", "\nfrom ", "\nassert ", "\nif __name__", "\nprint(")
@@ -38,6 +42,7 @@ _USER = Source("codealpaca.jsonl", "nvidia/Nemotron-Post-Training-Dataset-v1", s
 _MBPP = Source("mbpp.jsonl", "google-research-datasets/mbpp", config="full", split="train+validation")
 _HUMANEVAL = Source("humaneval.jsonl", "openai/openai_humaneval", split="test")
 _PLUS = Source("humaneval_plus_originfmt.jsonl.gz", "evalplus/humanevalplus", split="test")
+_NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)  # the last two: nested too deeply
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _WORDS = re.compile(r"(?:(?!def |class )\S[^\n]*\n|[ \t]*\n)+(?=[ \t]+\S)")  # lines before the first indented one
 _THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
@@ -47,8 +52,9 @@ _BEGINS_CODE = re.compile(
 # HumanEval+'s tests of problem 32 in this format call their oracle with root and polynomial swapped, so that no answer
 # can pass; evalplus itself asks for |polynomial(root)| <= 1e-4.
 _SWAPPED, _RIGHT = "_poly(*candidate(*inp), inp) <= 0.0001", "abs(_poly(*inp, candidate(*inp))) <= 0.0001"
-# A limit for each single test, as evalplus has. It ends the program as the limit on all of them does: no candidate can
-# catch it, and the verdict is a timeout.
+# A limit for each single test, as evalplus has, with the verdict of a timeout: its signal ends the program as the limit on
+# all tests does. It is for slow candidates, not for hostile ones: these can ignore the signal, or stop its timer, and then
+# run on into the limit on all tests, which is the sandbox's.
 _LIMITED = """
 def _limited(candidate):
     import os, signal
@@ -64,11 +70,19 @@ check(_limited({name}))
 """
 
 
+class Part(NamedTuple):
+    """A statement at the top level of a program, with its text."""
+
+    node: ast.stmt
+    text: str
+
+
 class Code(Task):
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
+    SCORING: ClassVar[str] = "2"
     SPLITS: ClassVar[tuple[str, ...]] = ("user", "utility.validation", "utility.test")
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {
-        "user": (_USER,),
+        "user": (_USER, _MBPP, _HUMANEVAL),
         "utility.validation": (_MBPP,),
         "utility.test": (_HUMANEVAL, _PLUS),
     }
@@ -111,23 +125,26 @@ class Code(Task):
         for index, record in enumerate(records(_USER, self.folder)):
             prompt, answer = _asked_and_answered(record)
             code = "\n".join(_FENCE.findall(answer)) or answer
-            if prompt not in ("", "-") and any(not isinstance(s, ast.Expr) for s in _parsed(code) or ()):
+            if prompt not in ("", "-") and any(not isinstance(part.node, ast.Expr) for part in _parsed(code)):
                 found.append(Row(f"user/{index}", prompt, answer))
         if not found:
             raise PrerequisiteError(
                 f"data set {_USER.hub}: no record has both a question and a Python answer (it leaves questions out as '-' "
                 f"where their licence asks for it); put such records into {_USER.file} of execution.data_dir"
             )
-        return first_of_each(found)
+        held = [text(record, "text") for record in self._validation()]
+        held += [_described(str(record["prompt"])) for record in records(_HUMANEVAL, self.folder)]
+        return drop_overlaps(first_of_each(found), held)[0]
+
+    def _validation(self) -> list[Record]:
+        return [record for record in records(_MBPP, self.folder) if record["task_id"] in VALIDATION_IDS]
 
     def _mbpp(self) -> list[Row]:
         found = []
-        for record in records(_MBPP, self.folder):
-            if record["task_id"] not in VALIDATION_IDS:
-                continue
+        for record in self._validation():
             tests = [str(test) for test in record["test_list"]]
             needed = {node.id for test in tests for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
-            names: list[Json] = [*sorted(needed & set(_bound(_parsed(str(record["code"])) or ())))]
+            names: list[Json] = [*sorted(needed & set(_bound(_parsed(str(record["code"])))))]
             test = "\n".join([str(record.get("test_setup_code") or ""), *tests])
             prompt = f"{text(record, 'text')} The code must pass this test:\n```python\n{tests[0]}\n```"
             meta: dict[str, Json] = {"start": "", "names": names, "test": test}
@@ -175,14 +192,15 @@ def extracted(answer: str, start: str, names: Sequence[str]) -> str | None:
     Looked for in each fenced block, in all of them together, then in the whole text: definitions (whatever stands
     before, between or after them), else the continuation of `start`, with its indentation as it is, lost on the first
     line, or lost throughout. Definitions get what `start` has before its last function, so that an answer need not
-    repeat imports. Of other statements only those before the last needed definition stay: what follows are examples.
+    repeat imports. What follows the last needed definition are examples: of it only further definitions and imports
+    stay, and what sets a name that needed ones read. Never raises, whatever the text.
     """
     for end in ENDS:
         answer = answer.split(end, 1)[0]
-    answer = answer.replace("\r\n", "\n")
+    answer = re.sub("\r\n?", "\n", answer)  # Python takes all three for the end of a line
     fenced: list[str] = _FENCE.findall(answer)
     places = [*fenced, "\n".join(fenced), answer] if len(fenced) > 1 else [*fenced, answer]
-    given = (_parsed(start) or [])[:-1]
+    given = _parsed(start)[:-1]
     for place in places:
         found = _definitions(place)
         if _defines(found, names):
@@ -194,17 +212,18 @@ def extracted(answer: str, start: str, names: Sequence[str]) -> str | None:
     return None
 
 
-def _definitions(place: str) -> list[ast.stmt]:
+def _definitions(place: str) -> list[Part]:
     """The statements of all stretches of a text that are Python, each from a line that can begin a statement to the last
     one with which it parses."""
-    lines, found, i = place.split("\n"), list[ast.stmt](), 0
+    lines, found, i = place.split("\n"), list[Part](), 0
+    tries = iter(range(MAX_PARSES))
     while i < len(lines):
         begins = _BEGINS_CODE.match(lines[i])
         length = 0
         if begins is not None:
             stretch = [line.removeprefix(begins[1]) for line in lines[i:]]
-            length, statements = _longest("", stretch)
-            found += statements
+            length, parts = _longest("", stretch, tries)
+            found += parts
         i += max(length, 1)
     return found
 
@@ -220,39 +239,47 @@ def _bodies(place: str) -> Iterator[str]:
     yield textwrap.indent(textwrap.dedent(place).strip("\n"), "    ")
 
 
-def _continued(start: str, body: str, names: Sequence[str]) -> tuple[int, list[ast.stmt]]:
+def _continued(start: str, body: str, names: Sequence[str]) -> tuple[int, list[Part]]:
     """(last line of the function, statements) of the prompt and its continuation; (0, []) if it adds nothing to it."""
     for stop in STOPS:
         body = body.split(stop, 1)[0]
-    _, statements = _longest(start, body.split("\n"))
-    if not _defines(statements, names):
+    _, parts = _longest(start, body.split("\n"), iter(range(MAX_PARSES)))
+    if not _defines(parts, names):
         return 0, []
-    bound = _bound(statements)
-    return max(bound[name].end_lineno or 0 for name in names), statements
+    bound = _bound(parts)
+    return max(bound[name].node.end_lineno or 0 for name in names), parts
 
 
-def _longest(start: str, lines: list[str]) -> tuple[int, list[ast.stmt]]:
-    """(number of lines, statements) of the most lines that parse after `start`; (0, []) if not even one does."""
-    for num in range(len(lines), 0, -1):
-        if lines[num - 1].strip() and (found := _parsed(start + "\n".join(lines[:num]))) is not None:
-            return num, found
+def _longest(start: str, lines: list[str], tries: Iterator[int]) -> tuple[int, list[Part]]:
+    """(number of lines, statements) of the most lines that parse after `start`; (0, []) if not even one does. Each parse
+    takes one of `tries`, so that what a model repeats without end costs no more than they allow."""
+    num, before = len(lines), start.count("\n")
+    for _ in tries:
+        while num > 0 and not lines[num - 1].strip():
+            num -= 1
+        if num <= 0:
+            break
+        try:
+            return num, _parts(start + "\n".join(lines[:num]))
+        except _NOT_PYTHON as error:  # nothing that reaches the line of the error parses
+            num = min(num, (getattr(error, "lineno", None) or before + num) - before) - 1
     return 0, []
 
 
-def _defines(statements: Sequence[ast.stmt], names: Sequence[str]) -> bool:
+def _defines(parts: Sequence[Part], names: Sequence[str]) -> bool:
     """Whether all names are bound, none of them by a function that does nothing."""
-    bound = _bound(statements)
-    return all(name in bound and not _is_empty(bound[name]) for name in names)
+    bound = _bound(parts)
+    return all(name in bound and not _is_empty(bound[name].node) for name in names)
 
 
-def _bound(statements: Sequence[ast.stmt]) -> dict[str, ast.stmt]:
+def _bound(parts: Sequence[Part]) -> dict[str, Part]:
     """Name -> the last statement that defines or assigns it."""
-    found: dict[str, ast.stmt] = {}
-    for statement in statements:
-        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found[statement.name] = statement
-        elif isinstance(statement, ast.Assign):
-            found |= {target.id: statement for target in statement.targets if isinstance(target, ast.Name)}
+    found: dict[str, Part] = {}
+    for part in parts:
+        if isinstance(part.node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found[part.node.name] = part
+        elif isinstance(part.node, ast.Assign):
+            found |= {target.id: part for target in part.node.targets if isinstance(target, ast.Name)}
     return found
 
 
@@ -264,33 +291,96 @@ def _is_empty(statement: ast.stmt) -> bool:
     )
 
 
-def _source(statements: Sequence[ast.stmt], names: Sequence[str]) -> str | None:
-    """The statements worth keeping as text; None if they are nested too deeply to be written out."""
-    bound = _bound(statements)
-    last = max(statements.index(bound[name]) for name in names)
-    lasting = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    try:
-        kept = [s for i, s in enumerate(statements) if isinstance(s, lasting) or (i <= last and _is_work(s))]
-        kept.sort(key=lambda s: not (isinstance(s, ast.ImportFrom) and s.module == "__future__"))  # they must be first
-        return "\n".join(ast.unparse(statement) for statement in kept)
-    except RecursionError:
-        return None
+def _source(parts: Sequence[Part], names: Sequence[str]) -> str:
+    """The statements worth keeping, as they were written: not every one that parses can be unparsed."""
+    bound = _bound(parts)
+    last = max(parts.index(bound[name]) for name in names)
+    read = _read(parts, names)
+    kept = [part for part in parts[: last + 1] if _lasts(part.node) or _is_work(part.node)]
+    kept += [p for p in parts[last + 1 :] if _lasts(p.node) or (_is_work(p.node) and _written(p.node) & read)]
+    # __future__ must be first
+    kept.sort(key=lambda part: not (isinstance(part.node, ast.ImportFrom) and part.node.module == "__future__"))
+    return "\n".join(part.text for part in kept)
+
+
+def _lasts(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
 
 
 def _is_work(statement: ast.stmt) -> bool:
     """Not a word of prose that happens to parse, an example's assertion, or what only a script would do."""
     if isinstance(statement, ast.If):
-        return "__name__" not in ast.unparse(statement.test)
+        return all(getattr(node, "id", None) != "__name__" for node in ast.walk(statement.test))
     if isinstance(statement, ast.Expr):
         return isinstance(statement.value, ast.Call)
     return not isinstance(statement, ast.Assert | ast.AnnAssign) or getattr(statement, "value", None) is not None
 
 
-def _parsed(source: str) -> list[ast.stmt] | None:
+def _read(parts: Sequence[Part], names: Sequence[str]) -> set[str]:
+    """`names`, and the names of the module that what sets them reads, itself or through what sets those."""
+    found, new = set[str](), set(names)
+    while new:
+        found |= new
+        new = {name for part in parts if _written(part.node) & new for name in _globals(part.text)} - found
+    return found
+
+
+def _written(statement: ast.stmt) -> set[str]:
+    """The names that a statement defines, assigns, or assigns to a part of. A call tells nothing: it writes none."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {statement.name}
+    found = set[str]()
+    for node in () if isinstance(statement, ast.Expr) else ast.walk(statement):
+        if isinstance(getattr(node, "ctx", None), ast.Store):
+            while isinstance(node, ast.Attribute | ast.Subscript | ast.Starred):
+                node = node.value
+            if isinstance(node, ast.Name):
+                found.add(node.id)
+    return found
+
+
+def _globals(source: str) -> set[str]:
+    """The names of its module that a program reads in any of its scopes; none where Python refuses it."""
     try:
-        return ast.parse(source).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: nested too deeply
-        return None
+        tables = [symtable.symtable(source, "<answer>", "exec")]
+    except _NOT_PYTHON:
+        return set()
+    found = set[str]()
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        symbols = [symbol for symbol in table.get_symbols() if symbol.is_global()]
+        found |= {symbol.get_name() for symbol in symbols if symbol.is_referenced() or symbol.is_declared_global()}
+    return found
+
+
+def _parsed(source: str) -> list[Part]:
+    """As `_parts`; none if it is not Python."""
+    try:
+        return _parts(source)
+    except _NOT_PYTHON:
+        return []
+
+
+def _parts(source: str) -> list[Part]:
+    """The statements of a program (lines ending in \\n). Raises one of _NOT_PYTHON."""
+    lines = source.encode().split(b"\n")  # columns count bytes
+    found, end = list[Part](), 0
+    for node in ast.parse(source).body:
+        # A decorator stands before what it decorates, on lines of its own.
+        first, column = (end, 0) if getattr(node, "decorator_list", None) else (node.lineno - 1, node.col_offset)
+        end = node.end_lineno or 0
+        cut = lines[first:end]
+        cut[-1] = cut[-1][: node.end_col_offset]
+        cut[0] = cut[0][column:]
+        found.append(Part(node, b"\n".join(cut).decode()))
+    return found
+
+
+def _described(start: str) -> str:
+    """What a problem asks for: the last text in its prompt (of one, no first statement), up to its examples."""
+    said = [node.value for node in ast.walk(ast.parse(start)) if isinstance(node, ast.Constant)]
+    return str(said[-1] if said else "").split(">>>", 1)[0]
 
 
 def _asked_and_answered(record: Record) -> tuple[str, str]:

@@ -3,9 +3,12 @@ data are found through SAFECL_DATA; tests that need them are skipped without it,
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
 import os
+import random
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,8 @@ from safecl import sandbox
 from safecl.base import PrerequisiteError
 from safecl.tasks import Row, load
 from safecl.tasks._overlap import normalise
-from safecl.tasks.code import TIMEOUT_S, Code, extracted, packed, unpacked
+from safecl.tasks.code import MAX_PARSES, TIMEOUT_S, Code, _longest, _parts, extracted, packed, unpacked
+from tests.tasks.test_roles import twins
 
 DATA = os.environ.get("SAFECL_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="SAFECL_DATA names no folder of data files")
@@ -72,6 +76,17 @@ ANSWERS = {
     ),
     "its own helper after it": WHOLE.replace("helper", "again") + "\ndef again(x):\n    return x + x\n",
     "a constant before it": f"TWO = 2\n\n{WHOLE.replace('helper(x)', 'TWO * x')}",
+    "a table after it": WHOLE.replace("helper(x)", "TWICE[x]")
+    + "\nTWICE: dict = {1: 2}\nONE = 1\nTWICE[ONE + 1] = 4\n",
+    "a table set in a loop after it": (
+        WHOLE.replace("helper(x)", "TWICE[x]") + "\nTWICE = [0] * 3\nfor x in range(3):\n    TWICE[x] = 2 * x\n"
+    ),
+    "what its own helper reads after it": (
+        WHOLE.replace("helper", "again") + "\ndef again(x):\n    global TWO\n    return TWO * x\n\nTWO = 2\n"
+    ),
+    "what only a script reads after it": f"{WHOLE}\ndef main():\n    print(total([n]))\n\nn = x = int(input())\nmain()",
+    "several statements in a line": f"u = 'ü'; TWO = 2\n{WHOLE.replace('helper(x)', 'TWO * x')}\nimport re; xs = input()",
+    "decorators": f"import functools\n# twice\n@functools.wraps(\n    len)\n@functools.cache\ndef again(x): return x\n\n{WHOLE}",
     "a setting before it": f"import sys\nsys.setrecursionlimit(5000)\n{WHOLE}",
     "a lambda": "total = lambda xs: sum(helper(x) for x in xs)",
     "a future import": f"from __future__ import annotations\n{WHOLE}",
@@ -112,12 +127,75 @@ def test_without_a_start_only_a_definition_counts_and_of_all_names() -> None:
     assert both is not None and "class Pair" in both
 
 
-@pytest.mark.parametrize("value", ["(" * 5000 + ")" * 5000, "1" + " + 1" * 600, "-" * 900 + "1", "'\\0\0'", "'\ud800'"])
+@pytest.mark.parametrize(
+    "value",
+    ["(" * 5000 + ")" * 5000, "1" + " + 1" * 600, "-" * 900 + "1", "'\\0\0'", "'\ud800'", "f\"{'\u200b'.join(xs)}\""],
+)
 def test_what_a_model_repeats_without_end_never_breaks_the_reading(value: str) -> None:
-    """Nested too deeply for Python to read or write, or no text at all: a program or none, never an error."""
+    """Nested too deeply for Python to read, no text at all, or what it reads but cannot write: never an error."""
     for answer in (f"def total(xs):\n    return {value}\n", f"    return {value}\n", f"```\n{value}\n```"):
         found = extracted(answer, START, ["total"])
         assert found is None or "def total" in found
+
+
+# Pieces of programs and of what breaks them: ends of lines, open strings and brackets, characters that are none of Python's.
+PIECES = [
+    "def f(x):\n", "def f(n): return C[n]", "    return x\n", "    ", "  ", "\t", "\n", "\n", "\n", "\r", "\r\n", "\f", "\x0b",
+    "\0", "\ud800", "\u200b", "\ufeff", "é", "日", "f\"{'\u200b'.join(x)}\"", '"""', "'''", '"', "'", "f'", "{", "}", "(",
+    ")", "[", "]", ":", ";", "; ", ", ", " = ", "\\", "\\\n", "@d\n", "@\\\nd\n", "# c", "?", "C = {0: 1}", "C[0] = 1",
+    "if __name__ == '__main__':", "try:\n", "except:\n", "else:\n", "for i in x:\n", "while x: pass", "with a as b:\n",
+    "class A: pass\n", "x", "x = 1", "x: int", "f = g(f)\n", "import os", "from __future__ import annotations\n", "global C\n",
+    "nonlocal y\n", "async ", "await ", "lambda x: ", "yield ", "return ", "match x:\n", "case ", "```", "```python\n",
+    "<|im_end|>", "1", "0777", "print(f(1))\n", "assert f(1)\n", "don't ",
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+def test_no_text_breaks_the_reading_and_what_is_kept_stands_as_it_was_written() -> None:
+    chosen = random.Random(0)
+    found = 0
+    for _ in range(3000):
+        text = "".join(chosen.choices(PIECES, k=chosen.randrange(1, 40)))
+        for start in ("", "C = 1\n\ndef f(x):\n    ''' f '''\n"):
+            code = extracted(text, start, ["f"])
+            if code is not None:
+                found += 1
+                assert "f" in {n.name if isinstance(n, ast.FunctionDef) else "f" for n in ast.parse(code).body}
+            lines = re.split("\r\n|\r|\n", text)
+            num, parts = _longest(start, lines, iter(range(MAX_PARSES)))
+            assert num == longest_by_trying_all(start, lines), text
+            assert [[ast.dump(part.node)] for part in parts] == [
+                [*map(ast.dump, ast.parse(p.text).body)] for p in parts
+            ]
+    assert found > 300  # one text in ten or so holds a program
+
+
+def longest_by_trying_all(start: str, lines: list[str]) -> int:
+    for num in range(len(lines), 0, -1):
+        try:
+            _parts(start + "\n".join(lines[:num]))
+        except (SyntaxError, ValueError):
+            continue
+        return num if lines[num - 1].strip() else longest_by_trying_all(start, lines[: num - 1])
+    return 0
+
+
+@pytest.mark.parametrize("line", ["x1 = [", "f(", "try:", "    x = 1 +", "x = {'''", "x = [1, '\0'"])
+def test_what_a_model_repeats_costs_a_bounded_number_of_parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this answer's one place, of its four readings as a body, and one of the start."""
+    parsed: list[str] = []
+    parse = ast.parse
+
+    def counted(source: str) -> ast.Module:
+        parsed.append(source)
+        return parse(source)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ast, "parse", counted)
+        code = extracted(f"{line}\n" * 170, START, ["total"])
+    assert code is None and len(parsed) <= 5 * MAX_PARSES + 1
+    code = extracted(f"{WHOLE}\n" + f"{line}\n" * 170, START, ["total"])
+    assert code is not None and total_of(code) == 2 * 1 + 2 * 2
 
 
 def row(name: str, plus: str = "") -> Row:
@@ -183,6 +261,8 @@ def test_user_rows_are_questions_with_python_answers_in_either_published_form(tm
     def said(user: str, assistant: str) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
 
+    write(tmp_path, "mbpp.jsonl")
+    write(tmp_path, "humaneval.jsonl")
     write(
         tmp_path,
         "codealpaca.jsonl",
@@ -207,6 +287,28 @@ def test_user_rows_are_questions_with_python_answers_in_either_published_form(tm
     write(tmp_path, "codealpaca.jsonl", said("-", "```python\nx = 1\n```"))
     with pytest.raises(PrerequisiteError, match="question"):
         Code(tmp_path).rows("user", None, 0)
+
+
+def test_user_rows_are_unlike_the_problems_of_validation_and_test_as_these_word_them(tmp_path: Path) -> None:
+    """Neither MBPP's shown test nor a docstring's examples hide a twin; MBPP's own test problems (id 510) are not used."""
+    asked = [
+        "reverse every second word",
+        "sum odd cubes below limit",
+        "count vowels inside string",
+        "merge sorted lists",
+    ]
+    write(
+        tmp_path, "codealpaca.jsonl", *({"instruction": a.capitalize(), "input": "", "output": "x = 1"} for a in asked)
+    )
+    code = {"code": "def f(): pass", "test_list": ["assert f() == 'alpha beta gamma delta epsilon'"]}
+    write(
+        tmp_path, "mbpp.jsonl", {"task_id": 511, "text": asked[0], **code}, {"task_id": 510, "text": asked[3], **code}
+    )
+    examples = "\n    ".join(f">>> f({name!r})" for name in ("alpha", "beta", "gamma", "delta"))
+    plain, late = f'    """ {asked[1]}\n    {examples}\n    """\n', f'    import math\n    """{asked[2]}"""\n'
+    write(tmp_path, "humaneval.jsonl", *({"prompt": f"def f(x='no'):\n{body}"} for body in (plain, late)))
+    assert [r.prompt for r in Code(tmp_path).rows("user", None, 0)] == [asked[3].capitalize()]
+    assert {source.file for source in Code.SOURCES["user"]} == {"codealpaca.jsonl", "mbpp.jsonl", "humaneval.jsonl"}
 
 
 def test_humaneval_rows_know_both_tests_and_the_swapped_oracle_is_put_right(tmp_path: Path) -> None:
@@ -265,6 +367,19 @@ def test_no_prompt_is_in_two_roles() -> None:
     task = Code(Path(str(DATA)))
     prompts = [{normalise(r.prompt) for r in task.rows(split, None, 0)} for split in task.SPLITS]
     assert sum(map(len, prompts)) == len(set.union(*prompts))
+
+
+@needs_data
+def test_no_user_prompt_has_a_twin_among_the_problems_of_validation_and_test() -> None:
+    folder = Path(str(DATA))
+    problems = map(json.loads, (folder / "mbpp.jsonl").open())
+    asked = {r["text"] for r in problems if 511 <= r["task_id"] <= 974}
+    for problem in map(json.loads, (folder / "humaneval.jsonl").open()):
+        body = problem["prompt"].split(f"def {problem['entry_point']}(", 1)[1]
+        asked.add(re.split("\"\"\"|'''|>>>", body)[1])
+    prompts = {r.prompt for r in Code(folder).rows("user", None, 0)}
+    assert len(asked) >= 164 + 450 and len(prompts) > 1500
+    assert twins(prompts, asked) == []
 
 
 @needs_data
