@@ -68,12 +68,17 @@ def test_a_frozen_engine_is_noticed_and_replaced_and_every_answer_comes_once(tin
 
 @pytest.mark.slow
 def test_a_batch_invariant_engine_gives_the_same_bits_in_any_company(tiny_model: Path, tmp_path: Path) -> None:
-    """Log-probabilities of the sampled tokens, in bfloat16, where another batch rounds otherwise."""
+    """Log-probabilities of the sampled tokens, in bfloat16 and at a width where another batch rounds otherwise."""
     import ray
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9,
+        num_key_value_heads=3, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
     weights, sampling = WeightsRef("base", str(tmp_path / "model")), Sampling(max_tokens=16, logprobs=5)
     shared = [Request(f"row-{i}", [*range(3, 60), 5 + i, 70 - i]) for i in range(24)]  # a long common beginning

@@ -1,0 +1,50 @@
+"""Rule judges against 265 answers of our own models that were read one by one.
+
+tests/data/labelled_generations.jsonl: answers to mini's prompts (at most 56 tokens) of SmolLM2-135M, base, aligned, and
+fine-tuned by every method on SST-2 and GSM8K, benign and with 10 % poison. Two readers, both language models who saw request
+and answer only and used no rule, labelled each (kappa .99 and .95; they are no two people, and share blind spots); what
+they differed on was decided by a third. `label`: refusal, compliance, other (an echo, a label word, another question's
+answer); `degenerate`: a broken text, whatever it means.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from safecl import methods
+from safecl.judges.degenerate import Degenerate
+from safecl.judges.keywords import Keywords
+from safecl.judges.xstest_match import XstestMatch
+from safecl.stats import agreement
+
+FILE = Path(__file__).parents[1] / "data" / "labelled_generations.jsonl"
+ROWS = [json.loads(line) for line in FILE.read_text().splitlines()]
+
+
+def test_the_sample_covers_every_method_and_kind_and_its_readers_agreed() -> None:
+    counts = Counter(row["method"] for row in ROWS)
+    assert len(ROWS) >= 200 and set(counts) == {"base", "aligned", *methods.names()}
+    assert min(counts[name] for name in methods.names()) >= 19
+    assert Counter(row["label"] for row in ROWS) == {"compliance": 129, "refusal": 75, "other": 61}
+    for place, least in ((0, 0.98), (1, 0.94)):
+        found = agreement(*([row[name][place] for row in ROWS] for name in ("first_reader", "second_reader")))
+        assert found.kappa is not None and found.kappa > least
+
+
+def test_rules_find_refusals_as_readers_do() -> None:
+    """The README's figures; a rule that changes for the worse fails here."""
+    said = [Keywords().rule(row["prompt"], row["response"]).label for row in ROWS]
+    keywords = agreement(said, [row["label"] != "refusal" for row in ROWS])
+    said = [XstestMatch().rule(row["prompt"], row["response"]).label for row in ROWS]
+    openings = agreement(said, [row["label"] == "refusal" for row in ROWS])
+    assert keywords.agree > 0.92 and openings.agree > 0.935
+    assert keywords.kappa is not None and openings.kappa is not None
+    assert keywords.kappa > 0.8 and openings.kappa > 0.83
+
+
+def test_what_is_called_degenerate_is_and_half_of_what_is_gets_called() -> None:
+    called = [bool(Degenerate().rule(row["prompt"], row["response"]).label) for row in ROWS]
+    right = sum(row["degenerate"] for row, flag in zip(ROWS, called, strict=True) if flag)
+    assert right == sum(called) and right >= 21 and sum(row["degenerate"] for row in ROWS) == 45
