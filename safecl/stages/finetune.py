@@ -252,7 +252,7 @@ def train_rows(
             (name, weights.combine([(delta, 1.0), (fresh[name], 1.0)])) for name, delta in weights.load(safe).items()
         )
         weights.save(both, temporary, safe, config["dtype"])
-    if world_size == 1 or execution["engine"] == "torch" or execution["zero"] < 3:  # else rank 0 has not the model
+    if execution["engine"] == "torch" or execution["zero"] < 3:  # else the model is in shards
         continues = "safe" in inputs and config["adapter"] == "continue"
         facts |= merge_gap(run, Path(inputs["model"]), temporary / "adapter", continues)
     shutil.copy(scratch / "curves.jsonl", temporary / "curves.jsonl")
