@@ -234,7 +234,7 @@ def caption(rows: Sequence[Row], facts: Facts) -> list[str]:
     lines += [_seeds(rows), *legend(rows)]
     judges = f"ASR judged by {facts.judge}, over-refusal by {facts.over_refusal}"
     lines.append(f"{judges}; non-refusal is a keyword match, not harm.")
-    if any("asr_coherent" in row["metrics"] for row in rows):
+    if _COHERENT in columns(rows, facts):
         lines.append(
             'Coherent ASR: judged harmful, not degenerate, and longer than a label such as "positive"; of all attack prompts.'
         )
