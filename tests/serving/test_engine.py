@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import threading
 import time
@@ -156,9 +155,8 @@ def test_engines_travel_into_ray_tasks_and_tell_their_progress(
 ) -> None:
     import ray
 
-    travelled = pickle.loads(pickle.dumps(engines))
     task = ray.remote(num_cpus=0)(Engines.generate)
-    remote = ray.get(task.remote(travelled, ENGINE, weights["base"], PROMPTS, GREEDY))
+    remote = ray.get(task.remote(engines, ENGINE, weights["base"], PROMPTS, GREEDY))
     progress: list[tuple[int, int]] = []
     local = engines.generate(
         ENGINE, weights["base"], PROMPTS, GREEDY, on_progress=lambda done, total: progress.append((done, total))
