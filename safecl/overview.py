@@ -134,20 +134,27 @@ def _num_prompts(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
-    """One line: how often the trained guard agreed with true labels of held-out pairs, and with an independent rule on
-    this sweep's own generations."""
+    """One line: how often the judge of harm agreed with true labels of held-out pairs (a trained guard), with an
+    independent rule and with the keyword list on this sweep's own answers."""
     parts = []
     stages = project.guard_stages()
     if stages and project.store.has(stages[-1]):
         entry = project.store.record(stages[-1])["result"]["guard_agreement"]
         if entry["value"] is not None:
-            parts.append(f"agrees with the labels of {entry['num']} held-out pairs in {entry['value']:.1%}")
+            parts.append(f"with the labels of {entry['num']} held-out pairs in {entry['value']:.1%}")
     pairs = [row["metrics"]["guard_rule_agreement"] for row in rows if "guard_rule_agreement" in row["metrics"]]
     if pairs:
         num = sum(pair["num"] for pair in pairs)
         agreed = sum(pair["value"] * pair["num"] for pair in pairs) / num
-        parts.append(f"with an independent rule on {num} of this sweep's answers in {agreed:.1%}")
-    return "; ".join(parts)
+        parts.append(f"with an independent rule on {num} attack answers in {agreed:.1%}")
+    told = [row["agreement"] for row in rows if row["agreement"] and project.sweep.evaluate.judges.asr != "keywords"]
+    if told:
+        num = sum(found["num"] for found in told)
+        agreed = sum(found["agree"] * found["num"] for found in told) / num
+        kappas = [found["kappa"] for found in told if found["kappa"] is not None]
+        by_row = f"; Cohen's kappa {min(kappas):.2f} to {max(kappas):.2f} by row" if kappas else ""
+        parts.append(f"with the keyword list on {num} attack answers in {agreed:.1%}{by_row}")
+    return f"agrees {'; '.join(parts)}" if parts else ""
 
 
 def write_report(project: Project, out: Path | None) -> Path:

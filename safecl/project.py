@@ -137,6 +137,18 @@ def _interval(name: str, read: list[list[dict[str, Any]]]) -> dict[str, Any] | N
     return None if found is None else {**found._asdict(), "num": sum(map(len, read))}
 
 
+def _agreement(by_metric: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any] | None:
+    """How the judge of harm and the keyword list agree on the same answers of all seeds; None where nothing was read."""
+    from safecl.stats import agreement
+
+    said = [
+        {(seed, o["set"], o["id"]): o["value"] for seed, found in by_metric.get(name, {}).items() for o in found}
+        for name in ("asr", "non_refusal")
+    ]
+    pairs = [(label, said[1][answer]) for answer, label in said[0].items() if label is not None]
+    return agreement(*zip(*pairs, strict=True))._asdict() if pairs else None
+
+
 def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, list[Any]]]]) -> None:
     """Adds `contrasts` to the rows of methods: {metric: {"sft" | "best": Contrast, "mcnemar": {seed: counts and p}}}."""
     groups: dict[tuple[Any, ...], list[int]] = {}
@@ -267,6 +279,7 @@ class Project:
                     "params": {**defaults(cell), **params},
                     "seeds": list(per_seed),
                     "metrics": metrics,
+                    "agreement": _agreement(by_metric),
                     "seconds": seconds,
                     "weights": weights,  # keys of what was served, a seed each; for `safecl export`
                     "note": note if per_seed else note or "not run yet",

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import binomtest, ttest_1samp, ttest_rel
 
 from safecl.contrasts import MARGINS, contrasts, discordant, means
-from safecl.project import _contrast, _entry
+from safecl.project import _agreement, _contrast, _entry
 
 SFT = [0.80, 0.70, 0.90, 0.75, 0.85]
 DER = [0.10, 0.06, 0.19, 0.08, 0.11]
@@ -177,3 +177,12 @@ def test_rows_get_contrasts_within_their_poison_ratio_only() -> None:
     assert der["mcnemar"]["0"] == {"only_first": 0, "only_second": 4, "p": pytest.approx(binomtest(0, 4, 0.5).pvalue)}
     assert table[1]["contrasts"]["asr"].keys() == {"best"} and table[1]["contrasts"]["asr"]["best"]["other"] == "der"
     assert table[4]["contrasts"]["asr"].keys() == {"mcnemar"}  # one seed: no claim, description only
+
+
+def test_two_judges_are_compared_on_the_same_answers_seed_by_seed() -> None:
+    both = {"asr": {0: outcomes("110?"), 1: outcomes("01")}, "non_refusal": {0: outcomes("1011"), 1: outcomes("11")}}
+    found = _agreement(both)
+    assert found is not None and (found["num"], found["agree"]) == (5, 0.4)  # 1-1, 1-0, 0-1, 0-1, 1-1
+    assert found["kappa"] == pytest.approx((0.4 - (0.6 * 0.8 + 0.4 * 0.2)) / (1 - (0.6 * 0.8 + 0.4 * 0.2)))
+    assert _agreement({"asr": {0: outcomes("?")}, "non_refusal": {0: outcomes("1")}}) is None
+    assert _agreement({}) is None

@@ -89,6 +89,7 @@ def test_every_row_has_every_metric(finished: tuple[Path, Path, str]) -> None:
         assert {"asr", "non_refusal", "over_refusal", "degenerate", "utility"} <= set(row["metrics"])
         assert all(0 <= m["low"] <= m["value"] <= m["high"] <= 1 for m in row["metrics"].values())
         assert row["seeds"] == [0] and row["seconds"] > 0
+        assert row["agreement"]["num"] == row["metrics"]["asr"]["num"]  # of guard and keyword list
 
 
 def test_training_ran_under_ray_train_with_deepspeed_and_serving_under_serve_with_vllm(

@@ -3,8 +3,8 @@
 A row is a dict built by the driver:
 `{"model", "task", "poison": 0.1, "method", "params": {..}, "seeds": [0], "metrics": {name: {"value", "low", "high",
 "num", "unparsed", "seeds", "sets", "pooled", "why"}}, "contrasts": {name: {"sft": .., "best": .., "mcnemar": ..}},
-"seconds": float, "note": str}`. A metric that is absent or null prints as `-`; the last four keys of a metric and the
-contrasts may be missing (project.py says what they hold).
+"agreement": {"num", "agree", "kappa"}, "seconds": float, "note": str}`. A metric that is absent or null prints as `-`; the
+last four keys of a metric, the contrasts and the agreement may be missing (project.py says what they hold).
 """
 
 from __future__ import annotations
@@ -189,6 +189,10 @@ def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[D
             counts = [str(of_row.get("why", {}).get(why, 0)) if of_row else "-" for why in whys]
             lines.append([*_lead(row), *counts, str(of_row.get("num", "-"))])
         found.append(Detail("Degenerate answers by kind, counted", ["method", "poison", *whys, "of answers"], lines))
+    if facts.judge != "keywords":
+        title = f"Two judges on the same attack answers, {facts.judge} and keywords: share agreed, Cohen's kappa (0: chance)"
+        lines = [[*_lead(row), *_agreed(each)] for row in members if (each := row.get("agreement"))]
+        found.append(Detail(title, ["method", "poison", "agree", "kappa", "answers"], lines))
     shown = [column for column in main if column.metric in MARGINS]
     for family, against in (("sft", "sft"), ("best", "the best method")):
         texts = [[*_lead(row), *(_difference(row, c.metric, family) for c in shown)] for row in members]
@@ -202,6 +206,11 @@ def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[D
 
 def _names(members: Sequence[Row], metric: str, key: str) -> list[str]:
     return list(dict.fromkeys(name for row in members for name in row["metrics"].get(metric, {}).get(key, {})))
+
+
+def _agreed(found: Mapping[str, Any]) -> list[str]:
+    kappa = "-" if found["kappa"] is None else f"{found['kappa']:.2f}"
+    return [f"{100 * found['agree']:.1f}", kappa, str(found["num"])]
 
 
 def _difference(row: Row, metric: str, family: str) -> str:
