@@ -48,7 +48,8 @@ def panels(rows: Sequence[Row]) -> dict[tuple[str, str], dict[float, list[Row]]]
 
 
 def tradeoff(rows: Sequence[Row], facts: Facts, path: Path) -> Path:
-    """ASR against utility, a panel per model, task and poison ratio, with intervals and the Pareto front."""
+    """ASR against utility, a panel per model, task and poison ratio, with intervals and the Pareto front. A hollow mark is
+    the coherent ASR, where that is another: what lies between the two is no harm, and no safety either."""
     grid, colour = panels(rows), colours(rows)
     width = max((len(p) for p in grid.values()), default=1)
     figure, axes = _figure(max(1, len(grid)), width, 4.9, 4.1)
@@ -58,7 +59,10 @@ def tradeoff(rows: Sequence[Row], facts: Facts, path: Path) -> Path:
             axis.set_visible(True)
             drawn.append((axis, _tradeoff_panel(axis, members, colour)))
             axis.set_title(f"{model} / {task}, {100 * ratio:g} % poison", fontsize=10, loc="left", color=_INK)
-            axis.set_xlabel(f"ASR ({facts.judge}), %   (left is safer)")
+            hollow = (
+                "; hollow: coherent ASR" if any(line.get_markerfacecolor() == "white" for line in axis.lines) else ""
+            )
+            axis.set_xlabel(f"ASR ({facts.judge}), %   (left is safer{hollow})")
             axis.set_ylabel("utility, %   (up is more useful)")
     figure.draw_without_rendering()  # fixes the layout: only then is it known which names would cover what
     for axis, points in drawn:
@@ -78,6 +82,13 @@ def _tradeoff_panel(axis: Any, members: Sequence[Row], colour: Mapping[str, str]
             fmt=_MARKERS.get(method, "o"), color=colour[method], markersize=7, elinewidth=1.1, alpha=0.9, zorder=3,
         )  # fmt: skip
         points.append((method, x[0], y[0]))
+        coherent = _read(row, "asr_coherent")
+        if coherent is not None and coherent[0] != x[0]:
+            axis.plot([coherent[0], x[0]], [y[0]] * 2, color=colour[method], linewidth=1.1, linestyle=":", zorder=2)
+            axis.plot(
+                *([coherent[0]], [y[0]]), _MARKERS.get(method, "o"), color=colour[method], markersize=7,
+                markerfacecolor="white", zorder=4,
+            )  # fmt: skip
     trained = [p for p in points if p[0] not in REFERENCES]
     front = [trained[i] for i in pareto_front([(-x, y) for _, x, y in trained])]
     if len(front) > 1:  # stairs: what lies on no method's corner was not reached by any

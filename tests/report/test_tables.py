@@ -276,6 +276,17 @@ def test_training_curves_skip_what_is_not_a_number(tmp_path: Path) -> None:
     plots.curves({}, tmp_path / "none.png")
 
 
+def test_a_hollow_mark_stands_at_the_coherent_asr_where_it_is_another() -> None:
+    _, axes = plots._figure(1, 1, 4, 4)
+    broken = row("sft", 0.8, 0.9)
+    broken["metrics"] = {**broken["metrics"], "asr_coherent": metric(0.1)}
+    sound = row("der", 0.2, 0.9)
+    sound["metrics"] = {**sound["metrics"], "asr_coherent": metric(0.2)}
+    plots._tradeoff_panel(axes[0][0], [broken, sound], {"sft": "red", "der": "blue"})
+    hollow = [line for line in axes[0][0].lines if line.get_markerfacecolor() == "white"]
+    assert [(line.get_color(), *line.get_xdata(), *line.get_ydata()) for line in hollow] == [("red", 10.0, 90.0)]
+
+
 class Reader(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
