@@ -180,7 +180,8 @@ def _progress(project: Project, schedule: Schedule, broker: Any) -> Iterator[Non
 
 
 class _Eta:
-    """Seconds left, from what stages of the same kind took before (in earlier runs, and so far in this one)."""
+    """Seconds left, from what stages of the same kind took before (in earlier runs, and so far in this one), but never less
+    than what the running ones still need at their pace so far: answers to `code` take many times those to attacks."""
 
     TRIAL = (
         "finetune",
@@ -212,7 +213,8 @@ class _Eta:
             return None, True  # what takes longest is not known yet: a number would mislead
         work = sum(typical.get(kind, 0.0) for kind in kinds)
         at_once = max(os.cpu_count() or 1, self.project.sweep.execution.num_trials_at_once)
-        return work / at_once, any(kind not in typical for kind in kinds)
+        longest = max((stage["left"] or 0.0 for stage in snapshot["running"]), default=0.0)
+        return max(work / at_once, longest), any(kind not in typical for kind in kinds)
 
 
 def _stages(project: Project, job: Job) -> list[Stage]:

@@ -170,7 +170,15 @@ class Broker:
             self.running.pop(stage.key, None)
 
     def _begin(self, kind: str, key: str) -> None:
-        self.live[key] = {"kind": kind, "key": key, "start": time.time(), "done": 0, "total": 0, "metrics": {}}
+        self.live[key] = {
+            "kind": kind,
+            "key": key,
+            "start": time.time(),
+            "done": 0,
+            "total": 0,
+            "metrics": {},
+            "left": None,
+        }
 
     async def _submit(self, stage: Stage, groups: dict[str, tuple[str, ...]]) -> None:
         import ray
@@ -242,9 +250,12 @@ class Broker:
         self.groups[group] = tuple(names)
 
     async def progress(self, key: str, done: int, total: int, metrics: dict[str, float]) -> None:
-        """Called by stages under way."""
+        """Called by stages under way. `left`: seconds that the rest takes at the pace since the first call."""
         if key in self.live:
-            self.live[key].update(done=done, total=total, metrics=metrics)
+            live, now = self.live[key], time.time()
+            began, before = live.setdefault("first", (now, done))
+            left = (now - began) * (total - done) / (done - before) if done > before else None
+            live.update(done=done, total=total, metrics=metrics, left=left)
 
     async def pid(self) -> int:
         """The process that this Broker runs in."""

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def new_broker(cluster: Path, root: str) -> tuple[Any, Store]:
     store = Store(str(cluster / root))
     return execute.broker(store, Execution(root=store.root), cluster / "logs" / root), store
+
+
+def test_what_a_running_stage_still_needs_follows_its_own_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((1000.0, 1060.0, 1070.0, 1080.0, 1090.0))  # the first minute is spent waiting
+    monkeypatch.setattr(execute, "time", SimpleNamespace(time=lambda: next(clock)))
+    broker = execute.Broker(str(tmp_path), Execution(), "", 2)
+    broker._begin("generate", "k")
+    left = []
+    for done in (1, 11, 41, 101):
+        asyncio.run(broker.progress("k", done, 101, {}))
+        left.append(asyncio.run(broker.snapshot())["running"][0]["left"])
+    assert left == [None, 90.0, 30.0, 0.0]
 
 
 def test_two_who_need_one_stage_run_it_once_and_a_third_finds_it(cluster: Path) -> None:

@@ -157,7 +157,8 @@ def contrasted(rows: list[Row], num_rows: int | None) -> list[Row]:
     found = [row for pair in (*pairs, *zip(*left, strict=False)) for row in pair]
     if num_rows is not None and num_rows > len(found):
         raise ConfigError(
-            f"guard rows: {num_rows} are asked for, {len(rows)} make {len(found) // 2} pairs of both labels"
+            f"guard rows: {num_rows} are asked for, {len(rows)} make {len(found) // 2} pairs of both labels; ask for at "
+            f"most {len(found)}"
         )
     return found[:num_rows]
 
