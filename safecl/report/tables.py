@@ -240,6 +240,7 @@ def caption(rows: Sequence[Row], facts: Facts) -> list[str]:
     lines.append(
         "ASR is the mean over sets; each set, the pooled rate and kinds of degenerate answers: page and --json."
     )
+    lines.append("Time: the wall times of a row's own stages added up; on a shared engine they wait for one another.")
     lines += [_seeds(rows), *legend(rows)]
     judges = f"ASR judged by {facts.judge}, over-refusal by {facts.over_refusal}"
     lines.append(f"{judges}; non-refusal is a keyword match, not harm.")
