@@ -35,6 +35,10 @@ class Head:
         """z = W h and nothing else: what the Gram form needs."""
         return self.bias_V is None and self.soft_cap is None
 
+    def exact(self) -> Head:
+        """The same in float32."""
+        return Head(self.weight_VD.float(), None if self.bias_V is None else self.bias_V.float(), self.soft_cap)
+
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] in the head's dtype, as the model computes them."""
         logits_NV = torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V)
@@ -134,15 +138,13 @@ def cross_entropy_sum(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tenso
 
 
 def log_probabilities(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
-    """log p of each target in nats, float32 [N]; without gradients."""
+    """log p of each target in nats, float32 [N]; logits are of the head's dtype. Without gradients."""
     step = max(1, CHUNK_ELEMENTS // head.num_vocab)
+    parts = []
     with torch.no_grad():
-        parts = [
-            -torch.nn.functional.cross_entropy(
-                head.logits(hidden_ND[start : start + step]).float(), targets_N[start : start + step], reduction="none"
-            )
-            for start in range(0, len(hidden_ND), step)
-        ]
+        for hidden_nD, targets_n in zip(hidden_ND.split(step), targets_N.split(step), strict=True):
+            logits_nV = head.logits(hidden_nD.to(head.weight_VD.dtype)).float()
+            parts.append(-torch.nn.functional.cross_entropy(logits_nV, targets_n, reduction="none"))
     return torch.cat(parts)
 
 

@@ -107,6 +107,33 @@ def test_every_log_probability_is_the_models_own(tmp_path: Path, world: World, k
                 assert option["logprob"] == pytest.approx(total, abs=1e-4)
 
 
+def test_in_bfloat16_the_logits_are_not_rounded(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setattr(likelihood, "BATCH_TOKENS", 1)  # no padding: in bfloat16 it moves hidden states
+    model = AutoModelForCausalLM.from_pretrained(str(tiny_model), dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny_model))
+    [row] = sst2_rows()[:1]
+    [line] = measured(tmp_path, "sst2", [row], {"model": tiny_model}, dtype="bfloat16")[1]
+    context = f"{row.meta['sentence']}\nQuestion: Is this sentence positive or negative?\nAnswer:"
+    start = tokenizer(context, add_special_tokens=False)["input_ids"]
+    for option in line["options"][2:]:
+        ids = tokenizer(context + option["text"], add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            hidden_TD = model.model(input_ids=torch.tensor([ids[:-1]])).last_hidden_state[0]
+            rounded_TV = model.lm_head(hidden_TD).float()
+            exact_TV = hidden_TD.float() @ model.lm_head.weight.float().T
+        targets = torch.tensor(ids[len(start) :])
+        exact, rounded = (
+            -float(torch.nn.functional.cross_entropy(z[len(start) - 1 :], targets, reduction="sum"))
+            for z in (exact_TV, rounded_TV)
+        )
+        assert option["logprob"] == pytest.approx(exact, abs=1e-5) and abs(exact - rounded) > 1e-4
+
+
 def test_an_adapter_and_a_batch_change_what_they_should(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
