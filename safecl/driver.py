@@ -213,8 +213,8 @@ class _Eta:
             return None, True  # what takes longest is not known yet: a number would mislead
         work = sum(typical.get(kind, 0.0) for kind in kinds)
         at_once = max(os.cpu_count() or 1, self.project.sweep.execution.num_trials_at_once)
-        longest = max((stage["left"] or 0.0 for stage in snapshot["running"]), default=0.0)
-        return max(work / at_once, longest), any(kind not in typical for kind in kinds)
+        ends = [stage["ends"] - time.time() for stage in snapshot["running"] if stage["ends"] is not None]
+        return max(work / at_once, 0.0, *ends), any(kind not in typical for kind in kinds)
 
 
 def _stages(project: Project, job: Job) -> list[Stage]:

@@ -177,7 +177,7 @@ class Broker:
             "done": 0,
             "total": 0,
             "metrics": {},
-            "left": None,
+            "ends": None,
         }
 
     async def _submit(self, stage: Stage, groups: dict[str, tuple[str, ...]]) -> None:
@@ -250,12 +250,16 @@ class Broker:
         self.groups[group] = tuple(names)
 
     async def progress(self, key: str, done: int, total: int, metrics: dict[str, float]) -> None:
-        """Called by stages under way. `left`: seconds that the rest takes at the pace since the first call."""
+        """Called by stages under way. `ends`: when it will be done at its pace since the first call, once that says
+        something."""
         if key in self.live:
             live, now = self.live[key], time.time()
-            began, before = live.setdefault("first", (now, done))
-            left = (now - began) * (total - done) / (done - before) if done > before else None
-            live.update(done=done, total=total, metrics=metrics, left=left)
+            if "first" not in live or done < live["done"]:  # the second: its worker died, and it began anew
+                live["first"] = (now, done)
+            began, before = live["first"]
+            told = done - before >= max(2, total / 20)
+            ends = now + (now - began) * (total - done) / (done - before) if told else None
+            live.update(done=done, total=total, metrics=metrics, ends=ends)
 
     async def pid(self) -> int:
         """The process that this Broker runs in."""

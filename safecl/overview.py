@@ -13,6 +13,7 @@ from safecl.plan import Job
 from safecl.project import Project
 from safecl.report import page, plots
 from safecl.report.tables import Facts
+from safecl.stats import agreement
 
 ADAPTERS = {
     "continue": "continue: stage two goes on training the adapter of stage one",
@@ -142,18 +143,22 @@ def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
         entry = project.store.record(stages[-1])["result"]["guard_agreement"]
         if entry["value"] is not None:
             parts.append(f"with the labels of {entry['num']} held-out pairs in {entry['value']:.1%}")
-    pairs = [row["metrics"]["guard_rule_agreement"] for row in rows if "guard_rule_agreement" in row["metrics"]]
+    # Base and aligned stand in the table of every task, with the same answers.
+    kept = {(r["model"], r["method"], None if r["poison"] is None else (r["task"], r["poison"])): r for r in rows}
+    pairs = [r["metrics"]["guard_rule_agreement"] for r in kept.values() if "guard_rule_agreement" in r["metrics"]]
     if pairs:
         num = sum(pair["num"] for pair in pairs)
         agreed = sum(pair["value"] * pair["num"] for pair in pairs) / num
         parts.append(f"with an independent rule on {num} attack answers in {agreed:.1%}")
-    told = [row["agreement"] for row in rows if row["agreement"] and project.sweep.evaluate.judges.asr != "keywords"]
-    if told:
-        num = sum(found["num"] for found in told)
-        agreed = sum(found["agree"] * found["num"] for found in told) / num
-        kappas = [found["kappa"] for found in told if found["kappa"] is not None]
-        by_row = f"; Cohen's kappa {min(kappas):.2f} to {max(kappas):.2f} by row" if kappas else ""
-        parts.append(f"with the keyword list on {num} attack answers in {agreed:.1%}{by_row}")
+    told = [r["agreement"]["cells"] for r in kept.values() if r["agreement"]]
+    if told and project.sweep.evaluate.judges.asr != "keywords":
+        both, judge, listed, neither = (sum(column) for column in zip(*told, strict=True))
+        found = agreement(
+            [True] * (both + judge) + [False] * (listed + neither),
+            [True] * both + [False] * judge + [True] * listed + [False] * neither,
+        )
+        kappa = "" if found.kappa is None else f" (Cohen's kappa {found.kappa:.2f})"
+        parts.append(f"with the keyword list on {found.num} attack answers in {found.agree:.1%}{kappa}")
     return f"agrees {'; '.join(parts)}" if parts else ""
 
 

@@ -138,15 +138,17 @@ def _interval(name: str, read: list[list[dict[str, Any]]]) -> dict[str, Any] | N
 
 
 def _agreement(by_metric: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any] | None:
-    """How the judge of harm and the keyword list agree on the same answers of all seeds; None where nothing was read."""
+    """How the judge of harm and the keyword list agree on the same answers of all seeds; None where nothing was read.
+    `cells`: answers that both call harmful, only the judge, only the list, neither."""
     from safecl.stats import agreement
 
-    said = [
+    judge, listed = (
         {(seed, o["set"], o["id"]): o["value"] for seed, found in by_metric.get(name, {}).items() for o in found}
         for name in ("asr", "non_refusal")
-    ]
-    pairs = [(label, said[1][answer]) for answer, label in said[0].items() if label is not None]
-    return agreement(*zip(*pairs, strict=True))._asdict() if pairs else None
+    )
+    pairs = [(label, listed[answer]) for answer, label in judge.items()]
+    cells = [pairs.count(cell) for cell in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0))]
+    return {**agreement(*zip(*pairs, strict=True))._asdict(), "cells": cells} if any(cells) else None
 
 
 def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, list[Any]]]]) -> None:

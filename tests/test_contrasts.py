@@ -183,6 +183,7 @@ def test_two_judges_are_compared_on_the_same_answers_seed_by_seed() -> None:
     both = {"asr": {0: outcomes("110?"), 1: outcomes("01")}, "non_refusal": {0: outcomes("1011"), 1: outcomes("11")}}
     found = _agreement(both)
     assert found is not None and (found["num"], found["agree"]) == (5, 0.4)  # 1-1, 1-0, 0-1, 0-1, 1-1
+    assert found["skipped"] == 1 and found["cells"] == [2, 1, 2, 0]
     assert found["kappa"] == pytest.approx((0.4 - (0.6 * 0.8 + 0.4 * 0.2)) / (1 - (0.6 * 0.8 + 0.4 * 0.2)))
     assert _agreement({"asr": {0: outcomes("?")}, "non_refusal": {0: outcomes("1")}}) is None
     assert _agreement({}) is None

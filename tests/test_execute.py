@@ -42,16 +42,32 @@ def new_broker(cluster: Path, root: str) -> tuple[Any, Store]:
     return execute.broker(store, Execution(root=store.root), cluster / "logs" / root), store
 
 
-def test_what_a_running_stage_still_needs_follows_its_own_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter((1000.0, 1060.0, 1070.0, 1080.0, 1090.0))  # the first minute is spent waiting
+def test_when_a_running_stage_ends_follows_its_own_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = (1000, 1060, 1065, 1070, 1080, 1090, 1100, 1110, 1130)  # the first minute is spent waiting
+    clock = iter(times)
     monkeypatch.setattr(execute, "time", SimpleNamespace(time=lambda: next(clock)))
     broker = execute.Broker(str(tmp_path), Execution(), "", 2)
     broker._begin("generate", "k")
-    left = []
-    for done in (1, 11, 41, 101):
+    ends = []
+    for done in (1, 3, 11, 41, 101, 0, 1, 21):  # before the 0 its worker died
         asyncio.run(broker.progress("k", done, 101, {}))
-        left.append(asyncio.run(broker.snapshot())["running"][0]["left"])
-    assert left == [None, 90.0, 30.0, 0.0]
+        ends.append(asyncio.run(broker.snapshot())["running"][0]["ends"])
+    assert ends == [None, None, 1160, 1110, 1090, None, None, pytest.approx(1130 + 30 * 80 / 21)]
+
+
+def test_the_time_left_is_never_less_than_a_running_stage_needs() -> None:
+    import time
+
+    from safecl.driver import _Eta
+
+    past = {"generate": [{"seconds": 8.0}]}
+    project: Any = SimpleNamespace(store=SimpleNamespace(records=lambda kind: past.get(kind, [])), folder=None)
+    project.sweep = SimpleNamespace(execution=SimpleNamespace(num_trials_at_once=1))
+    schedule: Any = SimpleNamespace(open_jobs=list, num_unasked=lambda: 0)
+    eta = _Eta(project)
+    running = [{"ends": time.time() + 600}, {"ends": None}, {"ends": time.time() - 5}]
+    assert eta(schedule, {"finished": [], "running": running})[0] == pytest.approx(600, abs=5)
+    assert eta(schedule, {"finished": [], "running": running[1:]}) == (0.0, False)
 
 
 def test_two_who_need_one_stage_run_it_once_and_a_third_finds_it(cluster: Path) -> None:

@@ -49,7 +49,7 @@ def panels(rows: Sequence[Row]) -> dict[tuple[str, str], dict[float, list[Row]]]
 
 def tradeoff(rows: Sequence[Row], facts: Facts, path: Path) -> Path:
     """ASR against utility, a panel per model, task and poison ratio, with intervals and the Pareto front. A hollow mark is
-    the coherent ASR, where that is another: what lies between the two is no harm, and no safety either."""
+    the coherent ASR, where that is another: between the two lies what was judged harmful, but is degenerate or a label."""
     grid, colour = panels(rows), colours(rows)
     width = max((len(p) for p in grid.values()), default=1)
     figure, axes = _figure(max(1, len(grid)), width, 4.9, 4.1)
@@ -57,21 +57,23 @@ def tradeoff(rows: Sequence[Row], facts: Facts, path: Path) -> Path:
     for line, ((model, task), ratios) in zip(axes, grid.items(), strict=False):
         for axis, (ratio, members) in zip(line, ratios.items(), strict=False):
             axis.set_visible(True)
-            drawn.append((axis, _tradeoff_panel(axis, members, colour)))
+            points, hollow = _tradeoff_panel(axis, members, colour)
+            drawn.append((axis, points, hollow))
             axis.set_title(f"{model} / {task}, {100 * ratio:g} % poison", fontsize=10, loc="left", color=_INK)
-            hollow = (
-                "; hollow: coherent ASR" if any(line.get_markerfacecolor() == "white" for line in axis.lines) else ""
-            )
-            axis.set_xlabel(f"ASR ({facts.judge}), %   (left is safer{hollow})")
+            said = "; hollow: coherent ASR" if hollow else ""
+            axis.set_xlabel(f"ASR ({facts.judge}), %   (left is safer{said})")
             axis.set_ylabel("utility, %   (up is more useful)")
     figure.draw_without_rendering()  # fixes the layout: only then is it known which names would cover what
-    for axis, points in drawn:
-        _label(axis, points, colour)
+    for axis, points, hollow in drawn:
+        _label(axis, points, hollow, colour)
     return _save(figure, path)
 
 
-def _tradeoff_panel(axis: Any, members: Sequence[Row], colour: Mapping[str, str]) -> list[tuple[str, float, float]]:
-    points = []
+def _tradeoff_panel(
+    axis: Any, members: Sequence[Row], colour: Mapping[str, str]
+) -> tuple[list[tuple[str, float, float]], list[tuple[float, float]]]:
+    """Draws; (method, x, y) of its points, and x, y of hollow marks."""
+    points, hollow = [], []
     for row in members:
         x, y = _read(row, "asr"), _read(row, "utility")
         if x is None or y is None:
@@ -84,6 +86,7 @@ def _tradeoff_panel(axis: Any, members: Sequence[Row], colour: Mapping[str, str]
         points.append((method, x[0], y[0]))
         coherent = _read(row, "asr_coherent")
         if coherent is not None and coherent[0] != x[0]:
+            hollow.append((coherent[0], y[0]))
             axis.plot([coherent[0], x[0]], [y[0]] * 2, color=colour[method], linewidth=1.1, linestyle=":", zorder=2)
             axis.plot(
                 *([coherent[0]], [y[0]]), _MARKERS.get(method, "o"), color=colour[method], markersize=7,
@@ -98,18 +101,23 @@ def _tradeoff_panel(axis: Any, members: Sequence[Row], colour: Mapping[str, str]
     axis.margins(0.16)
     low, high = axis.get_xlim()
     axis.set_xlim(max(low, -6), min(max(high, 10), 106))
-    return points
+    return points, hollow
 
 
-def _label(axis: Any, points: Sequence[tuple[str, float, float]], colour: Mapping[str, str]) -> None:
-    """Names beside points: the nearest place that covers no point and no other name, with a thin line if it is far."""
+def _label(
+    axis: Any,
+    points: Sequence[tuple[str, float, float]],
+    hollow: Sequence[tuple[float, float]],
+    colour: Mapping[str, str],
+) -> None:
+    """Names beside points: the nearest place that covers no mark and no other name, with a thin line if it is far."""
     from matplotlib.patheffects import withStroke
 
     places = [(8, 5), (8, -13), (-8, 5), (-8, -13), (0, 12), (0, -20)]
     places += [(dx, dy) for far in (26, 42, 58, 74) for dx in (10, -10, 26) for dy in (far, -far - 8)]
     renderer = axis.figure.canvas.get_renderer()
     taken: list[Any] = []
-    dots = [axis.transData.transform((x, y)) for _, x, y in points]
+    dots = [axis.transData.transform(mark) for mark in (*(point[1:] for point in points), *hollow)]
     frame = axis.get_window_extent(renderer)
     for method, x, y in points:
         tint = colour[method] if method not in REFERENCES else "#5A6069"

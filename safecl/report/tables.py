@@ -3,8 +3,9 @@
 A row is a dict built by the driver:
 `{"model", "task", "poison": 0.1, "method", "params": {..}, "seeds": [0], "metrics": {name: {"value", "low", "high",
 "num", "unparsed", "seeds", "sets", "pooled", "why"}}, "contrasts": {name: {"sft": .., "best": .., "mcnemar": ..}},
-"agreement": {"num", "agree", "kappa"}, "seconds": float, "note": str}`. A metric that is absent or null prints as `-`; the
-last four keys of a metric, the contrasts and the agreement may be missing (project.py says what they hold).
+"agreement": {"num", "agree", "kappa", "skipped", "cells"}, "seconds": float, "note": str}`. A metric that is absent or null
+prints as `-`; the last four keys of a metric, the contrasts and the agreement may be missing (project.py says what they
+hold).
 """
 
 from __future__ import annotations

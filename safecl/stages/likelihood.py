@@ -120,7 +120,7 @@ def _forward(
                 if name in changed:
                     base.get_parameter(name).copy_(tensor)
         states, head = model.HiddenStates(base).eval(), losses.head_of(base)
-        exact = head.exact()
+        precise = head.in_float32()
         for group in _by_length(sequences):
             fed = [options[0]._replace(ids=options[0].ids[:-1]) for options in group]
             batch = batches.collate(fed, range(len(fed)), [0] * len(fed), 1, fed[0], device)
@@ -133,7 +133,7 @@ def _forward(
             # The state before a token predicts it.
             hidden_ND = torch.cat([hidden_BTD[b, o.num_prompt - 1 : len(o.ids) - 1] for b, o in places])
             targets_N = torch.tensor([i for _, o in places for i in o.ids[o.num_prompt :]], device=device)
-            logprobs_N = losses.log_probabilities(hidden_ND, exact, targets_N)
+            logprobs_N = losses.log_probabilities(hidden_ND, precise, targets_N)
             done = 0
             for _, option in places:
                 found[option.row_id] = float(logprobs_N[done : done + option.num_targets].double().sum())

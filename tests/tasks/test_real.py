@@ -31,7 +31,6 @@ def rows(name: str, split: str) -> list[Row]:
         ("advbench", "attack.test", 520, 520),
         ("directharm", "attack.test", 400, 400),
         ("xstest", "benign.test", 250, 0),
-        ("xstest", "guard", 136 + 811, 136),
         ("donotanswer", "attack.validation", 200, 200),
         ("donotanswer", "guard.heldout", 2 * 193, 193),
         ("beavertails", "attack.validation", 200, 200),
