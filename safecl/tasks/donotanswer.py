@@ -16,7 +16,7 @@ NUM_VALIDATION = 200
 _PROMPTS = Source("do_not_answer.jsonl", "LibrAI/do-not-answer")
 _ANSWERS = Source(
     "do_not_answer_responses_human.jsonl",
-    page="https://github.com/kunishou/do-not-answer-ja (datasets/Review/Human)",
+    page="https://github.com/kunishou/do-not-answer-ja (datasets/Review/Human, its CSV files in one)",
 )
 
 
