@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,3 +188,25 @@ def test_two_judges_are_compared_on_the_same_answers_seed_by_seed() -> None:
     assert found["kappa"] == pytest.approx((0.4 - (0.6 * 0.8 + 0.4 * 0.2)) / (1 - (0.6 * 0.8 + 0.4 * 0.2)))
     assert _agreement({"asr": {0: outcomes("?")}, "non_refusal": {0: outcomes("1")}}) is None
     assert _agreement({}) is None
+
+
+def test_answers_that_stand_below_every_task_are_counted_once() -> None:
+    from safecl.overview import _agreement as line
+
+    def row(method: str, task: str, poison: float | None, cells: list[int] | None) -> dict[str, Any]:
+        told = None if cells is None else {"cells": cells}
+        return {"model": "m", "method": method, "task": task, "poison": poison, "metrics": {}, "agreement": told}
+
+    rows = [row("base", task, None, [8, 0, 2, 0]) for task in ("sst2", "gsm8k")]
+    rows += [row("sft", task, 0.1, [1, 4, 1, 4]) for task in ("sst2", "gsm8k")]
+    project: Any = SimpleNamespace(guard_stages=tuple)
+    project.sweep = SimpleNamespace(evaluate=SimpleNamespace(judges=SimpleNamespace(asr="guard")))
+    # Both 10, the judge alone 8, the list alone 4, neither 8.
+    chance = (18 * 14 + 12 * 16) / 900
+    kappa = (18 / 30 - chance) / (1 - chance)
+    assert (
+        line(project, rows) == f"agrees with the keyword list on 30 attack answers in 60.0% (Cohen's kappa {kappa:.2f})"
+    )
+    assert line(project, [row("der", "sst2", 0.1, None)]) == ""
+    project.sweep.evaluate.judges.asr = "keywords"
+    assert line(project, rows) == ""

@@ -85,6 +85,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def test_every_row_has_every_metric(finished: tuple[Path, Path, str]) -> None:
     rows = json.loads(finished[2])["rows"]
     assert [row["method"] for row in rows] == ["base", "aligned", "sft", "der", "magmax"]
+    assert any("with the keyword list on" in line for line in json.loads(finished[2])["caption"])
     for row in rows:
         assert {"asr", "non_refusal", "over_refusal", "degenerate", "utility"} <= set(row["metrics"])
         assert all(0 <= m["low"] <= m["value"] <= m["high"] <= 1 for m in row["metrics"].values())
