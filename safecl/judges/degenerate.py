@@ -106,7 +106,7 @@ _NEGATIONS = frozenset(_words("no not never nor none nothing cannot without t"))
 
 
 class Degenerate(Judge):
-    VERSION: ClassVar[str] = "3"
+    VERSION: ClassVar[str] = "4"
     question: ClassVar[str] = "is the answer degenerate (empty, looping, repetitive, an echo of the request, noise)?"
 
     def rule(self, request: str, response: str) -> Verdict:
