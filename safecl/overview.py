@@ -90,9 +90,14 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     ]
     if len(libraries) > 1:
         notes.append(f"Rows were made with {len(libraries)} different sets of library versions (`safecl show KEY`).")
-    shares = {f"{r['task']} p={r['poison']:g} {r['poison_tokens']:.0%}" for r in rows if r["poison_tokens"] is not None}
-    if shares:
-        notes.append(f"Poison's share of the response tokens: {', '.join(sorted(shares))}.")
+    shares: dict[str, list[float]] = {}
+    for row in rows:
+        if row["poison_tokens"] is not None:
+            shares.setdefault(f"{row['task']} p={row['poison']:g}", []).append(row["poison_tokens"])
+    if shares:  # a method that mixes in safety rows has less
+        ends = {where: dict.fromkeys((f"{min(found):.0%}", f"{max(found):.0%}")) for where, found in shares.items()}
+        told = ", ".join(f"{where} {' to '.join(both)}" for where, both in sorted(ends.items()))
+        notes.append(f"Poison's share of the response tokens: {told}.")
     for model in sweep.models:
         lost = max((row["merge_loss"] or 0 for row in rows if row["model"] == model.name), default=0)
         if lost > MAX_MERGE_LOSS:
