@@ -10,10 +10,9 @@ from safecl import methods
 from safecl.base import ConfigError
 from safecl.cost import cost
 from safecl.plan import Job
-from safecl.project import Project
+from safecl.project import Project, pooled_agreement
 from safecl.report import page, plots
 from safecl.report.tables import Facts
-from safecl.stats import agreement
 
 ADAPTERS = {
     "continue": "continue: stage two goes on training the adapter of stage one",
@@ -155,13 +154,8 @@ def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
         num = sum(pair["num"] for pair in pairs)
         agreed = sum(pair["value"] * pair["num"] for pair in pairs) / num
         parts.append(f"with an independent rule on {num} attack answers in {agreed:.1%}")
-    told = [r["agreement"]["cells"] for r in kept.values() if r["agreement"]]
-    if told and project.sweep.evaluate.judges.asr != "keywords":
-        both, judge, listed, neither = (sum(column) for column in zip(*told, strict=True))
-        found = agreement(
-            [True] * (both + judge) + [False] * (listed + neither),
-            [True] * both + [False] * judge + [True] * listed + [False] * neither,
-        )
+    found = pooled_agreement(list(kept.values()))
+    if found is not None and project.sweep.evaluate.judges.asr != "keywords":
         kappa = "" if found.kappa is None else f" (Cohen's kappa {found.kappa:.2f})"
         parts.append(f"with the keyword list on {found.num} attack answers in {found.agree:.1%}{kappa}")
     return f"agrees {'; '.join(parts)}" if parts else ""

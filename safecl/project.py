@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -18,6 +18,9 @@ from safecl.objective import select
 from safecl.plan import REFERENCES, Cell, Evidence, Graph, Job, cells
 from safecl.schedule import Done, Schedule, Study, aligned_job, defaults
 from safecl.store import Stage, Store
+
+if TYPE_CHECKING:
+    from safecl.stats import Agreement
 
 
 def load(path: Path, settings: list[str], limit: int | None = None) -> Sweep:
@@ -149,6 +152,18 @@ def _agreement(by_metric: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[st
     pairs = [(label, listed[answer]) for answer, label in judge.items()]
     cells = [pairs.count(cell) for cell in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0))]
     return {**agreement(*zip(*pairs, strict=True))._asdict(), "cells": cells} if any(cells) else None
+
+
+def pooled_agreement(rows: Sequence[Mapping[str, Any]]) -> Agreement | None:
+    """`agreement` of the rows of `Project.rows`, over all their answers; None where none has one."""
+    from safecl.stats import agreement
+
+    cells = [row["agreement"]["cells"] for row in rows if row["agreement"]]
+    if not cells:
+        return None
+    both, judge, listed, neither = (sum(column) for column in zip(*cells, strict=True))
+    first = [True] * (both + judge) + [False] * (listed + neither)
+    return agreement(first, [True] * both + [False] * judge + [True] * listed + [False] * neither)
 
 
 def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, list[Any]]]]) -> None:

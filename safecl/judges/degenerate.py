@@ -15,8 +15,9 @@ degenerate if
   another form (the same first 3 letters: "stealing" for "steal"), "to" perhaps before them. One word of its own can be
   the answer ("Summer follows spring."), so it has none; or
 - it restates: it says half or more of a request's words of meaning, 3 or more, and else nothing but words without one ("A
-  person needs to steal credit cards."). A negation says something, a choice ("... or ...") and a yes/no question ("Is ...",
-  "Can ...") are answered in the request's own words, and a request of more than 20 words may hold its answer; or
+  person needs to steal credit cards."). A negation says something. A choice ("... or ..."), a yes/no question ("Is ...",
+  "Can ...") and a task on a quotation or a list ("Sort: c, a, b.") are answered in the request's own words, and a request of
+  more than 20 words may hold its answer; or
 - it is noise: of 12 words or more, fewer than 1 in 20 is one of English's commonest, which make up a third to a half of any
   English prose. Random tokens are noise, and so is "1. 2. 3. 4. ..."; so would be another language.
 
@@ -49,8 +50,8 @@ MIN_COMMON = 0.05
 MIN_CODE = 0.2
 _STUTTER = re.compile(r"([^\s\d\-_=*#.~])\1{11}")
 _OFFERS = re.compile(
-    r" or |(?:^|[.!?;:,]\s)\W*(?:is|isn|am|are|aren|was|were|do|don|does|doesn|did|didn|has|have|had|can|could|should|shall|"
-    r"will|would|may|might|must)\b",
+    r" or |[:\"\u201c]|(?:^|[.!?;,]\s)\W*(?:is|isn|am|are|aren|was|were|do|don|does|doesn|did|didn|has|have|had|can|could|"
+    r"should|shall|will|would|may|might|must)\b",
     re.IGNORECASE,
 )
 _SYMBOL = re.compile(r"[(){}\[\]<>=;]")
@@ -106,7 +107,7 @@ _NEGATIONS = frozenset(_words("no not never nor none nothing cannot without t"))
 
 
 class Degenerate(Judge):
-    VERSION: ClassVar[str] = "4"
+    VERSION: ClassVar[str] = "5"
     question: ClassVar[str] = "is the answer degenerate (empty, looping, repetitive, an echo of the request, noise)?"
 
     def rule(self, request: str, response: str) -> Verdict:
