@@ -67,7 +67,7 @@ def check(sweep: Sweep, folder: Path | None) -> None:
     for i, model in enumerate(sweep.models):
         if problem := source_problem(model.source, model.revision):
             errors.append(f"models[{i}].{problem}")
-    errors += objective.check(sweep.search.objective) + _on_test_only(sweep)
+    errors += objective.check(sweep.search.objective) + _unknown_metrics(sweep)
     longest = sweep.evaluate.max_prompt_tokens + sweep.evaluate.max_new_tokens
     if longest > sweep.execution.engine_max_tokens:
         errors.append(
@@ -93,16 +93,32 @@ def source_problem(source: str, revision: str | None) -> str | None:
     return None
 
 
-def _on_test_only(sweep: Sweep) -> list[str]:
-    """Metrics of the objective that validation prompts do not give, so that a search would have to read test prompts."""
-    known = [task.task for task in sweep.tasks if task.task in tasks.names()]  # others are reported where they stand
-    on_test = {name for task in known for name in tasks.load(task)().likelihood_scores([], [])}
+# What is measured of validation answers whatever the task.
+ON_VALIDATION = ("asr", "asr_coherent", "non_refusal", "over_refusal", "degenerate", "hit_limit")
+
+
+def _unknown_metrics(sweep: Sweep) -> list[str]:
+    """Metrics of the objective that validation prompts do not give: unknown ones, and those that a search would have to
+    read test prompts for."""
+    used = {
+        task.task: tasks.load(task.task) for task in sweep.tasks if task.task in tasks.names()
+    }  # others: said elsewhere
+    on_test = {name for kind in used.values() for name in kind().likelihood_scores([], [])}
+    known = dict.fromkeys([*ON_VALIDATION, *(name for kind in used.values() for name in kind.SCORES)])
     wanted = {"maximise": sweep.search.objective.maximise, **{f"bounds.{m}": m for m in sweep.search.objective.bounds}}
-    return [
-        f"search.objective.{where}: {metric!r} is measured on test prompts only, which no search may read"
-        for where, metric in wanted.items()
-        if metric in on_test
-    ]
+    errors = []
+    for where, metric in wanted.items():
+        if metric in on_test:
+            errors.append(
+                f"search.objective.{where}: {metric!r} is measured on test prompts only, which no search may read"
+            )
+        elif metric not in known:
+            errors.append(f"search.objective.{where}: {metric!r} is no metric; expected one of {', '.join(known)}")
+        elif metric not in ON_VALIDATION:
+            without = [name for name, kind in used.items() if metric not in kind.SCORES]
+            told = f"search.objective.{where}: {metric!r} is not measured of task {', '.join(without)}"
+            errors += [told] if without else []
+    return errors
 
 
 def _space_errors(method: type[methods.Method], chosen: Method) -> list[str]:

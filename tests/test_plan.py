@@ -244,6 +244,22 @@ def test_a_search_that_would_read_a_test_split_is_refused(tmp_path: Path, settin
         Project(load(QUICKSTART, ["tasks.0.task=gsm8k", setting, f"execution.root={tmp_path}"]))
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("search.objective.maximise=utilty", "maximise: 'utilty' is no metric; expected one of asr, asr_coherent"),
+        ("search.objective.bounds={asr_coherrent: safe}", "bounds.asr_coherrent: 'asr_coherrent' is no metric"),
+        ("search.objective.maximise=utility_strict", "'utility_strict' is not measured of task mini"),
+    ],
+)
+def test_a_metric_of_the_objective_that_nothing_measures_is_refused(tmp_path: Path, setting: str, message: str) -> None:
+    both = "tasks=[{task: mini, num_rows: 8}, {task: gsm8k, num_rows: 8}]"
+    with pytest.raises(ConfigError, match=message):
+        Project(load(QUICKSTART, [both, setting, f"execution.root={tmp_path}"]))
+    for fine in ("search.objective.bounds={asr_coherent: safe + 0.05}", "search.objective.maximise=utility"):
+        Project(load(QUICKSTART, [fine, f"execution.root={tmp_path}"]))
+
+
 def test_no_name_of_a_metric_reaches_a_test_split() -> None:
     from safecl.config import Objective
     from safecl.objective import score

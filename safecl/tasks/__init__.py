@@ -77,6 +77,7 @@ class Task:
     SCORING: ClassVar[str] = "1"  # version of `scores`, `options` and `likelihood_scores`
     SPLITS: ClassVar[tuple[str, ...]] = ()
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {}  # split -> its sources; empty for a generated suite
+    SCORES: ClassVar[tuple[str, ...]] = ("utility",)  # what `scores` gives of validation answers
     RUNS_CODE: ClassVar[bool] = False  # whether scoring runs what the model wrote
     max_new_tokens: ClassVar[int] = 64  # how long an answer to this task's utility prompts may be
 

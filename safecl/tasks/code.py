@@ -87,6 +87,7 @@ class Code(Task):
         "utility.test": (_HUMANEVAL, _PLUS),
     }
     RUNS_CODE: ClassVar[bool] = True
+    SCORES: ClassVar[tuple[str, ...]] = ("utility", "code_timeouts", "no_code")
     max_new_tokens: ClassVar[int] = 512
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:

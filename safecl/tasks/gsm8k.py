@@ -36,6 +36,7 @@ class Gsm8k(Task):
         "utility.validation": (_TEST, _TRAIN),
         "utility.test": (_TEST,),
     }
+    SCORES: ClassVar[tuple[str, ...]] = ("utility", "utility_strict")
     max_new_tokens: ClassVar[int] = 256
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:

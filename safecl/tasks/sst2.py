@@ -42,6 +42,7 @@ class Sst2(Task):
         "utility.validation": (_TEST, _TRAIN),
         "utility.test": (_TEST,),
     }
+    SCORES: ClassVar[tuple[str, ...]] = ("utility", "invalid")
     max_new_tokens: ClassVar[int] = 8
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:

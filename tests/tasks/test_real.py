@@ -160,6 +160,7 @@ def test_gsm8k_scores_as_lm_eval_does(text: str, flexibly: int, strictly: int) -
 
 def test_an_invalid_answer_is_wrong_and_counted() -> None:
     rows = [Row(str(i), "q", meta={"label": "positive"}) for i in range(3)]
+    assert set(Sst2().scores([], [])) == set(Sst2.SCORES) and set(Gsm8k().scores([], [])) == set(Gsm8k.SCORES)
     found = Sst2().scores(rows, ["positive", "negative", "positive or negative?"])
     assert found == {"utility": [1, 0, 0], "invalid": [0, 0, 1]}
 
