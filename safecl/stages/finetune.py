@@ -282,15 +282,14 @@ def merge_gap(run: Run, model: Path, adapter: Path, continues: bool) -> dict[str
         return {}
     rows = run.rows[:GAP_ROWS]
     batch = batches.collate(rows, range(len(rows)), [0] * len(rows), 1, rows[0], run.device)
-    mask_BT, _ = losses.targets(batch.labels_BT)
+    mask_P, _ = losses.targets(batch.labels_P)
     base = run.model.get_base_model().float()
     head = losses.head_of(base)
     trained = {name: p.detach().clone() for name, p in factors(run.model).items()}
     run.hidden_states.eval()
 
     def log_probabilities() -> torch.Tensor:
-        hidden_BTD = run.hidden_states(batch.ids_BT, batch.attention_BT, batch.positions_BT)
-        return head.logits(hidden_BTD[mask_BT]).log_softmax(-1)
+        return head.logits(run.hidden_states(batch)[mask_P]).log_softmax(-1)
 
     def divergence(other_NV: torch.Tensor) -> float:
         return float((tuned_NV.exp() * (tuned_NV - other_NV)).sum(-1).mean())

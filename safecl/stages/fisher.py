@@ -61,17 +61,18 @@ def estimate(
     chosen = batches.permutation(batches.stream(config["seed"], "fisher.pick"), len(encoded))[: config["num_rows"]]
     order = sorted(chosen, key=lambda i: len(encoded[i].ids))
     base = model.load(folder, config["dtype"], device)
-    safe = model.theta_safe(base, inputs["safe"] / "adapter", "continue")
+    safe = model.theta_safe(base, inputs["safe"] / "adapter", "continue", fused=False)
     head = losses.head_of(base)
     total = {name: torch.zeros_like(p) for name, p in model.factors(safe.peft_model).items()}
     squares = RowSquares(safe.peft_model, total)
     for start in range(0, len(order), batch_size):
         rows = [encoded[i] for i in order[start : start + batch_size]]
         batch = batches.collate(rows, order[start : start + batch_size], [0] * len(rows), 1, rows[0], device)
-        mask_BT, targets_N = losses.targets(batch.labels_BT)
-        hidden_ND = safe(batch.ids_BT, batch.attention_BT, batch.positions_BT)[mask_BT]
+        mask_P, targets_N = losses.targets(batch.labels_P)
+        squares.lengths = batch.lengths
+        hidden_ND = safe(batch)[mask_P]
         if config["labels"] == "true":
-            targets_N = sampled(hidden_ND.detach(), head, batch, mask_BT, config["seed"])
+            targets_N = sampled(hidden_ND.detach(), head, batch, config["seed"])
         losses.cross_entropy_sum(hidden_ND, head, targets_N).backward()  # type: ignore[no-untyped-call]
         if report is not None:
             report(start + len(rows), len(order), {})
@@ -88,10 +89,10 @@ def estimate(
 
 class RowSquares:
     """Adds each row's squared gradient of every LoRA factor to `total` during a backward of a loss that is a sum over
-    rows. Padding has no gradient, as nothing that is asked for depends on it."""
+    rows of `lengths` tokens, laid end to end."""
 
     def __init__(self, peft_model: Any, total: Mapping[str, Tensor]) -> None:
-        self.inputs: dict[int, Tensor] = {}
+        self.lengths: list[int] = []
         self.hooks: list[Any] = []
         for name, module in peft_model.named_modules():
             key = name.removesuffix(".default") + ".weight"
@@ -100,18 +101,17 @@ class RowSquares:
                 self.hooks.append(module.register_forward_hook(self.watch(total[key])))
 
     def watch(self, sum_OI: Tensor) -> Any:
-        import torch
+        def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs_PI = inputs[0].detach().flatten(0, -2)
+            if not output.requires_grad:  # the first layers: nothing before them is trained
+                output.requires_grad_()
 
-        def forward(module: nn.Module, inputs: tuple[Tensor, ...], output_BTO: Tensor) -> None:
-            inputs_BTI = inputs[0].detach()
-            if not output_BTO.requires_grad:  # the first layers: nothing before them is trained
-                output_BTO.requires_grad_()
+            def backward(grad: Tensor) -> None:
+                whole = (grad.flatten(0, -2).float(), inputs_PI.float())
+                for grad_TO, inputs_TI in zip(*(each.split(self.lengths) for each in whole), strict=True):
+                    sum_OI.add_((grad_TO.T @ inputs_TI).square())
 
-            def backward(grad_BTO: Tensor) -> None:
-                grad_BOI = torch.einsum("bto,bti->boi", grad_BTO.float(), inputs_BTI.float())
-                sum_OI.add_(grad_BOI.square().sum(0))
-
-            output_BTO.register_hook(backward)  # type: ignore[no-untyped-call]
+            output.register_hook(backward)  # type: ignore[no-untyped-call]
 
         return forward
 
@@ -120,7 +120,7 @@ class RowSquares:
             hook.remove()
 
 
-def sampled(hidden_ND: Tensor, head: Head, batch: Batch, mask_BT: Tensor, seed: int) -> Tensor:
+def sampled(hidden_ND: Tensor, head: Head, batch: Batch, seed: int) -> Tensor:
     """A label for each response position, drawn from the model; each row from a stream of its own."""
     import torch
 
@@ -128,7 +128,8 @@ def sampled(hidden_ND: Tensor, head: Head, batch: Batch, mask_BT: Tensor, seed: 
     from safecl.training.batches import stream
 
     found = []
-    for row, states_ND in zip(batch.indices, torch.split(hidden_ND, mask_BT.sum(1).tolist()), strict=True):
+    sizes = [row.num_targets for row in batch.rows]
+    for row, states_ND in zip(batch.indices, torch.split(hidden_ND, sizes), strict=True):
         generator = torch.Generator(device=hidden_ND.device).manual_seed(stream(seed, "fisher.labels", row))
         step = max(1, losses.CHUNK_ELEMENTS // head.num_vocab)
         for part_ND in torch.split(states_ND, step):

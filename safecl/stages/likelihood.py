@@ -124,14 +124,13 @@ def _forward(
         for group in _by_length(sequences):
             fed = [options[0]._replace(ids=options[0].ids[:-1]) for options in group]
             batch = batches.collate(fed, range(len(fed)), [0] * len(fed), 1, fed[0], device)
-            hidden_BTD = states(batch.ids_BT, batch.attention_BT, batch.positions_BT)
-            if not found:  # on one sequence, both ways unpadded: in bfloat16 padding alone moves logits by more
+            rows = states(batch).split(batch.lengths)
+            if not found:
                 one = batches.collate(fed[:1], [0], [0], 1, fed[0], device)
-                alone_BTD = states(one.ids_BT, one.attention_BT, one.positions_BT)
-                losses.check_head(head, alone_BTD[0], base(input_ids=one.ids_BT).logits[0])
-            places = [(b, option) for b, options in enumerate(group) for option in options]
+                losses.check_head(head, states(one), base(input_ids=one.ids_P[None]).logits[0])
+            places = [(hidden_TD, option) for hidden_TD, options in zip(rows, group, strict=True) for option in options]
             # The state before a token predicts it.
-            hidden_ND = torch.cat([hidden_BTD[b, o.num_prompt - 1 : len(o.ids) - 1] for b, o in places])
+            hidden_ND = torch.cat([hidden_TD[o.num_prompt - 1 : len(o.ids) - 1] for hidden_TD, o in places])
             targets_N = torch.tensor([i for _, o in places for i in o.ids[o.num_prompt :]], device=device)
             logprobs_N = losses.log_probabilities(hidden_ND, precise, targets_N)
             done = 0
@@ -144,7 +143,7 @@ def _forward(
 
 
 def _by_length(sequences: Sequence[list[Encoded]]) -> Iterator[list[list[Encoded]]]:
-    """Batches of at most BATCH_TOKENS tokens with padding (or one sequence), shortest first."""
+    """Batches of at most BATCH_TOKENS tokens (or one sequence), shortest first."""
     group: list[list[Encoded]] = []
     for options in sorted(sequences, key=lambda options: len(options[0].ids)):
         if group and (len(group) + 1) * (len(options[0].ids) - 1) > BATCH_TOKENS:

@@ -124,13 +124,12 @@ def _states(
     with torch.no_grad():
         for done, row in enumerate(rows):
             batch = batches.collate([row], [0], [0], row.num_targets, row, device)
-            hidden_BTD = safe(batch.ids_BT, batch.attention_BT, batch.positions_BT)
+            hidden_PD = safe(batch)
             if done == 0:
-                mask_BT, _ = losses.targets(batch.labels_BT)
-                logits_BTV = safe.peft_model(input_ids=batch.ids_BT, position_ids=batch.positions_BT).logits
-                losses.check_head(head, hidden_BTD[mask_BT], logits_BTV[mask_BT])
-            mask_BT = losses.positions(batch.labels_BT, batch.attention_BT, config["positions"])
-            states.append(hidden_BTD[mask_BT].cpu())
+                mask_P, _ = losses.targets(batch.labels_P)
+                logits_PV = safe.peft_model(input_ids=batch.ids_P[None]).logits[0]
+                losses.check_head(head, hidden_PD[mask_P], logits_PV[mask_P])
+            states.append(hidden_PD[losses.positions(batch, config["positions"])].cpu())
             if report is not None and (done % 10 == 9 or done == len(rows) - 1):
                 report(done + 1, len(rows), {})
     return states

@@ -168,7 +168,7 @@ def perplexities(folder: Path, texts: Sequence[str], context: Context) -> list[f
     """exp of the mean token cross-entropy of each text under the base model, from its second token on."""
     import torch
 
-    from safecl.training import losses, model, tokens
+    from safecl.training import batches, losses, model, tokens
 
     device = "cuda" if context.execution.use_gpu else "cpu"
     if device == "cpu":
@@ -178,9 +178,9 @@ def perplexities(folder: Path, texts: Sequence[str], context: Context) -> list[f
     found: list[float] = []
     with torch.no_grad():
         for ids in tokens.Tokenizer(folder).ids(list(texts)):
-            ids_BT = torch.tensor([ids], device=device)
-            hidden_BTD = hidden_states(ids_BT, torch.ones_like(ids_BT), torch.arange(len(ids), device=device)[None])
-            total = losses.cross_entropy_sum(hidden_BTD[0, :-1], head, ids_BT[0, 1:])
+            row = tokens.Encoded("", ids, 1)
+            batch = batches.collate([row], [0], [0], 1, row, device)
+            total = losses.cross_entropy_sum(hidden_states(batch)[:-1], head, batch.ids_P[1:])
             found.append(float(torch.exp(total / max(1, len(ids) - 1))))
     return found
 

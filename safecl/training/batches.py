@@ -3,7 +3,7 @@
 Everything random is a pure function of (seed, stream name, position): nothing depends on the number of workers, on the
 micro-batch size or on what ran before, so a resumed run needs no random state.
 
-Shapes: B rows of a micro-batch, T tokens of its longest row (right padding).
+Shapes: P tokens of a micro-batch, its rows laid end to end. There is no padding: a step costs what its tokens cost.
 """
 
 from __future__ import annotations
@@ -65,23 +65,19 @@ class Batch:
 
     `num_targets` counts the response tokens of the whole GLOBAL batch: a loss is a sum over this micro-batch's tokens
     divided by it, so that sums over ranks and micro-batches give the global mean. `rows` is empty where a rank has
-    nothing to do (the tensors then hold one row without targets, so that every rank runs the same collectives).
+    nothing to do (the tensors then hold one row without targets, for engines whose ranks must all run a forward).
     """
 
-    ids_BT: Tensor
-    labels_BT: Tensor  # IGNORED on prompts and padding
-    attention_BT: Tensor  # 1 on tokens, 0 on padding: by length, never by pad id
-    positions_BT: Tensor
+    ids_P: Tensor
+    labels_P: Tensor  # IGNORED on prompts
+    positions_P: Tensor  # from 0 in each row
+    lengths: list[int]  # tokens of each row
     num_targets: int
     rows: list[Encoded]
     indices: list[int]  # of the rows, in the list they were drawn from
     dropout_seeds: list[int]  # one a row
     states_ND: Tensor | None = None  # memory batches: theta_safe's hidden states at the response positions
     parts: list[Batch] = field(default_factory=list, repr=False)  # a share's micro-batches; as many on every rank
-
-    @property
-    def lengths(self) -> list[int]:
-        return [int(n) for n in self.attention_BT.sum(1)]
 
 
 def collate(
@@ -93,27 +89,24 @@ def collate(
     device: str,
 ) -> Batch:
     """One micro-batch of `rows`; where there are none, `filler` without targets."""
-    real = list(rows)
-    shown = real or [filler]
-    width = max(len(row.ids) for row in shown)
-    ids = torch.zeros(len(shown), width, dtype=torch.long)
-    labels = torch.full((len(shown), width), IGNORED, dtype=torch.long)
-    attention = torch.zeros(len(shown), width, dtype=torch.long)
-    for b, row in enumerate(shown):
-        ids[b, : len(row.ids)] = torch.tensor(row.ids)
-        attention[b, : len(row.ids)] = 1
-        if real:
-            labels[b, row.num_prompt : len(row.ids)] = torch.tensor(row.ids[row.num_prompt :])
-    positions = torch.arange(width).expand(len(shown), width)
+    shown = list(rows) or [filler]
+    ids = [i for row in shown for i in row.ids]
+    labels = [IGNORED] * len(ids)
+    start = 0
+    for row in rows:
+        # A row's first token is never a target: nothing of the row stands before it.
+        first = max(1, row.num_prompt)
+        labels[start + first : start + len(row.ids)] = row.ids[first:]
+        start += len(row.ids)
     return Batch(
-        ids.to(device),
-        labels.to(device),
-        attention.to(device),
-        positions.to(device),
+        torch.tensor(ids, device=device),
+        torch.tensor(labels, device=device),
+        torch.cat([torch.arange(len(row.ids)) for row in shown]).to(device),
+        [len(row.ids) for row in shown],
         num_targets,
-        real,
+        list(rows),
         list(indices),
-        list(seeds) if real else [0],
+        list(seeds) if rows else [0],
     )
 
 

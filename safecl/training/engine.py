@@ -26,7 +26,7 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 class TorchEngine:
-    """Data-parallel training of the trainable parameters of `module`, which maps token ids to hidden states."""
+    """Data-parallel training of the trainable parameters of `module`, which maps a batch to hidden states."""
 
     def __init__(self, module: nn.Module, *, weight_decay: float, max_grad_norm: float, world_size: int = 1) -> None:
         self.module = module
@@ -40,10 +40,10 @@ class TorchEngine:
             list(self.named.values()), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay
         )
 
-    def forward(self, ids_BT: Tensor, attention_BT: Tensor, positions_BT: Tensor) -> Tensor:
-        """Hidden states [B, T, D]."""
-        hidden_BTD: Tensor = self.module(ids_BT, attention_BT, positions_BT)
-        return hidden_BTD
+    def forward(self, batch: Any) -> Tensor:
+        """What the module makes of a batch: hidden states [P, D]."""
+        hidden_PD: Tensor = self.module(batch)
+        return hidden_PD
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add gradients. `last`: of this accumulation; then gradients are summed over ranks. Every rank must call it
@@ -170,9 +170,9 @@ class DeepSpeedEngine:
         if wrong:
             raise AssertionError(f"DeepSpeed changed trained parameters to another type: {wrong[:3]}; expected float32")
 
-    def forward(self, ids_BT: Tensor, attention_BT: Tensor, positions_BT: Tensor) -> Tensor:
-        hidden_BTD: Tensor = self.engine(ids_BT, attention_BT, positions_BT)
-        return hidden_BTD
+    def forward(self, batch: Any) -> Tensor:
+        hidden_PD: Tensor = self.engine(batch)
+        return hidden_PD
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)

@@ -91,20 +91,19 @@ class Run:
     # -- what a method calls -------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> Tensor:
-        """Hidden states [B, T, D] of the trained adapter, with dropout."""
-        self.hidden_states.seed_dropout(batch)
-        return self.engine.forward(batch.ids_BT, batch.attention_BT, batch.positions_BT)
+        """Hidden states [P, D] of the trained adapter, with dropout."""
+        return self.engine.forward(batch)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states [N, D] at the positions of `batch` that predict a response token."""
-        mask_BT, _ = losses.targets(batch.labels_BT)
-        return self.forward(batch)[mask_BT]
+        mask_P, _ = losses.targets(batch.labels_P)
+        return self.forward(batch)[mask_P]
 
-    def cross_entropy(self, batch: Batch, hidden_BTD: Tensor | None = None) -> Tensor:
+    def cross_entropy(self, batch: Batch, hidden_PD: Tensor | None = None) -> Tensor:
         """Sum of cross-entropies of this micro-batch's response tokens / the global batch's number of them. Its own
         forward, unless the hidden states of one are given."""
-        mask_BT, targets_N = losses.targets(batch.labels_BT)
-        hidden_ND = (self.forward(batch) if hidden_BTD is None else hidden_BTD)[mask_BT]
+        mask_P, targets_N = losses.targets(batch.labels_P)
+        hidden_ND = (self.forward(batch) if hidden_PD is None else hidden_PD)[mask_P]
         return losses.cross_entropy_sum(hidden_ND, self.head, targets_N) / batch.num_targets
 
     def draw(self, name: str = "memory") -> Batch:

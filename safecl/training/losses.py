@@ -1,6 +1,6 @@
 """Losses from hidden states. Vocabulary-sized tensors exist for one chunk of response tokens at a time.
 
-Shapes: B rows, T tokens, D hidden, V vocabulary, N response tokens of a micro-batch.
+Shapes: P tokens of a micro-batch (its rows end to end), D hidden, V vocabulary, N response tokens among them.
 Position t carries a target when labels[t + 1] is one: the last prompt token predicts the answer's first token, and the
 end token's own state predicts nothing.
 """
@@ -8,12 +8,15 @@ end token's own state predicts nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from safecl.base import PrerequisiteError
+
+if TYPE_CHECKING:
+    from safecl.training.batches import Batch
 
 CHUNK_ELEMENTS = 2**24  # logits held at once, in float32: 64 MiB
 
@@ -73,24 +76,27 @@ def check_head(head: Head, hidden_ND: Tensor, logits_NV: Tensor) -> None:
         )
 
 
-def targets(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """(mask [B, T] of the positions that predict a target, targets [N] in the mask's row-major order)."""
-    following_BT = torch.full_like(labels_BT, -100)
-    following_BT[:, :-1] = labels_BT[:, 1:]
-    mask_BT = following_BT != -100
-    return mask_BT, following_BT[mask_BT]
+def targets(labels_P: Tensor) -> tuple[Tensor, Tensor]:
+    """(mask [P] of the positions that predict a target, targets [N] in order). A row's first label is no target, so no
+    row predicts the next one."""
+    following_P = torch.full_like(labels_P, -100)
+    following_P[:-1] = labels_P[1:]
+    mask_P = following_P != -100
+    return mask_P, following_P[mask_P]
 
 
-def positions(labels_BT: Tensor, attention_BT: Tensor, rule: str) -> Tensor:
-    """Mask [B, T] of a rule's positions: `response` (those that predict a response token), `last` (the one that predicts
-    the last of them), `all` (every token). A row without targets has none."""
-    mask_BT, _ = targets(labels_BT)
+def positions(batch: Batch, rule: str) -> Tensor:
+    """Mask [P] of a rule's positions: `response` (those that predict a response token), `last` (the one that predicts
+    the last of them), `all` (every token). A batch without rows has none."""
+    mask_P, _ = targets(batch.labels_P)
+    if rule == "response" or not batch.rows:
+        return mask_P
     if rule == "all":
-        return attention_BT.bool() & mask_BT.any(1, keepdim=True)
-    if rule == "last":
-        from_end_BT = mask_BT.flip(1).cumsum(1).flip(1)
-        return mask_BT & (from_end_BT == 1)
-    return mask_BT
+        return torch.ones_like(mask_P)
+    ends = torch.tensor(batch.lengths).cumsum(0)
+    last_P = torch.zeros_like(mask_P)
+    last_P[ends - 2] = True  # rows end with a response token
+    return last_P
 
 
 def num_positions(num_prompt: int, num_tokens: int, rule: str) -> int:

@@ -1,4 +1,4 @@
-"""The frozen base, its LoRA adapters, and per-row dropout.
+"""The frozen base, its LoRA adapters, and both as a function to hidden states.
 
 One base, in its own dtype; LoRA factors in float32. There is no teacher beside the student: what a method needs of
 theta_safe is a cached stage (hidden states, Fisher information).
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from safecl.base import ConfigError, Json, PrerequisiteError
-from safecl.training import weights
+from safecl.training import attention, lora, weights
 from safecl.training.batches import Batch, stream
 from safecl.training.tokens import base_folder
 
@@ -32,7 +32,12 @@ def load(folder: Path, dtype: str, device: str = "cpu") -> Any:
     base = base_folder(folder)
     if not (base / "config.json").exists():
         raise PrerequisiteError(f"no model in {base}: expected config.json and safetensors in Hugging Face format")
+    attention.register()
     model = AutoModelForCausalLM.from_pretrained(str(base), dtype=getattr(torch, dtype)).to(device)
+    if model._supports_attention_backend:
+        model.set_attn_implementation(attention.NAME)
+    elif getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # transformers' default drops the soft cap
     model.config.use_cache = False
     return model.requires_grad_(False)
 
@@ -81,13 +86,13 @@ def fold(model: Any, folder: Path) -> None:
         raise ConfigError(f"adapter {folder}: adapts {sorted(odd)[0]!r}, which this model has not")
 
 
-def theta_safe(model: Any, folder: Path, adapter: str) -> HiddenStates:
+def theta_safe(model: Any, folder: Path, adapter: str, fused: bool = True) -> HiddenStates:
     """theta_safe in eval mode, as the finetune that starts from it computes it: the adapter beside the base
     (`continue`) or folded into it (`stack`)."""
     if adapter == "stack":
         fold(model, folder)
-        return HiddenStates(model).eval()
-    return HiddenStates(with_continued(model, folder)).eval()
+        return HiddenStates(model, fused).eval()
+    return HiddenStates(with_continued(model, folder), fused).eval()
 
 
 def _attach(model: Any, config: Any, seed: int, continue_from: Path | None) -> Any:
@@ -164,60 +169,46 @@ def save_adapter(peft_model: Any, folder: Path, values: Mapping[str, Tensor] | N
     (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True, default=str))
 
 
-class RowDropout(nn.Module):
-    """LoRA dropout whose mask depends on (row seed, module) alone: two ranks draw what one would, a forward more or
-    less changes nobody else's mask, and a resumed run needs no random state."""
-
-    def __init__(self, probability: float, module_index: int, rows: list[tuple[int, int]]) -> None:
-        super().__init__()
-        self.probability, self.module_index = probability, module_index
-        self.rows = rows  # shared by all modules: (seed, length) of each row of the running forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.probability == 0:
-            return x
-        if len(self.rows) != len(x):
-            raise RuntimeError(f"dropout has seeds for {len(self.rows)} rows, got a batch of {len(x)}")
-        # 16 random bits an element, four to a 64-bit draw: 6 times faster than bernoulli_ on a CPU.
-        cut = round(self.probability * 2**16)
-        mask = torch.zeros_like(x)
-        generator = torch.Generator(device=x.device)
-        for b, (seed, length) in enumerate(self.rows):
-            generator.manual_seed((seed + self.module_index * 0x9E3779B97F4A7C15) % 2**63)
-            kept = mask[b, :length]
-            draws = torch.empty(-(-kept.numel() // 4), dtype=torch.int64, device=x.device)
-            draws.random_(-(2**63), None, generator=generator)
-            kept.copy_((draws.view(torch.int16)[: kept.numel()] >= cut - 2**15).view_as(kept))
-        return x * mask.mul_(2**16 / (2**16 - cut))
-
-
 class HiddenStates(nn.Module):
-    """The PEFT model (or a plain one) as a function to last hidden states [B, T, D] (after the final norm), without the
-    output layer."""
+    """The PEFT model (or a plain one) as a function of a batch to its tokens' last hidden states [P, D] (after the final
+    norm), without the output layer.
 
-    def __init__(self, peft_model: Any) -> None:
+    Rows lie end to end and attend to themselves alone. A model that does not take its attention from transformers'
+    registry gets them padded. `fused`: LoRA layers compute as one node each (lora.py); not where hooks on PEFT's own
+    modules must see them (Fisher information, ZeRO 3).
+    """
+
+    def __init__(self, peft_model: Any, fused: bool = True) -> None:
         super().__init__()
         self.peft_model = peft_model
-        self.dropout_rows: list[tuple[int, int]] = []
-        index = 0
-        for module in peft_model.modules():
-            drop = getattr(module, "lora_dropout", None)
-            if isinstance(drop, nn.ModuleDict) and "default" in drop and isinstance(drop["default"], nn.Dropout):
-                drop["default"] = RowDropout(drop["default"].p, index, self.dropout_rows)
-                index += 1
+        self.base = getattr(peft_model, "get_base_model", lambda: peft_model)()
+        self.rows: list[tuple[int, int]] = []  # (dropout seed, length) of the running forward
+        lora.seed_dropout(peft_model, self.rows)
+        if fused:
+            lora.fuse(peft_model)
 
-    def forward(self, ids_BT: Tensor, attention_BT: Tensor, positions_BT: Tensor) -> Tensor:
-        base = getattr(self.peft_model, "get_base_model", lambda: self.peft_model)()
-        inner = getattr(base, base.base_model_prefix)
-        # Without padding no mask is passed: attention then takes its faster causal path.
-        mask = None if bool(attention_BT.all()) else attention_BT
-        out = inner(input_ids=ids_BT, attention_mask=mask, position_ids=positions_BT, use_cache=False)
-        hidden_BTD: Tensor = out.last_hidden_state
-        return hidden_BTD
+    def forward(self, batch: Batch) -> Tensor:
+        self.rows[:] = zip(batch.dropout_seeds, batch.lengths, strict=True)
+        inner = getattr(self.base, self.base.base_model_prefix)
+        if self.base.config._attn_implementation != attention.NAME:
+            return self._padded(inner, batch)
+        bounds = torch.tensor([0, *batch.lengths], dtype=torch.int32).cumsum(0)
+        with attention.packed():
+            out = inner(
+                input_ids=batch.ids_P[None], position_ids=batch.positions_P[None], cu_seq_lens_q=bounds, use_cache=False
+            )
+        hidden_PD: Tensor = out.last_hidden_state[0]
+        return hidden_PD
 
-    def seed_dropout(self, batch: Batch) -> None:
-        """Give the next forward its rows' dropout seeds."""
-        self.dropout_rows[:] = list(zip(batch.dropout_seeds, batch.lengths, strict=True))
+    def _padded(self, inner: Any, batch: Batch) -> Tensor:
+        width = max(batch.lengths)
+        real_BT = torch.arange(width) < torch.tensor(batch.lengths)[:, None]
+        ids_BT = torch.zeros(real_BT.shape, dtype=torch.long).to(batch.ids_P)
+        ids_BT[real_BT] = batch.ids_P
+        positions_BT = torch.arange(width, device=ids_BT.device).expand_as(ids_BT)
+        out = inner(input_ids=ids_BT, attention_mask=real_BT.long().to(ids_BT), position_ids=positions_BT, use_cache=False)
+        hidden_PD: Tensor = out.last_hidden_state[real_BT]
+        return hidden_PD
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -1,0 +1,110 @@
+"""Causal attention within each row of a micro-batch whose rows lie end to end, for every model that takes its attention
+from transformers' registry.
+
+    softmax(cap(Q K^T * scaling) + mask) V,     cap(s) = softcap * tanh(s / softcap) where the model has a soft cap
+
+Rows are split off and attended one after the other: no row pays for another's length, and no mask of all tokens against
+all is made. Sliding windows and soft caps are the model's own (transformers' `sdpa` attention drops a soft cap).
+
+Shapes: H query heads, K key and value heads, T tokens of a row, P tokens of all rows, D size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safecl.base import PrerequisiteError
+
+NAME = "safecl_rows"
+# PyTorch's CPU kernel for bfloat16 is slower than the one for float32 up to about this length (backward: 6 times at 48).
+FLOAT32_UP_TO = 512
+
+_packed: ContextVar[bool] = ContextVar("packed", default=False)
+
+
+def register() -> None:
+    """Make `attn_implementation=NAME` known to transformers."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, rows_attention)
+
+
+@contextmanager
+def packed() -> Iterator[None]:
+    """While a forward of packed rows runs: attention refuses to run without the rows' bounds."""
+    token = _packed.set(True)
+    try:
+        yield
+    finally:
+        _packed.reset(token)
+
+
+def rows_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer: [1, H, P, D] and two of [1, K, P, D] to [1, P, H, D].
+
+    `cu_seq_lens_q` holds the rows' bounds (0, end of the first row, ...). Without it every batch row is one whole row.
+    The base's own attention dropout is left out: its masks would depend on how rows are batched.
+
+    Raises:
+        PrerequisiteError: the model does not hand the rows' bounds to its attention, or attends with sinks.
+    """
+    if s_aux is not None:
+        raise PrerequisiteError("this model attends with sinks (s_aux), which safecl cannot train yet")
+    if cu_seq_lens_q is None:
+        if _packed.get():
+            raise PrerequisiteError(
+                f"{type(module).__name__} does not hand row bounds (cu_seq_lens_q) to its attention: rows would see each other"
+            )
+        return _row(query, key, value, scaling, sliding_window, softcap).transpose(1, 2), None
+    bounds = cu_seq_lens_q.tolist()
+    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    dtype = query.dtype
+    if dtype == torch.bfloat16 and query.device.type == "cpu" and max(lengths) <= FLOAT32_UP_TO:
+        query, key, value = query.float(), key.float(), value.float()
+    rows = zip(*(whole.split(lengths, 2) for whole in (query, key, value)), strict=True)
+    found = torch.cat([_row(q, k, v, scaling, sliding_window, softcap) for q, k, v in rows], 2)
+    return found.to(dtype).transpose(1, 2), None
+
+
+def _row(
+    query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, scaling: float | None, window: int | None, cap: float | None
+) -> Tensor:
+    num_tokens = query_BHTD.shape[2]
+    windowed = window is not None and num_tokens > window
+    if cap is None and not windowed:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query_BHTD, key_BKTD, value_BKTD, is_causal=True, scale=scaling, enable_gqa=True
+        )
+    seen_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=query_BHTD.device).tril()
+    if windowed:
+        assert window is not None
+        seen_TT = seen_TT.triu(1 - window)
+    groups = query_BHTD.shape[1] // key_BKTD.shape[1]
+    key, value = (part.repeat_interleave(groups, 1) for part in (key_BKTD, value_BKTD))
+    if cap is None:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query_BHTD, key, value, attn_mask=seen_TT, scale=scaling
+        )
+    scale = query_BHTD.shape[3] ** -0.5 if scaling is None else scaling
+    scores_BHTT = torch.tanh(query_BHTD @ key.transpose(2, 3) * (scale / cap)) * cap
+    weights_BHTT = scores_BHTT.masked_fill(~seen_TT, float("-inf")).softmax(-1, dtype=torch.float32)
+    return weights_BHTT.to(value.dtype) @ value
