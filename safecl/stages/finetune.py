@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from safecl.training.loop import Run
     from safecl.training.tokens import Encoded
 
-VERSION = "1"
+VERSION = "2"
 GAP_ROWS = 4  # rows on which the rounding of a merge is measured
 REFUSALS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (ConfigError, PrerequisiteError, FloatingPointError)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from safecl.training.batches import Batch
     from safecl.training.losses import Head
 
-VERSION = "1"
+VERSION = "2"
 
 
 def run(context: Context) -> dict[str, Json]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from safecl.tasks import Option, Row
     from safecl.training.tokens import Encoded
 
-VERSION = "2"
+VERSION = "3"
 BATCH_TOKENS = 2048  # of one forward, padding included
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from safecl.store import Context
     from safecl.training.tokens import Encoded
 
-VERSION = "2"
+VERSION = "3"
 
 
 def run(context: Context) -> dict[str, Json]:

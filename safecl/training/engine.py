@@ -36,8 +36,8 @@ class TorchEngine:
         wrong = [name for name, p in self.named.items() if p.dtype != torch.float32]
         if wrong or not self.named:
             raise AssertionError(f"expected float32 parameters, got {len(self.named)}, not float32: {wrong[:3]}")
-        self.optimizer = torch.optim.AdamW(
-            list(self.named.values()), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay
+        self.optimizer = torch.optim.AdamW(  # fused: one call in place of ten for each of hundreds of factors
+            list(self.named.values()), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True
         )
 
     def forward(self, batch: Any) -> Tensor:

@@ -106,27 +106,31 @@ def num_positions(num_prompt: int, num_tokens: int, rule: str) -> int:
 
 class _CrossEntropySum(torch.autograd.Function):
     """Sum of cross-entropies in nats. The head is frozen, so the gradient to the hidden states is made chunk by chunk
-    in the forward pass and no logits are kept."""
+    in the forward pass and no logits are kept. With e = exp(z - max z) and s = sum e it is (e W) / s - W[target]: each
+    pass over the vocabulary that can be saved is (the sum is PyTorch's pairwise one; log_softmax's is off by 1e-5)."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        wants_grad = hidden_ND.requires_grad
-        grad_ND = torch.empty_like(hidden_ND) if wants_grad else None
+        grad_ND = torch.empty_like(hidden_ND) if hidden_ND.requires_grad else None
+        weight_VD = head.weight_VD
         step = max(1, CHUNK_ELEMENTS // head.num_vocab)
         for start in range(0, len(hidden_ND), step):
-            target_N1 = targets_N[start : start + step, None]
+            target_N = targets_N[start : start + step]
             logits_NV = head.logits(hidden_ND[start : start + step]).float()
             slope_NV = None if head.soft_cap is None else 1 - (logits_NV / head.soft_cap) ** 2
-            picked_N1 = logits_NV.gather(1, target_N1)
-            norm_N1 = torch.logsumexp(logits_NV, 1, keepdim=True)
-            total += (norm_N1 - picked_N1).sum()
-            if grad_ND is not None:
-                logits_NV.sub_(norm_N1).exp_()  # softmax in place
-                logits_NV.scatter_add_(1, target_N1, torch.full_like(picked_N1, -1.0))
-                if slope_NV is not None:
-                    logits_NV.mul_(slope_NV)
-                grad_ND[start : start + step] = logits_NV.to(head.weight_VD.dtype) @ head.weight_VD
+            logits_NV.sub_(logits_NV.amax(1, keepdim=True))
+            picked_N1 = logits_NV.gather(1, target_N[:, None])
+            sum_N1 = logits_NV.exp_().sum(1, keepdim=True)
+            total += (sum_N1.log() - picked_N1).sum()
+            if grad_ND is None:
+                continue
+            if slope_NV is None:
+                pull_ND = (logits_NV.to(weight_VD.dtype) @ weight_VD).float().div_(sum_N1)
+                grad_ND[start : start + step] = pull_ND.sub_(weight_VD[target_N])
+            else:
+                slope_NV.mul_(logits_NV.div_(sum_N1).scatter_add_(1, target_N[:, None], -torch.ones_like(sum_N1)))
+                grad_ND[start : start + step] = slope_NV.to(weight_VD.dtype) @ weight_VD
         if grad_ND is not None:
             ctx.save_for_backward(grad_ND)
         return total

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from safecl.base import ConfigError, Json, PrerequisiteError
-from safecl.training import attention, lora, weights
+from safecl.training import attention, lora, norms, weights
 from safecl.training.batches import Batch, stream
 from safecl.training.tokens import base_folder
 
@@ -174,8 +174,8 @@ class HiddenStates(nn.Module):
     norm), without the output layer.
 
     Rows lie end to end and attend to themselves alone. A model that does not take its attention from transformers'
-    registry gets them padded. `fused`: LoRA layers compute as one node each (lora.py); not where hooks on PEFT's own
-    modules must see them (Fisher information, ZeRO 3).
+    registry gets them padded. `fused`: LoRA layers and norms compute as one node each (lora.py, norms.py); not where hooks
+    on the model's own modules must see them (Fisher information, ZeRO 3).
     """
 
     def __init__(self, peft_model: Any, fused: bool = True) -> None:
@@ -186,6 +186,7 @@ class HiddenStates(nn.Module):
         lora.seed_dropout(peft_model, self.rows)
         if fused:
             lora.fuse(peft_model)
+            norms.fuse(self.base)
 
     def forward(self, batch: Batch) -> Tensor:
         self.rows[:] = zip(batch.dropout_seeds, batch.lengths, strict=True)

@@ -111,10 +111,15 @@ def test_in_bfloat16_the_logits_are_not_rounded(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    monkeypatch.setattr(likelihood, "BATCH_TOKENS", 1)  # no padding: in bfloat16 it moves hidden states
-    model = AutoModelForCausalLM.from_pretrained(str(tiny_model), dtype=torch.bfloat16)
+    from safecl.training import batches
+    from safecl.training import model as models
+    from safecl.training.tokens import Encoded
+
+    monkeypatch.setattr(likelihood, "BATCH_TOKENS", 1)  # in bfloat16 other shapes move hidden states
+    model = models.load(tiny_model, "bfloat16")
+    states = models.HiddenStates(model).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(tiny_model))
     [row] = sst2_rows()[:1]
     [line] = measured(tmp_path, "sst2", [row], {"model": tiny_model}, dtype="bfloat16")[1]
@@ -123,7 +128,8 @@ def test_in_bfloat16_the_logits_are_not_rounded(
     for option in line["options"][2:]:
         ids = tokenizer(context + option["text"], add_special_tokens=False)["input_ids"]
         with torch.no_grad():
-            hidden_TD = model.model(input_ids=torch.tensor([ids[:-1]])).last_hidden_state[0]
+            fed = Encoded("", ids[:-1], 1)
+            hidden_TD = states(batches.collate([fed], [0], [0], 1, fed, "cpu"))
             rounded_TV = model.lm_head(hidden_TD).float()
             exact_TV = hidden_TD.float() @ model.lm_head.weight.float().T
         targets = torch.tensor(ids[len(start) :])

@@ -42,17 +42,19 @@ def test_shares_hold_every_row_once_in_as_many_parts_on_every_rank(num_rows: int
     assert max(len(part.rows) for part in parts) <= micro
     total = sum(rows[i].num_targets for i in indices)
     assert {part.num_targets for part in parts} == {total}
-    assert sum(int((part.labels_BT != -100).sum()) for part in parts) == total
+    assert sum(int((part.labels_P != -100).sum()) for part in parts) == total
     for part in parts:
-        assert len(part.dropout_seeds) == len(part.ids_BT) == len(part.lengths)
+        assert len(part.dropout_seeds) == len(part.lengths) and sum(part.lengths) == len(part.ids_P)
         if part.rows:
             assert part.dropout_seeds == [100 + i for i in part.indices]
 
 
-def test_padding_is_masked_by_length_although_the_pad_token_ends_answers() -> None:
-    end = 2
-    rows = [Encoded("short", [7, 8, end], 1), Encoded("long", [7, 8, 9, 9, end], 3)]
-    batch = batches.collate(rows, [0, 1], [0, 0], 4, rows[0], "cpu")
-    assert batch.attention_BT.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    assert batch.labels_BT.tolist() == [[-100, 8, end, -100, -100], [-100, -100, -100, 9, end]]
-    assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 4]] * 2
+def test_rows_lie_end_to_end_each_with_positions_of_its_own() -> None:
+    rows = [Encoded("short", [7, 8, 2], 1), Encoded("long", [7, 8, 9, 9, 2], 3), Encoded("bare", [5, 2], 0)]
+    batch = batches.collate(rows, [0, 1, 2], [0, 0, 0], 6, rows[0], "cpu")
+    assert batch.ids_P.tolist() == [7, 8, 2, 7, 8, 9, 9, 2, 5, 2] and batch.lengths == [3, 5, 2]
+    assert batch.positions_P.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1]
+    # No row predicts the next one's first token, although the last row has no prompt.
+    assert batch.labels_P.tolist() == [-100, 8, 2, -100, -100, -100, 9, 2, -100, 2]
+    empty = batches.collate([], [], [], 6, rows[0], "cpu")
+    assert empty.ids_P.tolist() == [7, 8, 2] and empty.labels_P.tolist() == [-100] * 3 and empty.rows == []

@@ -24,7 +24,7 @@ class Two(torch.nn.Module):
         self.second = torch.nn.Parameter(torch.randn(4, 3, generator=generator))
         self.frozen = torch.nn.Parameter(torch.randn(3, 3, generator=generator).bfloat16(), requires_grad=False)
 
-    def forward(self, ids_BT: torch.Tensor, attention_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         return torch.tanh(ids_BT.float() @ self.first) @ self.second @ self.frozen.float()
 
 
@@ -47,7 +47,7 @@ def exercise(rank: int, world_size: int, out: str) -> None:
             for name in (10 + step, 20 + step):
                 parts = _inputs(rank, world_size, name)
                 for place, part in enumerate(parts):
-                    loss = made.forward(part, part, part).square().sum() / 4
+                    loss = made.forward(part).square().sum() / 4
                     made.backward(loss, last=place == len(parts) - 1)
                 for key, parameter in made.named.items():
                     found[f"{step}/{name}/{key}"] = made.full_grad(parameter)
@@ -69,7 +69,7 @@ def exercise(rank: int, world_size: int, out: str) -> None:
             other.load_state({key.removeprefix("state/"): v for key, v in found.items() if key.startswith("state/")})
             parts = _inputs(rank, world_size, 30)
             for place, part in enumerate(parts):
-                other.backward(other.forward(part, part, part).square().sum() / 4, last=place == len(parts) - 1)
+                other.backward(other.forward(part).square().sum() / 4, last=place == len(parts) - 1)
             other.step(0.01)
             found[f"next/{other_kind}{other_zero}"] = copy.first.detach().clone()
         if rank == 0:
@@ -99,7 +99,7 @@ def test_the_reference_is_the_gradient_of_the_whole_batch(results: Path) -> None
     grads = []
     for name in (10, 20):
         rows = torch.randint(0, 9, (4, 5), generator=torch.Generator().manual_seed(name))
-        loss = module(rows, rows, rows).square().sum() / 4
+        loss = module(rows).square().sum() / 4
         grads.append(torch.autograd.grad(loss, [module.first, module.second]))
         assert torch.allclose(found[f"0/{name}/first"], grads[-1][0], rtol=1e-5)
     change = [b - a for a, b in zip(*grads, strict=True)]

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from safecl.training import losses
+from safecl.training import batches, losses
+from safecl.training.tokens import Encoded
 
 
 @pytest.mark.parametrize("extra", [{}, {"bias_V": torch.linspace(-1, 1, 37)}, {"soft_cap": 2.0}])
@@ -37,10 +38,20 @@ def test_no_logits_outlive_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_state_predicts_the_next_position() -> None:
     """The last prompt token's state counts, the end token's own does not."""
-    labels = torch.tensor([[-100, -100, 5, 6], [-100, 7, -100, -100]])
-    mask, targets = losses.targets(labels)
-    assert mask.tolist() == [[False, True, True, False], [True, False, False, False]]
+    mask, targets = losses.targets(torch.tensor([-100, -100, 5, 6, -100, 7]))
+    assert mask.tolist() == [False, True, True, False, True, False]
     assert targets.tolist() == [5, 6, 7]
+
+
+@pytest.mark.parametrize("rule", ["response", "last", "all"])
+def test_a_rule_names_as_many_positions_of_a_row_as_it_says(rule: str) -> None:
+    rows = [Encoded("long", [3, 4, 5, 6], 2), Encoded("short", [3, 7], 1)]
+    mask = losses.positions(batches.collate(rows, [0, 1], [0, 0], 3, rows[0], "cpu"), rule)
+    expected = {"response": [0, 1, 1, 0, 1, 0], "last": [0, 0, 1, 0, 1, 0], "all": [1] * 6}[rule]
+    assert mask.tolist() == [bool(each) for each in expected]
+    sizes = [losses.num_positions(row.num_prompt, len(row.ids), rule) for row in rows]
+    assert [int(part.sum()) for part in mask.split([4, 2])] == sizes
+    assert not losses.positions(batches.collate([], [], [], 3, rows[0], "cpu"), rule).any()
 
 
 def test_no_tokens_give_zero_with_a_gradient() -> None:
