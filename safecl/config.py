@@ -184,7 +184,8 @@ class Execution(Strict):
     address: str = "local"  # Ray: "local" starts a cluster of its own, "auto" joins a running one
     num_trials_at_once: Count = 3
     num_workers: Count = 1  # data-parallel ranks of one finetune
-    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    # Of a finetune. auto: DeepSpeed where there are several workers, plain PyTorch where one has nothing to share.
+    engine: Literal["auto", "deepspeed", "torch"] = "auto"
     zero: Literal[0, 1, 2, 3] = 1
     micro_batch_size: Count = 8  # rows per forward on one worker
     checkpoint_every_s: Annotated[float, Field(gt=0)] = 60.0

@@ -67,18 +67,25 @@ class Der(Method):
             self.distance = losses.LogitDistance(run.head)
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
-        loss = run.cross_entropy(batch)
-        if self.config.weight > 0:
-            memory = run.draw()
+        from safecl.training import losses
+
+        config = self.config
+        draws = {"memory": config.weight, "memory.labels": config.label_weight}
+        drawn = [run.draw(name) for name, weight in draws.items() if weight > 0]
+        user_PD, *drawn_PD = run.forward(batch, *drawn)
+        loss = run.cross_entropy(batch, user_PD)
+        if config.weight > 0:
+            memory, memory_PD = drawn[0], drawn_PD[0]
             assert memory.states_ND is not None
-            raw, centred = self.distance(run.hidden(memory), memory.states_ND)
+            mask_P, _ = losses.targets(memory.labels_P)
+            raw, centred = self.distance(memory_PD[mask_P], memory.states_ND)
             run.log("der", raw.detach() / memory.num_targets)
             run.log("der_centred", centred.detach() / memory.num_targets)
-            loss = loss + self.config.weight * (centred if self.config.center_logits else raw) / memory.num_targets
-        if self.config.label_weight > 0:
-            remembered = run.cross_entropy(run.draw("memory.labels"))
+            loss = loss + config.weight * (centred if config.center_logits else raw) / memory.num_targets
+        if config.label_weight > 0:
+            remembered = run.cross_entropy(drawn[-1], drawn_PD[-1])
             run.log("replay", remembered.detach())
-            loss = loss + self.config.label_weight * remembered
+            loss = loss + config.label_weight * remembered
         return loss
 
     @classmethod

@@ -65,7 +65,7 @@ class Ewc(Method):
         if self.config.weight == 0:
             return
         apart = {name: value - self.anchor[name] for name, value in run.values().items()}
-        run.log_whole("ewc", sum(float((self.fisher[n] * d.square()).sum()) for n, d in apart.items()))
+        run.log_whole("ewc", sum((self.fisher[n] * d.square()).sum() for n, d in apart.items()))
         run.add_gradient({n: self.config.weight * self.fisher[n] * d for n, d in apart.items()})
 
     @classmethod

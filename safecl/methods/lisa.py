@@ -87,5 +87,5 @@ class Lisa(Method):
         if self.config.rho == 0 or run.step < self.config.free_share * run.num_steps:
             return
         apart = {name: value - run.kept[name] for name, value in run.values().items()}
-        run.log_whole("proximal", sum(float(d.square().sum()) for d in apart.values()))
+        run.log_whole("proximal", sum(d.square().sum() for d in apart.values()))
         run.add_gradient({name: self.config.rho * d for name, d in apart.items()})

@@ -60,9 +60,9 @@ class Lwf(Method):
         if self.config.weight == 0:
             return run.cross_entropy(batch)
         rule = self.config.positions
-        hidden_PD = run.forward(batch)
+        [hidden_PD] = run.forward(batch)
         mine_ND = hidden_PD[losses.positions(batch, rule)].float()
-        safe_ND = torch.cat([self.states[i] for i in batch.indices] or [mine_ND[:0]]).to(mine_ND)
+        safe_ND = torch.cat(self.states(batch.indices) or [mine_ND[:0]]).to(mine_ND)
         distance = (mine_ND - safe_ND).square().mean(1).sum() / run.num_positions(rule)
         run.log("lwf", distance.detach())
         weighted: Tensor = self.config.weight * distance

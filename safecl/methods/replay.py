@@ -46,13 +46,14 @@ class Replay(Method):
         return {"memory": graph.memory(self.config.memory_size)}
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
-        cross_entropy = run.cross_entropy(batch)
         if self.config.weight == 0:  # no forward, no draw: this is SFT bit for bit
-            return cross_entropy
-        remembered = run.cross_entropy(run.draw())
+            return run.cross_entropy(batch)
+        memory = run.draw()
+        user_PD, memory_PD = run.forward(batch, memory)
+        remembered = run.cross_entropy(memory, memory_PD)
         run.log("replay", remembered.detach())
-        weighted: Tensor = self.config.weight * remembered
-        return cross_entropy + weighted
+        loss: Tensor = run.cross_entropy(batch, user_PD) + self.config.weight * remembered
+        return loss
 
     @classmethod
     def neutral(cls) -> Config:

@@ -170,8 +170,9 @@ def make_run(
     if safe is not None and config["adapter"] == "stack":
         model.fold(base, safe)
         safe = None
-    hidden_states = model.HiddenStates(model.with_adapter(base, config["lora"], seed, safe))
-    head = losses.head_of(base, copy=world_size > 1 and execution["engine"] == "deepspeed" and execution["zero"] == 3)
+    sharded = engine.shards_the_model(execution["engine"], execution["zero"], world_size)
+    hidden_states = model.HiddenStates(model.with_adapter(base, config["lora"], seed, safe), fused=not sharded)
+    head = losses.head_of(base, copy=sharded)
     run = loop.Run(
         hidden_states=hidden_states,
         head=head,
@@ -215,7 +216,7 @@ def train_rows(
     import time
 
     started = time.monotonic()
-    from safecl.training import loop, model, weights
+    from safecl.training import engine, loop, model, weights
 
     made = make_run(config, inputs, execution, rank, world_size, device)
     method, run = made.method, made.run
@@ -252,7 +253,7 @@ def train_rows(
             (name, weights.combine([(delta, 1.0), (fresh[name], 1.0)])) for name, delta in weights.load(safe).items()
         )
         weights.save(both, temporary, safe, config["dtype"])
-    if execution["engine"] == "torch" or execution["zero"] < 3:  # else the model is in shards
+    if not engine.shards_the_model(execution["engine"], execution["zero"], world_size):
         continues = "safe" in inputs and config["adapter"] == "continue"
         facts |= merge_gap(run, Path(inputs["model"]), temporary / "adapter", continues)
     shutil.copy(scratch / "curves.jsonl", temporary / "curves.jsonl")

@@ -101,6 +101,8 @@ class RowSquares:
                 self.hooks.append(module.register_forward_hook(self.watch(total[key])))
 
     def watch(self, sum_OI: Tensor) -> Any:
+        import torch
+
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             inputs_PI = inputs[0].detach().flatten(0, -2)
             if not output.requires_grad:  # the first layers: nothing before them is trained
@@ -108,7 +110,7 @@ class RowSquares:
 
             def backward(grad: Tensor) -> None:
                 whole = (grad.flatten(0, -2).float(), inputs_PI.float())
-                for grad_TO, inputs_TI in zip(*(each.split(self.lengths) for each in whole), strict=True):
+                for grad_TO, inputs_TI in zip(*(torch.split(each, self.lengths) for each in whole), strict=True):
                     sum_OI.add_((grad_TO.T @ inputs_TI).square())
 
             output.register_hook(backward)  # type: ignore[no-untyped-call]

@@ -1,10 +1,11 @@
 """Memory: rows with theta_safe's hidden states, made once before any fine-tuning.
 
     in    model (HF folder), rows; safe (finetune: adapter/) where states are asked for
-    out   rows.jsonl, memory.safetensors: ids_N, num_tokens_R, num_prompt_R, and num_states_R, states_ND
+    out   rows.jsonl, memory.safetensors: ids_N, num_tokens_R, num_prompt_R; states-*.safetensors: one tensor a row
 
-`states_ND` holds the last hidden state (after the final norm) at a rule's positions (training/losses.py), in the
-model's own dtype (nothing is lost where the model computes in it). Two uses:
+States are the last hidden states (after the final norm) at a rule's positions (training/losses.py), in the model's own
+dtype (nothing is lost where the model computes in it). They are written as they come and read as they are needed: those
+of 10,000 rows of 400 tokens at 4096 numbers are 33 GB. Two uses:
 
     num_rows    safety memory: that many refusals (rows whose request is harmful), the first of a seeded permutation, so
                 that a smaller memory is a prefix of a larger one. With `mix: stratified` rows of every kind (each
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from safecl.base import ConfigError, Json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -32,10 +33,11 @@ if TYPE_CHECKING:
     from safecl.training.tokens import Encoded
 
 VERSION = "3"
+FORWARD_TOKENS = 2048  # of the rows forwarded together
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Rows are forwarded one at a time: padding would move the states by the model's rounding."""
+    """Facts: rows, how many are harmful or were left out, states and their size."""
     device = "cuda" if context.execution.use_gpu else "cpu"
     return remember(dict(context.stage.config), context.inputs, context.out, device, context.report)
 
@@ -80,11 +82,7 @@ def remember(
     }
     facts: dict[str, Json] = {"rows": len(encoded), "dropped": len(dropped)}
     if config["positions"] is not None:
-        states = _states(config, folder, inputs["safe"] / "adapter", encoded, device, report)
-        states_ND = torch.cat(states).contiguous()
-        tensors |= {"num_states_R": torch.tensor([len(part) for part in states]), "states_ND": states_ND}
-        mib = states_ND.numel() * states_ND.element_size() / 2**20
-        facts |= {"states": len(states_ND), "hidden": int(states_ND.shape[1]), "mib": mib}
+        facts |= _write_states(config, folder, inputs["safe"] / "adapter", encoded, out, device, report)
     save_file(tensors, str(out / "memory.safetensors"))
     by_id = {row.id: row for row in rows}
     facts["harmful"] = sum(by_id[row.row_id].harmful for row in encoded)
@@ -102,34 +100,57 @@ def in_proportion(order: Sequence[int], kinds: Sequence[tuple[str, bool]]) -> li
     return sorted(order, key=places.__getitem__)
 
 
-def _states(
+def _write_states(
     config: Mapping[str, Any],
     folder: Path,
     adapter: Path,
     rows: Sequence[Encoded],
+    out: Path,
     device: str,
     report: Callable[[int, int, dict[str, float]], None] | None,
-) -> list[Tensor]:
-    """theta_safe's hidden states of each row at the rule's positions."""
+) -> dict[str, Json]:
+    """theta_safe's hidden states of each row at the rule's positions, to `states-*.safetensors`; `SHARD_BYTES` at once."""
     import torch
+    from safetensors.torch import save_file
 
-    from safecl.training import batches, losses, model
+    from safecl.training import batches, losses, model, weights
 
     if device == "cpu":
         torch.set_num_threads(1)
     base = model.load(folder, config["dtype"], device)
     safe = model.theta_safe(base, adapter, config["adapter"])
     head = losses.head_of(base)
-    states: list[Tensor] = []
-    with torch.no_grad():
-        for done, row in enumerate(rows):
-            batch = batches.collate([row], [0], [0], row.num_targets, row, device)
+    held: dict[str, Tensor] = {}
+    num_states, num_bytes, num_files = 0, 0, 0
+    for start, end in _groups(rows):
+        batch = batches.collate(rows[start:end], range(start, end), [0] * (end - start), 1, rows[0], device)
+        with torch.no_grad():
             hidden_PD = safe(batch)
-            if done == 0:
-                mask_P, _ = losses.targets(batch.labels_P)
-                logits_PV = safe.peft_model(input_ids=batch.ids_P[None]).logits[0]
-                losses.check_head(head, hidden_PD[mask_P], logits_PV[mask_P])
-            states.append(hidden_PD[losses.positions(batch, config["positions"])].cpu())
-            if report is not None and (done % 10 == 9 or done == len(rows) - 1):
-                report(done + 1, len(rows), {})
-    return states
+            if start == 0:
+                first = slice(0, batch.lengths[0])
+                mask_P, _ = losses.targets(batch.labels_P[first])
+                logits_PV = safe.peft_model(input_ids=batch.ids_P[None, first]).logits[0]
+                losses.check_head(head, hidden_PD[first][mask_P], logits_PV[mask_P])
+        chosen = torch.split(losses.positions(batch, config["positions"]), batch.lengths)
+        for row, hidden_TD, mask_T in zip(batch.indices, torch.split(hidden_PD, batch.lengths), chosen, strict=True):
+            held[str(row)] = hidden_TD[mask_T].cpu().contiguous()
+            num_states += len(held[str(row)])
+        held_bytes = sum(states.nbytes for states in held.values())
+        if held_bytes >= weights.SHARD_BYTES or end == len(rows):
+            save_file(held, str(out / f"states-{num_files:05d}.safetensors"))
+            held, num_files, num_bytes = {}, num_files + 1, num_bytes + held_bytes
+        if report is not None:
+            report(end, len(rows), {})
+    return {"states": num_states, "hidden": int(head.weight_VD.shape[1]), "mib": num_bytes / 2**20}
+
+
+def _groups(rows: Sequence[Encoded]) -> Iterator[tuple[int, int]]:
+    """(start, end) of rows to forward together: neighbours of at most FORWARD_TOKENS tokens in all, or one row."""
+    start, num_tokens = 0, 0
+    for i, row in enumerate(rows):
+        if i > start and num_tokens + len(row.ids) > FORWARD_TOKENS:
+            yield start, i
+            start, num_tokens = i, 0
+        num_tokens += len(row.ids)
+    if rows:
+        yield start, len(rows)

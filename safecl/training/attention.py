@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -76,17 +77,22 @@ def rows_attention(
             )
         return _row(query, key, value, scaling, sliding_window, softcap).transpose(1, 2), None
     bounds = cu_seq_lens_q.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(bounds)]
     dtype = query.dtype
     if dtype == torch.bfloat16 and query.device.type == "cpu" and max(lengths) <= FLOAT32_UP_TO:
         query, key, value = query.float(), key.float(), value.float()
-    rows = zip(*(whole.split(lengths, 2) for whole in (query, key, value)), strict=True)
+    rows = zip(*(torch.split(whole, lengths, 2) for whole in (query, key, value)), strict=True)
     found = torch.cat([_row(q, k, v, scaling, sliding_window, softcap) for q, k, v in rows], 2)
     return found.to(dtype).transpose(1, 2), None
 
 
 def _row(
-    query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, scaling: float | None, window: int | None, cap: float | None
+    query_BHTD: Tensor,
+    key_BKTD: Tensor,
+    value_BKTD: Tensor,
+    scaling: float | None,
+    window: int | None,
+    cap: float | None,
 ) -> Tensor:
     num_tokens = query_BHTD.shape[2]
     windowed = window is not None and num_tokens > window

@@ -110,6 +110,20 @@ def collate(
     )
 
 
+def join(given: Sequence[Batch]) -> Batch:
+    """Several micro-batches as one, for a forward of all their rows together."""
+    return Batch(
+        torch.cat([batch.ids_P for batch in given]),
+        torch.cat([batch.labels_P for batch in given]),
+        torch.cat([batch.positions_P for batch in given]),
+        [length for batch in given for length in batch.lengths],
+        given[0].num_targets,
+        [row for batch in given for row in batch.rows],
+        [i for batch in given for i in batch.indices],
+        [seed for batch in given for seed in batch.dropout_seeds],
+    )
+
+
 def share(
     rows: Sequence[Encoded],
     indices: Sequence[int],

@@ -37,16 +37,37 @@ Report = Callable[[int, int, dict[str, float]], None]
 REPORT_EVERY_S = 0.3
 
 
+class States(Sequence[Tensor]):
+    """theta_safe's hidden states by row, [its positions, D] each, read from disk when asked for: a teacher's may be
+    larger than memory."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        from safetensors import safe_open
+
+        opened: list[Any] = [safe_open(str(file), framework="pt") for file in files]
+        self.file_of = {int(name): file for file in opened for name in file.keys()}  # noqa: SIM118  (no mapping)
+
+    def __len__(self) -> int:
+        return len(self.file_of)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index not in self.file_of:
+            raise IndexError(f"no states of row {index}")
+        return self.file_of[index].get_tensor(str(index))
+
+
 @dataclass
 class Memory:
     """Rows with theta_safe's hidden states at some of their positions (made by the memory stage)."""
 
     rows: list[Encoded]
-    states: list[Tensor]  # one a row: [its positions, D]; empty where none were asked for
+    states: Sequence[Tensor]  # one a row; empty where none were asked for
 
     @staticmethod
     def load(folder: Path) -> Memory:
-        """Read a memory stage's folder."""
+        """Read a memory stage's folder; states stay on disk."""
         from safetensors.torch import load_file
 
         data = load_file(str(folder / "memory.safetensors"))
@@ -54,7 +75,7 @@ class Memory:
         lengths, prompts = data["num_tokens_R"].tolist(), data["num_prompt_R"].tolist()
         ids = [part.tolist() for part in data["ids_N"].split(lengths)]
         rows = [Encoded(name, row, prompt) for name, row, prompt in zip(names, ids, prompts, strict=True)]
-        return Memory(rows, list(data["states_ND"].split(data["num_states_R"].tolist())) if "states_ND" in data else [])
+        return Memory(rows, States(sorted(folder.glob("states-*.safetensors"))))
 
 
 @dataclass
@@ -82,29 +103,41 @@ class Run:
     num_steps: int = 0
     part: int = 0  # micro-batch under way, of num_parts
     num_parts: int = 1
-    metrics: dict[str, float] = field(default_factory=dict)
-    shared: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Tensor | float] = field(default_factory=dict)  # on the device until the step's end
+    shared: dict[str, Tensor | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.model = self.hidden_states.peft_model
 
     # -- what a method calls -------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Hidden states [P, D] of the trained adapter, with dropout."""
-        return self.engine.forward(batch)
+    def forward(self, *given: Batch) -> tuple[Tensor, ...]:
+        """Hidden states [P, D] of each batch by the trained adapter, with dropout, from one forward of all their rows.
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Hidden states [N, D] at the positions of `batch` that predict a response token."""
-        mask_P, _ = losses.targets(batch.labels_P)
-        return self.forward(batch)[mask_P]
+        A batch without rows takes no part in it: its states are zeros. Where every rank must run each forward (the
+        engine's `needs_every_forward`), one without rows is run if there is no other.
+        """
+        real = [batch for batch in given if batch.rows]
+        if not real and self.engine.needs_every_forward:
+            real = [given[0]]
+        states: dict[int, Tensor] = {}
+        if real:
+            whole_PD = self.engine.forward(real[0] if len(real) == 1 else batches.join(real))
+            parts = torch.split(whole_PD, [len(batch.ids_P) for batch in real])
+            states = {id(batch): part_PD for batch, part_PD in zip(real, parts, strict=True)}
+        width = self.head.weight_VD.shape[1]
+        return tuple(
+            states[id(batch)] if id(batch) in states else self.head.weight_VD.new_zeros(len(batch.ids_P), width)
+            for batch in given
+        )
 
     def cross_entropy(self, batch: Batch, hidden_PD: Tensor | None = None) -> Tensor:
         """Sum of cross-entropies of this micro-batch's response tokens / the global batch's number of them. Its own
         forward, unless the hidden states of one are given."""
+        if hidden_PD is None:
+            [hidden_PD] = self.forward(batch)
         mask_P, targets_N = losses.targets(batch.labels_P)
-        hidden_ND = (self.forward(batch) if hidden_PD is None else hidden_PD)[mask_P]
-        return losses.cross_entropy_sum(hidden_ND, self.head, targets_N) / batch.num_targets
+        return losses.cross_entropy_sum(hidden_PD[mask_P], self.head, targets_N) / batch.num_targets
 
     def draw(self, name: str = "memory") -> Batch:
         """This micro-batch's part of the memory rows drawn for this step (without replacement, from the stream `name`).
@@ -122,18 +155,18 @@ class Run:
         rows = [all_rows[i] for i in mine]
         num_targets = sum(all_rows[i].num_targets for i in chosen)
         batch = batches.collate(rows, mine, seeds, num_targets, all_rows[chosen[0]], self.device)
-        if states:
+        if len(states):
             batch.states_ND = torch.cat([states[i] for i in mine] or [states[0][:0]]).to(self.device)
         return batch
 
     def log(self, name: str, value: Tensor | float) -> None:
         """Add a part of a metric: parts are summed over micro-batches and ranks, like the loss. Every rank must log the
         same names."""
-        self.metrics[name] = self.metrics.get(name, 0.0) + float(value)
+        self.metrics[name] = self.metrics.get(name, 0.0) + value
 
     def log_whole(self, name: str, value: Tensor | float) -> None:
         """A metric of the step that is the same on every rank already."""
-        self.shared[name] = float(value)
+        self.shared[name] = value
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """What is trained, by the names PEFT writes to disk: theta_safe's adapter and its Fisher have the same."""
@@ -166,15 +199,15 @@ class Run:
         mean = sum(float(f.double().sum()) for f in found.values()) / sum(f.numel() for f in found.values())
         return {name: f / mean for name, f in found.items()} if normalise == "mean" else found
 
-    def teacher_states(self) -> list[Tensor]:
-        """theta_safe's hidden states on each of `rows`, from the input `teacher`."""
+    def teacher_states(self) -> Callable[[Sequence[int]], list[Tensor]]:
+        """theta_safe's hidden states on some of `rows`, by index, read from the input `teacher` when asked for."""
         memory = Memory.load(self.inputs["teacher"])
         by_id = {row.row_id: i for i, row in enumerate(memory.rows)}
         found = [by_id[row.row_id] for row in self.rows]
         wrong = [row.row_id for row, i in zip(self.rows, found, strict=True) if memory.rows[i].ids != row.ids]
         if wrong:
             raise RuntimeError(f"the teacher saw other tokens of row {wrong[0]!r} than are trained on")
-        return [memory.states[i] for i in found]
+        return lambda indices: [memory.states[found[i]] for i in indices]
 
     def num_positions(self, rule: str) -> int:
         """Positions of the whole global batch under way, by a rule of `losses.positions`."""
@@ -206,13 +239,13 @@ class Run:
         for self.part, part in enumerate(batch.parts):
             yield part, self.part == self.num_parts - 1
 
-    def sum_over_ranks(self, values: list[float]) -> list[float]:
-        """Element-wise sum over ranks (all must call it)."""
-        if self.world_size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return [float(v) for v in tensor]
+    def sum_over_ranks(self, values: Sequence[Tensor | float]) -> list[float]:
+        """Element-wise sum over ranks (all must call it). The step's one wait for the device."""
+        tensor = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        found: list[float] = tensor.tolist()
+        return found
 
 
 def learning_rate(config: Training, step: int, num_steps: int) -> float:
@@ -282,8 +315,9 @@ def train(
         names = sorted(run.metrics)
         due = run.rank == 0 and time.monotonic() - checkpointed >= checkpoint_every_s
         *sums, due_now = run.sum_over_ranks([run.metrics[name] for name in names] + [float(due)])
-        line = {"step": run.step, **dict(zip(names, sums, strict=True)), **run.shared}
-        line.update(learning_rate=rate, grad_norm=grad_norm, response_tokens=batch.num_targets)
+        line = {"step": run.step, **dict(zip(names, sums, strict=True))}
+        line.update({name: float(value) for name, value in run.shared.items()})
+        line.update(learning_rate=rate, grad_norm=float(grad_norm), response_tokens=batch.num_targets)
         loss = line["loss"]
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {run.step}: the loss is {loss}, not finite; lower learning_rate")

@@ -207,7 +207,9 @@ class HiddenStates(nn.Module):
         ids_BT = torch.zeros(real_BT.shape, dtype=torch.long).to(batch.ids_P)
         ids_BT[real_BT] = batch.ids_P
         positions_BT = torch.arange(width, device=ids_BT.device).expand_as(ids_BT)
-        out = inner(input_ids=ids_BT, attention_mask=real_BT.long().to(ids_BT), position_ids=positions_BT, use_cache=False)
+        out = inner(
+            input_ids=ids_BT, attention_mask=real_BT.long().to(ids_BT), position_ids=positions_BT, use_cache=False
+        )
         hidden_PD: Tensor = out.last_hidden_state[real_BT]
         return hidden_PD
 

@@ -10,7 +10,7 @@ Shapes: P tokens, D hidden.
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ class _RmsNorm(torch.autograd.Function):
         norm_P1 = torch.linalg.vector_norm(x_PD, dim=-1, keepdim=True, dtype=torch.float32)
         inverse_P1 = norm_P1.square_().div_(x_PD.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_PD, weight_D, inverse_P1)
-        return (x_PD * inverse_P1).to(x_PD.dtype).mul_(weight_D)
+        y_PD: Tensor = (x_PD * inverse_P1).to(x_PD.dtype).mul_(weight_D)
+        return y_PD
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
@@ -34,8 +35,8 @@ class _RmsNorm(torch.autograd.Function):
         return torch.addcmul(grad_PD, unit_PD, along_P1, value=-1).mul_(inverse_P1).to(x_PD.dtype), None, None
 
 
-def _forward(module: Any, hidden_states: Tensor) -> Tensor:
-    y: Tensor = _RmsNorm.apply(hidden_states, module.safecl_weight, module.safecl_eps)  # type: ignore[no-untyped-call]
+def _forward(weight_D: Tensor, eps: float, hidden_states: Tensor) -> Tensor:
+    y: Tensor = _RmsNorm.apply(hidden_states, weight_D, eps)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -53,6 +54,5 @@ def fuse(model: nn.Module) -> None:
                 found = _RmsNorm.apply(probe, form.detach(), eps)  # type: ignore[no-untyped-call]
                 close = 1e-5 if weight.dtype == torch.float32 else 2**-7
                 if isinstance(eps, float) and torch.allclose(found, expected, rtol=close, atol=close):
-                    module.safecl_weight, module.safecl_eps = form.detach(), eps
-                    module.forward = MethodType(_forward, module)
+                    module.forward = partial(_forward, form.detach(), eps)
                     break

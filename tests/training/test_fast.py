@@ -21,9 +21,7 @@ LENGTHS = (30, 7, 41)  # two are longer than the sliding window of 24
 
 def _rows() -> list[Encoded]:
     generator = torch.Generator().manual_seed(1)
-    return [
-        Encoded(str(n), torch.randint(3, 300, (n,), generator=generator).tolist(), 1 + n // 3) for n in LENGTHS
-    ]
+    return [Encoded(str(n), torch.randint(3, 300, (n,), generator=generator).tolist(), 1 + n // 3) for n in LENGTHS]
 
 
 def _batch(rows: list[Encoded], seeds: list[int] | None = None) -> Batch:
