@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,3 +103,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> World:
     from tests.methods import contract
 
     return contract.build_world(tmp_path_factory.mktemp("world"), tiny_model)
+
+
+def pytest_sessionfinish() -> None:
+    ranks = sys.modules.get("tests.training.ranks")
+    if ranks is not None:
+        ranks.close()
