@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -210,10 +211,16 @@ def attempted(world: dict[str, object]) -> dict[str, sandbox.Outcome]:
 
 @pytest.fixture(scope="module")
 def misbehaved(world: dict[str, object]) -> dict[str, sandbox.Outcome]:
+    """First tries, two at once; what two could slow down to a wrong verdict gets its second try, as in `sandbox.run`."""
     before = processes()
-    outcomes = run(*(program for program, _ in MISDEEDS.values()))
+    with ThreadPoolExecutor(2) as pool:
+        tries = pool.map(lambda it: sandbox._run(it[0], 1, MARK, isolated=True), MISDEEDS.values())
+        found = dict(zip(MISDEEDS, tries, strict=True))
+    for name, (program, verdicts) in MISDEEDS.items():
+        if found[name].verdict not in verdicts.split():
+            (found[name],) = run(program)
     assert not survivors(before)
-    return dict(zip(MISDEEDS, outcomes, strict=True))
+    return found
 
 
 @pytest.mark.parametrize("name", ATTEMPTS)
