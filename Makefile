@@ -15,7 +15,7 @@ demo: venv
 	$(BIN)/safecl run sweeps/quickstart.yaml
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 check: venv
 	$(BIN)/ruff check .
@@ -30,11 +30,13 @@ venv: $(VENV)/.ready
 # A pinned closure in one pass: nothing is resolved, so nothing can drag in CUDA builds.
 $(VENV)/.ready: requirements-cpu.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "need Python 3.11 as '$(PYTHON)'; or: make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(PYTHON) .ci/machine.py .
 	@echo "making $(VENV): 230 packages, about 1.5 GB to download"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps $(TORCH_FROM) -r requirements-cpu.txt
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps -e .
+	@$(BIN)/python -c "from safecl import sandbox; print(f'warning: {it}') if (it := sandbox.missing()) else None"
 	@touch $@
 
 clean:

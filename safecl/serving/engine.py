@@ -425,6 +425,7 @@ def _environment(settings: Settings) -> dict[str, str]:
             "OMP_WAIT_POLICY": "PASSIVE",  # idle threads sleep: training shares these cores
             "GOMP_SPINCOUNT": "0",
             "KMP_BLOCKTIME": "0",
+            "TORCHDYNAMO_DISABLE": "1",  # for two helpers of the sampler vLLM would call a C++ compiler, for 20 s
         }
     return env
 

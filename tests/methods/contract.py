@@ -144,19 +144,18 @@ def gap(first: dict[str, Any], second: dict[str, Any], start: dict[str, Any]) ->
 # -- run in other processes --------------------------------------------------------------------------------------------
 
 
-def train_several(
-    rank: int, world_size: int, world: World, jobs: list[tuple[str, dict[str, Any], dict[str, Any]]]
+def train_on_rank(
+    rank: int, world_size: int, world: World, scratch: str, settings: dict[str, Any], where: dict[str, Any]
 ) -> None:
-    """Each job `(scratch, settings, execution changes)` on this rank."""
-    for scratch, settings, where in jobs:
-        finetune.train_rows(
-            settings,
-            world.inputs(settings["method"]),
-            Path(scratch),
-            execution(**where),
-            rank=rank,
-            world_size=world_size,
-        )
+    """Train on this rank, with these changes to the execution."""
+    finetune.train_rows(
+        settings,
+        world.inputs(settings["method"]),
+        Path(scratch),
+        execution(**where),
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def train_and_die(

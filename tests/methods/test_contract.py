@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +41,6 @@ def one(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     for name in contract.trained():
         contract.train(world, folder / name, contract.config(name))
     return {name: folder / name for name in contract.trained()}
-
-
-@pytest.fixture(scope="session")
-def elsewhere(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every method on 1 and 2 real ranks of every engine, micro-batches of 2: folders `<ranks>/<engine>/<method>`."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    for num in (1, 2):
-        jobs = [
-            (str(folder / str(num) / engine / name), contract.config(name), {**where, "micro_batch_size": 2})
-            for engine, where in ENGINES.items()
-            for name in contract.trained()
-        ]
-        assert ranks.run(contract.train_several, num, world, jobs) == [0] * num
-    return folder
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
@@ -96,11 +84,13 @@ def test_an_interrupted_run_resumes_bit_for_bit(name: str, world: World, one: di
 @pytest.mark.parametrize("num", [1, 2])
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_ranks_engines_and_micro_batches_change_only_rounding(
-    engine: str, num: int, name: str, elsewhere: Path, one: dict[str, Path], start: dict[str, Any]
+    engine: str, num: int, name: str, world: World, one: dict[str, Path], start: dict[str, Any], tmp_path: Path
 ) -> None:
-    scratch = elsewhere / str(num) / engine / name
-    assert contract.gap(contract.adapter(one[name]), contract.adapter(scratch), start) < ROUNDING
-    for mine, theirs in zip(contract.curves(one[name]), contract.curves(scratch), strict=True):
+    """On real ranks, with micro-batches of 2."""
+    where = {**ENGINES[engine], "micro_batch_size": 2}
+    ranks.run(contract.train_on_rank, num, world, str(tmp_path), contract.config(name), where)
+    assert contract.gap(contract.adapter(one[name]), contract.adapter(tmp_path), start) < ROUNDING
+    for mine, theirs in zip(contract.curves(one[name]), contract.curves(tmp_path), strict=True):
         assert theirs == pytest.approx(mine, rel=1e-4, abs=1e-5)
 
 
@@ -110,12 +100,11 @@ def test_ranks_and_engines_agree_in_bfloat16_too(
 ) -> None:
     """As far as bfloat16 goes: the factors are float32, activations are not, and other shapes round otherwise."""
     settings = {name: contract.config(name, dtype="bfloat16") for name in ("der", "ewc", "agem", "refresh")}
-    alone = {name: contract.train(world, tmp_path / name, own) for name, own in settings.items()}
     where = {**ENGINES[engine], "micro_batch_size": 2}
-    jobs = [(str(tmp_path / engine / name), own, where) for name, own in settings.items()]
-    assert ranks.run(contract.train_several, 2, world, jobs) == [0, 0]
-    for name in settings:
-        assert contract.gap(alone[name], contract.adapter(tmp_path / engine / name), start) < BF16_ROUNDING
+    for name, own in settings.items():
+        alone = contract.train(world, tmp_path / name, own)
+        ranks.run(contract.train_on_rank, 2, world, str(tmp_path / engine / name), own, where)
+        assert contract.gap(alone, contract.adapter(tmp_path / engine / name), start) < BF16_ROUNDING
 
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -164,26 +153,37 @@ CORNERS = [("mistral", "float32", "continue"), ("gemma2", "float32", "stack"), (
            ("llama", "bfloat16", "stack")]  # fmt: skip
 
 
+Corner = tuple[str, str, str]
+
+
 @pytest.fixture(scope="session")
-def corner(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]
-) -> tuple[World, dict[str, Any]]:
-    """A world of another architecture, dtype or adapter mode, and the settings it differs by."""
-    kind, dtype, adapter = request.param
-    world = contract.build_world(tmp_path_factory.mktemp("corner"), tiny_models[kind], adapter, dtype)
-    return world, {"dtype": dtype, "adapter": adapter}
+def corners(
+    tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]
+) -> Callable[[Corner], tuple[World, dict[str, Any]]]:
+    """By architecture, dtype and adapter mode: a world, and SFT's result there. Each is made once, when first asked for (a
+    fixture with parameters would be made anew for every method)."""
+
+    @cache
+    def make(corner: Corner) -> tuple[World, dict[str, Any]]:
+        kind, dtype, adapter = corner
+        folder = tmp_path_factory.mktemp("corner")
+        world = contract.build_world(folder, tiny_models[kind], adapter, dtype)
+        return world, contract.train(world, folder / "sft", contract.config("sft", dtype=dtype, adapter=adapter))
+
+    return make
 
 
 @pytest.mark.parametrize(
     ("corner", "name"),
     [(c, name) for c in CORNERS for name in contract.trained() if c[2] == "continue" or name not in NEEDS_ONE_ADAPTER],
-    indirect=["corner"],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_every_method_trains_elsewhere_too(name: str, corner: tuple[World, dict[str, Any]], tmp_path: Path) -> None:
+def test_every_method_trains_elsewhere_too(
+    name: str, corner: Corner, corners: Callable[[Corner], tuple[World, dict[str, Any]]], tmp_path: Path
+) -> None:
     """Neutral is SFT bit for bit, what it holds starts at zero, and the adapter has the shape of its mode."""
-    world, mode = corner
-    plain = contract.train(world, tmp_path / "sft", contract.config("sft", **mode))
+    world, plain = corners(corner)
+    mode = {"dtype": corner[1], "adapter": corner[2]}
     found = contract.train(world, tmp_path / "own", contract.config(name, dropout=0.0, **mode))
     assert not contract.same_bits(found, plain)  # dropout at least
     if (neutral := methods.load(name).neutral()) is not None:

@@ -32,11 +32,6 @@ class KillOnce:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> contract.World:
-    return contract.build_world(tmp_path_factory.mktemp("stage"), tiny_model)
-
-
-@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
     import ray
 

@@ -1,58 +1,142 @@
-"""Real processes for tests: a clean server imports the heavy libraries once and forks each rank from there."""
+"""Real ranks for tests. A clean server imports the heavy libraries once and forks ranks from there; a group of them lives
+on and takes one job after the other, so that a job costs neither imports nor a start."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import pytest
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["torch", "transformers", "peft", "deepspeed", "transformers.models.llama.modeling_llama"]
 )
+TIMEOUT_S = 120.0  # of one job; the longest takes about 10 on a free core
+GRACE_S = 20.0
+TAIL = 3000  # characters of a rank's output that a failure shows
 
 
-def _rank(function: Callable[..., None], rank: int, world_size: int, meeting: str, arguments: tuple[Any, ...]) -> None:
+def _serve(pipe: Connection, rank: int, world_size: int, folder: Path) -> None:
+    """A rank's process: join the gloo group, then run what comes through `pipe` until that is closed."""
+    log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     os.environ.update(
         GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu", RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank)
     )
-    import torch
+    try:
+        import torch
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
-    function(rank, world_size, *arguments)
-    torch.distributed.destroy_process_group()
+        torch.set_num_threads(1)
+        meeting = f"file://{folder / 'meeting'}"
+        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
+        while pipe.poll(None):
+            try:
+                function, arguments = pipe.recv()
+            except EOFError:  # nobody will ask again
+                os._exit(0)
+            function(rank, world_size, *arguments)
+            pipe.send("done")
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # a tidy end would wait for the other ranks, and they wait for this one
 
 
-def start(function: Callable[..., None], world_size: int, *arguments: Any) -> list[Any]:
-    """Start `function(rank, world_size, *arguments)` on every rank of a gloo group; the processes."""
-    meeting = str(Path(tempfile.mkdtemp()) / "meeting")
-    processes = [
-        CONTEXT.Process(target=_rank, args=(function, rank, world_size, meeting, arguments))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    return processes
+Ends = dict[int, Literal["done", "killed"] | int]  # by rank; killed: by us, for taking too long; a number: exit code
 
 
-def finish(processes: list[Any], timeout_s: float = 120.0) -> list[int | None]:
-    """Wait; exit codes by rank. A rank that outlives the time is killed and reads as None."""
-    codes: list[int | None] = []
-    for process in processes:
-        process.join(timeout_s)
-        if process.exitcode is None:
+class Group:
+    """Ranks of one gloo group. After a failure it is of no use any more."""
+
+    def __init__(self, world_size: int) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+        for rank in range(world_size):
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(theirs, rank, world_size, self.folder), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., None], arguments: tuple[Any, ...], timeout_s: float) -> Ends:
+        """Run `function(rank, world_size, *arguments)` on every rank and wait. Once one has failed, the others have
+        GRACE_S to notice."""
+        for pipe in self.pipes:
+            with contextlib.suppress(ConnectionError):  # a rank that died meanwhile: seen below
+                pipe.send((function, arguments))
+        ends: Ends = {}
+        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes)}
+        deadline = time.monotonic() + timeout_s
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for pipe in wait(list(waiting), left):
+                rank = waiting.pop(pipe)  # type: ignore[arg-type]
+                try:
+                    ends[rank] = pipe.recv()  # type: ignore[union-attr]
+                except (EOFError, ConnectionError):
+                    self.processes[rank].join()
+                    ends[rank] = self.processes[rank].exitcode
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        for rank in waiting.values():
+            self.processes[rank].kill()
+            self.processes[rank].join()
+            ends[rank] = "killed"
+        return ends
+
+    def explain(self, ends: Ends, timeout_s: float) -> str:
+        """How each rank ended, and the last of what it wrote."""
+        said = {
+            "done": "done",
+            "killed": f"not done after {timeout_s:g} s, or {GRACE_S:g} s after another failed: killed",
+        }
+        return "\n".join(
+            f"rank {rank} of {len(ends)}: {said.get(str(end), f'exit code {end}')}; the end of its output:\n"
+            + (self.folder / f"rank-{rank}.log").read_text(errors="replace")[-TAIL:]
+            for rank, end in sorted(ends.items())
+        )
+
+    def close(self) -> None:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            pipe.close()
+            process.join(10)
             process.kill()
-            process.join()
-            codes.append(None)
-        else:
-            codes.append(process.exitcode)
-    return codes
 
 
-def run(function: Callable[..., None], world_size: int, *arguments: Any) -> list[int | None]:
-    """`start` and `finish`."""
-    return finish(start(function, world_size, *arguments))
+_groups: dict[int, Group] = {}
+
+
+def run(function: Callable[..., None], world_size: int, *arguments: Any, timeout_s: float = TIMEOUT_S) -> None:
+    """Run `function(rank, world_size, *arguments)` on `world_size` ranks. Where one fails, or takes longer than
+    `timeout_s`, the test fails and says which, how, and what the ranks wrote; the next job gets new ranks."""
+    group = _groups.get(world_size) or _groups.setdefault(world_size, Group(world_size))
+    ends = group.run(function, arguments, timeout_s)
+    if set(ends.values()) != {"done"}:
+        _groups.pop(world_size).close()
+        pytest.fail(f"{function.__name__}{arguments!r}:\n{group.explain(ends, timeout_s)}", pytrace=False)
+
+
+def codes(function: Callable[..., None], world_size: int, *arguments: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
+    """Run what kills ranks, on ranks of its own; by rank its exit code, "done", or "killed" for taking too long."""
+    group = Group(world_size)
+    ends = group.run(function, arguments, timeout_s)
+    group.close()
+    return [ends[rank] for rank in range(world_size)]
+
+
+def close() -> None:
+    """End the ranks that wait for another job."""
+    while _groups:
+        _groups.popitem()[1].close()

@@ -80,7 +80,7 @@ def exercise(rank: int, world_size: int, out: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engines")
     for num in (1, 2):
-        assert ranks.run(exercise, num, str(folder)) == [0] * num
+        ranks.run(exercise, num, str(folder))
     return folder
 
 

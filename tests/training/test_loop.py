@@ -13,11 +13,6 @@ from tests.methods import contract
 from tests.training import ranks
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> contract.World:
-    return contract.build_world(tmp_path_factory.mktemp("loop"), tiny_model)
-
-
 def test_the_schedule_warms_up_and_falls_to_zero_as_a_cosine() -> None:
     config = Training(learning_rate=2.0, warmup_ratio=0.2)
     rates = [loop.learning_rate(config, step, 10) for step in range(10)]
@@ -67,7 +62,8 @@ def test_fewer_rows_than_ranks_do_not_hang(world: contract.World, tmp_path: Path
     jobs: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         (str(tmp_path / f"zero{zero}"), settings, {"engine": "deepspeed", "zero": zero}) for zero in (1, 2)
     ] + [(str(tmp_path / "torch"), settings, {})]
-    assert ranks.run(contract.train_several, 2, world, jobs) == [0, 0]
+    for job in jobs:
+        ranks.run(contract.train_on_rank, 2, world, *job)
     one = contract.train(world, tmp_path / "one", settings)
     start = contract.adapter(world.safe.parent)
     for scratch, _, _ in jobs:
@@ -79,8 +75,8 @@ def test_a_killed_rank_ends_the_run_and_it_resumes_bit_for_bit(world: contract.W
     settings = contract.config("der")
     for num, where in ((1, {}), (2, {"engine": "deepspeed", "zero": 1})):
         killed, whole = tmp_path / f"killed{num}", tmp_path / f"whole{num}"
-        codes = ranks.run(contract.train_and_die, num, world, str(killed), settings, where, 4)
-        assert codes[-1] == -9 and 0 not in codes
+        codes = ranks.codes(contract.train_and_die, num, world, str(killed), settings, where, 4)
+        assert codes[-1] == -9 and not {0, "done"} & set(codes)
         assert not (killed / "result").exists()
         newest = loop.newest(killed)
         assert newest is not None and json.loads((newest / "state.json").read_text())["step"] in (3, 4)
@@ -88,8 +84,8 @@ def test_a_killed_rank_ends_the_run_and_it_resumes_bit_for_bit(world: contract.W
         with (killed / "curves.jsonl").open("a") as file:
             file.write('{"step": 5, "lo')
         (killed / "tmp-1-5").mkdir()
-        jobs = [(str(killed), settings, where), (str(whole), settings, where)]
-        assert ranks.run(contract.train_several, num, world, jobs) == [0] * num
+        for scratch in (killed, whole):
+            ranks.run(contract.train_on_rank, num, world, str(scratch), settings, where)
         assert contract.same_bits(contract.adapter(killed), contract.adapter(whole))
         assert contract.curves(killed) == contract.curves(whole)
         assert [line["step"] for line in contract.curves(killed)] == list(range(1, 8))
@@ -97,7 +93,7 @@ def test_a_killed_rank_ends_the_run_and_it_resumes_bit_for_bit(world: contract.W
 
 def test_a_checkpoint_of_another_run_is_not_resumed(world: contract.World, tmp_path: Path) -> None:
     settings = contract.config("sft")
-    codes = ranks.run(contract.train_and_die, 1, world, str(tmp_path), settings, {}, 4)
+    codes = ranks.codes(contract.train_and_die, 1, world, str(tmp_path), settings, {}, 4)
     assert codes == [-9]
     settings["training"] = {**settings["training"], "epochs": 3.0}
     with pytest.raises(RuntimeError, match="7 steps, expected 14"):
