@@ -14,6 +14,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -112,25 +113,55 @@ def interleaved(
     }
 
 
-def in_process(
-    arguments: Sequence[str], python: str = sys.executable, timeout: float = 900, **environment: str
-) -> dict[str, Any]:
-    """Run `python arguments` and return the JSON that it printed on a line that begins with RESULT. Raises RuntimeError
-    with the end of what it said if there is none."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parent), **environment}
-    said = subprocess.run([python, *arguments], env=env, capture_output=True, text=True, timeout=timeout)
-    lines = [line for line in said.stdout.splitlines() if line.startswith("RESULT ")]
-    if said.returncode or not lines:
-        raise RuntimeError(f"{shlex.join(arguments[:6])} ... failed:\n{said.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
-    return found
-
-
 def say(result: Mapping[str, Any]) -> None:
-    """Print what `in_process` reads."""
+    """Print what `Worker.ask` reads."""
     print("RESULT " + json.dumps(result), flush=True)
 
 
 def peak_rss_gib() -> float:
     """This process's largest resident set so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
+
+
+class Worker:
+    """A benchmark's own process that stays up: loaded once, it runs each time `ask` is called, so that alternatives in
+    turn each have a process (and a peak of memory) of their own. The script's side of it is `serve`."""
+
+    def __init__(self, arguments: Sequence[str], python: str = sys.executable, **environment: str) -> None:
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parent), **environment}
+        self.said = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  (closed by `close`)
+        self.process = subprocess.Popen(
+            [python, *arguments], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """The answer to a request. Raises RuntimeError with the end of what the process said if it ended."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it ended: its output says why
+        for line in self.process.stdout:
+            if line.startswith("RESULT "):
+                found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+                return found
+        self.process.wait()
+        self.said.seek(0)
+        raise RuntimeError(f"a benchmark's process ended:\n{self.said.read()[-2000:]}")
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.said.close()
+
+
+def serve(answer: Callable[..., dict[str, Any]]) -> None:
+    """A worker's side: answer requests until there are no more."""
+    for line in sys.stdin:
+        say(answer(**json.loads(line)))
