@@ -25,11 +25,11 @@ def peft_model(base: Any, adapter: Path | None, lora: dict[str, Any]) -> Any:
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    layers = base.config.num_hidden_layers
     last = lora["last_layers"]
+    lower = "|".join(map(str, range(base.config.num_hidden_layers - last))) if last is not None else ""
     config = LoraConfig(
         task_type="CAUSAL_LM", r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"],
-        target_modules="all-linear", layers_to_transform=None if last is None else list(range(layers - last, layers)),
+        target_modules="all-linear", exclude_modules=rf".*\.({lower})\..*" if lower else None,
     )  # fmt: skip
     model = get_peft_model(base, config)
     if adapter is not None:

@@ -350,7 +350,7 @@ def settings(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Each task, then variations of the second one; or what was asked for."""
     usual = {"dtype": options.dtype, "batch_size": 5, "last_layers": None, "dropout": 0.0}
     found = [{"task": task, **usual} for task in options.tasks]
-    if options.quick:
+    if options.quick is not None:
         return [{**item, **options.quick} for item in found]
     varied = {**found[min(1, len(found) - 1)]}
     return [*found, {**varied, "last_layers": 15}, {**varied, "batch_size": 8}, {**varied, "dropout": 0.1}]
