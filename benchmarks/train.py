@@ -35,7 +35,6 @@ ANSWERS = {"sst2": "one word", "gsm8k": "a few sentences", "codealpaca": "code"}
 RATE = 2e-4
 SEED = 0
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # of a step's loss, relative
-PROFILED = 3  # steps
 
 
 def cache() -> Path:
@@ -57,10 +56,13 @@ def model_folder(source: str, dtype: str) -> Path:
         return out
     if source != "wheel":
         return Path(source).absolute()
+    from transformers.utils.logging import disable_progress_bar
+
     from safecl.config import Model
     from safecl.models import model_stage
     from safecl.stages import model
 
+    disable_progress_bar()
     out = cache() / f"smollm2-{dtype}"
     if not (out / "tokenizer.json").exists():
         out.mkdir(exist_ok=True)
@@ -124,9 +126,9 @@ def ours(spec: Mapping[str, Any], engine: str, scratch: Path, profile: bool) -> 
     ends: list[float] = []
 
     def after_step(step: int) -> None:
-        if profile and step == 2:
+        if profile and step == 1:
             profiler.start()
-        if profile and step == 2 + PROFILED:
+        if profile and step == made.run.num_steps:
             profiler.stop()
         ends.append(time.perf_counter())
 
@@ -137,14 +139,15 @@ def ours(spec: Mapping[str, Any], engine: str, scratch: Path, profile: bool) -> 
         events = profiler.key_averages()
         events = sorted(events, key=lambda event: -event.self_cpu_time_total)
         total = sum(event.self_cpu_time_total for event in events)
+        steps = made.run.num_steps - 1
         found["profile"] = [
             {
                 "operation": event.key, "share": event.self_cpu_time_total / total,
-                "ms a step": event.self_cpu_time_total / 1e3 / PROFILED, "calls a step": event.count / PROFILED,
+                "ms a step": event.self_cpu_time_total / 1e3 / steps, "calls a step": event.count / steps,
             }
             for event in events[:25]
         ]  # fmt: skip
-        found["profile"].append({"operation": "all", "share": 1.0, "ms a step": total / 1e3 / PROFILED})
+        found["profile"].append({"operation": "all", "share": 1.0, "ms a step": total / 1e3 / steps})
     return found
 
 
