@@ -50,12 +50,12 @@ def train(
     scratch: Path,
     synchronise: Callable[[], None] = lambda: None,
     gradient_checkpointing: bool = False,
+    warm: int = 1,
 ) -> dict[str, Any]:
     """Train by `kind` (trl, hf). `rate(step)`: the learning rate over its peak.
 
-    Returns `losses` (one a step) and `seconds` from the end of the first step to the end of the last.
+    Returns `losses` (one a step) and `seconds` from the end of step `warm` to the end of the last.
     """
-    from datasets import Dataset
     from transformers import TrainerCallback
 
     ends: list[float] = []
@@ -63,14 +63,11 @@ def train(
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if len(ends) == 0 or state.global_step == state.max_steps:
+            if state.global_step in (warm, state.max_steps):
                 synchronise()
             ends.append(time.perf_counter())
 
-    examples = {
-        "input_ids": [ids for ids, _ in rows],
-        "labels": [[-100] * prompt + ids[prompt:] for ids, prompt in rows],
-    }
+    examples = [{"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]} for ids, prompt in rows]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=training["learning_rate"], weight_decay=training["weight_decay"], fused=True
@@ -83,11 +80,12 @@ def train(
         "dataloader_pin_memory": False,
     }  # fmt: skip
     common = {
-        "model": model, "train_dataset": Dataset.from_dict(examples), "processing_class": tokenizer,
+        "model": model, "train_dataset": examples, "processing_class": tokenizer,
         "optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)), "callbacks": [Clock()],
     }  # fmt: skip
     trainer: Any
     if kind == "trl":
+        from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
         class Sft(SFTTrainer):  # type: ignore[misc]
@@ -99,7 +97,7 @@ def train(
         args = SFTConfig(
             **settings, loss_type="nll", max_length=None, packing=False, padding_free="padding_free" in variant
         )
-        trainer = Sft(args=args, **common)
+        trainer = Sft(args=args, **{**common, "train_dataset": Dataset.from_list(examples)})
     else:
         from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -113,4 +111,4 @@ def train(
             **common,
         )  # fmt: skip
     trainer.train()
-    return {"losses": [float(loss) for loss in losses], "seconds": ends[-1] - ends[0], "ends": ends}
+    return {"losses": [float(loss) for loss in losses], "seconds": ends[-1] - ends[warm - 1]}

@@ -74,15 +74,15 @@ def command() -> str:
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
 
 
-def write(name: str, numbers: Mapping[str, Any], **versions_besides: str) -> Path:
-    """Write `results/NAME.json`, over what stood there. `versions_besides`: of packages that other processes used."""
+def write(name: str, numbers: Mapping[str, Any], folder: Path = RESULTS, **versions_besides: str) -> Path:
+    """Write `folder/NAME.json`, over what stood there. `versions_besides`: of packages that other processes used."""
     about = (sys.modules["__main__"].__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
     record = {
         "name": name, "about": about, "command": command(), "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(), "versions": {**versions(), **versions_besides}, "numbers": numbers,
     }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}.json"
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     temporary.replace(file)
