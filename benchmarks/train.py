@@ -72,7 +72,7 @@ def model_folder(source: str, dtype: str) -> Path:
 
 
 def user_rows(task: str, data: Path, num_tokens: int, model: Path, batch_size: int) -> tuple[list[Any], list[Any]]:
-    """(rows, encoded rows): the task's first user rows, in whole batches, of at least so many tokens."""
+    """(rows, encoded rows): the task's first user rows: 4 whole batches or more, of at least so many tokens."""
     from safecl import tasks
     from safecl.config import Template
     from safecl.tasks import Row
@@ -86,7 +86,7 @@ def user_rows(task: str, data: Path, num_tokens: int, model: Path, batch_size: i
         rows = tasks.load(task)(data).rows("user", 400, SEED)
     encoded, _ = tokens.encode(rows, tokens.Tokenizer(model), Template().model_dump(), False, 512)
     total, num = 0, 0
-    while num < len(encoded) and (total < num_tokens or num % batch_size):
+    while num < len(encoded) and (total < num_tokens or num % batch_size or num < 4 * batch_size):
         total, num = total + len(encoded[num].ids), num + 1
     by_id = {row.id: row for row in rows}
     return [by_id[row.row_id] for row in encoded[:num]], encoded[:num]
@@ -350,12 +350,12 @@ def profiled(options: argparse.Namespace, setting: dict[str, Any]) -> list[dict[
 
 
 def settings(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Each task, then variations of the second one; or what was asked for."""
+    """Each task, then variations of the last one; or what was asked for."""
     usual = {"dtype": options.dtype, "batch_size": 5, "last_layers": None, "dropout": 0.0}
     found = [{"task": task, **usual} for task in options.tasks]
     if options.quick is not None:
         return [{**item, **options.quick} for item in found]
-    varied = {**found[min(1, len(found) - 1)]}
+    varied = found[-1]
     return [*found, {**varied, "last_layers": 15}, {**varied, "batch_size": 8}, {**varied, "dropout": 0.1}]
 
 
@@ -366,7 +366,7 @@ def main() -> None:
     parser.add_argument("--model", default="wheel", help="wheel (SmolLM2-135M), tiny, or a folder")
     parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE))
     parser.add_argument("--tasks", nargs="+", default=list(ANSWERS), choices=list(ANSWERS))
-    parser.add_argument("--tokens", type=int, default=2500, help="real tokens of a run")
+    parser.add_argument("--tokens", type=int, default=1500, help="real tokens of a run, at least")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--engine", default="torch", choices=["torch", "deepspeed"])
