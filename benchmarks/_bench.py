@@ -11,6 +11,7 @@ import os
 import platform
 import resource
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -57,8 +58,8 @@ def versions() -> dict[str, str]:
     """Python's, the code's commit (`+`: with changes), and those of the installed packages that matter to speed."""
     found = {"python": platform.python_version()}
     git = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    said = subprocess.run(git, cwd=HERE, capture_output=True, text=True)
-    if said.returncode == 0:
+    said = subprocess.run(git, cwd=HERE, capture_output=True, text=True) if shutil.which("git") else None
+    if said is not None and said.returncode == 0:
         found["safecl"] = said.stdout.strip()
     for package in PACKAGES:
         try:

@@ -94,8 +94,9 @@ class Bench:
         name = "gpu-tiny" if self.options.tiny else "gpu"
         _bench.write(name, {title: rows for title, rows in self.tables.items() if rows}, self.options.out)
 
-    def peak_gib(self) -> float:
-        return torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else _bench.peak_rss_gib()
+    def peak_gib(self) -> float | None:
+        """Of the run under way; on a CPU all runs share a process, whose peak says nothing of one."""
+        return torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None
 
     def clear(self) -> None:
         gc.collect()
