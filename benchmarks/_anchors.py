@@ -54,18 +54,19 @@ def train(
 ) -> dict[str, Any]:
     """Train by `kind` (trl, hf). `rate(step)`: the learning rate over its peak.
 
-    Returns `losses` (one a step) and `seconds` from the end of step `warm` to the end of the last.
+    Returns `losses` (one a step), and `seconds` and `cpu_s` (CPU seconds of this process) from the end of step `warm` to the
+    end of the last.
     """
     from transformers import TrainerCallback
 
-    ends: list[float] = []
+    ends: list[tuple[float, float]] = []
     losses: list[torch.Tensor] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step in (warm, state.max_steps):
                 synchronise()
-            ends.append(time.perf_counter())
+            ends.append((time.perf_counter(), time.process_time()))
 
     examples = [{"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]} for ids, prompt in rows]
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -111,4 +112,5 @@ def train(
             **common,
         )  # fmt: skip
     trainer.train()
-    return {"losses": [float(loss) for loss in losses], "seconds": ends[-1] - ends[warm - 1]}
+    (start, cpu_start), (end, cpu_end) = ends[warm - 1], ends[-1]
+    return {"losses": [float(loss) for loss in losses], "seconds": end - start, "cpu_s": cpu_end - cpu_start}

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping
@@ -130,12 +131,17 @@ def worker(spec_file: str) -> None:
         from safecl.training import loop
 
         made = finetune.make_run(config(method, spec["dtype"]), inputs_of(method, spec["world"]), execution())
-        ends: list[float] = []
+        ends: list[tuple[float, float]] = []
         with tempfile.TemporaryDirectory() as scratch:
-            loop.train(made.method, made.run, Path(scratch), None, 1e9, lambda _: ends.append(time.perf_counter()))
+            loop.train(
+                made.method, made.run, Path(scratch), None, 1e9,
+                lambda _: ends.append((time.perf_counter(), time.process_time())),
+            )  # fmt: skip
             lines = [json.loads(line) for line in (Path(scratch) / "curves.jsonl").read_text().splitlines()]
+        (start, cpu_start), (end, cpu_end) = ends[0], ends[-1]
+        num = len(ends) - 1
         found = {
-            "seconds": (ends[-1] - ends[0]) / (len(ends) - 1), "losses": [line["loss"] for line in lines],
+            "seconds": (end - start) / num, "cpu_s": (cpu_end - cpu_start) / num, "losses": [line["loss"] for line in lines],
             "response_tokens": [line["response_tokens"] for line in lines], "peak_rss_gib": _bench.peak_rss_gib(),
         }  # fmt: skip
         del made
@@ -179,9 +185,11 @@ def main() -> None:
         for method in options.only or trained()[1:]:
             other = _bench.Worker(arguments, **environment)
             said: dict[str, Any] = {method: other.ask(method=method)}  # warms up
+            cpu: dict[str, list[float]] = {"sft": [], method: []}
 
-            def once(kind: str, process: _bench.Worker, said: dict[str, Any] = said) -> float:
+            def once(kind: str, process: _bench.Worker, said: dict[str, Any] = said, cpu: Any = cpu) -> float:
                 said[kind] = process.ask(method=kind)
+                cpu[kind].append(said[kind]["cpu_s"])
                 return float(said[kind]["seconds"])
 
             runs = {"sft": lambda: once("sft", sft), method: lambda m=method, p=other, o=once: o(m, p)}
@@ -190,13 +198,18 @@ def main() -> None:
             goal = GOALS.get(method)
             row = {
                 "method": method, "a step, s": found[method]["median"], "SFT's, s": found["sft"]["median"],
-                "over SFT's": found[method]["ratio"], "goal": goal, "peak RSS, GiB": said[method]["peak_rss_gib"],
+                "over SFT's": found[method]["ratio"],
+                "by CPU time": statistics.median(b / a for a, b in zip(cpu["sft"], cpu[method], strict=True)),
+                "goal": goal, "peak RSS, GiB": said[method]["peak_rss_gib"],
                 "SFT's, GiB": plain["peak_rss_gib"],
             }  # fmt: skip
             table.append(row)
-            step, plain_step, ratio = (row[key] for key in ("a step, s", "SFT's, s", "over SFT's"))
+            step, plain_step, ratio, by_cpu = (
+                row[key] for key in ("a step, s", "SFT's, s", "over SFT's", "by CPU time")
+            )
             print(
-                f"{method:10} {step:.3f} s   SFT {plain_step:.3f} s   ratio {ratio:.2f}   goal {goal or '-'}   "
+                f"{method:10} {step:.3f} s   SFT {plain_step:.3f} s   ratio {ratio:.2f} (by CPU time {by_cpu:.2f})   "
+                f"goal {goal or '-'}   "
                 f"peak {said[method]['peak_rss_gib']:.2f} GiB (SFT {plain['peak_rss_gib']:.2f})",
                 flush=True,
             )
