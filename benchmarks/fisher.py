@@ -13,11 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import _bench
 import torch
 
 from safecl.config import Lora
 from safecl.stages.fisher import RowSquares
 from safecl.training import losses, model
+
+TOLERANCE = 0.05  # of a factor's squares, relative: the model computes in bfloat16
 
 
 def small() -> Any:
@@ -36,6 +39,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -54,27 +58,46 @@ def main() -> None:
         losses.cross_entropy_sum(hidden_BTD.flatten(0, 1), head, part_BT[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
 
     named = model.factors(peft_model)
-    looped = {name: torch.zeros_like(p) for name, p in named.items()}
-    start = time.perf_counter()
-    for row in ids_BT:
+    totals: dict[str, dict[str, torch.Tensor]] = {}
+
+    def loop() -> float:
+        totals["loop"] = {name: torch.zeros_like(p) for name, p in named.items()}
+        start = time.perf_counter()
+        for row in ids_BT:
+            peft_model.zero_grad()
+            backward(row[None])
+            for name, p in named.items():
+                assert p.grad is not None
+                totals["loop"][name] += p.grad.square()
+        return time.perf_counter() - start
+
+    def batched() -> float:
         peft_model.zero_grad()
-        backward(row[None])
-        for name, p in named.items():
-            assert p.grad is not None
-            looped[name] += p.grad.square()
-    slow = time.perf_counter() - start
-    peft_model.zero_grad()
-    total = {name: torch.zeros_like(p) for name, p in named.items()}
-    squares = RowSquares(peft_model, total)
-    start = time.perf_counter()
-    for part_BT in ids_BT.split(options.batch):
-        backward(part_BT)
-    fast = time.perf_counter() - start
-    squares.close()
-    sizes = [(float((total[n] - looped[n]).norm() / looped[n].norm())) for n in named]
+        totals["batched"] = {name: torch.zeros_like(p) for name, p in named.items()}
+        squares = RowSquares(peft_model, totals["batched"])
+        start = time.perf_counter()
+        for part_BT in ids_BT.split(options.batch):
+            backward(part_BT)
+        taken = time.perf_counter() - start
+        squares.close()
+        for p in named.values():
+            p.requires_grad_()  # which it turns off
+        return taken
+
+    found = _bench.interleaved({"batched": batched, "loop": loop}, options.repeats)
+    pairs = [(totals["batched"][name], totals["loop"][name]) for name in named]
+    apart = max(float((fast - slow).norm() / slow.norm()) for fast, slow in pairs)
     print(
-        f"loop {slow:.2f} s   batch of {options.batch} {fast:.2f} s   ratio {slow / fast:.1f}x   difference {max(sizes):.1e}"
+        f"loop {found['loop']['median']:.2f} s   batch of {options.batch} {found['batched']['median']:.2f} s   "
+        f"loop/batch {found['loop']['ratio']:.1f}x   difference {apart:.1e}"
     )
+    assert apart < TOLERANCE, f"the two differ by {apart:.1e}, expected less than {TOLERANCE}"
+    row = {
+        "rows": options.rows, "tokens a row": options.tokens, "rows a batch": options.batch,
+        "loop, s": found["loop"]["median"], "batched, s": found["batched"]["median"],
+        "loop / batched": found["loop"]["ratio"], "largest difference": apart,
+    }  # fmt: skip
+    print(_bench.write("fisher", {"Fisher information of each row": row}))
 
 
 if __name__ == "__main__":
