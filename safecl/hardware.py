@@ -159,6 +159,11 @@ def slowdown(speeds: Mapping[Dtype, Speed]) -> float:
     return speeds["float32"].both / speeds["bfloat16"].both
 
 
+def times(factor: float) -> str:
+    """A factor as people read it: `1.4 times`, `23 times`."""
+    return f"{factor:.{0 if factor >= 10 else 1}f} times"
+
+
 def device(use_gpu: bool = False) -> str:
     """What computes on this machine, in words."""
     if not use_gpu:

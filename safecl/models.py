@@ -1,51 +1,15 @@
-"""A model of the sweep file as a cached stage: what it is, apart from where it lies; and what `dtype: auto` becomes."""
+"""A model of the sweep file as a cached stage: what it is, apart from where it lies."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args
 
-from safecl import methods
-from safecl.base import ConfigError, Json, PrerequisiteError
-from safecl.config import Model, Sweep
-from safecl.hardware import Dtype
+from safecl.base import Json, PrerequisiteError
+from safecl.config import Model
 from safecl.store import Stage
 from safecl.tasks._source import sha256
-
-
-def resolved(sweep: Sweep, dtype: Dtype) -> Sweep:
-    """The sweep with `dtype` in place of every `auto`: of its models, its guard model, and the models in methods'
-    configs. Identities are formed of what this returns."""
-
-    def of(model: Model) -> Model:
-        return model.model_copy(update={"dtype": dtype}) if model.dtype == "auto" else model
-
-    judges = sweep.evaluate.judges
-    if judges.guard_model is not None:
-        judges = judges.model_copy(update={"guard_model": of(judges.guard_model)})
-    chosen = []
-    for method in sweep.methods:
-        config = {name: _named(method.name, name, value, dtype) for name, value in method.config.items()}
-        chosen.append(method.model_copy(update={"config": config}))
-    return sweep.model_copy(
-        update={
-            "models": tuple(map(of, sweep.models)),
-            "methods": tuple(chosen),
-            "evaluate": sweep.evaluate.model_copy(update={"judges": judges}),
-        }
-    )
-
-
-def _named(method: str, name: str, value: Json, dtype: Dtype) -> Json:
-    """A value of a method's config, with its dtype if it is a model. What is wrong with it is said by check.py."""
-    try:
-        field: Any = methods.load(method).Config.model_fields.get(name)
-    except ConfigError:
-        return value
-    is_model = field is not None and isinstance(value, dict) and Model in (field.annotation, *get_args(field.annotation))
-    return {**value, "dtype": dtype} if is_model and value.get("dtype", "auto") == "auto" else value
 
 
 def model_stage(model: Model) -> Stage:

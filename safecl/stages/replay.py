@@ -58,7 +58,9 @@ def _queries(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[
     left: dict[str, list[Row]] = {"extracted": found}
     low, high = config["perplexity_percentiles"]
     if (low, high) != (0, 100) and found:
-        surprises = perplexities(context.inputs["model"], [row.prompt for row in found], context)
+        surprises = perplexities(
+            context.inputs["model"], [row.prompt for row in found], context, config.get("dtype", "bfloat16")
+        )
         left["perplexity"] = found = within(found, surprises, low, high)
     if "embedder" in context.inputs:
         vectors = embeddings(context.inputs["embedder"], [row.prompt for row in found], context)
@@ -164,7 +166,7 @@ def by_domain(rows: Sequence[Row]) -> dict[str, Json]:
     return dict(sorted(Counter(str(row.meta["domain"]) for row in rows).items()))
 
 
-def perplexities(folder: Path, texts: Sequence[str], context: Context) -> list[float]:
+def perplexities(folder: Path, texts: Sequence[str], context: Context, dtype: str) -> list[float]:
     """exp of the mean token cross-entropy of each text under the base model, from its second token on."""
     import torch
 
@@ -173,7 +175,7 @@ def perplexities(folder: Path, texts: Sequence[str], context: Context) -> list[f
     device = "cuda" if context.execution.use_gpu else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)
-    base = model.load(tokens.base_folder(folder), "bfloat16", device)
+    base = model.load(tokens.base_folder(folder), dtype, device)
     hidden_states, head = model.HiddenStates(base).eval(), losses.head_of(base)
     found: list[float] = []
     with torch.no_grad():
