@@ -64,17 +64,20 @@ def test_queries_are_what_was_quoted_once_each_and_no_test_prompt(tmp_path: Path
     assert facts["yield"] == {"fraud": 1, "theft": 1} and facts["relevance"] is None
 
 
-def test_the_perplexity_is_the_models_and_its_tails_are_cut(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "within"), [("float32", 1e-4), ("bfloat16", 0.02)])
+def test_the_perplexity_is_the_models_and_its_tails_are_cut(
+    dtype: str, within: float, tiny_model: Path, tmp_path: Path
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     texts = ["the other rain", "the the the the"]
     context = Context(Stage("replay", {}), {}, tmp_path, tmp_path, Execution(), lambda *_: None)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    for text, found in zip(texts, replay.perplexities(tiny_model, texts, context), strict=True):
+    for text, found in zip(texts, replay.perplexities(tiny_model, texts, context, dtype), strict=True):
         ids = tokenizer(text, return_tensors="pt").input_ids
-        assert found == pytest.approx(float(torch.exp(model(ids, labels=ids).loss)), rel=0.02)
+        assert found == pytest.approx(float(torch.exp(model(ids, labels=ids).loss)), rel=within)
     rows = [Row(str(i), "x") for i in range(21)]
     kept = replay.within(rows, [float(v) for v in range(21)], 5, 95)
     assert [row.id for row in kept] == [str(i) for i in range(1, 20)]
