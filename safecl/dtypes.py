@@ -38,12 +38,15 @@ def auto(sweep: Sweep, store: Store, nodes: Sequence[Node] | None, reads: bool) 
         return None
     on_cluster, use_gpu = sweep.execution.address != "local", sweep.execution.use_gpu
     if nodes is not None:
-        return Auto(agreed(nodes), f"what all {len(nodes)} nodes that train multiply natively")
+        dtype = agreed(nodes)
+        told = "every" if dtype == "bfloat16" else "no"
+        return Auto(dtype, f"{told} node that trains ({len(nodes)} of them) multiplies bfloat16 natively")
     last = store.noted(_note(sweep)) if reads or on_cluster else None
     if last is not None:
         return Auto(last["dtype"], "as the last run found")
-    why = f"what {device(use_gpu)} multiplies natively"
-    return Auto(native(use_gpu), f"{why}; assumed, as `run` will ask the cluster's nodes" if on_cluster else why)
+    dtype = native(use_gpu)
+    why = f"{device(use_gpu)} {'multiplies bfloat16' if dtype == 'bfloat16' else 'does not multiply bfloat16'} natively"
+    return Auto(dtype, f"assumed, for {why}; `run` will ask the cluster's nodes" if on_cluster else why)
 
 
 def warnings(sweep: Sweep, store: Store, found: Auto | None, nodes: Sequence[Node] | None) -> list[str]:
@@ -58,13 +61,15 @@ def warnings(sweep: Sweep, store: Store, found: Auto | None, nodes: Sequence[Nod
         )
     if not has_bfloat16(sweep):
         return told
+    at = "there"
     if nodes is None and sweep.execution.address == "local":
         nodes = [this_node("this machine", sweep.execution.use_gpu, measure=True)]
+        at = "here"
     for node in nodes or ():
-        where = node.device if len(nodes or ()) == 1 else f"{node.device} of node {node.name}"
+        where = node.device if at == "here" else f"{node.device} of node {node.name}"
         if node.slowdown is not None and node.slowdown > 1.05:
             slower = f"{times(node.slowdown)} slower than float32"
-            told.append(f"bfloat16 is emulated on {where}: {slower} there (measured); set dtype: auto")
+            told.append(f"bfloat16 is emulated on {where}: {slower} {at} (measured); set dtype: auto")
         elif node.native == "float32" and node.slowdown is None:
             told.append(f"bfloat16 is emulated on {where} (how slow could not be measured); set dtype: auto")
     return told

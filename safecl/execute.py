@@ -234,6 +234,7 @@ class Broker:
                     memory_gib=chosen.engine_memory_gib,
                     batch_invariant=chosen.batch_invariant,
                     use_gpu=chosen.use_gpu,
+                    dtype=str(model.config["dtype"]),
                     log_dir=self.logs,
                 )
                 await asyncio.to_thread(

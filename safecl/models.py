@@ -25,7 +25,8 @@ def model_stage(model: Model) -> Stage:
         source = {"files": {str(file.relative_to(path)): sha256(file) for file in files}}
     else:
         source, path = {"hub": model.source, "revision": model.revision}, ""
-    version: str = import_module("safecl.stages.model").VERSION
+    stage = import_module("safecl.stages.model")
+    version: str = stage.VERSION if "wheel" in source else stage.POINTER_VERSION
     return Stage("model", {"source": source, "dtype": model.dtype}, {}, version, {"path": path})
 
 

@@ -132,7 +132,7 @@ def test_emulated_bfloat16_says_how_slow_it_is_and_native_or_float32_nothing(
     assert [told(*case) for case in (("auto", False), ("float32", False), ("bfloat16", True))] == [[], [], []]
     assert not measured  # nor is anything measured for them
     [line] = told("bfloat16", False)
-    assert line == "bfloat16 is emulated on an old CPU: 15 times slower than float32 there (measured); set dtype: auto"
+    assert line == "bfloat16 is emulated on an old CPU: 15 times slower than float32 here (measured); set dtype: auto"
     joined = "execution.address=ray://nowhere:1"
     assert told("bfloat16", False, joined) == []  # not this machine computes
     [line] = told("bfloat16", False, joined, nodes=[Node("a", "A", "bfloat16"), Node("b", "B", "float32", 3.0)])
