@@ -81,6 +81,7 @@ def native(use_gpu: bool = False) -> Dtype:
     return "bfloat16" if native_bfloat16(use_gpu) else "float32"
 
 
+@lru_cache
 def gpus() -> list[tuple[str, float]]:
     """(name, CUDA compute capability) of every visible GPU; empty without one. Holds no memory of theirs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -170,7 +171,7 @@ def device(use_gpu: bool = False) -> str:
     """What computes on this machine, in words."""
     if not use_gpu:
         return cpu().name
-    return ", ".join(dict.fromkeys(f"{name} (compute capability {c:g})" for name, c in gpus())) or "no GPU"
+    return ", ".join(dict.fromkeys(f"{name} (compute capability {c:g})" for name, c in gpus())) or "no visible GPU"
 
 
 # -- a cluster --------------------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def this_node(name: str, use_gpu: bool, measure: bool) -> Node:
     return Node(name, device(use_gpu), found, None if speeds is None else slowdown(speeds))
 
 
-def nodes(use_gpu: bool, measure: bool, timeout_s: float = 60.0) -> list[Node]:
+def nodes(use_gpu: bool, measure: bool, timeout_s: float = 120.0) -> list[Node]:
     """What every alive node that can train (with a GPU; without `use_gpu`: with CPUs) of the Ray cluster that this
     process is connected to says of itself.
 

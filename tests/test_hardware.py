@@ -19,6 +19,7 @@ SIMULATED = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*SIMULATED, "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
+    hardware.gpus.cache_clear()
 
 
 def with_flags(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
