@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from safecl import dtypes, hardware
+from safecl import driver, dtypes, hardware
 from safecl.base import ConfigError
 from safecl.config import Execution
 from safecl.hardware import Node, Speed
@@ -99,6 +99,29 @@ def test_reading_shows_what_was_run_and_a_run_that_shares_nothing_with_it_says_s
     assert again.sweep.models[0].dtype == native
     [told] = dtypes.warnings(again.sweep, again.store, again.auto, None)
     assert f"was in {other}, this is in {native}" in told and f"set dtype: {other}" in told
+
+
+@pytest.mark.parametrize("verb", [driver.run, driver.train_guard])
+def test_a_run_says_what_auto_became_and_notes_it_before_anything_is_spent(
+    verb: Any, native: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Started(Exception):
+        pass
+
+    def start(*_: Any) -> None:
+        assert Store(str(tmp_path)).noted("dtype-quickstart")["dtype"] == native
+        raise Started
+
+    monkeypatch.setattr("safecl.execute.start", start)
+    monkeypatch.setattr(driver, "_check_memory", lambda sweep: None)
+    said: list[str] = []
+    with pytest.raises(Started):
+        verb(open_(tmp_path), said.append)
+    assert said[0].startswith(f"dtype: auto is {native}: ")
+    other = "float32" if native == "bfloat16" else "bfloat16"
+    monkeypatch.setattr(hardware, "native_bfloat16", lambda use_gpu=False: other == "bfloat16")
+    assert open_(tmp_path, reads=True).sweep.models[0].dtype == native
+    assert open_(tmp_path).sweep.models[0].dtype == other
 
 
 @pytest.mark.parametrize("url", [False, True])
