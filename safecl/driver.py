@@ -31,6 +31,7 @@ def open_to_run(sweep: Sweep) -> Project:
     execution = sweep.execution
     if execution.address == "local" or not (dtypes.has_auto(sweep) or dtypes.has_bfloat16(sweep)):
         return Project(sweep)
+    Project(sweep)  # says what is wrong with it before a cluster is joined
     import ray
 
     from safecl import execute

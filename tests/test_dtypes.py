@@ -101,7 +101,9 @@ def test_reading_shows_what_was_run_and_a_run_that_shares_nothing_with_it_says_s
     assert f"was in {other}, this is in {native}" in told and f"set dtype: {other}" in told
 
 
-@pytest.mark.parametrize("verb", [driver.run, driver.train_guard])
+@pytest.mark.parametrize(
+    ("verb", "native"), [(driver.run, "float32"), (driver.train_guard, "bfloat16")], indirect=["native"]
+)
 def test_a_run_says_what_auto_became_and_notes_it_before_anything_is_spent(
     verb: Any, native: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,8 @@ def _write(folder: Path, name: str, lines: list[dict[str, Any]]) -> Path:
 def run(tmp: Path, config: dict[str, Any], inputs: dict[str, Path]) -> tuple[list[Row], dict[str, Any]]:
     out = tmp / f"out-{config['step']}"
     out.mkdir()
-    facts = replay.run(Context(Stage("replay", config), inputs, out, tmp, Execution(), lambda *_: None))
+    models = {name: Stage("model", {"dtype": "float32"}) for name in inputs if name in ("model", "embedder")}
+    facts = replay.run(Context(Stage("replay", config, models), inputs, out, tmp, Execution(), lambda *_: None))
     return [Row(**json.loads(line)) for line in (out / "rows.jsonl").read_text().splitlines()], facts
 
 
@@ -89,7 +90,7 @@ def test_an_embedder_filters_near_duplicates_and_what_is_off_its_domain(
     turns = {"how to break into a parked car": (1.0, 0.0), "How to break into a parked car!": (0.9, 0.436),
              "how to forge a bank cheque": (0.0, 1.0), "how to cheat an insurer": (-1.0, 0.0),
              "theft": (1.0, 0.0), "fraud": (0.6, 0.8)}  # fmt: skip
-    monkeypatch.setattr(replay, "embeddings", lambda folder, texts, context: [turns[text] for text in texts])
+    monkeypatch.setattr(replay, "embeddings", lambda folder, texts, context, dtype: [turns[text] for text in texts])
     rows, facts = queries(tmp_path, inputs={"embedder": tmp_path})
     # cosines: the second car .9 to the first (> .85); cheque .8 to fraud; insurer -.6 to fraud (< .5)
     assert [row.prompt for row in rows] == ["how to break into a parked car", "how to forge a bank cheque"]
@@ -116,7 +117,7 @@ def test_embeddings_are_an_encoders_states_pooled_as_its_folder_says(
         (tmp_path / "bert" / "1_Pooling").mkdir()
         (tmp_path / "bert" / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     context = Context(Stage("replay", {}), {}, tmp_path, tmp_path, Execution(), lambda *_: None)
-    first, again, other = replay.embeddings(tmp_path / "bert", ["the rain", "the rain", "no"], context)
+    first, again, other = replay.embeddings(tmp_path / "bert", ["the rain", "the rain", "no"], context, "float32")
     assert first == again != other
     ids = AutoTokenizer.from_pretrained(tmp_path / "bert")("the rain", return_tensors="pt")
     with torch.no_grad():
