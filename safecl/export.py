@@ -87,7 +87,7 @@ def _write_model(base: Path, weights: Path, dtype: str, out: Path) -> None:
             shards.append(list(held))
         held, size = {}, 0
 
-    for name, tensor in swap.merged(base, weights, getattr(torch, dtype)):
+    for name, tensor in swap.merged(base, weights, dtype=getattr(torch, dtype)):
         held[name] = tensor.contiguous()
         size, total = size + tensor.numel() * tensor.element_size(), total + tensor.numel() * tensor.element_size()
         if size >= SHARD_BYTES:

@@ -183,7 +183,7 @@ class Swap:
 
         model.load_weights = recording  # the only place where vLLM says what it loaded
         try:
-            self.reload_weights(weights_iterator=merged(folder, changer, self.model_config.dtype))
+            self.reload_weights(weights_iterator=merged(folder, changer, dtype=self.model_config.dtype))
         finally:
             del model.load_weights
         require_complete({name for name, _ in model.named_parameters()}, loaded)
