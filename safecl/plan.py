@@ -224,8 +224,6 @@ class Graph:
 
         asked = step("prompts", {}, domains=list(config.domains), num_per_domain=config.num_per_domain)
         said = answers(asked, 1.0, 1.0, 64, after='Sure, the \\textbf{specific request} is "')
-        # Said where it is not bfloat16, in which this step once always computed: those keys stay what they were.
-        own: dict[str, Json] = {} if self.recipe.model.dtype == "bfloat16" else {"dtype": self.recipe.model.dtype}
         embedder = {} if config.embedder is None else {"embedder": model_stage(config.embedder)}
         queries = step(
             "queries",
@@ -233,7 +231,6 @@ class Graph:
             perplexity_percentiles=list(config.perplexity_percentiles),
             max_similarity=config.max_similarity,
             min_relevance=config.min_relevance if embedder else None,
-            **own,
         )
         first = answers(queries, 0.8, 0.95, longest)
         verdicts = self.judge(*judge, {"generations": first, "rows": queries})

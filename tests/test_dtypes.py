@@ -65,13 +65,6 @@ def test_auto_and_the_same_dtype_said_share_every_key_and_another_shares_none(na
     assert not set(keys("")[0]) & set(keys(other)[0]) and keys("")[1] == keys(other)[1]
 
 
-def test_generative_replay_measures_perplexity_in_the_models_own_dtype(native: str, tmp_path: Path) -> None:
-    project = open_(tmp_path, "methods=[{name: grsap}]")
-    stages = [stage for stage in Job(cells(project.sweep)[-1], {}, 0, "final").evidence(None).metrics.walk()]
-    [queries] = [stage for stage in stages if stage.config.get("step") == "queries"]
-    assert queries.config.get("dtype", "bfloat16") == native
-
-
 def test_a_stage_of_an_unresolved_model_is_refused() -> None:
     with pytest.raises(AssertionError, match="must be resolved"):
         Job(cells(load(QUICKSTART, []))[0], {}, 0, "final").evidence(None)

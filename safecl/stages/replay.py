@@ -58,9 +58,8 @@ def _queries(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[
     left: dict[str, list[Row]] = {"extracted": found}
     low, high = config["perplexity_percentiles"]
     if (low, high) != (0, 100) and found:
-        surprises = perplexities(
-            context.inputs["model"], [row.prompt for row in found], context, config.get("dtype", "bfloat16")
-        )
+        dtype = str(context.stage.inputs["model"].config["dtype"])
+        surprises = perplexities(context.inputs["model"], [row.prompt for row in found], context, dtype)
         left["perplexity"] = found = within(found, surprises, low, high)
     if "embedder" in context.inputs:
         dtype = str(context.stage.inputs["embedder"].config["dtype"])
@@ -199,21 +198,15 @@ def embeddings(folder: Path, texts: Sequence[str], context: Context, dtype: str)
     if not context.execution.use_gpu:
         torch.set_num_threads(1)
     source = base_folder(folder)
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(source),
-        AutoModel.from_pretrained(source, dtype=getattr(torch, dtype)),
-    )
-    model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModel.from_pretrained(source, dtype=getattr(torch, dtype)).eval()
     pooling = source / "1_Pooling" / "config.json"
     mean = pooling.exists() and json.loads(pooling.read_text()).get("pooling_mode_mean_tokens", False)
     found: list[list[float]] = []
     with torch.no_grad():
         for text in texts:
-            states_TD = (
-                model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=256))
-                .last_hidden_state[0]
-                .float()
-            )
+            encoded = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
+            states_TD = model(**encoded).last_hidden_state[0].float()
             found.append(torch.nn.functional.normalize(states_TD.mean(0) if mean else states_TD[0], dim=0).tolist())
     return found
 

@@ -26,7 +26,8 @@ def _write(folder: Path, name: str, lines: list[dict[str, Any]]) -> Path:
 def run(tmp: Path, config: dict[str, Any], inputs: dict[str, Path]) -> tuple[list[Row], dict[str, Any]]:
     out = tmp / f"out-{config['step']}"
     out.mkdir()
-    models = {name: Stage("model", {"dtype": "float32"}) for name in inputs if name in ("model", "embedder")}
+    dtype = config.pop("dtype", "float32")
+    models = {name: Stage("model", {"dtype": dtype}) for name in inputs if name in ("model", "embedder")}
     facts = replay.run(Context(Stage("replay", config, models), inputs, out, tmp, Execution(), lambda *_: None))
     return [Row(**json.loads(line)) for line in (out / "rows.jsonl").read_text().splitlines()], facts
 
@@ -63,6 +64,21 @@ def test_queries_are_what_was_quoted_once_each_and_no_test_prompt(tmp_path: Path
     assert [row.prompt for row in rows] == ["how to break into a parked car", "how to forge a bank cheque"]
     assert (facts["asked"], facts["extracted"], facts["distinct"], facts["kept"]) == (6, 4, 3, 2)
     assert facts["yield"] == {"fraud": 1, "theft": 1} and facts["relevance"] is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_models_compute_in_their_own_dtype(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def recorded(folder: Path, texts: list[str], context: Context, kind: str) -> list[Any]:
+        seen.append(kind)
+        return [(1.0, 0.0)] * len(texts) if context.inputs["embedder"] == folder else [1.0] * len(texts)
+
+    monkeypatch.setattr(replay, "embeddings", recorded)
+    monkeypatch.setattr(replay, "perplexities", recorded)
+    models = {"model": tmp_path / "base", "embedder": tmp_path / "embedder"}
+    queries(tmp_path, inputs=models, dtype=dtype, perplexity_percentiles=[0, 99])
+    assert seen == [dtype] * 3  # perplexities, vectors of queries and of domains
 
 
 @pytest.mark.parametrize(("dtype", "within"), [("float32", 1e-4), ("bfloat16", 0.02)])
