@@ -179,9 +179,9 @@ settings = [f"execution.root={sys.argv[2]}", f"execution.address={cluster.addres
 try:
     driver.open_to_run(load(Path(sys.argv[1]), settings))
 except ConfigError as error:
-    print(json.dumps(str(error)))
-opened = driver.open_to_run(load(Path(sys.argv[1]), [*settings, "models.0.dtype=float32"]))
-print(json.dumps(opened.sweep.models[0].dtype))
+    print("SAID", json.dumps(str(error)))
+opened = driver.open_to_run(load(Path(sys.argv[1]), [*settings, "models.0.dtype=bfloat16"]))
+print("SAID", json.dumps([opened.sweep.models[0].dtype, [[node.native, node.slowdown] for node in opened.nodes]]))
 cluster.shutdown()
 """
 
@@ -198,7 +198,10 @@ def test_nodes_of_a_real_cluster_that_disagree_are_an_error_that_names_them(tmp_
         timeout=180, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    error, dtype = (json.loads(line) for line in done.stdout.splitlines() if line.startswith('"'))
+    error, (dtype, nodes) = (json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("SAID"))
     first, one, other, last = error.splitlines()
     assert sorted(line.rpartition(", ")[2] for line in (one, other)) == ["bfloat16", "float32"] and one != other
-    assert "dtype: auto" in first and "--set models.0.dtype" in last and dtype == "float32"
+    assert "dtype: auto" in first and "--set models.0.dtype" in last
+    # What is said is taken, and measured where it is emulated.
+    found = dict(nodes)
+    assert dtype == "bfloat16" and found["bfloat16"] is None and found["float32"] > 0
