@@ -45,7 +45,9 @@ def auto(sweep: Sweep, store: Store, nodes: Sequence[Node] | None, reads: bool) 
     if last is not None:
         return Auto(last["dtype"], "as the last run found")
     dtype = native(use_gpu)
-    why = f"{device(use_gpu)} {'multiplies bfloat16' if dtype == 'bfloat16' else 'does not multiply bfloat16'} natively"
+    what = device(use_gpu)
+    does = "multiplies" if dtype == "bfloat16" or what.startswith("no ") else "does not multiply"
+    why = f"{what} {does} bfloat16 natively"
     return Auto(dtype, f"assumed, for {why}; `run` will ask the cluster's nodes" if on_cluster else why)
 
 
