@@ -39,10 +39,17 @@ Limit = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")]
 
 
-def _project(file: Path, settings: list[str], limit: int | None) -> Any:
+def _project(file: Path, settings: list[str], limit: int | None, reads: bool = False) -> Any:
     from safecl.project import Project, load
 
-    return Project(load(file, settings, limit))
+    return Project(load(file, settings, limit), reads=reads)
+
+
+def _project_to_run(file: Path, settings: list[str], limit: int | None) -> Any:
+    from safecl import driver
+    from safecl.project import load
+
+    return driver.open_to_run(load(file, settings, limit))
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -81,7 +88,7 @@ def run(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False
     """
     from safecl import driver
 
-    project = _project(file, set_, limit)
+    project = _project_to_run(file, set_, limit)
     failed = driver.run(project, lambda text: print(text, file=sys.stderr))
     _print_rows(project, as_json)
     if not failed:
@@ -114,6 +121,10 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
     columns = ["stage", "to run", "cached", "shared", "hours"]
     rows = [[k, *(str(s[c]) for c in columns[1:4]), s["hours"]] for k, s in found["stages"].items()]
     _table("stages that are known now", columns, rows)
+    auto = f" (auto: {found['auto']['why']})" if found["auto"] else ""
+    print(f"dtype: {', '.join(f'{name} {dtype}' for name, dtype in found['dtype'].items())}{auto}")
+    for warning in found["warnings"]:
+        print(warning)
     print(f"{found['open_trials']} more trials will be suggested by the search; hours in all: {found['hours']}")
 
 
@@ -122,7 +133,7 @@ def status(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fa
     """One table: how far each cell of a sweep is. Reads the store only, so it works beside a running sweep."""
     from safecl.overview import status as read_status
 
-    found = read_status(_project(file, set_, limit))
+    found = read_status(_project(file, set_, limit, reads=True))
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -146,7 +157,7 @@ def report(
     """Print the table from the store and write one self-contained page with plots. Runs nothing."""
     from safecl.overview import write_report
 
-    project = _project(file, set_, limit)
+    project = _project(file, set_, limit, reads=True)
     _print_rows(project, as_json)
     page = write_report(project, out)
     print(f"page: {page}", file=sys.stderr)
@@ -361,7 +372,7 @@ def train(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fal
     from safecl import driver
     from safecl.judging import show
 
-    found = driver.train_guard(_project(file, set_, limit), lambda text: print(text, file=sys.stderr))
+    found = driver.train_guard(_project_to_run(file, set_, limit), lambda text: print(text, file=sys.stderr))
     if as_json:
         print(json.dumps(found, indent=1))
         return

@@ -37,7 +37,10 @@ class Model(Strict):
     name: str
     source: str
     revision: str | None = None  # commit of a hub id; required for one, so that a result stays what it was
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the frozen base; LoRA factors are always float32
+    # Of the frozen base; LoRA factors are always float32. `auto`: bfloat16 where the device that computes multiplies it
+    # natively (GPUs from Ampere on; CPUs with AVX512_BF16, AMX_BF16 or ARM's BF16), else float32. What it became is part
+    # of the identity of every result: two kinds of machine share none by accident.
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     template: Template = Template()
     bos: bool = False  # prepend the tokenizer's BOS to every prompt (exactly once)
 

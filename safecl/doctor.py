@@ -1,4 +1,4 @@
-"""What this machine can run, and the remedy for what it cannot. Looks only; imports nothing heavy."""
+"""What this machine can run, and the remedy for what it cannot. Looks, and measures its speed; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from safecl import sandbox
+from safecl import hardware, sandbox
 from safecl.tasks import Task, load, names
 from safecl.tasks._files import find
 
@@ -36,6 +36,8 @@ def examine(root: Path, data_dir: Path | None) -> list[Finding]:
     findings = [
         Finding("Python", sys.version.split()[0], is_311, "safecl's pinned closure is for Python 3.11"),
         Finding("CPU cores", str(os.cpu_count()), True),
+        Finding("CPU", hardware.cpu().name, True),
+        _dtype(),
         Finding(
             "memory free", f"{free:.1f} GiB", free >= 12, "the quickstart needs about 12 GiB; close other programs"
         ),
@@ -63,6 +65,20 @@ def examine(root: Path, data_dir: Path | None) -> list[Finding]:
     return findings
 
 
+def _dtype() -> Finding:
+    """What `dtype: auto` is on the CPU, and how fast it computes in either."""
+    speeds = hardware.measured()
+    told = "not measured, without torch"
+    if speeds is not None:
+        each = ", ".join(f"{name} {s.forward:.3g} / {s.backward:.3g}" for name, s in speeds.items())
+        told = f"GFLOP/s of a thread, forward / backward: {each}"
+    kind = "bfloat16 is native"
+    if not hardware.native_bfloat16():
+        slower = "" if speeds is None else f", {hardware.times(hardware.slowdown(speeds))} slower than float32"
+        kind = f"bfloat16 is emulated{slower}"
+    return Finding("dtype: auto", f"{hardware.native()} ({kind}); {told}", True)
+
+
 def _sources(task: type[Task], name: str, folder: Path | None) -> list[Finding]:
     assert folder is not None
     sources = {source.file: source for each in task.SOURCES.values() for source in each}
@@ -80,7 +96,8 @@ def _gpu() -> Finding:
         return Finding("GPU", "none", None, "training and serving run on the CPU")
     driver = find_spec("torch") is not None and "+cpu" not in (_version("torch") or "")
     remedy = "this torch is a CPU build: install the `gpu` extra in another environment"
-    return Finding("GPU", f"{len(devices)} NVIDIA", driver, remedy)
+    kind = "native" if hardware.native_bfloat16(use_gpu=True) else "emulated"
+    return Finding("GPU", f"{len(devices)} NVIDIA: {hardware.device(use_gpu=True)}; bfloat16 is {kind}", driver, remedy)
 
 
 def _version(package: str) -> str | None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
-from safecl import sandbox, tasks
+from safecl import dtypes, hardware, sandbox, tasks
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Sweep
 from safecl.cost import missing
@@ -20,9 +20,40 @@ from safecl.plan import REFERENCES, Job
 from safecl.project import Project
 from safecl.schedule import Done, Schedule
 from safecl.stats import Interval, quality
-from safecl.store import Stage
+from safecl.store import Stage, Store
 
 GIB_PER_TRIAL, GIB_PER_ENGINE, GIB_PER_WORKER = 1.0, 4.0, 2.5  # measured at 135M parameters, see the README
+
+
+def open_to_run(sweep: Sweep) -> Project:
+    """The sweep as a project whose dtypes are what the devices that will train multiply natively. On a cluster that one
+    joins they are asked. Raises ConfigError where its nodes disagree."""
+    execution = sweep.execution
+    if execution.address == "local" or not (dtypes.has_auto(sweep) or dtypes.has_bfloat16(sweep)):
+        return Project(sweep)
+    Project(sweep)  # says what is wrong with it before a cluster is joined
+    import ray
+
+    from safecl import execute
+
+    was_connected = ray.is_initialized()
+    execute.start(execution, Store(execution.root).local / "logs")
+    try:
+        nodes = hardware.nodes(execution.use_gpu, measure=dtypes.has_bfloat16(sweep))
+    finally:
+        if not was_connected:
+            ray.shutdown()
+    return Project(sweep, nodes)
+
+
+def _settle_dtype(project: Project, show: Callable[[str], None]) -> None:
+    """Say what is to be known of the dtypes, and note in the store what `auto` meant."""
+    project.warnings = dtypes.warnings(project.sweep, project.store, project.auto, project.nodes)
+    if project.auto is not None:
+        show(f"dtype: auto is {project.auto.dtype}: {project.auto.why}")
+    for warning in project.warnings:
+        show(warning)
+    dtypes.remember(project.sweep, project.store, project.auto)
 
 
 def run(project: Project, show: Callable[[str], None]) -> list[Done]:
@@ -37,12 +68,14 @@ def run(project: Project, show: Callable[[str], None]) -> list[Done]:
         first = schedule.next()
         guard = [stage for stage in project.guard_stages() if not project.store.has(stage)]
         if first is None and not guard:
+            dtypes.remember(project.sweep, project.store, project.auto)
             show("nothing left to do: everything that this sweep reports is finished")
             return [done for done in schedule.done if done.error]
         if first is not None:
             schedule.give_back(first)
         _check_memory(project.sweep)
         _check_isolation(project.sweep)
+        _settle_dtype(project, show)
         with _cluster(project, show) as (broker, ray):
             waiting = [broker.ensure.remote(guard)] if guard else []
             _warm(broker, schedule, project)
@@ -68,6 +101,7 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
     project.store.sweep_temporary()
     if not project.store.has(evidence.metrics):
         _check_memory(project.sweep)
+        _settle_dtype(project, show)
         with _cluster(project, show) as (broker, ray):
             show(f"training the guard and judging held-out pairs; output is under {project.logs}")
             try:

@@ -38,6 +38,7 @@ def start(execution: Execution, logs: Path, need: int | None = None) -> None:
     # Read by Ray and its workers at start; one OpenMP thread wherever processes share cores (2 slow each other 20x).
     quiet = {
         "OMP_NUM_THREADS": "1",
+        "RAY_worker_niceness": "0",  # its 15 lets a sweep starve beside any other program
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -233,6 +234,7 @@ class Broker:
                     memory_gib=chosen.engine_memory_gib,
                     batch_invariant=chosen.batch_invariant,
                     use_gpu=chosen.use_gpu,
+                    dtype=str(model.config["dtype"]),
                     log_dir=self.logs,
                 )
                 await asyncio.to_thread(

@@ -16,7 +16,7 @@ SHARD_BYTES = 2 * 2**30
 
 def export(store: Store, key: str, out: Path, merged: bool) -> Path:
     """Write what the finetune or finalize stage whose key begins with `key` made into the new folder `out`: its PEFT adapter,
-    or with `merged` the whole model (base + adapter, summed in float32 and rounded once to the base's type) with its
+    or with `merged` the whole model (base + adapter, summed in float32 and rounded once to its dtype in the sweep) with its
     tokenizer. Complete or not there.
 
     Raises:
@@ -34,11 +34,12 @@ def export(store: Store, key: str, out: Path, merged: bool) -> Path:
         )
     while "model" not in record["inputs"]:  # finalize rests on a finetune, which names the model
         record = _only(store, record["inputs"]["tuned"])
-    base = base_folder(store.folder(_only(store, record["inputs"]["model"])))
+    model = _only(store, record["inputs"]["model"])
+    base, dtype = base_folder(store.folder(model)), str(model["config"]["dtype"])
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         if merged:
-            _write_model(base, weights, temporary)
+            _write_model(base, weights, dtype, temporary)
         else:
             shutil.copytree(weights, temporary)
             config = json.loads((weights / "adapter_config.json").read_text())
@@ -62,7 +63,8 @@ def _only(store: Store, key: str) -> dict[str, Any]:
     return found[0]
 
 
-def _write_model(base: Path, weights: Path, out: Path) -> None:
+def _write_model(base: Path, weights: Path, dtype: str, out: Path) -> None:
+    import torch
     from safetensors.torch import save_file
 
     from safecl.serving import swap
@@ -72,6 +74,8 @@ def _write_model(base: Path, weights: Path, out: Path) -> None:
     for file in base.iterdir():
         if file.is_file() and not file.name.startswith("model.safetensors") and file.suffix != ".safetensors":
             shutil.copy(file, out / file.name)
+    config = json.loads((base / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2, sort_keys=True))
     shards: list[list[str]] = []
     held: dict[str, Any] = {}
     size = total = 0
@@ -83,7 +87,7 @@ def _write_model(base: Path, weights: Path, out: Path) -> None:
             shards.append(list(held))
         held, size = {}, 0
 
-    for name, tensor in swap.merged(base, weights):
+    for name, tensor in swap.merged(base, weights, dtype=getattr(torch, dtype)):
         held[name] = tensor.contiguous()
         size, total = size + tensor.numel() * tensor.element_size(), total + tensor.numel() * tensor.element_size()
         if size >= SHARD_BYTES:

@@ -14,7 +14,8 @@ from safecl.tasks._source import sha256
 
 def model_stage(model: Model) -> Stage:
     """A model's folder, identified by content: a wheel's file by its recorded sha256, a folder by its files', a hub
-    id by its commit."""
+    id by its commit. Its dtype must be resolved."""
+    assert model.dtype != "auto", f"model {model.name!r}: `auto` must be resolved before identity is formed"
     if model.source.startswith("wheel:"):
         source, path = _wheel_file(model.source.removeprefix("wheel:"))
     elif Path(model.source).is_dir():
@@ -24,7 +25,8 @@ def model_stage(model: Model) -> Stage:
         source = {"files": {str(file.relative_to(path)): sha256(file) for file in files}}
     else:
         source, path = {"hub": model.source, "revision": model.revision}, ""
-    version: str = import_module("safecl.stages.model").VERSION
+    stage = import_module("safecl.stages.model")
+    version: str = stage.VERSION if "wheel" in source else stage.POINTER_VERSION
     return Stage("model", {"source": source, "dtype": model.dtype}, {}, version, {"path": path})
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from safecl import methods
 from safecl.base import ConfigError
 from safecl.cost import cost
+from safecl.dtypes import warnings
 from safecl.plan import Job
 from safecl.project import Project, pooled_agreement
 from safecl.report import page, plots
@@ -23,8 +24,9 @@ MAX_MERGE_LOSS = 0.01  # share of a finetune's KL from where it started
 
 
 def plan(project: Project) -> dict[str, Any]:
-    """Cells, trials, stages by kind and hours, as plain data. Hours are "unknown" without past records."""
+    """Cells, trials, stages by kind, hours and dtypes, as plain data. Hours are "unknown" without past records."""
     sweep = project.sweep
+    project.warnings = warnings(sweep, project.store, project.auto, project.nodes)
     found: list[dict[str, Any]] = []
     jobs: list[Job] = []
     open_trials = 0
@@ -60,6 +62,9 @@ def plan(project: Project) -> dict[str, Any]:
         },
         "open_trials": open_trials,
         "hours": "unknown" if known is None else f"{known:.2f}",
+        "dtype": {model.name: model.dtype for model in sweep.models},
+        "auto": None if project.auto is None else project.auto._asdict(),
+        "warnings": project.warnings,
     }
 
 
@@ -97,6 +102,7 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
         ends = {where: dict.fromkeys((f"{min(found):.0%}", f"{max(found):.0%}")) for where, found in shares.items()}
         told = ", ".join(f"{where} {' to '.join(both)}" for where, both in sorted(ends.items()))
         notes.append(f"Poison's share of the response tokens: {told}.")
+    notes += project.warnings
     for model in sweep.models:
         lost = max((row["merge_loss"] or 0 for row in rows if row["model"] == model.name), default=0)
         if lost > MAX_MERGE_LOSS:
@@ -121,6 +127,7 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
             "memory": sweep.memory_mix,
             "alignment": f"{', '.join(p.task for p in align.safety)}; lr {align.learning_rate:g}, {align.epochs:g} epochs",
             "macro mean": "ASR is the mean over sets of each set's share",
+            "dtype": ", ".join(dict.fromkeys(model.dtype for model in sweep.models)),
             "decoding": f"greedy, at most {sweep.evaluate.max_new_tokens} tokens on attack and benign prompts",
         },
         notes=notes,

@@ -14,6 +14,8 @@ from safecl.base import ConfigError, PrerequisiteError
 from safecl.check import check
 from safecl.config import Sweep
 from safecl.contrasts import MARGINS, contrasts, discordant, means
+from safecl.dtypes import auto, resolved
+from safecl.hardware import Node
 from safecl.objective import select
 from safecl.plan import REFERENCES, Cell, Evidence, Graph, Job, cells
 from safecl.schedule import Done, Schedule, Study, aligned_job, defaults
@@ -192,15 +194,18 @@ def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, li
 class Project:
     """A checked sweep with its store and paths. Opening it spends nothing."""
 
-    def __init__(self, sweep: Sweep) -> None:
-        self.sweep = sweep
+    def __init__(self, sweep: Sweep, nodes: Sequence[Node] | None = None, reads: bool = False) -> None:
+        """`nodes` and `reads`: see dtypes.auto."""
+        self.store = Store(sweep.execution.root)
+        self.nodes, self.auto = nodes, auto(sweep, self.store, nodes, reads)
+        self.sweep = sweep = sweep if self.auto is None else resolved(sweep, self.auto.dtype)
+        self.warnings: list[str] = []  # what `plan` and `run` found that a reader should know
         self.folder = Path(sweep.execution.data_dir).absolute() if sweep.execution.data_dir else None
         if self.folder is not None and not self.folder.is_dir():
             raise PrerequisiteError(
                 f"execution.data_dir {str(self.folder)!r} is no folder: name one with --set execution.data_dir=FOLDER"
             )
         check(sweep, self.folder)
-        self.store = Store(sweep.execution.root)
         self.logs = self.store.local / "logs"
         self.study_url = sweep.execution.study_uri or f"sqlite:///{self.store.local / 'study.db'}"
         self._storage: Any = None

@@ -3,6 +3,7 @@
 <root>/store/<kind>/<key>/            files of the stage, and
 <root>/store/<kind>/<key>/record.json written last: a stage without it does not exist
 <root>/scratch/<key>/                 checkpoints of a stage that is under way, kept across attempts
+<root>/notes/<name>.json              facts of the machines that ran, not of any stage
 """
 
 from __future__ import annotations
@@ -214,6 +215,26 @@ class Store:
         """Local records of one kind, oldest first: what past work cost."""
         found = [json.loads(path.read_text()) for path in self.local.glob(f"store/{kind}/*/record.json")]
         return sorted(found, key=lambda record: str(record["created"]))
+
+    def note(self, name: str, value: Json) -> None:
+        """Keep a fact beside the stages, for readers that cannot see where it came from. The last one stays."""
+        path = self.local / "notes" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}")
+        temporary.write_text(json.dumps(value, indent=1))
+        os.replace(temporary, path)
+        if self._remote is not None:
+            self._remote.makedirs(f"{self._base}/notes", exist_ok=True)
+            self._remote.put_file(str(path), f"{self._base}/notes/{name}.json")
+
+    def noted(self, name: str) -> Any:
+        """What `note` kept last; None if there is nothing."""
+        try:
+            if self._remote is not None:
+                return json.loads(self._remote.cat_file(f"{self._base}/notes/{name}.json"))
+            return json.loads((self.local / "notes" / f"{name}.json").read_text())
+        except FileNotFoundError:
+            return None
 
     def sweep_temporary(self, older_than_s: float = 86_400.0) -> None:
         """Remove half-written folders that a killed process left, once they are old enough to be nobody's."""

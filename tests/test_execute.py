@@ -70,6 +70,12 @@ def test_the_time_left_is_never_less_than_a_running_stage_needs() -> None:
     assert eta(schedule, {"finished": [], "running": running[1:]}) == (0.0, False)
 
 
+def test_workers_run_at_the_drivers_niceness(cluster: Path) -> None:
+    import ray
+
+    assert ray.get(ray.remote(num_cpus=0)(lambda: os.nice(0)).remote(), timeout=60) == os.nice(0)
+
+
 def test_two_who_need_one_stage_run_it_once_and_a_third_finds_it(cluster: Path) -> None:
     import ray
 

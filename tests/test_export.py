@@ -37,7 +37,7 @@ def stored(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Stor
     folder = tmp_path_factory.mktemp("exported")
     store = Store(str(folder / "root"))
     contract.train(world, folder / "sft", contract.config("sft"))
-    model = _publish(store, Stage("model", {}, {}, "1"), pointer=world.model)
+    model = _publish(store, Stage("model", {"dtype": "float32"}, {}, "1"), pointer=world.model)
     safe = _publish(store, Stage("finetune", {"method": "sft", "n": 0}, {"model": model}, "1"), world.safe)
     inputs = {"model": model, "safe": safe}
     tuned = _publish(store, Stage("finetune", {"method": "sft", "n": 1}, inputs, "1"), folder / "sft" / "result")
@@ -69,6 +69,19 @@ def test_an_adapter_loads_in_peft_and_gives_the_merged_models_logits(
         == AutoTokenizer.from_pretrained(world.model)("the cup").input_ids
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "merged"]
+
+
+def test_a_merged_model_is_in_the_dtype_that_it_was_served_in(world: World, tmp_path: Path) -> None:
+    """The base's files are float32, its stage says bfloat16."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    store = Store(str(tmp_path / "root"))
+    model = _publish(store, Stage("model", {"dtype": "bfloat16"}, {}, "1"), pointer=world.model)
+    safe = _publish(store, Stage("finetune", {"method": "sft"}, {"model": model}, "1"), world.safe)
+    merged = export.export(store, safe.key, tmp_path / "merged", merged=True)
+    assert {tensor.dtype for tensor in load_file(merged / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(merged).dtype == torch.bfloat16
 
 
 def test_shards_are_read_through_their_index(

@@ -15,6 +15,7 @@ from safecl import driver
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Sweep
 from safecl.cost import cost, missing
+from safecl.dtypes import resolved
 from safecl.plan import Job, cells
 from safecl.project import Project, load
 from safecl.store import Store
@@ -28,7 +29,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden_keys.json").read_text())
 
 
 def jobs(sweep: Sweep, split: str = "final") -> list[Job]:
-    return [Job(cell, {}, sweep.seeds[0], split) for cell in cells(sweep)]
+    return [Job(cell, {}, sweep.seeds[0], split) for cell in cells(resolved(sweep, "bfloat16"))]
 
 
 def keys(sweep: Sweep) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 from safecl.base import ConfigError, Json
 from safecl.check import source_problem
 from safecl.config import Execution, Model
+from safecl.hardware import native
 from safecl.judges import Judge, Piece, Verdict
 from safecl.models import model_stage
 from safecl.serving.endpoint import Endpoint
@@ -70,7 +71,8 @@ class OwnEngine:
     def __init__(self, source: str, revision: str | None, execution: Execution, show: Callable[[str], None]) -> None:
         if problem := source_problem(source, revision):
             raise ConfigError(f"--model: {problem}")
-        self._stage = model_stage(Model(name="judge", source=source, revision=revision))
+        model = Model(name="judge", source=source, revision=revision, dtype=native(execution.use_gpu))
+        self._stage = model_stage(model)
         self.identity: Json = self._stage.key
         self.limit: int | None = execution.engine_max_tokens
         self._execution, self._show = execution, show

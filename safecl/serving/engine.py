@@ -46,7 +46,7 @@ class Engine:
         self._llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=base_folder,
-                dtype=_dtype(Path(base_folder)),  # "auto" would make bfloat16 of a float32 model
+                dtype=settings.dtype or _dtype(Path(base_folder)),  # "auto" would make bfloat16 of a float32 model
                 max_model_len=settings.max_model_len,
                 # Sums of other shapes round otherwise. vLLM has kernels against that on a GPU only (see _environment); on a
                 # CPU a request alone, from its first token on, always has its own shapes.

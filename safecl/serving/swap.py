@@ -1,8 +1,8 @@
 """Puts new weights into a live vLLM engine: base + LoRA adapter (or dense deltas), merged in float32 inside the engine's
 own worker.
 
-    W_served = (float32(W_base) + scale * B @ A) cast to W_base's dtype,    scale = alpha / r  (alpha / sqrt(r): rslora)
-    W_served = (float32(W_base) + delta) cast to W_base's dtype,            for a folder of dense deltas
+    W_served = (float32(W_base) + scale * B @ A) cast to the engine's dtype,    scale = alpha / r  (alpha / sqrt(r): rslora)
+    W_served = (float32(W_base) + delta) cast to the engine's dtype,            for a folder of dense deltas
 
 vLLM loads `Swap` into its worker by qualified name (`worker_extension_cls`). Every swap starts from the pristine base
 files, so nothing accumulates over swaps. The loader keeps references to the tensors that it is given until a layer is
@@ -105,9 +105,10 @@ def _low_rank(opened: Any, name_a: str, name_b: str, scale: float) -> Change:
     return Change([dim_out, dim_in] if rank == rank_b else None, what, add)
 
 
-def merged(base: Path, adapter: Path | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of `base` once, as (name, fresh tensor in the file's dtype), the adapted ones merged in
-    float32. Raises ValueError if the adapter holds anything that is not applied."""
+def merged(base: Path, adapter: Path | None, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of `base` once, as (name, fresh tensor in `dtype`, else in the file's), the adapted ones merged
+    in float32: the base is rounded to `dtype` first, as it was for training, and the sum again. Raises ValueError if the
+    adapter holds anything that is not applied."""
     left = {} if adapter is None else changes(adapter)
     by_file: dict[Path, list[str]] = {}
     for name, file in files(base).items():
@@ -116,6 +117,7 @@ def merged(base: Path, adapter: Path | None) -> Iterator[tuple[str, torch.Tensor
         with _open(file) as opened:
             for name in names:
                 tensor: torch.Tensor = opened.get_tensor(name)
+                tensor = tensor if dtype is None else tensor.to(dtype)
                 change = left.pop(name, None)
                 yield name, tensor.clone() if change is None else change.add(tensor).to(tensor.dtype)
     if left:
@@ -163,12 +165,14 @@ class Swap:
     """Mixed into vLLM's worker, so `self` is that worker (`reload_weights`, `model_runner` are vLLM's)."""
 
     model_runner: Any
+    model_config: Any
     reload_weights: Any
 
     def safecl_swap(self, base: str, adapter: str | None) -> int:
         """Load base + adapter (folders) in place; how many of vLLM's parameters were loaded. Raises RuntimeError when
         a parameter of the engine was left as it was: vLLM itself only warns, and would go on answering from a mixture.
         After any exception the engine's weights are undefined and it must not be used again."""
+        folder, changer = Path(base), None if adapter is None else Path(adapter)
         model = self.model_runner.get_model()
         loaded: set[str] = set()
         original = model.load_weights
@@ -179,7 +183,7 @@ class Swap:
 
         model.load_weights = recording  # the only place where vLLM says what it loaded
         try:
-            self.reload_weights(weights_iterator=merged(Path(base), None if adapter is None else Path(adapter)))
+            self.reload_weights(weights_iterator=merged(folder, changer, dtype=self.model_config.dtype))
         finally:
             del model.load_weights
         require_complete({name for name, _ in model.named_parameters()}, loaded)

@@ -116,7 +116,7 @@ def _forward(
         if "weights" in inputs:
             folder = tokens.weights_folder(inputs["weights"])
             changed = swap.changes(folder)
-            for name, tensor in swap.merged(tokens.base_folder(inputs["model"]), folder):
+            for name, tensor in swap.merged(tokens.base_folder(inputs["model"]), folder, dtype=base.dtype):
                 if name in changed:
                     base.get_parameter(name).copy_(tensor)
         states, head = model.HiddenStates(base).eval(), losses.head_of(base)

@@ -11,6 +11,7 @@ from safecl.base import Json, PrerequisiteError
 from safecl.store import Context
 
 VERSION = "1"
+POINTER_VERSION = "2"  # of a folder or hub id; until 2 engines computed in the files' dtype, whatever the sweep said
 
 
 def run(context: Context) -> dict[str, Json]:

@@ -58,15 +58,17 @@ def _queries(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[
     left: dict[str, list[Row]] = {"extracted": found}
     low, high = config["perplexity_percentiles"]
     if (low, high) != (0, 100) and found:
-        surprises = perplexities(context.inputs["model"], [row.prompt for row in found], context)
+        dtype = str(context.stage.inputs["model"].config["dtype"])
+        surprises = perplexities(context.inputs["model"], [row.prompt for row in found], context, dtype)
         left["perplexity"] = found = within(found, surprises, low, high)
     if "embedder" in context.inputs:
-        vectors = embeddings(context.inputs["embedder"], [row.prompt for row in found], context)
+        dtype = str(context.stage.inputs["embedder"].config["dtype"])
+        vectors = embeddings(context.inputs["embedder"], [row.prompt for row in found], context, dtype)
         kept = distinct_vectors(vectors, config["max_similarity"])
         left["distinct"] = [found[i] for i in kept]
         domains = sorted({row.meta["domain"] for row in found}, key=str)
         about = dict(
-            zip(domains, embeddings(context.inputs["embedder"], [str(d) for d in domains], context), strict=True)
+            zip(domains, embeddings(context.inputs["embedder"], [str(d) for d in domains], context, dtype), strict=True)
         )
         close = [i for i in kept if dot(vectors[i], about[found[i].meta["domain"]]) >= config["min_relevance"]]
         left["relevant"] = found = [found[i] for i in close]
@@ -164,7 +166,7 @@ def by_domain(rows: Sequence[Row]) -> dict[str, Json]:
     return dict(sorted(Counter(str(row.meta["domain"]) for row in rows).items()))
 
 
-def perplexities(folder: Path, texts: Sequence[str], context: Context) -> list[float]:
+def perplexities(folder: Path, texts: Sequence[str], context: Context, dtype: str) -> list[float]:
     """exp of the mean token cross-entropy of each text under the base model, from its second token on."""
     import torch
 
@@ -173,7 +175,7 @@ def perplexities(folder: Path, texts: Sequence[str], context: Context) -> list[f
     device = "cuda" if context.execution.use_gpu else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)
-    base = model.load(tokens.base_folder(folder), "bfloat16", device)
+    base = model.load(tokens.base_folder(folder), dtype, device)
     hidden_states, head = model.HiddenStates(base).eval(), losses.head_of(base)
     found: list[float] = []
     with torch.no_grad():
@@ -185,7 +187,7 @@ def perplexities(folder: Path, texts: Sequence[str], context: Context) -> list[f
     return found
 
 
-def embeddings(folder: Path, texts: Sequence[str], context: Context) -> list[list[float]]:
+def embeddings(folder: Path, texts: Sequence[str], context: Context, dtype: str) -> list[list[float]]:
     """Unit vectors of texts: an encoder's last hidden states, pooled as its folder says (sentence-transformers' file) or
     else the first token's (as bge models are used)."""
     import torch
@@ -196,15 +198,15 @@ def embeddings(folder: Path, texts: Sequence[str], context: Context) -> list[lis
     if not context.execution.use_gpu:
         torch.set_num_threads(1)
     source = base_folder(folder)
-    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModel.from_pretrained(source).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModel.from_pretrained(source, dtype=getattr(torch, dtype)).eval()
     pooling = source / "1_Pooling" / "config.json"
     mean = pooling.exists() and json.loads(pooling.read_text()).get("pooling_mode_mean_tokens", False)
     found: list[list[float]] = []
     with torch.no_grad():
         for text in texts:
-            states_TD = model(
-                **tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
-            ).last_hidden_state[0]
+            encoded = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
+            states_TD = model(**encoded).last_hidden_state[0].float()
             found.append(torch.nn.functional.normalize(states_TD.mean(0) if mean else states_TD[0], dim=0).tolist())
     return found
 

@@ -26,7 +26,9 @@ def _write(folder: Path, name: str, lines: list[dict[str, Any]]) -> Path:
 def run(tmp: Path, config: dict[str, Any], inputs: dict[str, Path]) -> tuple[list[Row], dict[str, Any]]:
     out = tmp / f"out-{config['step']}"
     out.mkdir()
-    facts = replay.run(Context(Stage("replay", config), inputs, out, tmp, Execution(), lambda *_: None))
+    dtype = config.pop("dtype", "float32")
+    models = {name: Stage("model", {"dtype": dtype}) for name in inputs if name in ("model", "embedder")}
+    facts = replay.run(Context(Stage("replay", config, models), inputs, out, tmp, Execution(), lambda *_: None))
     return [Row(**json.loads(line)) for line in (out / "rows.jsonl").read_text().splitlines()], facts
 
 
@@ -64,17 +66,35 @@ def test_queries_are_what_was_quoted_once_each_and_no_test_prompt(tmp_path: Path
     assert facts["yield"] == {"fraud": 1, "theft": 1} and facts["relevance"] is None
 
 
-def test_the_perplexity_is_the_models_and_its_tails_are_cut(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_models_compute_in_their_own_dtype(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def recorded(folder: Path, texts: list[str], context: Context, kind: str) -> list[Any]:
+        seen.append(kind)
+        return [(1.0, 0.0)] * len(texts) if context.inputs["embedder"] == folder else [1.0] * len(texts)
+
+    monkeypatch.setattr(replay, "embeddings", recorded)
+    monkeypatch.setattr(replay, "perplexities", recorded)
+    models = {"model": tmp_path / "base", "embedder": tmp_path / "embedder"}
+    queries(tmp_path, inputs=models, dtype=dtype, perplexity_percentiles=[0, 99])
+    assert seen == [dtype] * 3  # perplexities, vectors of queries and of domains
+
+
+@pytest.mark.parametrize(("dtype", "within"), [("float32", 1e-4), ("bfloat16", 0.02)])
+def test_the_perplexity_is_the_models_and_its_tails_are_cut(
+    dtype: str, within: float, tiny_model: Path, tmp_path: Path
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     texts = ["the other rain", "the the the the"]
     context = Context(Stage("replay", {}), {}, tmp_path, tmp_path, Execution(), lambda *_: None)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    for text, found in zip(texts, replay.perplexities(tiny_model, texts, context), strict=True):
+    for text, found in zip(texts, replay.perplexities(tiny_model, texts, context, dtype), strict=True):
         ids = tokenizer(text, return_tensors="pt").input_ids
-        assert found == pytest.approx(float(torch.exp(model(ids, labels=ids).loss)), rel=0.02)
+        assert found == pytest.approx(float(torch.exp(model(ids, labels=ids).loss)), rel=within)
     rows = [Row(str(i), "x") for i in range(21)]
     kept = replay.within(rows, [float(v) for v in range(21)], 5, 95)
     assert [row.id for row in kept] == [str(i) for i in range(1, 20)]
@@ -86,7 +106,7 @@ def test_an_embedder_filters_near_duplicates_and_what_is_off_its_domain(
     turns = {"how to break into a parked car": (1.0, 0.0), "How to break into a parked car!": (0.9, 0.436),
              "how to forge a bank cheque": (0.0, 1.0), "how to cheat an insurer": (-1.0, 0.0),
              "theft": (1.0, 0.0), "fraud": (0.6, 0.8)}  # fmt: skip
-    monkeypatch.setattr(replay, "embeddings", lambda folder, texts, context: [turns[text] for text in texts])
+    monkeypatch.setattr(replay, "embeddings", lambda folder, texts, context, dtype: [turns[text] for text in texts])
     rows, facts = queries(tmp_path, inputs={"embedder": tmp_path})
     # cosines: the second car .9 to the first (> .85); cheque .8 to fraud; insurer -.6 to fraud (< .5)
     assert [row.prompt for row in rows] == ["how to break into a parked car", "how to forge a bank cheque"]
@@ -113,7 +133,7 @@ def test_embeddings_are_an_encoders_states_pooled_as_its_folder_says(
         (tmp_path / "bert" / "1_Pooling").mkdir()
         (tmp_path / "bert" / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     context = Context(Stage("replay", {}), {}, tmp_path, tmp_path, Execution(), lambda *_: None)
-    first, again, other = replay.embeddings(tmp_path / "bert", ["the rain", "the rain", "no"], context)
+    first, again, other = replay.embeddings(tmp_path / "bert", ["the rain", "the rain", "no"], context, "float32")
     assert first == again != other
     ids = AutoTokenizer.from_pretrained(tmp_path / "bert")("the rain", return_tensors="pt")
     with torch.no_grad():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from safecl.config import Execution, Sweep
+from safecl.dtypes import resolved
 from safecl.plan import Graph, Job, cells
 from safecl.project import load
 from safecl.stages import data
@@ -81,7 +82,7 @@ def whole(sweep: Sweep) -> Sweep:
             return {k: None if k in ("num_rows", "utility_rows") else opened(v) for k, v in value.items()}
         return [opened(item) for item in value] if isinstance(value, list | tuple) else value
 
-    raw = sweep.model_dump(mode="json")
+    raw = resolved(sweep, "float32").model_dump(mode="json")
     return Sweep(**{**raw, **{key: opened(raw[key]) for key in ("align", "evaluate", "tasks")}})
 
 
