@@ -40,7 +40,10 @@ class Engine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from safecl.serving import swap
+
         self._base, self._settings = base_folder, settings
+        self._booted, self._num_loaded = swap.stamp(Path(base_folder)), 0
         self._gate: Gate[WeightsRef] = Gate(self._swap, settings.turn_s, settings.linger_s)
         self._last_sign = time.monotonic()  # of life: a token, a finished swap, or work beginning
         self._llm = AsyncLLM.from_engine_args(
@@ -131,7 +134,8 @@ class Engine:
         """Runs with nothing in flight; the gate breaks if it raises."""
         self._last_sign = time.monotonic()
         await self._llm.pause_generation(mode="wait", clear_cache=True)
-        await self._llm.collective_rpc("safecl_swap", args=(weights.base, weights.adapter))
+        loaded = await self._llm.collective_rpc("safecl_swap", args=(weights.base, weights.adapter, self._booted))
+        self._num_loaded += loaded[0]
         await self._llm.update_weight_version(key)
         await self._llm.resume_generation()
         self._last_sign = time.monotonic()
@@ -146,9 +150,10 @@ class Engine:
             raise RuntimeError(f"engine {self._settings.name!r}: work in flight, but no token for {silent_s:.0f} s")
 
     async def status(self) -> dict[str, Any]:
-        """What it is doing: weights key, counts, and its process id."""
+        """What it is doing: weights key, counts (`num_loaded`: parameters, over all swaps), and its process id."""
         gate = self._gate
         counts = {"in_flight": gate.in_flight, "waiting": gate.num_waiting, "num_swaps": gate.num_swaps}
+        counts["num_loaded"] = self._num_loaded
         return {"key": gate.key, "pid": os.getpid(), **counts}
 
     def __del__(self) -> None:
