@@ -26,6 +26,7 @@ from safecl.serving.gate import Gate, GateBroken
 from safecl.serving.messages import Completion, Refused, Request, Sampling, Settings, Unavailable, WeightsRef
 
 _STATUS_EVERY_S = 2.0  # how often a waiting client looks whether its engine can still come up
+_TOKENS_A_MESSAGE = 16  # nobody reads along: an answer's pieces only tell that the engine lives
 # Building or reading a Serve config registers a module with the pickler and takes that back: two threads would undo
 # each other's and raise. The first deployment starts Serve, which must not happen twice at once either.
 _SERVE = threading.Lock()
@@ -54,6 +55,7 @@ class Engine:
                 # Sums of other shapes round otherwise. vLLM has kernels against that on a GPU only (see _environment); on a
                 # CPU a request alone, from its first token on, always has its own shapes.
                 max_num_seqs=1 if settings.batch_invariant and not settings.use_gpu else settings.max_num_seqs,
+                stream_interval=_TOKENS_A_MESSAGE,
                 enable_prefix_caching=not settings.batch_invariant,
                 kv_cache_memory_bytes=int(settings.memory_gib * 2**30),
                 # A prefix is shared in whole blocks. On CPU the default of 128 tokens is longer than what the prompts of
