@@ -74,7 +74,8 @@ class Timed(swap.Swap):
         """As safecl did before: every tensor, unchanged ones as a copy."""
         start = time.perf_counter()
         self.reload_weights(weights_iterator=_all_merged(Path(base), Path(adapter)))  # type: ignore[attr-defined]
-        swap.refresh_tied_heads(self.model_runner.get_model())
+        model = self.model_runner.get_model()
+        swap.refresh_tied_heads(model, {name for name, _ in model.named_parameters()})
         self.safecl_held = swap.Held(swap.stamp(Path(base)), frozenset(swap.changes(Path(adapter))))
         return {"worker": time.perf_counter() - start}
 

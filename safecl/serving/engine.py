@@ -45,6 +45,7 @@ class Engine:
 
         self._base, self._settings = base_folder, settings
         self._booted, self._num_loaded = swap.stamp(Path(base_folder)), 0
+        self._checks: dict[str, asyncio.Task[None]] = {}  # by weights key, since the last swap
         self._gate: Gate[WeightsRef] = Gate(self._swap, settings.turn_s, settings.linger_s)
         self._last_sign = time.monotonic()  # of life: a token, a finished swap, or work beginning
         self._llm = AsyncLLM.from_engine_args(
@@ -122,19 +123,28 @@ class Engine:
         return "".join(text), sampled, last.finish_reason, key, likely
 
     async def _check_weights(self, weights: WeightsRef) -> None:
+        """Once for all requests that wait for the same weights: reading headers takes milliseconds."""
         if weights.key == self._gate.key:
             return
+        check = self._checks.get(weights.key)
+        if check is None:
+            check = self._checks[weights.key] = asyncio.create_task(self._check(weights))
+        try:
+            await asyncio.shield(check)
+        except (OSError, ValueError, KeyError) as error:
+            self._checks.pop(weights.key, None)  # it may be put right
+            raise Refused(f"weights {weights.key!r} cannot be served: {error}") from error
+
+    async def _check(self, weights: WeightsRef) -> None:
         from safecl.serving import swap
 
-        try:
-            adapter = None if weights.adapter is None else Path(weights.adapter)
-            await asyncio.to_thread(swap.check, Path(self._base), Path(weights.base), adapter)
-        except (OSError, ValueError, KeyError) as error:
-            raise Refused(f"weights {weights.key!r} cannot be served: {error}") from error
+        adapter = None if weights.adapter is None else Path(weights.adapter)
+        await asyncio.to_thread(swap.check, Path(self._base), Path(weights.base), adapter)
 
     async def _swap(self, key: str, weights: WeightsRef) -> None:
         """Runs with nothing in flight; the gate breaks if it raises."""
         self._last_sign = time.monotonic()
+        self._checks.clear()
         await self._llm.pause_generation(mode="wait", clear_cache=True)
         loaded = await self._llm.collective_rpc("safecl_swap", args=(weights.base, weights.adapter, self._booted))
         self._num_loaded += loaded[0]

@@ -133,7 +133,8 @@ def merged(
 @torch.no_grad()
 def _merge(base: torch.Tensor, change: Change, sums: torch.Tensor) -> torch.Tensor:
     # Not in blocks of rows: another shape of product may sum in another order, and the result is the same to the bit.
-    total = sums[: base.numel()].view(base.shape).copy_(base)
+    # To the device first, since a copy that also changes the dtype would do that on the CPU.
+    total = sums[: base.numel()].view(base.shape).copy_(base.to(sums.device))
     change.add(total)
     return total.to(base.dtype, copy=True)
 
@@ -241,7 +242,7 @@ class Swap:
         finally:
             torch.set_float32_matmul_precision(precision)
         require_complete(parameters, loaded)
-        refresh_tied_heads(model)
+        refresh_tied_heads(model, loaded)
         return loaded
 
 
@@ -282,16 +283,16 @@ def require_complete(expected: set[str], loaded: set[str]) -> None:
         )
 
 
-def refresh_tied_heads(model: torch.nn.Module) -> None:
-    """Let heads that share the embedding's weight see the new one. The loader passes them by, as the file has no tensor
-    of theirs, and on CPU vLLM computes from a packed copy: a head would go on answering from the old embedding."""
+def refresh_tied_heads(model: torch.nn.Module, loaded: set[str]) -> None:
+    """Let heads that share the embedding's weight see the new one, if it is among the parameters `loaded`. The loader
+    passes heads by, as the file has no tensor of theirs, and on CPU vLLM computes from a packed copy: a head would go on
+    answering from the old embedding."""
     for name, head in model.named_modules():
         if name.rpartition(".")[2] != "lm_head" or not hasattr(head, "quant_method"):
             continue
-        weight = head.weight
-        others = (other for other in model.modules() if other is not head)
-        shared = [other for other in others if other._parameters.get("weight") is weight]
-        if shared:
+        weight, others = head.weight, (other for other in model.named_modules() if other[1] is not head)
+        shared = [f"{other}.weight" for other, module in others if module._parameters.get("weight") is weight]
+        if not loaded.isdisjoint(shared):
             head.quant_method.process_weights_after_loading(head)
-        elif weight.numel() and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        elif not shared and weight.numel() and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
             raise RuntimeError(f"{name} is tied to the embedding, but shares no module's weight after a swap")
