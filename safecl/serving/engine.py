@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import os
 import sys
 import threading
@@ -26,6 +27,7 @@ from safecl.serving.gate import Gate, GateBroken
 from safecl.serving.messages import Completion, Refused, Request, Sampling, Settings, Unavailable, WeightsRef
 
 _STATUS_EVERY_S = 2.0  # how often a waiting client looks whether its engine can still come up
+_REQUESTS_A_CALL = 8
 _TOKENS_A_MESSAGE = 16  # nobody reads along: an answer's pieces only tell that the engine lives
 # Building or reading a Serve config registers a module with the pickler and takes that back: two threads would undo
 # each other's and raise. The first deployment starts Serve, which must not happen twice at once either.
@@ -71,22 +73,30 @@ class Engine:
             )
         )
 
-    async def generate(self, token_ids: list[int], weights: WeightsRef, sampling: Sampling) -> tuple[Any, ...]:
-        """(text, token ids, finish, weights key, likeliest tokens). Raises Refused, or Unavailable."""
-        longest = len(token_ids) + sampling.max_tokens
-        if not token_ids or longest > self._settings.max_model_len:
-            raise Refused(
-                f"prompt of {len(token_ids)} tokens + max_tokens {sampling.max_tokens}: expected 1 to "
-                f"{self._settings.max_model_len} in all (max_model_len of engine {self._settings.name!r})"
-            )
+    async def generate(
+        self, requests: list[tuple[list[int], int | None]], weights: WeightsRef, sampling: Sampling
+    ) -> list[tuple[Any, ...] | str]:
+        """For each (token ids, seed): (text, token ids, finish, weights key, likeliest tokens), or why this replica cannot
+        answer it now. Raises Refused if it never can."""
+        for token_ids, _ in requests:
+            longest = len(token_ids) + sampling.max_tokens
+            if not token_ids or longest > self._settings.max_model_len:
+                raise Refused(
+                    f"prompt of {len(token_ids)} tokens + max_tokens {sampling.max_tokens}: expected 1 to "
+                    f"{self._settings.max_model_len} in all (max_model_len of engine {self._settings.name!r})"
+                )
         await self._check_weights(weights)
-        try:
-            async with self._gate.admit(weights.key, weights):
-                return await self._sample(token_ids, weights.key, sampling)
-        except GateBroken as error:
-            raise Unavailable(str(error)) from error
 
-    async def _sample(self, token_ids: list[int], key: str, sampling: Sampling) -> tuple[Any, ...]:
+        async def answer(token_ids: list[int], seed: int | None) -> tuple[Any, ...] | str:
+            try:
+                async with self._gate.admit(weights.key, weights):
+                    return await self._sample(token_ids, seed, weights.key, sampling)
+            except (GateBroken, Unavailable) as error:
+                return f"{type(error).__name__}: {error}"
+
+        return await asyncio.gather(*(answer(*request) for request in requests))
+
+    async def _sample(self, token_ids: list[int], seed: int | None, key: str, sampling: Sampling) -> tuple[Any, ...]:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -97,7 +107,7 @@ class Engine:
             top_p=sampling.top_p,
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,
-            seed=sampling.seed,
+            seed=seed,
             logprobs=sampling.logprobs or None,
             output_kind=RequestOutputKind.DELTA,
         )
@@ -294,13 +304,16 @@ class _Batch:
         app = apps[0] if len(apps) == 1 else await _pick(apps, self.weights.key)
         _state(app)  # a clear error if it is not deployed
         handle = serve.get_app_handle(app)
-        queue = iter(self.requests)
+        # Several at a call, since Serve takes 3 ms of CPU for each call; not more than leave others to fill the engine.
+        num_calls = max(1, max_in_flight // _REQUESTS_A_CALL)
+        size = min(_REQUESTS_A_CALL, math.ceil(len(self.requests) / num_calls))
+        queue = (self.requests[start : start + size] for start in range(0, len(self.requests), size))
 
         async def work() -> None:
-            for request in queue:  # one iterator for all workers: each request is taken once
-                await self._complete(handle, request)
+            for requests in queue:  # one iterator for all workers: each request is taken once
+                await self._complete(handle, requests)
 
-        tasks = [asyncio.create_task(work()) for _ in range(min(max_in_flight, len(self.requests)))]
+        tasks = [asyncio.create_task(work()) for _ in range(num_calls)]
         try:
             while tasks:
                 finished, pending = await asyncio.wait(tasks, timeout=_STATUS_EVERY_S, return_when="FIRST_EXCEPTION")
@@ -314,29 +327,34 @@ class _Batch:
             await asyncio.gather(*tasks, return_exceptions=True)
         return self.done
 
-    async def _complete(self, handle: Any, request: Request) -> None:
-        while request.id not in self.done:
-            async with _asked(handle, request, self.weights, _own(self.sampling, request)) as response:
+    async def _complete(self, handle: Any, requests: Sequence[Request]) -> None:
+        while left := [request for request in requests if request.id not in self.done]:
+            async with _asked(handle, left, self.weights, self.sampling) as response:
                 try:
-                    answer = await response
+                    answers = await response
                 except Exception as error:
                     if not _transient(error):
                         raise _plain(error) from error
-                    self.last_error = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
-                    answer = None
-            if answer is None:
+                    answers = [f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"] * len(left)
+            for request, answer in zip(left, answers, strict=True):
+                self._take(request, answer)
+            if any(isinstance(answer, str) for answer in answers):
                 await asyncio.sleep(0.5)
-                continue
-            completion = Completion(request.id, *answer)
-            if completion.weights_key != self.weights.key:
-                self.last_error = f"answered by weights {completion.weights_key!r}"
-                continue
-            self.done[request.id] = completion
-            self.last_done = time.monotonic()
-            if self.on_done is not None:
-                self.on_done(completion)
-            if self.on_progress is not None:
-                self.on_progress(len(self.done), len(self.requests))
+
+    def _take(self, request: Request, answer: tuple[Any, ...] | str) -> None:
+        if isinstance(answer, str):
+            self.last_error = answer
+            return
+        completion = Completion(request.id, *answer)
+        if completion.weights_key != self.weights.key:
+            self.last_error = f"answered by weights {completion.weights_key!r}"
+            return
+        self.done[request.id] = completion
+        self.last_done = time.monotonic()
+        if self.on_done is not None:
+            self.on_done(completion)
+        if self.on_progress is not None:
+            self.on_progress(len(self.done), len(self.requests))
 
     def _check_deadline(self, app: str) -> None:
         silent_s = time.monotonic() - self.last_done
@@ -356,17 +374,20 @@ def _likely(sampled: int, logprobs: Mapping[int, Any]) -> list[tuple[str, float]
     return [(logprobs[id].decoded_token or "", float(logprobs[id].logprob)) for id in ranked]
 
 
-def _own(sampling: Sampling, request: Request) -> Sampling:
+def _seed(sampling: Sampling, request: Request) -> int | None:
     if sampling.seed is None:
-        return sampling
+        return None
     digest = hashlib.sha256(f"{sampling.seed}/{request.id}".encode()).digest()
-    return sampling.model_copy(update={"seed": int.from_bytes(digest[:4], "big") >> 1})
+    return int.from_bytes(digest[:4], "big") >> 1
 
 
 @asynccontextmanager
-async def _asked(handle: Any, request: Request, weights: WeightsRef, sampling: Sampling) -> AsyncIterator[Any]:
-    """A request under way; cancelled at the replica too if the caller stops waiting."""
-    response = handle.generate.remote(request.token_ids, weights, sampling)
+async def _asked(
+    handle: Any, requests: Sequence[Request], weights: WeightsRef, sampling: Sampling
+) -> AsyncIterator[Any]:
+    """Requests under way; cancelled at the replica too if the caller stops waiting."""
+    asked = [(request.token_ids, _seed(sampling, request)) for request in requests]
+    response = handle.generate.remote(asked, weights, sampling)
     try:
         yield response
     except asyncio.CancelledError:
