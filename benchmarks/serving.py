@@ -15,6 +15,7 @@ import argparse
 import functools
 import itertools
 import json
+import os
 import random
 import statistics
 import time
@@ -111,6 +112,7 @@ def served(model: str, tokenizer: Any, options: argparse.Namespace) -> Ask:
     from safecl.serving.engine import Engines, deploy, ready
     from safecl.serving.messages import Request, Sampling, Settings, WeightsRef
 
+    os.chdir(os.environ["PYTHONPATH"])  # whence Ray's workers import safecl
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     deploy(Settings(name="bench", max_model_len=MAX_TOKENS), model, num_cpus=0, wait=False)
     ready("bench")
