@@ -1,11 +1,12 @@
 """What it costs to put another adapter into a live engine: safecl's swap, which loads the layers that differ, against a
-reload of every tensor by vLLM's `reload_weights`, merged tensor by tensor on one thread as safecl did before.
+reload of every tensor by vLLM's `reload_weights`, merged tensor by tensor, as safecl did before.
 
-    python benchmarks/swap.py [MODEL_FOLDER ...] [--sizes 60 200 400] [--repeats 3]
+    python benchmarks/swap.py [MODEL_FOLDER ...] [--sizes 60 200 7b-layer] [--repeats 3]
 
-Without folders, random Llamas of about so many million parameters are made. In each the engine goes from one adapter to
-another (rank 8; on q and v, and on all linear layers), both ways in turn; after each, the engine's weights are read back
-(on a CPU from the packed copies that it computes with) and must be the same to the bit. One thread.
+`--sizes`: random Llamas of about so many million parameters, or with one layer of Llama-2-7B (default, without folders:
+all three). Two engines, each a process with its way's environment, go from one adapter to another (rank 8; on q and v, on
+all linear layers, and on those of the upper half of the layers) in turn. After each swap the engine's weights are read
+back (on a CPU from the packed copies that it computes with) and must be the same to the bit. One thread.
 """
 
 from __future__ import annotations
@@ -30,17 +31,10 @@ if __name__ == "__main__":
 from benchmarks import _bench
 from safecl.serving import swap
 
-TARGETS = {"q, v": ("q_proj.weight", "v_proj.weight"), "all linear": ("_proj.weight",)}
-WIDTHS = {
-    60: (512, 1376, 14),
-    200: (1024, 2752, 15),
-    400: (1536, 4128, 14),
-}  # million parameters: hidden, inner, layers
-LLAMA_2_7B = 6_738_415_616
-ENV = {
-    "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1",
-}  # fmt: skip
+TARGETS = {"q, v": ("q_proj.weight", "v_proj.weight"), "all linear": ("_proj.weight",), "upper half": ("_proj.weight",)}
+SIZES = {"60": (512, 1376, 14), "200": (1024, 2752, 15), "7b-layer": (4096, 11008, 1)}  # hidden, inner, layers
+LAYERS_OF_7B = 32
+NEW_HERE = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # of the engine's environment
 
 
 class Timed(swap.Swap):
@@ -120,11 +114,11 @@ def _all_merged(base: Path, adapter: Path) -> Iterator[tuple[str, torch.Tensor]]
         yield name, total.to(tensor.dtype)
 
 
-def make_model(folder: Path, million: int) -> None:
+def make_model(folder: Path, size: str) -> None:
     """A random Llama in bfloat16, its head not tied."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    hidden, inner, layers = WIDTHS[million]
+    hidden, inner, layers = SIZES[size]
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8000, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
@@ -135,14 +129,15 @@ def make_model(folder: Path, million: int) -> None:
     torch.set_default_dtype(torch.float32)
 
 
-def make_adapter(base: Path, folder: Path, targets: tuple[str, ...], seed: int, rank: int = 8) -> None:
+def make_adapter(base: Path, folder: Path, targets: str, seed: int, rank: int = 8) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir()
-    chance = torch.Generator().manual_seed(seed)
+    shapes, chance = swap._shapes(base), torch.Generator().manual_seed(seed)
+    half = json.loads((base / "config.json").read_text())["num_hidden_layers"] // 2 if targets == "upper half" else 0
     factors: dict[str, torch.Tensor] = {}
-    for name, shape in swap._shapes(base).items():
-        if name.endswith(targets):
+    for name, shape in shapes.items():
+        if name.endswith(TARGETS[targets]) and int(name.split(".")[2]) >= half:
             module = f"base_model.model.{name.removesuffix('.weight')}"
             factors[f"{module}.lora_A.weight"] = torch.randn(rank, shape[1], generator=chance)
             factors[f"{module}.lora_B.weight"] = 0.01 * torch.randn(shape[0], rank, generator=chance)
@@ -150,105 +145,120 @@ def make_adapter(base: Path, folder: Path, targets: tuple[str, ...], seed: int, 
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}))
 
 
-async def measure(base: Path, repeats: int) -> list[dict[str, Any]]:
+def serve_engine(base: str) -> None:
+    """One engine, in a process of its own."""
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    on_gpu, booted = torch.cuda.is_available(), swap.stamp(base)
-    llm = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(
-            model=str(base), dtype="bfloat16", max_model_len=512, kv_cache_memory_bytes=2**28, skip_tokenizer_init=True,
-            block_size=None if on_gpu else 32, distributed_executor_backend=None if on_gpu else "uni",
-            enforce_eager=True, disable_log_stats=True, worker_extension_cls="benchmarks.swap.Timed",
-        )
-    )  # fmt: skip
+    on_gpu, booted = torch.cuda.is_available(), swap.stamp(Path(base))
+    loop = asyncio.new_event_loop()
 
-    async def swapped(method: str, *args: str) -> dict[str, float]:
+    async def boot() -> AsyncLLM:
+        return AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=base, dtype="bfloat16", max_model_len=512, kv_cache_memory_bytes=2**28, skip_tokenizer_init=True,
+                block_size=None if on_gpu else 32, distributed_executor_backend=None if on_gpu else "uni",
+                enforce_eager=True, disable_log_stats=True, worker_extension_cls="benchmarks.swap.Timed",
+            )
+        )  # fmt: skip
+
+    llm = loop.run_until_complete(boot())
+
+    async def swapped(method: str, adapter: str) -> dict[str, Any]:
         start = time.perf_counter()
         await llm.pause_generation(mode="wait", clear_cache=True)
-        parts: dict[str, float] = (await llm.collective_rpc(method, args=args))[0]
-        await llm.update_weight_version(args[1])
+        args = (base, adapter, booted) if method == "timed_swap" else (base, adapter)
+        parts: dict[str, Any] = (await llm.collective_rpc(method, args=args))[0]
+        await llm.update_weight_version(adapter)
         await llm.resume_generation()
-        total = time.perf_counter() - start
-        return {**parts, "pause, clear cache, resume": total - parts["worker"], "total": total}
+        parts["total"] = time.perf_counter() - start
+        parts["pause, clear cache, resume"] = parts["total"] - parts.pop("worker")
+        return {"seconds": parts, "digest": (await llm.collective_rpc("digest"))[0]}
 
-    rows: list[dict[str, Any]] = []
-    size = (await llm.collective_rpc("num_parameters"))[0] if on_gpu else 0
-    size = size or sum(torch.Size(shape).numel() for shape in swap._shapes(base).values())
-    with tempfile.TemporaryDirectory() as scratch:
-        for targets, suffixes in TARGETS.items():
-            first, second = (str(Path(scratch) / f"{suffixes[0]}{seed}") for seed in (0, 1))
-            for seed, folder in enumerate((first, second)):
-                make_adapter(base, Path(folder), suffixes, seed)
-            await swapped("timed_swap", str(base), first, booted)
-            ours: list[dict[str, float]] = []
-            full: list[dict[str, float]] = []
-            for _ in range(repeats):
-                full.append(await swapped("full_reload", str(base), second))
-                expected = (await llm.collective_rpc("digest"))[0]
-                await swapped("timed_swap", str(base), first, booted)
-                assert (await llm.collective_rpc("digest"))[0] != expected, "the adapters are alike: void"
-                ours.append(await swapped("timed_swap", str(base), second, booted))
-                assert (await llm.collective_rpc("digest"))[0] == expected, "the swap left other weights than a reload"
-                await swapped("timed_swap", str(base), first, booted)
-            middle = {part: statistics.median(run.get(part, 0.0) for run in ours) for part in ours[0]}
-            rows.append(
-                {
-                    "model": base.name, "million parameters": round(size / 1e6), "adapted": targets,
-                    "full reload, s": statistics.median(run["total"] for run in full), "swap, s": middle["total"],
-                    "full / swap": statistics.median(f["total"] / o["total"] for f, o in zip(full, ours, strict=True)),
-                    **{f"{part}, s": seconds for part, seconds in middle.items() if part not in ("total", "worker")},
-                }
-            )  # fmt: skip
+    _bench.serve(lambda method, adapter: loop.run_until_complete(swapped(method, adapter)))
     llm.shutdown()
+
+
+def compare(base: Path, scratch: Path, repeats: int) -> list[dict[str, Any]]:
+    """One row for each set of targets."""
+    from safecl.serving.engine import environment
+    from safecl.serving.messages import Settings
+
+    env = environment(Settings(name="bench", max_model_len=512, use_gpu=torch.cuda.is_available()))
+    before = {name: value for name, value in env.items() if name not in NEW_HERE}
+    arguments = [__file__, "--only", str(base)]
+    workers = {"timed_swap": _bench.Worker(arguments, **env), "full_reload": _bench.Worker(arguments, **before)}
+    size = sum(torch.Size(shape).numel() for shape in swap._shapes(base).values())
+    rows: list[dict[str, Any]] = []
+    for targets in TARGETS:
+        adapters = [scratch / f"{base.name} {targets} {seed}" for seed in (0, 1)]
+        for seed, adapter in enumerate(adapters):
+            make_adapter(base, adapter, targets, seed)
+        runs: dict[str, list[dict[str, float]]] = {method: [] for method in workers}
+        for number in range(2 * repeats + 2):
+            said = {
+                method: worker.ask(method=method, adapter=str(adapters[number % 2]))
+                for method, worker in workers.items()
+            }
+            assert len({one["digest"] for one in said.values()}) == 1, "the swap left other weights than a reload"
+            for method, one in said.items():
+                runs[method] += [one["seconds"]] if number > 1 else []  # the first two warm up
+        middle = {
+            part: statistics.median(run.get(part, 0.0) for run in runs["timed_swap"]) for part in runs["timed_swap"][0]
+        }
+        ratios = [
+            full["total"] / ours["total"] for full, ours in zip(runs["full_reload"], runs["timed_swap"], strict=True)
+        ]
+        rows.append(
+            {
+                "model": base.name, "million parameters": round(size / 1e6), "adapted": targets,
+                "full reload, s": statistics.median(run["total"] for run in runs["full_reload"]),
+                "swap, s": middle.pop("total"), "full / swap": statistics.median(ratios),
+                **{f"{part}, s": seconds for part, seconds in middle.items()},
+            }
+        )  # fmt: skip
+        print(
+            "  ".join(
+                f"{key} {value:.3f}" if isinstance(value, float) else str(value) for key, value in rows[-1].items()
+            )
+        )
+    for worker in workers.values():
+        worker.close()
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="*")
-    parser.add_argument(
-        "--sizes", type=int, nargs="*", choices=list(WIDTHS), help="default: all, where no folder is given"
-    )
+    parser.add_argument("--sizes", nargs="*", choices=list(SIZES))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        _bench.say({"rows": asyncio.run(measure(options.only, options.repeats))})
+        serve_engine(options.only)
         return
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
         models = [model.absolute() for model in options.models]
-        for million in options.sizes if options.sizes is not None else () if models else WIDTHS:
-            models.append(Path(scratch) / f"random Llama, {million}M")
-            make_model(models[-1], million)
+        for size in options.sizes if options.sizes is not None else () if models else SIZES:
+            models.append(scratch / f"random Llama, {size}")
+            make_model(models[-1], size)
         for model in models:
-            worker = _bench.Worker([__file__, "--only", str(model), "--repeats", str(options.repeats)], **ENV)
-            rows += worker.ask()["rows"]
-            worker.close()
-            for row in rows[-len(TARGETS) :]:
-                print(
-                    "  ".join(
-                        f"{key} {value:.3f}" if isinstance(value, float) else str(value) for key, value in row.items()
-                    )
-                )
-    tables: dict[str, Any] = {"Swaps": rows}
-    largest = max(
-        (row for row in rows if "random" in row["model"]), key=lambda row: row["million parameters"], default=None
-    )
-    if largest is not None:
-        scale = LLAMA_2_7B / 1e6 / largest["million parameters"]
-        tables["Extrapolated by parameters to Llama-2-7B, not measured"] = [
+            rows += compare(model, scratch, options.repeats)
+    tables = {"Swaps": rows}
+    layer = {row["adapted"]: row for row in rows if row["model"].endswith("7b-layer")}
+    if layer:
+        fixed = "pause, clear cache, resume, s"
+        tables["Extrapolated to Llama-2-7B by its number of layers, not measured"] = [
             {
-                "adapted": row["adapted"],
-                "full reload, s": scale * row["full reload, s"],
-                "swap, s": scale * row["swap, s"],
+                "adapted": adapted,
+                **{way: LAYERS_OF_7B * (row[way] - row[fixed]) + row[fixed] for way in ("full reload, s", "swap, s")},
             }
-            for row in rows
-            if row["model"] == largest["model"]
+            for adapted, row in layer.items()
+            if adapted != "upper half"
         ]
-    for row in tables.get("Extrapolated by parameters to Llama-2-7B, not measured", ()):
-        print("extrapolated by parameters to 7B:", row)
+        print(json.dumps(tables["Extrapolated to Llama-2-7B by its number of layers, not measured"]))
     print(_bench.write("swap", tables))
 
 
