@@ -28,7 +28,7 @@ from safecl.serving.gate import Gate, GateBroken
 from safecl.serving.messages import Completion, Refused, Request, Sampling, Settings, Unavailable, WeightsRef
 
 _STATUS_EVERY_S = 2.0  # how often a waiting client looks whether its engine can still come up
-_REQUESTS_A_CALL = 8
+_REQUESTS_A_CALL = 32
 _TOKENS_A_MESSAGE = 16  # nobody reads along: an answer's pieces only tell that the engine lives
 # Building or reading a Serve config registers a module with the pickler and takes that back: two threads would undo
 # each other's and raise. The first deployment starts Serve, which must not happen twice at once either.
@@ -301,12 +301,16 @@ class _Batch:
 
     async def run(self, apps: tuple[str, ...], max_in_flight: int) -> dict[str, Completion]:
         from ray import serve
+        from ray.serve.exceptions import RayServeException
 
         _hush()
         app = apps[0] if len(apps) == 1 else await _pick(apps, self.weights.key)
-        _state(app)  # a clear error if it is not deployed
-        handle = serve.get_app_handle(app)
-        # Several at a call, since Serve takes 3 ms of CPU for each call; not more than leave others to fill the engine.
+        try:
+            handle = serve.get_app_handle(app)
+        except RayServeException:
+            _state(app)  # says what is wrong
+            raise
+        # Many at a call: Serve takes 3 ms of CPU for each, and what starts together shares the engine's steps to the end.
         num_calls = max(1, max_in_flight // _REQUESTS_A_CALL)
         size = min(_REQUESTS_A_CALL, math.ceil(len(self.requests) / num_calls))
         queue = (self.requests[start : start + size] for start in range(0, len(self.requests), size))
