@@ -55,7 +55,7 @@ class Engine:
         self._llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=base_folder,
-                dtype=_dtype(Path(base_folder)),  # "auto" would make bfloat16 of a float32 model
+                dtype=settings.dtype or _dtype(Path(base_folder)),  # "auto" would make bfloat16 of a float32 model
                 max_model_len=settings.max_model_len,
                 # Sums of other shapes round otherwise. vLLM has kernels against that on a GPU only (see environment); on a
                 # CPU a request alone, from its first token on, always has its own shapes.
@@ -139,20 +139,16 @@ class Engine:
         """Once for all requests that wait for the same weights: reading headers takes milliseconds."""
         if weights.key == self._gate.key:
             return
-        check = self._checks.get(weights.key)
-        if check is None:
-            check = self._checks[weights.key] = asyncio.create_task(self._check(weights))
+        from safecl.serving import swap
+
+        if weights.key not in self._checks:
+            folders = Path(self._base), Path(weights.base), None if weights.adapter is None else Path(weights.adapter)
+            self._checks[weights.key] = asyncio.create_task(asyncio.to_thread(swap.check, *folders))
         try:
-            await asyncio.shield(check)
+            await asyncio.shield(self._checks[weights.key])
         except (OSError, ValueError, KeyError) as error:
             self._checks.pop(weights.key, None)  # it may be put right
             raise Refused(f"weights {weights.key!r} cannot be served: {error}") from error
-
-    async def _check(self, weights: WeightsRef) -> None:
-        from safecl.serving import swap
-
-        adapter = None if weights.adapter is None else Path(weights.adapter)
-        await asyncio.to_thread(swap.check, Path(self._base), Path(weights.base), adapter)
 
     async def _swap(self, key: str, weights: WeightsRef) -> None:
         """Runs with nothing in flight; the gate breaks if it raises."""

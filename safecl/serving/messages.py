@@ -58,9 +58,10 @@ class Unavailable(RuntimeError):
 
 
 class Settings(Strict):
-    """One engine. None of it may change an answer, except as rounding order does."""
+    """One engine. None of it may change an answer, except as rounding order does; and `dtype`, which is the model's."""
 
     name: str
+    dtype: str | None = None  # in which it computes and rounds merged weights; None: its files'
     max_model_len: int  # tokens: prompt + answer
     memory_gib: float = 1.0  # KV cache
     max_num_seqs: int = 64  # requests decoded together

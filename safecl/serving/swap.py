@@ -1,8 +1,8 @@
 """Puts new weights into a live vLLM engine: base + LoRA adapter (or dense deltas), merged in float32 inside the engine's
 own worker, on the device where the engine's weights live.
 
-    W_served = (float32(W_base) + scale * B @ A) cast to W_base's dtype,    scale = alpha / r  (alpha / sqrt(r): rslora)
-    W_served = (float32(W_base) + delta) cast to W_base's dtype,            for a folder of dense deltas
+    W_served = (float32(W_base) + scale * B @ A) cast to the engine's dtype,    scale = alpha / r  (alpha / sqrt(r): rslora)
+    W_served = (float32(W_base) + delta) cast to the engine's dtype,            for a folder of dense deltas
 
 vLLM loads `Swap` into its worker by qualified name (`worker_extension_cls`). A swap loads only the layers that differ
 between the weights held and those wanted: what either of them changes in the base. Every tensor is made from the
@@ -107,11 +107,15 @@ def _low_rank(opened: Any, name_a: str, name_b: str, scale: float) -> Change:
 
 
 def merged(
-    base: Path, adapter: Path | None, only: Collection[str] | None = None, device: torch.device | str = "cpu"
+    base: Path,
+    adapter: Path | None,
+    dtype: torch.dtype | None = None,
+    only: Collection[str] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of `base` (or those of `only`) once, as (name, tensor in the file's dtype), the adapted ones
-    merged in float32 on `device`; the others lie in the CPU's memory. Raises ValueError if the adapter holds anything
-    that is not applied."""
+    """Yield every tensor of `base` (or those of `only`) once, as (name, tensor in `dtype`, else in the file's), the adapted
+    ones merged in float32 on `device`: the base is rounded to `dtype` first, as it was for training, and the sum again.
+    The others lie in the CPU's memory. Raises ValueError if the adapter holds anything that is not applied."""
     left = {} if adapter is None else changes(adapter)
     by_file: dict[Path, list[str]] = {}
     for name, file in files(base).items():
@@ -124,6 +128,7 @@ def merged(
         with _open(file) as opened:
             for name in names:
                 tensor: torch.Tensor = opened.get_tensor(name)
+                tensor = tensor if dtype is None else tensor.to(dtype)
                 change = left.pop(name, None)
                 yield name, tensor if change is None else _merge(tensor, change, sums)
     if left:
@@ -236,7 +241,7 @@ class Swap:
             with set_current_vllm_config(self.vllm_config):
                 for module in modules:
                     initialize_layerwise_reload(module)
-                loaded = set(model.load_weights(merged(base, adapter, needed, self.device)))
+                loaded = set(model.load_weights(merged(base, adapter, self.model_config.dtype, needed, self.device)))
                 for module in modules:
                     finalize_layerwise_reload(module, self.model_config)
         finally:

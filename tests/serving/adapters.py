@@ -41,6 +41,7 @@ def make_deltas(base: Path, folder: Path, seed: int, std: float = 0.1) -> Path:
 
 def change_base(base: Path, folder: Path, *, dtype: str = "", noise: float = 0.0, drop: str = "") -> Path:
     """A copy of `base` with its tensors in `dtype`, `noise` added to the embedding, one tensor dropped."""
+    import json
     import shutil
 
     import torch
@@ -56,5 +57,7 @@ def change_base(base: Path, folder: Path, *, dtype: str = "", noise: float = 0.0
         del tensors[drop]
     if dtype:
         tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

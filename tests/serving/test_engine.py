@@ -27,9 +27,9 @@ PROMPTS = [Request(f"row-{number}", list(range(3 + number, 15 + number))) for nu
 @pytest.fixture(scope="module")
 def weights(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, WeightsRef]:
     """base; a and b: adapters of it on all linear modules, q: on two, dense: deltas of the embedding and others; other:
-    another base (its tied embedding differs)."""
+    another base (its tied embedding differs). Their files are bfloat16, what they answer is compared with float32 models."""
     folder = tmp_path_factory.mktemp("weights")
-    base = str(tiny_model)
+    base = str(change_base(tiny_model, folder / "base", dtype="bfloat16"))
     refs = {"base": WeightsRef("base", base)}
     for seed, name in enumerate("ab"):
         refs[name] = WeightsRef(name, base, str(make_adapter(tiny_model, folder / name, seed)))
@@ -37,18 +37,19 @@ def weights(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "q", base, str(make_adapter(tiny_model, folder / "q", 7, target_modules=["q_proj", "v_proj"]))
     )
     refs["dense"] = WeightsRef("dense", base, str(make_deltas(tiny_model, folder / "dense", seed=8)))
-    refs["other"] = WeightsRef("other", str(change_base(tiny_model, folder / "other", noise=0.1)))
+    refs["other"] = WeightsRef("other", str(change_base(tiny_model, folder / "other", noise=0.1, dtype="bfloat16")))
     return refs
 
 
 @pytest.fixture(scope="module")
-def engines(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+def engines(weights: dict[str, WeightsRef], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     import ray
 
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     logs = tmp_path_factory.mktemp("logs")
     small = {"memory_gib": 0.1, "max_model_len": 128, "turn_s": 0.5, "linger_s": 0.02, "stall_s": 60.0}
-    deploy(Settings(name=ENGINE, **small, log_dir=str(logs)), str(tiny_model), wait=False)  # type: ignore[arg-type]
+    settings = Settings(name=ENGINE, dtype="float32", **small, log_dir=str(logs))  # type: ignore[arg-type]
+    deploy(settings, weights["base"].base, wait=False)
     ready(ENGINE, timeout_s=240)
     yield Engines()
     shutdown(ENGINE)

@@ -50,6 +50,12 @@ def test_a_bfloat16_base_is_merged_in_float32_and_rounded_once(tiny_model: Path,
     # sum adds noise far below that. A product or sum in bfloat16 would err by several times as much somewhere.
     half_spacing = 0.5 * torch.exp2(torch.floor(torch.log2(exact.abs())) - 7)
     assert ((got[f"{name}.weight"].double() - exact).abs() <= half_spacing * 1.001 + 1e-7).all()
+    wider = dict(swap.merged(base, adapter, dtype=torch.float32))  # an engine in float32 rounds nothing
+    assert (wider[f"{name}.weight"].double() - exact).abs().max() < 1e-6 * exact.abs().max()
+    narrower = dict(
+        swap.merged(tiny_model, adapter, dtype=torch.bfloat16)
+    )  # the base is rounded first, as for training
+    assert torch.equal(narrower[f"{name}.weight"], got[f"{name}.weight"])
     untouched = "model.norm.weight"
     assert torch.equal(got[untouched], weights[untouched])
 
