@@ -1,19 +1,20 @@
 """Puts new weights into a live vLLM engine: base + LoRA adapter (or dense deltas), merged in float32 inside the engine's
-own worker.
+own worker, on the device where the engine's weights live.
 
     W_served = (float32(W_base) + scale * B @ A) cast to the engine's dtype,    scale = alpha / r  (alpha / sqrt(r): rslora)
     W_served = (float32(W_base) + delta) cast to the engine's dtype,            for a folder of dense deltas
 
-vLLM loads `Swap` into its worker by qualified name (`worker_extension_cls`). Every swap starts from the pristine base
-files, so nothing accumulates over swaps. The loader keeps references to the tensors that it is given until a layer is
-complete, so each one is fresh memory; tensors come one at a time, so the merged model never exists as a whole.
+vLLM loads `Swap` into its worker by qualified name (`worker_extension_cls`). A swap loads only the layers that differ
+between the weights held and those wanted: what either of them changes in the base. Every tensor is made from the
+pristine base files, so nothing accumulates over swaps. Tensors come one at a time, so the merged model never exists as
+a whole.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Change:
 
     shape: list[int] | None  # None: its factors do not fit each other
     what: str
-    add: Callable[[torch.Tensor], torch.Tensor]  # in float32
+    add: Callable[[torch.Tensor], object]  # to float32 numbers, in place, on the device where they are
 
 
 def changes(adapter: Path) -> dict[str, Change]:
@@ -90,38 +91,57 @@ def changes(adapter: Path) -> dict[str, Change]:
 
 def _dense(opened: Any, name: str) -> Change:
     shape = opened.get_slice(name).get_shape()
-    return Change(shape, f"has shape {shape}", lambda base_OI: base_OI.float() + opened.get_tensor(name).float())
+    return Change(shape, f"has shape {shape}", lambda sums: sums.add_(opened.get_tensor(name).to(sums.device).float()))
 
 
 def _low_rank(opened: Any, name_a: str, name_b: str, scale: float) -> Change:
     rank, dim_in = opened.get_slice(name_a).get_shape()
     dim_out, rank_b = opened.get_slice(name_b).get_shape()
 
-    def add(base_OI: torch.Tensor) -> torch.Tensor:
-        a_RI, b_OR = opened.get_tensor(name_a).float(), opened.get_tensor(name_b).float()
-        return torch.addmm(base_OI.float(), b_OR, a_RI, alpha=scale)
+    def add(sums_OI: torch.Tensor) -> torch.Tensor:
+        a_RI, b_OR = (opened.get_tensor(name).to(sums_OI.device).float() for name in (name_a, name_b))
+        return sums_OI.addmm_(b_OR, a_RI, alpha=scale)
 
     what = f"has A [{rank}, {dim_in}] and B [{dim_out}, {rank_b}]"
     return Change([dim_out, dim_in] if rank == rank_b else None, what, add)
 
 
-def merged(base: Path, adapter: Path | None, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of `base` once, as (name, fresh tensor in `dtype`, else in the file's), the adapted ones merged
-    in float32: the base is rounded to `dtype` first, as it was for training, and the sum again. Raises ValueError if the
-    adapter holds anything that is not applied."""
+def merged(
+    base: Path,
+    adapter: Path | None,
+    dtype: torch.dtype | None = None,
+    only: Collection[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of `base` (or those of `only`) once, as (name, tensor in `dtype`, else in the file's), the adapted
+    ones merged in float32 on `device`: the base is rounded to `dtype` first, as it was for training, and the sum again.
+    The others lie in the CPU's memory. Raises ValueError if the adapter holds anything that is not applied."""
     left = {} if adapter is None else changes(adapter)
     by_file: dict[Path, list[str]] = {}
     for name, file in files(base).items():
-        by_file.setdefault(file, []).append(name)
+        if only is None or name in only:
+            by_file.setdefault(file, []).append(name)
+    # One place for all sums: on a CPU, fresh memory for each costs a third of the merge.
+    largest = max((math.prod(change.shape or ()) for change in left.values()), default=0)
+    sums = torch.empty(largest, dtype=torch.float32, device=device)
     for file, names in by_file.items():
         with _open(file) as opened:
             for name in names:
                 tensor: torch.Tensor = opened.get_tensor(name)
                 tensor = tensor if dtype is None else tensor.to(dtype)
                 change = left.pop(name, None)
-                yield name, tensor.clone() if change is None else change.add(tensor).to(tensor.dtype)
+                yield name, tensor if change is None else _merge(tensor, change, sums)
     if left:
         raise ValueError(f"{adapter}: changes of {sorted(left)} are not applied, expected these tensors in {base}")
+
+
+@torch.no_grad()
+def _merge(base: torch.Tensor, change: Change, sums: torch.Tensor) -> torch.Tensor:
+    # Not in blocks of rows: another shape of product may sum in another order, and the result is the same to the bit.
+    # To the device first, since a copy that also changes the dtype would do that on the CPU.
+    total = sums[: base.numel()].view(base.shape).copy_(base.to(sums.device))
+    change.add(total)
+    return total.to(base.dtype, copy=True)
 
 
 def _open(file: Path) -> Any:
@@ -161,34 +181,102 @@ def _factors(adapter: Path, names: list[str]) -> dict[str, tuple[str, str]]:
     return factors
 
 
+def stamp(base: Path) -> str:
+    """Names the weight files of a folder as they are now: another folder, a file replaced or written to since gives
+    another stamp. Reads no weights."""
+    stats = {file.name: file.stat() for file in sorted(set(files(base).values()))}
+    return json.dumps([[name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns] for name, s in stats.items()])
+
+
+@dataclass(frozen=True)
+class Held:
+    """The weights in an engine: those of the files with this stamp, but for the tensors `changed`."""
+
+    stamp: str
+    changed: frozenset[str]
+
+
 class Swap:
-    """Mixed into vLLM's worker, so `self` is that worker (`reload_weights`, `model_runner` are vLLM's)."""
+    """Mixed into vLLM's worker, so `self` is that worker (all that is declared here is vLLM's)."""
 
     model_runner: Any
     model_config: Any
-    reload_weights: Any
+    vllm_config: Any
+    device: torch.device
 
-    def safecl_swap(self, base: str, adapter: str | None) -> int:
-        """Load base + adapter (folders) in place; how many of vLLM's parameters were loaded. Raises RuntimeError when
-        a parameter of the engine was left as it was: vLLM itself only warns, and would go on answering from a mixture.
-        After any exception the engine's weights are undefined and it must not be used again."""
+    def safecl_swap(self, base: str, adapter: str | None, booted: str) -> int:
+        """Load what base + adapter (folders) have other than the weights held; how many of vLLM's parameters that was.
+        `booted`: stamp of the folder that the engine was started from.
+
+        Raises RuntimeError when a parameter was left as it was that had to change: vLLM itself only warns, and would go
+        on answering from a mixture. After any exception the engine's weights are undefined and it must not be used again.
+        """
         folder, changer = Path(base), None if adapter is None else Path(adapter)
-        model = self.model_runner.get_model()
-        loaded: set[str] = set()
-        original = model.load_weights
-
-        def recording(weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
-            loaded.update(original(weights))
-            return loaded
-
-        model.load_weights = recording  # the only place where vLLM says what it loaded
-        try:
-            self.reload_weights(weights_iterator=merged(folder, changer, dtype=self.model_config.dtype))
-        finally:
-            del model.load_weights
-        require_complete({name for name, _ in model.named_parameters()}, loaded)
-        refresh_tied_heads(model)
+        held = getattr(self, "safecl_held", Held(booted, frozenset()))
+        self.safecl_held = Held("", frozenset())  # undefined until all is loaded
+        wanted = Held(stamp(folder), frozenset() if changer is None else frozenset(changes(changer)))
+        stale = held.changed | wanted.changed if held.stamp == wanted.stamp else frozenset(files(folder))
+        loaded = self._safecl_load(folder, changer, stale) if stale else set()
+        self.safecl_held = wanted
         return len(loaded)
+
+    def _safecl_load(self, base: Path, adapter: Path | None, stale: Collection[str]) -> set[str]:
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        model = self.model_runner.get_model()
+        if not hasattr(self, "safecl_owners"):
+            self.safecl_owners = owners(model, _shapes(base))
+        parameters = {name for name, _ in model.named_parameters()}
+        needed = set(self.safecl_owners)
+        if all(self.safecl_owners[name] for name in stale):
+            # A layer is made new as a whole: a stacked one (q, k and v in one) from all of its tensors.
+            layers = {_layer(parameter) for name in stale for parameter in self.safecl_owners[name]}
+            parameters = {parameter for parameter in parameters if _layer(parameter) in layers}
+            needed = {name for name, owned in self.safecl_owners.items() if not parameters.isdisjoint(owned)}
+        modules = [model.get_submodule(layer) for layer in sorted({_layer(parameter) for parameter in parameters})]
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # no bfloat16 or TF32 in the merge, whatever vLLM was told
+        try:
+            with set_current_vllm_config(self.vllm_config):
+                for module in modules:
+                    initialize_layerwise_reload(module)
+                loaded = set(model.load_weights(merged(base, adapter, self.model_config.dtype, needed, self.device)))
+                for module in modules:
+                    finalize_layerwise_reload(module, self.model_config)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        require_complete(parameters, loaded)
+        refresh_tied_heads(model, loaded)
+        return loaded
+
+
+def _layer(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def owners(model: torch.nn.Module, shapes: Mapping[str, list[int]]) -> dict[str, set[str]]:
+    """Tensor name in the files -> names of vLLM's parameters that it is loaded into. Empty where the loader passes it by
+    when it comes alone. Asks the model's own loader, with tensors that have a shape only, and writes nothing."""
+
+    def ask(name: str, shape: list[int]) -> set[str]:
+        try:
+            return set(model.load_weights([(name, torch.empty(shape, device="meta"))]))  # type: ignore[operator]
+        except ValueError:  # so it says of a head that is tied to the embedding
+            return set()
+
+    parameters = list(model.parameters())
+    kept = [getattr(parameter, "weight_loader", None) for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.weight_loader = lambda *_, **__: None  # type: ignore[attr-defined]
+        return {name: ask(name, shape) for name, shape in shapes.items()}
+    finally:
+        for parameter, loader in zip(parameters, kept, strict=True):
+            if loader is None:
+                del parameter.weight_loader  # type: ignore[attr-defined]
+            else:
+                parameter.weight_loader = loader  # type: ignore[attr-defined]
 
 
 def require_complete(expected: set[str], loaded: set[str]) -> None:
@@ -200,16 +288,16 @@ def require_complete(expected: set[str], loaded: set[str]) -> None:
         )
 
 
-def refresh_tied_heads(model: torch.nn.Module) -> None:
-    """Let heads that share the embedding's weight see the new one. The loader passes them by, as the file has no tensor
-    of theirs, and on CPU vLLM computes from a packed copy: a head would go on answering from the old embedding."""
+def refresh_tied_heads(model: torch.nn.Module, loaded: set[str]) -> None:
+    """Let heads that share the embedding's weight see the new one, if it is among the parameters `loaded`. The loader
+    passes heads by, as the file has no tensor of theirs, and on CPU vLLM computes from a packed copy: a head would go on
+    answering from the old embedding."""
     for name, head in model.named_modules():
         if name.rpartition(".")[2] != "lm_head" or not hasattr(head, "quant_method"):
             continue
-        weight = head.weight
-        others = (other for other in model.modules() if other is not head)
-        shared = [other for other in others if other._parameters.get("weight") is weight]
-        if shared:
+        weight, others = head.weight, (other for other in model.named_modules() if other[1] is not head)
+        shared = [f"{other}.weight" for other, module in others if module._parameters.get("weight") is weight]
+        if not loaded.isdisjoint(shared):
             head.quant_method.process_weights_after_loading(head)
-        elif weight.numel() and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        elif not shared and weight.numel() and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
             raise RuntimeError(f"{name} is tied to the embedding, but shares no module's weight after a swap")

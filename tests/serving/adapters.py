@@ -23,6 +23,22 @@ def make_adapter(base: Path, folder: Path, seed: int, std: float = 0.2, **lora: 
     return folder
 
 
+def make_deltas(base: Path, folder: Path, seed: int, std: float = 0.1) -> Path:
+    """Dense deltas of the embedding, the last norm and one linear layer, drawn with `std`."""
+    import json
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    names = ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.down_proj.weight")
+    chance, tensors = torch.Generator().manual_seed(seed), load_file(base / "model.safetensors")
+    deltas = {name: std * torch.randn(tensors[name].shape, generator=chance) for name in names}
+    save_file(deltas, folder / "delta.safetensors")
+    (folder / "delta.json").write_text(json.dumps(dict.fromkeys(names, "delta.safetensors")))
+    return folder
+
+
 def change_base(base: Path, folder: Path, *, dtype: str = "", noise: float = 0.0, drop: str = "") -> Path:
     """A copy of `base` with its tensors in `dtype`, `noise` added to the embedding, one tensor dropped."""
     import json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,7 +16,7 @@ import pytest
 from safecl.base import PrerequisiteError
 from safecl.serving.engine import Engines, deploy, ready, shutdown
 from safecl.serving.messages import Completion, Refused, Request, Sampling, Settings, WeightsRef
-from tests.serving.adapters import change_base, make_adapter
+from tests.serving.adapters import change_base, make_adapter, make_deltas
 
 ENGINE = "candidate"
 NUM_TOKENS = 12
@@ -25,13 +26,17 @@ PROMPTS = [Request(f"row-{number}", list(range(3 + number, 15 + number))) for nu
 
 @pytest.fixture(scope="module")
 def weights(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, WeightsRef]:
-    """base; a and b: adapters of it; other: another base (its tied embedding differs). Their files are bfloat16, what
-    they answer is compared with float32 models."""
+    """base; a and b: adapters of it on all linear modules, q: on two, dense: deltas of the embedding and others; other:
+    another base (its tied embedding differs). Their files are bfloat16, what they answer is compared with float32 models."""
     folder = tmp_path_factory.mktemp("weights")
     base = str(change_base(tiny_model, folder / "base", dtype="bfloat16"))
     refs = {"base": WeightsRef("base", base)}
     for seed, name in enumerate("ab"):
         refs[name] = WeightsRef(name, base, str(make_adapter(tiny_model, folder / name, seed)))
+    refs["q"] = WeightsRef(
+        "q", base, str(make_adapter(tiny_model, folder / "q", 7, target_modules=["q_proj", "v_proj"]))
+    )
+    refs["dense"] = WeightsRef("dense", base, str(make_deltas(tiny_model, folder / "dense", seed=8)))
     refs["other"] = WeightsRef("other", str(change_base(tiny_model, folder / "other", noise=0.1, dtype="bfloat16")))
     return refs
 
@@ -86,6 +91,38 @@ def test_swapping_gives_each_models_own_answers_and_then_the_first_ones_again(
     for first, second in (("base", "a"), ("a", "b"), ("base", "other")):
         assert seen[first] != seen[second], f"{first} and {second} answer alike: the test could not tell them apart"
     assert tokens(engines.generate(ENGINE, weights["base"], PROMPTS, GREEDY)) == seen["base"]
+
+
+def test_a_swap_of_what_differs_leaves_the_very_weights_of_a_full_load(
+    engines: Engines, weights: dict[str, WeightsRef], tmp_path: Path
+) -> None:
+    """Tokens and log-probabilities to the bit. The full load is forced by a copy of the base: other files, same bytes."""
+    asked = GREEDY.model_copy(update={"logprobs": 5})
+
+    def answers(ref: WeightsRef) -> tuple[list[tuple[Any, ...]], int]:
+        """One request at a time, so that nothing is summed in another order; and how many parameters were loaded."""
+        before = engines.status(ENGINE)["num_loaded"]
+        done = [engines.generate(ENGINE, ref, [request], asked)[request.id] for request in PROMPTS[:3]]
+        return [(one.token_ids, one.likely) for one in done], engines.status(ENGINE)["num_loaded"] - before
+
+    num_all = (
+        2 * 6 + 2
+    )  # in each layer qkv, o, gate_up, down and two norms; the embedding (the head is tied), the last norm
+    engines.generate(ENGINE, weights["other"], PROMPTS[:1], GREEDY)
+    by_delta: dict[str, Any] = {}
+    # a and b adapt all linear layers, 4 in each of 2; q the qkv of each; dense the embedding, the last norm and one of a's.
+    for name, num in (("base", num_all), ("a", 8), ("b", 8), ("q", 8), ("base", 2), ("dense", 3), ("a", 10), ("q", 8)):
+        given, num_loaded = answers(weights[name])
+        assert num_loaded == num, name
+        assert by_delta.setdefault(name, given) == given, f"{name} answers otherwise the second time"
+    copied = shutil.copytree(weights["base"].base, tmp_path / "copy")
+    seen: list[Any] = []
+    for name, delta in by_delta.items():
+        engines.generate(ENGINE, weights["other"], PROMPTS[:1], GREEDY)
+        full, num_loaded = answers(WeightsRef(f"{name} in full", str(copied), weights[name].adapter))
+        assert num_loaded == num_all and full == delta, name
+        assert delta not in seen, f"{name} answers as another: the test could not tell them apart"
+        seen.append(delta)
 
 
 def test_keys_asked_for_at_the_same_time_each_get_their_own_answers(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from safecl.serving import swap
-from tests.serving.adapters import change_base, make_adapter
+from tests.serving.adapters import change_base, make_adapter, make_deltas
 
 
 def test_the_merge_gives_the_logits_of_the_model_with_its_adapter(tiny_model: Path, tmp_path: Path) -> None:
@@ -69,6 +69,79 @@ def test_tensors_are_fresh_so_that_writing_to_them_reaches_nobody(tiny_model: Pa
         tensor.fill_(float("nan"))
     again = dict(swap.merged(tiny_model, None))
     assert all(torch.equal(again[name], before[name]) for name in before)
+
+
+def test_only_the_tensors_asked_for_are_read_and_merged_as_ever(tiny_model: Path, tmp_path: Path) -> None:
+    """To the bit, for both kinds of changes: what is shared between tensors (the place of the sums) leaks into none."""
+    import torch
+    from safetensors.torch import load_file
+
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", seed=0)
+    deltas = make_deltas(tiny_model, tmp_path / "deltas", seed=1)
+    base, factors = load_file(tiny_model / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    expected = {
+        "deltas": {name: base[name] + delta for name, delta in load_file(deltas / "delta.safetensors").items()},
+        "adapter": {
+            f"{name}.weight": torch.addmm(
+                base[f"{name}.weight"],
+                *(factors[f"base_model.model.{name}.lora_{side}.weight"] for side in "BA"),
+                alpha=1.5,
+            )
+            for name in (key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in factors)
+            if not name.endswith("lora_B.weight")
+        },
+    }
+    for folder, merged in zip((deltas, adapter), expected.values(), strict=True):
+        whole = dict(swap.merged(tiny_model, folder))
+        assert whole.keys() == base.keys()
+        assert all(torch.equal(tensor, merged.get(name, base[name])) for name, tensor in whole.items())
+        assert dict(swap.merged(tiny_model, folder, only=merged)).keys() == merged.keys()
+        with pytest.raises(ValueError, match="not applied"):
+            list(swap.merged(tiny_model, folder, only=list(merged)[1:]))
+
+
+def test_files_that_were_replaced_or_written_to_have_another_stamp(tiny_model: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(tiny_model, tmp_path / "copy")
+    before = swap.stamp(copied)
+    assert before == swap.stamp(copied) != swap.stamp(tiny_model)
+    (tmp_path / "link").symlink_to(copied)
+    assert swap.stamp(tmp_path / "link") == before
+    file = copied / "model.safetensors"
+    file.write_bytes(file.read_bytes())
+    assert swap.stamp(copied) != before
+
+
+def test_the_loader_is_asked_where_each_tensor_goes_and_writes_nothing() -> None:
+    import torch
+
+    class Stacked(torch.nn.Module):
+        """q and k in one parameter; a head tied to the embedding, which the loader refuses alone as vLLM's does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.qk, self.embedding = (torch.nn.Parameter(torch.ones(4, 2)) for _ in range(2))
+            self.qk.weight_loader = self.load  # type: ignore[attr-defined]
+
+        def load(self, parameter: torch.nn.Parameter, tensor: torch.Tensor, shard: int) -> None:
+            parameter.data[2 * shard : 2 * shard + 2] = tensor
+
+        def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> set[str]:
+            for name, tensor in weights:
+                if name == "head":
+                    raise ValueError("tied")
+                if name == "embedding":
+                    getattr(self.embedding, "weight_loader", lambda p, t: p.data.copy_(t))(self.embedding, tensor)
+                else:
+                    self.qk.weight_loader(self.qk, tensor, "qk".index(name))  # type: ignore[attr-defined]
+            return {"embedding" if name == "embedding" else "qk" for name, _ in weights}
+
+    model = Stacked()
+    shapes = {"q": [2, 2], "k": [2, 2], "embedding": [4, 2], "head": [4, 2]}
+    found = swap.owners(model, shapes)
+    assert found == {"q": {"qk"}, "k": {"qk"}, "embedding": {"embedding"}, "head": set()}
+    assert torch.equal(model.qk, torch.ones(4, 2)) and not hasattr(model.embedding, "weight_loader")
+    model.load_weights([("k", torch.zeros(2, 2))])
+    assert model.qk[2:].sum() == 0, "the model's own loader is back"
 
 
 def test_a_sharded_base_is_read_through_its_index(tiny_model: Path, tmp_path: Path) -> None:
