@@ -121,34 +121,42 @@ def trained() -> list[str]:
     return ["sft", *(name for name in found if name != "sft")]
 
 
-def worker(spec_file: str) -> None:
-    spec = json.loads(Path(spec_file).read_text())
+def worker() -> None:
+    """Builds the world where asked to, and runs methods in it."""
 
-    def answer(method: str) -> dict[str, Any]:
-        import gc
-
-        from safecl.stages import finetune
-        from safecl.training import loop
-
-        made = finetune.make_run(config(method, spec["dtype"]), inputs_of(method, spec["world"]), execution())
-        ends: list[tuple[float, float]] = []
-        with tempfile.TemporaryDirectory() as scratch:
-            loop.train(
-                made.method, made.run, Path(scratch), None, 1e9,
-                lambda _: ends.append((time.perf_counter(), time.process_time())),
-            )  # fmt: skip
-            lines = [json.loads(line) for line in (Path(scratch) / "curves.jsonl").read_text().splitlines()]
-        (start, cpu_start), (end, cpu_end) = ends[0], ends[-1]
-        num = len(ends) - 1
-        found = {
-            "seconds": (end - start) / num, "cpu_s": (cpu_end - cpu_start) / num, "losses": [line["loss"] for line in lines],
-            "response_tokens": [line["response_tokens"] for line in lines], "peak_rss_gib": _bench.peak_rss_gib(),
-        }  # fmt: skip
-        del made
-        gc.collect()
-        return found
+    def answer(build: list[Any] | None = None, **run: Any) -> dict[str, Any]:
+        if build is not None:
+            folder, model, data, *rest = build
+            return build_world(Path(folder), Path(model), Path(data), *rest)
+        return step(**run)
 
     _bench.serve(answer)
+
+
+def step(method: str, dtype: str, world: Mapping[str, str]) -> dict[str, Any]:
+    """Train by a method: seconds a step after the first, by the clock and of this process's CPU time, and what to compare."""
+    import gc
+
+    from safecl.stages import finetune
+    from safecl.training import loop
+
+    made = finetune.make_run(config(method, dtype), inputs_of(method, world), execution())
+    ends: list[tuple[float, float]] = []
+
+    def after_step(_: int) -> None:
+        ends.append((time.perf_counter(), time.process_time()))
+
+    with tempfile.TemporaryDirectory() as scratch:
+        loop.train(made.method, made.run, Path(scratch), None, 1e9, after_step)
+        lines = [json.loads(line) for line in (Path(scratch) / "curves.jsonl").read_text().splitlines()]
+    (start, cpu_start), (end, cpu_end) = ends[0], ends[-1]
+    num = len(ends) - 1
+    del made
+    gc.collect()
+    return {
+        "seconds": (end - start) / num, "cpu_s": (cpu_end - cpu_start) / num, "losses": [line["loss"] for line in lines],
+        "response_tokens": [line["response_tokens"] for line in lines], "peak_rss_gib": _bench.peak_rss_gib(),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -162,10 +170,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--base", type=Path, help="another checkout of safecl, measured instead of this one")
     parser.add_argument("--name", help="of the result file")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker)
+        worker()
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
     table: list[dict[str, Any]] = []
@@ -173,22 +181,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         num_user = BATCH * (options.steps + 1)
         model = model_folder(options.model, options.dtype)
-        world = build_world(Path(name), model, options.data, options.dtype, num_user, options.characters)
-        spec = Path(name) / "spec.json"
-        spec.write_text(json.dumps({"world": world, "dtype": options.dtype}))
         environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         if options.base:
             environment["PYTHONPATH"] = str(options.base)
-        arguments = [__file__, "--worker", str(spec)]
-        sft = _bench.Worker(arguments, **environment)
-        plain = sft.ask(method="sft")
+        arguments = [__file__, "--worker"]
+        builder, sft = (_bench.Worker(arguments, **environment) for _ in range(2))
+        asked = [name, str(model), str(options.data.absolute()), options.dtype, num_user, options.characters]
+        common = {"dtype": options.dtype, "world": builder.ask(build=asked)}
+        builder.close()
+        plain = sft.ask(method="sft", **common)
         for method in options.only or trained()[1:]:
             other = _bench.Worker(arguments, **environment)
-            said: dict[str, Any] = {method: other.ask(method=method)}  # warms up
+            said: dict[str, Any] = {method: other.ask(method=method, **common)}  # warms up
             cpu: dict[str, list[float]] = {"sft": [], method: []}
 
             def once(kind: str, process: _bench.Worker, said: dict[str, Any] = said, cpu: Any = cpu) -> float:
-                said[kind] = process.ask(method=kind)
+                said[kind] = process.ask(method=kind, **common)
                 cpu[kind].append(said[kind]["cpu_s"])
                 return float(said[kind]["seconds"])
 
