@@ -16,7 +16,8 @@ from safecl import sandbox, tasks
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Sweep
 from safecl.cost import missing
-from safecl.plan import REFERENCES, Job
+from safecl.grid import Job
+from safecl.plan import REFERENCES
 from safecl.project import Project
 from safecl.schedule import Done, Schedule
 from safecl.stats import Interval, quality
@@ -121,7 +122,7 @@ def _cluster(project: Project, show: Callable[[str], None]) -> Iterator[tuple[An
 
 def _warm(broker: Any, schedule: Schedule, project: Project) -> None:
     """Boot engines while the first adapters train: a boot takes as long as a short finetune."""
-    targets = [stage for job in schedule.open_jobs() for stage in job.evidence(project.folder).metrics.walk()]
+    targets = [stage for job in schedule.open_jobs() for stage in job.evidence.metrics.walk()]
     needed = missing([stage for stage in targets if stage.kind in ("generate", "judge")], project.store)
     from safecl.execute import ENGINE_ROLE
 
@@ -218,8 +219,7 @@ class _Eta:
 
 
 def _stages(project: Project, job: Job) -> list[Stage]:
-    evidence = job.evidence(project.folder)
-    return [*evidence.judged, evidence.metrics]
+    return [*job.evidence.targets]
 
 
 def _state(schedule: Schedule, snapshot: dict[str, Any], eta: _Eta) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def track(tracker: Any, project: Project, done: Done) -> None:
     """Put a finished job into MLflow, from the store: curves exist also where every stage was cached."""
     if done.result is None:
         return
-    graph = done.job.graph(project.folder)
+    graph = done.job.graph
     curves: list[dict[str, Any]] = []
     if done.job.cell.recipe.method not in REFERENCES and project.store.has(graph.tuned):
         text = (project.store.path(graph.tuned) / "curves.jsonl").read_text()
@@ -250,9 +250,9 @@ def track(tracker: Any, project: Project, done: Done) -> None:
     tracker.trial(
         sweep=project.sweep.name,
         cell=done.job.cell.label,
-        trial=f"{done.evidence.metrics.key[:16]}-{split}",
+        trial=f"{done.job.evidence.metrics.key[:16]}-{split}",
         params={**graph.recipe.params, "seed": done.job.seed, "split": split, "adapter": project.sweep.adapter},
         metrics=metrics,
         curves=curves,
-        tags={"safecl.metrics_key": done.evidence.metrics.key, "safecl.method": graph.recipe.method},
+        tags={"safecl.metrics_key": done.job.evidence.metrics.key, "safecl.method": graph.recipe.method},
     )

@@ -9,7 +9,7 @@ from typing import Any
 from safecl import methods
 from safecl.base import ConfigError
 from safecl.cost import cost
-from safecl.plan import Job
+from safecl.grid import Job
 from safecl.project import Project, pooled_agreement
 from safecl.report import page, plots
 from safecl.report.tables import Facts
@@ -28,7 +28,8 @@ def plan(project: Project) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     jobs: list[Job] = []
     open_trials = 0
-    for (cell, _, finals, _), seeds in zip(project.finals(), [len(sweep.seeds)] * 10**6, strict=False):
+    seeds = len(sweep.seeds)
+    for cell, _, finals, _ in project.finals():
         found.append(
             {
                 "cell": cell.label,
@@ -38,13 +39,13 @@ def plan(project: Project) -> dict[str, Any]:
         )
         study = project.study(cell, create=False)
         tried = study.complete() if study else []
-        jobs += [Job(cell, trial.params, sweep.seeds[0], "search") for trial in tried] + finals
+        jobs += [cell.job(trial.params, sweep.seeds[0], "search") for trial in tried] + finals
         if not finals:
             open_trials += sweep.search.trials - len(tried) + seeds
             if not tried:  # trial 0 is the defaults, so its stages are known
-                jobs.append(Job(cell, {}, sweep.seeds[0], "search"))
+                jobs.append(cell.job({}, sweep.seeds[0], "search"))
                 open_trials -= 1
-    counts = cost(jobs, project.folder, project.store, project.guard_stages())
+    counts = cost(jobs, project.store, project.guard_stages())
     hours = [count.hours for count in counts.values()]
     known = None if open_trials or None in hours else sum(h for h in hours if h is not None)
     return {
@@ -67,7 +68,7 @@ def status(project: Project) -> list[dict[str, str]]:
     """How far each cell is, from the store and the studies alone."""
     found = []
     for cell, _, jobs, note in project.finals():
-        done = sum(project.store.has(job.evidence(project.folder).metrics) for job in jobs)
+        done = sum(project.store.has(job.evidence.metrics) for job in jobs)
         num_seeds = len(project.sweep.seeds)
         if cell.space is None:
             search = "-"

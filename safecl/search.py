@@ -19,9 +19,9 @@ from typing import Any
 from safecl.base import ConfigError, Json
 from safecl.config import Objective, Sweep
 from safecl.execute import plain_error
+from safecl.grid import Cell, Job
 from safecl.objective import Trial
-from safecl.plan import Cell, Job
-from safecl.schedule import Schedule, aligned_job, defaults
+from safecl.schedule import Schedule
 from safecl.store import canonical
 
 _GHOST = "safecl:ghost"  # user attribute of a trial that died with its driver: it does not count as a trial
@@ -268,7 +268,7 @@ def study_of(cell: Cell, sweep: Sweep, storage: Any) -> CellStudy | None:
     study = CellStudy(
         study_name(cell.key[:16], cell.space, objective),
         cell.space,
-        defaults(cell),
+        cell.defaults,
         storage,
         cell.recipe.seed,
         sweep.search.trials,
@@ -278,21 +278,20 @@ def study_of(cell: Cell, sweep: Sweep, storage: Any) -> CellStudy | None:
     return study
 
 
-def trial(config: dict[str, Any], *, broker: Any, folder: Path | None, jobs: Any) -> None:
+def trial(config: dict[str, Any], *, broker: Any, cells: Any) -> None:
     """One Tune trial: wait until the Broker has all the evidence of a job. Costs no CPU; reports once."""
     import ray
     from ray import tune
 
-    [reference] = jobs
-    job: Job = ray.get(reference)[config["cell"]]._replace(
-        params=json.loads(config["params"]), seed=config["seed"], role=config["role"]
-    )
-    wanted = [job.evidence(folder)]
+    [reference] = cells
+    cell: Cell = ray.get(reference)[config["cell"]]
+    job = cell.job(json.loads(config["params"]), config["seed"], config["role"])
+    wanted = [job.evidence]
     if job.role == "search":  # bounds are relative to theta_safe on the same prompts
-        wanted.append(aligned_job(job).evidence(folder))
+        wanted.append(job.aligned.evidence)
     error = ""
     try:
-        ray.get(broker.ensure.remote([stage for e in wanted for stage in (*e.judged, e.metrics)]))
+        ray.get(broker.ensure.remote([stage for evidence in wanted for stage in evidence.targets]))
     except Exception as raised:  # reported to the schedule, which closes the trial and goes on with the others
         found = plain_error(raised)
         error = f"{type(found).__name__}: {found}"
@@ -315,7 +314,7 @@ def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -
             if job is None:
                 return Searcher.FINISHED if schedule.is_done else None
             waiting[trial_id] = job
-            index = [queue.cell for queue in schedule.queues].index(job.cell)
+            index = position[job.cell]
             return {"cell": index, "params": canonical(job.params), "seed": job.seed, "role": job.role}
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -332,8 +331,9 @@ def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -
         def restore(self, checkpoint_path: str) -> None:
             """Nothing, likewise."""
 
-    jobs = ray.put([Job(queue.cell, {}, 0, "final") for queue in schedule.queues])
-    trainable = tune.with_parameters(trial, broker=broker, folder=schedule.folder, jobs=[jobs])
+    cells = [queue.cell for queue in schedule.queues]
+    position = {cell: index for index, cell in enumerate(cells)}
+    trainable = tune.with_parameters(trial, broker=broker, cells=[ray.put(cells)])
     local = ray.cluster_resources().get("trial_slot")
     slot = {"cpu": 0, "trial_slot": 1} if local else {"cpu": 0, "node:__internal_head__": 0.001}
     tuner = tune.Tuner(

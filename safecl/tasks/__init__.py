@@ -20,6 +20,7 @@ import importlib
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -115,11 +116,13 @@ class Task:
         return {}
 
 
-def names() -> list[str]:
+@cache  # listing a folder takes longer than all else in a plan
+def names() -> tuple[str, ...]:
     """Names of all tasks, sorted, without importing any."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
 
 
+@cache
 def load(name: str) -> type[Task]:
     """The task class called `name` (`sst2` -> `safecl/tasks/sst2.py`, class `Sst2`)."""
     return load_class(__name__, name, names())
