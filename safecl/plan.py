@@ -23,7 +23,7 @@ from safecl.base import ConfigError, Json, Strict
 from safecl.config import Align, Evaluate, Lora, Model, Prompts, Rows, Template, Training, UserTask
 from safecl.memo import Shared, shared
 from safecl.models import model_stage
-from safecl.store import Stage, canonical
+from safecl.store import SharedConfig, Stage, canonical
 from safecl.tasks._source import identity
 
 if TYPE_CHECKING:
@@ -353,11 +353,8 @@ class Graph:
     @shared(*MODEL)
     def _generation(self, max_new_tokens: int) -> dict[str, Json]:
         longest = self.recipe.evaluate.max_prompt_tokens
-        return {
-            "max_new_tokens": max_new_tokens,
-            "max_prompt_tokens": longest,
-            **self._text(self.recipe.model.template),
-        }
+        text = self._text(self.recipe.model.template)
+        return SharedConfig({"max_new_tokens": max_new_tokens, "max_prompt_tokens": longest, **text})
 
     def likelihood(self, task: str, rows: Stage) -> Stage:
         """Log-probabilities of the options of a utility task's rows under the final model."""
@@ -374,7 +371,8 @@ class Graph:
     @shared(*MODEL)
     def _judge(self, name: str, config: str) -> tuple[dict[str, Json], dict[str, Stage], str]:
         kind = judges.load(name)
-        return {"judge": name, "config": _resolved(kind, json.loads(config))}, self._guard(kind, name), kind.VERSION
+        full = SharedConfig({"judge": name, "config": _resolved(kind, json.loads(config))})
+        return full, self._guard(kind, name), kind.VERSION
 
     def _guard(self, kind: type[judges.Judge], name: str) -> dict[str, Stage]:
         if not kind.served:
@@ -435,7 +433,7 @@ class Graph:
         if split == "test" and kind.options is not tasks.Task.options:
             inputs[f"utility.{task}.likelihood"] = self.likelihood(task, utility)
         hints = {"num_cpus": "1"} if kind.RUNS_CODE else {}  # other scores are done at once
-        metrics = _stage("metrics", {"measures": measures}, inputs, version)
+        metrics = _stage("metrics", measures, inputs, version)
         return Evidence(replace(metrics, hints=hints), tuple(judged))
 
     @shared(*MODEL, "task")
@@ -471,7 +469,7 @@ class Graph:
         if split == "test" and kind.options is not tasks.Task.options:
             measures.append({"metric": "likelihood", "set": task, "of": "likelihood", "role": "utility"})
         versions = [tasks.load(part.task).SCORING for part in [*prompts.attack, Rows(task=task)]]
-        return Questions(asked, utility, measures, "+".join(versions))
+        return Questions(asked, utility, SharedConfig({"measures": measures}), "+".join(versions))
 
 
 class Questions(NamedTuple):
@@ -480,7 +478,7 @@ class Questions(NamedTuple):
 
     asked: list[tuple[str, Stage, list[tuple[str, str, dict[str, Json]]]]]
     utility: Stage
-    measures: list[Json]
+    measures: SharedConfig
     version: str
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
+_quote = json.encoder.encode_basestring_ascii
 _PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
@@ -78,6 +79,14 @@ def _refuse_unstable(value: object, where: str) -> None:
     raise TypeError(f"{where}: {type(value).__name__} has no stable form; expected plain JSON")
 
 
+class SharedConfig(dict[str, Json]):
+    """A config that many stages hold: its canonical text is made once. Never changed once it is made."""
+
+    @cached_property
+    def text(self) -> str:
+        return canonical(dict(self))
+
+
 @dataclass(frozen=True)
 class Stage:
     """A unit of cached work as pure data. `kind` names the file in `stages/`; `config` is resolved JSON, defaults
@@ -93,9 +102,11 @@ class Stage:
     @cached_property
     def key(self) -> str:
         """sha256 (hex, 64 digits) of the canonical JSON of kind, config, input keys and version."""
-        inputs = _encode({name: stage.key for name, stage in self.inputs.items()})
-        config, kind, version = canonical(dict(self.config)), _encode(self.kind), _encode(self.version)
-        text = f'{{"config":{config},"inputs":{inputs},"kind":{kind},"version":{version}}}'
+        config = self.config.text if isinstance(self.config, SharedConfig) else canonical(dict(self.config))
+        inputs = ",".join(f'{_quote(name)}:"{self.inputs[name].key}"' for name in sorted(self.inputs))
+        kind, version = _quote(self.kind), _quote(self.version)
+        # Written out, for speed: it is the canonical JSON of the four.
+        text = f'{{"config":{config},"inputs":{{{inputs}}},"kind":{kind},"version":{version}}}'
         return hashlib.sha256(text.encode()).hexdigest()
 
     def walk(self) -> list[Stage]:
