@@ -9,8 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from safecl.base import ConfigError, PrerequisiteError
-
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -155,6 +153,7 @@ def report(
 @app.command()
 def show(key: Annotated[str, typer.Argument(help="The beginning of a stage's key")], root: str = "runs") -> None:
     """Print a stage's record: config, inputs, result, cost, library versions."""
+    from safecl.base import ConfigError
     from safecl.store import Store
 
     found = Store(root).find(key)
@@ -392,6 +391,8 @@ def doctor(
 @app.command()
 def logs(root: Annotated[Path, typer.Option(help="The store")] = Path("runs"), num: int = 20) -> None:
     """List the log files of stages and engines, the newest last."""
+    from safecl.base import ConfigError
+
     files = sorted((root / "logs").glob("*.log"), key=lambda file: file.stat().st_mtime)
     if not files:
         raise ConfigError(f"no log files under {str(root / 'logs')!r}; name the store with --root")
@@ -404,17 +405,17 @@ def main() -> None:
     try:
         # Without its standalone mode click returns the code of an Exit, and 130 for Ctrl-C, in place of raising it.
         code = app(standalone_mode=False) or 0
-    except (ConfigError, PrerequisiteError) as error:
-        print(f"{type(error).__name__.removesuffix('Error').lower()} error: {error}", file=sys.stderr)
-        sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):  # before or after typer's own
         code = 130
     except Exception as error:
-        import click
+        from safecl.base import ConfigError, PrerequisiteError
 
-        if isinstance(error, click.ClickException):
-            error.show()
-            sys.exit(error.exit_code)
+        if isinstance(error, ConfigError | PrerequisiteError):
+            print(f"{type(error).__name__.removesuffix('Error').lower()} error: {error}", file=sys.stderr)
+            sys.exit(2)
+        if (show := getattr(error, "show", None)) is not None:  # typer's own, of a wrong option or argument
+            show()
+            sys.exit(getattr(error, "exit_code", 2))
         raise
     if code == 130:
         print("stopped; run the same command to continue from what is finished", file=sys.stderr)

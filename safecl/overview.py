@@ -37,7 +37,7 @@ def plan(project: Project) -> dict[str, Any]:
                 "trials": seeds + (sweep.search.trials if cell.space is not None else 0),
             }
         )
-        study = project.study(cell, create=False)
+        study = project.past(cell)
         tried = study.complete() if study else []
         jobs += [cell.job(trial.params, sweep.seeds[0], "search") for trial in tried] + finals
         if not finals:
@@ -73,7 +73,7 @@ def status(project: Project) -> list[dict[str, str]]:
         if cell.space is None:
             search = "-"
         else:
-            study = project.study(cell, create=False)
+            study = project.past(cell)
             search = f"{len(study.complete()) if study else 0}/{project.sweep.search.trials}"
         state = "done" if jobs and done == num_seeds else "searching" if note.startswith("search:") else "to do"
         found.append({"cell": cell.label, "search": search, "final": f"{done}/{num_seeds}", "state": state})

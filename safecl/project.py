@@ -21,6 +21,7 @@ from safecl.schedule import Done, Schedule, Study
 from safecl.store import Stage, Store
 
 if TYPE_CHECKING:
+    from safecl.search import Past
     from safecl.stats import Agreement
 
 
@@ -205,22 +206,33 @@ class Project:
         self.logs = self.store.local / "logs"
         self.study_url = sweep.execution.study_uri or f"sqlite:///{self.store.local / 'study.db'}"
         self._storage: Any = None
+        self._studies: dict[Cell, Study] = {}  # those that this process drives
 
-    def study(self, cell: Cell, create: bool) -> Study | None:
-        """A cell's study; with `create=False` None where no search was ever started."""
-        if cell.space is None:
-            return None
+    def study(self, cell: Cell) -> Study | None:
+        """A cell's study, started or continued by this process; None where nothing is searched."""
+        from safecl import search
+
+        if cell not in self._studies and cell.space is not None:
+            self._storage = self._storage or search.open_storage(self.study_url)
+            study = search.study_of(cell, self.sweep, self._storage)
+            assert study is not None
+            self._studies[cell] = study
+        return self._studies.get(cell)
+
+    def past(self, cell: Cell) -> Past | Study | None:
+        """What a cell's study holds, changing nothing; None where nothing is searched or no search was started."""
+        if cell.space is None or cell in self._studies:
+            return self._studies.get(cell)
         from safecl import search
 
         if self._storage is None:
-            is_new = self.study_url.startswith("sqlite:///") and not Path(self.study_url[10:]).exists()
-            if is_new and not create:
+            if self.study_url.startswith("sqlite:///") and not Path(self.study_url[10:]).exists():
                 return None
             self._storage = search.open_storage(self.study_url)
-        return search.study_of(cell, self.sweep, self._storage)
+        return search.past_of(cell, self.sweep, self._storage)
 
     def schedule(self, on_done: Callable[[Done], None] | None = None) -> Schedule:
-        return Schedule(self.sweep, self.store, self.cells, lambda cell: self.study(cell, create=True), on_done)
+        return Schedule(self.sweep, self.store, self.cells, self.study, on_done)
 
     def guard_evidence(self) -> Evidence | None:
         """What measures the trained guard on labelled pairs; None where a published guard judges."""
@@ -239,7 +251,7 @@ class Project:
             params: dict[str, Any] = {}
             note = ""
             if cell.space is not None:
-                study = self.study(cell, create=False)
+                study = self.past(cell)
                 trials = study.complete() if study else []
                 if study is None or study.remaining or not trials:
                     found.append((cell, {}, [], f"search: {len(trials)} of {self.sweep.search.trials} trials"))

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safecl.base import ConfigError, Json
 from safecl.config import Objective, Sweep
@@ -144,24 +144,26 @@ class CellStudy:
         self.space = {key: space[key] for key in sorted(space)}
         self._distributions = {key: _distribution(form) for key, form in self.space.items()}
         self._live: dict[int, Any] = {}
+        self._known: list[Any] | None = None  # the study's trials, until something is written: only this object writes
         self._study = optuna.create_study(
             study_name=name,
             storage=open_storage(storage) if isinstance(storage, str) else storage,
             direction="maximize",
             load_if_exists=True,
         )
-        if not self._study.get_trials(deepcopy=False):
+        if not self._trials():
             self._study.enqueue_trial(self._encode({key: defaults[key] for key in self.space}))
+            self._known = None
 
     @property
     def remaining(self) -> int:
         """How many trials may still be asked: `trials` less those finished, failed or running (ghosts do not count)."""
-        return max(0, self.trials - len(self._counted()))
+        return max(0, self.trials - len(_counted(self._trials())))
 
     @property
     def is_done(self) -> bool:
         """Nothing left to ask, and nothing running."""
-        return self.remaining == 0 and not any(t.state.name == "RUNNING" for t in self._counted())
+        return self.remaining == 0 and not any(t.state.name == "RUNNING" for t in _counted(self._trials()))
 
     def ask(self) -> tuple[int, dict[str, Json]]:
         """(trial number, parameters) of the next trial. Raises RuntimeError when none remains."""
@@ -169,8 +171,9 @@ class CellStudy:
             raise RuntimeError(f"study {self.name}: all {self.trials} trials were asked; look at `remaining` first")
         self._study.sampler = self._new_sampler()
         trial = self._study.ask(self._distributions)
+        self._known = None
         self._live[trial.number] = trial
-        return trial.number, self._decode(trial.params)
+        return trial.number, _decode(trial.params, self.space)
 
     def tell(self, number: int, value: float, violations: Mapping[str, float]) -> None:
         """Finish a trial asked from this object. `value` is maximised; a violation above 0 makes it infeasible.
@@ -185,6 +188,7 @@ class CellStudy:
         for key in sorted(violations):
             trial.set_constraint(key, float(violations[key]))
         self._study.tell(trial, float(value))
+        self._known = None
         del self._live[number]
 
     def fail(self, number: int) -> None:
@@ -192,6 +196,7 @@ class CellStudy:
         import optuna
 
         self._study.tell(self._running(number), state=optuna.trial.TrialState.FAIL)
+        self._known = None
         del self._live[number]
 
     def repair(self) -> int:
@@ -199,7 +204,7 @@ class CellStudy:
         parameters and then told FAIL (in this order, so that a crash in between loses none). Returns how many."""
         import optuna
 
-        trials = self._study.get_trials(deepcopy=False)
+        trials = self._trials()
         ghosts = [t for t in trials if t.state.name == "RUNNING" and t.number not in self._live]
         queued = {t.user_attrs[_REPAIRS] for t in trials if _REPAIRS in t.user_attrs}
         for ghost in ghosts:
@@ -210,19 +215,17 @@ class CellStudy:
                 self._study.enqueue_trial(known, user_attrs={_REPAIRS: ghost.number})
             self._study._storage.set_trial_user_attr(ghost._trial_id, _GHOST, True)
             self._study.tell(ghost.number, state=optuna.trial.TrialState.FAIL)
+            self._known = None
         return len(ghosts)
 
     def complete(self) -> list[Trial]:
         """Finished trials by number."""
-        return [
-            Trial(t.number, self._decode(t.params), float(t.value), dict(t.constraints))
-            for t in self._study.get_trials(deepcopy=False)
-            if t.state.name == "COMPLETE"
-        ]
+        return _complete(self._trials(), self.space)
 
-    def _counted(self) -> Sequence[Any]:
-        trials = self._study.get_trials(deepcopy=False)
-        return [t for t in trials if t.state.name != "WAITING" and _GHOST not in t.user_attrs]
+    def _trials(self) -> list[Any]:
+        if self._known is None:
+            self._known = self._study.get_trials(deepcopy=False)
+        return self._known
 
     def _running(self, number: int) -> Any:
         if number not in self._live:
@@ -233,7 +236,7 @@ class CellStudy:
         """A fresh sampler per trial: one kept over many asks would repeat its sequence when the study is reopened."""
         import optuna
 
-        num_asked = sum(t.state.name != "WAITING" for t in self._study.get_trials(deepcopy=False))
+        num_asked = sum(t.state.name != "WAITING" for t in self._trials())
         text = canonical([self.seed, self.name, num_asked])
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
         if self.sampler == "random":
@@ -245,8 +248,28 @@ class CellStudy:
     def _encode(self, params: Mapping[str, Json]) -> dict[str, Any]:
         return {k: canonical(v) if isinstance(self.space[k], list | tuple) else v for k, v in params.items()}
 
-    def _decode(self, params: Mapping[str, Any]) -> dict[str, Json]:
-        return {k: json.loads(params[k]) if isinstance(self.space[k], list | tuple) else params[k] for k in self.space}
+
+class Past(NamedTuple):
+    """A cell's study as it was when it was read: finished trials by number, and how many may still be asked."""
+
+    finished: list[Trial]
+    remaining: int
+
+    def complete(self) -> list[Trial]:
+        return self.finished
+
+
+def _counted(trials: Sequence[Any]) -> list[Any]:
+    return [t for t in trials if t.state.name != "WAITING" and _GHOST not in t.user_attrs]
+
+
+def _complete(trials: Sequence[Any], space: Mapping[str, Json]) -> list[Trial]:
+    finished = (t for t in trials if t.state.name == "COMPLETE")
+    return [Trial(t.number, _decode(t.params, space), float(t.value), dict(t.constraints)) for t in finished]
+
+
+def _decode(params: Mapping[str, Any], space: Mapping[str, Json]) -> dict[str, Json]:
+    return {k: json.loads(params[k]) if isinstance(space[k], list | tuple) else params[k] for k in sorted(space)}
 
 
 def _distribution(form: Json) -> Any:
@@ -276,6 +299,18 @@ def study_of(cell: Cell, sweep: Sweep, storage: Any) -> CellStudy | None:
     )
     study.repair()
     return study
+
+
+def past_of(cell: Cell, sweep: Sweep, storage: Any) -> Past | None:
+    """What a cell's study holds, changing nothing; None where nothing is searched or no search was started."""
+    if cell.space is None:
+        return None
+    try:
+        study = storage.get_study_id_from_name(study_name(cell.key[:16], cell.space, sweep.search.objective))
+    except KeyError:
+        return None
+    trials = storage.get_all_trials(study, deepcopy=False)
+    return Past(_complete(trials, cell.space), max(0, sweep.search.trials - len(_counted(trials))))
 
 
 def trial(config: dict[str, Any], *, broker: Any, cells: Any) -> None:
