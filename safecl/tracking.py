@@ -130,7 +130,8 @@ class Tracker:
         waiting = any((self.root / "spool").glob("*.jsonl"))  # there is a spool, of an earlier run to begin with
         while True:
             message = self._next(rest_until if waiting else None)
-            if message is None and self._closed and self._queue.empty():
+            to_try = waiting and time.monotonic() >= rest_until
+            if message is None and self._closed and self._queue.empty() and not to_try:
                 break
             if message is not None and time.monotonic() < rest_until:
                 self._give_up(message)
