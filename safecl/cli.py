@@ -71,7 +71,15 @@ def _print_rows(project: Any, as_json: bool) -> None:
 
 
 @app.command()
-def run(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False) -> None:  # noqa: B006
+def run(
+    file: File,
+    set_: Set = [],  # noqa: B006
+    limit: Limit = None,
+    as_json: AsJson = False,
+    max_hours: Annotated[
+        float | None, typer.Option(min=0.0, help="Stop after so many hours, in a state that the same command continues")
+    ] = None,
+) -> None:
     """Run what is missing of a sweep and print its table.
 
     Finished stages are never run again, so the same command continues after a crash, a kill or Ctrl-C. Progress goes to
@@ -80,7 +88,7 @@ def run(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False
     from safecl import driver
 
     project = _project(file, set_, limit)
-    failed = driver.run(project, lambda text: print(text, file=sys.stderr))
+    failed = driver.run(project, lambda text: print(text, file=sys.stderr), max_hours)
     _print_rows(project, as_json)
     if not failed:
         return
@@ -97,7 +105,7 @@ def run(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False
 def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False) -> None:  # noqa: B006
     """Print cells, trials and stages of a sweep, what is cached, and the hours left.
 
-    Hours come from the records of past stages of the same kind; where there are none it says unknown.
+    Hours are estimates (tokens x parameters / this machine's speed), corrected by what past stages of the store took.
     """
     from safecl.overview import plan as make_plan
 
@@ -109,10 +117,12 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
     _table(
         "cells", ["cell", "searched", "trials"], [[c["cell"], c["searched"], str(c["trials"])] for c in found["cells"]]
     )
-    columns = ["stage", "to run", "cached", "shared", "hours"]
-    rows = [[k, *(str(s[c]) for c in columns[1:4]), s["hours"]] for k, s in found["stages"].items()]
-    _table("stages that are known now", columns, rows)
-    print(f"{found['open_trials']} more trials will be suggested by the search; hours in all: {found['hours']}")
+    columns = ["stage", "to run", "later", "cached", "shared", "hours"]
+    rows = [[k, *(str(s[c]) for c in columns[1:5]), f"{s['hours']:.2f}"] for k, s in found["stages"].items()]
+    _table("stages (later: of trials that the search will suggest)", columns, rows)
+    print(
+        f"{found['open_trials']} more trials will be suggested by the search; about {found['hours']:.2f} hours in all"
+    )
 
 
 @app.command()

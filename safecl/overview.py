@@ -8,7 +8,7 @@ from typing import Any
 
 from safecl import methods
 from safecl.base import ConfigError
-from safecl.cost import cost
+from safecl.cost import Open, cost
 from safecl.grid import Job
 from safecl.project import Project, pooled_agreement
 from safecl.report import page, plots
@@ -23,11 +23,12 @@ MAX_MERGE_LOSS = 0.01  # share of a finetune's KL from where it started
 
 
 def plan(project: Project) -> dict[str, Any]:
-    """Cells, trials, stages by kind and hours, as plain data. Hours are "unknown" without past records."""
+    """Cells, trials, stages by kind and hours, as plain data; and estimates against the records of past stages."""
     sweep = project.sweep
+    forecast = project.forecast()
     found: list[dict[str, Any]] = []
     jobs: list[Job] = []
-    open_trials = 0
+    open_cells: list[Open] = []
     seeds = len(sweep.seeds)
     for cell, _, finals, _ in project.finals():
         found.append(
@@ -41,26 +42,27 @@ def plan(project: Project) -> dict[str, Any]:
         tried = study.complete() if study else []
         jobs += [cell.job(trial.params, sweep.seeds[0], "search") for trial in tried] + finals
         if not finals:
-            open_trials += sweep.search.trials - len(tried) + seeds
+            num_left = sweep.search.trials - len(tried)
             if not tried:  # trial 0 is the defaults, so its stages are known
                 jobs.append(cell.job({}, sweep.seeds[0], "search"))
-                open_trials -= 1
-    counts = cost(jobs, project.store, project.guard_stages())
-    hours = [count.hours for count in counts.values()]
-    known = None if open_trials or None in hours else sum(h for h in hours if h is not None)
+                num_left -= 1
+            open_cells.append(Open(cell, num_left, sweep.seeds))
+    found_cost = cost(jobs, open_cells, project.store, forecast, project.num_devices(), project.guard_stages())
     return {
         "cells": found,
         "stages": {
             kind: {
                 "to run": count.to_run,
+                "later": count.later,
                 "cached": count.cached,
                 "shared": count.shared,
-                "hours": "unknown" if count.hours is None else f"{count.hours:.2f}",
+                "hours": round(count.hours, 4),
             }
-            for kind, count in counts.items()
+            for kind, count in found_cost.kinds.items()
         },
-        "open_trials": open_trials,
-        "hours": "unknown" if known is None else f"{known:.2f}",
+        "open_trials": sum(cell.num_trials + len(cell.seeds) for cell in open_cells),
+        "hours": round(found_cost.hours, 4),
+        "records": {kind: checked._asdict() for kind, checked in forecast.checked.items()},
     }
 
 

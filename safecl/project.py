@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from safecl import hardware
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.check import check
 from safecl.config import Sweep
 from safecl.contrasts import MARGINS, contrasts, discordant, means
+from safecl.cost import Forecast
+from safecl.estimate import Estimator, speeds
 from safecl.grid import Cell, Job
 from safecl.objective import select
 from safecl.plan import REFERENCES, Evidence
@@ -233,6 +237,16 @@ class Project:
 
     def schedule(self, on_done: Callable[[Done], None] | None = None) -> Schedule:
         return Schedule(self.sweep, self.store, self.cells, self.study, on_done)
+
+    def forecast(self, keep: bool = False) -> Forecast:
+        """How long stages will take on this machine. Measures its speed unless the store knows it; `keep`: for others."""
+        execution = self.sweep.execution
+        found = speeds(self.store, execution.use_gpu, keep)
+        return Forecast(self.store, execution, Estimator(self.store, execution, found))
+
+    def num_devices(self) -> int:
+        """CPUs of this machine; with `use_gpu` its GPUs."""
+        return len(hardware.gpus()) if self.sweep.execution.use_gpu else os.cpu_count() or 1
 
     def guard_evidence(self) -> Evidence | None:
         """What measures the trained guard on labelled pairs; None where a published guard judges."""

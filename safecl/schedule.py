@@ -120,11 +120,13 @@ class Schedule:
         """Jobs under way and waiting. Trials that a search has yet to suggest are not known."""
         return [job for queue in self.queues for job in (*queue.under_way, *queue.waiting)]
 
+    def searching(self) -> list[tuple[Cell, int]]:
+        """Cells whose search goes on, each with how many trials it may still suggest; its final trials wait for them."""
+        return [(queue.cell, queue.study.remaining) for queue in self.queues if not queue.finals_given and queue.study]
+
     def num_unasked(self) -> int:
         """Trials that searches may still suggest, plus the final trials that wait for them."""
-        open_searches = [queue for queue in self.queues if not queue.finals_given]
-        unasked = sum(queue.study.remaining for queue in open_searches if queue.study)
-        return unasked + len(open_searches) * len(self.sweep.seeds)
+        return sum(remaining + len(self.sweep.seeds) for _, remaining in self.searching())
 
     def _take(self, queue: _Queue) -> Job | None:
         if queue.waiting:

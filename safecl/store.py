@@ -109,6 +109,13 @@ class Stage:
         text = f'{{"config":{config},"inputs":{{{inputs}}},"kind":{kind},"version":{version}}}'
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any], inputs: Mapping[str, Stage]) -> Stage:
+        """A finished stage by its record, with the record's key. `inputs`: those that are of interest."""
+        stage = cls(record["kind"], record["config"], inputs, record["version"])
+        stage.__dict__["key"] = record["key"]
+        return stage
+
     def walk(self) -> list[Stage]:
         """This stage and everything below it, inputs first, each once."""
         return below([self])
@@ -251,11 +258,20 @@ class Store:
                     self._copy_down(url.rsplit("/", 1)[0], target)
         return [json.loads(path.read_text()) for path in sorted(self.local.glob(pattern))]
 
+    def by_key(self, key: str) -> dict[str, Any] | None:
+        """The local record of this whole key, whatever its kind."""
+        for kind in os.listdir(self._stages) if os.path.isdir(self._stages) else ():
+            path = Path(self._stages, kind, key, "record.json")
+            if path.is_file():
+                record: dict[str, Any] = json.loads(path.read_text())
+                return record
+        return None
+
     def folder(self, record: dict[str, Any]) -> Path:
         """Local folder of a stage that `find` gave."""
         return self.local / "store" / str(record["kind"]) / str(record["key"])
 
-    def records(self, kind: str, at_most: int = 200) -> list[dict[str, Any]]:
+    def records(self, kind: str, at_most: int = 100) -> list[dict[str, Any]]:
         """The newest local records of one kind, oldest first: what past work cost."""
         try:
             with os.scandir(f"{self._stages}/{kind}") as entries:

@@ -80,6 +80,7 @@ class Task:
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {}  # split -> its sources; empty for a generated suite
     SCORES: ClassVar[tuple[str, ...]] = ("utility",)  # what `scores` gives of validation answers
     RUNS_CODE: ClassVar[bool] = False  # whether scoring runs what the model wrote
+    TYPICAL_TOKENS: ClassVar[tuple[int, int]] = (60, 100)  # of a prompt and an answer, for estimates of time
     max_new_tokens: ClassVar[int] = 64  # how long an answer to this task's utility prompts may be
 
     def __init__(self, folder: Path | None = None, unsafe_code: bool = False) -> None:
