@@ -225,13 +225,16 @@ class Estimator:
     def _read_size(self, model: Stage) -> Size:
         source: Any = model.config["source"]
         folder = Path(model.hints.get("path", ""))
+        told = None
         if self.store.has(model):
-            folder = self.store.path(model)
+            folder, told = self.store.path(model), self.store.record(model)["result"].get("parameters")
             where = folder / "where.json"
             folder = Path(json.loads(where.read_text())["path"]) if where.is_file() else folder
         try:
             return shape(json.loads((folder / "config.json").read_text()))
         except (OSError, ValueError, KeyError, TypeError):
+            if told:
+                return Size(float(told))
             names = " ".join((str(source.get("hub", "")), str(source.get("wheel", "")), model.hints.get("path", "")))
             found = re.findall(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)\s*([mb])(?![a-z0-9])", names.lower())
             return Size(float(found[-1][0]) * {"m": 1e6, "b": 1e9}[found[-1][1]] if found else TYPICAL_PARAMETERS)
