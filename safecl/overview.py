@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ MAX_MERGE_LOSS = 0.01  # share of a finetune's KL from where it started
 def plan(project: Project) -> dict[str, Any]:
     """Cells, trials, stages by kind and hours, as plain data; and estimates against the records of past stages."""
     sweep = project.sweep
-    forecast = project.forecast()
     found: list[dict[str, Any]] = []
     jobs: list[Job] = []
     open_cells: list[Open] = []
@@ -47,6 +47,11 @@ def plan(project: Project) -> dict[str, Any]:
                 jobs.append(cell.job({}, sweep.seeds[0], "search"))
                 num_left -= 1
             open_cells.append(Open(cell, num_left, sweep.seeds))
+    with ThreadPoolExecutor(1) as beside:  # the machine's speed is measured by another process
+        to_come = beside.submit(project.forecast)
+        for job in jobs:
+            job.evidence  # noqa: B018  (made here, while that runs)
+        forecast = to_come.result()
     found_cost = cost(jobs, open_cells, project.store, forecast, project.num_devices(), project.guard_stages())
     return {
         "cells": found,
