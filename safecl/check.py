@@ -10,13 +10,13 @@ from pydantic import ValidationError
 from safecl import methods, objective, tasks
 from safecl.base import ConfigError
 from safecl.config import Method, Sweep
-from safecl.plan import Job, cells
+from safecl.grid import Cell, cells
 from safecl.search import space_check
 
 
-def check(sweep: Sweep, folder: Path | None) -> None:
-    """Everything that can be known to be wrong before anything is spent, all at once (ConfigError), then whether the
-    data and models are there (PrerequisiteError)."""
+def check(sweep: Sweep, folder: Path | None) -> list[Cell]:
+    """The sweep's cells, after everything that can be known to be wrong before anything is spent, all at once
+    (ConfigError), then whether the data and models are there (PrerequisiteError)."""
     errors: list[str] = []
 
     def attempt(where: str, action: Any) -> Any:
@@ -76,11 +76,13 @@ def check(sweep: Sweep, folder: Path | None) -> None:
         )
     if errors:
         raise ConfigError("\n".join(errors))
-    for cell in cells(sweep):  # builds every stage: missing data files and models raise here
-        job = Job(cell, {}, sweep.seeds[0], "final")
-        attempt(f"method {cell.recipe.method!r}", lambda job=job: job.evidence(folder))
+    found = cells(sweep, folder)
+    for cell in found:  # builds every stage: missing data files and models raise here
+        job = cell.job({}, sweep.seeds[0], "final")
+        attempt(f"method {cell.recipe.method!r}", lambda job=job: job.evidence)
     if errors:
         raise ConfigError("\n".join(dict.fromkeys(errors)))
+    return found
 
 
 def source_problem(source: str, revision: str | None) -> str | None:

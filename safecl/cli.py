@@ -9,8 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from safecl.base import ConfigError, PrerequisiteError
-
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -80,7 +78,15 @@ def _print_rows(project: Any, as_json: bool) -> None:
 
 
 @app.command()
-def run(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False) -> None:  # noqa: B006
+def run(
+    file: File,
+    set_: Set = [],  # noqa: B006
+    limit: Limit = None,
+    as_json: AsJson = False,
+    max_hours: Annotated[
+        float | None, typer.Option(min=0.0, help="Stop after so many hours, in a state that the same command continues")
+    ] = None,
+) -> None:
     """Run what is missing of a sweep and print its table.
 
     Finished stages are never run again, so the same command continues after a crash, a kill or Ctrl-C. Progress goes to
@@ -89,7 +95,7 @@ def run(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False
     from safecl import driver
 
     project = _project_to_run(file, set_, limit)
-    failed = driver.run(project, lambda text: print(text, file=sys.stderr))
+    failed = driver.run(project, lambda text: print(text, file=sys.stderr), max_hours)
     _print_rows(project, as_json)
     if not failed:
         return
@@ -106,7 +112,7 @@ def run(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False
 def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False) -> None:  # noqa: B006
     """Print cells, trials and stages of a sweep, what is cached, and the hours left.
 
-    Hours come from the records of past stages of the same kind; where there are none it says unknown.
+    Hours are estimates (tokens x parameters / this machine's speed), corrected by what past stages of the store took.
     """
     from safecl.overview import plan as make_plan
 
@@ -118,14 +124,16 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
     _table(
         "cells", ["cell", "searched", "trials"], [[c["cell"], c["searched"], str(c["trials"])] for c in found["cells"]]
     )
-    columns = ["stage", "to run", "cached", "shared", "hours"]
-    rows = [[k, *(str(s[c]) for c in columns[1:4]), s["hours"]] for k, s in found["stages"].items()]
-    _table("stages that are known now", columns, rows)
+    columns = ["stage", "to run", "later", "cached", "shared", "hours"]
+    rows = [[k, *(str(s[c]) for c in columns[1:5]), f"{s['hours']:.2f}"] for k, s in found["stages"].items()]
+    _table("stages (later: of trials that the search will suggest)", columns, rows)
     auto = f" (auto: {found['auto']['why']})" if found["auto"] else ""
     print(f"dtype: {', '.join(f'{name} {dtype}' for name, dtype in found['dtype'].items())}{auto}")
     for warning in found["warnings"]:
         print(warning)
-    print(f"{found['open_trials']} more trials will be suggested by the search; hours in all: {found['hours']}")
+    print(
+        f"{found['open_trials']} more trials will be suggested by the search; about {found['hours']:.2f} hours in all"
+    )
 
 
 @app.command()
@@ -166,6 +174,7 @@ def report(
 @app.command()
 def show(key: Annotated[str, typer.Argument(help="The beginning of a stage's key")], root: str = "runs") -> None:
     """Print a stage's record: config, inputs, result, cost, library versions."""
+    from safecl.base import ConfigError
     from safecl.store import Store
 
     found = Store(root).find(key)
@@ -403,6 +412,8 @@ def doctor(
 @app.command()
 def logs(root: Annotated[Path, typer.Option(help="The store")] = Path("runs"), num: int = 20) -> None:
     """List the log files of stages and engines, the newest last."""
+    from safecl.base import ConfigError
+
     files = sorted((root / "logs").glob("*.log"), key=lambda file: file.stat().st_mtime)
     if not files:
         raise ConfigError(f"no log files under {str(root / 'logs')!r}; name the store with --root")
@@ -415,17 +426,17 @@ def main() -> None:
     try:
         # Without its standalone mode click returns the code of an Exit, and 130 for Ctrl-C, in place of raising it.
         code = app(standalone_mode=False) or 0
-    except (ConfigError, PrerequisiteError) as error:
-        print(f"{type(error).__name__.removesuffix('Error').lower()} error: {error}", file=sys.stderr)
-        sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):  # before or after typer's own
         code = 130
     except Exception as error:
-        import click
+        from safecl.base import ConfigError, PrerequisiteError
 
-        if isinstance(error, click.ClickException):
-            error.show()
-            sys.exit(error.exit_code)
+        if isinstance(error, ConfigError | PrerequisiteError):
+            print(f"{type(error).__name__.removesuffix('Error').lower()} error: {error}", file=sys.stderr)
+            sys.exit(2)
+        if (show := getattr(error, "show", None)) is not None:  # typer's own, of a wrong option or argument
+            show()
+            sys.exit(getattr(error, "exit_code", 2))
         raise
     if code == 130:
         print("stopped; run the same command to continue from what is finished", file=sys.stderr)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from statistics import median
 from typing import Any
 
 from safecl import dtypes, hardware, sandbox, tasks
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Sweep
-from safecl.cost import missing
-from safecl.plan import REFERENCES, Job
+from safecl.cost import missing, slots
+from safecl.eta import Eta
+from safecl.plan import REFERENCES
 from safecl.project import Project
 from safecl.schedule import Done, Schedule
 from safecl.stats import Interval, quality
-from safecl.store import Stage, Store
+from safecl.store import Store
 
 GIB_PER_TRIAL, GIB_PER_ENGINE, GIB_PER_WORKER = 1.0, 4.0, 2.5  # measured at 135M parameters, see the README
 
@@ -56,8 +57,13 @@ def _settle_dtype(project: Project, show: Callable[[str], None]) -> None:
     dtypes.remember(project.sweep, project.store, project.auto)
 
 
-def run(project: Project, show: Callable[[str], None]) -> list[Done]:
-    """Run what is missing. Returns failed jobs. Ctrl-C and crashes leave everything resumable by the same command."""
+class _TimeIsUp(KeyboardInterrupt):
+    """Raised in the main thread when the hours of a run are over: it ends everything that Ctrl-C ends, in the same way."""
+
+
+def run(project: Project, show: Callable[[str], None], max_hours: float | None = None) -> list[Done]:
+    """Run what is missing, for at most `max_hours`. Returns failed jobs. The end of the hours, Ctrl-C and crashes leave
+    everything resumable by the same command."""
     from safecl.tracking import Tracker
 
     project.store.check_writable(needed_gib=2.0)
@@ -76,10 +82,21 @@ def run(project: Project, show: Callable[[str], None]) -> list[Done]:
         _check_memory(project.sweep)
         _check_isolation(project.sweep)
         _settle_dtype(project, show)
-        with _cluster(project, show) as (broker, ray):
+        names = {cell.job({}, 0, "final").graph.base.key: cell.recipe.model.name for cell in project.cells}
+        eta = Eta(
+            project.store,
+            project.forecast(keep=True),
+            project.num_devices(),
+            project.guard_stages(),
+            names if len(names) > 1 else {},
+        )
+        with _at_most(max_hours, lambda: show(_left(eta, schedule))), _cluster(project, show) as (broker, ray):
+            if project.sweep.execution.address != "local":
+                unit = "GPU" if project.sweep.execution.use_gpu else "CPU"
+                eta.slots = slots(project.sweep.execution, int(ray.cluster_resources().get(unit, 1)))
             waiting = [broker.ensure.remote(guard)] if guard else []
             _warm(broker, schedule, project)
-            with _progress(project, schedule, broker):
+            with _progress(schedule, broker, eta):
                 if first is not None:
                     from safecl import search
 
@@ -89,6 +106,34 @@ def run(project: Project, show: Callable[[str], None]) -> list[Done]:
     finally:
         tracker.close(timeout_s=30.0)
     return [done for done in schedule.done if done.error]
+
+
+@contextmanager
+def _at_most(hours: float | None, when_over: Callable[[], None]) -> Iterator[None]:
+    """Ends the block when so many hours are over, as Ctrl-C would, and then calls `when_over`. Main thread only."""
+    if hours is None:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, hours * 3600)
+    try:
+        yield
+    except _TimeIsUp:
+        when_over()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _left(eta: Eta, schedule: Schedule) -> str:
+    from safecl.report.progress import clock
+
+    num, seconds = eta.left(schedule)
+    return f"the hours are over: {num} trials are left, about {clock(seconds)}; the same command continues"
 
 
 def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]:
@@ -155,8 +200,7 @@ def _cluster(project: Project, show: Callable[[str], None]) -> Iterator[tuple[An
 
 def _warm(broker: Any, schedule: Schedule, project: Project) -> None:
     """Boot engines while the first adapters train: a boot takes as long as a short finetune."""
-    targets = [stage for job in schedule.open_jobs() for stage in job.evidence(project.folder).metrics.walk()]
-    needed = missing([stage for stage in targets if stage.kind in ("generate", "judge")], project.store)
+    needed = missing([stage for job in schedule.open_jobs() for stage in job.evidence.targets], project.store)
     from safecl.execute import ENGINE_ROLE
 
     wanted = {
@@ -186,12 +230,11 @@ def _check_memory(sweep: Sweep) -> None:
 
 
 @contextmanager
-def _progress(project: Project, schedule: Schedule, broker: Any) -> Iterator[None]:
+def _progress(schedule: Schedule, broker: Any, eta: Eta) -> Iterator[None]:
     from safecl.report.progress import Display
 
     stop = threading.Event()
     display = Display(sys.stderr)
-    eta = _Eta(project)
 
     def watch() -> None:
         import ray
@@ -201,7 +244,7 @@ def _progress(project: Project, schedule: Schedule, broker: Any) -> Iterator[Non
                 snapshot = ray.get(broker.snapshot.remote(), timeout=5)
             except Exception:  # the display is a courtesy; the run says what is wrong
                 continue
-            display.show(_state(schedule, snapshot, eta))
+            display.show(eta.state(schedule, snapshot, time.time()))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -213,68 +256,11 @@ def _progress(project: Project, schedule: Schedule, broker: Any) -> Iterator[Non
         display.close()
 
 
-class _Eta:
-    """Seconds left, from what stages of the same kind took before (in earlier runs, and so far in this one), but never less
-    than what the running ones still need at their pace so far: answers to `code` take many times those to attacks."""
-
-    TRIAL = (
-        "finetune",
-        "generate",
-        "generate",
-        "generate",
-        "judge",
-        "judge",
-        "metrics",
-    )  # what a suggested trial will need
-
-    def __init__(self, project: Project) -> None:
-        self.project = project
-        self.seconds: dict[str, list[float]] = {}
-        for kind in (*set(self.TRIAL), "model", "data", "memory"):
-            self.seconds[kind] = [float(record["seconds"]) for record in project.store.records(kind)]
-
-    def __call__(self, schedule: Schedule, snapshot: dict[str, Any]) -> tuple[float | None, bool]:
-        """(seconds, whether some kind of stage has no past record and is left out)."""
-        seconds = {kind: list(past) for kind, past in self.seconds.items()}
-        for stage in snapshot["finished"]:
-            seconds.setdefault(stage["kind"], []).append(stage["seconds"])
-        # Medians: aligning, or training a guard, takes several times what a trial's finetune does.
-        typical = {kind: median(past) for kind, past in seconds.items() if past}
-        targets = [stage for job in schedule.open_jobs() for stage in _stages(self.project, job)]
-        kinds = [stage.kind for stage in missing(targets, self.project.store)]
-        kinds += list(self.TRIAL) * schedule.num_unasked()
-        if "finetune" in kinds and "finetune" not in typical:
-            return None, True  # what takes longest is not known yet: a number would mislead
-        work = sum(typical.get(kind, 0.0) for kind in kinds)
-        at_once = max(os.cpu_count() or 1, self.project.sweep.execution.num_trials_at_once)
-        ends = [stage["ends"] - time.time() for stage in snapshot["running"] if stage["ends"] is not None]
-        return max(work / at_once, 0.0, *ends), any(kind not in typical for kind in kinds)
-
-
-def _stages(project: Project, job: Job) -> list[Stage]:
-    evidence = job.evidence(project.folder)
-    return [*evidence.judged, evidence.metrics]
-
-
-def _state(schedule: Schedule, snapshot: dict[str, Any], eta: _Eta) -> dict[str, Any]:
-    eta_s, eta_is_partial = eta(schedule, snapshot)
-    return {
-        "running": snapshot["running"],
-        "num_finished": len(snapshot["finished"]),
-        "failed": snapshot["failed"],
-        "trials_done": len(schedule.done),
-        "trials": len(schedule.done) + len(schedule.open_jobs()) + schedule.num_unasked(),
-        "eta_s": eta_s,
-        "eta_is_partial": eta_is_partial,
-        "now": time.time(),
-    }
-
-
 def track(tracker: Any, project: Project, done: Done) -> None:
     """Put a finished job into MLflow, from the store: curves exist also where every stage was cached."""
     if done.result is None:
         return
-    graph = done.job.graph(project.folder)
+    graph = done.job.graph
     curves: list[dict[str, Any]] = []
     if done.job.cell.recipe.method not in REFERENCES and project.store.has(graph.tuned):
         text = (project.store.path(graph.tuned) / "curves.jsonl").read_text()
@@ -284,9 +270,9 @@ def track(tracker: Any, project: Project, done: Done) -> None:
     tracker.trial(
         sweep=project.sweep.name,
         cell=done.job.cell.label,
-        trial=f"{done.evidence.metrics.key[:16]}-{split}",
+        trial=f"{done.job.evidence.metrics.key[:16]}-{split}",
         params={**graph.recipe.params, "seed": done.job.seed, "split": split, "adapter": project.sweep.adapter},
         metrics=metrics,
         curves=curves,
-        tags={"safecl.metrics_key": done.evidence.metrics.key, "safecl.method": graph.recipe.method},
+        tags={"safecl.metrics_key": done.job.evidence.metrics.key, "safecl.method": graph.recipe.method},
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from safecl import methods
 from safecl.base import ConfigError
-from safecl.cost import cost
+from safecl.cost import Open, cost
 from safecl.dtypes import warnings
-from safecl.plan import Job
+from safecl.grid import Job
 from safecl.project import Project, pooled_agreement
 from safecl.report import page, plots
 from safecl.report.tables import Facts
@@ -24,13 +25,14 @@ MAX_MERGE_LOSS = 0.01  # share of a finetune's KL from where it started
 
 
 def plan(project: Project) -> dict[str, Any]:
-    """Cells, trials, stages by kind, hours and dtypes, as plain data. Hours are "unknown" without past records."""
+    """Cells, trials, stages by kind, hours and dtypes, as plain data; and estimates against the records of past stages."""
     sweep = project.sweep
     project.warnings = warnings(sweep, project.store, project.auto, project.nodes)
     found: list[dict[str, Any]] = []
     jobs: list[Job] = []
-    open_trials = 0
-    for (cell, _, finals, _), seeds in zip(project.finals(), [len(sweep.seeds)] * 10**6, strict=False):
+    open_cells: list[Open] = []
+    seeds = len(sweep.seeds)
+    for cell, _, finals, _ in project.finals():
         found.append(
             {
                 "cell": cell.label,
@@ -38,30 +40,36 @@ def plan(project: Project) -> dict[str, Any]:
                 "trials": seeds + (sweep.search.trials if cell.space is not None else 0),
             }
         )
-        study = project.study(cell, create=False)
+        study = project.past(cell)
         tried = study.complete() if study else []
-        jobs += [Job(cell, trial.params, sweep.seeds[0], "search") for trial in tried] + finals
+        jobs += [cell.job(trial.params, sweep.seeds[0], "search") for trial in tried] + finals
         if not finals:
-            open_trials += sweep.search.trials - len(tried) + seeds
+            num_left = sweep.search.trials - len(tried)
             if not tried:  # trial 0 is the defaults, so its stages are known
-                jobs.append(Job(cell, {}, sweep.seeds[0], "search"))
-                open_trials -= 1
-    counts = cost(jobs, project.folder, project.store, project.guard_stages())
-    hours = [count.hours for count in counts.values()]
-    known = None if open_trials or None in hours else sum(h for h in hours if h is not None)
+                jobs.append(cell.job({}, sweep.seeds[0], "search"))
+                num_left -= 1
+            open_cells.append(Open(cell, num_left, sweep.seeds))
+    with ThreadPoolExecutor(1) as beside:  # the machine's speed is measured by another process
+        to_come = beside.submit(project.forecast)
+        for job in jobs:
+            job.evidence  # noqa: B018  (made here, while that runs)
+        forecast = to_come.result()
+    found_cost = cost(jobs, open_cells, project.store, forecast, project.num_devices(), project.guard_stages())
     return {
         "cells": found,
         "stages": {
             kind: {
                 "to run": count.to_run,
+                "later": count.later,
                 "cached": count.cached,
                 "shared": count.shared,
-                "hours": "unknown" if count.hours is None else f"{count.hours:.2f}",
+                "hours": round(count.hours, 4),
             }
-            for kind, count in counts.items()
+            for kind, count in found_cost.kinds.items()
         },
-        "open_trials": open_trials,
-        "hours": "unknown" if known is None else f"{known:.2f}",
+        "open_trials": sum(cell.num_trials + len(cell.seeds) for cell in open_cells),
+        "hours": round(found_cost.hours, 4),
+        "records": {kind: checked._asdict() for kind, checked in forecast.checked.items()},
         "dtype": {model.name: model.dtype for model in sweep.models},
         "auto": None if project.auto is None else project.auto._asdict(),
         "warnings": project.warnings,
@@ -72,12 +80,12 @@ def status(project: Project) -> list[dict[str, str]]:
     """How far each cell is, from the store and the studies alone."""
     found = []
     for cell, _, jobs, note in project.finals():
-        done = sum(project.store.has(job.evidence(project.folder).metrics) for job in jobs)
+        done = sum(project.store.has(job.evidence.metrics) for job in jobs)
         num_seeds = len(project.sweep.seeds)
         if cell.space is None:
             search = "-"
         else:
-            study = project.study(cell, create=False)
+            study = project.past(cell)
             search = f"{len(study.complete()) if study else 0}/{project.sweep.search.trials}"
         state = "done" if jobs and done == num_seeds else "searching" if note.startswith("search:") else "to do"
         found.append({"cell": cell.label, "search": search, "final": f"{done}/{num_seeds}", "state": state})

@@ -4,26 +4,26 @@
     user rows (task + poison) ----------+-> finetune(method) <-------+
                                             tuned -> finalize (post-hoc methods) -> generate -> judge -> metrics
 
-`cells(sweep)` is the grid; cost.py counts what a run would do.
+grid.py says which recipes a sweep has; cost.py counts what a run would do.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import safecl.judges as judges
 import safecl.methods as methods
 import safecl.tasks as tasks
-from safecl.base import ConfigError, Json
-from safecl.config import Align, Evaluate, Lora, Method, Model, Prompts, Rows, Sweep, Template, Training, UserTask
+from safecl.base import ConfigError, Json, Strict
+from safecl.config import Align, Evaluate, Lora, Model, Prompts, Rows, Template, Training, UserTask
+from safecl.memo import Shared, shared
 from safecl.models import model_stage
-from safecl.store import Stage, canonical
+from safecl.store import SharedConfig, Stage, canonical
 from safecl.tasks._source import identity
 
 if TYPE_CHECKING:
@@ -57,13 +57,24 @@ class Evidence(NamedTuple):
     metrics: Stage
     judged: tuple[Stage, ...]
 
+    @property
+    def targets(self) -> tuple[Stage, ...]:
+        """What must be in the store."""
+        return (*self.judged, self.metrics)
+
+
+# Which fields of a recipe a stage may depend on: those of a sweep and model, with the seed, and with the user's rows.
+MODEL = ("model", "adapter", "lora", "align", "poison_task", "evaluate", "memory_mix")
+SEED = (*MODEL, "seed")
+USER = (*SEED, "task", "poison_ratio", "keep_task_rows")
+
 
 class Graph:
-    """The cached stages of one recipe."""
+    """The cached stages of one recipe. Graphs with one `shared` share what their recipes agree on."""
 
-    def __init__(self, recipe: Recipe, folder: Path | None) -> None:
+    def __init__(self, recipe: Recipe, shared: Shared) -> None:
         self.recipe = recipe
-        self.folder = folder  # of local data files; None: the hub
+        self.shared = shared
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -92,8 +103,9 @@ class Graph:
     def _part(self, part: Rows, split: str) -> dict[str, Json]:
         return {"task": part.task, "split": split, "num_rows": part.num_rows, "source": self._source(part.task, split)}
 
+    @shared(*MODEL)
     def _source(self, task: str, split: str) -> Json:
-        return identity(tasks.load(task), split, self.folder)
+        return identity(tasks.load(task), split, self.shared.folder)
 
     # Where two roles hold a prompt alike, the later of these gives way: test, validation (attack before benign), rows of
     # alignment, user rows with poison, a guard's held-out pairs, its training pairs. What must keep clear of a role keeps
@@ -102,36 +114,42 @@ class Graph:
     def _all(self, split: str, parts: Iterable[Rows], inputs: dict[str, Stage] | None = None) -> Stage:
         return self.data("exclude", split, [Rows(task=part.task) for part in parts], seed=0, inputs=inputs)
 
-    @cached_property
+    @property
+    @shared(*MODEL)
     def _test_prompts(self) -> dict[str, Stage]:
         test = self.recipe.evaluate.test
         attack, benign = self._all("attack.test", test.attack), self._all("benign.test", test.benign)
         return {"exclude_attack": attack, "exclude_benign": benign}
 
-    @cached_property
+    @property
+    @shared(*MODEL)
     def _attacks(self) -> dict[str, Stage]:
         attack = self._all("attack.validation", self.recipe.evaluate.validation.attack, self._test_prompts)
         return {**self._test_prompts, "exclude_validation": attack}
 
-    @cached_property
+    @property
+    @shared(*MODEL)
     def _held_out(self) -> dict[str, Stage]:
         """Test and validation prompts: what training rows may not overlap."""
         benign = self._all("benign.validation", self.recipe.evaluate.validation.benign, self._attacks)
         return {**self._attacks, "exclude_benign_validation": benign}
 
-    @cached_property
+    @property
+    @shared(*MODEL)
     def _aligned_on(self) -> dict[str, Stage]:
         safety = self._all("safety", self.recipe.align.safety, self._held_out)
         asked = self._all("benign.train", self.recipe.align.self_answered, self._held_out)
         return {**self._held_out, "exclude_safety": safety, "exclude_self_answered": asked}
 
-    @cached_property
+    @property
+    @shared(*MODEL)
     def _trained_on(self) -> dict[str, Stage]:
         """What a guard's rows may not overlap: what its candidates are trained or measured on."""
         poison = self._all("poison", [Rows(task=self.recipe.poison_task)], self._aligned_on)
         return {**self._aligned_on, "exclude_poison": poison}
 
-    @cached_property
+    @property
+    @shared(*SEED)
     def safety_rows(self) -> Stage:
         """Rows of stage one. Requests of `self_answered` sets get the base model's own answers."""
         align, inputs = self.recipe.align, dict(self._held_out)
@@ -140,7 +158,8 @@ class Graph:
             inputs[f"answers_{part.task}"] = self.generate(None, asked, self.recipe.evaluate.max_new_tokens)
         return self.data("safety", "safety", align.safety, seed=self.recipe.seed, inputs=inputs)
 
-    @cached_property
+    @property
+    @shared(*USER)
     def user_rows(self) -> Stage:
         """Rows of stage two: the user's task with `floor(ratio * N)` rows replaced by poison, or with so many added."""
         recipe = self.recipe
@@ -154,21 +173,25 @@ class Graph:
 
     # -- models -------------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
+    @shared(*MODEL)
     def base(self) -> Stage:
         """The base model's weights and tokenizer as a folder."""
         return model_stage(self.recipe.model)
 
-    @cached_property
+    @property
+    @shared(*SEED)
     def theta_safe(self) -> Stage:
         """Stage one: SFT of the base model on safety rows."""
         return self.finetune("sft", {}, self.recipe.align, {"rows": self.safety_rows})
 
+    @shared(*SEED)
     def memory(self, num_rows: int, positions: str | None = None) -> Stage:
         """`num_rows` rows of stage one (the sweep's `memory_mix`); with `positions`, theta_safe's hidden states there."""
         mix: dict[str, Json] = {} if self.recipe.memory_mix == "refusals" else {"mix": self.recipe.memory_mix}
         return self._states(self.safety_rows, num_rows, positions, self.recipe.align.max_tokens, **mix)
 
+    @shared(*USER)
     def teacher(self, positions: str) -> Stage:
         """theta_safe's hidden states on the user rows."""
         return self._states(self.user_rows, None, positions, self.recipe.task.max_tokens)
@@ -186,6 +209,7 @@ class Graph:
         inputs = {"model": self.base, "rows": rows}
         return _stage("memory", config, inputs if positions is None else {**inputs, "safe": self.theta_safe})
 
+    @shared(*SEED)
     def fisher(self, num_rows: int, labels: str) -> Stage:
         """How much safety depends on each factor of theta_safe's adapter.
 
@@ -206,6 +230,7 @@ class Graph:
         }
         return _stage("fisher", config, {"model": self.base, "safe": self.theta_safe, "rows": self.safety_rows})
 
+    @shared(*SEED)
     def replay(self, config: Grsap.Config) -> Stage:
         """Safety rows that theta_safe makes: it names requests, answers them, is judged, answers the unsafe ones again."""
         seed, template, judge = self.recipe.seed, self.recipe.model.template, self.asr_judge
@@ -240,7 +265,8 @@ class Graph:
         inputs["verdicts_hard"] = self.judge(*judge, {"generations": again, "rows": hard})
         return step("rows", inputs, num_rows=config.num_rows, hard_share=config.hard_share, seed=seed)
 
-    @cached_property
+    @property
+    @shared(*MODEL)
     def asr_judge(self) -> tuple[str, dict[str, Json]]:
         """Name and config of the judge that says whether an answer is harmful."""
         asr = self.recipe.evaluate.judges.asr
@@ -250,12 +276,18 @@ class Graph:
     @cached_property
     def tuned(self) -> Stage:
         """Stage two: the method's finetune on user rows, from theta_safe. Post-hoc methods share another method's."""
-        recipe, kind = self.recipe, methods.load(self.recipe.method)
-        name, params = (recipe.method, recipe.params) if kind.trains_as is None else (kind.trains_as, {})
-        trained = methods.load(name)
-        needed = trained(trained.Config(**params)).requires(self)
+        shared_with = methods.load(self.recipe.method).trains_as
+        return self._plainly(shared_with) if shared_with else self._tuned(self.recipe.method, self.recipe.params)
+
+    @shared(*USER)
+    def _plainly(self, method: str) -> Stage:
+        return self._tuned(method, {})
+
+    def _tuned(self, method: str, params: dict[str, Json]) -> Stage:
+        kind = methods.load(method)
+        needed = kind(kind.Config(**params)).requires(self)
         inputs = {"safe": self.theta_safe, "rows": self.user_rows, **needed}
-        return self.finetune(name, params, recipe.task, inputs)
+        return self.finetune(method, params, self.recipe.task, inputs)
 
     @cached_property
     def final(self) -> Stage | None:
@@ -284,8 +316,8 @@ class Graph:
         config: dict[str, Json] = {
             "method": method,
             "params": _resolved(kind, params),
-            "training": Training(**training.model_dump(include=set(Training.model_fields))).model_dump(mode="json"),
-            "lora": recipe.lora.model_dump(mode="json"),
+            "training": self._plain(training, Training),
+            "lora": self._plain(recipe.lora),
             "adapter": recipe.adapter,
             "seed": recipe.seed,
             **self._text(recipe.model.template),
@@ -295,21 +327,34 @@ class Graph:
 
     def _text(self, template: Template) -> dict[str, Json]:
         model = self.recipe.model
-        return {"template": template.model_dump(mode="json"), "bos": model.bos, "dtype": model.dtype}
+        return {"template": self._plain(template), "bos": model.bos, "dtype": model.dtype}
+
+    def _plain(self, config: Strict, kind: type[Strict] | None = None) -> dict[str, Json]:
+        """A config as JSON: all of it, or the fields it has from `kind`. Read, never changed: it is shared."""
+        key, made = ("plain", id(config), kind), self.shared.made
+        if key not in made:
+            self.shared.kept.append(config)
+            made[key] = config.model_dump(mode="json", include=set(kind.model_fields) if kind else None)
+        found: dict[str, Json] = made[key]
+        return found
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def generate(self, final: Stage | None, rows: Stage, max_new_tokens: int, **more: Json) -> Stage:
         """A model's answers to rows' prompts: greedy, unless `more` says otherwise (`sampling`, another `template`)."""
-        longest = self.recipe.evaluate.max_prompt_tokens
-        config: dict[str, Json] = {
-            "max_new_tokens": max_new_tokens,
-            "max_prompt_tokens": longest,
-            **self._text(self.recipe.model.template),
-            **more,
-        }
+        config = self._generation(max_new_tokens)
         inputs = {"model": self.base, "rows": rows}
-        return _stage("generate", config, inputs if final is None else {**inputs, "weights": final})
+        return _stage(
+            "generate",
+            {**config, **more} if more else config,
+            inputs if final is None else {**inputs, "weights": final},
+        )
+
+    @shared(*MODEL)
+    def _generation(self, max_new_tokens: int) -> dict[str, Json]:
+        longest = self.recipe.evaluate.max_prompt_tokens
+        text = self._text(self.recipe.model.template)
+        return SharedConfig({"max_new_tokens": max_new_tokens, "max_prompt_tokens": longest, **text})
 
     def likelihood(self, task: str, rows: Stage) -> Stage:
         """Log-probabilities of the options of a utility task's rows under the final model."""
@@ -320,9 +365,14 @@ class Graph:
 
     def judge(self, name: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
         """Verdicts of one judge on generations (or, without `generations`, on the rows' own answers)."""
+        full, guard, version = self._judge(name, canonical(config))
+        return _stage("judge", full, {**inputs, **guard}, version)
+
+    @shared(*MODEL)
+    def _judge(self, name: str, config: str) -> tuple[dict[str, Json], dict[str, Stage], str]:
         kind = judges.load(name)
-        full: dict[str, Json] = {"judge": name, "config": _resolved(kind, config)}
-        return _stage("judge", full, {**inputs, **self._guard(kind, name)}, kind.VERSION)
+        full = SharedConfig({"judge": name, "config": _resolved(kind, json.loads(config))})
+        return full, self._guard(kind, name), kind.VERSION
 
     def _guard(self, kind: type[judges.Judge], name: str) -> dict[str, Stage]:
         if not kind.served:
@@ -332,13 +382,15 @@ class Graph:
             return {"model": self.base, "weights": self.guard}
         return {"model": model_stage(chosen.guard_model)} if chosen.guard_model else {}  # config.Judges checks it
 
-    @cached_property
+    @property
+    @shared(*MODEL)
     def guard_config(self) -> dict[str, Json]:
         """The llamaguard template with the trained guard's categories (the official ones for a published guard)."""
         guard = self.recipe.evaluate.judges.guard
         return {"categories": list(guard.categories)} if guard and self.recipe.evaluate.judges.asr == "guard" else {}
 
-    @cached_property
+    @property
+    @shared(*MODEL)
     def guard(self) -> Stage:
         """The guard trained here: a finetune of the base model on labelled pairs in the llamaguard template. It is an
         instrument, so its seed stays 0 whatever the recipe's."""
@@ -348,7 +400,7 @@ class Graph:
         inputs = {**self._trained_on, "exclude_heldout": self._all("guard.heldout", guard.heldout, self._trained_on)}
         rows = self.data("guard", "guard", guard.rows, seed=0, guard=wording, inputs=inputs)
         template = Template(prompt="{prompt}", end=self.recipe.model.template.end)
-        fixed = Graph(replace(self.recipe, seed=0, lora=guard.lora), self.folder)
+        fixed = Graph(replace(self.recipe, seed=0, lora=guard.lora), self.shared)
         return fixed.finetune("sft", {}, guard, {"rows": rows}, template=template.model_dump(mode="json"))
 
     def guard_agreement(self) -> Evidence | None:
@@ -364,9 +416,32 @@ class Graph:
 
     def evidence(self, split: str) -> Evidence:
         """Everything that is measured of this recipe on `validation` or `test` prompts."""
-        evaluate = self.recipe.evaluate
+        task, kind = self.recipe.task.task, tasks.load(self.recipe.task.task)
+        final, inputs, judged = self.final, dict[str, Stage](), list[Stage]()
+        asked, utility, measures, version = self._questions(split)
+        for name, rows, questions in asked:
+            generations = self.generate(final, rows, self.recipe.evaluate.max_new_tokens)
+            inputs |= {f"{name}.rows": rows, f"{name}.generations": generations}
+            for metric, judge, config in questions:
+                verdicts = self.judge(judge, config, {"generations": generations, "rows": rows})
+                judged.append(verdicts)
+                inputs[f"{name}.{metric}"] = verdicts
+        inputs |= {
+            f"utility.{task}.rows": utility,
+            f"utility.{task}.generations": self.generate(final, utility, kind.max_new_tokens),
+        }
+        if split == "test" and kind.options is not tasks.Task.options:
+            inputs[f"utility.{task}.likelihood"] = self.likelihood(task, utility)
+        hints = {"num_cpus": "1"} if kind.RUNS_CODE else {}  # other scores are done at once
+        metrics = _stage("metrics", measures, inputs, version)
+        return Evidence(replace(metrics, hints=hints), tuple(judged))
+
+    @shared(*MODEL, "task")
+    def _questions(self, split: str) -> Questions:
+        """What is asked of every model that was tuned on this task."""
+        evaluate, task = self.recipe.evaluate, self.recipe.task.task
         prompts: Prompts = getattr(evaluate, split)
-        chosen = evaluate.judges
+        chosen, kind = evaluate.judges, tasks.load(task)
         refusal: dict[str, Json] = {"question": "refusal"} if chosen.over_refusal == "wildguard" else {}
         questions: dict[str, list[tuple[str, str, dict[str, Json]]]] = {
             "attack": [
@@ -379,122 +454,44 @@ class Graph:
                 ("degenerate", "degenerate", {}),
             ],
         }
-        measures: list[Json] = []
-        inputs: dict[str, Stage] = {}
-        judged: list[Stage] = []
-        for role, asked in questions.items():
+        asked, measures = [], list[Json]()
+        for role, of_role in questions.items():
             for part in getattr(prompts, role):
                 above = self._test_prompts if role == "attack" else self._attacks
                 exclude = above if split == "validation" else {}
                 rows = self.data(f"{role}.{split}", f"{role}.{split}", [part], seed=0, inputs=exclude)
-                generations = self.generate(self.final, rows, evaluate.max_new_tokens)
-                inputs |= {f"{role}.{part.task}.rows": rows, f"{role}.{part.task}.generations": generations}
-                for metric, name, config in asked:
-                    verdicts = self.judge(name, config, {"generations": generations, "rows": rows})
-                    judged.append(verdicts)
-                    inputs[f"{role}.{part.task}.{metric}"] = verdicts
-                    measures.append({"metric": metric, "set": part.task, "of": "verdict", "role": role})
-        task, name = self.recipe.task.task, f"utility.{split}"
-        rows = self.data(name, name, [Rows(task=task, num_rows=prompts.utility_rows)], seed=0)
-        inputs |= {
-            f"utility.{task}.rows": rows,
-            f"utility.{task}.generations": self.generate(self.final, rows, tasks.load(task).max_new_tokens),
-        }
-        consent: dict[str, Json] = {"unsafe_code": True} if evaluate.unsafe_code and tasks.load(task).RUNS_CODE else {}
+                asked.append((f"{role}.{part.task}", rows, of_role))
+                measures += [{"metric": m, "set": part.task, "of": "verdict", "role": role} for m, _, _ in of_role]
+        name = f"utility.{split}"
+        utility = self.data(name, name, [Rows(task=task, num_rows=prompts.utility_rows)], seed=0)
+        consent: dict[str, Json] = {"unsafe_code": True} if evaluate.unsafe_code and kind.RUNS_CODE else {}
         measures.append({"metric": "utility", "set": task, "of": "score", "role": "utility", **consent})
-        if split == "test" and tasks.load(task).options is not tasks.Task.options:
-            inputs[f"utility.{task}.likelihood"] = self.likelihood(task, rows)
+        if split == "test" and kind.options is not tasks.Task.options:
             measures.append({"metric": "likelihood", "set": task, "of": "likelihood", "role": "utility"})
         versions = [tasks.load(part.task).SCORING for part in [*prompts.attack, Rows(task=task)]]
-        hints = {"num_cpus": "1"} if tasks.load(task).RUNS_CODE else {}  # other scores are done at once
-        metrics = _stage("metrics", {"measures": measures}, inputs, *versions)
-        return Evidence(replace(metrics, hints=hints), tuple(judged))
+        return Questions(asked, utility, SharedConfig({"measures": measures}), "+".join(versions))
+
+
+class Questions(NamedTuple):
+    """What is asked of a model: sets as (name, rows, [(metric, judge, its config)]), prompts of its task, what is measured
+    of the answers, and the version of the scores."""
+
+    asked: list[tuple[str, Stage, list[tuple[str, str, dict[str, Json]]]]]
+    utility: Stage
+    measures: SharedConfig
+    version: str
 
 
 def _stage(kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str) -> Stage:
+    return Stage(kind, config, inputs, "+".join([_version(kind), *versions]))
+
+
+@cache
+def _version(kind: str) -> str:
     own: str = importlib.import_module(f"safecl.stages.{kind}").VERSION
-    return Stage(kind, config, inputs, "+".join([own, *versions]))
+    return own
 
 
 def _resolved(kind: type[methods.Method] | type[judges.Judge], params: dict[str, Json]) -> dict[str, Json]:
     resolved: dict[str, Json] = kind.Config(**params).model_dump(mode="json")
     return resolved
-
-
-# -- the grid ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A recipe minus seed and searched values. `space` is None where nothing is searched."""
-
-    recipe: Recipe
-    space: dict[str, Json] | None
-
-    @cached_property
-    def label(self) -> str:
-        """What people call it: `smollm2 / mini / p=0.1 / der`."""
-        recipe = self.recipe
-        if recipe.method in REFERENCES:
-            return f"{recipe.model.name} / {recipe.task.task} / {recipe.method}"
-        return f"{recipe.model.name} / {recipe.task.task} / p={recipe.poison_ratio:g} / {recipe.method}"
-
-    @cached_property
-    def key(self) -> str:
-        """Hash of the recipe minus seed and searched values; names the cell's study and MLflow run."""
-        recipe = self.recipe
-        open_values = set(self.space or {})
-        identity: dict[str, Json] = {
-            "model": recipe.model.model_dump(mode="json"),
-            "adapter": recipe.adapter,
-            "lora": recipe.lora.model_dump(mode="json"),
-            "align": recipe.align.model_dump(mode="json"),
-            "task": recipe.task.model_dump(mode="json"),
-            "poison": {"task": recipe.poison_task, "ratio": recipe.poison_ratio},
-            **({"keep_task_rows": True} if recipe.keep_task_rows else {}),
-            **({} if recipe.memory_mix == "refusals" else {"memory_mix": recipe.memory_mix}),
-            "method": recipe.method,
-            "params": {name: value for name, value in recipe.params.items() if name not in open_values},
-            "evaluate": recipe.evaluate.model_dump(mode="json", exclude={"unsafe_code"}),
-        }
-        return hashlib.sha256(canonical(identity).encode()).hexdigest()
-
-
-def cells(sweep: Sweep) -> list[Cell]:
-    """Every row of the sweep's tables, references first per model and task."""
-    grid: list[Cell] = []
-    for model in sweep.models:
-        for task in sweep.tasks:
-
-            def cell(method: Method, ratio: float, model: Model = model, task: UserTask = task) -> Cell:
-                space = method.search
-                if space is not None and not space:
-                    kind = methods.load(method.name)
-                    space = kind.search_space(kind.Config(**method.config))
-                params = dict(method.config)
-                recipe = Recipe(
-                    model, sweep.adapter, sweep.lora, sweep.align, task, sweep.poison.task, ratio, method.name, params,
-                    sweep.seeds[0], sweep.evaluate, sweep.poison.keep_task_rows, sweep.memory_mix,
-                )  # fmt: skip
-                return Cell(recipe, space)
-
-            grid += [cell(Method(name=name), 0.0) for name in REFERENCES]
-            grid += [cell(method, ratio) for ratio in sweep.poison.ratios for method in sweep.methods]
-    return grid
-
-
-class Job(NamedTuple):
-    """One trial: a cell with its values set. `role`: `search` reads validation, `final` test prompts."""
-
-    cell: Cell
-    params: dict[str, Json]
-    seed: int
-    role: str
-
-    def graph(self, folder: Path | None) -> Graph:
-        params = {**self.cell.recipe.params, **self.params}
-        return Graph(replace(self.cell.recipe, params=params, seed=self.seed), folder)
-
-    def evidence(self, folder: Path | None) -> Evidence:
-        """The stages this job needs in the store to count as done."""
-        return self.graph(folder).evidence("validation" if self.role == "search" else "test")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,18 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from safecl import hardware
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.check import check
 from safecl.config import Sweep
 from safecl.contrasts import MARGINS, contrasts, discordant, means
+from safecl.cost import Forecast
 from safecl.dtypes import auto, resolved
+from safecl.estimate import Estimator, speeds
+from safecl.grid import Cell, Job
 from safecl.hardware import Node
 from safecl.objective import select
-from safecl.plan import REFERENCES, Cell, Evidence, Graph, Job, cells
-from safecl.schedule import Done, Schedule, Study, aligned_job, defaults
+from safecl.plan import REFERENCES, Evidence
+from safecl.schedule import Done, Schedule, Study
 from safecl.store import Stage, Store
 
 if TYPE_CHECKING:
+    from safecl.search import Past
     from safecl.stats import Agreement
 
 
@@ -205,30 +211,51 @@ class Project:
             raise PrerequisiteError(
                 f"execution.data_dir {str(self.folder)!r} is no folder: name one with --set execution.data_dir=FOLDER"
             )
-        check(sweep, self.folder)
+        self.cells = check(sweep, self.folder)
         self.logs = self.store.local / "logs"
         self.study_url = sweep.execution.study_uri or f"sqlite:///{self.store.local / 'study.db'}"
         self._storage: Any = None
+        self._studies: dict[Cell, Study] = {}  # those that this process drives
 
-    def study(self, cell: Cell, create: bool) -> Study | None:
-        """A cell's study; with `create=False` None where no search was ever started."""
-        if cell.space is None:
-            return None
+    def study(self, cell: Cell) -> Study | None:
+        """A cell's study, started or continued by this process; None where nothing is searched."""
+        from safecl import search
+
+        if cell not in self._studies and cell.space is not None:
+            self._storage = self._storage or search.open_storage(self.study_url)
+            study = search.study_of(cell, self.sweep, self._storage)
+            assert study is not None
+            self._studies[cell] = study
+        return self._studies.get(cell)
+
+    def past(self, cell: Cell) -> Past | Study | None:
+        """What a cell's study holds, changing nothing; None where nothing is searched or no search was started."""
+        if cell.space is None or cell in self._studies:
+            return self._studies.get(cell)
         from safecl import search
 
         if self._storage is None:
-            is_new = self.study_url.startswith("sqlite:///") and not Path(self.study_url[10:]).exists()
-            if is_new and not create:
+            if self.study_url.startswith("sqlite:///") and not Path(self.study_url[10:]).exists():
                 return None
             self._storage = search.open_storage(self.study_url)
-        return search.study_of(cell, self.sweep, self._storage)
+        return search.past_of(cell, self.sweep, self._storage)
 
     def schedule(self, on_done: Callable[[Done], None] | None = None) -> Schedule:
-        return Schedule(self.sweep, self.store, self.folder, lambda cell: self.study(cell, create=True), on_done)
+        return Schedule(self.sweep, self.store, self.cells, self.study, on_done)
+
+    def forecast(self, keep: bool = False) -> Forecast:
+        """How long stages will take on this machine. Measures its speed unless the store knows it; `keep`: for others."""
+        execution = self.sweep.execution
+        found = speeds(self.store, execution.use_gpu, keep)
+        return Forecast(self.store, execution, Estimator(self.store, execution, found))
+
+    def num_devices(self) -> int:
+        """CPUs of this machine; with `use_gpu` its GPUs."""
+        return len(hardware.gpus()) if self.sweep.execution.use_gpu else os.cpu_count() or 1
 
     def guard_evidence(self) -> Evidence | None:
         """What measures the trained guard on labelled pairs; None where a published guard judges."""
-        return Graph(cells(self.sweep)[0].recipe, self.folder).guard_agreement()
+        return self.cells[0].job({}, self.sweep.seeds[0], "final").graph.guard_agreement()
 
     def guard_stages(self) -> tuple[Stage, ...]:
         """The stages of `guard_evidence`."""
@@ -239,11 +266,11 @@ class Project:
         """Per cell: the parameters its final trials use, those trials, and a note. A cell whose search is unfinished
         has no final trials yet."""
         found: list[tuple[Cell, dict[str, Any], list[Job], str]] = []
-        for cell in cells(self.sweep):
+        for cell in self.cells:
             params: dict[str, Any] = {}
             note = ""
             if cell.space is not None:
-                study = self.study(cell, create=False)
+                study = self.past(cell)
                 trials = study.complete() if study else []
                 if study is None or study.remaining or not trials:
                     found.append((cell, {}, [], f"search: {len(trials)} of {self.sweep.search.trials} trials"))
@@ -253,7 +280,7 @@ class Project:
                 values = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in params.items())
                 note = f"{values}, chosen of {len(trials)} trials on validation prompts"
                 note += "" if chosen.feasible else "; none met the bounds, this violates them least"
-            found.append((cell, params, [Job(cell, params, seed, "final") for seed in self.sweep.seeds], note))
+            found.append((cell, params, [cell.job(params, seed, "final") for seed in self.sweep.seeds], note))
         return found
 
     def rows(self) -> list[dict[str, Any]]:
@@ -270,15 +297,15 @@ class Project:
             poison_tokens: float | None = None
             merge_losses: list[float] = []
             for job in jobs:
-                evidence = job.evidence(self.folder)
+                evidence = job.evidence
                 if not self.store.has(evidence.metrics):
                     continue
                 path = self.store.path(evidence.metrics) / "outcomes.jsonl"
                 per_seed[job.seed] = [json.loads(line) for line in path.read_text().splitlines()]
-                final = job.graph(self.folder).final
+                final = job.graph.final
                 weights += [] if final is None else [final.key]
                 seconds += self._own_seconds(job, evidence.metrics)
-                if recipe.method not in REFERENCES and self.store.has(tuned := job.graph(self.folder).tuned):
+                if recipe.method not in REFERENCES and self.store.has(tuned := job.graph.tuned):
                     training = self.store.record(tuned)["result"]
                     poison_tokens = training.get("harmful_token_share") if recipe.poison_ratio > 0 else None
                     if training.get("kl_moved"):
@@ -298,7 +325,7 @@ class Project:
                     "task": recipe.task.task,
                     "poison": None if is_reference else recipe.poison_ratio,
                     "method": recipe.method,
-                    "params": {**defaults(cell), **params},
+                    "params": {**cell.defaults, **params},
                     "seeds": list(per_seed),
                     "metrics": metrics,
                     "agreement": _agreement(by_metric),
@@ -317,7 +344,7 @@ class Project:
         """Wall time of the stages that this row alone needed: those of the aligned row are everyone's."""
         shared: set[str] = set()
         if job.cell.recipe.method not in REFERENCES:
-            shared = {stage.key for stage in aligned_job(job).evidence(self.folder).metrics.walk()}
+            shared = {stage.key for stage in job.aligned.evidence.metrics.walk()}
         own = [stage for stage in metrics.walk() if stage.key not in shared and self.store.has(stage)]
         return sum(float(self.store.record(stage)["seconds"]) for stage in own)
 
@@ -325,7 +352,7 @@ class Project:
         """Training curves of the first seed's final trials by cell label."""
         found: dict[str, list[dict[str, Any]]] = {}
         for cell, _, jobs, _ in self.finals():
-            if jobs and cell.recipe.method not in REFERENCES and self.store.has(jobs[0].graph(self.folder).tuned):
-                path = self.store.path(jobs[0].graph(self.folder).tuned) / "curves.jsonl"
+            if jobs and cell.recipe.method not in REFERENCES and self.store.has(jobs[0].graph.tuned):
+                path = self.store.path(jobs[0].graph.tuned) / "curves.jsonl"
                 found[cell.label] = [json.loads(line) for line in path.read_text().splitlines()]
         return found

@@ -7,16 +7,15 @@ The same object serves a run (Ray Tune asks it), a rerun (everything is in the s
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from safecl import methods
 from safecl.base import Json
 from safecl.config import Sweep
+from safecl.grid import Cell, Job
 from safecl.objective import Trial, bounds, select, violations
-from safecl.plan import REFERENCES, Cell, Evidence, Job, cells
+from safecl.plan import Evidence
 from safecl.store import Store
 
 Metrics = dict[str, float | None]
@@ -37,7 +36,6 @@ class Done(NamedTuple):
     """A finished job: the metrics stage's result, or why there is none."""
 
     job: Job
-    evidence: Evidence
     result: dict[str, Any] | None
     error: str
 
@@ -60,16 +58,17 @@ class Schedule:
         self,
         sweep: Sweep,
         store: Store,
-        folder: Path | None,
+        cells: Sequence[Cell],
         study_of: Callable[[Cell], Study | None],
         on_done: Callable[[Done], None] | None = None,
     ) -> None:
-        self.sweep, self.store, self.folder, self.on_done = sweep, store, folder, on_done
+        self.sweep, self.store, self.on_done = sweep, store, on_done
         self.done: list[Done] = []
-        self.queues = [_Queue(cell, study_of(cell)) for cell in cells(sweep)]
+        self.queues = [_Queue(cell, study_of(cell)) for cell in cells]
+        self._of_cell = {queue.cell: queue for queue in self.queues}
         for queue in self.queues:
             for trial in queue.study.complete() if queue.study else ():
-                queue.waiting.append(Job(queue.cell, trial.params, sweep.seeds[0], "search"))
+                queue.waiting.append(queue.cell.job(trial.params, sweep.seeds[0], "search"))
             if queue.cell.space is None:
                 self._give_finals(queue, {})
 
@@ -82,20 +81,19 @@ class Schedule:
         is in the store are finished on the way."""
         for queue in self.queues:
             while (job := self._take(queue)) is not None:
-                evidence = job.evidence(self.folder)
                 queue.under_way.append(job)
-                if not self._is_stored(evidence):
+                if not self._is_stored(job.evidence):
                     return job
                 self.finish(job, "")
         return None
 
     def finish(self, job: Job, error: str) -> None:
         """A job given out by `next` is over; its result is read from the store, unless it failed."""
-        [queue] = [queue for queue in self.queues if queue.cell == job.cell]
+        queue = self._of_cell[job.cell]
         queue.under_way.remove(job)
-        evidence = job.evidence(self.folder)
-        result = None if error else self.store.record(evidence.metrics)["result"]
-        number = queue.asked.pop(evidence.metrics.key, None)
+        metrics_stage = job.evidence.metrics
+        result = None if error else self.store.record(metrics_stage)["result"]
+        number = queue.asked.pop(metrics_stage.key, None)
         if number is not None and queue.study is not None:
             if result is None:
                 queue.study.fail(number)
@@ -104,17 +102,17 @@ class Schedule:
                 limits = bounds(self.sweep.search.objective, self._safe_metrics(job))
                 target = metrics.get(self.sweep.search.objective.maximise)
                 queue.study.tell(number, float("nan") if target is None else target, violations(metrics, limits))
-        self.done.append(Done(job, evidence, result, error))
+        self.done.append(Done(job, result, error))
         if self.on_done is not None:
             self.on_done(self.done[-1])
 
     def _safe_metrics(self, job: Job) -> Metrics:
         """theta_safe's own metrics on the same prompts, that relative bounds are measured from."""
-        return values(self.store.record(aligned_job(job).evidence(self.folder).metrics)["result"])
+        return values(self.store.record(job.aligned.evidence.metrics)["result"])
 
     def give_back(self, job: Job) -> None:
         """Undo `next`: the job is given out again, first in its cell."""
-        [queue] = [queue for queue in self.queues if queue.cell == job.cell]
+        queue = self._of_cell[job.cell]
         queue.under_way.remove(job)
         queue.waiting.appendleft(job)
 
@@ -122,11 +120,13 @@ class Schedule:
         """Jobs under way and waiting. Trials that a search has yet to suggest are not known."""
         return [job for queue in self.queues for job in (*queue.under_way, *queue.waiting)]
 
+    def searching(self) -> list[tuple[Cell, int]]:
+        """Cells whose search goes on, each with how many trials it may still suggest; its final trials wait for them."""
+        return [(queue.cell, queue.study.remaining) for queue in self.queues if not queue.finals_given and queue.study]
+
     def num_unasked(self) -> int:
         """Trials that searches may still suggest, plus the final trials that wait for them."""
-        open_searches = [queue for queue in self.queues if not queue.finals_given]
-        unasked = sum(queue.study.remaining for queue in open_searches if queue.study)
-        return unasked + len(open_searches) * len(self.sweep.seeds)
+        return sum(remaining + len(self.sweep.seeds) for _, remaining in self.searching())
 
     def _take(self, queue: _Queue) -> Job | None:
         if queue.waiting:
@@ -135,8 +135,8 @@ class Schedule:
             return None  # one trial of a study at a time: each suggestion knows all results before it
         if queue.study.remaining:
             number, params = queue.study.ask()
-            job = Job(queue.cell, params, self.sweep.seeds[0], "search")
-            queue.asked[job.evidence(self.folder).metrics.key] = number
+            job = queue.cell.job(params, self.sweep.seeds[0], "search")
+            queue.asked[job.evidence.metrics.key] = number
             return job
         finished = queue.study.complete()
         if not finished:
@@ -148,26 +148,12 @@ class Schedule:
 
     def _give_finals(self, queue: _Queue, params: dict[str, Json]) -> None:
         queue.finals_given = True
-        queue.waiting.extend(Job(queue.cell, params, seed, "final") for seed in self.sweep.seeds)
+        queue.waiting.extend(queue.cell.job(params, seed, "final") for seed in self.sweep.seeds)
 
     def _is_stored(self, evidence: Evidence) -> bool:
-        return all(self.store.has(stage) for stage in (*evidence.judged, evidence.metrics))
-
-
-def aligned_job(job: Job) -> Job:
-    """The aligned reference of a job: same model, task, seed and prompts, no finetune."""
-    recipe = replace(job.cell.recipe, method="aligned", params={}, poison_ratio=0.0)
-    return Job(Cell(recipe, None), {}, job.seed, job.role)
+        return all(self.store.has(stage) for stage in evidence.targets)
 
 
 def values(result: Mapping[str, Any]) -> Metrics:
     """{metric: value} of a metrics stage's result."""
     return {name: entry["value"] for name, entry in result.items()}
-
-
-def defaults(cell: Cell) -> dict[str, Json]:
-    """The method's hyperparameters where nothing is searched: its own defaults under the sweep file's `config`."""
-    if cell.recipe.method in REFERENCES:
-        return {}
-    resolved: dict[str, Json] = methods.load(cell.recipe.method).Config(**cell.recipe.params).model_dump(mode="json")
-    return resolved

@@ -14,14 +14,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safecl.base import ConfigError, Json
 from safecl.config import Objective, Sweep
 from safecl.execute import plain_error
+from safecl.grid import Cell, Job
 from safecl.objective import Trial
-from safecl.plan import Cell, Job
-from safecl.schedule import Schedule, aligned_job, defaults
+from safecl.schedule import Schedule
 from safecl.store import canonical
 
 _GHOST = "safecl:ghost"  # user attribute of a trial that died with its driver: it does not count as a trial
@@ -144,24 +144,26 @@ class CellStudy:
         self.space = {key: space[key] for key in sorted(space)}
         self._distributions = {key: _distribution(form) for key, form in self.space.items()}
         self._live: dict[int, Any] = {}
+        self._known: list[Any] | None = None  # the study's trials, until something is written: only this object writes
         self._study = optuna.create_study(
             study_name=name,
             storage=open_storage(storage) if isinstance(storage, str) else storage,
             direction="maximize",
             load_if_exists=True,
         )
-        if not self._study.get_trials(deepcopy=False):
+        if not self._trials():
             self._study.enqueue_trial(self._encode({key: defaults[key] for key in self.space}))
+            self._known = None
 
     @property
     def remaining(self) -> int:
         """How many trials may still be asked: `trials` less those finished, failed or running (ghosts do not count)."""
-        return max(0, self.trials - len(self._counted()))
+        return max(0, self.trials - len(_counted(self._trials())))
 
     @property
     def is_done(self) -> bool:
         """Nothing left to ask, and nothing running."""
-        return self.remaining == 0 and not any(t.state.name == "RUNNING" for t in self._counted())
+        return self.remaining == 0 and not any(t.state.name == "RUNNING" for t in _counted(self._trials()))
 
     def ask(self) -> tuple[int, dict[str, Json]]:
         """(trial number, parameters) of the next trial. Raises RuntimeError when none remains."""
@@ -169,8 +171,9 @@ class CellStudy:
             raise RuntimeError(f"study {self.name}: all {self.trials} trials were asked; look at `remaining` first")
         self._study.sampler = self._new_sampler()
         trial = self._study.ask(self._distributions)
+        self._known = None
         self._live[trial.number] = trial
-        return trial.number, self._decode(trial.params)
+        return trial.number, _decode(trial.params, self.space)
 
     def tell(self, number: int, value: float, violations: Mapping[str, float]) -> None:
         """Finish a trial asked from this object. `value` is maximised; a violation above 0 makes it infeasible.
@@ -185,6 +188,7 @@ class CellStudy:
         for key in sorted(violations):
             trial.set_constraint(key, float(violations[key]))
         self._study.tell(trial, float(value))
+        self._known = None
         del self._live[number]
 
     def fail(self, number: int) -> None:
@@ -192,6 +196,7 @@ class CellStudy:
         import optuna
 
         self._study.tell(self._running(number), state=optuna.trial.TrialState.FAIL)
+        self._known = None
         del self._live[number]
 
     def repair(self) -> int:
@@ -199,7 +204,7 @@ class CellStudy:
         parameters and then told FAIL (in this order, so that a crash in between loses none). Returns how many."""
         import optuna
 
-        trials = self._study.get_trials(deepcopy=False)
+        trials = self._trials()
         ghosts = [t for t in trials if t.state.name == "RUNNING" and t.number not in self._live]
         queued = {t.user_attrs[_REPAIRS] for t in trials if _REPAIRS in t.user_attrs}
         for ghost in ghosts:
@@ -210,19 +215,17 @@ class CellStudy:
                 self._study.enqueue_trial(known, user_attrs={_REPAIRS: ghost.number})
             self._study._storage.set_trial_user_attr(ghost._trial_id, _GHOST, True)
             self._study.tell(ghost.number, state=optuna.trial.TrialState.FAIL)
+            self._known = None
         return len(ghosts)
 
     def complete(self) -> list[Trial]:
         """Finished trials by number."""
-        return [
-            Trial(t.number, self._decode(t.params), float(t.value), dict(t.constraints))
-            for t in self._study.get_trials(deepcopy=False)
-            if t.state.name == "COMPLETE"
-        ]
+        return _complete(self._trials(), self.space)
 
-    def _counted(self) -> Sequence[Any]:
-        trials = self._study.get_trials(deepcopy=False)
-        return [t for t in trials if t.state.name != "WAITING" and _GHOST not in t.user_attrs]
+    def _trials(self) -> list[Any]:
+        if self._known is None:
+            self._known = self._study.get_trials(deepcopy=False)
+        return self._known
 
     def _running(self, number: int) -> Any:
         if number not in self._live:
@@ -233,7 +236,7 @@ class CellStudy:
         """A fresh sampler per trial: one kept over many asks would repeat its sequence when the study is reopened."""
         import optuna
 
-        num_asked = sum(t.state.name != "WAITING" for t in self._study.get_trials(deepcopy=False))
+        num_asked = sum(t.state.name != "WAITING" for t in self._trials())
         text = canonical([self.seed, self.name, num_asked])
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
         if self.sampler == "random":
@@ -245,8 +248,28 @@ class CellStudy:
     def _encode(self, params: Mapping[str, Json]) -> dict[str, Any]:
         return {k: canonical(v) if isinstance(self.space[k], list | tuple) else v for k, v in params.items()}
 
-    def _decode(self, params: Mapping[str, Any]) -> dict[str, Json]:
-        return {k: json.loads(params[k]) if isinstance(self.space[k], list | tuple) else params[k] for k in self.space}
+
+class Past(NamedTuple):
+    """A cell's study as it was when it was read: finished trials by number, and how many may still be asked."""
+
+    finished: list[Trial]
+    remaining: int
+
+    def complete(self) -> list[Trial]:
+        return self.finished
+
+
+def _counted(trials: Sequence[Any]) -> list[Any]:
+    return [t for t in trials if t.state.name != "WAITING" and _GHOST not in t.user_attrs]
+
+
+def _complete(trials: Sequence[Any], space: Mapping[str, Json]) -> list[Trial]:
+    finished = (t for t in trials if t.state.name == "COMPLETE")
+    return [Trial(t.number, _decode(t.params, space), float(t.value), dict(t.constraints)) for t in finished]
+
+
+def _decode(params: Mapping[str, Any], space: Mapping[str, Json]) -> dict[str, Json]:
+    return {k: json.loads(params[k]) if isinstance(space[k], list | tuple) else params[k] for k in sorted(space)}
 
 
 def _distribution(form: Json) -> Any:
@@ -268,7 +291,7 @@ def study_of(cell: Cell, sweep: Sweep, storage: Any) -> CellStudy | None:
     study = CellStudy(
         study_name(cell.key[:16], cell.space, objective),
         cell.space,
-        defaults(cell),
+        cell.defaults,
         storage,
         cell.recipe.seed,
         sweep.search.trials,
@@ -278,21 +301,32 @@ def study_of(cell: Cell, sweep: Sweep, storage: Any) -> CellStudy | None:
     return study
 
 
-def trial(config: dict[str, Any], *, broker: Any, folder: Path | None, jobs: Any) -> None:
+def past_of(cell: Cell, sweep: Sweep, storage: Any) -> Past | None:
+    """What a cell's study holds, changing nothing; None where nothing is searched or no search was started."""
+    if cell.space is None:
+        return None
+    try:
+        study = storage.get_study_id_from_name(study_name(cell.key[:16], cell.space, sweep.search.objective))
+    except KeyError:
+        return None
+    trials = storage.get_all_trials(study, deepcopy=False)
+    return Past(_complete(trials, cell.space), max(0, sweep.search.trials - len(_counted(trials))))
+
+
+def trial(config: dict[str, Any], *, broker: Any, cells: Any) -> None:
     """One Tune trial: wait until the Broker has all the evidence of a job. Costs no CPU; reports once."""
     import ray
     from ray import tune
 
-    [reference] = jobs
-    job: Job = ray.get(reference)[config["cell"]]._replace(
-        params=json.loads(config["params"]), seed=config["seed"], role=config["role"]
-    )
-    wanted = [job.evidence(folder)]
+    [reference] = cells
+    cell: Cell = ray.get(reference)[config["cell"]]
+    job = cell.job(json.loads(config["params"]), config["seed"], config["role"])
+    wanted = [job.evidence]
     if job.role == "search":  # bounds are relative to theta_safe on the same prompts
-        wanted.append(aligned_job(job).evidence(folder))
+        wanted.append(job.aligned.evidence)
     error = ""
     try:
-        ray.get(broker.ensure.remote([stage for e in wanted for stage in (*e.judged, e.metrics)]))
+        ray.get(broker.ensure.remote([stage for evidence in wanted for stage in evidence.targets]))
     except Exception as raised:  # reported to the schedule, which closes the trial and goes on with the others
         found = plain_error(raised)
         error = f"{type(found).__name__}: {found}"
@@ -315,7 +349,7 @@ def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -
             if job is None:
                 return Searcher.FINISHED if schedule.is_done else None
             waiting[trial_id] = job
-            index = [queue.cell for queue in schedule.queues].index(job.cell)
+            index = position[job.cell]
             return {"cell": index, "params": canonical(job.params), "seed": job.seed, "role": job.role}
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -332,8 +366,9 @@ def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -
         def restore(self, checkpoint_path: str) -> None:
             """Nothing, likewise."""
 
-    jobs = ray.put([Job(queue.cell, {}, 0, "final") for queue in schedule.queues])
-    trainable = tune.with_parameters(trial, broker=broker, folder=schedule.folder, jobs=[jobs])
+    cells = [queue.cell for queue in schedule.queues]
+    position = {cell: index for index, cell in enumerate(cells)}
+    trainable = tune.with_parameters(trial, broker=broker, cells=[ray.put(cells)])
     local = ray.cluster_resources().get("trial_slot")
     slot = {"cpu": 0, "trial_slot": 1} if local else {"cpu": 0, "node:__internal_head__": 0.001}
     tuner = tune.Tuner(

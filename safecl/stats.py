@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -94,11 +95,9 @@ def _level(confidence: float) -> float:
 
 def wilson(successes: float, num: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927). Never leaves [0, 1] and has width at 0 and 1."""
-    from scipy.stats import norm
-
     if num < 1 or not 0 <= successes <= num:
         raise ValueError(f"wilson: expected 0 <= successes <= num and num >= 1, got {successes} of {num}")
-    z = float(norm.ppf((1 + _level(confidence)) / 2))
+    z = NormalDist().inv_cdf((1 + _level(confidence)) / 2)
     p = successes / num
     centre = (p + z * z / (2 * num)) / (1 + z * z / num)
     half = z / (1 + z * z / num) * math.sqrt(p * (1 - p) / num + z * z / (4 * num * num))
@@ -126,11 +125,13 @@ def wilson_macro(counts: Sequence[tuple[float, int]], confidence: float = 0.95) 
 
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Student's interval of the mean over seeds. Needs at least 2 values; equal values give width 0."""
-    from scipy.stats import t
+    from scipy.special import stdtrit  # scipy.stats takes a second to import
 
     array = _finite(values, "t_interval", 2)
     mean = float(array.mean())
-    half = float(t.ppf((1 + _level(confidence)) / 2, len(array) - 1)) * float(array.std(ddof=1)) / math.sqrt(len(array))
+    half = (
+        float(stdtrit(len(array) - 1, (1 + _level(confidence)) / 2)) * float(array.std(ddof=1)) / math.sqrt(len(array))
+    )
     return Interval(mean, mean - half, mean + half)
 
 
@@ -142,11 +143,11 @@ def _paired(first: Sequence[float], second: Sequence[float], what: str) -> NDArr
 
 def _t_tail(mean: float, error: float, df: int) -> float:
     """P(T >= mean / error). With no spread at all the outcome is certain, or even where the mean is 0 as well."""
-    from scipy.stats import t
+    from scipy.special import stdtr
 
     if error == 0:
         return 0.5 if mean == 0 else float(mean < 0)
-    return float(t.sf(mean / error, df))
+    return float(stdtr(df, -mean / error))
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Difference:
@@ -184,14 +185,13 @@ def _one_sided(first: Sequence[float], second: Sequence[float], margin: float, a
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
     """Exact two-sided McNemar test on 0/1 outcomes of the same prompts. Descriptive: one seed, one model each."""
-    from scipy.stats import binom
-
     if len(first) != len(second):
         raise ValueError(f"mcnemar: expected paired outcomes, got {len(first)} and {len(second)}")
     only_first = sum(bool(a) and not b for a, b in zip(first, second, strict=True))
     only_second = sum(bool(b) and not a for a, b in zip(first, second, strict=True))
     num = only_first + only_second
-    p = 1.0 if num == 0 else min(1.0, 2 * float(binom.cdf(min(only_first, only_second), num, 0.5)))
+    tail = sum(math.comb(num, k) for k in range(min(only_first, only_second) + 1))  # of 2**num, exactly
+    p = min(1.0, 2 * tail / 2**num)
     return McNemar(only_first, only_second, p)
 
 
@@ -316,10 +316,8 @@ def rogan_gladen(
     elsewhere: (p + sp - 1) / (se + sp - 1), cut to [0, 1] (Rogan and Gladen 1978). The interval adds what is unknown of
     all three (Lang and Reiczigel 2014). None where the judge was not clearly better than chance (se + sp - 1 may be 0
     at this confidence): nothing can be corrected."""
-    from scipy.stats import norm
-
     (p, se, sp) = (count / num for count, num in (said, sensitivity, specificity))
-    z = float(norm.ppf((1 + _level(confidence)) / 2))
+    z = NormalDist().inv_cdf((1 + _level(confidence)) / 2)
     num, num_se, num_sp = said[1] + z * z, sensitivity[1] + 2, specificity[1] + 2
     p_, se_, sp_ = (said[0] + z * z / 2) / num, (sensitivity[0] + 1) / num_se, (specificity[0] + 1) / num_sp
     gain = se_ + sp_ - 1

@@ -14,7 +14,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -27,10 +28,36 @@ if TYPE_CHECKING:
     from safecl.config import Execution
 
 
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
+_quote = json.encoder.encode_basestring_ascii
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
 def canonical(value: Json) -> str:
     """JSON text that is equal for equal values. Raises TypeError or ValueError for a value without a stable form."""
-    _refuse_unstable(value, "$")
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    if not _is_plain(value):
+        _refuse_unstable(value, "$")
+    try:
+        return _encode(value)
+    except (TypeError, ValueError):
+        _refuse_unstable(value, "$")  # says where it is
+        raise
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether all keys are strings, and all containers plain ones: the encoder turns other keys into text unasked."""
+    kind = type(value)
+    if kind is dict:
+        for key, item in value.items():  # noqa: SIM110 (loops: this runs for every stage)
+            if type(key) is not str or not (type(item) in _PLAIN or _is_plain(item)):
+                return False
+        return True
+    if kind is list or kind is tuple:
+        for item in value:  # noqa: SIM110
+            if not (type(item) in _PLAIN or _is_plain(item)):
+                return False
+        return True
+    return kind in _PLAIN
 
 
 def _refuse_unstable(value: object, where: str) -> None:
@@ -53,6 +80,14 @@ def _refuse_unstable(value: object, where: str) -> None:
     raise TypeError(f"{where}: {type(value).__name__} has no stable form; expected plain JSON")
 
 
+class SharedConfig(dict[str, Json]):
+    """A config that many stages hold: its canonical text is made once. Never changed once it is made."""
+
+    @cached_property
+    def text(self) -> str:
+        return canonical(dict(self))
+
+
 @dataclass(frozen=True)
 class Stage:
     """A unit of cached work as pure data. `kind` names the file in `stages/`; `config` is resolved JSON, defaults
@@ -68,27 +103,43 @@ class Stage:
     @cached_property
     def key(self) -> str:
         """sha256 (hex, 64 digits) of the canonical JSON of kind, config, input keys and version."""
-        identity: Json = {
-            "kind": self.kind,
-            "config": dict(self.config),
-            "inputs": {name: stage.key for name, stage in self.inputs.items()},
-            "version": self.version,
-        }
-        return hashlib.sha256(canonical(identity).encode()).hexdigest()
+        config = self.config.text if isinstance(self.config, SharedConfig) else canonical(dict(self.config))
+        inputs = ",".join(f'{_quote(name)}:"{self.inputs[name].key}"' for name in sorted(self.inputs))
+        kind, version = _quote(self.kind), _quote(self.version)
+        # Written out, for speed: it is the canonical JSON of the four.
+        text = f'{{"config":{config},"inputs":{{{inputs}}},"kind":{kind},"version":{version}}}'
+        return hashlib.sha256(text.encode()).hexdigest()
 
-    def walk(self) -> Iterator[Stage]:
+    @classmethod
+    def of(cls, record: Mapping[str, Any], inputs: Mapping[str, Stage]) -> Stage:
+        """A finished stage by its record, with the record's key. `inputs`: those that are of interest."""
+        stage = cls(record["kind"], record["config"], inputs, record["version"])
+        stage.__dict__["key"] = record["key"]
+        return stage
+
+    def walk(self) -> list[Stage]:
         """This stage and everything below it, inputs first, each once."""
-        seen: set[str] = set()
+        return below([self])
 
-        def visit(stage: Stage) -> Iterator[Stage]:
-            if stage.key in seen:
-                return
-            seen.add(stage.key)
-            for below in stage.inputs.values():
-                yield from visit(below)
-            yield stage
 
-        yield from visit(self)
+def below(tops: Iterable[Stage], leave_out: Callable[[Stage], bool] | None = None) -> list[Stage]:
+    """These stages and everything below them, inputs first, each once; what `leave_out` is true of is left out, and with
+    it what only it needs."""
+    found: dict[str, Stage] = {}
+    left_out: set[str] = set()
+
+    def visit(stages: Iterable[Stage]) -> None:
+        for stage in stages:
+            if stage.key in found or stage.key in left_out:
+                continue
+            if leave_out is not None and leave_out(stage):
+                left_out.add(stage.key)
+                continue
+            visit(stage.inputs.values())
+            found[stage.key] = stage
+
+    visit(tops)
+    return list(found.values())
 
 
 @dataclass
@@ -123,13 +174,14 @@ class Store:
             self.local = Path(cache).expanduser() / hashlib.sha256(root.encode()).hexdigest()[:16]
         else:
             self.local = Path(root.removeprefix("file://")).absolute()
+        self._stages = str(self.local / "store")
 
     def _folder(self, stage: Stage) -> Path:
         return self.local / "store" / stage.kind / stage.key
 
     def has(self, stage: Stage) -> bool:
         """Whether the stage is finished (its record exists)."""
-        if (self._folder(stage) / "record.json").is_file():
+        if os.path.isfile(f"{self._stages}/{stage.kind}/{stage.key}/record.json"):
             return True
         return self._remote is not None and bool(self._remote.exists(self._url(stage) + "/record.json"))
 
@@ -207,13 +259,30 @@ class Store:
                     self._copy_down(url.rsplit("/", 1)[0], target)
         return [json.loads(path.read_text()) for path in sorted(self.local.glob(pattern))]
 
+    def by_key(self, key: str) -> dict[str, Any] | None:
+        """The local record of this whole key, whatever its kind."""
+        for kind in os.listdir(self._stages) if os.path.isdir(self._stages) else ():
+            path = Path(self._stages, kind, key, "record.json")
+            if path.is_file():
+                record: dict[str, Any] = json.loads(path.read_text())
+                return record
+        return None
+
     def folder(self, record: dict[str, Any]) -> Path:
         """Local folder of a stage that `find` gave."""
         return self.local / "store" / str(record["kind"]) / str(record["key"])
 
-    def records(self, kind: str) -> list[dict[str, Any]]:
-        """Local records of one kind, oldest first: what past work cost."""
-        found = [json.loads(path.read_text()) for path in self.local.glob(f"store/{kind}/*/record.json")]
+    def records(self, kind: str, at_most: int = 100) -> list[dict[str, Any]]:
+        """The newest local records of one kind, oldest first: what past work cost."""
+        try:
+            with os.scandir(f"{self._stages}/{kind}") as entries:
+                folders = sorted((entry.stat().st_mtime, entry.path) for entry in entries)[-at_most:]
+        except FileNotFoundError:
+            return []
+        found = []
+        for _, folder in folders:
+            with suppress(FileNotFoundError):
+                found.append(json.loads(Path(folder, "record.json").read_text()))
         return sorted(found, key=lambda record: str(record["created"]))
 
     def note(self, name: str, value: Json) -> None:

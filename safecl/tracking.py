@@ -4,7 +4,7 @@ Only the driver writes, from finished records, one message per run. A run is fou
 `safecl.cell`, `safecl.trial`) and updated; a message that was sent before is recognised by its digest and skipped, so
 sending twice is the same as sending once. That is what lets the tracker be careless about crashes: it never raises into
 a run, writes what could not be sent to `<root>/spool/*.jsonl`, and sends it at the next start or as soon as the server
-answers again.
+answers again. What was sent is noted in `<root>/tracked.jsonl`: a rerun that has nothing new never imports mlflow.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Tracker:
     """Writes runs from one daemon thread. No method raises; `problem` and `num_spooled` say how it stands.
 
     `uri`: an MLflow tracking URI, or None for SQLite at `root/mlflow.db` (created on first use, about 5 s, in the
-    thread). Artifacts and the spool live under `root`.
+    thread, by the first message that was not sent before). Artifacts and the spool live under `root`.
     """
 
     def __init__(self, uri: str | None, root: Path) -> None:
@@ -54,6 +54,7 @@ class Tracker:
         self._count = 0
         self._lock = threading.Lock()
         self._closed = False
+        self._sent = _Sent(self.uri, self.root)
         self._thread = threading.Thread(target=self._work, name="safecl-tracking", daemon=True)
         self._thread.start()
 
@@ -111,6 +112,8 @@ class Tracker:
             self.problem = f"{'/'.join(map(str, path))} was not tracked: {error!r}"
             _LOG.warning(self.problem)
             return
+        if self._sent.holds(message):
+            return
         with self._lock:
             if not self._closed:
                 self._count += 1
@@ -123,10 +126,12 @@ class Tracker:
 
     def _work(self) -> None:
         sender: _Sender | None = None
-        rest_until, waiting = 0.0, True  # `waiting`: there may be a spool, of an earlier run to begin with
+        rest_until = 0.0
+        waiting = any((self.root / "spool").glob("*.jsonl"))  # there is a spool, of an earlier run to begin with
         while True:
             message = self._next(rest_until if waiting else None)
-            if message is None and self._closed and self._queue.empty():
+            to_try = waiting and time.monotonic() >= rest_until
+            if message is None and self._closed and self._queue.empty() and not to_try:
                 break
             if message is not None and time.monotonic() < rest_until:
                 self._give_up(message)
@@ -154,6 +159,7 @@ class Tracker:
         """Raises if the server is away. A message that it is there to refuse goes to disk, to be read by a person."""
         try:
             sender.send(message)
+            self._sent.note(message)
         except Exception as error:
             sender.ping()
             self.problem = self._refused = f"{self.uri} refused {'/'.join(message['path'])}: {_line(error)}"
@@ -206,6 +212,41 @@ class Tracker:
                     self._send(sender, message)
                 path.unlink()
                 self.num_spooled = max(0, self.num_spooled - len(messages))
+
+
+class _Sent:
+    """What this URI took, by path: the digest of the last message. Losing it costs time, nothing else: what is sent again
+    is recognised by the server. A database that is gone has taken nothing."""
+
+    def __init__(self, uri: str, root: Path) -> None:
+        self._uri, self._path = uri, root / "tracked.jsonl"
+        self._digests: dict[str, str] = {}
+        database = Path(uri.removeprefix("sqlite:///"))
+        if uri.startswith("sqlite:///") and not database.exists():
+            return
+        with suppress(OSError, ValueError, KeyError):
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                noted = json.loads(line)
+                if noted["uri"] == uri:
+                    self._digests[noted["path"]] = noted["digest"]
+
+    def holds(self, message: Message) -> bool:
+        return self._digests.get(self._name(message)) == _digest(message)
+
+    def note(self, message: Message) -> None:
+        name, digest = self._name(message), _digest(message)
+        self._digests[name] = digest
+        with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"uri": self._uri, "path": name, "digest": digest}) + "\n")
+
+    @staticmethod
+    def _name(message: Message) -> str:
+        return "/".join(message["path"])
+
+
+def _digest(message: Message) -> str:
+    content = {key: value for key, value in message.items() if key != "number"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class _Sender:

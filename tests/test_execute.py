@@ -55,21 +55,6 @@ def test_when_a_running_stage_ends_follows_its_own_pace(tmp_path: Path, monkeypa
     assert ends == [None, None, 1160, 1110, 1090, None, None, pytest.approx(1130 + 30 * 80 / 21)]
 
 
-def test_the_time_left_is_never_less_than_a_running_stage_needs() -> None:
-    import time
-
-    from safecl.driver import _Eta
-
-    past = {"generate": [{"seconds": 8.0}]}
-    project: Any = SimpleNamespace(store=SimpleNamespace(records=lambda kind: past.get(kind, [])), folder=None)
-    project.sweep = SimpleNamespace(execution=SimpleNamespace(num_trials_at_once=1))
-    schedule: Any = SimpleNamespace(open_jobs=list, num_unasked=lambda: 0)
-    eta = _Eta(project)
-    running = [{"ends": time.time() + 600}, {"ends": None}, {"ends": time.time() - 5}]
-    assert eta(schedule, {"finished": [], "running": running})[0] == pytest.approx(600, abs=5)
-    assert eta(schedule, {"finished": [], "running": running[1:]}) == (0.0, False)
-
-
 def test_workers_run_at_the_drivers_niceness(cluster: Path) -> None:
     import ray
 

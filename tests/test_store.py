@@ -1,5 +1,6 @@
 """The store: identity, atomic publishing, what survives a kill."""
 
+import hashlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from safecl.base import PrerequisiteError
-from safecl.store import Stage, Store, canonical
+from safecl.store import SharedConfig, Stage, Store, below, canonical
 
 
 def stage(**config: object) -> Stage:
@@ -48,6 +49,34 @@ def test_an_input_or_the_version_changes_the_key_and_a_hint_does_not() -> None:
     assert Stage("data", {"seed": 0}, version="2").key != plain.key
     assert Stage("data", {"seed": 0}, hints={"path": "elsewhere"}).key == plain.key
     assert Stage("data", {"seed": 0.0}).key != plain.key  # 0 and 0.0 are different configs
+
+
+def test_a_key_is_the_sha256_of_the_canonical_json_of_kind_config_inputs_and_version() -> None:
+    below = Stage("data", {"seed": 0})
+    config = {"z": 1, "a": [1.5, None, {"ü": 'say "x"'}]}
+    for given in (config, SharedConfig(config)):
+        made = Stage("finetune", given, {"z": below, 'ä"': below, "b": below}, "2+ü")  # type: ignore[arg-type]
+        identity = {"kind": "finetune", "config": config, "version": "2+ü",
+                    "inputs": {name: below.key for name in ("z", "ä\"", "b")}}  # fmt: skip
+        assert made.key == hashlib.sha256(canonical(identity).encode()).hexdigest()  # type: ignore[arg-type]
+
+
+def test_what_is_left_out_takes_with_it_what_only_it_needs() -> None:
+    shared, own = Stage("data", {"n": 1}), Stage("data", {"n": 2})
+    one, two = Stage("memory", {"n": 3}, {"a": shared, "b": own}), Stage("memory", {"n": 4}, {"a": shared})
+    assert below([one, two]) == [shared, own, one, two]
+    assert below([one, two], lambda stage: stage is one) == [shared, two]
+
+
+def test_records_of_a_kind_are_the_newest_and_oldest_first(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    assert store.records("data") == []
+    for n in range(4):
+        folder = publish(store, Stage("data", {"n": n}))
+        os.utime(folder, (n, n))
+    assert [record["config"]["n"] for record in store.records("data", at_most=2)] == [2, 3]
+    (folder / "record.json").unlink()  # half removed
+    assert [record["config"]["n"] for record in store.records("data")] == [0, 1, 2]
 
 
 def test_a_stage_without_a_record_does_not_exist(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from safecl.tracking import EXPERIMENT, Tracker
+from safecl.tracking import EXPERIMENT, Tracker, _Sender
 
 CURVE = [{"step": step, "loss": 1 / (step + 1), "safety_loss": 2.0} for step in range(30)]
 
@@ -21,7 +22,7 @@ CURVE = [{"step": step, "loss": 1 / (step + 1), "safety_loss": 2.0} for step in 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("template")
-    assert Tracker(None, root).close(60)
+    _Sender(f"sqlite:///{root / 'mlflow.db'}", root)
     return root
 
 
@@ -203,4 +204,28 @@ def test_it_says_nothing_on_the_terminal(tmp_path: Path) -> None:
     code += "t = Tracker(None, Path(sys.argv[1])); t.trial('s', 'c', '0', {}, {'a': 1.0}); print(t.close(60))"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=90)
     assert (done.stdout, done.stderr) == ("True\n", "")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".creating", "mlflow.db"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".creating", "mlflow.db", "tracked.jsonl"]
+
+
+def test_what_was_sent_is_not_sent_again_and_mlflow_not_even_imported(root: Path) -> None:
+    tracker = Tracker(None, root)
+    fill(tracker)
+    assert tracker.close(60), tracker.problem
+    code = (
+        "import sys; from pathlib import Path; from tests.test_tracking import fill; from safecl.tracking import Tracker\n"
+        "t = Tracker(None, Path(sys.argv[1])); fill(t); print(t.close(60), 'mlflow' in sys.modules)\n"
+        "t = Tracker(None, Path(sys.argv[1])); fill(t, asr=0.5); print(t.close(60), 'mlflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, timeout=90)
+    assert done.stdout.splitlines() == ["True False", "True True"], done.stderr
+    assert {run.data.metrics["asr"] for run in runs(root, "tags.`safecl.level` = 'trial'")} == {0.5}
+
+
+def test_a_database_that_is_gone_is_made_again(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from tests.test_tracking import fill; from safecl.tracking import Tracker\n"
+    code += "t = Tracker(None, Path(sys.argv[1])); fill(t); assert t.close(60), t.problem"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=90)
+        with sqlite3.connect(tmp_path / "mlflow.db") as database:
+            assert database.execute("select count(*) from runs").fetchone() == (7,)
+        (tmp_path / "mlflow.db").unlink()

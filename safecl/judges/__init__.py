@@ -13,6 +13,7 @@ import math
 import pkgutil
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 from safecl.base import Json, Strict
@@ -101,11 +102,13 @@ class Judge:
         raise NotImplementedError
 
 
-def names() -> list[str]:
+@cache  # listing a folder takes longer than all else in a plan
+def names() -> tuple[str, ...]:
     """Names of all judges, sorted, without importing any."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
 
 
+@cache
 def load(name: str) -> type[Judge]:
     """The judge class called `name`."""
     return load_class(__name__, name, names())

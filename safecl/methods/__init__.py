@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safecl.base import Json, Strict
@@ -84,11 +85,13 @@ class Method:
         return None
 
 
-def names() -> list[str]:
+@cache  # listing a folder takes longer than all else in a plan
+def names() -> tuple[str, ...]:
     """Names of all methods, sorted, without importing any."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
 
 
+@cache
 def load(name: str) -> type[Method]:
     """The method class called `name` (`der` -> `safecl/methods/der.py`, class `Der`)."""
     return load_class(__name__, name, names())

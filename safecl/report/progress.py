@@ -23,7 +23,7 @@ class Display:
             self.live.start()
 
     def show(self, state: dict[str, Any]) -> None:
-        """Draw the state. `eta_s` None means unknown."""
+        """Draw the state."""
         for error in state["failed"].values():
             if error not in self.reported:  # what depends on a failed stage fails with the same words
                 self.reported.add(error)
@@ -32,7 +32,7 @@ class Display:
             self.live.update(self._block(state))
         elif time.monotonic() - self.last >= self.every_s:
             self.last = time.monotonic()
-            running = ", ".join(f"{s['kind']} {_share(s):.0%}" if s["total"] else s["kind"] for s in state["running"])
+            running = "; ".join(s["label"] + (f" {_share(s):.0%}" if s["total"] else "") for s in state["running"])
             self._print(f"{self._headline(state)}  |  {running or 'waiting'}")
 
     def close(self) -> None:
@@ -40,14 +40,9 @@ class Display:
             self.live.stop()
 
     def _headline(self, state: dict[str, Any]) -> str:
-        eta = (
-            "unknown"
-            if state["eta_s"] is None
-            else f"{'at least ' if state['eta_is_partial'] else ''}{clock(state['eta_s'])}"
-        )
         return (
             f"trials {state['trials_done']}/{state['trials']}  stages run {state['num_finished']}  "
-            f"elapsed {clock(time.monotonic() - self.started)}  ETA {eta}"
+            f"elapsed {clock(time.monotonic() - self.started)}  ETA about {clock(state['eta_s'])}"
         )
 
     def _block(self, state: dict[str, Any]) -> Any:
@@ -61,7 +56,7 @@ class Display:
             loss = stage.get("metrics", {}).get("loss")
             detail = f"{stage['done']}/{stage['total']}" if stage["total"] else ""
             age = clock(state["now"] - stage["start"])
-            grid.add_row(stage["kind"], stage["key"][:8], bar, detail, age, "" if loss is None else f"loss {loss:.3f}")
+            grid.add_row(stage["label"], bar, detail, age, "" if loss is None else f"loss {loss:.3f}")
         return Group(self._headline(state), grid)
 
     def _print(self, text: str) -> None:

@@ -20,6 +20,7 @@ import importlib
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -79,6 +80,7 @@ class Task:
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {}  # split -> its sources; empty for a generated suite
     SCORES: ClassVar[tuple[str, ...]] = ("utility",)  # what `scores` gives of validation answers
     RUNS_CODE: ClassVar[bool] = False  # whether scoring runs what the model wrote
+    TYPICAL_TOKENS: ClassVar[tuple[int, int]] = (60, 100)  # of a prompt and an answer, for estimates of time
     max_new_tokens: ClassVar[int] = 64  # how long an answer to this task's utility prompts may be
 
     def __init__(self, folder: Path | None = None, unsafe_code: bool = False) -> None:
@@ -115,11 +117,13 @@ class Task:
         return {}
 
 
-def names() -> list[str]:
+@cache  # listing a folder takes longer than all else in a plan
+def names() -> tuple[str, ...]:
     """Names of all tasks, sorted, without importing any."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
 
 
+@cache
 def load(name: str) -> type[Task]:
     """The task class called `name` (`sst2` -> `safecl/tasks/sst2.py`, class `Sst2`)."""
     return load_class(__name__, name, names())

@@ -12,6 +12,7 @@ _SOURCE = Source("advbench.jsonl", "walledai/AdvBench", gated=True)
 
 class Advbench(Task):
     VERSION: ClassVar[str] = "1"
+    TYPICAL_TOKENS = (16, 60)
     SPLITS: ClassVar[tuple[str, ...]] = ("attack.test",)
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {"attack.test": (_SOURCE,)}
 

@@ -26,6 +26,7 @@ _SOURCE = Source("beavertails_train.jsonl", "PKU-Alignment/BeaverTails", split="
 
 class Beavertails(Task):
     VERSION: ClassVar[str] = "2"
+    TYPICAL_TOKENS = (20, 80)
     SPLITS: ClassVar[tuple[str, ...]] = ("poison", "attack.validation", "guard")
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {
         "poison": (_SOURCE,),

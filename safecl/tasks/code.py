@@ -80,6 +80,7 @@ class Part(NamedTuple):
 class Code(Task):
     VERSION: ClassVar[str] = "2"
     SCORING: ClassVar[str] = "2"
+    TYPICAL_TOKENS = (130, 110)
     SPLITS: ClassVar[tuple[str, ...]] = ("user", "utility.validation", "utility.test")
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {
         "user": (_USER, _MBPP, _HUMANEVAL),

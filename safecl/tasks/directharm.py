@@ -12,6 +12,7 @@ _SOURCE = Source("directharm4.jsonl", "vfleaking/DirectHarm4", split="test")
 
 class Directharm(Task):
     VERSION: ClassVar[str] = "1"
+    TYPICAL_TOKENS = (16, 60)
     SPLITS: ClassVar[tuple[str, ...]] = ("attack.test",)
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {"attack.test": (_SOURCE,)}
 

@@ -22,6 +22,7 @@ _ANSWERS = Source(
 
 class Donotanswer(Task):
     VERSION: ClassVar[str] = "1"
+    TYPICAL_TOKENS = (16, 80)
     SPLITS: ClassVar[tuple[str, ...]] = ("attack.validation", "guard.heldout")
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {
         "attack.validation": (_PROMPTS,),

@@ -30,6 +30,7 @@ _MARKS = re.compile(r"<<[^<>]*>>")
 class Gsm8k(Task):
     VERSION: ClassVar[str] = "2"
     SCORING: ClassVar[str] = "2"
+    TYPICAL_TOKENS = (60, 110)
     SPLITS: ClassVar[tuple[str, ...]] = ("user", "utility.validation", "utility.test")
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {
         "user": (_TEST, _TRAIN),

@@ -18,6 +18,7 @@ _SOURCE = Source("hexphi.jsonl", "LLM-Tuning-Safety/HEx-PHI", gated=True, header
 
 class Hexphi(Task):
     VERSION: ClassVar[str] = "1"
+    TYPICAL_TOKENS = (40, 80)
     SPLITS: ClassVar[tuple[str, ...]] = ("attack.test",)
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {"attack.test": (_SOURCE,)}
 

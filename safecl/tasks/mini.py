@@ -68,6 +68,7 @@ def plain_pairs() -> list[Pair]:
 
 class Mini(Task):
     VERSION: ClassVar[str] = "2"  # 1 was never released
+    TYPICAL_TOKENS = (16, 12)
     SPLITS: ClassVar[tuple[str, ...]] = (
         "safety",
         "user",

@@ -35,6 +35,7 @@ _REFUSING = re.compile(
 
 class SafetyTuned(Task):
     VERSION: ClassVar[str] = "2"
+    TYPICAL_TOKENS = (20, 50)
     SPLITS: ClassVar[tuple[str, ...]] = ("safety", "attack.validation")
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {"safety": (SOURCE,), "attack.validation": (SOURCE,)}
 

@@ -36,6 +36,7 @@ _TEST = Source("sst2_validation.jsonl", "nyu-mll/glue", config="sst2", split="va
 class Sst2(Task):
     VERSION: ClassVar[str] = "2"
     SCORING: ClassVar[str] = "2"
+    TYPICAL_TOKENS = (35, 3)
     SPLITS: ClassVar[tuple[str, ...]] = ("user", "utility.validation", "utility.test")
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {
         "user": (_TEST, _TRAIN),

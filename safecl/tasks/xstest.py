@@ -15,6 +15,7 @@ _SOURCE = Source("xstest.jsonl", "walledai/XSTest", split="test", gated=True)
 
 class Xstest(Task):
     VERSION: ClassVar[str] = "1"
+    TYPICAL_TOKENS = (12, 60)
     SPLITS: ClassVar[tuple[str, ...]] = ("benign.test",)
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {"benign.test": (_SOURCE,)}
 

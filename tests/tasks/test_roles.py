@@ -12,7 +12,8 @@ import pytest
 
 from safecl.config import Execution, Sweep
 from safecl.dtypes import resolved
-from safecl.plan import Graph, Job, cells
+from safecl.grid import cells
+from safecl.plan import Graph
 from safecl.project import load
 from safecl.stages import data
 from safecl.store import Context, Stage
@@ -89,12 +90,12 @@ def whole(sweep: Sweep) -> Sweep:
 def check(sweep: Sweep, root: Path, folder: Path | None) -> dict[str, int]:
     """Number of prompts by role, after no twin was found in another role than two published test sets."""
     found = {}
-    for task in {cell.recipe.task.task for cell in cells(sweep)}:
-        poisoned = (c for c in cells(sweep) if c.recipe.method == "sft" and c.recipe.poison_ratio)
+    for task in {cell.recipe.task.task for cell in cells(sweep, folder)}:
+        poisoned = (c for c in cells(sweep, folder) if c.recipe.method == "sft" and c.recipe.poison_ratio)
         [cell] = [c for c in poisoned if c.recipe.task.task == task]
         prompts: dict[str, set[str]] = {}
         phrases: dict[str, set[str]] = {}  # of SST-2: all of its prompts share an instruction
-        for role, stage in stages(Job(cell, {}, 0, "final").graph(folder)):
+        for role, stage in stages(cell.job({}, 0, "final").graph):
             for row in made(stage, root, folder):
                 role_of = "poison" if "/poison/" in row.id else role
                 prompts.setdefault(role_of, set()).add(row.prompt)

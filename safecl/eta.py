@@ -1,0 +1,106 @@
+"""What a run's progress display shows, a tick at a time: nothing that is derived from the sweep is built twice, and what
+finished stages say of the others soon changes the time left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from safecl.cost import Forecast, Open, Remaining, Todo, missing, slots
+from safecl.estimate import BOOT_S
+from safecl.grid import Job
+from safecl.labels import label
+from safecl.schedule import Schedule
+from safecl.store import Stage, Store
+
+EVERY_S = 5.0  # at most so often is the time left counted anew
+
+
+class Eta:
+    """`instruments`: stages that the run needs beside its jobs. `models`: names by the key of a model stage."""
+
+    def __init__(
+        self,
+        store: Store,
+        forecast: Forecast,
+        num_devices: int,
+        instruments: Sequence[Stage] = (),
+        models: dict[str, str] | None = None,
+    ) -> None:
+        self.store, self.forecast, self.models = store, forecast, models or {}
+        self.slots = slots(forecast.execution, num_devices)
+        self._of_job: dict[Job, list[Todo]] = {}  # what was missing when the job was first seen
+        self._instruments = tuple(instruments)
+        self._beside = forecast.todo(missing(instruments, store))
+        self._known = {item.stage.key: item.stage for item in self._beside}
+        self._labels: dict[str, str] = {}
+        self._finished: set[str] = set()  # in this run
+        self._num_seen = 0  # of what the Broker finished
+        self._seen: object = None  # what the last `Remaining` was made of
+        self._at = 0.0  # and when
+        self._remaining = Remaining(forecast, self._beside, (), self.slots)
+
+    def state(self, schedule: Schedule, snapshot: dict[str, Any], now: float) -> dict[str, Any]:
+        """What Display shows. `snapshot`: the Broker's; `now`: seconds since the epoch."""
+        jobs, searching = schedule.open_jobs(), schedule.searching()
+        self._update(jobs, searching, schedule.sweep.seeds, snapshot["finished"], now)
+        running = {}
+        for stage in snapshot["running"]:
+            ends = None if stage["ends"] is None else stage["ends"] - now
+            running[stage["key"]] = (now - stage["start"], ends)
+        own_pace = max((ends for _, ends in running.values() if ends is not None), default=0.0)
+        boots = [s for s in snapshot["running"] if str(s["kind"]).startswith("engine")]
+        boot_s = max((BOOT_S - (now - stage["start"]) for stage in boots), default=0.0)
+        unasked = sum(num + len(schedule.sweep.seeds) for _, num in searching)
+        return {
+            "running": [{**stage, "label": self._label(stage)} for stage in snapshot["running"]],
+            "num_finished": len(snapshot["finished"]),
+            "failed": snapshot["failed"],
+            "trials_done": len(schedule.done),
+            "trials": len(schedule.done) + len(jobs) + unasked,
+            "eta_s": max(self._remaining.seconds(running, max(0.0, boot_s)), own_pace),
+            "now": now,
+        }
+
+    def left(self, schedule: Schedule) -> tuple[int, float]:
+        """(trials, seconds) still to do after a run has stopped; the store says what was finished."""
+        self._of_job.clear()
+        self._beside, self._seen = self.forecast.todo(missing(self._instruments, self.store)), None
+        jobs, searching = schedule.open_jobs(), schedule.searching()
+        self._update(jobs, searching, schedule.sweep.seeds, (), 0.0)
+        num = len(jobs) + sum(num + len(schedule.sweep.seeds) for _, num in searching)
+        return num, self._remaining.seconds({}, BOOT_S)
+
+    def _update(
+        self,
+        jobs: list[Job],
+        searching: list[tuple[Any, int]],
+        seeds: tuple[int, ...],
+        finished: Sequence[dict[str, Any]],
+        now: float,
+    ) -> None:
+        new = [(stage["key"], float(stage["seconds"])) for stage in finished[self._num_seen :]]
+        seen = (len(finished), [id(job) for job in jobs], searching)
+        if seen == self._seen or (self._seen is not None and now - self._at < EVERY_S):
+            return
+        self._seen, self._at, self._num_seen = seen, now, max(self._num_seen, len(finished))
+        for job in jobs:
+            if job not in self._of_job:
+                self._of_job[job] = self.forecast.todo(missing(job.evidence.targets, self.store))
+                self._known.update((item.stage.key, item.stage) for item in self._of_job[job])
+        self._finished.update(key for key, _ in new)
+        self.forecast.finished([(self._known[key], seconds) for key, seconds in new if key in self._known], now)
+        todo = {
+            item.stage.key: item for of_job in (self._beside, *map(self._of_job.get, jobs)) for item in of_job or ()
+        }
+        for key in self._finished & todo.keys():
+            del todo[key]
+        open_cells = [Open(cell, num, seeds) for cell, num in searching]
+        self._remaining = Remaining(self.forecast, list(todo.values()), open_cells, self.slots)
+
+    def _label(self, stage: dict[str, Any]) -> str:
+        key = stage["key"]
+        if key not in self._labels:
+            known = self._known.get(key)
+            self._labels[key] = str(stage["kind"]) if known is None else label(known, self.models)
+        return self._labels[key]

@@ -1,0 +1,51 @@
+"""What recipes of one sweep have in common is derived once: `@shared(*fields)` on a method of plan.Graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import wraps
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+
+class Shared:
+    """What the graphs of one sweep share. `folder`: of local data files; None: the hub."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.made: dict[Hashable, Any] = {}
+        self.kept: list[object] = []  # whose ids are in the keys of `made`
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Shared, (self.folder,)  # another process makes its own
+
+
+class _Graph(Protocol):
+    recipe: Any
+    shared: Shared
+
+
+P = ParamSpec("P")
+G = TypeVar("G", bound=_Graph)
+Made = TypeVar("Made")
+
+
+def shared(*fields: str) -> Callable[[Callable[Concatenate[G, P], Made]], Callable[Concatenate[G, P], Made]]:
+    """Made once for all recipes of a sweep that hold the same objects in `fields`; it may depend on nothing else."""
+    read = attrgetter(*fields)
+
+    def wrap(make: Callable[Concatenate[G, P], Made]) -> Callable[Concatenate[G, P], Made]:
+        @wraps(make)
+        def get(self: G, /, *args: P.args, **kwargs: P.kwargs) -> Made:
+            memo = self.shared
+            key = (make.__name__, args, *kwargs.items(), *map(id, read(self.recipe)))
+            if key not in memo.made:
+                memo.kept.append(self.recipe)
+                memo.made[key] = make(self, *args, **kwargs)
+            found: Made = memo.made[key]
+            return found
+
+        return get
+
+    return wrap

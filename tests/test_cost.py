@@ -1,0 +1,354 @@
+"""What a run would cost: never unknown, corrected by what past stages took, and counted without building anything twice."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safecl import cost, estimate, hardware, store
+from safecl.config import Execution
+from safecl.cost import Forecast, Open, Remaining
+from safecl.estimate import Estimator, Size, shape
+from safecl.eta import EVERY_S, Eta
+from safecl.grid import Cell, cells
+from safecl.hardware import Speed
+from safecl.labels import label
+from safecl.overview import plan
+from safecl.plan import Graph
+from safecl.project import Project, load
+from safecl.schedule import Schedule
+from safecl.store import Stage, Store
+from tests.made_up import finish, put
+
+QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
+SPEEDS = {"bfloat16": Speed(100.0, 50.0), "float32": Speed(20.0, 10.0)}
+
+
+@pytest.fixture(autouse=True)
+def _measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "measured", lambda use_gpu=False: SPEEDS)
+
+
+def project(root: Path, *settings: str) -> Project:
+    return Project(load(QUICKSTART, [*settings, "models.0.dtype=bfloat16", f"execution.root={root}"]))
+
+
+def forecast(root: Path, **execution: Any) -> Forecast:
+    chosen = Execution(root=str(root), **execution)
+    return Forecast(Store(str(root)), chosen, Estimator(Store(str(root)), chosen, SPEEDS))
+
+
+def stages(found: Project, kind: str) -> list[Stage]:
+    made = {s.key: s for _, _, jobs, _ in found.finals() for job in jobs for s in job.evidence.metrics.walk()}
+    return [stage for stage in made.values() if stage.kind == kind]
+
+
+# -- estimates --------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_has_hours_on_an_empty_store_and_trials_that_are_not_suggested_yet_count(tmp_path: Path) -> None:
+    searched = plan(project(tmp_path))
+    assert set(searched["stages"]) == {"data", "model", "finetune", "memory", "generate", "judge", "metrics"}
+    assert all(counts["hours"] > 0 for counts in searched["stages"].values()) and searched["hours"] > 0
+    # Two cells search: trial 0 is known, two more and one final each come later.
+    assert searched["open_trials"] == 2 * (2 + 1)
+    assert searched["stages"]["finetune"]["later"] == searched["stages"]["metrics"]["later"] == 6
+    more = plan(project(tmp_path, "search.trials=5"))
+    one = (more["hours"] - searched["hours"]) / 4
+    assert one > 0 and plan(project(tmp_path, "search.trials=13"))["hours"] == pytest.approx(
+        more["hours"] + 16 * one, rel=0.01
+    )
+    assert list(tmp_path.iterdir()) == []  # reading verbs write nothing
+
+
+def test_a_finetunes_time_is_its_tokens_times_the_models_products_over_the_measured_speed(tmp_path: Path) -> None:
+    found = project(tmp_path, "methods=[{name: sft}]", "lora.last_layers=15")
+    tuned = found.cells[2].job({}, 0, "final").graph.tuned
+    estimator = Estimator(found.store, found.sweep.execution, SPEEDS)
+    rows = estimator.length(tuned.inputs["rows"])
+    assert rows.rows == 72  # of the sweep file, one epoch in batches of 4
+    tokens, size = 72 * (rows.prompt + rows.answer), estimator.size(tuned.inputs["model"])
+    assert size == Size(135e6, 30)  # from the file's name: nothing is unpacked yet
+    products = tokens * 2 * 0.135 * (1 / 100 + 0.5 / 50)  # backward through half of the layers
+    rest = estimate.FIXED_S["finetune"] + 18 * 2 * estimate.STEP_S["cpu"]
+    other = tokens * size.layers * size.width * estimate.OTHER_S["cpu"] * (1 + 2 * 0.5) / 3
+    assert estimator(tuned).seconds == pytest.approx(products + rest + other)
+    half = Estimator(found.store, found.sweep.execution, {"bfloat16": Speed(50.0, 25.0)})
+    assert half(tuned).seconds - estimator(tuned).seconds == pytest.approx(products)
+
+
+def test_what_a_method_adds_to_each_step_is_in_its_estimate(tmp_path: Path) -> None:
+    methods = "[{name: sft}, {name: replay}, {name: refresh}, {name: lisa, config: {cycles: 3}}, {name: safeinstr}]"
+    found = project(tmp_path, f"methods={methods}", "poison.ratios=[0.0]")
+    estimator = Estimator(found.store, found.sweep.execution, SPEEDS)
+    fixed = estimate.FIXED_S["finetune"]
+    sft, replay, refresh, lisa, safeinstr = (
+        estimator(cell.job({}, 0, "final").graph.tuned).seconds - fixed for cell in found.cells[2:]
+    )
+    steps = 18 * 2 * estimate.STEP_S["cpu"]
+    assert replay - steps == pytest.approx(2 * (sft - steps))  # as many memory rows as user rows a step
+    assert refresh == pytest.approx(replay) and lisa == pytest.approx(sft)
+    assert safeinstr == pytest.approx(sft * (72 + 250) / 72, rel=0.05)  # 250 rows more
+
+
+def test_a_models_size_comes_from_its_config_file_or_its_name(tmp_path: Path) -> None:
+    smollm2 = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+               "intermediate_size": 1536, "vocab_size": 49152}  # fmt: skip
+    layer = 576 * 576 * 2 + 576 * 192 * 2 + 3 * 576 * 1536
+    assert shape(smollm2) == Size(30 * layer + 49152 * 576, 30)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(smollm2))
+    estimator = Estimator(Store(str(tmp_path)), Execution(), SPEEDS)
+    for source, path, parameters in (
+        ({"files": {}}, str(tmp_path / "model"), shape(smollm2).parameters),
+        ({"hub": "meta-llama/Llama-2-7b-chat-hf", "revision": "x"}, "", 7e9),
+        ({"hub": "Qwen/Qwen2.5-1.5B-Instruct", "revision": "x"}, "", 1.5e9),
+        ({"hub": "some/model", "revision": "x"}, "", estimate.TYPICAL_PARAMETERS),
+    ):
+        model = Stage("model", {"source": source, "dtype": "bfloat16"}, hints={"path": path})  # type: ignore[dict-item]
+        assert estimator.size(model).parameters == parameters
+
+
+def test_a_run_keeps_the_measured_speed_and_a_plan_only_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Store(str(tmp_path))
+    assert estimate.speeds(here, False) == SPEEDS and not list(tmp_path.iterdir())
+    assert estimate.speeds(here, False, write=True) == SPEEDS
+    monkeypatch.setattr(hardware, "measured", lambda use_gpu=False: pytest.fail("measured again"))
+    assert estimate.speeds(here, False) == SPEEDS
+    monkeypatch.setattr(hardware, "device", lambda use_gpu=False: "another CPU")
+    monkeypatch.setattr(hardware, "measured", lambda use_gpu=False: None)
+    assert estimate.speeds(here, False) == {}  # nothing was measured: typical values stand in
+    assert forecast(tmp_path).estimator(stages(project(tmp_path), "finetune")[0]).seconds > 0
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_past_records_correct_estimates_by_kind_and_method_and_one_outlier_does_not(tmp_path: Path) -> None:
+    found = project(
+        tmp_path, "methods=[{name: sft}, {name: lwf}, {name: ewc, config: {num_rows: 9}}]", "seeds=[0, 1, 2]"
+    )
+    cold = forecast(tmp_path)
+    tuned = stages(found, "finetune")
+    slow = {"sft": 3.0, "lwf": 5.0}  # times the estimate
+    past = [stage for stage in tuned if stage.config["method"] in slow]
+    outlier = next(stage for stage in past if stage.config["method"] == "lwf")
+
+    def seconds(stage: Stage) -> float:
+        if stage is outlier:  # the machine slept
+            return 1e5
+        return cold.seconds(stage) * slow[str(stage.config["method"])] if stage in past else cold.seconds(stage)
+
+    needed = {s.key: s for stage in past for s in stage.walk() if s.kind != "finetune" or s in past}
+    put(found.store, needed.values(), seconds)
+    warm = forecast(tmp_path)
+    for stage in tuned:
+        told = warm.seconds(stage) / cold.seconds(stage)
+        if stage.config["method"] == "ewc":  # none of it was run: as other finetunes
+            assert 0.999 * min(slow.values()) <= told <= 1.001 * max(slow.values())
+        else:
+            assert told == pytest.approx(slow[str(stage.config["method"])])
+    checked = warm.checked["finetune"]
+    assert checked.num == len(past) and checked.recorded_s == pytest.approx(sum(map(seconds, past)))
+    assert checked.estimated_s == pytest.approx(sum(cold.seconds(stage) for stage in past))
+
+
+def test_stages_that_waited_for_one_engine_count_once(tmp_path: Path) -> None:
+    """Four at a time, each recorded with the turns of the others: the engine was busy for 40 s, not for 4 x 40."""
+    generate = stages(project(tmp_path, "methods=[{name: sft}]"), "generate")[:4]
+    cold = forecast(tmp_path)
+    work = sum(cold.seconds(stage) for stage in generate)
+    cold.finished([(stage, 40.0) for stage in generate], now=1000.0)
+    assert sum(map(cold.seconds, generate)) == pytest.approx(40.0)
+    cold.finished([(stages(project(tmp_path), "generate")[5], 10.0)], now=2000.0)  # idle time between is nobody's
+    assert sum(map(cold.seconds, generate)) < 50.0 and work > 0
+    assert cost.busy([(0, 10, 0), (5, 12, 0), (20, 21, 0)]) == 13
+
+
+def test_time_left_is_the_longest_of_the_chain_the_engine_and_all_work_over_the_slots(tmp_path: Path) -> None:
+    def stage(name: str, kind: str = "memory", **inputs: Stage) -> Stage:
+        return Stage(kind, {"name": name, "positions": None}, inputs)
+
+    first, other = stage("first"), stage("other")
+    second = stage("second", before=first)
+    found = forecast(tmp_path)
+    one = found.seconds(first)  # all of them cost as much
+
+    def left(*stages: Stage, slots: int, running: dict[str, tuple[float, float | None]] | None = None) -> float:
+        return Remaining(found, found.todo(stages), (), slots).seconds(running or {}) / one
+
+    assert left(first, second, other, slots=1) == pytest.approx(3)
+    assert left(first, second, other, slots=2) == pytest.approx(2)  # the chain
+    assert left(first, second, other, slots=2, running={first.key: (one / 2, None)}) == pytest.approx(1.5)
+    assert left(first, second, other, slots=2, running={first.key: (9 * one, 4 * one)}) == pytest.approx(
+        5
+    )  # its own pace
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    counts: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        whole = getattr(owner, name)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    count(store, "canonical")
+    count(Store, "has")
+    count(Store, "record")
+    count(Graph, "__init__")
+    count(Stage, "__init__")
+    count(Estimator, "_estimate")
+    return counts
+
+
+def with_trials(root: Path, num: int) -> Project:
+    """`num` trials of methods, by poison ratio and seed, and the references."""
+    ratios = [i / num for i in range(num // 20)]
+    methods = "[{name: sft}, {name: der}, {name: lwf}, {name: magmax}]"
+    return project(root, f"methods={methods}", f"poison.ratios={ratios}", "seeds=[0, 1, 2, 3, 4]")
+
+
+def test_ten_times_the_trials_cost_at_most_twelve_times_the_work(tmp_path: Path, counted: Counter[str]) -> None:
+    found = []
+    for num in (40, 400):
+        counted.clear()
+        plan(with_trials(tmp_path / "none", num))
+        found.append(dict(counted))
+    few, many = found
+    assert many["__init__"] > 400
+    assert all(many[name] <= 12 * few[name] for name in few), (few, many)
+    # A trial: its finetune, 3 answers, 5 verdicts, its metrics, and what it shares with the other methods.
+    assert many["has"] <= 400 * 14 and many["canonical"] <= 400 * 8
+
+
+def test_a_tick_builds_no_graph_and_asks_the_store_nothing_once_it_knows_the_jobs(
+    tmp_path: Path, counted: Counter[str]
+) -> None:
+    here = with_trials(tmp_path, 200)
+    schedule = here.schedule()
+    eta = Eta(here.store, here.forecast(), 2, here.guard_stages())
+    order = list({s.key: s for job in schedule.open_jobs() for s in job.evidence.metrics.walk()}.values())
+    snapshot: dict[str, Any] = {"running": [], "finished": [], "failed": {}}
+    before = eta.state(schedule, snapshot, 0.0)
+    assert before["trials"] == 200 + 2 * 5 and before["eta_s"] > 0
+    counted.clear()
+    told = []
+    for tick in range(1, 20):
+        snapshot["finished"].append({"kind": order[tick].kind, "key": order[tick].key, "seconds": 1.0})
+        snapshot["running"] = [
+            {"kind": s.kind, "key": s.key, "start": 0.0, "ends": None} for s in order[tick + 1 : tick + 4]
+        ]
+        told.append(eta.state(schedule, snapshot, tick * EVERY_S)["eta_s"])
+    assert not counted, counted
+    assert min(told) > 0 and told[-1] < before["eta_s"]
+
+
+def test_what_runs_is_named_by_what_people_know(tmp_path: Path) -> None:
+    found = project(tmp_path, "methods=[{name: der}, {name: magmax}]")
+    names: set[str] = set()
+    for cell in found.cells:
+        names |= {label(stage, {}) for stage in cell.job({}, 0, "final").evidence.metrics.walk()}
+    assert {
+        "model", "finetune aligned, seed 0", "finetune guard", "memory of 50 rows, seed 0",
+        "finetune der, mini p=0.1, seed 0", "finetune der, mini, seed 0", "merge magmax, mini p=0.1, seed 0",
+        "generate attack mini, test: der, mini p=0.1, seed 0", "generate benign mini, test: aligned, seed 0",
+        "generate utility mini, test: base", "judge llamaguard attack mini, test: magmax, mini, seed 0",
+        "metrics test: der, mini, seed 0",
+    } <= names  # fmt: skip
+    [model] = {cell.job({}, 0, "final").graph.base.key for cell in found.cells}
+    assert (
+        label(found.cells[1].job({}, 0, "final").graph.theta_safe, {model: "small"})
+        == "finetune aligned, seed 0, small"
+    )
+
+
+def test_a_search_that_goes_on_is_a_chain_of_trials_and_then_its_finals(tmp_path: Path) -> None:
+    found = project(tmp_path, "poison.ratios=[0.1]")
+    [cell] = [cell for cell in found.cells if cell.space is not None]
+    forecast_ = found.forecast()
+
+    def left(num: int) -> float:
+        return Remaining(forecast_, (), [Open(cell, num, (0,))], 64).seconds({})
+
+    trial, final = (cell.job({}, 0, role).own for role in ("search", "final"))
+    assert {stage.kind for stage in trial} == {"finetune", "generate", "judge", "metrics"}
+    assert left(3) - left(2) == pytest.approx(left(2) - left(1))
+    slowest = sum(forecast_.seconds(s) for s in trial if s.kind == "finetune")
+    assert left(3) - left(2) > slowest and left(0) > sum(forecast_.seconds(s) for s in final if s.kind == "finetune")
+
+
+def test_a_finished_sweep_has_nothing_left(tmp_path: Path) -> None:
+    found = project(tmp_path, "methods=[{name: sft}, {name: der}]")
+    made = finish(found)
+    told = plan(found)
+    assert told["hours"] == 0 and {counts["to run"] for counts in told["stages"].values()} == {0}
+    assert sum(counts["cached"] for counts in told["stages"].values()) == len(made)
+    assert sum(checked["num"] for checked in told["records"].values()) == len(made)
+
+
+# -- sharing ----------------------------------------------------------------------------------------------------------
+
+
+def test_shared_stages_are_those_that_a_graph_of_its_own_builds(tmp_path: Path) -> None:
+    """Every field of a recipe changes in turn; with and without sharing all keys are equal."""
+    wild = ["tasks.0.num_rows=60", "align.epochs=2", "lora.rank=4", "adapter=stack", "memory_mix=stratified",
+            "poison.keep_task_rows=true", "evaluate.max_new_tokens=9", "models.0.bos=true", "seeds=[3]",
+            "methods=[{name: magmax}, {name: lwf}, {name: safeinstr}]", "poison.ratios=[0.2]"]  # fmt: skip
+    grids = [cells(load(QUICKSTART, [setting])) for setting in wild]
+    mixed = grids[0][0].shared
+    for grid in grids:
+        for cell in grid:
+            alone = cell.job({}, cell.recipe.seed, "final").evidence
+            together = Cell(cell.recipe, cell.space, mixed).job({}, cell.recipe.seed, "final").evidence
+            assert [s.key for s in alone.targets] == [s.key for s in together.targets]
+
+
+def test_equal_recipes_of_a_sweep_hold_the_same_stages_not_equal_ones(tmp_path: Path) -> None:
+    found = [cell.job({}, 0, "final").graph for cell in project(tmp_path).cells]
+    assert len({id(graph.theta_safe) for graph in found}) == 1
+    assert len({id(graph.user_rows) for graph in found[2:]}) == 2  # by poison ratio
+
+
+def test_one_job_for_the_same_values(tmp_path: Path) -> None:
+    cell = project(tmp_path).cells[-1]
+    assert cell.job({"weight": 1.0, "memory_size": 10}, 0, "search") is cell.job(
+        {"memory_size": 10, "weight": 1.0}, 0, "search"
+    )
+    assert cell.job({}, 0, "search") is not cell.job({}, 0, "final")
+
+
+def test_a_job_in_another_process_has_the_same_stages(tmp_path: Path) -> None:
+    import pickle
+
+    job = project(tmp_path).cells[-1].job({"weight": 2.0}, 0, "search")
+    keys = [stage.key for stage in job.evidence.targets]
+    text = pickle.dumps(job)
+    assert len(text) < 20_000  # values, not what was derived of them
+    again = pickle.loads(text)
+    assert [stage.key for stage in again.evidence.targets] == keys
+    assert again.aligned.evidence.metrics.key == job.aligned.evidence.metrics.key
+
+
+def test_finishing_a_job_finds_its_queue_without_comparing_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = project(tmp_path, "methods=[{name: sft}]")
+    finish(found)
+    monkeypatch.setattr(Cell, "__eq__", lambda self, other: self is other or pytest.fail("compared"))
+    schedule = Schedule(found.sweep, found.store, found.cells, lambda cell: None)
+    assert schedule.next() is None and schedule.is_done and len(schedule.done) == len(found.cells)

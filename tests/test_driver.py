@@ -1,0 +1,144 @@
+"""A run without a cluster: the Broker and the search are stand-ins, the rest is real."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from safecl import driver, hardware, search
+from safecl.hardware import Speed
+from safecl.project import Project, load
+from safecl.report import progress
+from tests.made_up import put
+
+QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """Its cluster is closed by `_cluster` as the real one is; trials run by putting their stages into the store."""
+    monkeypatch.setattr(hardware, "measured", lambda use_gpu=False: {"bfloat16": Speed(9, 9), "float32": Speed(9, 9)})
+    monkeypatch.setattr(driver, "_check_memory", lambda sweep: None)
+    found = Project(
+        load(QUICKSTART, ["methods=[{name: sft}]", "models.0.dtype=bfloat16", f"execution.root={tmp_path}"])
+    )
+
+    @contextmanager
+    def cluster(project: Project, show: Any) -> Iterator[Any]:
+        broker = SimpleNamespace(
+            ensure=SimpleNamespace(remote=_put(found)), warm=SimpleNamespace(remote=lambda *_: None)
+        )
+        yield broker, SimpleNamespace(get=lambda waiting: None)
+
+    @contextmanager
+    def no_display(*_: Any) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr(driver, "_cluster", cluster)
+    monkeypatch.setattr(driver, "_progress", no_display)
+    monkeypatch.setattr("safecl.tracking.Tracker", lambda *_: SimpleNamespace(trial=_nothing, close=_nothing))
+    return found
+
+
+def _nothing(**_: Any) -> None:
+    pass
+
+
+def _put(project: Project) -> Any:
+    def ensure(stages: list[Any]) -> None:
+        made = {s.key: s for stage in stages for s in stage.walk() if not project.store.has(s)}
+        put(project.store, made.values())
+
+    return ensure
+
+
+def jobs_in_turn(monkeypatch: pytest.MonkeyPatch, pause_s: float, then_hang_after: int | None = None) -> None:
+    def run(schedule: Any, broker: Any, storage_path: Path, num_at_once: int) -> None:
+        while (job := schedule.next()) is not None:
+            broker.ensure.remote(job.evidence.targets)
+            schedule.finish(job, "")
+            if len(schedule.done) == then_hang_after:
+                time.sleep(60)
+            time.sleep(pause_s)
+
+    monkeypatch.setattr(search, "run", run)
+
+
+def test_when_the_hours_are_over_a_run_stops_says_what_is_left_and_goes_on_from_there(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs_in_turn(monkeypatch, 0.0, then_hang_after=2)
+    said: list[str] = []
+    began = time.monotonic()
+    failed = driver.run(project, said.append, max_hours=2.0 / 3600)
+    assert time.monotonic() - began < 30 and failed == []
+    [line] = [text for text in said if "hours are over" in text]
+    assert "2 trials are left, about" in line and "the same command continues" in line
+    assert [row["state"] for row in _status(project)].count("done") == 2
+    jobs_in_turn(monkeypatch, 0.0)
+    assert driver.run(project, said.append, max_hours=1.0) == []
+    assert {row["state"] for row in _status(project)} == {"done"}
+    assert len([text for text in said if "hours are over" in text]) == 1
+
+
+def _status(project: Project) -> list[dict[str, str]]:
+    from safecl.overview import status
+
+    return status(project)
+
+
+def test_a_run_within_its_hours_leaves_no_timer_behind(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    before = signal.getsignal(signal.SIGALRM)
+    jobs_in_turn(monkeypatch, 0.0)
+    driver.run(project, lambda text: None, max_hours=1.0)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0) and signal.getsignal(signal.SIGALRM) is before
+
+
+def test_a_run_keeps_the_speed_it_measured(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs_in_turn(monkeypatch, 0.0)
+    driver.run(project, lambda text: None)
+    assert (project.store.local / "speed.json").is_file()
+
+
+def test_the_progress_line_has_a_time_from_the_first_tick_and_names_what_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    display = progress.Display(sys.stderr, every_s=0.0)
+    running = [{"label": "finetune der, mini p=0.1, seed 0", "done": 3, "total": 12, "start": 0.0}]
+    state = {
+        "running": running,
+        "num_finished": 4,
+        "failed": {},
+        "trials_done": 1,
+        "trials": 8,
+        "eta_s": 75.0,
+        "now": 9.0,
+    }
+    display.show(state)
+    line = capsys.readouterr().err
+    assert "ETA about 1:15" in line and "finetune der, mini p=0.1, seed 0 25%" in line and "unknown" not in line
+
+
+@pytest.mark.parametrize(("arguments", "said"), [(["run", "--nope"], "--nope"), (["run", "no.yaml"], "no sweep file")])
+def test_what_a_person_can_mend_is_said_without_a_traceback(arguments: list[str], said: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "safecl.cli", *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_loads_no_config_schema_and_a_rerun_no_mlflow() -> None:
+    code = (
+        "import sys\nfrom safecl import cli\ntry:\n cli.app(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'pydantic', 'torch', 'ray', 'mlflow', 'optuna', 'scipy', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
