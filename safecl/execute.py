@@ -44,6 +44,7 @@ def start(execution: Execution, logs: Path, need: int | None = None) -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten times a second is for traffic that scales replicas
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYTHONWARNINGS": "ignore",
@@ -59,7 +60,14 @@ def start(execution: Execution, logs: Path, need: int | None = None) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     if execution.address == "local":
         slots = {"trial_slot": float(execution.num_trials_at_once)}
-        ray.init(address="local", num_cpus=os.cpu_count(), resources=slots, log_to_driver=False, logging_level="ERROR")
+        ray.init(
+            address="local",
+            num_cpus=os.cpu_count(),
+            resources=slots,
+            include_dashboard=False,  # eleven processes that nobody looks at
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     else:
         ray.init(address=execution.address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
     _keep_messages(logs / "ray.log")
@@ -259,6 +267,14 @@ class Broker:
         finally:
             self.live.pop(group, None)
         self.groups[group] = tuple(names)
+
+    async def take(self, trainer: str, rank: int, worker: str) -> tuple[Stage, int] | None:
+        """`Trainers.take`, for a trainer's workers."""
+        return await self.trainers.take(trainer, rank, worker)
+
+    async def done(self, trainer: str, rank: int, key: str, error: Exception | None) -> None:
+        """`Trainers.done`, for a trainer's workers."""
+        await self.trainers.done(trainer, rank, key, error)
 
     async def progress(self, key: str, done: int, total: int, metrics: dict[str, float]) -> None:
         """Called by stages under way. `ends`: when it will be done at its pace since the first call, once that says
