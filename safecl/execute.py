@@ -1,30 +1,29 @@
 """The Broker: runs every missing stage once, on Ray, and tells everyone who waits.
 
-One zero-CPU actor held by the driver: key -> running task. It runs stages as its own tasks; trials only await them, so
-a trial that stops takes nobody else's stage with it, and two trials that need one stage run it once. The store is the
-truth: when Broker or driver die, the same command continues from what is finished and from checkpoints.
+One zero-CPU actor held by the driver: key -> running task. Trials only await stages, so a trial that stops takes nobody
+else's stage with it, and two trials that need one stage run it once. The store is the truth: when Broker or driver die,
+the same command continues from what is finished and from checkpoints.
+
+Who does the work (work.py: run_stage): heavy stages run on trainers, one after the other (trainers.py); light ones, which
+mostly wait for engines, as threads of one process. So neither a stage nor a trial that waits has a process of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import os
-import shutil
-import sys
 import time
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safecl.base import PrerequisiteError
 from safecl.config import Execution
-from safecl.store import Context, Stage, Store
+from safecl.store import Stage, Store
+from safecl.trainers import Trainers
+from safecl.work import Hand, run_stage
 
-# Stages that compute in their own task; finetune's workers hold their resources themselves.
-HEAVY = ("memory", "fisher", "finalize", "replay", "likelihood")
+HEAVY = ("finetune", "memory", "fisher", "finalize", "replay", "likelihood")  # they compute: on trainers
 LIGHT = ("data", "generate", "judge", "metrics")  # next to no CPU: they wait for engines, or are done at once
 ENGINE_ROLE = {"generate": "candidate", "judge": "judge"}
 
@@ -40,14 +39,13 @@ def start(execution: Execution, logs: Path, need: int | None = None) -> None:
         "OMP_NUM_THREADS": "1",
         "RAY_worker_niceness": "0",  # its 15 lets a sweep starve beside any other program
         "TOKENIZERS_PARALLELISM": "false",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end the search as if it were done; ours stops the sweep
         "RAY_AIR_NEW_OUTPUT": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TRAIN_METRICS_ENABLED": "0",  # Prometheus gauges of each run
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten times a second is for traffic that scales replicas
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYTHONWARNINGS": "ignore",
@@ -63,7 +61,14 @@ def start(execution: Execution, logs: Path, need: int | None = None) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     if execution.address == "local":
         slots = {"trial_slot": float(execution.num_trials_at_once)}
-        ray.init(address="local", num_cpus=os.cpu_count(), resources=slots, log_to_driver=False, logging_level="ERROR")
+        ray.init(
+            address="local",
+            num_cpus=os.cpu_count(),
+            resources=slots,
+            include_dashboard=False,  # eleven processes that nobody looks at
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     else:
         ray.init(address=execution.address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
     _keep_messages(logs / "ray.log")
@@ -107,27 +112,10 @@ def stop(execution: Execution) -> None:
     ray.shutdown()
 
 
-class Progress:
-    """Reports a stage's progress to the Broker from any process; at most twice a second, never raises."""
-
-    def __init__(self, broker: Any, key: str) -> None:
-        self.broker, self.key, self.last = broker, key, 0.0
-
-    def __call__(self, done: int, total: int, metrics: dict[str, float]) -> None:
-        now = time.monotonic()
-        if now - self.last < 0.5 and done < total:
-            return
-        self.last = now
-        try:
-            self.broker.progress.remote(self.key, done, total, metrics)
-        except Exception as error:  # progress is a courtesy: losing it must not lose the work
-            print(f"progress of {self.key[:12]} was not reported: {error}", file=sys.stderr)
-
-
 class Broker:
     """Runs stages. Made a Ray actor by `broker()`; all methods run on one event loop."""
 
-    def __init__(self, root: str, execution: Execution, logs: str, num_cpus: float) -> None:
+    def __init__(self, root: str, execution: Execution, logs: str, num_cpus: float, num_gpus: float = 0) -> None:
         self.root, self.execution, self.logs = root, execution, logs
         self.store = Store(root)
         self.running: dict[str, asyncio.Task[None]] = {}
@@ -136,7 +124,12 @@ class Broker:
         self.finished: list[dict[str, Any]] = []
         self.engines: dict[str, asyncio.Task[None]] = {}
         self.groups: dict[str, tuple[str, ...]] = {}
-        self.light = asyncio.Semaphore(2 * max(2, int(num_cpus)))
+        # An engine takes the weights of those who wait in turn; the more wait, the longer until each has an answer.
+        self.num_light = min(64, 2 * max(2, int(num_cpus)))
+        self.light = {kind: asyncio.Semaphore(self.num_light) for kind in LIGHT}
+        self.hand: Any = None
+        units = num_gpus if execution.use_gpu else num_cpus
+        self.trainers = Trainers(root, execution, logs, units - self._engine_units(), self._starts)
 
     async def ensure(self, stages: Sequence[Stage]) -> None:
         """Return when all are in the store. Raises a stage's failure as soon as it is known."""
@@ -153,13 +146,20 @@ class Broker:
         await asyncio.shield(self.running[stage.key])
 
     async def _make(self, stage: Stage) -> None:
+        heavy = stage.kind in HEAVY or "num_cpus" in stage.hints
+        self.trainers.expect(int(heavy))
         try:
             await self.ensure(list(stage.inputs.values()))
-            groups = await self._engines_for(stage)
-            # A task that reserves no CPU would start a process of its own at once, however many wait for one engine.
-            async with self.light if stage.kind in LIGHT else nullcontext():
-                self._begin(stage.kind, stage.key)
-                await self._submit(stage, groups)
+            if heavy:
+                await self.trainers.run(stage)
+            elif stage.kind in LIGHT:
+                groups = await self._engines_for(stage)
+                async with self.light[stage.kind]:
+                    self._starts(stage)
+                    await self._hand().run.remote(stage, groups)
+            else:  # once a model, and large: in a process of its own, which ends with it
+                self._starts(stage)
+                await self._alone(stage)
             self.finished.append(
                 {"kind": stage.kind, "key": stage.key, "seconds": time.time() - self.live[stage.key]["start"]}
             )
@@ -167,8 +167,12 @@ class Broker:
             self.failed[stage.key] = error
             raise
         finally:
+            self.trainers.expect(-int(heavy))
             self.live.pop(stage.key, None)
             self.running.pop(stage.key, None)
+
+    def _starts(self, stage: Stage) -> None:
+        self._begin(stage.kind, stage.key)
 
     def _begin(self, kind: str, key: str) -> None:
         self.live[key] = {
@@ -181,19 +185,21 @@ class Broker:
             "ends": None,
         }
 
-    async def _submit(self, stage: Stage, groups: dict[str, tuple[str, ...]]) -> None:
+    def _hand(self) -> Any:
+        if self.hand is None:
+            import ray
+
+            # max_task_retries: of a process that died, not of a stage that raised.
+            options = {"max_concurrency": len(LIGHT) * self.num_light, "max_restarts": -1, "max_task_retries": 1}
+            actor = ray.remote(num_cpus=0, scheduling_strategy=_here(), **options)(Hand)
+            self.hand = actor.remote(self.root, self.execution, self.logs, _me())
+        return self.hand
+
+    async def _alone(self, stage: Stage) -> None:
         import ray
 
-        heavy = stage.kind in HEAVY or "num_cpus" in stage.hints
-        on_gpu = heavy and self.execution.use_gpu and stage.kind != "finalize"
-        options = {
-            "num_cpus": 1 if heavy and not on_gpu else 0,
-            "num_gpus": 1 if on_gpu else 0,
-            "max_retries": 1,  # of a worker that died, not of a stage that raised
-        }
-        me = ray.get_runtime_context().current_actor
-        task = ray.remote(**options)(run_stage)
-        await task.remote(stage, self.root, self.execution, self.logs, me, groups)
+        task = ray.remote(num_cpus=0, max_retries=1)(run_stage)
+        await task.remote(stage, self.root, self.execution, self.logs, _me())
 
     async def warm(self, role: str, model: Stage) -> dict[str, tuple[str, ...]]:
         """Boot the engines of a model ahead of the first stage that needs them. Returns `Engines.groups`."""
@@ -210,8 +216,21 @@ class Broker:
         group = f"{role}-{model.key[:8]}"
         if group not in self.engines:
             start = self._share if role == "judge" and self.execution.num_judge_replicas == 0 else self._boot
+            before = self._engine_units()
             self.engines[group] = asyncio.create_task(start(group, role, model))
+            self.trainers.num_units -= self._engine_units() - before
         await asyncio.shield(self.engines[group])
+
+    def _engine_units(self) -> int:
+        """CPUs (with `use_gpu`: GPUs) that engines hold, those that are planned included."""
+        chosen = self.execution
+        if chosen.address == "local" and not chosen.use_gpu:
+            return 0
+        booted = sum(
+            chosen.num_candidate_engines if group.startswith("candidate") else chosen.num_judge_replicas
+            for group in self.engines
+        )
+        return max(booted, chosen.num_candidate_engines + chosen.num_judge_replicas)
 
     async def _share(self, group: str, role: str, model: Stage) -> None:
         await self._deploy("candidate", model)
@@ -251,6 +270,14 @@ class Broker:
             self.live.pop(group, None)
         self.groups[group] = tuple(names)
 
+    async def take(self, trainer: str, rank: int, worker: str) -> tuple[Stage, int] | None:
+        """`Trainers.take`, for a trainer's workers."""
+        return await self.trainers.take(trainer, rank, worker)
+
+    async def done(self, trainer: str, rank: int, key: str, error: Exception | None) -> None:
+        """`Trainers.done`, for a trainer's workers."""
+        await self.trainers.done(trainer, rank, key, error)
+
     async def progress(self, key: str, done: int, total: int, metrics: dict[str, float]) -> None:
         """Called by stages under way. `ends`: when it will be done at its pace since the first call, once that says
         something."""
@@ -277,62 +304,24 @@ class Broker:
 def broker(store: Store, execution: Execution, logs: Path) -> Any:
     """The Broker as an actor on the driver's node; it lives as long as the driver holds the handle."""
     import ray
+
+    actor = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=_here())(Broker)
+    root = store.root if "://" in store.root else str(store.local)
+    have = ray.cluster_resources()
+    return actor.remote(root, execution, str(logs), have.get("CPU", 1), have.get("GPU", 0))
+
+
+def _here() -> Any:
+    import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)(Broker)
-    return actor.remote(store.root, execution, str(logs), ray.cluster_resources().get("CPU", 1))
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def run_stage(
-    stage: Stage, root: str, execution: Execution, logs: str, broker: Any, groups: dict[str, tuple[str, ...]]
-) -> None:
-    """Run one stage here and publish it. A failed stage leaves nothing in the store; its output is in the logs."""
-    store = Store(root)
-    if store.has(stage):
-        return
-    out = store.new_folder()
-    with output_to(Path(logs) / f"{stage.kind}-{stage.key[:12]}.log"):
-        try:
-            from safecl.serving.engine import Engines
+def _me() -> Any:
+    import ray
 
-            context = Context(
-                stage=stage,
-                inputs={name: store.path(below) for name, below in stage.inputs.items()},
-                out=out,
-                scratch=store.scratch(stage),
-                execution=execution,
-                report=Progress(broker, stage.key),
-                engines=Engines(groups),
-            )
-            start = time.monotonic()
-            result = importlib.import_module(f"safecl.stages.{stage.kind}").run(context)
-            store.publish(stage, out, result, time.monotonic() - start)
-        except BaseException:
-            traceback.print_exc()
-            shutil.rmtree(out, ignore_errors=True)
-            raise
-
-
-@contextmanager
-def output_to(path: Path) -> Iterator[None]:
-    """Send what this process prints, native code included, to a file while the block runs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(opened, 1)
-    os.dup2(opened, 2)
-    os.close(opened)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for target, old in zip((1, 2), saved, strict=True):
-            os.dup2(old, target)
-            os.close(old)
+    return ray.get_runtime_context().current_actor
 
 
 def plain_error(error: BaseException) -> BaseException:

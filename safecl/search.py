@@ -374,7 +374,7 @@ def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -
     tuner = tune.Tuner(
         tune.with_resources(trainable, slot),
         tune_config=tune.TuneConfig(
-            search_alg=JobSearcher(), num_samples=-1, max_concurrent_trials=num_at_once, reuse_actors=False
+            search_alg=JobSearcher(), num_samples=-1, max_concurrent_trials=num_at_once, reuse_actors=True
         ),
         run_config=tune.RunConfig(
             name=schedule.sweep.name, storage_path=str(storage_path), verbose=0, log_to_file=False

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safecl.base import Json, PrerequisiteError
 
@@ -142,6 +142,14 @@ def below(tops: Iterable[Stage], leave_out: Callable[[Stage], bool] | None = Non
     return list(found.values())
 
 
+class Place(NamedTuple):
+    """A process among those that work on one stage together."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"
+
+
 @dataclass
 class Context:
     """What a stage's `run(context) -> result` is given."""
@@ -153,6 +161,7 @@ class Context:
     execution: Execution
     report: Callable[[int, int, dict[str, float]], None]  # (done, total, metrics): progress, cheap, never raises
     engines: Any = None  # serving.engine.Engines: how generate and judge stages reach a served model
+    place: Place = field(default_factory=Place)  # of this process; several work on a finetune
 
 
 class Store:
@@ -228,7 +237,7 @@ class Store:
             "result": result,
             "seconds": round(seconds, 3),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "libraries": libraries(),
+            "libraries": dict(libraries()),
             "files": {str(f.relative_to(made)): f.stat().st_size for f in sorted(made.rglob("*")) if f.is_file()},
         }
         folder = self._folder(stage)
@@ -362,8 +371,9 @@ def _write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def libraries() -> dict[str, str]:
-    """Versions of the libraries that decide numbers, read without importing them."""
+@cache
+def libraries() -> Mapping[str, str]:
+    """Versions of the libraries that decide numbers, read without importing them, once a process."""
     from importlib.metadata import PackageNotFoundError, version
 
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Finetune: train one LoRA adapter with one method. Ray Train holds the workers; the loop knows nothing of Ray.
+"""Finetune: train one LoRA adapter with one method, on the ranks of a trainer (trainers.py); knows nothing of Ray.
 
     in    model (HF folder), rows (rows.jsonl), safe (optional: the adapter it goes on training), memory and whatever
           else the method requires
@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safecl.base import ConfigError, Json, PrerequisiteError
+from safecl.base import Json
 
 if TYPE_CHECKING:
     from safecl.store import Context
@@ -31,60 +31,27 @@ if TYPE_CHECKING:
 
 VERSION = "2"
 GAP_ROWS = 4  # rows on which the rounding of a merge is measured
-REFUSALS: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (ConfigError, PrerequisiteError, FloatingPointError)
-}
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Train on Ray Train's workers; a worker that dies is replaced, and training resumes from its checkpoint."""
-    result, refusal = context.scratch / "result", context.scratch / "refused.json"
-    refusal.unlink(missing_ok=True)
-    if not (result / "result.json").exists():
-        _fit(context)
-    if refusal.exists():
-        refused = json.loads(refusal.read_text())
-        raise REFUSALS[refused["kind"]](refused["message"])
+    """One rank's part of it; every rank of `context.place` must run it. The first returns the facts, others nothing."""
+    place, result = context.place, context.scratch / "result"
+    train_rows(
+        context.stage.config,
+        context.inputs,
+        context.scratch,
+        context.execution.model_dump(mode="json"),
+        rank=place.rank,
+        world_size=place.world_size,
+        device=place.device,
+        report=context.report,
+    )
+    if place.rank != 0:
+        return {}
     facts: dict[str, Json] = json.loads((result / "result.json").read_text())
     shutil.copytree(result / "adapter", context.out / "adapter")
     shutil.copy(result / "curves.jsonl", context.out / "curves.jsonl")
     return facts
-
-
-def _fit(context: Context) -> None:
-    # Ray Train reads these where the trainer is made. Its default poll of 2 s is what short finetunes wait for.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    # Its default of 60 s fails a finetune that waits for a CPU that another one holds. Waiting is right: the preflight
-    # has seen that the cluster is large enough.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(7 * 86_400))
-    if context.execution.address == "local":  # nobody reclaims this machine: one process less to start
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    execution = context.execution
-    resources = {"CPU": 1, "GPU": 1} if execution.use_gpu else {"CPU": 1}
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config={
-            "config": dict(context.stage.config),
-            "inputs": {name: str(path) for name, path in context.inputs.items()},
-            "scratch": str(context.scratch),
-            "execution": execution.model_dump(mode="json"),
-            "report": context.report,
-        },
-        torch_config=TorchConfig(backend="nccl" if execution.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=execution.num_workers, use_gpu=execution.use_gpu, resources_per_worker=resources
-        ),
-        run_config=RunConfig(
-            name=f"finetune-{context.stage.key[:16]}",
-            storage_path=str(context.scratch / "train"),
-            failure_config=FailureConfig(max_failures=execution.max_failures, controller_failure_limit=2),
-        ),
-    )
-    trainer.fit()
 
 
 def _harmful_share(rows: Sequence[Row], encoded: Sequence[Encoded]) -> float:
@@ -93,34 +60,6 @@ def _harmful_share(rows: Sequence[Row], encoded: Sequence[Encoded]) -> float:
     harmful = {row.id for row in rows if row.harmful}
     total = sum(row.num_targets for row in encoded)
     return sum(row.num_targets for row in encoded if row.row_id in harmful) / total
-
-
-def worker(loop: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
-    import ray.train
-
-    place = ray.train.get_context()
-    device = "cpu"
-    if loop["execution"]["use_gpu"]:
-        import ray.train.torch
-
-        device = str(ray.train.torch.get_device())
-    try:
-        train_rows(
-            loop["config"],
-            {name: Path(path) for name, path in loop["inputs"].items()},
-            Path(loop["scratch"]),
-            loop["execution"],
-            rank=place.get_world_rank(),
-            world_size=place.get_world_size(),
-            device=device,
-            report=loop["report"],
-        )
-    except tuple(REFUSALS.values()) as error:
-        # Every rank comes to the same refusal, and trying again would too: it is no worker failure.
-        if place.get_world_rank() == 0:
-            kind = type(error).__name__
-            (Path(loop["scratch"]) / "refused.json").write_text(json.dumps({"kind": kind, "message": str(error)}))
 
 
 class Made(NamedTuple):

@@ -1,0 +1,311 @@
+"""Trainers: long-lived Ray Train runs whose workers take one heavy stage after the other.
+
+A worker takes about 15 s of CPU to start (torch, transformers, peft, Ray Train), more than many a finetune. So each
+trainer is one Ray Train run of `num_workers` ranks, which ask for work until there has been none for a while:
+
+    Broker -- Trainers.run(stage) --> queue --> take <-- worker (rank 0 .. num_workers - 1), in a loop
+                                                done <-- its outcome
+
+A finetune is given to all ranks of a trainer at once; any other heavy stage needs one rank, and ranks take those one by
+one. When a worker dies, Ray Train starts its ranks anew and the stage is given out again, a finetune from its
+checkpoint; one that lost its worker `max_failures` times before fails alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import pickle
+import shutil
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safecl.base import ConfigError, PrerequisiteError
+from safecl.config import Execution
+from safecl.store import Place, Stage
+from safecl.work import run_stage
+
+IDLE_S = 300.0  # without work for so long, a trainer gives back its CPUs or GPUs and memory
+REFUSALS = (ConfigError, PrerequisiteError, FloatingPointError)  # of every rank, and trying again would change nothing
+
+
+@dataclass(eq=False)
+class Work:
+    """A heavy stage that is queued or under way."""
+
+    stage: Stage
+    num_ranks: int
+    done: asyncio.Future[None]
+    failures: list[str] = field(default_factory=list)  # one for each time that its workers were lost
+
+
+@dataclass(eq=False)
+class Trainer:
+    """One Ray Train run as the Broker sees it."""
+
+    name: str
+    workers: dict[int, str] = field(default_factory=dict)  # rank -> its process, as a Ray actor id
+    waiting: dict[int, asyncio.Future[tuple[Stage, int] | None]] = field(default_factory=dict)  # ranks without work
+    work: dict[int, Work] = field(default_factory=dict)  # rank -> what it does
+    idle: asyncio.TimerHandle | None = None
+
+
+class Trainers:
+    """The pool of trainers. Lives in the Broker, on its event loop.
+
+    `num_units`: CPUs (with `use_gpu`: GPUs) that trainers may hold. `on_start` is told each stage that is given out.
+    """
+
+    def __init__(
+        self, root: str, execution: Execution, logs: str, num_units: float, on_start: Callable[[Stage], None]
+    ) -> None:
+        self.root, self.execution, self.logs, self.on_start = root, execution, logs, on_start
+        self.num_units = num_units
+        self.expected = 0  # heavy stages that wait for their inputs, are queued or under way
+        self.queue: deque[Work] = deque()
+        self.trainers: dict[str, Trainer] = {}
+        self.started = 0
+        self.fits: set[asyncio.Task[None]] = set()
+
+    def expect(self, num: int) -> None:
+        """So many more (or fewer) heavy stages will come: trainers start while their inputs are made."""
+        self.expected += num
+        self._grow()
+
+    async def run(self, stage: Stage) -> None:
+        """Return when a trainer has published the stage. Raises what the stage raised, or RuntimeError if its workers
+        died too often."""
+        num_ranks = self.execution.num_workers if stage.kind == "finetune" else 1
+        work = Work(stage, num_ranks, asyncio.get_running_loop().create_future())
+        self.queue.append(work)
+        self._give()
+        self._grow()
+        await work.done
+
+    async def take(self, name: str, rank: int, worker: str) -> tuple[Stage, int] | None:
+        """Called by a worker without work: its next stage and how many ranks share it. None: the worker is to end."""
+        trainer = self.trainers.get(name)
+        if trainer is None:
+            return None
+        if trainer.workers.get(rank, worker) != worker:  # Ray Train has started the ranks anew
+            self._lost(trainer, "its worker died")
+            trainer.workers = {}
+        trainer.workers[rank] = worker
+        given: asyncio.Future[tuple[Stage, int] | None] = asyncio.get_running_loop().create_future()
+        trainer.waiting[rank] = given
+        self._give()
+        self._grow()
+        if len(trainer.waiting) == self.execution.num_workers:
+            if len(self.trainers) > self._limit():
+                self._release(trainer)
+            else:
+                trainer.idle = asyncio.get_running_loop().call_later(IDLE_S, self._release, trainer)
+        return await given
+
+    async def done(self, name: str, rank: int, key: str, error: Exception | None) -> None:
+        """Called by the rank that published a stage, or by one that failed."""
+        trainer = self.trainers.get(name)
+        work = trainer.work.get(rank) if trainer is not None else None
+        if trainer is None or work is None or work.stage.key != key:
+            return
+        trainer.work = {r: other for r, other in trainer.work.items() if other is not work}
+        if error is None:
+            work.done.set_result(None)
+        elif isinstance(error, REFUSALS) or work.stage.kind != "finetune":
+            work.done.set_exception(error)
+        else:
+            self._again(work, f"{type(error).__name__}: {error}")
+
+    def _give(self) -> None:
+        """Hand the queue out, in order, to whoever waits."""
+        for trainer in self.trainers.values():
+            while self.queue and self.queue[0].num_ranks <= len(trainer.waiting):
+                work = self.queue.popleft()
+                if trainer.idle is not None:
+                    trainer.idle.cancel()
+                self.on_start(work.stage)
+                for rank in sorted(trainer.waiting)[: work.num_ranks]:
+                    trainer.work[rank] = work
+                    trainer.waiting.pop(rank).set_result((work.stage, work.num_ranks))
+
+    def _limit(self) -> int:
+        held = min(self.num_units // self.execution.num_workers, self.execution.num_trials_at_once)
+        return max(1, int(held))
+
+    def _grow(self) -> None:
+        """Start trainers: as many as there is work for; while none of it is ready, one after the other."""
+        starting = sum(not trainer.workers for trainer in self.trainers.values())
+        while len(self.trainers) < min(self._limit(), self.expected) and starting < max(1, len(self.queue)):
+            self.started += 1
+            starting += 1
+            trainer = Trainer(f"trainer-{os.getpid()}-{self.started}")
+            self.trainers[trainer.name] = trainer
+            task = asyncio.create_task(self._hold(trainer))
+            self.fits.add(task)
+            task.add_done_callback(self.fits.discard)
+
+    async def _hold(self, trainer: Trainer) -> None:
+        import ray
+
+        me = ray.get_runtime_context().current_actor
+        loop = asyncio.get_running_loop()
+        why = ""
+        with ThreadPoolExecutor(1) as thread:
+            try:
+                await loop.run_in_executor(thread, fit, trainer.name, self.root, self.execution, self.logs, me)
+            except Exception as error:  # more restarts than it may have, or it never came up
+                why = f"{type(error).__name__}: {error}"
+        self.trainers.pop(trainer.name, None)
+        if why and not trainer.workers and self.queue:  # else a trainer that cannot start would be started for ever
+            self._again(self.queue.popleft(), why)
+        self._lost(trainer, why)
+        if self.queue:
+            self._grow()
+
+    def _release(self, trainer: Trainer) -> None:
+        """End a trainer whose ranks all wait."""
+        self.trainers.pop(trainer.name, None)
+        for given in trainer.waiting.values():
+            given.set_result(None)
+        trainer.waiting = {}
+
+    def _lost(self, trainer: Trainer, why: str) -> None:
+        """The trainer's workers are gone: what they did is given out again."""
+        if trainer.idle is not None:
+            trainer.idle.cancel()
+        for given in trainer.waiting.values():
+            given.cancel()
+        for work in dict.fromkeys(trainer.work.values()):
+            self._again(work, why)
+        trainer.waiting, trainer.work = {}, {}
+
+    def _again(self, work: Work, why: str) -> None:
+        work.failures.append(why)
+        if len(work.failures) <= self.execution.max_failures:
+            self.queue.appendleft(work)
+            self._give()
+        elif not work.done.done():
+            lost = f"{work.stage.kind} {work.stage.key[:12]} lost its workers {len(work.failures)} times"
+            work.done.set_exception(RuntimeError(f"{lost} (execution.max_failures {len(work.failures) - 1}): {why}"))
+
+
+def fit(name: str, root: str, execution: Execution, logs: str, broker: Any) -> None:
+    """Hold one Ray Train run until its workers are told to end. Raises if they died too often."""
+    settings = {
+        # Its workers only ask for work, so that this is how soon a death is seen.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1.0",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        # Its default of 60 s fails a run that waits for CPUs that others hold. Waiting is right: the preflight has seen
+        # that the cluster is large enough.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(7 * 86_400),
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in a sweep file are relative to where it is run
+    }
+    if execution.address == "local":  # nobody reclaims this machine: one process less to start
+        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    for variable, value in settings.items():
+        os.environ.setdefault(variable, value)
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
+
+    folder = Path(logs) / "train"
+    trainer = _trainer_class(execution)(
+        worker,
+        train_loop_config={"name": name, "root": root, "execution": execution, "logs": logs, "broker": broker},
+        torch_config=TorchConfig(backend="nccl" if execution.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=execution.num_workers,
+            use_gpu=execution.use_gpu,
+            resources_per_worker={"CPU": 1, "GPU": 1} if execution.use_gpu else {"CPU": 1},
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=execution.max_failures, controller_failure_limit=2),
+        ),
+    )
+    try:
+        trainer.fit()
+    finally:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _trainer_class(execution: Execution) -> Any:
+    from ray.train.torch import TorchTrainer
+
+    if execution.address != "local":
+        return TorchTrainer
+
+    class LocalTrainer(TorchTrainer):  # type: ignore[misc]
+        """Without the process that frees a dead controller's placement group: a cluster of our own ends with us."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            made = super()._create_default_callbacks()
+            return [callback for callback in made if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+
+    return LocalTrainer
+
+
+def worker(loop: dict[str, Any]) -> None:
+    """What each rank of a trainer runs: take, work, say how it went."""
+    import ray
+    import ray.train
+
+    context = ray.train.get_context()
+    rank, name, broker = context.get_world_rank(), loop["name"], loop["broker"]
+    device = "cpu"
+    if loop["execution"].use_gpu:
+        import ray.train.torch
+
+        device = str(ray.train.torch.get_device())
+    _import_what_stages_need()
+    me = ray.get_runtime_context().get_actor_id()
+    while (given := ray.get(broker.take.remote(name, rank, me))) is not None:
+        stage, num_ranks = given
+        place = Place(rank if num_ranks > 1 else 0, num_ranks, device)
+        error = None
+        try:
+            run_stage(stage, loop["root"], loop["execution"], loop["logs"], broker, place=place)
+        except Exception as raised:
+            error = _portable(raised)
+        if error is not None or place.rank == 0:
+            ray.get(broker.done.remote(name, rank, stage.key, error))
+        if error is not None and not isinstance(error, REFUSALS) and (num_ranks > 1 or device != "cpu"):
+            raise error  # other ranks may wait for this one; a CUDA error spoils the process
+        _free_memory(device)
+
+
+def _import_what_stages_need() -> None:
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
+    from safecl.serving import engine as _serving  # noqa: F401
+    from safecl.training import batches, engine, loop, losses, model, tokens, weights  # noqa: F401
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself, or its text where it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _free_memory(device: str) -> None:
+    """Give what a stage held back to the system, so that the next one's estimate of free memory is right."""
+    gc.collect()
+    if device != "cpu":
+        import torch
+
+        torch.cuda.empty_cache()
+        return
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

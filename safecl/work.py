@@ -1,0 +1,116 @@
+"""One stage's work in whatever process does it: run, log, report, publish."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from safecl.config import Execution
+from safecl.store import Context, Place, Stage, Store
+
+
+def run_stage(
+    stage: Stage,
+    root: str,
+    execution: Execution,
+    logs: str,
+    broker: Any,
+    *,
+    groups: Mapping[str, tuple[str, ...]] | None = None,
+    place: Place | None = None,
+    own_process: bool = True,
+) -> None:
+    """Run one stage here and publish it. A failed stage leaves nothing in the store; its output is in the logs.
+
+    `place`: this rank's among those that work on the stage together; the first one publishes. `own_process`: nothing
+    else runs in this process meanwhile, so that all it prints belongs to the stage; else only a traceback does.
+    """
+    place = place or Place()
+    store = Store(root)
+    if place.rank == 0 and store.has(stage):
+        return
+    name = f"{stage.kind}-{stage.key[:12]}" + (f"-rank{place.rank}" if place.rank else "")
+    log = Path(logs) / f"{name}.log"
+    out = store.new_folder()
+    with output_to(log) if own_process else nullcontext():
+        try:
+            from safecl.serving.engine import Engines
+
+            context = Context(
+                stage=stage,
+                inputs={name: store.path(below) for name, below in stage.inputs.items()},
+                out=out,
+                scratch=store.scratch(stage),
+                execution=execution,
+                report=Progress(broker, stage.key),
+                engines=Engines(groups or {}),
+                place=place,
+            )
+            start = time.monotonic()
+            result = importlib.import_module(f"safecl.stages.{stage.kind}").run(context)
+            if place.rank == 0:
+                store.publish(stage, out, result, time.monotonic() - start)
+        except BaseException:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("a") as file:
+                traceback.print_exc(file=file)
+            raise
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+
+
+class Progress:
+    """Reports a stage's progress to the Broker from any process; at most twice a second, never raises."""
+
+    def __init__(self, broker: Any, key: str) -> None:
+        self.broker, self.key, self.last = broker, key, 0.0
+
+    def __call__(self, done: int, total: int, metrics: dict[str, float]) -> None:
+        now = time.monotonic()
+        if now - self.last < 0.5 and done < total:
+            return
+        self.last = now
+        try:
+            self.broker.progress.remote(self.key, done, total, metrics)
+        except Exception as error:  # progress is a courtesy: losing it must not lose the work
+            print(f"progress of {self.key[:12]} was not reported: {error}", file=sys.stderr)
+
+
+class Hand:
+    """Runs light stages, each in a thread: most of them only wait for an engine. Made a Ray actor by the Broker."""
+
+    def __init__(self, root: str, execution: Execution, logs: str, broker: Any) -> None:
+        self.given = (root, execution, logs, broker)
+
+    def run(self, stage: Stage, groups: dict[str, tuple[str, ...]]) -> None:
+        """`run_stage` in this process."""
+        run_stage(stage, *self.given, groups=groups, own_process=False)
+
+
+@contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Send what this process prints, native code included, to a file while the block runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(opened, 1)
+    os.dup2(opened, 2)
+    os.close(opened)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, old in zip((1, 2), saved, strict=True):
+            os.dup2(old, target)
+            os.close(old)

@@ -1,0 +1,218 @@
+"""Trainers on a real local Ray cluster: one worker process takes one finetune after the other, and its death, a refusal or
+a stage that kills it costs nobody else anything. About 90 s."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from safecl import execute
+from safecl.config import Execution
+from safecl.store import Stage, Store
+from tests.methods import contract
+from tests.test_execute import rows
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("trainers")
+    execute.start(Execution(root=str(folder / "root")), folder / "logs")
+    yield folder
+    execute.stop(Execution())
+
+
+class Running:
+    """A Broker with trainers of its own on the test's cluster, and what it is asked to train."""
+
+    def __init__(self, folder: Path, model: Path, **where: Any) -> None:
+        execution = {"engine": "torch", "checkpoint_every_s": 0.2, "max_failures": 1, "num_trials_at_once": 1, **where}
+        self.store = Store(str(folder / "root"))
+        self.logs = folder / "logs"
+        self.broker = execute.broker(self.store, Execution(root=self.store.root, **execution), self.logs)
+        self.model = Stage("model", {"source": {"local": 0}, "dtype": "float32"}, {}, hints={"path": str(model)})
+
+    def finetune(self, seed: int, method: str = "sft", epochs: float = 1.5, **config: Any) -> Stage:
+        settings = contract.config(method)
+        settings["training"] |= {"epochs": epochs, "max_tokens": 1500}
+        settings |= {"seed": seed, **config}
+        return Stage("finetune", settings, {"model": self.model, "rows": rows(23)})
+
+    def ensure(self, *stages: Stage) -> None:
+        import ray
+
+        ray.get(self.broker.ensure.remote(list(stages)), timeout=120)
+
+    def pids(self) -> list[int]:
+        """Processes of Ray Train's workers."""
+        return [p.pid for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in _title(p)]
+
+    def wait(self, stage: Stage, step: int) -> None:
+        """Until it has trained that far."""
+        import ray
+
+        deadline = time.monotonic() + 60
+        curves = self.store.scratch(stage) / "curves.jsonl"
+        while not (curves.exists() and len(curves.read_text().splitlines()) >= step):
+            assert time.monotonic() < deadline, ray.get(self.broker.snapshot.remote())
+            time.sleep(0.02)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+@pytest.fixture
+def running(cluster: Path, tmp_path: Path, tiny_model: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+    import ray
+
+    made = Running(tmp_path, tiny_model, **getattr(request, "param", {}))
+    yield made
+    ray.kill(made.broker)
+    deadline = time.monotonic() + 30
+    while made.pids():  # its trainers end with it
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_one_process_trains_one_after_the_other_and_a_refusal_does_not_end_it(running: Running, tmp_path: Path) -> None:
+    import ray
+
+    first = running.finetune(0)
+    running.ensure(first)
+    [pid] = running.pids()
+    bad = running.finetune(1, dtype="float32", lora={**contract.config("sft")["lora"], "targets": ["nothing"]})
+    with pytest.raises(Exception) as caught:
+        running.ensure(bad)
+    plain = execute.plain_error(caught.value)
+    assert "nothing" in str(plain)
+    others = [running.finetune(seed) for seed in (2, 3)]
+    running.ensure(*others)
+    assert running.pids() == [pid]
+    finished = {stage["key"] for stage in ray.get(running.broker.snapshot.remote())["finished"]}
+    assert {stage.key for stage in (first, *others)} <= finished
+    log = running.logs / f"finetune-{bad.key[:12]}.log"
+    assert "nothing" in log.read_text()
+
+
+def test_a_killed_worker_is_replaced_and_the_result_is_the_uninterrupted_one(
+    running: Running, tmp_path: Path, tiny_model: Path
+) -> None:
+    stage = running.finetune(5, epochs=40.0)
+    done = running.broker.ensure.remote([stage])
+    running.wait(stage, 20)
+    [pid] = running.pids()
+    os.kill(pid, signal.SIGKILL)
+    import ray
+
+    ray.get(done, timeout=120)
+    assert running.pids() != [pid]
+    found = running.store.path(stage)
+    alone = _alone(running, stage, tiny_model, tmp_path / "alone")
+    assert contract.same_bits(_tensors(found / "adapter"), _tensors(alone / "adapter"))
+    assert (found / "curves.jsonl").read_text() == (alone / "curves.jsonl").read_text()
+
+
+def test_a_finetune_that_kills_its_worker_too_often_fails_alone(running: Running) -> None:
+    import ray
+
+    stage, next_stage = running.finetune(6, epochs=400.0), running.finetune(7)
+    done, next_done = running.broker.ensure.remote([stage]), running.broker.ensure.remote([next_stage])
+    killed: list[int] = []
+    while len(killed) < 2:  # max_failures 1: the second is one too many
+        pid = next(iter(set(running.pids()) - set(killed)), None)
+        live = ray.get(running.broker.snapshot.remote())["running"]
+        if pid is not None and any(one["key"] == stage.key and one["done"] for one in live):
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+        time.sleep(0.05)
+    with pytest.raises(Exception, match="lost its workers 2 times"):
+        ray.get(done, timeout=60)
+    ray.get(next_done, timeout=120)
+    assert running.store.has(next_stage) and not running.store.has(stage)
+
+
+def test_memory_returns_between_finetunes_and_those_that_wait_hold_no_process(running: Running, tmp_path: Path) -> None:
+    from tests.conftest import build_model, build_tokenizer
+
+    large = tmp_path / "large"
+    build_tokenizer(large)
+    build_model(large, vocab_size=100_000)
+    size = (large / "model.safetensors").stat().st_size
+    running.model = Stage("model", {"source": {"local": 1}, "dtype": "float32"}, {}, hints={"path": str(large)})
+    running.ensure(running.finetune(0), running.finetune(1))
+    [pid] = running.pids()
+    before, processes = psutil.Process(pid).memory_info().rss, _ray_processes()
+    import ray
+
+    done = running.broker.ensure.remote([running.finetune(seed) for seed in range(2, 7)])
+    most = 0
+    while not ray.wait([done], timeout=0.2)[0]:
+        most = max(most, len(_ray_processes() - processes))
+    ray.get(done)
+    assert most == 0
+    assert psutil.Process(pid).memory_info().rss - before < size  # five models, five optimizers and their batches
+
+
+@pytest.mark.parametrize("running", [{"num_workers": 2, "engine": "deepspeed", "zero": 2}], indirect=True)
+def test_two_ranks_take_the_same_finetunes_and_other_stages_one_by_one(
+    running: Running, tmp_path: Path, tiny_model: Path
+) -> None:
+    first, second = running.finetune(3), running.finetune(4)
+    running.ensure(first)
+    pids = set(running.pids())
+    config: dict[str, Any] = {"method": "magmax", "params": {}, "dtype": "float32"}
+    running.ensure(second, *(Stage("finalize", config, {"safe": first, "tuned": second}, str(i)) for i in range(3)))
+    assert len(pids) == 2 and set(running.pids()) == pids
+    for stage in (first, second):
+        alone = _alone(running, stage, tiny_model, tmp_path / f"alone-{stage.key[:8]}")
+        apart = {
+            name: t - _tensors(alone / "adapter")[name]
+            for name, t in _tensors(running.store.path(stage) / "adapter").items()
+        }
+        assert max(float(t.abs().max()) for t in apart.values()) < 1e-5
+    assert json.loads((running.store.path(second) / "record.json").read_text())["result"]["steps"] == 7
+
+
+@pytest.mark.slow  # longer than Ray Train's own patience of 60 s
+def test_a_finetune_waits_for_as_long_as_others_hold_the_cpus(running: Running) -> None:
+    import ray
+
+    def hold() -> None:
+        time.sleep(75)
+
+    held = ray.remote(num_cpus=os.cpu_count())(hold).remote()
+    started = time.monotonic()
+    running.ensure(running.finetune(0))
+    assert time.monotonic() - started > 60
+    ray.get(held)
+
+
+def _alone(running: Running, stage: Stage, model: Path, scratch: Path) -> Path:
+    """The same finetune in this process: the folder of its result."""
+    from safecl.stages import finetune
+
+    inputs = {"model": model, "rows": running.store.path(stage.inputs["rows"])}
+    finetune.train_rows(stage.config, inputs, scratch, contract.execution())
+    return scratch / "result"
+
+
+def _tensors(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return dict(load_file(str(folder / "adapter_model.safetensors")))
+
+
+def _ray_processes() -> set[int]:
+    """What Ray runs for us: actors and tasks, the idle ones too."""
+    return {p.pid for p in psutil.Process().children(recursive=True) if _title(p).startswith("ray::")}

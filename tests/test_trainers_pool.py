@@ -1,0 +1,170 @@
+"""The pool of trainers on its own event loop: Ray Train is replaced by threads that wait, workers by plain calls."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from safecl import trainers
+from safecl.base import ConfigError
+from safecl.config import Execution
+from safecl.store import Stage
+from safecl.trainers import Trainers
+
+
+class Pool(Trainers):
+    """Trainers whose runs last until `end` says how they ended."""
+
+    def __init__(self, num_units: int, **execution: Any) -> None:
+        self.given_out: list[str] = []
+        settings = {"num_trials_at_once": 8, "max_failures": 1, **execution}
+        super().__init__("", Execution(**settings), "", num_units, lambda stage: self.given_out.append(stage.kind))
+        self.ends: dict[str, tuple[threading.Event, list[Exception]]] = {}
+
+    def hold(self, name: str, *_: Any) -> None:
+        event, errors = self.ends.setdefault(name, (threading.Event(), []))
+        event.wait(10)
+        if errors:
+            raise errors[0]
+
+    def end(self, name: str, error: Exception | None = None) -> None:
+        event, errors = self.ends.setdefault(name, (threading.Event(), []))
+        errors += [error] if error else []
+        event.set()
+
+
+def play(scene: Callable[[Pool], Awaitable[None]], pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(current_actor=None))
+    monkeypatch.setattr(trainers, "fit", pool.hold)
+
+    async def run() -> None:
+        try:
+            await asyncio.wait_for(scene(pool), 10)
+        finally:
+            for name in [f"{name}" for name in pool.ends]:
+                pool.end(name)
+
+    asyncio.run(run())
+
+
+def stage(kind: str, number: int = 0) -> Stage:
+    return Stage(kind, {"number": number})
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0.01)
+
+
+def test_a_finetune_goes_to_all_ranks_at_once_and_other_stages_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(pool: Pool) -> None:
+        pool.expect(3)
+        [name] = pool.trainers
+        memory, finetune = (
+            asyncio.create_task(pool.run(stage("memory"))),
+            asyncio.create_task(pool.run(stage("finetune"))),
+        )
+        await settle()
+        ranks = [asyncio.create_task(pool.take(name, rank, f"w{rank}")) for rank in (0, 1)]
+        await settle()
+        assert ranks[0].result() == (stage("memory"), 1) and not ranks[1].done()  # the finetune needs both
+        await pool.done(name, 0, stage("memory").key, None)
+        ranks[0] = asyncio.create_task(pool.take(name, 0, "w0"))
+        await settle()
+        assert [rank.result() for rank in ranks] == [(stage("finetune"), 2)] * 2
+        await pool.done(name, 0, stage("finetune").key, None)
+        await asyncio.gather(memory, finetune)
+        assert pool.given_out == ["memory", "finetune"]
+
+    play(scene, Pool(2, num_workers=2), monkeypatch)
+
+
+def test_a_refusal_fails_the_stage_alone_and_another_error_of_a_finetune_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene(pool: Pool) -> None:
+        pool.expect(3)
+        [name] = pool.trainers
+        tasks = [
+            asyncio.create_task(pool.run(one)) for one in (stage("finetune"), stage("finetune", 1), stage("memory"))
+        ]
+        errors = [ConfigError("no"), OSError("lost"), OSError("lost"), OSError("wrong")]
+        for number, error in enumerate(errors):
+            given = await pool.take(name, 0, "w0")
+            assert (
+                given is not None
+                and given[0] == (stage("finetune"), *[stage("finetune", 1)] * 2, stage("memory"))[number]
+            )
+            await pool.done(name, 0, given[0].key, error)
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert found[0] is errors[0] and found[2] is errors[3]
+        assert isinstance(found[1], RuntimeError) and "lost its workers 2 times" in str(found[1])
+
+    play(scene, Pool(1), monkeypatch)
+
+
+def test_what_a_dead_worker_did_is_given_to_the_next_one_and_a_trainer_that_cannot_start_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene(pool: Pool) -> None:
+        task = asyncio.create_task(pool.run(stage("memory")))
+        pool.expect(1)
+        [name] = pool.trainers
+        await settle()
+        assert await pool.take(name, 0, "w0") == (stage("memory"), 1)
+        assert await pool.take(name, 0, "w1") == (stage("memory"), 1)  # Ray Train replaced the process
+        pool.end(name, OSError("died again"))
+        with pytest.raises(RuntimeError, match="lost its workers 2 times"):
+            await task
+        task = asyncio.create_task(pool.run(stage("memory", 1)))
+        for _ in range(2):
+            await settle()
+            [name] = pool.trainers
+            pool.end(name, OSError("no torch"))
+        with pytest.raises(RuntimeError, match="no torch"):
+            await task
+        await settle()
+        assert not pool.trainers  # nothing is queued: none is started again
+
+    play(scene, Pool(1), monkeypatch)
+
+
+def test_as_many_trainers_as_fit_and_there_is_work_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(pool: Pool) -> None:
+        pool.expect(9)  # their inputs are being made: one trainer is started ahead, the next when it is up
+        assert len(pool.trainers) == 1
+        waiting = [asyncio.create_task(pool.take(name, 0, "w")) for name in list(pool.trainers)]
+        await settle()
+        assert len(pool.trainers) == 2
+        tasks = [asyncio.create_task(pool.run(stage("memory", i))) for i in range(9)]
+        await settle()
+        assert len(pool.trainers) == 3  # what fits
+        pool.num_units = 1  # an engine needs the rest: a trainer with nothing to do ends
+        for _ in range(9):
+            [name] = list(pool.trainers)[:1]
+            given = waiting[0].result()
+            await pool.done(name, 0, given[0].key, None)
+            waiting[0] = asyncio.create_task(pool.take(name, 0, "w"))
+            await settle()
+        await asyncio.gather(*tasks)
+        assert waiting[0].result() is None and len(pool.trainers) == 2
+
+    play(scene, Pool(3), monkeypatch)
+
+
+def test_a_trainer_without_work_ends_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(pool: Pool) -> None:
+        pool.expect(1)
+        [name] = pool.trainers
+        assert await pool.take(name, 0, "w0") is None
+        assert not pool.trainers and await pool.take(name, 0, "w0") is None
+
+    monkeypatch.setattr(trainers, "IDLE_S", 0.05)
+    play(scene, Pool(1), monkeypatch)
