@@ -289,12 +289,11 @@ def _import_what_stages_need() -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error itself, or its text where it cannot be sent to another process."""
-    try:
-        pickle.loads(pickle.dumps(error))
+    """The error itself where every process can rebuild it from its text, else its text: some exceptions of libraries
+    cannot be made anew from what they carry."""
+    if type(error) in (*REFUSALS, RuntimeError, ValueError, KeyError, TypeError, AssertionError):
         return error
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _free_memory(device: str) -> None:

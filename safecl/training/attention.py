@@ -70,13 +70,11 @@ def rows_attention(
     """
     if s_aux is not None:
         raise PrerequisiteError("this model attends with sinks (s_aux), which safecl cannot train yet")
-    if cu_seq_lens_q is None:
-        if _packed.get():
-            raise PrerequisiteError(
-                f"{type(module).__name__} does not hand row bounds (cu_seq_lens_q) to its attention: rows would see each other"
-            )
-        return _row(query, key, value, scaling, sliding_window, softcap).transpose(1, 2), None
-    bounds = cu_seq_lens_q.tolist()
+    if cu_seq_lens_q is None and _packed.get():
+        raise PrerequisiteError(
+            f"{type(module).__name__} does not hand row bounds (cu_seq_lens_q) to its attention: rows would see each other"
+        )
+    bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     lengths = [end - start for start, end in pairwise(bounds)]
     dtype = query.dtype
     if dtype == torch.bfloat16 and query.device.type == "cpu" and max(lengths) <= FLOAT32_UP_TO:
