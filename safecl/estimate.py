@@ -242,8 +242,9 @@ class Estimator:
 
 def speeds(store: Store, use_gpu: bool, write: bool = False) -> dict[str, Speed]:
     """GFLOP/s by dtype of a thread of this CPU (with `use_gpu`: of a GPU): those that the store holds, else measured in
-    about a second. `write`: keep what was measured in `<root>/speed.json`, by the device's name."""
-    path, name = store.local / "speed.json", hardware.device(use_gpu)
+    about a second. `write`: keep what was measured in `<root>/speed.json`, by the device's name and what it
+    multiplies natively: CPUs of many kinds call themselves alike."""
+    path, name = store.local / "speed.json", f"{hardware.device(use_gpu)}, {hardware.native(use_gpu)}"
     kept: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         kept = json.loads(path.read_text())

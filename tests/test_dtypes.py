@@ -14,9 +14,9 @@ import pytest
 from safecl import driver, dtypes, hardware
 from safecl.base import ConfigError
 from safecl.config import Execution
+from safecl.grid import cells
 from safecl.hardware import Node, Speed
 from safecl.judging.served import OwnEngine
-from safecl.plan import Job, cells
 from safecl.project import Project, load
 from safecl.store import Store
 
@@ -44,7 +44,7 @@ def identities(project: Project) -> tuple[list[str], list[str]]:
     studies_and_models, others = [], []
     for cell in cells(project.sweep):
         studies_and_models.append(cell.key)
-        for stage in Job(cell, {}, 0, "final").evidence(None).metrics.walk():
+        for stage in cell.job({}, 0, "final").evidence.metrics.walk():
             takes_part = any(below.kind == "model" for below in stage.walk())
             (studies_and_models if takes_part else others).append(stage.key)
     return studies_and_models, others
@@ -67,7 +67,7 @@ def test_auto_and_the_same_dtype_said_share_every_key_and_another_shares_none(na
 
 def test_a_stage_of_an_unresolved_model_is_refused() -> None:
     with pytest.raises(AssertionError, match="must be resolved"):
-        Job(cells(load(QUICKSTART, []))[0], {}, 0, "final").evidence(None)
+        cells(load(QUICKSTART, []))[0].job({}, 0, "final").evidence  # noqa: B018
 
 
 def test_a_judge_of_ones_own_is_served_in_what_the_machine_multiplies(native: str, tmp_path: Path) -> None:
