@@ -146,8 +146,8 @@ class Engine:
             self._checks[weights.key] = asyncio.create_task(asyncio.to_thread(swap.check, *folders))
         try:
             await asyncio.shield(self._checks[weights.key])
-        except (OSError, ValueError, KeyError) as error:
-            self._checks.pop(weights.key, None)  # it may be put right
+        except Exception as error:  # whatever reading them raises, of OSError, ValueError, safetensors' own
+            self._checks.pop(weights.key, None)  # they may be put right
             raise Refused(f"weights {weights.key!r} cannot be served: {error}") from error
 
     async def _swap(self, key: str, weights: WeightsRef) -> None:
