@@ -79,8 +79,7 @@ class Engine:
     async def generate(
         self, requests: list[tuple[list[int], int | None]], weights: WeightsRef, sampling: Sampling
     ) -> list[tuple[Any, ...] | str]:
-        """For each (token ids, seed): (text, token ids, finish, weights key, likeliest tokens), or why this replica cannot
-        answer it now. Raises Refused if it never can."""
+        """Per (token ids, seed): (text, token ids, finish, weights key, likeliest), or why not now. Raises Refused."""
         for token_ids, _ in requests:
             longest = len(token_ids) + sampling.max_tokens
             if not token_ids or longest > self._settings.max_model_len:
