@@ -79,8 +79,7 @@ class Engine:
     async def generate(
         self, requests: list[tuple[list[int], int | None]], weights: WeightsRef, sampling: Sampling
     ) -> list[tuple[Any, ...] | str]:
-        """For each (token ids, seed): (text, token ids, finish, weights key, likeliest tokens), or why this replica cannot
-        answer it now. Raises Refused if it never can."""
+        """Per (token ids, seed): (text, token ids, finish, weights key, likeliest), or why not now. Raises Refused."""
         for token_ids, _ in requests:
             longest = len(token_ids) + sampling.max_tokens
             if not token_ids or longest > self._settings.max_model_len:
@@ -146,8 +145,8 @@ class Engine:
             self._checks[weights.key] = asyncio.create_task(asyncio.to_thread(swap.check, *folders))
         try:
             await asyncio.shield(self._checks[weights.key])
-        except (OSError, ValueError, KeyError) as error:
-            self._checks.pop(weights.key, None)  # it may be put right
+        except Exception as error:  # whatever reading them raises, of OSError, ValueError, safetensors' own
+            self._checks.pop(weights.key, None)  # they may be put right
             raise Refused(f"weights {weights.key!r} cannot be served: {error}") from error
 
     async def _swap(self, key: str, weights: WeightsRef) -> None:

@@ -226,7 +226,7 @@ class Swap:
 
         model = self.model_runner.get_model()
         if not hasattr(self, "safecl_owners"):
-            self.safecl_owners = owners(model, _shapes(base))
+            self.safecl_owners = owners(model, _shapes(base), self.model_config.dtype)
         parameters = {name for name, _ in model.named_parameters()}
         needed = set(self.safecl_owners)
         if all(self.safecl_owners[name] for name in stale):
@@ -255,13 +255,13 @@ def _layer(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def owners(model: torch.nn.Module, shapes: Mapping[str, list[int]]) -> dict[str, set[str]]:
+def owners(model: torch.nn.Module, shapes: Mapping[str, list[int]], dtype: torch.dtype) -> dict[str, set[str]]:
     """Tensor name in the files -> names of vLLM's parameters that it is loaded into. Empty where the loader passes it by
-    when it comes alone. Asks the model's own loader, with tensors that have a shape only, and writes nothing."""
+    when it comes alone. Asks the model's own loader, with tensors that hold nothing, and writes nothing."""
 
     def ask(name: str, shape: list[int]) -> set[str]:
         try:
-            return set(model.load_weights([(name, torch.empty(shape, device="meta"))]))  # type: ignore[operator]
+            return set(model.load_weights([(name, torch.empty(shape, dtype=dtype, device="meta"))]))  # type: ignore[operator]
         except ValueError:  # so it says of a head that is tied to the embedding
             return set()
 

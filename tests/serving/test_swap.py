@@ -137,7 +137,7 @@ def test_the_loader_is_asked_where_each_tensor_goes_and_writes_nothing() -> None
 
     model = Stacked()
     shapes = {"q": [2, 2], "k": [2, 2], "embedding": [4, 2], "head": [4, 2]}
-    found = swap.owners(model, shapes)
+    found = swap.owners(model, shapes, torch.float32)
     assert found == {"q": {"qk"}, "k": {"qk"}, "embedding": {"embedding"}, "head": set()}
     assert torch.equal(model.qk, torch.ones(4, 2)) and not hasattr(model.embedding, "weight_loader")
     model.load_weights([("k", torch.zeros(2, 2))])
