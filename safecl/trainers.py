@@ -179,11 +179,12 @@ class Trainers:
         """The trainer's workers are gone: what they did is given out again."""
         if trainer.idle is not None:
             trainer.idle.cancel()
-        for given in trainer.waiting.values():
-            given.cancel()
-        for work in dict.fromkeys(trainer.work.values()):
-            self._again(work, why)
+        waiting, lost = trainer.waiting, dict.fromkeys(trainer.work.values())
         trainer.waiting, trainer.work = {}, {}
+        for given in waiting.values():
+            given.cancel()
+        for work in lost:
+            self._again(work, why)
 
     def _again(self, work: Work, why: str) -> None:
         work.failures.append(why)
