@@ -170,13 +170,25 @@ def waiting_trials(folder: Path, model: Any) -> dict[str, Any]:
     search_s = time.time()
     thread = threading.Thread(target=search.run, args=(schedule, broker, folder / "tune", 3), daemon=True)
     thread.start()
-    while sum("trial" in name.lower() for name, _ in processes().values()) < 3 and time.time() - search_s < 60:
+
+    def new() -> dict[int, tuple[str, float]]:
+        others = ("ray::IDLE", "ray::Waits")
+        return {
+            pid: (name, pss)
+            for pid, (name, pss) in processes().items()
+            if pid not in before and name.startswith("ray::") and not name.startswith(others)
+        }
+
+    while len(new()) < 3 and time.time() - search_s < 40:
         time.sleep(0.5)
     time.sleep(3)
-    found = {name: round(pss) for pid, (name, pss) in processes().items() if pid not in before}
-    trials = [pss for pid, (name, pss) in processes().items() if pid not in before and "trial" in name.lower()]
-    print(f"waiting trials: {len(trials)} processes, MiB PSS each {[round(pss) for pss in trials]}")
-    return {"processes a trial": len(trials) / 3, "pss_mib": [round(pss) for pss in trials], "all": found}
+    trials = [round(pss) for _, pss in new().values()]
+    print(f"waiting trials: {len(trials)} processes of 3 trials, MiB PSS each {trials}")
+    return {
+        "processes a trial": len(trials) / 3,
+        "pss_mib": trials,
+        "names": sorted({name for name, _ in new().values()}),
+    }
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

@@ -266,9 +266,9 @@ class Remaining:
 
 
 def slots(execution: Execution, num_devices: int) -> int:
-    """How many stages compute at once on so many CPUs (GPUs)."""
+    """How many finetunes compute at once on so many CPUs (GPUs): the trainers there are (trainers.py)."""
     engines = execution.num_candidate_engines + execution.num_judge_replicas if execution.use_gpu else 0
-    return max(1, (num_devices - engines) // execution.num_workers)
+    return max(1, min((num_devices - engines) // execution.num_workers, execution.num_trials_at_once))
 
 
 def cost(

@@ -219,7 +219,7 @@ def _check_memory(sweep: Sweep) -> None:
 
     execution = sweep.execution
     engines = execution.num_candidate_engines + execution.num_judge_replicas
-    workers = min(os.cpu_count() or 1, execution.num_trials_at_once) * execution.num_workers
+    workers = slots(execution, os.cpu_count() or 1) * execution.num_workers
     need = engines * GIB_PER_ENGINE + workers * GIB_PER_WORKER + execution.num_trials_at_once * GIB_PER_TRIAL
     free = psutil.virtual_memory().available / 2**30
     if free < need:

@@ -179,11 +179,12 @@ class Trainers:
         """The trainer's workers are gone: what they did is given out again."""
         if trainer.idle is not None:
             trainer.idle.cancel()
-        for given in trainer.waiting.values():
-            given.cancel()
-        for work in dict.fromkeys(trainer.work.values()):
-            self._again(work, why)
+        waiting, lost = trainer.waiting, dict.fromkeys(trainer.work.values())
         trainer.waiting, trainer.work = {}, {}
+        for given in waiting.values():
+            given.cancel()
+        for work in lost:
+            self._again(work, why)
 
     def _again(self, work: Work, why: str) -> None:
         work.failures.append(why)
@@ -238,17 +239,15 @@ def fit(name: str, root: str, execution: Execution, logs: str, broker: Any) -> N
 def _trainer_class(execution: Execution) -> Any:
     from ray.train.torch import TorchTrainer
 
-    if execution.address != "local":
-        return TorchTrainer
+    # Each starts a process: one hands out Ray Data sets, of which there are none; one frees the placement group of a
+    # controller that died, which a cluster of our own does by ending.
+    left_out = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if execution.address == "local" else set())
 
-    class LocalTrainer(TorchTrainer):  # type: ignore[misc]
-        """Without the process that frees a dead controller's placement group: a cluster of our own ends with us."""
-
+    class Trainer(TorchTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
-            made = super()._create_default_callbacks()
-            return [callback for callback in made if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+            return [made for made in super()._create_default_callbacks() if type(made).__name__ not in left_out]
 
-    return LocalTrainer
+    return Trainer
 
 
 def worker(loop: dict[str, Any]) -> None:

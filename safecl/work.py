@@ -35,7 +35,7 @@ def run_stage(
     """
     place = place or Place()
     store = Store(root)
-    if place.rank == 0 and store.has(stage):
+    if place.world_size == 1 and store.has(stage):  # several ranks must all do the same
         return
     name = f"{stage.kind}-{stage.key[:12]}" + (f"-rank{place.rank}" if place.rank else "")
     log = Path(logs) / f"{name}.log"

@@ -115,6 +115,23 @@ def test_after_the_brokers_death_another_continues_from_the_store(cluster: Path)
     assert [stage["key"] for stage in ray.get(again.snapshot.remote())["finished"]] == [rows(6).key]
 
 
+def test_light_stages_share_one_process_which_is_replaced_when_it_dies(cluster: Path) -> None:
+    import psutil
+    import ray
+
+    def hands() -> set[int]:
+        found = psutil.Process().children(recursive=True)
+        return {p.pid for p in found if p.status() != "zombie" and "ray::Hand" in " ".join(p.cmdline())}
+
+    before = hands()
+    broker, store = new_broker(cluster, "hand")
+    ray.get(broker.ensure.remote([rows(number) for number in range(10, 16)]), timeout=60)
+    [pid] = hands() - before
+    os.kill(pid, signal.SIGKILL)
+    ray.get(broker.ensure.remote([rows(16)]), timeout=60)
+    assert store.has(rows(16)) and pid not in hands()
+
+
 def test_a_cluster_that_is_too_small_is_named_before_anything_is_held(tmp_path: Path) -> None:
     import subprocess
     import sys

@@ -128,13 +128,13 @@ def test_a_finetune_that_kills_its_worker_too_often_fails_alone(running: Running
 
     stage, next_stage = running.finetune(6, epochs=400.0), running.finetune(7)
     done, next_done = running.broker.ensure.remote([stage]), running.broker.ensure.remote([next_stage])
-    killed: list[int] = []
+    killed: set[float] = set()
     while len(killed) < 2:  # max_failures 1: the second is one too many
-        pid = next(iter(set(running.pids()) - set(killed)), None)
-        live = ray.get(running.broker.snapshot.remote())["running"]
-        if pid is not None and any(one["key"] == stage.key and one["done"] for one in live):
+        live = [one for one in ray.get(running.broker.snapshot.remote())["running"] if one["key"] == stage.key]
+        if live and live[0]["done"] and live[0]["start"] not in killed:  # this attempt is under way
+            [pid] = running.pids()
             os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
+            killed.add(live[0]["start"])
         time.sleep(0.05)
     with pytest.raises(Exception, match="lost its workers 2 times"):
         ray.get(done, timeout=60)

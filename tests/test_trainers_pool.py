@@ -136,6 +136,24 @@ def test_what_a_dead_worker_did_is_given_to_the_next_one_and_a_trainer_that_cann
     play(scene, Pool(1), monkeypatch)
 
 
+def test_when_one_rank_dies_what_waits_in_the_other_is_not_given_to_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(pool: Pool) -> None:
+        pool.expect(1)
+        [name] = pool.trainers
+        task = asyncio.create_task(pool.run(stage("memory")))
+        await settle()
+        assert await pool.take(name, 0, "old0") == (stage("memory"), 1)
+        idle = asyncio.create_task(pool.take(name, 1, "old1"))
+        await settle()
+        fresh = [asyncio.create_task(pool.take(name, rank, f"new{rank}")) for rank in (0, 1)]
+        await settle()
+        assert idle.cancelled() and fresh[0].result() == (stage("memory"), 1) and not fresh[1].done()
+        await pool.done(name, 0, stage("memory").key, None)
+        await task
+
+    play(scene, Pool(2, num_workers=2), monkeypatch)
+
+
 def test_as_many_trainers_as_fit_and_there_is_work_for(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene(pool: Pool) -> None:
         pool.expect(9)  # their inputs are being made: one trainer is started ahead, the next when it is up
