@@ -11,7 +11,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -240,19 +239,16 @@ class Estimator:
             return Size(float(found[-1][0]) * {"m": 1e6, "b": 1e9}[found[-1][1]] if found else TYPICAL_PARAMETERS)
 
 
-def speeds(store: Store, use_gpu: bool, write: bool = False) -> dict[str, Speed]:
-    """GFLOP/s by dtype of a thread of this CPU (with `use_gpu`: of a GPU): those that the store holds, else measured in
-    about a second. `write`: keep what was measured in `<root>/speed.json`, by the device's name and what it
-    multiplies natively: CPUs of many kinds call themselves alike."""
-    path, name = store.local / "speed.json", f"{hardware.device(use_gpu)}, {hardware.native(use_gpu)}"
-    kept: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        kept = json.loads(path.read_text())
-    if name not in kept:
-        kept[name] = hardware.measured(use_gpu) or {}
-        if write and kept[name]:
-            path.write_text(json.dumps(kept, indent=1))
-    return {dtype: Speed(*both) for dtype, both in kept[name].items()}
+def speeds(store: Store, use_gpu: bool, keep: bool = False) -> dict[str, Speed]:
+    """GFLOP/s by dtype of a thread of this CPU (with `use_gpu`: of a GPU): noted in the store, else measured in about a
+    second. `keep`: note what was measured, by the device's name and what it multiplies natively."""
+    name = f"{hardware.device(use_gpu)}, {hardware.native(use_gpu)}"
+    known: dict[str, Any] = store.noted("speed") or {}
+    if name not in known:
+        known[name] = hardware.measured(use_gpu) or {}
+        if keep and known[name]:
+            store.note("speed", known)
+    return {dtype: Speed(*both) for dtype, both in known[name].items()}
 
 
 def adds_rows(config: Mapping[str, Any], stage: Stage, name: str) -> bool:

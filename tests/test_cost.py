@@ -118,7 +118,7 @@ def test_a_run_keeps_the_measured_speed_and_a_plan_only_reads_it(
 ) -> None:
     here = Store(str(tmp_path))
     assert estimate.speeds(here, False) == SPEEDS and not list(tmp_path.iterdir())
-    assert estimate.speeds(here, False, write=True) == SPEEDS
+    assert estimate.speeds(here, False, keep=True) == SPEEDS
     monkeypatch.setattr(hardware, "measured", lambda use_gpu=False: pytest.fail("measured again"))
     assert estimate.speeds(here, False) == SPEEDS
     monkeypatch.setattr(hardware, "device", lambda use_gpu=False: "another CPU")
@@ -309,7 +309,7 @@ def test_shared_stages_are_those_that_a_graph_of_its_own_builds(tmp_path: Path) 
     wild = ["tasks.0.num_rows=60", "align.epochs=2", "lora.rank=4", "adapter=stack", "memory_mix=stratified",
             "poison.keep_task_rows=true", "evaluate.max_new_tokens=9", "models.0.bos=true", "seeds=[3]",
             "methods=[{name: magmax}, {name: lwf}, {name: safeinstr}]", "poison.ratios=[0.2]"]  # fmt: skip
-    grids = [cells(load(QUICKSTART, [setting, "models.0.dtype=float32"])) for setting in wild]
+    grids = [cells(load(QUICKSTART, ["models.0.dtype=bfloat16", setting])) for setting in wild]
     mixed = grids[0][0].shared
     for grid in grids:
         for cell in grid:

@@ -107,7 +107,7 @@ def test_a_run_within_its_hours_leaves_no_timer_behind(project: Project, monkeyp
 def test_a_run_keeps_the_speed_it_measured(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs_in_turn(monkeypatch, 0.0)
     driver.run(project, lambda text: None)
-    assert (project.store.local / "speed.json").is_file()
+    assert len(project.store.noted("speed")) == 1
 
 
 def test_the_progress_line_has_a_time_from_the_first_tick_and_names_what_runs(
