@@ -14,9 +14,9 @@ import pytest
 from safecl import driver, dtypes, hardware
 from safecl.base import ConfigError
 from safecl.config import Execution
+from safecl.grid import Job, cells
 from safecl.hardware import Node, Speed
 from safecl.judging.served import OwnEngine
-from safecl.plan import Job, cells
 from safecl.project import Project, load
 from safecl.store import Store
 
