@@ -44,7 +44,7 @@ def identities(project: Project) -> tuple[list[str], list[str]]:
     studies_and_models, others = [], []
     for cell in cells(project.sweep):
         studies_and_models.append(cell.key)
-        for stage in Job(cell, {}, 0, "final").evidence(None).metrics.walk():
+        for stage in Job(cell, {}, 0, "final").evidence.metrics.walk():
             takes_part = any(below.kind == "model" for below in stage.walk())
             (studies_and_models if takes_part else others).append(stage.key)
     return studies_and_models, others
@@ -67,7 +67,7 @@ def test_auto_and_the_same_dtype_said_share_every_key_and_another_shares_none(na
 
 def test_a_stage_of_an_unresolved_model_is_refused() -> None:
     with pytest.raises(AssertionError, match="must be resolved"):
-        Job(cells(load(QUICKSTART, []))[0], {}, 0, "final").evidence(None)
+        Job(cells(load(QUICKSTART, []))[0], {}, 0, "final").evidence
 
 
 def test_a_judge_of_ones_own_is_served_in_what_the_machine_multiplies(native: str, tmp_path: Path) -> None:
