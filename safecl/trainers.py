@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import pickle
 import shutil
 from collections import deque
 from collections.abc import Callable
