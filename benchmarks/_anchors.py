@@ -57,7 +57,7 @@ def train(
     Returns `losses` (one a step), and `seconds` and `cpu_s` (CPU seconds of this process) from the end of step `warm` to the
     end of the last.
     """
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     ends: list[tuple[float, float]] = []
     losses: list[torch.Tensor] = []
@@ -111,6 +111,7 @@ def train(
             args=TrainingArguments(**settings), data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
             **common,
         )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     (start, cpu_start), (end, cpu_end) = ends[warm - 1], ends[-1]
     return {"losses": [float(loss) for loss in losses], "seconds": end - start, "cpu_s": cpu_end - cpu_start}

@@ -57,6 +57,14 @@ def without_files(device: str) -> None:
     AutoModelForCausalLM.from_pretrained = drawn
 
 
+def quiet() -> None:
+    """No bars, and no notes on tokenizers."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def write_rows(folder: Path, name: str, num: int, num_tokens: int, harmful: bool, model: Path) -> None:
     """Rows of exactly so many tokens, half of them answer."""
     from safecl.config import Template

@@ -18,7 +18,8 @@ import torch
 
 from safecl.config import Lora
 from safecl.stages.fisher import RowSquares
-from safecl.training import losses, model
+from safecl.training import attention, batches, losses, model
+from safecl.training.tokens import Encoded
 
 TOLERANCE = 0.05  # of a factor's squares, relative: the model computes in bfloat16
 
@@ -30,7 +31,10 @@ def small() -> Any:
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+    attention.register()
+    made = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+    made.set_attn_implementation(attention.NAME)  # as `model.load` does
+    return made
 
 
 def main() -> None:
@@ -49,13 +53,16 @@ def main() -> None:
         for name, p in model.factors(peft_model).items():
             if "lora_B" in name:
                 p.normal_(0, 0.02)
-    forward, head = model.HiddenStates(peft_model).eval(), losses.head_of(base)
-    ids_BT = torch.randint(5, 40_000, (options.rows, options.tokens))
-    positions = torch.arange(options.tokens)[None]
+    forward, head = model.HiddenStates(peft_model, fused=False).eval(), losses.head_of(base)
+    chance = torch.randint(5, 40_000, (options.rows, options.tokens))
+    rows = [Encoded(str(i), ids, 1) for i, ids in enumerate(chance.tolist())]
 
-    def backward(part_BT: torch.Tensor) -> None:
-        hidden_BTD = forward(part_BT, torch.ones_like(part_BT), positions.expand(len(part_BT), -1))[:, :-1]
-        losses.cross_entropy_sum(hidden_BTD.flatten(0, 1), head, part_BT[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
+    def backward(part: list[Encoded], squares: RowSquares | None = None) -> None:
+        batch = batches.collate(part, range(len(part)), [0] * len(part), 1, part[0], "cpu")
+        if squares is not None:
+            squares.lengths = batch.lengths
+        mask_P, targets_N = losses.targets(batch.labels_P)
+        losses.cross_entropy_sum(forward(batch)[mask_P], head, targets_N).backward()  # type: ignore[no-untyped-call]
 
     named = model.factors(peft_model)
     totals: dict[str, dict[str, torch.Tensor]] = {}
@@ -63,9 +70,9 @@ def main() -> None:
     def loop() -> float:
         totals["loop"] = {name: torch.zeros_like(p) for name, p in named.items()}
         start = time.perf_counter()
-        for row in ids_BT:
+        for row in rows:
             peft_model.zero_grad()
-            backward(row[None])
+            backward([row])
             for name, p in named.items():
                 assert p.grad is not None
                 totals["loop"][name] += p.grad.square()
@@ -76,8 +83,8 @@ def main() -> None:
         totals["batched"] = {name: torch.zeros_like(p) for name, p in named.items()}
         squares = RowSquares(peft_model, totals["batched"])
         start = time.perf_counter()
-        for part_BT in ids_BT.split(options.batch):
-            backward(part_BT)
+        for first in range(0, len(rows), options.batch):
+            backward(rows[first : first + options.batch], squares)
         taken = time.perf_counter() - start
         squares.close()
         for p in named.values():

@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ import _anchors
 import _bench
 import methods
 import torch
-from _shapes import SEED, SHAPES, World, build, without_files
+from _shapes import SEED, SHAPES, World, build, quiet, without_files
 
 WARM = 2  # steps before those timed
 TOLERANCE = 3e-2  # of a step's loss, relative: bfloat16
@@ -361,8 +362,11 @@ def main() -> None:
     if options.device == "cpu":
         torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.filterwarnings("ignore", message="The PEFT config's")
     bench = Bench(options)
+    print(json.dumps({"machine": _bench.machine(), "versions": _bench.versions()}), flush=True)
     without_files(options.device)
+    quiet()
     made: dict[str, World] = {}
     with tempfile.TemporaryDirectory() as folder:
 

@@ -47,6 +47,8 @@ def section(record: Mapping[str, Any]) -> str:
     parts.append(cpu)
     if "simulated" in machine:
         parts.append("instructions hidden by " + " ".join(f"{k}={v}" for k, v in machine["simulated"].items()))
+    if "load_at_end" in machine:
+        parts.append(f"load average {machine['load_at_end']} at the end")
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     text = f"\n## {record['name']}\n\n{record['about']}\n\n`{record['command']}`\n\n"
     text += f"{record['date']}; {'; '.join(parts)}; {versions}.\n"
