@@ -35,6 +35,8 @@ import _bench
 
 ANSWERS = {"sst2": "one word", "gsm8k": "a few sentences", "codealpaca": "code"}
 RATE = 2e-4
+SCOUTED = 3  # steps of a run that chooses an anchor's setting
+TRIED = f"Settings tried of the anchors, one run of {SCOUTED} steps each"
 SEED = 0
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # of a step's loss, relative
 
@@ -120,6 +122,7 @@ def ours(spec: Mapping[str, Any], engine: str, scratch: Path, profile: bool) -> 
 
     from safecl.training import loop
 
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if engine == "deepspeed" and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", init_method=f"file://{scratch}/group", rank=0, world_size=1)
     made = make_run(spec, engine)
@@ -154,8 +157,8 @@ def ours(spec: Mapping[str, Any], engine: str, scratch: Path, profile: bool) -> 
     return found
 
 
-def theirs(spec: Mapping[str, Any], kind: str, variant: str, scratch: Path) -> dict[str, Any]:
-    """A worker's answer: an anchor."""
+def theirs(spec: Mapping[str, Any], kind: str, variant: str, scratch: Path, steps: int) -> dict[str, Any]:
+    """A worker's answer: an anchor, over the first `steps` steps."""
     import _anchors
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -166,13 +169,13 @@ def theirs(spec: Mapping[str, Any], kind: str, variant: str, scratch: Path) -> d
     torch.set_num_threads(spec["threads"])
     settings = config(spec)
     training = Training(**settings["training"])
-    num_steps = len(spec["batches"])
+    num_steps = len(spec["batches"])  # the schedule's
     base = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"]))
     base.config.use_cache = False
-    rows = [(ids, prompt) for batch in spec["batches"] for ids, prompt in batch]
+    rows = [(ids, prompt) for batch in spec["batches"][:steps] for ids, prompt in batch]
     return _anchors.train(
         kind, variant, _anchors.peft_model(base, Path(spec["start"]), settings["lora"]),
-        AutoTokenizer.from_pretrained(spec["model"]), rows, spec["batch_size"], num_steps, settings["training"],
+        AutoTokenizer.from_pretrained(spec["model"]), rows, spec["batch_size"], steps, settings["training"],
         lambda step: loop.learning_rate(training, min(step, num_steps - 1), num_steps) / training.learning_rate, scratch,
     )  # fmt: skip
 
@@ -180,7 +183,7 @@ def theirs(spec: Mapping[str, Any], kind: str, variant: str, scratch: Path) -> d
 def worker(spec_file: str) -> None:
     spec = json.loads(Path(spec_file).read_text())
 
-    def answer(kind: str, variant: str, profile: bool = False) -> dict[str, Any]:
+    def answer(kind: str, variant: str, profile: bool = False, steps: int | None = None) -> dict[str, Any]:
         import gc
 
         import torch
@@ -189,7 +192,7 @@ def worker(spec_file: str) -> None:
             if kind == "safecl":
                 found = ours(spec, variant, Path(scratch), profile)
             else:
-                found = theirs(spec, kind, variant, Path(scratch))
+                found = theirs(spec, kind, variant, Path(scratch), steps or len(spec["batches"]))
         gc.collect()
         found["peak_rss_gib"] = _bench.peak_rss_gib()
         found["versions"] = _bench.versions()
@@ -221,8 +224,8 @@ def prepare(options: argparse.Namespace, setting: dict[str, Any], folder: Path) 
 
 
 def apart(losses: list[float], reference: list[float]) -> float:
-    """Largest relative difference of two curves."""
-    return max(abs(a / b - 1) for a, b in zip(losses, reference, strict=True))
+    """Largest relative difference of two curves, over the steps of the shorter one."""
+    return max(abs(a / b - 1) for a, b in zip(losses, reference, strict=False))
 
 
 class Alternatives:
@@ -247,7 +250,9 @@ class Alternatives:
         """Seconds of one run, kept under `name`."""
         found = running.ask(kind=kind, variant=variant, **more)
         self.said.setdefault(name, []).append(found)
-        print(f"  {name}: {self.spec['tokens'] / found['seconds']:.0f} tokens/s", flush=True)
+        batches = self.spec["batches"][1 : more.get("steps")]
+        tokens = sum(len(ids) for batch in batches for ids, _ in batch)
+        print(f"  {name}: {tokens / found['seconds']:.0f} tokens/s", flush=True)
         return float(found["seconds"])
 
     def apart(self, name: str) -> float:
@@ -314,20 +319,21 @@ def choose(here: Alternatives, kind: str, best: dict[str, str], out: dict[str, A
     if f"{kind} {spec['task']}" in best:
         return
     scout = here.start(kind)
+    tokens = sum(len(ids) for batch in spec["batches"][1:SCOUTED] for ids, _ in batch)
     tried: dict[str, float] = {}
     for variant in _anchors.VARIANTS[kind]:
         if "autocast" in variant and spec["dtype"] == "float32":
             continue  # it would compute in bfloat16
         name = f"{kind} {variant}"
-        seconds = here.measure(name, scout, kind, variant)
+        seconds = here.measure(name, scout, kind, variant, steps=SCOUTED)
         gap = here.apart(name)
         tried[variant] = seconds if gap <= tolerance or spec["dropout"] else float("inf")
-        out["Settings tried of the anchors, one run each"].append(
+        out[TRIED].append(
             {
                 "task": spec["task"],
                 "anchor": kind,
                 "setting": variant,
-                "real tokens/s": spec["tokens"] / seconds,
+                "real tokens/s": tokens / seconds,
                 "largest difference of losses": gap,
             }
         )
@@ -393,7 +399,7 @@ def main() -> None:
             _bench.write(options.name or f"profile-{options.dtype}", {"Operations of a step, by their own time": rows})
         )
         return
-    out: dict[str, Any] = {"Throughput": [], "Settings tried of the anchors, one run each": [], "failed": []}
+    out: dict[str, Any] = {"Throughput": [], TRIED: [], "failed": []}
     best: dict[str, str] = {}
     for setting in settings(options):
         compare(options, setting, best, out)
