@@ -190,7 +190,10 @@ class Execution(Strict):
     # Of a finetune. auto: DeepSpeed where there are several workers, plain PyTorch where one has nothing to share.
     engine: Literal["auto", "deepspeed", "torch"] = "auto"
     zero: Literal[0, 1, 2, 3] = 1
-    micro_batch_size: Count = 8  # rows per forward on one worker
+    micro_batch_size: Count = 8  # rows per forward on one worker, at most: fewer where they do not fit into memory
+    # Compute layers again in the backward in place of keeping them: a third slower, a fraction of the memory. auto: where
+    # the estimate says that it is needed.
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     checkpoint_every_s: Annotated[float, Field(gt=0)] = 60.0
     max_failures: Annotated[int, Field(ge=0)] = 2  # restarts of a finetune whose worker died
     num_candidate_engines: Count = 1

@@ -21,12 +21,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safecl.base import Json
+from safecl.base import Json, PrerequisiteError
 
 if TYPE_CHECKING:
     from safecl.store import Context
     from safecl.tasks import Row
-    from safecl.training.loop import Run
+    from safecl.training.fit import Fit
+    from safecl.training.loop import Outcome, Run
     from safecl.training.tokens import Encoded
 
 VERSION = "2"
@@ -63,12 +64,14 @@ def _harmful_share(rows: Sequence[Row], encoded: Sequence[Encoded]) -> float:
 
 
 class Made(NamedTuple):
-    """A finetune ready to run on one rank, the user rows it was given, and `{row id: why}` of rows left out."""
+    """A finetune ready to run on one rank, the user rows it was given, `{row id: why}` of rows left out, and how it was
+    made to fit into memory."""
 
     method: Any
     run: Run
     user_rows: list[Row]
     dropped: dict[str, str]
+    fitted: Fit
 
 
 def make_run(
@@ -84,7 +87,7 @@ def make_run(
 
     from safecl import methods
     from safecl.config import Training
-    from safecl.training import batches, engine, loop, losses, model, tokens
+    from safecl.training import batches, engine, fit, loop, losses, model, tokens
 
     if device == "cpu":
         torch.set_num_threads(1)
@@ -112,6 +115,15 @@ def make_run(
     sharded = engine.shards_the_model(execution["engine"], execution["zero"], world_size)
     hidden_states = model.HiddenStates(model.with_adapter(base, config["lora"], seed, safe), fused=not sharded)
     head = losses.head_of(base, copy=sharded)
+    memory = loop.Memory.load(inputs["memory"]) if "memory" in inputs else None
+    num_drawn = getattr(method.config, "memory_batch_size", None) or training.batch_size
+    drawn = sorted(memory.rows if memory else [], key=lambda row: -len(row.ids))[:num_drawn]
+    fitted = fit.choose(
+        base.config, config["lora"], encoded, drawn, execution, fit.free_memory(device, world_size),
+        head.weight_VD.element_size(),
+    )  # fmt: skip
+    if fitted.checkpointing:
+        fit.checkpoint_layers(hidden_states)
     run = loop.Run(
         hidden_states=hidden_states,
         head=head,
@@ -126,15 +138,15 @@ def make_run(
         config=training,
         seed=seed,
         rows=encoded,
-        memory_rows=loop.Memory.load(inputs["memory"]) if "memory" in inputs else None,
+        memory_rows=memory,
         memory_batch_size=getattr(method.config, "memory_batch_size", None),
         inputs=dict(inputs),
         rank=rank,
         world_size=world_size,
-        micro_batch_size=execution["micro_batch_size"],
+        micro_batch_size=fitted.micro_batch_size,
         device=device,
     )
-    return Made(method, run, user_rows, dropped)
+    return Made(method, run, user_rows, dropped, fitted)
 
 
 def train_rows(
@@ -151,21 +163,63 @@ def train_rows(
 ) -> None:
     """One rank's whole work: load, encode, train, and on rank 0 write `scratch/result` (adapter/, curves.jsonl,
     result.json), which exists only when complete. With more than one rank, or for DeepSpeed, a process group exists."""
-    import resource
     import time
 
     started = time.monotonic()
-    from safecl.training import engine, loop, model, weights
+    from safecl.training import fit, loop
 
+    execution = {**execution, "micro_batch_size": fit.noted(scratch, execution["micro_batch_size"])}
     made = make_run(config, inputs, execution, rank, world_size, device)
-    method, run = made.method, made.run
+    run = made.run
     ready = time.monotonic()
-    outcome = loop.train(method, run, scratch, report, execution["checkpoint_every_s"], after_step)
+    try:
+        outcome = loop.train(made.method, run, scratch, report, execution["checkpoint_every_s"], after_step)
+    except fit.OUT_OF_MEMORY as error:
+        size = run.micro_batch_size
+        if size == 1:
+            raise PrerequisiteError(
+                f"out of memory with one row a forward (gradient checkpointing {'on' if made.fitted.checkpointing else 'off'}): "
+                "lower max_tokens, set execution.gradient_checkpointing: on, or use a device with more memory"
+            ) from error
+        smaller = fit.halved(scratch, size)
+        print(f"out of memory with {size} rows a forward: going on from the last checkpoint with {smaller}", flush=True)
+        if world_size > 1:
+            raise  # the other ranks wait for this one: all start anew, and find the note
+    else:
+        _finish(config, inputs, scratch, execution, made, outcome, rank, ready - started)
+        return
+    # Out of the handler, so that the traceback no longer holds what is to be freed.
+    del made, run
+    fit.release(device)
+    train_rows(
+        config, inputs, scratch, execution, rank=rank, world_size=world_size, device=device, report=report,
+        after_step=after_step,
+    )  # fmt: skip
+
+
+def _finish(
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    scratch: Path,
+    execution: Mapping[str, Any],
+    made: Made,
+    outcome: Outcome,
+    rank: int,
+    setup_s: float,
+) -> None:
+    """Write `scratch/result` on rank 0."""
+    import resource
+
+    from safecl.training import engine, model, weights
+
+    run = made.run
     final = run.values()
     if rank != 0:
         return
     facts: dict[str, Json] = {
-        "engine": execution["engine"],
+        "engine": "torch" if isinstance(run.engine, engine.TorchEngine) else "deepspeed",
+        "micro_batch_size": run.micro_batch_size,
+        "gradient_checkpointing": made.fitted.checkpointing,
         "rows": len(run.rows),
         "harmful_token_share": _harmful_share(made.user_rows, run.rows),
         "dropped": len(made.dropped),
@@ -175,7 +229,7 @@ def train_rows(
         "response_tokens": outcome.response_tokens,
         "tokens": outcome.tokens,
         "tokens_per_s": outcome.tokens_per_s,
-        "setup_s": ready - started,
+        "setup_s": setup_s,
         "train_s": outcome.seconds,
         "norm_start": outcome.norm_start,
         "norm_end": outcome.norm_end,
@@ -192,7 +246,7 @@ def train_rows(
             (name, weights.combine([(delta, 1.0), (fresh[name], 1.0)])) for name, delta in weights.load(safe).items()
         )
         weights.save(both, temporary, safe, config["dtype"])
-    if not engine.shards_the_model(execution["engine"], execution["zero"], world_size):
+    if not engine.shards_the_model(execution["engine"], execution["zero"], run.world_size):
         continues = "safe" in inputs and config["adapter"] == "continue"
         facts |= merge_gap(run, Path(inputs["model"]), temporary / "adapter", continues)
     shutil.copy(scratch / "curves.jsonl", temporary / "curves.jsonl")
