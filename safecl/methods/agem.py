@@ -27,8 +27,6 @@ from safecl.base import Strict
 from safecl.methods import Method
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from safecl.plan import Graph
@@ -54,25 +52,26 @@ class Agem(Method):
     def before_step(self, run: Run, batch: Batch) -> None:
         for _, last in run.each_part(batch):
             run.engine.backward(run.cross_entropy(run.draw()), last)
-        self.reference = {name: run.engine.full_grad(p) for name, p in run.parameters().items()}
+        self.reference = run.gradient().clone()
         run.engine.clear_grads()
 
     def after_backward(self, run: Run, batch: Batch) -> None:
-        parameters, reference = run.parameters(), self.reference
-        grads = {name: run.engine.full_grad(p) for name, p in parameters.items()}
-        along, size = dot(grads, reference), dot(reference, reference)
-        run.log_whole("violation", float(along < 0))
-        run.log_whole("cosine", along / max((dot(grads, grads) * size) ** 0.5, 1e-30))
-        if along < 0:
-            for name, p in parameters.items():
-                run.engine.set_full_grad(p, grads[name] - (along / (size + 1e-12)) * reference[name])
-        self.before = {name: value.clone() for name, value in run.values().items()}
+        gradient_n, reference_n = run.gradient(), self.reference
+        along, size = dot(gradient_n, reference_n), dot(reference_n, reference_n)
+        violated = along < 0
+        run.log_whole("violation", violated)
+        run.log_whole("cosine", along / (dot(gradient_n, gradient_n) * size).sqrt().clamp(min=1e-30))
+        share = (
+            violated * along / (size + 1e-12)
+        )  # 0 where nothing is violated, without waiting for the device to say so
+        run.set_gradient(gradient_n - share.float() * reference_n)
+        self.before = run.theta().clone()
 
     def after_step(self, run: Run) -> None:
-        moved = {name: self.before[name] - value for name, value in run.values().items()}  # minus the step
-        run.log_whole("step_along_ref", float(dot(moved, self.reference) > 0) * 2 - 1)
+        moved_n = self.before - run.theta()  # minus the step
+        run.log_whole("step_along_ref", (dot(moved_n, self.reference) > 0) * 2.0 - 1)
 
 
-def dot(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
-    """Inner product over all tensors, summed in float64."""
-    return sum(float((first[name].double() * second[name].double()).sum()) for name in first)
+def dot(first_n: Tensor, second_n: Tensor) -> Tensor:
+    """Inner product, summed in float64."""
+    return first_n.double() @ second_n.double()

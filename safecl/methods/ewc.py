@@ -64,9 +64,10 @@ class Ewc(Method):
         """The penalty has no rows in it: its gradient lambda F (theta - theta*) is added once a step."""
         if self.config.weight == 0:
             return
-        apart = {name: value - self.anchor[name] for name, value in run.values().items()}
-        run.log_whole("ewc", sum((self.fisher[n] * d.square()).sum() for n, d in apart.items()))
-        run.add_gradient({n: self.config.weight * self.fisher[n] * d for n, d in apart.items()})
+        apart_n = run.theta() - self.anchor
+        pull_n = self.fisher * apart_n
+        run.log_whole("ewc", pull_n @ apart_n)
+        run.add_gradient(self.config.weight * pull_n)
 
     @classmethod
     def neutral(cls) -> Config:

@@ -76,7 +76,7 @@ class Lisa(Method):
         place = run.step % self.period
         self.aligning = place < self.num_aligned
         if place in (0, self.num_aligned):
-            run.kept = {name: value.clone() for name, value in run.values().items()}
+            run.kept = {"other": run.theta().clone()}
         run.log_whole("user_step", float(not self.aligning))
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
@@ -86,6 +86,6 @@ class Lisa(Method):
         """The proximal term has no rows in it: its gradient rho (theta - theta_other) is added once a step."""
         if self.config.rho == 0 or run.step < self.config.free_share * run.num_steps:
             return
-        apart = {name: value - run.kept[name] for name, value in run.values().items()}
-        run.log_whole("proximal", sum(d.square().sum() for d in apart.values()))
-        run.add_gradient({name: self.config.rho * d for name, d in apart.items()})
+        apart_n = run.theta() - run.kept["other"]
+        run.log_whole("proximal", apart_n @ apart_n)
+        run.add_gradient(self.config.rho * apart_n)

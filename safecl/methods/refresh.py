@@ -30,6 +30,8 @@ from safecl.methods import Method
 from safecl.methods.replay import Replay
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Generator, Tensor
 
     from safecl.plan import Graph
@@ -82,28 +84,28 @@ class Refresh(Method):
         for j in range(self.config.unlearn_steps):
             for part, last in run.each_part(batch):
                 run.engine.backward(run.cross_entropy(part), last)
-            noise, capped, total = run.generator("refresh.noise", j), 0, 0
-            parameters = run.parameters()
-            for name, theta in run.values().items():
-                change, cut = self.change(theta, run.engine.full_grad(parameters[name]), self.fisher[name], noise)
-                run.engine.set_full_parameter(parameters[name], theta + change)
-                capped, total = capped + cut, total + theta.numel()
-            run.log_whole("noise_capped", capped / total)
+            change_n, capped = self.change(run.theta(), run.gradient(), run.sizes(), run.generator("refresh.noise", j))
+            run.set_theta(run.theta() + change_n)
+            run.log_whole("noise_capped", capped)
             run.engine.clear_grads()
 
-    def change(self, theta: Tensor, grad: Tensor, fisher: Tensor, noise: Generator) -> tuple[Tensor, int]:
-        """The unlearning step of one tensor, and how many elements' noise was capped."""
+    def change(
+        self, theta_n: Tensor, gradient_n: Tensor, sizes: Sequence[int], noise: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """The unlearning step of parameters of these sizes, and the share of elements whose noise was capped."""
         import torch
 
         config = self.config
-        drawn = torch.randn(theta.shape, generator=noise).to(theta)
+        drawn_n = torch.randn(theta_n.shape, generator=noise, device=noise.device)
         if config.variant == "released":
-            ascent = theta.norm() / (grad.norm() + 1e-12) * grad
-            return config.gamma / (1 + 0.001 * fisher) * (ascent + 0.001 * drawn), 0
-        inverse = 1 / (fisher + config.damping)
-        wanted = (2 * config.gamma * inverse).sqrt()
-        most = config.max_noise * theta.square().mean().sqrt()
-        return config.gamma * inverse * grad + torch.minimum(wanted, most) * drawn, int((wanted > most).sum())
+            scale_n = norms(theta_n, sizes) / (norms(gradient_n, sizes) + 1e-12)
+            ascent_n = scale_n * gradient_n
+            return config.gamma / (1 + 0.001 * self.fisher) * (ascent_n + 0.001 * drawn_n), theta_n.new_zeros(())
+        inverse_n = 1 / (self.fisher + config.damping)
+        wanted_n = (2 * config.gamma * inverse_n).sqrt()
+        most_n = config.max_noise * norms(theta_n, sizes, mean=True)
+        change_n = config.gamma * inverse_n * gradient_n + torch.minimum(wanted_n, most_n) * drawn_n
+        return change_n, (wanted_n > most_n).float().mean()
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
         """Relearning is replay's loss."""
@@ -112,3 +114,12 @@ class Refresh(Method):
     @classmethod
     def neutral(cls) -> Config:
         return cls.Config(gamma=0.0, weight=0.0)
+
+
+def norms(flat_n: Tensor, sizes: Sequence[int], mean: bool = False) -> Tensor:
+    """The L2 norm (`mean`: the RMS) of the tensor that each element belongs to, [n]."""
+    import torch
+
+    found = torch.stack(torch._foreach_norm(list(torch.split(flat_n, list(sizes)))))
+    lengths = torch.tensor(list(sizes), device=flat_n.device)
+    return (found / lengths.sqrt() if mean else found).repeat_interleave(lengths, output_size=len(flat_n))

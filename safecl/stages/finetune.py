@@ -265,6 +265,7 @@ def merge_gap(run: Run, model: Path, adapter: Path, continues: bool) -> dict[str
     """
     import psutil
     import torch
+    from safetensors.torch import load_file
 
     from safecl.serving import swap
     from safecl.training import batches, losses, tokens
@@ -291,7 +292,8 @@ def merge_gap(run: Run, model: Path, adapter: Path, continues: bool) -> dict[str
     with torch.no_grad():
         tuned_NV = log_probabilities()
         zero = {name: torch.zeros_like(p) for name, p in trained.items()}
-        load_factors(run.model, run.theta_safe() if continues else zero)
+        safe = load_file(str(run.inputs["safe"] / "adapter" / "adapter_model.safetensors")) if continues else zero
+        load_factors(run.model, safe)
         moved = divergence(log_probabilities())
         load_factors(run.model, zero)
         changed = swap.changes(adapter)

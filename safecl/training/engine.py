@@ -13,7 +13,7 @@ compiled on first use).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,9 +42,21 @@ class TorchEngine:
         wrong = [name for name, p in self.named.items() if p.dtype != torch.float32]
         if wrong or not self.named:
             raise AssertionError(f"expected float32 parameters, got {len(self.named)}, not float32: {wrong[:3]}")
-        self.optimizer = torch.optim.AdamW(  # fused: one call in place of ten for each of hundreds of factors
-            list(self.named.values()), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True
+        # All parameters and all gradients lie in one tensor each, of which theirs are views: clipping, AdamW, the sum over
+        # ranks and what methods do to them are one operation each, in place of some for each of hundreds of factors.
+        self.flat = nn.Parameter(torch.cat([p.detach().flatten() for p in self.named.values()]))
+        self.grad = self.flat.grad = torch.zeros_like(self.flat)
+        self.sizes = [p.numel() for p in self.named.values()]
+        for p, value, grad in zip(
+            self.named.values(), self._split(self.flat.data), self._split(self.grad), strict=True
+        ):
+            p.data, p.grad = value.view_as(p), grad.view_as(p)
+        self.optimizer = torch.optim.AdamW(
+            [self.flat], lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True
         )
+
+    def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(flat, self.sizes)
 
     def forward(self, batch: Any) -> Tensor:
         """What the module makes of a batch: hidden states [P, D]."""
@@ -56,18 +68,8 @@ class TorchEngine:
         the same number of times."""
         if loss.requires_grad:  # not where a rank has no rows
             loss.backward()  # type: ignore[no-untyped-call]
-        if last:
-            for p in self.named.values():
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-            if self.world_size > 1:
-                grads = [p.grad for p in self.named.values() if p.grad is not None]
-                flat = torch.cat([g.flatten() for g in grads])
-                dist.all_reduce(flat)
-                start = 0
-                for grad in grads:
-                    grad.copy_(flat[start : start + grad.numel()].view_as(grad))
-                    start += grad.numel()
+        if last and self.world_size > 1:
+            dist.all_reduce(self.grad)
 
     def full_grad(self, parameter: nn.Parameter) -> Tensor:
         """The whole gradient, float32, summed over ranks: a copy. After the last backward, before the step."""
@@ -88,14 +90,30 @@ class TorchEngine:
         with torch.no_grad():
             parameter.copy_(value)
 
+    def flat_grad(self) -> Tensor:
+        """All whole gradients as one vector, in the order of `named`: it may be their own memory."""
+        return self.grad
+
+    def set_flat_grad(self, grad: Tensor) -> None:
+        """Replace all gradients that the step will use."""
+        self.grad.copy_(grad)
+
+    def flat_parameters(self) -> Tensor:
+        """All whole parameters as one vector, detached: it may be their own memory. Every rank must call it."""
+        return self.flat.detach()
+
+    def set_flat_parameters(self, values: Tensor) -> None:
+        """Replace all parameters outside the optimizer's step."""
+        with torch.no_grad():
+            self.flat.copy_(values)
+
     def clear_grads(self) -> None:
         """Forget gradients, so that the next backward starts afresh."""
-        for p in self.named.values():
-            p.grad = None
+        self.grad.zero_()
 
     def step(self, learning_rate: float) -> Tensor | float:
         """Clip, update, clear. Returns the global gradient norm before clipping."""
-        norm: Tensor = torch.nn.utils.clip_grad_norm_(self.named.values(), self.max_grad_norm)
+        norm: Tensor = torch.nn.utils.clip_grad_norm_([self.flat], self.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -105,22 +123,23 @@ class TorchEngine:
     def state(self) -> dict[str, Tensor]:
         """Optimizer state as flat names, whole on every rank (all ranks must call it): `<moment>/<parameter>`, `step`.
         The same for every engine and number of ranks."""
-        flat: dict[str, Tensor] = {}
-        for name, p in self.named.items():
-            if state := self.optimizer.state.get(p):
-                flat["step"] = state["step"].clone()
-                flat.update({f"{key}/{name}": state[key].clone() for key in MOMENTS})
-        return flat
+        state = self.optimizer.state.get(self.flat)
+        if not state:
+            return {}
+        found = {"step": state["step"].clone()}
+        for key in MOMENTS:
+            for (name, p), part in zip(self.named.items(), self._split(state[key]), strict=True):
+                found[f"{key}/{name}"] = part.view_as(p).clone()
+        return found
 
     def load_state(self, flat: Mapping[str, Tensor]) -> None:
         """Inverse of `state`, also into another engine or number of ranks."""
         if not flat:
             return
-        for name, p in self.named.items():
-            state = self.optimizer.state[p]
-            state["step"] = flat["step"].clone()
-            for key in MOMENTS:
-                state[key] = flat[f"{key}/{name}"].to(p.device, copy=True)
+        state = self.optimizer.state[self.flat]
+        state["step"] = flat["step"].to(self.flat.device, copy=True)  # where the fused step wants it
+        for key in MOMENTS:
+            state[key] = torch.cat([flat[f"{key}/{name}"].flatten() for name in self.named]).to(self.flat.device)
 
 
 class DeepSpeedEngine:
@@ -152,6 +171,8 @@ class DeepSpeedEngine:
         self.max_grad_norm = max_grad_norm
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         parameters = list(self.named.values())
+        self.shapes = [p.shape for p in parameters]  # ZeRO 3 leaves a rank parts only
+        self.sizes = [shape.numel() for shape in self.shapes]
         if zero == 3 and (odd := [name for name, p in self.named.items() if p.numel() % world_size]):
             raise ConfigError(
                 f"execution.zero 3 shards every LoRA factor evenly: {odd[0]} does not divide among {world_size} workers; "
@@ -213,6 +234,26 @@ class DeepSpeedEngine:
             parameter.copy_(value)
         if self.zero > 0:  # the copy that ZeRO steps
             safe_set_full_fp32_param(parameter, value)
+
+    def flat_grad(self) -> Tensor:
+        return torch.cat([self.full_grad(p).flatten() for p in self.named.values()])
+
+    def set_flat_grad(self, grad: Tensor) -> None:
+        for p, part in self._parts(grad):
+            self.set_full_grad(p, part)
+
+    def flat_parameters(self) -> Tensor:
+        return torch.cat([self.full_parameter(p).flatten() for p in self.named.values()])
+
+    def set_flat_parameters(self, values: Tensor) -> None:
+        for p, part in self._parts(values):
+            self.set_full_parameter(p, part)
+
+    def _parts(self, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        start = 0
+        for p, shape in zip(self.named.values(), self.shapes, strict=True):
+            yield p, flat[start : start + shape.numel()].view(shape)
+            start += shape.numel()
 
     def clear_grads(self) -> None:
         self.engine.optimizer.zero_grad()

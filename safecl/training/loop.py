@@ -176,28 +176,52 @@ class Run:
         """The parameters' present values, by name, whole on every rank (all must call it). Copy what outlives a step."""
         return {name: self.engine.full_parameter(p) for name, p in self.parameters().items()}
 
-    def add_gradient(self, extra: Mapping[str, Tensor]) -> None:
-        """Add to the whole gradients what comes of no row (a penalty on the parameters); in `after_backward`."""
-        for name, p in self.parameters().items():
-            self.engine.set_full_grad(p, self.engine.full_grad(p) + extra[name])
+    # What a method does to all parameters at once it does to one vector of them: theta, its gradient, theta_safe and the
+    # Fisher information have one order. Every rank must call these.
 
-    def theta_safe(self) -> dict[str, Tensor]:
-        """theta_safe's factors, by the names of `parameters` (`adapter: continue`)."""
+    def theta(self) -> Tensor:
+        """The parameters' present values, [n]. Copy what outlives a step."""
+        return self.engine.flat_parameters()
+
+    def set_theta(self, theta_n: Tensor) -> None:
+        """Replace the parameters outside the optimizer's step."""
+        self.engine.set_flat_parameters(theta_n)
+
+    def gradient(self) -> Tensor:
+        """The whole gradient, [n], after the last backward. Copy what outlives it."""
+        return self.engine.flat_grad()
+
+    def set_gradient(self, gradient_n: Tensor) -> None:
+        """Replace the gradient that the step will use; in `after_backward`."""
+        self.engine.set_flat_grad(gradient_n)
+
+    def add_gradient(self, extra_n: Tensor) -> None:
+        """Add to the gradient what comes of no row (a penalty on the parameters); in `after_backward`."""
+        self.set_gradient(self.gradient() + extra_n)
+
+    def sizes(self) -> list[int]:
+        """Of each parameter, in the vector's order."""
+        return self.engine.sizes
+
+    def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Tensors by the names of `parameters` as a vector in their order."""
+        if set(tensors) != set(self.parameters()):
+            odd = sorted(set(tensors) ^ set(self.parameters()))
+            raise RuntimeError(f"these are of other parameters than are trained: {odd[:3]}")
+        return torch.cat([tensors[name].flatten() for name in self.parameters()]).to(self.device)
+
+    def theta_safe(self) -> Tensor:
+        """theta_safe's factors, [n] (`adapter: continue`)."""
         from safetensors.torch import load_file
 
-        file = self.inputs["safe"] / "adapter" / "adapter_model.safetensors"
-        return dict(load_file(str(file), device=self.device))
+        return self.flat(load_file(str(self.inputs["safe"] / "adapter" / "adapter_model.safetensors")))
 
-    def fisher(self, normalise: str) -> dict[str, Tensor]:
-        """The diagonal Fisher information of theta_safe, by the names of `parameters`; with `mean`, divided by its mean
-        over all of them."""
+    def fisher(self, normalise: str) -> Tensor:
+        """The diagonal Fisher information of theta_safe, [n]; with `mean`, divided by its mean."""
         from safetensors.torch import load_file
 
-        found = load_file(str(self.inputs["fisher"] / "fisher.safetensors"), device=self.device)
-        if set(found) != set(self.parameters()):
-            raise RuntimeError(f"the Fisher is of other parameters: {sorted(set(found) ^ set(self.parameters()))[:3]}")
-        mean = sum(float(f.double().sum()) for f in found.values()) / sum(f.numel() for f in found.values())
-        return {name: f / mean for name, f in found.items()} if normalise == "mean" else found
+        found_n = self.flat(load_file(str(self.inputs["fisher"] / "fisher.safetensors")))
+        return found_n / found_n.mean(dtype=torch.float64).float() if normalise == "mean" else found_n
 
     def teacher_states(self) -> Callable[[Sequence[int]], list[Tensor]]:
         """theta_safe's hidden states on some of `rows`, by index, read from the input `teacher` when asked for."""
@@ -215,8 +239,8 @@ class Run:
         return sum(losses.num_positions(row.num_prompt, len(row.ids), rule) for row in rows)
 
     def generator(self, name: str, *position: int) -> torch.Generator:
-        """A CPU generator of this step, the same on every rank."""
-        return torch.Generator().manual_seed(stream(self.seed, name, self.step, *position))
+        """A generator of this step on the device, the same on every rank."""
+        return torch.Generator(self.device).manual_seed(stream(self.seed, name, self.step, *position))
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 

@@ -23,8 +23,13 @@ class _RmsNorm(torch.autograd.Function):
         norm_P1 = torch.linalg.vector_norm(x_PD, dim=-1, keepdim=True, dtype=torch.float32)
         inverse_P1 = norm_P1.square_().div_(x_PD.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_PD, weight_D, inverse_P1)
-        y_PD: Tensor = (x_PD * inverse_P1).to(x_PD.dtype).mul_(weight_D)
-        return y_PD
+        if x_PD.is_cuda:
+            y_PD: Tensor = torch.nn.functional.rms_norm(x_PD.to(weight_D.dtype), weight_D.shape, weight_D, eps)
+        elif weight_D.dtype == x_PD.dtype:
+            y_PD = (x_PD * inverse_P1).to(x_PD.dtype).mul_(weight_D)
+        else:
+            y_PD = (x_PD * inverse_P1).mul_(weight_D)
+        return y_PD.to(x_PD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
@@ -50,7 +55,7 @@ def fuse(model: nn.Module) -> None:
         probe = torch.linspace(-2, 3, 4 * len(weight), device=weight.device).view(4, -1).to(weight.dtype)
         with torch.no_grad():
             expected = module(probe)
-            for form in (weight, 1 + weight):
+            for form in (weight, 1 + weight.float()):
                 found = _RmsNorm.apply(probe, form.detach(), eps)  # type: ignore[no-untyped-call]
                 close = 1e-5 if weight.dtype == torch.float32 else 2**-7
                 if isinstance(eps, float) and torch.allclose(found, expected, rtol=close, atol=close):

@@ -30,5 +30,7 @@ def run(**values: list[float]) -> Any:
 
     return SimpleNamespace(
         engine=engine, parameters=lambda: engine.named, log=log, log_whole=log, logged=logged, num_parts=1, world_size=1,
-        values=lambda: {name: p.detach() for name, p in engine.named.items()}, step=0, num_steps=10, kept={},
+        theta=engine.flat_parameters, set_theta=engine.set_flat_parameters, gradient=engine.flat_grad,
+        set_gradient=engine.set_flat_grad, add_gradient=lambda extra: engine.set_flat_grad(engine.flat_grad() + extra),
+        sizes=lambda: engine.sizes, step=0, num_steps=10, kept={},
     )  # fmt: skip

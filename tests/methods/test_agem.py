@@ -15,9 +15,8 @@ def projected(g: list[float], ref: list[float]) -> tuple[Any, dict[str, float]]:
     """The gradient that A-GEM leaves, over two parameters, and what it logs."""
     run = stub.run(a=[0.0], b=[0.0])
     method = Agem(Agem.Config())
-    method.reference = {"a": torch.tensor([ref[0]]), "b": torch.tensor([ref[1]])}
-    for p, value in zip(run.parameters().values(), g, strict=True):
-        p.grad = torch.tensor([value])
+    method.reference = torch.tensor(ref)
+    run.set_gradient(torch.tensor(g))
     method.after_backward(run, None)  # type: ignore[arg-type]
     grad = [float(p.grad) for p in run.parameters().values()]
     run.engine.step(0.1)

@@ -11,7 +11,6 @@ from safecl.config import Template
 from safecl.methods.ewc import Ewc
 from safecl.stages import fisher
 from safecl.training import batches, tokens
-from safecl.training.loop import Run
 from tests.methods import contract, stub
 from tests.methods.contract import World
 
@@ -67,11 +66,9 @@ def test_the_penalty_by_hand() -> None:
     """F = (2, .5), theta - theta* = (3, -2), lambda = 4: the sum is 2 * 9 + .5 * 4 = 20, the gradient of 4/2 times it
     4 F (theta - theta*) = (24, -4), on top of what the rows gave."""
     run = stub.run(a=[5.0], b=[0.0])
-    run.fisher = lambda norm: {"a": torch.tensor([2.0]), "b": torch.tensor([0.5])}
-    run.theta_safe = lambda: {"a": torch.tensor([2.0]), "b": torch.tensor([2.0])}
-    run.add_gradient = lambda extra: Run.add_gradient(run, extra)
-    for p in run.parameters().values():
-        p.grad = torch.ones(1)
+    run.fisher = lambda norm: torch.tensor([2.0, 0.5])
+    run.theta_safe = lambda: torch.tensor([2.0, 2.0])
+    run.set_gradient(torch.ones(2))
     method = Ewc(Ewc.Config(weight=4.0))
     method.prepare(run)
     method.after_backward(run, None)  # type: ignore[arg-type]
@@ -84,9 +81,10 @@ def test_the_fisher_given_to_methods_has_mean_one_whatever_its_scale(world: Worl
 
     run = finetune.make_run(contract.config("ewc"), world.inputs("ewc"), contract.execution()).run
     normal, raw = run.fisher("mean"), run.fisher("none")
-    flat = torch.cat([f.flatten() for f in normal.values()])
-    assert float(flat.mean()) == pytest.approx(1.0, rel=1e-4)
-    ratios = [float(raw[name].sum() / normal[name].sum()) for name in raw]
+    assert float(normal.mean()) == pytest.approx(1.0, rel=1e-4)
+    ratios = [
+        float(r.sum() / n.sum()) for r, n in zip(*(torch.split(f, run.sizes()) for f in (raw, normal)), strict=True)
+    ]
     assert max(ratios) == pytest.approx(min(ratios), rel=1e-4)
 
 
