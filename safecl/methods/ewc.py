@@ -66,7 +66,7 @@ class Ewc(Method):
             return
         apart_n = run.theta() - self.anchor
         pull_n = self.fisher * apart_n
-        run.log_whole("ewc", pull_n @ apart_n)
+        run.log_whole("ewc", pull_n.double() @ apart_n.double())
         run.add_gradient(self.config.weight * pull_n)
 
     @classmethod

@@ -87,5 +87,5 @@ class Lisa(Method):
         if self.config.rho == 0 or run.step < self.config.free_share * run.num_steps:
             return
         apart_n = run.theta() - run.kept["other"]
-        run.log_whole("proximal", apart_n @ apart_n)
+        run.log_whole("proximal", apart_n.double().square().sum())
         run.add_gradient(self.config.rho * apart_n)

@@ -3,8 +3,9 @@ from transformers' registry.
 
     softmax(cap(Q K^T * scaling) + mask) V,     cap(s) = softcap * tanh(s / softcap) where the model has a soft cap
 
-Rows are split off and attended one after the other: no row pays for another's length, and no mask of all tokens against
-all is made. Sliding windows and soft caps are the model's own (transformers' `sdpa` attention drops a soft cap).
+Rows are split off and attended one after the other (on a GPU by PyTorch's flash attention for rows laid end to end): no
+row pays for another's length, and no mask of all tokens against all is made. Sliding windows and soft caps are the model's
+own (transformers' `sdpa` attention drops a soft cap).
 
 Shapes: H query heads, K key and value heads, T tokens of a row, P tokens of all rows, D size of a head.
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -79,9 +82,44 @@ def rows_attention(
     dtype = query.dtype
     if dtype == torch.bfloat16 and query.device.type == "cpu" and max(lengths) <= FLOAT32_UP_TO:
         query, key, value = query.float(), key.float(), value.float()
-    rows = zip(*(torch.split(whole, lengths, 2) for whole in (query, key, value)), strict=True)
-    found = torch.cat([_row(q, k, v, scaling, sliding_window, softcap) for q, k, v in rows], 2)
+    if query.is_cuda and softcap is None and dtype != torch.float32 and len(lengths) > 1 and _varlen_attn() is not None:
+        return _flash(query, key, value, bounds, max(lengths), scaling, sliding_window), None
+    each = zip(*(torch.split(whole, lengths, 2) for whole in (query, key, value)), strict=True)
+    found = torch.cat([_row(q, k, v, scaling, sliding_window, softcap) for q, k, v in each], 2)
     return found.to(dtype).transpose(1, 2), None
+
+
+@cache
+def _varlen_attn() -> Any:
+    """PyTorch's flash attention over rows laid end to end, for GPUs; None where this version has it not, or otherwise."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "window_size" in signature(varlen_attn).parameters else None
+
+
+def _flash(
+    query_1HPD: Tensor,
+    key_1KPD: Tensor,
+    value_1KPD: Tensor,
+    bounds: list[int],
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    ends = torch.tensor(bounds, dtype=torch.int32, device=query_1HPD.device)
+    groups = query_1HPD.shape[1] // key_1KPD.shape[1]
+    query_PHD, key_PHD, value_PHD = (
+        (whole if whole.shape[1] == query_1HPD.shape[1] else whole.repeat_interleave(groups, 1))[0].transpose(0, 1)
+        for whole in (query_1HPD, key_1KPD, value_1KPD)
+    )
+    left = -1 if window is None else window - 1  # a window of transformers counts the token itself
+    found_PHD: Tensor = _varlen_attn()(
+        query_PHD.contiguous(), key_PHD.contiguous(), value_PHD.contiguous(), ends, ends, longest, longest,
+        scale=scaling, window_size=(left, 0),
+    )  # fmt: skip
+    return found_PHD[None]
 
 
 def _row(

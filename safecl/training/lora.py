@@ -59,6 +59,11 @@ class RowDropout(nn.Module):
         return x * self.mask(x.flatten(0, -2)).view_as(x) * self.scale
 
 
+def _scaled(first: Tensor, second: Tensor, scale: float) -> Tensor:
+    """scale * first @ second, by the matrix product itself."""
+    return torch.addmm(first.new_empty(1), first, second, beta=0, alpha=scale)
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -74,12 +79,12 @@ class _LoraLinear(torch.autograd.Function):
         x_PI = x.reshape(-1, x.shape[-1])
         y_PO = torch.nn.functional.linear(x_PI, weight_OI, bias_O)
         mask_PI = drop.mask(x_PI) if drop is not None and drop.active else None
-        kept = 1.0 if mask_PI is None else drop.scale
-        own_RI, own_OR = (a_RI * kept).to(x.dtype), (b_OR * scale).to(x.dtype)
-        inner_PR = (x_PI if mask_PI is None else x_PI * mask_PI) @ own_RI.T
+        factor = scale if mask_PI is None else scale * drop.scale
+        own_RI, own_OR = a_RI.to(x.dtype), b_OR.to(x.dtype)
+        inner_PR = _scaled(x_PI if mask_PI is None else x_PI * mask_PI, own_RI.T, factor)
         y_PO.addmm_(inner_PR, own_OR.T)
         ctx.save_for_backward(x_PI, weight_OI, own_RI, own_OR, inner_PR, mask_PI)
-        ctx.scale, ctx.kept = scale, kept
+        ctx.factor = factor
         return y_PO.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -87,10 +92,9 @@ class _LoraLinear(torch.autograd.Function):
         x_PI, weight_OI, own_RI, own_OR, inner_PR, mask_PI = ctx.saved_tensors
         grad = outer[0]
         grad_PO = grad.reshape(-1, grad.shape[-1])
-        inner_grad_PR = grad_PO @ own_OR
-        kept_PI = x_PI if mask_PI is None else x_PI * mask_PI
-        grad_RI = (inner_grad_PR.T @ kept_PI).float() * ctx.kept
-        grad_OR = (inner_PR.T @ grad_PO).T.float() * ctx.scale
+        inner_grad_PR = _scaled(grad_PO, own_OR, ctx.factor)
+        grad_RI = (inner_grad_PR.T @ (x_PI if mask_PI is None else x_PI * mask_PI)).float()
+        grad_OR = (inner_PR.T @ grad_PO).T.float()
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_PI = grad_PO @ weight_OI
