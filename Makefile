@@ -15,7 +15,7 @@ demo: venv
 	$(BIN)/safecl run sweeps/quickstart.yaml
 
 test: venv
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder
 
 check: venv
 	$(BIN)/ruff check .

@@ -115,13 +115,22 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> World:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: place for place, name in enumerate(CLUSTERS + LONG)}
+    items.sort(key=lambda item: order.get(_file(item.nodeid), len(order)))
 
-    def name(item: pytest.Item) -> str:
-        return item.path.relative_to(Path(__file__).parent).as_posix()
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("clusters" if name(item) in CLUSTERS else name(item)))
-    items.sort(key=lambda item: order.get(name(item), len(order)))
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist; its own groups (3.8) do not reach pytest 9's node ids
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return "clusters" if _file(nodeid) in CLUSTERS else _file(nodeid)
+
+    return ByFile(config, log)
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0].removeprefix("tests/")
 
 
 def pytest_sessionfinish() -> None:
