@@ -49,7 +49,7 @@ def sweep(model: Path, root: Path) -> dict[str, Any]:
                        "heldout": [{"task": "mini", "num_rows": 6}], "epochs": 12, **TRAINING}},
         },
         "search": {"trials": 2},
-        "execution": {"root": str(root), "engine_max_tokens": 2048, "engine_memory_gib": 0.2},
+        "execution": {"root": str(root), "engine": "deepspeed", "engine_max_tokens": 2048, "engine_memory_gib": 0.2},
     }  # fmt: skip
 
 
