@@ -48,7 +48,8 @@ class Cost(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """Estimates against records, in seconds: of stages of one kind that this store holds."""
+    """Estimates against records, in seconds: of stages of one kind that this store holds; all that need an engine are one
+    kind, and recorded of them is how long any was under way."""
 
     num: int
     estimated_s: float
@@ -137,18 +138,20 @@ class Forecast:
             "judge",
             "metrics",
         ):
-            pairs, intervals = [], []
+            pairs = []
             for record in self.store.records(kind):
                 stage = self._remembered(record)
                 if stage is None:
                     continue
                 estimate, ended = self.estimator(stage), datetime.fromisoformat(record["created"]).timestamp()
                 self._learn(estimate, ended - record["seconds"], ended)
-                pairs.append((estimate.seconds, float(record["seconds"])))
-                intervals += [(ended - record["seconds"], ended, 0.0)] if estimate.on_engine else []
+                if not estimate.on_engine:
+                    pairs.append((estimate.seconds, float(record["seconds"])))
             if pairs:
-                recorded = busy(intervals) if len(intervals) == len(pairs) else sum(seconds for _, seconds in pairs)
-                self.checked[kind] = Checked(len(pairs), sum(seconds for seconds, _ in pairs), recorded)
+                self.checked[kind] = Checked(len(pairs), *(sum(column) for column in zip(*pairs, strict=True)))
+        if self._engine:
+            estimated = sum(estimated for _, _, estimated in self._engine)
+            self.checked["engine"] = Checked(len(self._engine), estimated, busy(self._engine))
         self._settle()
 
     def _remembered(self, record: dict[str, Any]) -> Stage | None:

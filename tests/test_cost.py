@@ -74,7 +74,7 @@ def test_a_finetunes_time_is_its_tokens_times_the_models_products_over_the_measu
     tokens, size = 72 * (rows.prompt + rows.answer), estimator.size(tuned.inputs["model"])
     assert size == Size(135e6, 30)  # from the file's name: nothing is unpacked yet
     products = tokens * 2 * 0.135 * (1 / 100 + 0.5 / 50)  # backward through half of the layers
-    rest = estimate.FIXED_S["finetune"] + 18 * 2 * estimate.STEP_S["cpu"]
+    rest = estimate.FIXED_S["finetune"] + 18 * estimate.OPTIMIZER_STEP_S["cpu"]
     other = tokens * size.layers * size.width * estimate.OTHER_S["cpu"] * (1 + 2 * 0.5) / 3
     assert estimator(tuned).seconds == pytest.approx(products + rest + other)
     half = Estimator(found.store, found.sweep.execution, {"bfloat16": Speed(50.0, 25.0)})
@@ -89,7 +89,7 @@ def test_what_a_method_adds_to_each_step_is_in_its_estimate(tmp_path: Path) -> N
     sft, replay, refresh, lisa, safeinstr = (
         estimator(cell.job({}, 0, "final").graph.tuned).seconds - fixed for cell in found.cells[2:]
     )
-    steps = 18 * 2 * estimate.STEP_S["cpu"]
+    steps = 18 * estimate.OPTIMIZER_STEP_S["cpu"]
     assert replay - steps == pytest.approx(2 * (sft - steps))  # as many memory rows as user rows a step
     assert refresh == pytest.approx(replay) and lisa == pytest.approx(sft)
     assert safeinstr == pytest.approx(sft * (72 + 250) / 72, rel=0.05)  # 250 rows more
