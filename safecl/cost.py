@@ -1,8 +1,8 @@
 """What a run would do, and for how long: stages that must run, are finished or are shared; hours of each kind; time left.
 
 A stage's time is estimate.py's, corrected by what past stages took: by the median of measured over estimated among stages
-of its kind and method (or judge), else of its kind. Stages that wait for one engine at a time overlap, so there the time
-in which any of them ran counts, against all their estimates.
+of its kind and method (or judge), else of its kind, the estimate itself (1) among them. Stages that wait for one engine
+overlap, so there the time in which any of them ran counts, against all their estimates.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from safecl.grid import Cell, Job
 from safecl.store import Stage, Store, below
 
 _LAST = 500  # stages of an engine that its pace is read from
+# The first stage that an engine finishes waited with others for it, and says little: estimates weigh as much as this.
+PRIOR_S = 30.0
 
 
 class Open(NamedTuple):
@@ -71,7 +73,8 @@ class Forecast:
         self._ratios: dict[tuple[str, str], list[float]] = {}  # measured / estimated
         self._of_kind: dict[str, list[float]] = {}
         self._engine: list[tuple[float, float, float]] = []  # (began, ended, estimated seconds)
-        self._engine_ratio = 1.0 / execution.num_candidate_engines
+        self._prior = 1.0 / execution.num_candidate_engines
+        self._engine_ratio = self._prior
         self._factors: dict[tuple[str, str], float] = {}
         self.checked: dict[str, Checked] = {}
         self._inputs: dict[str, Stage | None] = {}  # of past stages
@@ -100,7 +103,7 @@ class Forecast:
         group = estimate.group
         if group not in self._factors:
             past = self._ratios.get(group) or self._of_kind.get(group[0])
-            self._factors[group] = median(past) if past else 1.0
+            self._factors[group] = median([1.0, *past]) if past else 1.0  # the estimate is one of them
         return self._factors[group]
 
     def todo(self, stages: Sequence[Stage]) -> list[Todo]:
@@ -123,7 +126,8 @@ class Forecast:
         self._factors.clear()
         self._engine = sorted(self._engine)[-_LAST:]
         if self._engine:
-            self._engine_ratio = busy(self._engine) / sum(estimated for _, _, estimated in self._engine)
+            estimated = sum(estimated for _, _, estimated in self._engine)
+            self._engine_ratio = (busy(self._engine) + self._prior * PRIOR_S) / (estimated + PRIOR_S)
 
     def _learn_from_store(self) -> None:
         for kind in (

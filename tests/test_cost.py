@@ -160,14 +160,16 @@ def test_past_records_correct_estimates_by_kind_and_method_and_one_outlier_does_
 
 
 def test_stages_that_waited_for_one_engine_count_once(tmp_path: Path) -> None:
-    """Four at a time, each recorded with the turns of the others: the engine was busy for 40 s, not for 4 x 40."""
+    """Four at a time, each recorded with the turns of the others: the engine was busy for 4000 s, not for 4 x 4000."""
     generate = stages(project(tmp_path, "methods=[{name: sft}]"), "generate")[:4]
     cold = forecast(tmp_path)
     work = sum(cold.seconds(stage) for stage in generate)
-    cold.finished([(stage, 40.0) for stage in generate], now=1000.0)
-    assert sum(map(cold.seconds, generate)) == pytest.approx(40.0)
-    cold.finished([(stages(project(tmp_path), "generate")[5], 10.0)], now=2000.0)  # idle time between is nobody's
-    assert sum(map(cold.seconds, generate)) < 50.0 and work > 0
+    cold.finished([(stage, 4000.0) for stage in generate], now=10_000.0)
+    told = sum(map(cold.seconds, generate))
+    assert told == pytest.approx(work * (4000 + cost.PRIOR_S) / (work + cost.PRIOR_S))
+    other = stages(project(tmp_path), "generate")[5]
+    cold.finished([(other, cold.seconds(other))], now=50_000.0)  # the idle time between is nobody's
+    assert sum(map(cold.seconds, generate)) == pytest.approx(told)
     assert cost.busy([(0, 10, 0), (5, 12, 0), (20, 21, 0)]) == 13
 
 
