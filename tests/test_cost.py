@@ -258,6 +258,12 @@ def test_a_tick_builds_no_graph_and_asks_the_store_nothing_once_it_knows_the_job
         told.append(eta.state(schedule, snapshot, tick * EVERY_S)["eta_s"])
     assert not counted, counted
     assert min(told) > 0 and told[-1] < before["eta_s"]
+    # A job that came between two counts of the time left is known by its name at once.
+    late = here.cells[2].job({}, 99, "final")
+    schedule.queues[2].waiting.append(late)
+    running = {"kind": "finetune", "key": late.graph.tuned.key, "start": 0.0, "ends": None}
+    state = eta.state(schedule, {**snapshot, "running": [running]}, tick * EVERY_S)
+    assert [stage["label"] for stage in state["running"]] == ["finetune sft, mini, seed 99"]
 
 
 def test_what_runs_is_named_by_what_people_know(tmp_path: Path) -> None:
