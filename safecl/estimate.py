@@ -118,7 +118,7 @@ class Estimator:
         source: Any = stage.config["source"]
         if "files" in source:  # a pointer to a folder
             return 0.0
-        return self.size(stage).parameters / 2e7 if "hub" in source else 10.0 + self.size(stage).parameters / 6e6
+        return self.size(stage).parameters / 2e7 if "hub" in source else 20.0 + self.size(stage).parameters / 4e6
 
     def _finetune(self, stage: Stage) -> float:
         config: Any = stage.config
