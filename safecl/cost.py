@@ -1,8 +1,8 @@
 """What a run would do, and for how long: stages that must run, are finished or are shared; hours of each kind; time left.
 
 A stage's time is estimate.py's, corrected by what past stages took: by the median of measured over estimated among stages
-of its kind and method (or judge), else of its kind. Stages that wait for one engine at a time overlap, so there the time
-in which any of them ran counts, against all their estimates.
+of its kind and method (or judge), else of its kind, the estimate itself (1) among them. Stages that wait for one engine
+overlap, so there the time in which any of them ran counts, against all their estimates.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from safecl.grid import Cell, Job
 from safecl.store import Stage, Store, below
 
 _LAST = 500  # stages of an engine that its pace is read from
+# The first stage that an engine finishes waited with others for it, and says little: estimates weigh as much as this.
+PRIOR_S = 30.0
 
 
 class Open(NamedTuple):
@@ -48,7 +50,8 @@ class Cost(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """Estimates against records, in seconds: of stages of one kind that this store holds."""
+    """Estimates against records, in seconds: of stages of one kind that this store holds; all that need an engine are one
+    kind, and recorded of them is how long any was under way."""
 
     num: int
     estimated_s: float
@@ -70,7 +73,8 @@ class Forecast:
         self._ratios: dict[tuple[str, str], list[float]] = {}  # measured / estimated
         self._of_kind: dict[str, list[float]] = {}
         self._engine: list[tuple[float, float, float]] = []  # (began, ended, estimated seconds)
-        self._engine_ratio = 1.0 / execution.num_candidate_engines
+        self._prior = 1.0 / execution.num_candidate_engines
+        self._engine_ratio = self._prior
         self._factors: dict[tuple[str, str], float] = {}
         self.checked: dict[str, Checked] = {}
         self._inputs: dict[str, Stage | None] = {}  # of past stages
@@ -99,7 +103,7 @@ class Forecast:
         group = estimate.group
         if group not in self._factors:
             past = self._ratios.get(group) or self._of_kind.get(group[0])
-            self._factors[group] = median(past) if past else 1.0
+            self._factors[group] = median([1.0, *past]) if past else 1.0  # the estimate is one of them
         return self._factors[group]
 
     def todo(self, stages: Sequence[Stage]) -> list[Todo]:
@@ -122,7 +126,8 @@ class Forecast:
         self._factors.clear()
         self._engine = sorted(self._engine)[-_LAST:]
         if self._engine:
-            self._engine_ratio = busy(self._engine) / sum(estimated for _, _, estimated in self._engine)
+            estimated = sum(estimated for _, _, estimated in self._engine)
+            self._engine_ratio = (busy(self._engine) + self._prior * PRIOR_S) / (estimated + PRIOR_S)
 
     def _learn_from_store(self) -> None:
         for kind in (
@@ -137,18 +142,20 @@ class Forecast:
             "judge",
             "metrics",
         ):
-            pairs, intervals = [], []
+            pairs = []
             for record in self.store.records(kind):
                 stage = self._remembered(record)
                 if stage is None:
                     continue
                 estimate, ended = self.estimator(stage), datetime.fromisoformat(record["created"]).timestamp()
                 self._learn(estimate, ended - record["seconds"], ended)
-                pairs.append((estimate.seconds, float(record["seconds"])))
-                intervals += [(ended - record["seconds"], ended, 0.0)] if estimate.on_engine else []
+                if not estimate.on_engine:
+                    pairs.append((estimate.seconds, float(record["seconds"])))
             if pairs:
-                recorded = busy(intervals) if len(intervals) == len(pairs) else sum(seconds for _, seconds in pairs)
-                self.checked[kind] = Checked(len(pairs), sum(seconds for seconds, _ in pairs), recorded)
+                self.checked[kind] = Checked(len(pairs), *(sum(column) for column in zip(*pairs, strict=True)))
+        if self._engine:
+            estimated = sum(estimated for _, _, estimated in self._engine)
+            self.checked["engine"] = Checked(len(self._engine), estimated, busy(self._engine))
         self._settle()
 
     def _remembered(self, record: dict[str, Any]) -> Stage | None:

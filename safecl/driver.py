@@ -57,10 +57,6 @@ def _settle_dtype(project: Project, show: Callable[[str], None]) -> None:
     dtypes.remember(project.sweep, project.store, project.auto)
 
 
-class _TimeIsUp(KeyboardInterrupt):
-    """Raised in the main thread when the hours of a run are over: it ends everything that Ctrl-C ends, in the same way."""
-
-
 def run(project: Project, show: Callable[[str], None], max_hours: float | None = None) -> list[Done]:
     """Run what is missing, for at most `max_hours`. Returns failed jobs. The end of the hours, Ctrl-C and crashes leave
     everything resumable by the same command."""
@@ -115,14 +111,20 @@ def _at_most(hours: float | None, when_over: Callable[[], None]) -> Iterator[Non
         yield
         return
 
+    is_over = False
+
     def stop(*_: object) -> None:
-        raise _TimeIsUp
+        nonlocal is_over
+        is_over = True
+        raise KeyboardInterrupt  # Ray raises a new one whatever this is
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, hours * 3600)
     try:
         yield
-    except _TimeIsUp:
+    except KeyboardInterrupt:
+        if not is_over:
+            raise
         when_over()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

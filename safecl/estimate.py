@@ -21,25 +21,29 @@ from safecl.store import SharedConfig, Stage, Store
 
 # Seconds that a stage takes however small it is.
 FIXED_S = {
-    "model": 5.0,
-    "data": 0.5,
-    "finetune": 6.0,
+    "model": 1.0,
+    "data": 0.4,
+    "finetune": 5.0,
     "memory": 3.0,
     "fisher": 4.0,
     "likelihood": 3.0,
     "finalize": 2.0,
     "replay": 1.0,
-    "generate": 1.5,
-    "judge": 0.1,
-    "metrics": 0.2,
+    "generate": 0.7,
+    "judge": 0.05,
+    "metrics": 0.1,
 }
 BOOT_S = 30.0  # an engine's start
 TYPICAL_SPEED = Speed(40.0, 40.0)  # GFLOP/s, where it could not be measured
 TYPICAL_PARAMETERS, TYPICAL_LAYERS, TYPICAL_ROWS = 1e9, 30, 500
 MEMORY_GB_PER_S = {"cpu": 8.0, "gpu": 1000.0}  # at which decoding reads the weights
-STEP_S = {"cpu": 0.015, "gpu": 0.004}  # of a decoding step or an optimizer step, beside its arithmetic
-# Seconds a token, layer and hidden unit in what is no matrix product (norms, attention, loss), forward and backward.
-OTHER_S = {"cpu": 3e-8, "gpu": 2e-11}
+STEP_S = {"cpu": 0.015, "gpu": 0.004}  # of a decoding step, beside its arithmetic
+OPTIMIZER_STEP_S = {"cpu": 0.12, "gpu": 0.06}  # of a training step, likewise
+# Seconds a token, layer and hidden unit in what is no matrix product (norms, attention, loss, conversions), forward and
+# backward: of the quickstart's finetunes two at a time beside an engine. Matrix products of few rows count here too.
+OTHER_S = {"cpu": 2e-7, "gpu": 2e-10}
+TEMPLATE_TOKENS = 12  # around a prompt
+GUARD_TOKENS, GUARD_OWN_TOKENS = 195, 100  # of a guard's template; those after what all its prompts begin with
 AT_ONCE = {"cpu": 64, "gpu": 256}  # requests that an engine decodes together
 PROGRAM_S = 2.0  # a model-written program in its sandbox
 
@@ -88,7 +92,7 @@ class Estimator:
             "generate": self._generate,
             "judge": self._judge,
             "finalize": lambda stage: self._size(stage).parameters / 5e7,
-            "model": lambda stage: self.size(stage).parameters / 5e7,
+            "model": self._model,
             "metrics": self._metrics,
         }
 
@@ -110,6 +114,12 @@ class Estimator:
 
     # -- by kind ------------------------------------------------------------------------------------------------------
 
+    def _model(self, stage: Stage) -> float:
+        source: Any = stage.config["source"]
+        if "files" in source:  # a pointer to a folder
+            return 0.0
+        return self.size(stage).parameters / 2e7 if "hub" in source else 20.0 + self.size(stage).parameters / 4e6
+
     def _finetune(self, stage: Stage) -> float:
         config: Any = stage.config
         training, params = config["training"], config["params"]
@@ -123,7 +133,7 @@ class Estimator:
         if "memory" in stage.inputs and not adds_rows(config, stage, "memory"):
             drawn = (params.get("memory_batch_size") or training["batch_size"]) * params.get("unlearn_steps", 1)
             tokens += steps * drawn * row * (0 if params.get("cycles") else 1)  # lisa draws in place of user rows
-        return self._passes(stage, tokens, self._upper(stage)) + 2 * steps * STEP_S[self.device]
+        return self._passes(stage, tokens, self._upper(stage)) + steps * OPTIMIZER_STEP_S[self.device]
 
     def _memory(self, stage: Stage) -> float:
         config: Any = stage.config
@@ -153,7 +163,7 @@ class Estimator:
             return rows.rows * 1e-4
         answers = stage.inputs.get("generations")
         answer = rows.answer if answers is None else min(60.0, float(str(answers.config["max_new_tokens"])))
-        return FIXED_S["generate"] + self._decode(stage, rows.rows, 250 + rows.prompt + answer, 3)
+        return FIXED_S["generate"] + self._decode(stage, rows.rows, GUARD_OWN_TOKENS + rows.prompt + answer, 3)
 
     def _metrics(self, stage: Stage) -> float:
         if "num_cpus" not in stage.hints:  # it runs no programs
@@ -206,8 +216,8 @@ class Estimator:
             num_rows = int(self.store.record(rows)["result"].get("num_rows", num_rows))
         prompt, answer = (sum(column) / len(column) for column in zip(*typical, strict=True))
         if config.get("guard"):  # both stand in the guard's template
-            prompt, answer = 250 + prompt + answer, 5
-        return Length(num_rows, prompt + 10, answer)
+            prompt, answer = GUARD_TOKENS + prompt + answer, 5
+        return Length(num_rows, prompt + TEMPLATE_TOKENS, answer)
 
     def _size(self, stage: Stage) -> Size:
         model = stage.inputs.get("model") or next(

@@ -79,15 +79,15 @@ class Eta:
         finished: Sequence[dict[str, Any]],
         now: float,
     ) -> None:
+        for job in jobs:
+            if job not in self._of_job:
+                self._of_job[job] = self.forecast.todo(missing(job.evidence.targets, self.store))
+                self._known.update((item.stage.key, item.stage) for item in self._of_job[job])
         new = [(stage["key"], float(stage["seconds"])) for stage in finished[self._num_seen :]]
         seen = (len(finished), [id(job) for job in jobs], searching)
         if seen == self._seen or (self._seen is not None and now - self._at < EVERY_S):
             return
         self._seen, self._at, self._num_seen = seen, now, max(self._num_seen, len(finished))
-        for job in jobs:
-            if job not in self._of_job:
-                self._of_job[job] = self.forecast.todo(missing(job.evidence.targets, self.store))
-                self._known.update((item.stage.key, item.stage) for item in self._of_job[job])
         self._finished.update(key for key, _ in new)
         self.forecast.finished([(self._known[key], seconds) for key, seconds in new if key in self._known], now)
         todo = {
@@ -100,7 +100,6 @@ class Eta:
 
     def _label(self, stage: dict[str, Any]) -> str:
         key = stage["key"]
-        if key not in self._labels:
-            known = self._known.get(key)
-            self._labels[key] = str(stage["kind"]) if known is None else label(known, self.models)
-        return self._labels[key]
+        if key not in self._labels and key in self._known:
+            self._labels[key] = label(self._known[key], self.models)
+        return self._labels.get(key, str(stage["kind"]))  # an engine has no other name

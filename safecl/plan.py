@@ -352,8 +352,7 @@ class Graph:
 
     @shared(*MODEL)
     def _generation(self, max_new_tokens: int) -> dict[str, Json]:
-        longest = self.recipe.evaluate.max_prompt_tokens
-        text = self._text(self.recipe.model.template)
+        longest, text = self.recipe.evaluate.max_prompt_tokens, self._text(self.recipe.model.template)
         return SharedConfig({"max_new_tokens": max_new_tokens, "max_prompt_tokens": longest, **text})
 
     def likelihood(self, task: str, rows: Stage) -> Stage:
@@ -365,7 +364,10 @@ class Graph:
 
     def judge(self, name: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
         """Verdicts of one judge on generations (or, without `generations`, on the rows' own answers)."""
-        full, guard, version = self._judge(name, canonical(config))
+        return self._verdicts(name, canonical(config), inputs)
+
+    def _verdicts(self, name: str, config: str, inputs: dict[str, Stage]) -> Stage:
+        full, guard, version = self._judge(name, config)
         return _stage("judge", full, {**inputs, **guard}, version)
 
     @shared(*MODEL)
@@ -423,7 +425,7 @@ class Graph:
             generations = self.generate(final, rows, self.recipe.evaluate.max_new_tokens)
             inputs |= {f"{name}.rows": rows, f"{name}.generations": generations}
             for metric, judge, config in questions:
-                verdicts = self.judge(judge, config, {"generations": generations, "rows": rows})
+                verdicts = self._verdicts(judge, config, {"generations": generations, "rows": rows})
                 judged.append(verdicts)
                 inputs[f"{name}.{metric}"] = verdicts
         inputs |= {
@@ -460,7 +462,8 @@ class Graph:
                 above = self._test_prompts if role == "attack" else self._attacks
                 exclude = above if split == "validation" else {}
                 rows = self.data(f"{role}.{split}", f"{role}.{split}", [part], seed=0, inputs=exclude)
-                asked.append((f"{role}.{part.task}", rows, of_role))
+                as_text = [(metric, judge, canonical(config)) for metric, judge, config in of_role]
+                asked.append((f"{role}.{part.task}", rows, as_text))
                 measures += [{"metric": m, "set": part.task, "of": "verdict", "role": role} for m, _, _ in of_role]
         name = f"utility.{split}"
         utility = self.data(name, name, [Rows(task=task, num_rows=prompts.utility_rows)], seed=0)
@@ -473,10 +476,10 @@ class Graph:
 
 
 class Questions(NamedTuple):
-    """What is asked of a model: sets as (name, rows, [(metric, judge, its config)]), prompts of its task, what is measured
-    of the answers, and the version of the scores."""
+    """What is asked of a model: sets as (name, rows, [(metric, judge, its config as text)]), prompts of its task, what is
+    measured of the answers, and the version of the scores."""
 
-    asked: list[tuple[str, Stage, list[tuple[str, str, dict[str, Json]]]]]
+    asked: list[tuple[str, Stage, list[tuple[str, str, str]]]]
     utility: Stage
     measures: SharedConfig
     version: str

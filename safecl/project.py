@@ -216,6 +216,7 @@ class Project:
         self.study_url = sweep.execution.study_uri or f"sqlite:///{self.store.local / 'study.db'}"
         self._storage: Any = None
         self._studies: dict[Cell, Study] = {}  # those that this process drives
+        self._pasts: dict[Cell, Past | None] = {}  # those that it only reads, as they were the first time
 
     def study(self, cell: Cell) -> Study | None:
         """A cell's study, started or continued by this process; None where nothing is searched."""
@@ -238,7 +239,9 @@ class Project:
             if self.study_url.startswith("sqlite:///") and not Path(self.study_url[10:]).exists():
                 return None
             self._storage = search.open_storage(self.study_url)
-        return search.past_of(cell, self.sweep, self._storage)
+        if cell not in self._pasts:
+            self._pasts[cell] = search.past_of(cell, self.sweep, self._storage)
+        return self._pasts[cell]
 
     def schedule(self, on_done: Callable[[Done], None] | None = None) -> Schedule:
         return Schedule(self.sweep, self.store, self.cells, self.study, on_done)

@@ -74,7 +74,7 @@ def test_a_finetunes_time_is_its_tokens_times_the_models_products_over_the_measu
     tokens, size = 72 * (rows.prompt + rows.answer), estimator.size(tuned.inputs["model"])
     assert size == Size(135e6, 30)  # from the file's name: nothing is unpacked yet
     products = tokens * 2 * 0.135 * (1 / 100 + 0.5 / 50)  # backward through half of the layers
-    rest = estimate.FIXED_S["finetune"] + 18 * 2 * estimate.STEP_S["cpu"]
+    rest = estimate.FIXED_S["finetune"] + 18 * estimate.OPTIMIZER_STEP_S["cpu"]
     other = tokens * size.layers * size.width * estimate.OTHER_S["cpu"] * (1 + 2 * 0.5) / 3
     assert estimator(tuned).seconds == pytest.approx(products + rest + other)
     half = Estimator(found.store, found.sweep.execution, {"bfloat16": Speed(50.0, 25.0)})
@@ -89,7 +89,7 @@ def test_what_a_method_adds_to_each_step_is_in_its_estimate(tmp_path: Path) -> N
     sft, replay, refresh, lisa, safeinstr = (
         estimator(cell.job({}, 0, "final").graph.tuned).seconds - fixed for cell in found.cells[2:]
     )
-    steps = 18 * 2 * estimate.STEP_S["cpu"]
+    steps = 18 * estimate.OPTIMIZER_STEP_S["cpu"]
     assert replay - steps == pytest.approx(2 * (sft - steps))  # as many memory rows as user rows a step
     assert refresh == pytest.approx(replay) and lisa == pytest.approx(sft)
     assert safeinstr == pytest.approx(sft * (72 + 250) / 72, rel=0.05)  # 250 rows more
@@ -160,14 +160,16 @@ def test_past_records_correct_estimates_by_kind_and_method_and_one_outlier_does_
 
 
 def test_stages_that_waited_for_one_engine_count_once(tmp_path: Path) -> None:
-    """Four at a time, each recorded with the turns of the others: the engine was busy for 40 s, not for 4 x 40."""
+    """Four at a time, each recorded with the turns of the others: the engine was busy for 4000 s, not for 4 x 4000."""
     generate = stages(project(tmp_path, "methods=[{name: sft}]"), "generate")[:4]
     cold = forecast(tmp_path)
     work = sum(cold.seconds(stage) for stage in generate)
-    cold.finished([(stage, 40.0) for stage in generate], now=1000.0)
-    assert sum(map(cold.seconds, generate)) == pytest.approx(40.0)
-    cold.finished([(stages(project(tmp_path), "generate")[5], 10.0)], now=2000.0)  # idle time between is nobody's
-    assert sum(map(cold.seconds, generate)) < 50.0 and work > 0
+    cold.finished([(stage, 4000.0) for stage in generate], now=10_000.0)
+    told = sum(map(cold.seconds, generate))
+    assert told == pytest.approx(work * (4000 + cost.PRIOR_S) / (work + cost.PRIOR_S))
+    other = stages(project(tmp_path), "generate")[5]
+    cold.finished([(other, cold.seconds(other))], now=50_000.0)  # the idle time between is nobody's
+    assert sum(map(cold.seconds, generate)) == pytest.approx(told)
     assert cost.busy([(0, 10, 0), (5, 12, 0), (20, 21, 0)]) == 13
 
 
@@ -256,6 +258,12 @@ def test_a_tick_builds_no_graph_and_asks_the_store_nothing_once_it_knows_the_job
         told.append(eta.state(schedule, snapshot, tick * EVERY_S)["eta_s"])
     assert not counted, counted
     assert min(told) > 0 and told[-1] < before["eta_s"]
+    # A job that came between two counts of the time left is known by its name at once.
+    late = here.cells[2].job({}, 99, "final")
+    schedule.queues[2].waiting.append(late)
+    running = {"kind": "finetune", "key": late.graph.tuned.key, "start": 0.0, "ends": None}
+    state = eta.state(schedule, {**snapshot, "running": [running]}, tick * EVERY_S)
+    assert [stage["label"] for stage in state["running"]] == ["finetune sft, mini, seed 99"]
 
 
 def test_what_runs_is_named_by_what_people_know(tmp_path: Path) -> None:

@@ -66,7 +66,10 @@ def jobs_in_turn(monkeypatch: pytest.MonkeyPatch, pause_s: float, then_hang_afte
             broker.ensure.remote(job.evidence.targets)
             schedule.finish(job, "")
             if len(schedule.done) == then_hang_after:
-                time.sleep(60)
+                try:
+                    time.sleep(60)
+                except KeyboardInterrupt:
+                    raise KeyboardInterrupt from None  # Ray raises one of its own where a signal interrupts it
             time.sleep(pause_s)
 
     monkeypatch.setattr(search, "run", run)
@@ -93,6 +96,15 @@ def _status(project: Project) -> list[dict[str, str]]:
     from safecl.overview import status
 
     return status(project)
+
+
+def test_ctrl_c_within_the_hours_is_ctrl_c(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        driver.run(project, lambda text: None, max_hours=1.0)
 
 
 def test_a_run_within_its_hours_leaves_no_timer_behind(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,3 +246,23 @@ def test_the_default_must_lie_in_the_space() -> None:
     outside: dict[str, Json] = {"weight": 11.0, "rows": 17}
     errors = space_check(SPACE, outside)
     assert len(errors) == 3 and "11.0" in errors[0] and "17" in errors[1] and "no default" in errors[2]
+
+
+def test_reading_a_study_changes_nothing_and_finds_what_its_driver_told(tmp_path: Path) -> None:
+    from safecl.project import Project, load
+
+    file = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
+    settings = ["models.0.dtype=bfloat16", "poison.ratios=[0.1]", f"execution.root={tmp_path}"]
+    reader = Project(load(file, settings))
+    searched = [cell for cell in reader.cells if cell.space is not None]
+    assert [reader.past(cell) for cell in searched] == [None] and not list(tmp_path.iterdir())
+    driver = Project(load(file, settings))
+    [study] = [study for cell in driver.cells if (study := driver.study(cell)) is not None]
+    number, params = study.ask()
+    study.tell(number, 0.5, {"asr": -0.1})
+    study.ask()  # under way: a reader takes it for no ghost
+    before = (tmp_path / "study.db").read_bytes()
+    past = Project(load(file, settings)).past(searched[0])
+    assert past is not None and past.remaining == study.remaining == 1
+    assert [(trial.params, trial.value) for trial in past.complete()] == [(params, 0.5)]
+    assert (tmp_path / "study.db").read_bytes() == before
