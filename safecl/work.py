@@ -49,7 +49,7 @@ def run_stage(
                 stage=stage,
                 inputs={name: store.path(below) for name, below in stage.inputs.items()},
                 out=out,
-                scratch=store.scratch(stage),
+                scratch=store.scratch(stage) if own_process else out,  # light stages keep no checkpoints
                 execution=execution,
                 report=Progress(broker, stage.key),
                 engines=Engines(groups or {}),
