@@ -32,10 +32,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-warm", type=int, default=4, help="finetunes after the first")
     parser.add_argument("--idle-s", type=float, default=15.0, help="how long idle processes are watched")
+    parser.add_argument("--name", default="fixed_cost", help="of the file in results/")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         numbers = measure(Path(folder), arguments.num_warm, arguments.idle_s)
-    print(f"written: {_bench.write('fixed_cost', numbers)}")
+    print(f"written: {_bench.write(arguments.name, numbers)}")
 
 
 def measure(folder: Path, num_warm: int, idle_s: float) -> dict[str, Any]:
@@ -154,10 +155,17 @@ def waiting_trials(folder: Path, model: Any) -> dict[str, Any]:
     from tests.test_end_to_end import sweep
 
     class Waits:
-        async def ensure(self, stages: Any) -> None:
+        def __init__(self) -> None:
             import asyncio
 
-            await asyncio.sleep(3600)
+            self.over = asyncio.Event()
+
+        async def ensure(self, stages: Any) -> None:
+            await self.over.wait()
+            raise RuntimeError("nobody makes these stages")
+
+        async def release(self) -> None:
+            self.over.set()
 
     config = sweep(Path(model.hints["path"]), folder / "waiting")
     config["execution"] |= {"num_trials_at_once": 3}
@@ -182,13 +190,11 @@ def waiting_trials(folder: Path, model: Any) -> dict[str, Any]:
     while len(new()) < 3 and time.time() - search_s < 40:
         time.sleep(0.5)
     time.sleep(3)
-    trials = [round(pss) for _, pss in new().values()]
+    trials, names = [round(pss) for _, pss in new().values()], sorted({name for name, _ in new().values()})
+    ray.get(broker.release.remote())
+    thread.join(60)
     print(f"waiting trials: {len(trials)} processes of 3 trials, MiB PSS each {trials}")
-    return {
-        "processes a trial": len(trials) / 3,
-        "pss_mib": trials,
-        "names": sorted({name for name, _ in new().values()}),
-    }
+    return {"processes a trial": len(trials) / 3, "pss_mib": trials, "names": names}
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

@@ -18,11 +18,13 @@ import _bench
 
 from safecl.store import Context, Stage
 
-AT_ONCE = 50
-
 
 class Nothing(Stage):
     """A stage that sleeps `config["seconds"]`. Importing this file, as unpickling one does, provides its kind."""
+
+
+def bare(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 def _sleep(context: Context) -> dict[str, Any]:
@@ -40,8 +42,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--at-once", type=int, default=50)
     arguments = parser.parse_args()
     num, seconds = (100, 0.2) if arguments.quick else (1000, 1.0)
+    at_once = arguments.at_once
     import ray
 
     from safecl import execute
@@ -50,8 +54,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ray.init(address="local", num_cpus=AT_ONCE // 2, resources={"slot": AT_ONCE}, log_to_driver=False)
-        sleep = ray.remote(num_cpus=0, resources={"slot": 1})(time.sleep)
+        ray.init(address="local", num_cpus=at_once // 2, resources={"slot": at_once}, log_to_driver=False)
+        sleep = ray.remote(num_cpus=0, resources={"slot": 1})(bare)
 
         def tasks() -> float:
             began = time.monotonic()
@@ -61,11 +65,13 @@ def main() -> None:
         def stages() -> float:
             root = folder / str(time.time_ns())
             broker = execute.broker(Store(str(root)), Execution(root=str(root)), root / "logs")
-            ray.get(broker.snapshot.remote())
+            ray.get(
+                broker.ensure.remote([stage(KIND, {"seconds": 0.0, "number": -1})])
+            )  # starts its process, as for tasks
             began = time.monotonic()
             ray.get(broker.ensure.remote([stage(KIND, {"seconds": seconds, "number": i}) for i in range(num)]))
             took = time.monotonic() - began
-            assert len(list((root / "store" / KIND).glob("*/record.json"))) == num
+            assert len(list((root / "store" / KIND).glob("*/record.json"))) == num + 1
             ray.kill(broker)
             return took
 
@@ -74,12 +80,12 @@ def main() -> None:
         tasks()  # starts the processes that the tasks then reuse
         numbers = _bench.interleaved({"bare Ray tasks": tasks, "through the Broker": stages}, arguments.repeats)
         ray.shutdown()
-    ideal = num * seconds / AT_ONCE
-    print(f"{num} stages of {seconds} s, {AT_ONCE} at once: {ideal:g} s at least")
+    ideal = num * seconds / at_once
+    print(f"{num} stages of {seconds} s, {at_once} at once: {ideal:g} s at least")
     for name, found in numbers.items():
         print(f"  {name:20}{found['median']:8.2f} s   {found['ratio']:.3f} of bare tasks")
     rows = {name: {"seconds": found["median"], "over bare tasks": found["ratio"]} for name, found in numbers.items()}
-    print(f"written: {_bench.write('orchestration', {f'{num} stages of {seconds} s, {AT_ONCE} at once': rows})}")
+    print(f"written: {_bench.write('orchestration', {f'{num} stages of {seconds} s, {at_once} at once': rows})}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from safecl.schedule import Done, Schedule
 from safecl.stats import Interval, quality
 from safecl.store import Store
 
-GIB_PER_TRIAL, GIB_PER_ENGINE, GIB_PER_WORKER = 1.0, 4.0, 2.5  # measured at 135M parameters, see the README
+GIB_PER_TRIAL, GIB_PER_ENGINE, GIB_PER_WORKER = 0.4, 4.0, 2.5  # measured at 135M parameters, see the README
 
 
 def open_to_run(sweep: Sweep) -> Project:

@@ -14,7 +14,6 @@ checkpoint; one that lost its worker `max_failures` times before fails alone.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import os
 import shutil
@@ -28,7 +27,7 @@ from typing import Any
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Execution
 from safecl.store import Place, Stage
-from safecl.work import run_stage
+from safecl.work import free_heap, run_stage
 
 IDLE_S = 300.0  # without work for so long, a trainer gives back its CPUs or GPUs and memory
 REFUSALS = (ConfigError, PrerequisiteError, FloatingPointError)  # of every rank, and trying again would change nothing
@@ -295,14 +294,11 @@ def _portable(error: Exception) -> Exception:
 
 
 def _free_memory(device: str) -> None:
-    """Give what a stage held back to the system, so that the next one's estimate of free memory is right."""
+    """Give what a stage held back, so that the next one's estimate of free memory is right."""
     gc.collect()
-    if device != "cpu":
+    if device == "cpu":
+        free_heap()
+    else:
         import torch
 
         torch.cuda.empty_cache()
-        return
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):  # another libc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
