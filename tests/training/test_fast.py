@@ -45,7 +45,7 @@ def _adapted(folder: Path, dropout: float = 0.0, dtype: str = "float32") -> Any:
 
 def _gradients(states: HiddenStates, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     hidden_PD = states(batch)
-    weights = torch.linspace(-1, 1, hidden_PD.numel()).view_as(hidden_PD)
+    weights = torch.linspace(-1, 1, hidden_PD.numel()).view_as(hidden_PD).to(hidden_PD.device)
     (hidden_PD.float() * weights).sum().backward()
     found = {name: p.grad.clone() for name, p in model.factors(states.peft_model).items() if p.grad is not None}
     states.zero_grad()
