@@ -72,17 +72,33 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-@pytest.fixture
-def running(cluster: Path, tmp_path: Path, tiny_model: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+@pytest.fixture(scope="module")
+def running(
+    cluster: Path, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, request: pytest.FixtureRequest
+) -> Iterator[Running]:
+    """One Broker and its trainer for all tests of the same execution: a start of them is 20 s of CPU."""
     import ray
 
-    made = Running(tmp_path, tiny_model, **getattr(request, "param", {}))
+    made = Running(tmp_path_factory.mktemp("running"), tiny_model, **getattr(request, "param", {}))
     yield made
     ray.kill(made.broker)
     deadline = time.monotonic() + 30
     while made.pids():  # its trainers end with it
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    _free()
+
+
+def _free() -> None:
+    """Give back the CPUs of trainers that were killed with their Broker: in a sweep the cluster ends with it, here the
+    next test would wait for them for ever."""
+    from ray import PlacementGroupID
+    from ray.util import placement_group_table, remove_placement_group
+    from ray.util.placement_group import PlacementGroup
+
+    for name, group in placement_group_table().items():
+        if group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def test_one_process_trains_one_after_the_other_and_a_refusal_does_not_end_it(running: Running, tmp_path: Path) -> None:
@@ -129,7 +145,9 @@ def test_a_finetune_that_kills_its_worker_too_often_fails_alone(running: Running
     stage, next_stage = running.finetune(6, epochs=400.0), running.finetune(7)
     done, next_done = running.broker.ensure.remote([stage]), running.broker.ensure.remote([next_stage])
     killed: set[float] = set()
+    deadline = time.monotonic() + 120
     while len(killed) < 2:  # max_failures 1: the second is one too many
+        assert time.monotonic() < deadline, ray.get(running.broker.snapshot.remote())
         live = [one for one in ray.get(running.broker.snapshot.remote())["running"] if one["key"] == stage.key]
         if live and live[0]["done"] and live[0]["start"] not in killed:  # this attempt is under way
             [pid] = running.pids()
@@ -142,14 +160,17 @@ def test_a_finetune_that_kills_its_worker_too_often_fails_alone(running: Running
     assert running.store.has(next_stage) and not running.store.has(stage)
 
 
-def test_memory_returns_between_finetunes_and_those_that_wait_hold_no_process(running: Running, tmp_path: Path) -> None:
+def test_memory_returns_between_finetunes_and_those_that_wait_hold_no_process(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.conftest import build_model, build_tokenizer
 
     large = tmp_path / "large"
     build_tokenizer(large)
     build_model(large, vocab_size=100_000)
     size = (large / "model.safetensors").stat().st_size
-    running.model = Stage("model", {"source": {"local": 1}, "dtype": "float32"}, {}, hints={"path": str(large)})
+    model = Stage("model", {"source": {"local": 1}, "dtype": "float32"}, {}, hints={"path": str(large)})
+    monkeypatch.setattr(running, "model", model)
     running.ensure(running.finetune(0), running.finetune(1))
     [pid] = running.pids()
     before, processes = psutil.Process(pid).memory_info().rss, _ray_processes()
