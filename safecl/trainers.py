@@ -48,7 +48,7 @@ class Trainer:
     """One Ray Train run as the Broker sees it."""
 
     name: str
-    workers: dict[int, str] = field(default_factory=dict)  # rank -> its process, as a Ray actor id
+    group: str = ""  # of its present ranks: their first one's Ray actor id; empty before they are there
     waiting: dict[int, asyncio.Future[tuple[Stage, int] | None]] = field(default_factory=dict)  # ranks without work
     work: dict[int, Work] = field(default_factory=dict)  # rank -> what it does
     idle: asyncio.TimerHandle | None = None
@@ -86,15 +86,15 @@ class Trainers:
         self._grow()
         await work.done
 
-    async def take(self, name: str, rank: int, worker: str) -> tuple[Stage, int] | None:
-        """Called by a worker without work: its next stage and how many ranks share it. None: the worker is to end."""
+    async def take(self, name: str, rank: int, group: str) -> tuple[Stage, int] | None:
+        """Called by a worker without work: its next stage and how many ranks share it. None: the worker is to end.
+        `group`: the same for the ranks that Ray Train started together."""
         trainer = self.trainers.get(name)
         if trainer is None:
             return None
-        if trainer.workers.get(rank, worker) != worker:  # Ray Train has started the ranks anew
+        if trainer.group not in ("", group):  # Ray Train has started the ranks anew, whichever of them comes first
             self._lost(trainer, "its worker died")
-            trainer.workers = {}
-        trainer.workers[rank] = worker
+        trainer.group = group
         given: asyncio.Future[tuple[Stage, int] | None] = asyncio.get_running_loop().create_future()
         trainer.waiting[rank] = given
         self._give()
@@ -138,7 +138,7 @@ class Trainers:
 
     def _grow(self) -> None:
         """Start trainers: as many as there is work for; while none of it is ready, one after the other."""
-        starting = sum(not trainer.workers for trainer in self.trainers.values())
+        starting = sum(not trainer.group for trainer in self.trainers.values())
         while len(self.trainers) < min(self._limit(), self.expected) and starting < max(1, len(self.queue)):
             self.started += 1
             starting += 1
@@ -160,7 +160,7 @@ class Trainers:
             except Exception as error:  # more restarts than it may have, or it never came up
                 why = f"{type(error).__name__}: {error}"
         self.trainers.pop(trainer.name, None)
-        if why and not trainer.workers and self.queue:  # else a trainer that cannot start would be started for ever
+        if why and not trainer.group and self.queue:  # else a trainer that cannot start would be started for ever
             self._again(self.queue.popleft(), why)
         self._lost(trainer, why)
         if self.queue:
@@ -261,11 +261,15 @@ def worker(loop: dict[str, Any]) -> None:
 
         device = str(ray.train.torch.get_device())
     _import_what_stages_need()
-    me = ray.get_runtime_context().get_actor_id()
-    while (given := ray.get(broker.take.remote(name, rank, me))) is not None:
+    group = [ray.get_runtime_context().get_actor_id()]
+    if context.get_world_size() > 1:
+        import torch
+
+        torch.distributed.broadcast_object_list(group)
+    while (given := ray.get(broker.take.remote(name, rank, group[0]))) is not None:
         stage, num_ranks = given
         place = Place(rank if num_ranks > 1 else 0, num_ranks, device)
-        error = None
+        error: Exception | None = None
         try:
             run_stage(stage, loop["root"], loop["execution"], loop["logs"], broker, place=place)
         except Exception as raised:
@@ -274,6 +278,7 @@ def worker(loop: dict[str, Any]) -> None:
             ray.get(broker.done.remote(name, rank, stage.key, error))
         if error is not None and not isinstance(error, REFUSALS) and (num_ranks > 1 or device != "cpu"):
             raise error  # other ranks may wait for this one; a CUDA error spoils the process
+        error = None  # its traceback holds what the stage held
         _free_memory(device)
 
 

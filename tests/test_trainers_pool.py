@@ -72,7 +72,7 @@ def test_a_finetune_goes_to_all_ranks_at_once_and_other_stages_to_one(monkeypatc
             asyncio.create_task(pool.run(stage("finetune"))),
         )
         await settle()
-        ranks = [asyncio.create_task(pool.take(name, rank, f"w{rank}")) for rank in (0, 1)]
+        ranks = [asyncio.create_task(pool.take(name, rank, "w0")) for rank in (0, 1)]
         await settle()
         assert ranks[0].result() == (stage("memory"), 1) and not ranks[1].done()  # the finetune needs both
         await pool.done(name, 0, stage("memory").key, None)
@@ -142,10 +142,10 @@ def test_when_one_rank_dies_what_waits_in_the_other_is_not_given_to_the_dead(mon
         [name] = pool.trainers
         task = asyncio.create_task(pool.run(stage("memory")))
         await settle()
-        assert await pool.take(name, 0, "old0") == (stage("memory"), 1)
-        idle = asyncio.create_task(pool.take(name, 1, "old1"))
+        assert await pool.take(name, 0, "old") == (stage("memory"), 1)
+        idle = asyncio.create_task(pool.take(name, 1, "old"))
         await settle()
-        fresh = [asyncio.create_task(pool.take(name, rank, f"new{rank}")) for rank in (0, 1)]
+        fresh = [asyncio.create_task(pool.take(name, rank, "new")) for rank in (0, 1)]
         await settle()
         assert idle.cancelled() and fresh[0].result() == (stage("memory"), 1) and not fresh[1].done()
         await pool.done(name, 0, stage("memory").key, None)
@@ -186,3 +186,25 @@ def test_a_trainer_without_work_ends_after_a_while(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(trainers, "IDLE_S", 0.05)
     play(scene, Pool(1), monkeypatch)
+
+
+def test_ranks_of_two_attempts_never_share_a_finetune(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 of an attempt waits, the attempt dies, and of the next one rank 1 comes first."""
+
+    async def scene(pool: Pool) -> None:
+        pool.expect(1)
+        [name] = pool.trainers
+        task = asyncio.create_task(pool.run(stage("finetune")))
+        await settle()
+        stale = asyncio.create_task(pool.take(name, 0, "old"))
+        await settle()
+        first = asyncio.create_task(pool.take(name, 1, "new"))
+        await settle()
+        assert stale.cancelled() and not first.done()
+        second = asyncio.create_task(pool.take(name, 0, "new"))
+        await settle()
+        assert first.result() == second.result() == (stage("finetune"), 2)
+        await pool.done(name, 0, stage("finetune").key, None)
+        await task
+
+    play(scene, Pool(2, num_workers=2), monkeypatch)

@@ -118,10 +118,9 @@ def make_run(
     memory = loop.Memory.load(inputs["memory"]) if "memory" in inputs else None
     num_drawn = getattr(method.config, "memory_batch_size", None) or training.batch_size
     drawn = sorted(memory.rows if memory else [], key=lambda row: -len(row.ids))[:num_drawn]
-    fitted = fit.choose(
-        base.config, config["lora"], encoded, drawn, execution, fit.free_memory(device, world_size),
-        head.weight_VD.element_size(),
-    )  # fmt: skip
+    drawn *= 2 if getattr(method.config, "label_weight", 0) else 1  # DER++ draws twice
+    free = fit.free_memory(device, world_size, execution["num_trials_at_once"])
+    fitted = fit.choose(base.config, config["lora"], encoded, drawn, execution, free, head.weight_VD.element_size())
     if fitted.checkpointing:
         fit.checkpoint_layers(hidden_states)
     run = loop.Run(
@@ -168,7 +167,7 @@ def train_rows(
     started = time.monotonic()
     from safecl.training import fit, loop
 
-    execution = {**execution, "micro_batch_size": fit.noted(scratch, execution["micro_batch_size"])}
+    execution = {**execution, **fit.noted(scratch, execution)}
     made = make_run(config, inputs, execution, rank, world_size, device)
     run = made.run
     ready = time.monotonic()
@@ -176,11 +175,13 @@ def train_rows(
         outcome = loop.train(made.method, run, scratch, report, execution["checkpoint_every_s"], after_step)
     except fit.OUT_OF_MEMORY as error:
         size = run.micro_batch_size
-        if size == 1:
-            raise PrerequisiteError(
-                f"out of memory with one row a forward (gradient checkpointing {'on' if made.fitted.checkpointing else 'off'}): "
-                "lower max_tokens, set execution.gradient_checkpointing: on, or use a device with more memory"
-            ) from error
+        last = made.fitted.checkpointing or execution["gradient_checkpointing"] == "off"
+        if size == 1 and last:
+            text = "out of memory with one row a forward: lower max_tokens or use a device with more memory"
+            if execution["gradient_checkpointing"] == "off":
+                text += ", or set execution.gradient_checkpointing: auto"
+            # Of one rank among several it is no refusal: the others wait for it, and all must end.
+            raise (PrerequisiteError(text) if world_size == 1 else RuntimeError(text)) from error
         smaller = fit.halved(scratch, size)
         print(f"out of memory with {size} rows a forward: going on from the last checkpoint with {smaller}", flush=True)
         if world_size > 1:

@@ -69,8 +69,9 @@ def estimate(
         rows = [encoded[i] for i in order[start : start + batch_size]]
         batch = batches.collate(rows, order[start : start + batch_size], [0] * len(rows), 1, rows[0], device)
         mask_P, targets_N = losses.targets(batch.labels_P)
-        squares.lengths = batch.lengths
-        hidden_ND = safe(batch)[mask_P]
+        hidden_PD = safe(batch)
+        squares.lengths = [length for _, length in safe.rows]  # padded where the model needs it
+        hidden_ND = hidden_PD[mask_P]
         if config["labels"] == "true":
             targets_N = sampled(hidden_ND.detach(), head, batch, config["seed"])
         losses.cross_entropy_sum(hidden_ND, head, targets_N).backward()  # type: ignore[no-untyped-call]

@@ -71,8 +71,9 @@ def rows_attention(
     Raises:
         PrerequisiteError: the model does not hand the rows' bounds to its attention, or attends with sinks.
     """
-    if s_aux is not None:
-        raise PrerequisiteError("this model attends with sinks (s_aux), which safecl cannot train yet")
+    if s_aux is not None or attention_mask is not None:
+        what = "sinks (s_aux)" if s_aux is not None else "a mask of its own"
+        raise PrerequisiteError(f"{type(module).__name__} attends with {what}, which safecl cannot train yet")
     if cu_seq_lens_q is None and _packed.get():
         raise PrerequisiteError(
             f"{type(module).__name__} does not hand row bounds (cu_seq_lens_q) to its attention: rows would see each other"
@@ -82,11 +83,17 @@ def rows_attention(
     dtype = query.dtype
     if dtype == torch.bfloat16 and query.device.type == "cpu" and max(lengths) <= FLOAT32_UP_TO:
         query, key, value = query.float(), key.float(), value.float()
-    if query.is_cuda and softcap is None and dtype != torch.float32 and len(lengths) > 1 and _varlen_attn() is not None:
+    if len(lengths) > 1 and softcap is None and _has_flash(query, value):
         return _flash(query, key, value, bounds, max(lengths), scaling, sliding_window), None
     each = zip(*(torch.split(whole, lengths, 2) for whole in (query, key, value)), strict=True)
     found = torch.cat([_row(q, k, v, scaling, sliding_window, softcap) for q, k, v in each], 2)
     return found.to(dtype).transpose(1, 2), None
+
+
+def _has_flash(query: Tensor, value: Tensor) -> bool:
+    if not query.is_cuda or query.dtype == torch.float32 or not query.shape[-1] == value.shape[-1] <= 256:
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0) and _varlen_attn() is not None
 
 
 @cache

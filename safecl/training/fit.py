@@ -12,6 +12,7 @@ b bytes of a number, D hidden, I width of the MLP, Q widths of queries, keys and
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -81,13 +82,14 @@ def choose(
         size = max(1, size // 2)
 
 
-def free_memory(device: str, world_size: int = 1) -> float:
-    """Bytes that a rank may still take on `device`: as many as the rank with the least, so that all choose alike. Ranks on
-    CPUs are taken to share one machine's memory."""
+def free_memory(device: str, world_size: int = 1, num_at_once: int = 1) -> float:
+    """Bytes that a rank may still take on `device`: as many as the rank with the least, so that all choose alike. On CPUs
+    its ranks, and as many finetunes as run at once (no more than cores), are taken to share one machine's memory."""
     if device == "cpu":
         import psutil
 
-        free = float(psutil.virtual_memory().available) / world_size
+        sharing = world_size * min(num_at_once, os.cpu_count() or 1)
+        free = float(psutil.virtual_memory().available) / sharing
     else:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = float(torch.cuda.mem_get_info(device)[0] + cached)
@@ -121,14 +123,21 @@ def halved(scratch: Path, micro_batch_size: int) -> int:
     """Note that half the rows a forward are to be tried, for this process and for those that take over from it."""
     smaller = max(1, micro_batch_size // 2)
     scratch.mkdir(parents=True, exist_ok=True)
-    (scratch / NOTE).write_text(str(smaller))
+    written = scratch / f"{NOTE}.tmp"
+    written.write_text(str(smaller))
+    os.replace(written, scratch / NOTE)
     return smaller
 
 
-def noted(scratch: Path, micro_batch_size: int) -> int:
-    """The rows a forward to begin with."""
+def noted(scratch: Path, execution: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `execution` is to be otherwise after the device ran out of memory: fewer rows a forward, and with `auto`
+    checkpointing, as the estimate was too low."""
     note = scratch / NOTE
-    return min(micro_batch_size, int(note.read_text())) if note.exists() else micro_batch_size
+    if not note.exists():
+        return {}
+    asked = execution["gradient_checkpointing"]
+    size = min(int(execution["micro_batch_size"]), int(note.read_text()))
+    return {"micro_batch_size": size, "gradient_checkpointing": "on" if asked == "auto" else asked}
 
 
 def release(device: str) -> None:

@@ -19,6 +19,7 @@ from safecl.training import attention, lora, norms, weights
 from safecl.training.batches import Batch, stream
 from safecl.training.tokens import base_folder
 
+PADDED = ("phimoe", "minimax", "zaya")  # models whose rows laid end to end were seen to differ, or may
 HEADS = ("lm_head", "embed_tokens", "wte", "embed_out", "output_layer")
 
 
@@ -34,12 +35,32 @@ def load(folder: Path, dtype: str, device: str = "cpu") -> Any:
         raise PrerequisiteError(f"no model in {base}: expected config.json and safetensors in Hugging Face format")
     attention.register()
     model = AutoModelForCausalLM.from_pretrained(str(base), dtype=getattr(torch, dtype)).to(device)
-    if model._supports_attention_backend:
+    _drop_nothing(model)
+    if _rows_see_themselves_alone(model):
         model.set_attn_implementation(attention.NAME)
     elif getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")  # transformers' default drops the soft cap
     model.config.use_cache = False
     return model.requires_grad_(False)
+
+
+def _drop_nothing(model: Any) -> None:
+    """Switch off the base's own dropout: it would come from what the process has drawn before, not from the seed."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "activation_dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _rows_see_themselves_alone(model: Any) -> bool:
+    """Whether attention, given where rows begin, is all that joins tokens: rows of a model with convolutions or a running
+    state, or with windows that live in a mask (PhiMoE), are padded."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    other = kinds - {"full_attention", "sliding_attention"} or getattr(model, "_is_stateful", False)
+    return bool(model._supports_attention_backend) and not other and config.model_type not in PADDED
 
 
 def with_adapter(model: Any, lora: Mapping[str, Json], seed: int, continue_from: Path | None = None) -> Any:
@@ -52,7 +73,7 @@ def with_adapter(model: Any, lora: Mapping[str, Json], seed: int, continue_from:
     from peft import LoraConfig
 
     targets, last = lora["targets"], lora.get("last_layers")
-    num_layers = int(model.config.num_hidden_layers)
+    num_layers = int(model.config.get_text_config().num_hidden_layers)
     lower = "|".join(str(i) for i in range(num_layers - int(last))) if last is not None else ""  # type: ignore[arg-type]
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -203,6 +224,7 @@ class HiddenStates(nn.Module):
 
     def _padded(self, inner: Any, batch: Batch) -> Tensor:
         width = max(batch.lengths)
+        self.rows[:] = [(seed, width) for seed in batch.dropout_seeds]  # adapted layers see the padding too
         real_BT = torch.arange(width) < torch.tensor(batch.lengths)[:, None]
         ids_BT = torch.zeros(real_BT.shape, dtype=torch.long).to(batch.ids_P)
         ids_BT[real_BT] = batch.ids_P

@@ -24,7 +24,8 @@ class _RmsNorm(torch.autograd.Function):
         inverse_P1 = norm_P1.square_().div_(x_PD.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_PD, weight_D, inverse_P1)
         if x_PD.is_cuda:
-            y_PD: Tensor = torch.nn.functional.rms_norm(x_PD.to(weight_D.dtype), weight_D.shape, weight_D, eps)
+            wide = torch.promote_types(x_PD.dtype, weight_D.dtype)
+            y_PD: Tensor = torch.nn.functional.rms_norm(x_PD.to(wide), weight_D.shape, weight_D.to(wide), eps)
         elif weight_D.dtype == x_PD.dtype:
             y_PD = (x_PD * inverse_P1).to(x_PD.dtype).mul_(weight_D)
         else:
@@ -50,7 +51,9 @@ def fuse(model: nn.Module) -> None:
     for module in model.modules():
         weight = getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor) or weight.requires_grad:
+        if not type(module).__name__.endswith("RMSNorm") or not isinstance(eps, float):
+            continue
+        if not isinstance(weight, Tensor) or weight.requires_grad:
             continue
         probe = torch.linspace(-2, 3, 4 * len(weight), device=weight.device).view(4, -1).to(weight.dtype)
         with torch.no_grad():
@@ -58,6 +61,6 @@ def fuse(model: nn.Module) -> None:
             for form in (weight, 1 + weight.float()):
                 found = _RmsNorm.apply(probe, form.detach(), eps)  # type: ignore[no-untyped-call]
                 close = 1e-5 if weight.dtype == torch.float32 else 2**-7
-                if isinstance(eps, float) and torch.allclose(found, expected, rtol=close, atol=close):
+                if torch.allclose(found, expected, rtol=close, atol=close):
                     module.forward = partial(_forward, form.detach(), eps)
                     break

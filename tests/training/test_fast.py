@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from safecl.base import PrerequisiteError
-from safecl.config import Lora
+from safecl.config import Lora, Template
 from safecl.training import attention, batches, model
 from safecl.training.batches import Batch
 from safecl.training.model import HiddenStates
 from safecl.training.tokens import Encoded
+from tests.methods.contract import World
 
 LENGTHS = (30, 7, 41)  # two are longer than the sliding window of 24
 
@@ -85,16 +86,77 @@ def test_rows_end_to_end_are_each_row_alone_in_eager_attention(kind: str, tiny_m
         assert (uncapped - hidden[0]).norm() > 1e-3 * hidden[0].norm()  # so the cap was reached
 
 
+def _unregistered(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "_supports_attention_backend", False)
+
+
 def test_a_model_without_the_attention_registry_gets_padded_rows(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = _gradients(HiddenStates(_adapted(tiny_model)), _batch(_rows()))
-    from transformers import LlamaForCausalLM
-
-    monkeypatch.setattr(LlamaForCausalLM, "_supports_attention_backend", False)
+    _unregistered(monkeypatch)
     padded = HiddenStates(_adapted(tiny_model))
     assert padded.base.config._attn_implementation != attention.NAME
     _same(_gradients(padded, _batch(_rows())), found)
+
+
+def test_padded_rows_have_dropout_of_their_own_and_a_fisher(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of other lengths: what stands beside a row does not change its mask, nor the Fisher information."""
+    from safetensors.torch import load_file
+
+    from safecl.stages import fisher
+
+    settings = {
+        "seed": 3, "template": Template().model_dump(), "bos": False, "dtype": "float32", "max_tokens": 256, "num_rows": 9,
+        "labels": "empirical",
+    }  # fmt: skip
+    found = []
+    for name in ("whole", "padded"):
+        (tmp_path / name).mkdir()
+        inputs = {"model": world.model, "safe": world.safe, "rows": world.user}
+        fisher.estimate(settings, inputs, tmp_path / name, 4)
+        found.append(load_file(str(tmp_path / name / "fisher.safetensors")))
+        _unregistered(monkeypatch)
+    for name, value in found[0].items():
+        assert (found[1][name] - value).norm() < 1e-4 * value.norm()
+    states = HiddenStates(_adapted(world.model, dropout=0.25)).train()
+    first, again = (states(_batch(_rows(), [11, 12, last])).detach() for last in (13, 99))
+    assert torch.equal(first[: sum(LENGTHS[:2])], again[: sum(LENGTHS[:2])]) and not torch.equal(first, again)
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "recurrent_gemma"])
+def test_rows_of_a_model_that_is_not_attention_alone_are_padded(kind: str, tmp_path: Path) -> None:
+    """Convolutions and running states would go on from one row into the next."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    own: dict[str, Any] = {
+        "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        "recurrent_gemma": {"lru_width": 64, "attention_window_size": 64, "head_dim": 32},
+    }[kind]
+    config = AutoConfig.for_model(
+        kind, vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=0, **own,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(str(tmp_path))
+    states = HiddenStates(model.load(tmp_path, "float32")).eval()
+    with torch.no_grad():
+        together = states(_batch(_rows()))
+        alone = torch.cat([states(_batch([row])) for row in _rows()])
+    assert (together - alone).norm() < 1e-4 * alone.norm()
+
+
+def test_the_bases_own_dropout_is_off(tmp_path: Path) -> None:
+    """Its masks would depend on what the process drew before."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=2)).save_pretrained(str(tmp_path))
+    states = HiddenStates(model.load(tmp_path, "float32")).train()
+    with torch.no_grad():
+        assert torch.equal(states(_batch(_rows())), states(_batch(_rows())))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])

@@ -116,7 +116,7 @@ def test_out_of_memory_goes_on_with_half_the_rows_and_the_same_result(
     found = contract.train(world, tmp_path / "found", settings, micro_batch_size=5)
     assert contract.same_bits(found, few) and contract.gap(found, whole, start) < 1e-5
     facts = json.loads((tmp_path / "found" / "result" / "result.json").read_text())
-    assert facts["micro_batch_size"] == 2
+    assert facts["micro_batch_size"] == 2 and facts["gradient_checkpointing"] is True
     assert [line["step"] for line in contract.curves(tmp_path / "found")] == list(range(1, 8))
 
 
@@ -136,4 +136,6 @@ def test_it_goes_on_from_the_last_checkpoint(
             after_step=seen.append,
         )  # fmt: skip
     assert seen == [1, 2, 3, 4]  # then 5, 2 and 1 rows a forward were tried, from step 4 on
-    assert fit.noted(tmp_path, 8) == 1
+    now = {"micro_batch_size": 8, "gradient_checkpointing": "auto"}
+    assert fit.noted(tmp_path, now) == {"micro_batch_size": 1, "gradient_checkpointing": "on"}
+    assert fit.noted(tmp_path / "new", now) == {}
