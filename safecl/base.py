@@ -14,7 +14,7 @@ class Strict(BaseModel):
 
 
 class ConfigError(Exception):
-    """The sweep file is wrong. Printed without a traceback; the command exits 2."""
+    """The sweep file, a command or a data file is wrong. Printed without a traceback; the command exits 2."""
 
 
 class PrerequisiteError(Exception):

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
                "search", "stats", "store", "tasks", "tracking"},
     "overview": {"cost", "dtypes", "grid", "judges", "methods", "project", "report", "tasks"},
     "judging": {"check", "config", "execute", "hardware", "judges", "models", "plan", "serving", "stages", "stats", "store",
-                "training"},
+                "tasks", "training"},
     "export": {"serving", "store", "training"},
     "cli": {"doctor", "driver", "export", "judging", "overview", "project", "report", "store"},
     "stages": {"config", "judges", "methods", "serving", "store", "tasks", "training"},
