@@ -154,7 +154,7 @@ class Estimator:
             return 0.0
         rows, size = self.length(stage.inputs["rows"]), self._size(stage)
         of_row = {"last": 1.0, "response": rows.answer, "all": rows.prompt + rows.answer}
-        num = (config["num_rows"] or rows.rows) * min(of_row[config["positions"]], config["max_tokens"])
+        num: float = (config["num_rows"] or rows.rows) * min(of_row[config["positions"]], config["max_tokens"])
         return num * size.width * (4 if config["dtype"] == "float32" else 2) / 2**30
 
     def _fisher(self, stage: Stage) -> float:
