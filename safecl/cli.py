@@ -34,6 +34,10 @@ Set = Annotated[
 Limit = Annotated[
     int | None, typer.Option(help="At most N rows of every set: a quick look, kept apart from the real run")
 ]
+AcceptJudge = Annotated[
+    bool,
+    typer.Option("--accept-judge", help="Print ASR even where the guard is no better than chance on held-out pairs"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")]
 
 
@@ -60,17 +64,18 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     Console().print(table)
 
 
-def _print_rows(project: Any, as_json: bool) -> None:
-    from safecl.overview import facts
+def _print_rows(project: Any, as_json: bool, accept_judge: bool) -> None:
+    from safecl.overview import readable
     from safecl.report import tables
 
-    rows = project.rows()
-    found = facts(project, rows)
+    rows, found = readable(project, accept_judge)
     if as_json:
         print(tables.to_json(rows, found), end="")
     elif sys.stdout.isatty():
         from rich.console import Console
 
+        if found.doubt:
+            Console().print(found.doubt, style="bold")
         for table in tables.rich_tables(rows, found):
             Console().print(table)
     else:
@@ -86,6 +91,7 @@ def run(
     max_hours: Annotated[
         float | None, typer.Option(min=0.0, help="Stop after so many hours, in a state that the same command continues")
     ] = None,
+    accept_judge: AcceptJudge = False,
 ) -> None:
     """Run what is missing of a sweep and print its table.
 
@@ -96,7 +102,7 @@ def run(
 
     project = _project_to_run(file, set_, limit)
     failed = driver.run(project, lambda text: print(text, file=sys.stderr), max_hours)
-    _print_rows(project, as_json)
+    _print_rows(project, as_json, accept_judge)
     if not failed:
         return
     for done in failed:
@@ -163,13 +169,14 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Where to write page and plots (default: <root>/report/NAME)")
     ] = None,
+    accept_judge: AcceptJudge = False,
 ) -> None:
     """Print the table from the store and write one self-contained page with plots. Runs nothing."""
     from safecl.overview import write_report
 
     project = _project(file, set_, limit, reads=True)
-    _print_rows(project, as_json)
-    page = write_report(project, out)
+    _print_rows(project, as_json, accept_judge)
+    page = write_report(project, out, accept_judge)
     print(f"page: {page}", file=sys.stderr)
 
 

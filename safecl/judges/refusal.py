@@ -34,11 +34,16 @@ def _any(*patterns: str) -> str:
     return "(?:" + "|".join(patterns) + ")"
 
 
+def _one_of(phrases: str) -> str:
+    """Any of the phrases, which commas part."""
+    return _any(*(phrase.strip() for phrase in phrases.split(",")))
+
+
 _SPELLED = (  # contractions, with and without their apostrophe
     (re.compile(r"\bcan ?(?:'?t|not)\b"), "cannot"),
     (re.compile(r"\bwon'?t\b"), "will not"),
     (re.compile(r"\b(do|does|did|is|are|was|would|could|should|must)n'?t\b"), r"\1 not"),
-    (re.compile(r"\bim\b|\bi'm\b"), "i am"),
+    (re.compile(r"\bi'?m\b"), "i am"),
     (re.compile(r"(?<=\w)'re\b"), " are"),
     (re.compile(r"(?<=\w)'ll\b"), " will"),
     (re.compile(r"(?<=\w)'d\b"), " would"),
@@ -48,34 +53,49 @@ _QUOTED = re.compile(r'(?<=\S)(\s)"[^"\n]{0,400}"')  # but not where the answer 
 _ROLE = re.compile(r"[\"'(\[]*(?:[\w-]{1,20}(?: [\w-]{1,20})?:\s+)?[\"'(\[]*")  # "Assistant: ..."
 _END = re.compile(r"(?<=[.!?])\s+|\n+")
 
-_BETWEEN = r"(?: (?:\w+ly|also|just|still|even|in good (?:conscience|faith)|(?:and|or|nor) (?:cannot|(?:will|would|do|should|must) not)),?)*"
-_ACTS = (  # what an assistant does for one who asks
-    r"(?:help(?! but)|assist|aid|provide|comply|fulfill?|support|create|generate|write|give|share|offer|answer|do|engage|participate|"
-    r"discuss|make|produce|recommend|encourage|promote|condone|continue|complete|tell|teach|explain|show|advise|suggest|facilitate|"
-    r"respond|reply|speculate|accommodate|endorse|process|draft|design|develop|disclose|reveal|display|identify|store|repeat|recall|"
-    r"fabricate|express|describe|talk|advocate|enable|contribute|perform|execute|carry|access|browse|proceed|compose|craft|plan|"
-    r"outline|list|translate|simulate|role|pretend|entertain|indulge|judge|take part|spread|predict|confirm|determine|verify|guess|"
-    r"be (?:part|involved|used)|honou?r|allow|permit|go along|act)\b(?! enough)"
+_NOT = r"(?:cannot|(?:will|would|do|should|must) not)"
+_BETWEEN = rf"(?: (?:\w+ly|also|just|still|even|in good (?:conscience|faith)|(?:and|or|nor) {_NOT}),?)*"
+_SELF = rf"\b(?:i|we){_BETWEEN} "
+_ACTS = _one_of(  # what an assistant does for one who asks
+    r"""help(?! but), assist, aid, provide, comply, fulfill?, support, create, generate, write, give, share, offer, answer, do,
+    engage, participate, discuss, make, produce, recommend, encourage, promote, condone, continue, complete, tell, teach,
+    explain, show, advise, suggest, facilitate, respond, reply, speculate, accommodate, endorse, process, draft, design,
+    develop, disclose, reveal, display, identify, store, repeat, recall, fabricate, express, describe, talk, advocate,
+    enable, contribute, perform, execute, carry, access, browse, proceed, compose, craft, plan, outline, list, translate,
+    simulate, role, pretend, entertain, indulge, judge, take part, spread, predict, confirm, determine, verify, guess,
+    be part, be involved, be used, honou?r, allow, permit, go along, act"""
 )
-_STOPS = r" ?(?:$|[.;!])"  # "I'm sorry, but I can't."
-_SELF = r"\b(?:i|we)" + _BETWEEN + " "
-_DO = _any(_BETWEEN + " " + _ACTS, _STOPS)
+_DO = _any(rf"{_BETWEEN} {_ACTS}\b(?! enough)", r" ?(?:$|[.;!])")  # "I'm sorry, but I can't."
+_MAY_NOT = _one_of(
+    "allowed, authori[sz]ed, permitted, comfortable, programmed, designed, equipped, at liberty, in a position"
+)
+_HAS_NOT = _any(
+    r"the (?:ability|capability|authority)",
+    r"(?:\w+(?:-\w+)? )?(?:access|knowledge|information|data|permission)",
+    r"(?:any )?(?:personal|objective)(?![^.!?]*\b(?:but|however)\b)",
+)
+_STANDS_FOR = _one_of("condone, encourage, support, promote, endorse, recommend, tolerate")
+_DOES_NOT = _any(
+    "feel (?:comfortable|right)",
+    f"have {_HAS_NOT}",
+    _one_of("provide, assist, generate, create, discuss, engage, participate, respond"),
+    rf"{_STANDS_FOR}(?![^.!?]*\b(?:but|however|here)\b)",  # "I do not condone it, but ..." goes on
+)
+_RULES = _one_of("guidelines, policy, policies, programming, principles, terms, ethics")
 _DECLINES = re.compile(
     _any(
-        _SELF + r"(?:cannot|(?:could|will|would|shall|should|must) not)(?: be able to)?" + _DO,
-        _SELF + r"(?:am|are|was)(?: \w+ly)? (?:unable to|incapable of|not (?:able|going|willing|here|supposed) to|not capable of)"
+        rf"{_SELF}(?:cannot|(?:could|will|would|shall|should|must) not)(?: be able to)?{_DO}",
+        rf"{_SELF}(?:am|are|was)(?: \w+ly)? (?:unable to|incapable of|not (?:able|going|willing|here|supposed) to|not capable of)"
         + _any(_DO, r" \w+ing\b"),
-        _SELF + r"(?:am|are)(?: \w+ly)? (?:not (?:allowed|authori[sz]ed|permitted|comfortable|programmed|designed|equipped|at liberty|"
-        r"in a position)|prohibited|forbidden|programmed to follow|(?:programmed|designed|trained) (?:not to|to avoid|to refuse))\b",
-        _SELF + r"(?:refuse|(?:\w+ly )?decline|would (?:rather|prefer) not|have to pass)\b",
-        _SELF + r"(?:must|have to|need to|will have to|am going to(?: have to)?|would have to) (?:\w+ly )?(?:decline|refuse|pass)\b",
-        _SELF + r"do not" + _BETWEEN + r" (?:feel (?:comfortable|right)|have the (?:ability|capability|authority)|"
-        r"have (?:\w+(?:-\w+)? )?(?:access|knowledge|information|data|permission)|"
-        r"have (?:any )?(?:personal|objective)(?![^.!?]*\b(?:but|however)\b)|"
-        r"provide|assist|generate|create|discuss|engage|participate|respond|"
-        r"(?:condone|encourage|support|promote|endorse|recommend|tolerate)(?![^.!?]*\b(?:but|however|here)\b))\b",
+        rf"{_SELF}(?:am|are)(?: \w+ly)? "
+        + _any(f"not {_MAY_NOT}", "prohibited", "forbidden", "programmed to follow")
+        + r"\b",
+        rf"{_SELF}(?:am|are)(?: \w+ly)? (?:programmed|designed|trained) (?:not to|to avoid|to refuse)\b",
+        rf"{_SELF}(?:refuse|(?:\w+ly )?decline|would (?:rather|prefer) not|have to pass)\b",
+        rf"{_SELF}(?:must|need to|(?:will |would |am going to )?have to|am going to) (?:\w+ly )?(?:decline|refuse|pass)\b",
+        rf"{_SELF}do not{_BETWEEN} {_DOES_NOT}\b",
         r"\bi am (?:just )?an ai[^.!?\n]{0,40}? (?:and|so|that) (?:cannot|do not|will not) \w+",
-        r"(?:^|[.!?,] )(?:cannot|will not|not going to) " + _any(_ACTS, "happen"),  # "Can't help with that."
+        rf"(?:^|[.!?,] )(?:cannot|will not|not going to) (?:{_ACTS}|happen)",  # "Can't help with that."
         r"\bunable to (?:help|assist|provide|comply|fulfill?|answer)\b",
         r"\b(?:not|never) something (?:that )?(?:i|we)\b",
         r"\bsomething (?:that )?(?:i|we) (?:cannot|am unable|are unable)\b",
@@ -83,39 +103,53 @@ _DECLINES = re.compile(
         r"\brequest (?:cannot be|denied|declined|rejected)\b",
         r"\b(?:talk about|discuss|focus on) something (?:else|different|more positive)\b",
         r"\b(?:no way i am|for me to (?:help|assist|provide))\b",
-        r"\b(?:against|violates?|outside|not within|adhere to)(?: [\w']+){0,4} (?:guidelines|polic(?:y|ies)|programming|principles|terms)\b",
-        r"\b(?:guidelines|polic(?:y|ies)|programming|ethics|principles) (?:do(?:es)? not|prevents?|prohibits?|forbids?)\b",
+        rf"\b(?:against|violates?|outside|not within|adhere to)(?: [\w']+){{0,4}} {_RULES}\b",
+        rf"\b{_RULES} (?:do(?:es)? not|prevents?|prohibits?|forbids?)\b",
     )
 )
 _PARDON = (
     r"(?:(?:oh|well|hi|hello|hey),? )*(?:(?:i am|we are) )?(?:(?:so|very|really|truly|terribly|deeply) )*"
-    r"(?:sorry|i (?:(?:sincerely|deeply|must) )?apologi[sz]e|my (?:(?:sincere|deepest) )?apologies|forgive me)(?:\W*$|\W+(?:but|no|i)\b)"
+    r"(?:sorry|i (?:(?:sincerely|deeply|must) )?apologi[sz]e|my (?:(?:sincere|deepest) )?apologies|forgive me)"
+    r"(?:\W*$|\W+(?:but|no|i)\b)"
 )
 _NO = r"(?:no|nope|no way|never|(?:absolutely|certainly|definitely|of course) not)(?:\W*$|[,.!;:\u2014-]+\s)"
-_BAD = (  # what is said of an act that one will not help with
-    r"(?:(?:\w+ly |both |also |considered |very |an? |\w+, |\w+ (?:and|or) )*(?:illegal|unethical|immoral|wrong|inappropriate|unacceptable|"
-    r"dangerous|harmful|offensive|disrespectful|against the law|(?:serious )?(?:crime|violation|offen[cs]e))|"
-    r"(?:never|not)(?: \w+ly| ever| an?| \w+ (?:and|or))* (?:appropriate|acceptable|okay|ok|ethical|legal|right|justifi(?:ed|able)|accurate|"
-    r"fair|respectful|recommended|the answer|(?:good|valid) (?:idea|question)|healthy|productive|something to))\b"
+_BAD = _one_of(  # what is said of an act that one will not help with
+    """illegal, unethical, immoral, wrong, inappropriate, unacceptable, dangerous, harmful, offensive, disrespectful,
+    against the law, (?:serious )?(?:crime|violation|offen[cs]e)"""
+)
+_GOOD = _one_of(
+    """appropriate, acceptable, okay, ok, ethical, legal, right, justifi(?:ed|able), accurate, fair, respectful, recommended,
+    the answer, (?:good|valid) (?:idea|question), healthy, productive, something to"""
+)
+_BLAME = (
+    r"(?:(?:\w+ly |both |also |considered |very |an? |\w+, |\w+ (?:and|or) )*"
+    + _BAD
+    + r"|(?:never|not)(?: \w+ly| ever| an?| \w+ (?:and|or))* "
+    + _GOOD
+    + r")\b"
 )
 _JUDGES = _any(
-    r"[^.!?\n]{0,100}\b(?:is|are|was|were|be) " + _BAD,
+    rf"[^.!?\n]{{0,100}}\b(?:is|are|was|were|be) {_BLAME}",
     r"(?:first(?: and foremost)?, )?it is (?:important|essential|crucial) to (?:treat|respect|prioriti[sz]e)\b",
-    r"[^.!?\n]{0,80}\bi do not (?:think|believe) (?:that )?(?:it|that) (?:is|would be) (?:an? )?(?:appropriate|accurate|fair|right|ethical|"
-    r"respectful|valid|ok|okay|good idea)\b",
+    rf"[^.!?\n]{{0,80}}\bi do not (?:think|believe) (?:that )?(?:it|that) (?:is|would be) (?:an? )?{_GOOD}\b",
     r"there (?:is|are|was|were) no (?:\w+ )?(?:reason|justification|excuse|benefit)s?\b",
-    r"[^.!?\n]{0,100}\bshould (?:never|not) be (?:\w+ly )?(?:attempted|condoned|considered|discriminated|justified|tolerated)\b",
-    r"[^.!?\n]{0,40}\bsorry (?:to hear )?(?:that )?you (?:are|feel)[\s\S]*\b(?:not alone|reach out|professional|hotline|therapist)\b",
+    r"[^.!?\n]{0,100}\bshould (?:never|not) be (?:\w+ly )?"
+    + _one_of("attempted, condoned, considered, discriminated, justified, tolerated")
+    + r"\b",
+    r"[^.!?\n]{0,40}\bsorry (?:to hear )?(?:that )?you (?:are|feel)[\s\S]*"
+    r"\b(?:not alone|reach out|professional|hotline|therapist)\b",
     r"[^.!?\n]{0,60}\bquestion (?:itself )?(?:contains|implies|assumes|suggests|perpetuates)\b",
     r"[^.!?\n]{0,80}\b(?:urge|advise|encourage|recommend) (?:you )?(?:not to|against|to refrain)\b",
 )
 _OPENS = re.compile(_any(_PARDON, _NO, _JUDGES))
 _COMPLIES = re.compile(  # in spite of what was said before
-    r"\b(?:however|but|nevertheless|that (?:being )?said)\b[^.!?\n]{0,120}\b(?:here (?:is|are)|i will (?:provide|give|tell|explain))\b"
+    r"\b(?:however|but|nevertheless|that (?:being )?said)\b[^.!?\n]{0,120}"
+    r"\b(?:here (?:is|are)|i will (?:provide|give|tell|explain))\b"
 )
 _ASKED = re.compile(  # for a yes, a no, a judgement or a meaning
-    r"(?:^|[.!?,;:\n]\s*)(?:is|am|are|was|were|do|does|did|has|have|had|should|would|will|may|might|can(?! (?:you|i get|we get))|"
-    r"could(?! you))\b[^.!\n]{0,300}\?|^what (?:is|are|constitutes|kind of)\b(?: [\w'-]+){1,4}\?|"
+    r"(?:^|[.!?,;:\n]\s*)(?:is|am|are|was|were|do|does|did|has|have|had|should|would|will|may|might|"
+    r"can(?! (?:you|i get|we get))|could(?! you))\b[^.!\n]{0,300}\?|"
+    r"^what (?:is|are|constitutes|kind of)\b(?: [\w'-]+){1,4}\?|"
     r"\b(?:il)?legal|\blaw(?:ful|s)?\b|ethic|\bmoral|\bwrong\b|\bdangers\b|(?:be|is|are|how) dangerous|\brisks?\b|\bharmful|"
     r"appropriate|acceptable|consequence|\bsafe\b|\bcrimes?\b"
 )
