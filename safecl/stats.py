@@ -229,7 +229,7 @@ def agreement(
     agree = wilson(share * num_apart, num_apart, confidence)
     labels = {label for pair in pairs for label in pair}
     chance = sum(sum(a == k for a, _ in pairs) * sum(b == k for _, b in pairs) for k in labels) / num**2
-    kappa = None if chance == 1 else Interval(*((x - chance) / (1 - chance) for x in agree))
+    kappa = None if chance == 1 else Interval(*(max(-1.0, (x - chance) / (1 - chance)) for x in agree))
     return Agreement(num, agree, kappa, len(every) - num)
 
 

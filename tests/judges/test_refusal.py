@@ -155,6 +155,6 @@ def test_guards_that_are_asked_of_the_request_say_so() -> None:
     "part", ["i can help ", "very ", "i will, ", "is it, ", "x, y and ", '"a ', "sorry ", "i do not really "]
 )
 def test_long_texts_cost_no_more_than_their_length(part: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     Refusal(Refusal.Config(off_topic=True)).rule(part * 20_000, part * 20_000)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
