@@ -297,11 +297,11 @@ class Broker:
         """The process that this Broker runs in."""
         return os.getpid()
 
-    async def snapshot(self) -> dict[str, Any]:
-        """What runs, what was finished and what failed in this run."""
+    async def snapshot(self, since: int = 0) -> dict[str, Any]:
+        """What runs and what failed in this run, and what was finished but for the first `since` stages."""
         plain = {key: plain_error(error) for key, error in self.failed.items()}
         failed = {key: f"{type(error).__name__}: {error}" for key, error in plain.items()}
-        return {"running": list(self.live.values()), "finished": list(self.finished), "failed": failed}
+        return {"running": list(self.live.values()), "finished": self.finished[since:], "failed": failed}
 
 
 def broker(store: Store, execution: Execution, logs: Path) -> Any:
