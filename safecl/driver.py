@@ -241,12 +241,14 @@ def _progress(schedule: Schedule, broker: Any, eta: Eta) -> Iterator[None]:
     def watch() -> None:
         import ray
 
+        finished: list[dict[str, Any]] = []
         while not stop.wait(1.0):
             try:
-                snapshot = ray.get(broker.snapshot.remote(), timeout=5)
+                snapshot = ray.get(broker.snapshot.remote(len(finished)), timeout=5)
             except Exception:  # the display is a courtesy; the run says what is wrong
                 continue
-            display.show(eta.state(schedule, snapshot, time.time()))
+            finished += snapshot["finished"]
+            display.show(eta.state(schedule, {**snapshot, "finished": finished}, time.time()))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
