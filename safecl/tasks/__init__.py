@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from safecl.base import ConfigError, Json
+from safecl.base import ConfigError, Json, near
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,8 @@ def load(name: str) -> type[Task]:
 def load_class(package: str, name: str, known: Sequence[str]) -> type:
     """Class `CamelCase(name)` of module `package.name`; a ConfigError with the near miss for an unknown name."""
     if name not in known:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, known, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown {package.rsplit('.', 1)[-1][:-1]} {name!r}.{hint} Available: {', '.join(known)}")
+        kind = package.rsplit(".", 1)[-1][:-1]
+        raise ConfigError(f"unknown {kind} {name!r}.{near(name, known)} Available: {', '.join(known)}")
     module = importlib.import_module(f"{package}.{name}")
     found: type = getattr(module, "".join(part.capitalize() for part in name.split("_")))
     return found
