@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safecl import methods
-from safecl.base import ConfigError
+from safecl.base import ConfigError, near
 from safecl.cost import Open, cost
 from safecl.dtypes import warnings
 from safecl.grid import Job
@@ -226,7 +226,8 @@ def listing(what: str) -> list[dict[str, str]]:
             {"judge": name, "question": kind.question, "served": "yes" if kind.served else "no"}
             for name, kind in ((name, judges.load(name)) for name in judges.names())
         ]
-    raise ConfigError(f"nothing to list called {what!r}: expected methods, tasks or judges")
+    known = ("methods", "tasks", "judges")
+    raise ConfigError(f"nothing to list called {what!r}.{near(what, known)} Expected one of {', '.join(known)}")
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,7 @@ hold).
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -324,31 +325,84 @@ def best(rows: Sequence[Row], column: Column) -> set[int]:
     return tops
 
 
-def rich_tables(rows: Sequence[Row], facts: Facts) -> list[Table]:
-    """One rich table per model and task; the caption is under the last one."""
+def rich_tables(rows: Sequence[Row], facts: Facts, width: int | None = None) -> list[Table]:
+    """One rich table per model and task, or as many as are needed to hold its columns whole in `width` characters; the
+    caption is under the last one."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    shown, tables = columns(rows, facts), []
+    shown, head, found = columns(rows, facts), header(rows, facts), []
     for (model, task), members in groups(rows).items():
-        table = Table(title=f"{model} / {task}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        for index, name in enumerate(header(rows, facts)):
-            table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
         tops = [best(members, column) for column in shown]
-        for position, row in enumerate(members):
-            texts = [Text(cell) for cell in cells(row, shown)]
-            for index, top in enumerate(tops):
-                if position in top:
-                    texts[2 + index].stylize("bold")
-            last = position + 1 < len(members) and row["method"] in REFERENCES
-            section = last and members[position + 1]["method"] not in REFERENCES
-            table.add_row(*texts, style="dim" if row["method"] in REFERENCES else None, end_section=section)
-        tables.append(table)
-    if tables:
-        tables[-1].caption = "\n".join([*caption(rows, facts), BOLD, *notes(rows)])
-        tables[-1].caption_justify = "left"
-    return tables
+        body = [cells(row, shown) for row in members]
+        for part in _parts(
+            [_width(head, body, i) + 1 for i in range(len(head))], 2, width
+        ):  # 1: more room between them
+            table = Table(title=f"{model} / {task}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+            for index in part:
+                table.add_column(head[index], justify="left" if index == 0 else "right", no_wrap=True)
+            for position, (row, line) in enumerate(zip(members, body, strict=True)):
+                texts = [
+                    Text(line[i], style="bold" if i in range(2, 2 + len(shown)) and position in tops[i - 2] else "")
+                    for i in part
+                ]
+                last = position + 1 < len(members) and row["method"] in REFERENCES
+                section = last and members[position + 1]["method"] not in REFERENCES
+                table.add_row(*texts, style="dim" if row["method"] in REFERENCES else None, end_section=section)
+            found.append(table)
+    if found:
+        found[-1].caption = "\n".join([*caption(rows, facts), BOLD, *notes(rows)])
+        found[-1].caption_justify = "left"
+    return found
+
+
+def text_table(head: Sequence[str], body: Sequence[Sequence[str]], width: int | None = None, lead: int = 1) -> str:
+    """Aligned text, numbers to the right. Nothing is cut: where it is wider than `width` characters (None: no limit), the
+    widest column of words is wrapped, then columns go into further blocks, each with the first `lead` columns."""
+    body = [[*line, *[""] * (len(head) - len(line))] for line in body]
+    widths = [_width(head, body, i) for i in range(len(head))]
+    words = [i for i in range(len(head)) if any(cell[:1] not in "0123456789-<" for cell in (line[i] for line in body))]
+    if width is not None and (longest := max((widths[i], i) for i in words)[1] if words else None) is not None:
+        over = sum(widths) + 2 * (len(widths) - 1) - width
+        widths[longest] = max(widths[longest] - max(over, 0), min(widths[longest], 20))
+    blocks = []
+    for part in _parts(widths, lead, width):
+        rule = ["-" * widths[i] for i in part]
+        lines = [_aligned([head[i] for i in part], widths, part, words), "  ".join(rule)]
+        blocks.append("\n".join([*lines, *(_aligned([line[i] for i in part], widths, part, words) for line in body)]))
+    return "\n\n".join(blocks)
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int], part: Sequence[int], words: Sequence[int]) -> str:
+    """One line of a table, in several where a cell is wrapped."""
+    wrapped = [textwrap.wrap(cell, widths[i]) or [""] for cell, i in zip(line, part, strict=True)]
+    found = []
+    for n in range(max(map(len, wrapped))):
+        texts = [cell[n] if n < len(cell) else "" for cell in wrapped]
+        fitted = [
+            t.ljust(widths[i]) if i in words or i == 0 else t.rjust(widths[i]) for t, i in zip(texts, part, strict=True)
+        ]
+        found.append("  ".join(fitted).rstrip())
+    return "\n".join(found)
+
+
+def _width(head: Sequence[str], body: Sequence[Sequence[str]], index: int) -> int:
+    return max(len(line[index]) for line in (head, *body))
+
+
+def _parts(widths: Sequence[int], lead: int, width: int | None) -> list[list[int]]:
+    """Columns in groups that fit, two blanks between them, each group with the first `lead` columns."""
+    first = sum(widths[:lead]) + 2 * lead
+    found: list[list[int]] = [[]]
+    used = first
+    for index in range(lead, len(widths)):
+        if found[-1] and width is not None and used + widths[index] > width:
+            found.append([])
+            used = first
+        found[-1].append(index)
+        used += widths[index] + 2
+    return [[*range(lead), *rest] for rest in found]
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -362,17 +416,8 @@ def _where(row: Row) -> str:
 def plain(rows: Sequence[Row], facts: Facts) -> str:
     """Aligned text for a pipe or a log, without colour or width limit."""
     shown, head, lines = columns(rows, facts), header(rows, facts), [facts.name]
-    body = {key: [cells(row, shown) for row in members] for key, members in groups(rows).items()}
-    lengths = [head, *(line for member in body.values() for line in member)]
-    widths = [max(len(line[i]) for line in lengths) for i in range(len(head))]
-
-    def aligned(line: Sequence[str]) -> str:
-        texts = [t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths, strict=True))]
-        return "  ".join(texts).rstrip()
-
-    for (model, task), members in body.items():
-        lines += ["", f"{model} / {task}", aligned(head), "  ".join("-" * w for w in widths)]
-        lines += [aligned(member) for member in members]
+    for (model, task), members in groups(rows).items():
+        lines += ["", f"{model} / {task}", text_table(head, [cells(row, shown) for row in members])]
     return "\n".join([*lines, "", *caption(rows, facts), *notes(rows)]) + "\n"
 
 
