@@ -53,6 +53,10 @@ Set = Annotated[
 Limit = Annotated[
     int | None, typer.Option(min=1, help="At most N rows of every set: a quick look, kept apart from the real run")
 ]
+AcceptJudge = Annotated[
+    bool,
+    typer.Option("--accept-judge", help="Print ASR even where the guard is no better than chance on held-out pairs"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")]
 
 
@@ -80,18 +84,19 @@ def _width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def _print_rows(project: Any, as_json: bool) -> None:
-    from safecl.overview import facts
+def _print_rows(project: Any, as_json: bool, accept_judge: bool) -> None:
+    from safecl.overview import readable
     from safecl.report import tables
 
-    rows = project.rows()
-    found = facts(project, rows)
+    rows, found = readable(project, accept_judge)
     if as_json:
         print(tables.to_json(rows, found), end="")
     elif sys.stdout.isatty():
         from rich.console import Console
 
         console = Console()
+        if found.doubt:
+            console.print(found.doubt, style="bold", markup=False)
         for table in tables.rich_tables(rows, found, console.width):
             console.print(table)
     else:
@@ -107,6 +112,7 @@ def run(
     max_hours: Annotated[
         float | None, typer.Option(min=0.0, help="Stop after so many hours, in a state that the same command continues")
     ] = None,
+    accept_judge: AcceptJudge = False,
 ) -> None:
     """Run what is missing of a sweep and print its table.
 
@@ -117,7 +123,7 @@ def run(
 
     project = _project_to_run(file, set_, limit)
     failed = driver.run(project, lambda text: print(text, file=sys.stderr), max_hours)
-    _print_rows(project, as_json)
+    _print_rows(project, as_json, accept_judge)
     if not failed:
         return
     for done in failed:
@@ -184,13 +190,14 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Where to write page and plots (default: <root>/report/NAME)")
     ] = None,
+    accept_judge: AcceptJudge = False,
 ) -> None:
     """Print the table from the store and write one self-contained page with plots. Runs nothing."""
     from safecl.overview import write_report
 
     project = _project(file, set_, limit, reads=True)
-    _print_rows(project, as_json)
-    page = write_report(project, out)
+    _print_rows(project, as_json, accept_judge)
+    page = write_report(project, out, accept_judge)
     print(f"page: {page}", file=sys.stderr)
 
 

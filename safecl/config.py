@@ -130,7 +130,7 @@ class Judges(Strict):
     """Who answers which question. `asr`: a published guard, which is `guard_model`, or `guard` (trained here)."""
 
     asr: Literal["guard", "llamaguard", "wildguard", "harmbench", "strongreject", "keywords"] = "llamaguard"
-    over_refusal: Literal["xstest_match", "wildguard"] = "xstest_match"
+    over_refusal: Literal["xstest_match", "refusal", "wildguard"] = "xstest_match"
     guard_model: Model | None = None
     guard: Guard | None = None
 

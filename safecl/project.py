@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from safecl.sweepfile import load as load
 
 if TYPE_CHECKING:
     from safecl.search import Past
-    from safecl.stats import Agreement
+    from safecl.stats import Quality
 
 
 def _entry(name: str, seeds: dict[int, list[dict[str, Any]]]) -> dict[str, Any] | None:
@@ -57,29 +57,18 @@ def _interval(name: str, read: list[list[dict[str, Any]]]) -> dict[str, Any] | N
 
 
 def _agreement(by_metric: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any] | None:
-    """How the judge of harm and the keyword list agree on the same answers of all seeds; None where nothing was read.
-    `cells`: answers that both call harmful, only the judge, only the list, neither."""
-    from safecl.stats import agreement
+    """How the judge of harm and the keyword list agree on the same answers of all seeds, with intervals in which a prompt
+    counts once; None where nothing was read."""
+    from safecl.stats import agreement, as_json
 
     judge, listed = (
         {(seed, o["set"], o["id"]): o["value"] for seed, found in by_metric.get(name, {}).items() for o in found}
         for name in ("asr", "non_refusal")
     )
-    pairs = [(label, listed[answer]) for answer, label in judge.items()]
-    cells = [pairs.count(cell) for cell in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0))]
-    return {**agreement(*zip(*pairs, strict=True))._asdict(), "cells": cells} if any(cells) else None
-
-
-def pooled_agreement(rows: Sequence[Mapping[str, Any]]) -> Agreement | None:
-    """`agreement` of the rows of `Project.rows`, over all their answers; None where none has one."""
-    from safecl.stats import agreement
-
-    cells = [row["agreement"]["cells"] for row in rows if row["agreement"]]
-    if not cells:
+    other = [listed[answer] for answer in judge]
+    if all(None in pair for pair in zip(judge.values(), other, strict=True)):
         return None
-    both, judge, listed, neither = (sum(column) for column in zip(*cells, strict=True))
-    first = [True] * (both + judge) + [False] * (listed + neither)
-    return agreement(first, [True] * both + [False] * judge + [True] * listed + [False] * neither)
+    return as_json(agreement([*judge.values()], other, [answer[1:] for answer in judge]))
 
 
 def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, list[Any]]]]) -> None:
@@ -173,6 +162,26 @@ class Project:
         """The stages of `guard_evidence`."""
         evidence = self.guard_evidence()
         return () if evidence is None else (*evidence.judged, evidence.metrics)
+
+    def guard_quality(self) -> Quality | None:
+        """How well the trained guard tells the labels of held-out pairs; None where none is trained, or not yet judged."""
+        from safecl.stats import quality
+
+        evidence = self.guard_evidence()
+        if evidence is None or not all(map(self.store.has, evidence.judged)):
+            return None
+        [judged] = evidence.judged
+        rows, verdicts = (
+            [json.loads(line) for line in (self.store.path(stage) / name).read_text().splitlines()]
+            for stage, name in ((judged.inputs["rows"], "rows.jsonl"), (judged, "verdicts.jsonl"))
+        )
+        said = {verdict["id"]: verdict for verdict in verdicts}
+        return quality(
+            [row["harmful"] for row in rows],
+            [said[row["id"]]["label"] for row in rows],
+            [row["prompt"] for row in rows],
+            [said[row["id"]].get("score") for row in rows],
+        )
 
     def finals(self) -> list[tuple[Cell, dict[str, Any], list[Job], str]]:
         """Per cell: the parameters its final trials use, those trials, and a note. A cell whose search is unfinished
