@@ -185,7 +185,7 @@ def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, li
         for metric in MARGINS:
             having = [i for i in members if metric in outcomes[i]]
             sft = next((i for i in having if table[i]["method"] == "sft"), None)
-            found = contrasts(metric, [(table[i]["method"], means(outcomes[i][metric])) for i in having])
+            found = contrasts(metric, [(table[i]["method"], outcomes[i][metric]) for i in having])
             for i, of_row in zip(having, found, strict=True):
                 entry: dict[str, Any] = {
                     family: {**contrast._asdict(), "differs": contrast.differs, "alike": contrast.alike}
