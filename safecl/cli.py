@@ -310,6 +310,8 @@ def score(
         print(json.dumps(result, indent=1))
     else:
         _table(f"{len(judged.pairs)} answers of {file.name}", *show.rates(result))
+        for line in show.why_not(result["judges"]):
+            print(line)
         print(f"verdicts: {target}", file=sys.stderr)
     _end(judging.unreadable(judged))
 
@@ -353,6 +355,9 @@ def validate(
     else:
         for title, columns, rows in show.quality(result):
             _table(title, columns, rows)
+        for name, entry in result["judges"].items():
+            for line in show.why_not(entry.get("by", {})):
+                print(f"{name}, {line}")
     _end(judging.unreadable(judged))
 
 

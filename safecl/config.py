@@ -175,6 +175,11 @@ class Search(Strict):
     """Optuna's study per searched cell. Trial 0 is the defaults; every method gets the same number of trials."""
 
     trials: Count = 20
+    # Of every trial, and of no row: on a reported seed the chosen values would carry their luck with it into the table.
+    seed: int = 1000
+    # false: trials start from the alignment of the first reported seed. Saves an alignment a model; what the chosen values
+    # owe to that alignment stays in its rows.
+    realign: bool = True
     sampler: Literal["tpe", "random"] = "tpe"
     objective: Objective = Objective()
 
@@ -229,3 +234,9 @@ class Sweep(Strict):
     evaluate: Evaluate
     search: Search = Search()
     execution: Execution = Execution()
+
+    @model_validator(mode="after")
+    def _searches_on_a_seed_of_its_own(self) -> Self:
+        if self.search.seed in self.seeds:
+            raise ValueError(f"search.seed: {self.search.seed} is among `seeds`, which are reported; name another one")
+        return self

@@ -42,11 +42,11 @@ def plan(project: Project) -> dict[str, Any]:
         )
         study = project.past(cell)
         tried = study.complete() if study else []
-        jobs += [cell.job(trial.params, sweep.seeds[0], "search") for trial in tried] + finals
+        jobs += [cell.trial(trial.params) for trial in tried] + finals
         if not finals:
             num_left = sweep.search.trials - len(tried)
             if not tried:  # trial 0 is the defaults, so its stages are known
-                jobs.append(cell.job({}, sweep.seeds[0], "search"))
+                jobs.append(cell.trial({}))
                 num_left -= 1
             open_cells.append(Open(cell, num_left, sweep.seeds))
     with ThreadPoolExecutor(1) as beside:  # the machine's speed is measured by another process
@@ -98,7 +98,8 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     judges = sweep.evaluate.judges
     libraries = {text for row in rows for text in row["libraries"]}
     notes = [
-        f"Search: {sweep.search.trials} trials per searched cell, on validation prompts and seed {sweep.seeds[0]}."
+        f"Search: {sweep.search.trials} trials per searched cell, on validation prompts and seed {sweep.search.seed}, which "
+        f"no row reports{'' if sweep.search.realign else f'; from the alignment of seed {sweep.seeds[0]}'}."
     ]
     if len(libraries) > 1:
         notes.append(f"Rows were made with {len(libraries)} different sets of library versions (`safecl show KEY`).")

@@ -49,6 +49,7 @@ class Recipe:
     evaluate: Evaluate
     keep_task_rows: bool = False
     memory_mix: str = "refusals"
+    align_seed: int = 0  # of stage one and what is made of it; that of the rest (`seed`), but for some searches
 
 
 class Evidence(NamedTuple):
@@ -65,8 +66,8 @@ class Evidence(NamedTuple):
 
 # Which fields of a recipe a stage may depend on: those of a sweep and model, with the seed, and with the user's rows.
 MODEL = ("model", "adapter", "lora", "align", "poison_task", "evaluate", "memory_mix")
-SEED = (*MODEL, "seed")
-USER = (*SEED, "task", "poison_ratio", "keep_task_rows")
+SEED = (*MODEL, "align_seed")
+USER = (*SEED, "seed", "task", "poison_ratio", "keep_task_rows")
 
 
 class Graph:
@@ -154,9 +155,11 @@ class Graph:
         """Rows of stage one. Requests of `self_answered` sets get the base model's own answers."""
         align, inputs = self.recipe.align, dict(self._held_out)
         for part in align.self_answered:
-            asked = self.data("self_answered", "benign.train", [part], seed=self.recipe.seed, inputs=self._held_out)
+            asked = self.data(
+                "self_answered", "benign.train", [part], seed=self.recipe.align_seed, inputs=self._held_out
+            )
             inputs[f"answers_{part.task}"] = self.generate(None, asked, self.recipe.evaluate.max_new_tokens)
-        return self.data("safety", "safety", align.safety, seed=self.recipe.seed, inputs=inputs)
+        return self.data("safety", "safety", align.safety, seed=self.recipe.align_seed, inputs=inputs)
 
     @property
     @shared(*USER)
@@ -183,7 +186,7 @@ class Graph:
     @shared(*SEED)
     def theta_safe(self) -> Stage:
         """Stage one: SFT of the base model on safety rows."""
-        return self.finetune("sft", {}, self.recipe.align, {"rows": self.safety_rows})
+        return self.finetune("sft", {}, self.recipe.align, {"rows": self.safety_rows}, seed=self.recipe.align_seed)
 
     @shared(*SEED)
     def memory(self, num_rows: int, positions: str | None = None) -> Stage:
@@ -200,7 +203,7 @@ class Graph:
         config: dict[str, Json] = {
             "num_rows": num_rows,
             "positions": positions,
-            "seed": self.recipe.seed,
+            "seed": self.recipe.align_seed,
             "max_tokens": max_tokens,
             "adapter": self.recipe.adapter,
             **self._text(self.recipe.model.template),
@@ -224,7 +227,7 @@ class Graph:
         config: dict[str, Json] = {
             "num_rows": num_rows,
             "labels": labels,
-            "seed": self.recipe.seed,
+            "seed": self.recipe.align_seed,
             "max_tokens": self.recipe.align.max_tokens,
             **self._text(self.recipe.model.template),
         }
@@ -233,7 +236,7 @@ class Graph:
     @shared(*SEED)
     def replay(self, config: Grsap.Config) -> Stage:
         """Safety rows that theta_safe makes: it names requests, answers them, is judged, answers the unsafe ones again."""
-        seed, template, judge = self.recipe.seed, self.recipe.model.template, self.asr_judge
+        seed, template, judge = self.recipe.align_seed, self.recipe.model.template, self.asr_judge
         longest = self.recipe.evaluate.max_new_tokens
 
         def step(name: str, inputs: dict[str, Stage], **settings: Json) -> Stage:

@@ -33,6 +33,10 @@ class Interval(NamedTuple):
     high: float
 
 
+class NotCorrectable(ValueError):
+    """Why a judge's rate cannot be corrected, in words for a table's reader."""
+
+
 class McNemar(NamedTuple):
     only_first: int
     only_second: int
@@ -225,11 +229,15 @@ def _auroc(
 
 def rogan_gladen(
     said: tuple[int, int], sensitivity: tuple[int, int], specificity: tuple[int, int], confidence: float = 0.95
-) -> Interval | None:
+) -> Interval:
     """The true rate behind a judge's rate, from (count, num) of what it said and of its sensitivity and specificity
     elsewhere: (p + sp - 1) / (se + sp - 1), cut to [0, 1] (Rogan and Gladen 1978). The interval adds what is unknown of
-    all three (Lang and Reiczigel 2014). None where the judge was not clearly better than chance (se + sp - 1 may be 0
-    at this confidence): nothing can be corrected."""
+    all three (Lang and Reiczigel 2014).
+
+    Raises:
+        NotCorrectable: the judge was not clearly better than chance (se + sp - 1 may be 0 at this confidence), or no true
+            rate gives the rate it said with these errors: they are not those it makes on these answers.
+    """
     (p, se, sp) = (count / num for count, num in (said, sensitivity, specificity))
     z = NormalDist().inv_cdf((1 + _level(confidence)) / 2)
     num, num_se, num_sp = said[1] + z * z, sensitivity[1] + 2, specificity[1] + 2
@@ -237,10 +245,15 @@ def rogan_gladen(
     gain = se_ + sp_ - 1
     se_part, sp_part = se_ * (1 - se_) / num_se, sp_ * (1 - sp_) / num_sp
     if se + sp - 1 <= 0 or gain <= z * math.sqrt(se_part + sp_part):
-        return None
+        raise NotCorrectable("the validation set does not show that the judge beats chance")
     rate = (p_ + sp_ - 1) / gain
     centre = rate + 2 * z * z * (rate * se_part - (1 - rate) * sp_part)
     half = z / gain * math.sqrt(p_ * (1 - p_) / num + rate**2 * se_part + (1 - rate) ** 2 * sp_part)
+    if centre + half < 0 or centre - half > 1:
+        raise NotCorrectable(
+            f"it says yes to {p:.1%}, which its errors on the validation set allow for no true rate ({1 - sp:.1%} where "
+            f"nothing is true, {se:.1%} where all is): it errs otherwise on these answers"
+        )
     value = min(1.0, max(0.0, (p + sp - 1) / (se + sp - 1)))
     low, high = min(1.0, max(0.0, centre - half)), min(1.0, max(0.0, centre + half))
     return Interval(value, min(low, value), max(high, value))

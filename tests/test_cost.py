@@ -293,7 +293,7 @@ def test_a_search_that_goes_on_is_a_chain_of_trials_and_then_its_finals(tmp_path
     def left(num: int) -> float:
         return Remaining(forecast_, (), [Open(cell, num, (0,))], 64).seconds({})
 
-    trial, final = (cell.job({}, 0, role).own for role in ("search", "final"))
+    trial, final = cell.trial({}).own, cell.job({}, 0, "final").own
     assert {stage.kind for stage in trial} == {"finetune", "generate", "judge", "metrics"}
     assert left(3) - left(2) == pytest.approx(left(2) - left(1))
     slowest = sum(forecast_.seconds(s) for s in trial if s.kind == "finetune")
@@ -322,7 +322,9 @@ def test_shared_stages_are_those_that_a_graph_of_its_own_builds(tmp_path: Path) 
     for grid in grids:
         for cell in grid:
             alone = cell.job({}, cell.recipe.seed, "final").evidence
-            together = Cell(cell.recipe, cell.space, mixed).job({}, cell.recipe.seed, "final").evidence
+            together = (
+                Cell(cell.recipe, cell.space, mixed, cell.search_seeds).job({}, cell.recipe.seed, "final").evidence
+            )
             assert [s.key for s in alone.targets] == [s.key for s in together.targets]
 
 

@@ -61,12 +61,30 @@ def test_no_sweep_file_has_a_config_error(file: Path, tmp_path: Path) -> None:
         Project(load(file, [f"execution.root={tmp_path}", f"execution.data_dir={tmp_path}"]))
 
 
+@pytest.mark.parametrize("realign", [True, False])
+def test_a_search_trains_nothing_that_a_row_reports(realign: bool) -> None:
+    sweep = load(QUICKSTART, ["seeds=[0,1]", f"search.realign={json.dumps(realign)}"])
+    [cell] = [cell for cell in cells(resolved(sweep, "bfloat16")) if cell.space and cell.recipe.poison_ratio]
+    trial, finals = cell.trial({}), [cell.job({}, seed, "final") for seed in sweep.seeds]
+    assert trial.seed not in sweep.seeds
+    reported = {stage.key for job in finals for stage in job.own}
+    assert not reported & {stage.key for stage in trial.own}
+    assert trial.graph.user_rows.key not in {job.graph.user_rows.key for job in finals}
+    # The alignment that its bounds are relative to is the one it starts from.
+    assert trial.aligned.graph.theta_safe is trial.graph.theta_safe or realign
+    assert trial.aligned.graph.theta_safe.key == trial.graph.theta_safe.key
+    shared = {job.seed for job in finals if job.graph.theta_safe.key == trial.graph.theta_safe.key}
+    assert shared == (set() if realign else {0})
+    with pytest.raises(ConfigError, match=r"search\.seed.*1 is among `seeds`"):
+        load(QUICKSTART, ["seeds=[0,1]", "search.seed=1"])
+
+
 @pytest.mark.parametrize(
     "setting",
     [
         "execution.num_workers=2", "execution.zero=2", "execution.engine=torch", "execution.micro_batch_size=1",
         "execution.root=elsewhere", "execution.num_candidate_engines=3", "execution.use_gpu=true", "name=other",
-        "search.trials=9", "about=x",
+        "search.trials=9", "search.seed=7", "search.realign=true", "about=x",
     ],
 )  # fmt: skip
 def test_where_and_how_fast_never_enters_a_key(setting: str) -> None:

@@ -202,18 +202,21 @@ def test_a_repaired_default_is_still_the_default_when_its_parameters_were_never_
     assert again.ask()[1] == {k: DEFAULTS[k] for k in SPACE}
 
 
-def test_the_study_name_covers_cell_space_and_objective() -> None:
+def test_the_study_name_covers_cell_space_objective_and_seeds() -> None:
     objective, other = Objective(), Objective(bounds={"asr": 0.5})
-    name = study_name("smol.der", SPACE, objective)
-    assert name.startswith("smol.der-") and name == study_name("smol.der", dict(reversed(SPACE.items())), objective)
+    name = study_name("smol.der", SPACE, objective, (1000, 0))
+    turned = study_name("smol.der", dict(reversed(SPACE.items())), objective, (1000, 0))
+    assert name.startswith("smol.der-") and name == turned
     changed = SPACE | {"weight": {"low": 0.001, "high": 10.1, "log": True}}
     names = {
         name,
-        study_name("smol.der2", SPACE, objective),
-        study_name("smol.der", changed, objective),
-        study_name("smol.der", SPACE, other),
+        study_name("smol.der2", SPACE, objective, (1000, 0)),
+        study_name("smol.der", changed, objective, (1000, 0)),
+        study_name("smol.der", SPACE, other, (1000, 0)),
+        study_name("smol.der", SPACE, objective, (1001, 0)),
+        study_name("smol.der", SPACE, objective, (1000, 1000)),
     }
-    assert len(names) == 4
+    assert len(names) == 6
 
 
 @pytest.mark.parametrize(
