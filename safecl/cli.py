@@ -131,6 +131,8 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
     print(f"dtype: {', '.join(f'{name} {dtype}' for name, dtype in found['dtype'].items())}{auto}")
     for warning in found["warnings"]:
         print(warning)
+    if found["states_gib"] >= 0.05:
+        print(f"hidden states of theta_safe to be written: about {found['states_gib']:.1f} GiB")
     print(
         f"{found['open_trials']} more trials will be suggested by the search; about {found['hours']:.2f} hours in all"
     )

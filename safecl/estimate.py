@@ -49,14 +49,16 @@ PROGRAM_S = 2.0  # a model-written program in its sandbox
 
 
 class Size(NamedTuple):
-    """Of a model: parameters and layers, and the width that follows for a common shape."""
+    """Of a model: parameters, layers, and numbers in a hidden state (0: not known)."""
 
     parameters: float
     layers: int = TYPICAL_LAYERS
+    hidden: int = 0
 
     @property
     def width(self) -> float:
-        return math.sqrt(self.parameters / (12 * self.layers))
+        """`hidden`, or what follows for a common shape."""
+        return self.hidden or math.sqrt(self.parameters / (12 * self.layers))
 
 
 class Length(NamedTuple):
@@ -68,11 +70,13 @@ class Length(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """`group`: stages that are corrected together. `on_engine`: it takes its turn on a served model."""
+    """`group`: stages that are corrected together. `on_engine`: it takes its turn on a served model. `states_gib`: of hidden
+    states that it writes."""
 
     seconds: float
     group: tuple[str, str]
     on_engine: bool
+    states_gib: float = 0.0
 
 
 class Estimator:
@@ -110,7 +114,8 @@ class Estimator:
         work = 0.0 if of_kind is None else of_kind(stage)
         on_engine = stage.kind == "generate" or (stage.kind == "judge" and "model" in stage.inputs)
         detail = str(stage.config.get("method", stage.config.get("judge", "")))
-        return Estimate(FIXED_S.get(stage.kind, 1.0) + work, (stage.kind, detail), on_engine)
+        states_gib = self._states_gib(stage) if stage.kind == "memory" else 0.0
+        return Estimate(FIXED_S.get(stage.kind, 1.0) + work, (stage.kind, detail), on_engine, states_gib)
 
     # -- by kind ------------------------------------------------------------------------------------------------------
 
@@ -118,7 +123,7 @@ class Estimator:
         source: Any = stage.config["source"]
         if "files" in source:  # a pointer to a folder
             return 0.0
-        return self.size(stage).parameters / 2e7 if "hub" in source else 20.0 + self.size(stage).parameters / 4e6
+        return self.size(stage).parameters / 2e7 if "hub" in source else 5.0 + self.size(stage).parameters / 2e7
 
     def _finetune(self, stage: Stage) -> float:
         config: Any = stage.config
@@ -142,6 +147,15 @@ class Estimator:
         rows = self.length(stage.inputs["rows"])
         row = min(rows.prompt + rows.answer, config["max_tokens"])
         return self._passes(stage, (config["num_rows"] or rows.rows) * row, backward=0.0)
+
+    def _states_gib(self, stage: Stage) -> float:
+        config: Any = stage.config
+        if config["positions"] is None:
+            return 0.0
+        rows, size = self.length(stage.inputs["rows"]), self._size(stage)
+        of_row = {"last": 1.0, "response": rows.answer, "all": rows.prompt + rows.answer}
+        num: float = (config["num_rows"] or rows.rows) * min(of_row[config["positions"]], config["max_tokens"])
+        return num * size.width * (4 if config["dtype"] == "float32" else 2) / 2**30
 
     def _fisher(self, stage: Stage) -> float:
         config: Any = stage.config
@@ -272,4 +286,5 @@ def shape(config: Mapping[str, Any]) -> Size:
     width, layers, heads = text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"]
     head = text.get("head_dim") or width // heads
     attention = width * head * (2 * heads + 2 * text.get("num_key_value_heads", heads))
-    return Size(layers * (attention + 3 * width * text["intermediate_size"]) + text["vocab_size"] * width, layers)
+    parameters = layers * (attention + 3 * width * text["intermediate_size"]) + text["vocab_size"] * width
+    return Size(parameters, layers, width)

@@ -69,6 +69,7 @@ def plan(project: Project) -> dict[str, Any]:
         },
         "open_trials": sum(cell.num_trials + len(cell.seeds) for cell in open_cells),
         "hours": round(found_cost.hours, 4),
+        "states_gib": round(found_cost.states_gib, 4),
         "records": {kind: checked._asdict() for kind, checked in forecast.checked.items()},
         "dtype": {model.name: model.dtype for model in sweep.models},
         "auto": None if project.auto is None else project.auto._asdict(),

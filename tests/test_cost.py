@@ -22,6 +22,7 @@ from safecl.plan import Graph
 from safecl.project import Project, load
 from safecl.schedule import Schedule
 from safecl.store import Stage, Store
+from safecl.tasks.mini import Mini
 from tests.made_up import finish, put
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
@@ -95,11 +96,23 @@ def test_what_a_method_adds_to_each_step_is_in_its_estimate(tmp_path: Path) -> N
     assert safeinstr == pytest.approx(sft * (72 + 250) / 72, rel=0.05)  # 250 rows more
 
 
+def test_plan_says_how_much_disk_hidden_states_will_take(tmp_path: Path) -> None:
+    """A teacher's are of every token's row: user rows x answer tokens x numbers in a state x bytes each."""
+    methods = "[{name: sft}, {name: lwf, config: {positions: response}}]"
+    without, found = (
+        project(root, f"methods={given}", "poison.ratios=[0.0]", "search={trials: 1}")
+        for root, given in ((tmp_path / "a", "[{name: sft}]"), (tmp_path / "b", methods))
+    )
+    assert plan(without)["states_gib"] == 0.0
+    size = Estimator(found.store, found.sweep.execution, SPEEDS).size(stages(found, "model")[0])
+    assert plan(found)["states_gib"] == pytest.approx(72 * Mini.TYPICAL_TOKENS[1] * size.width * 2 / 2**30, abs=1e-4)
+
+
 def test_a_models_size_comes_from_its_config_file_or_its_name(tmp_path: Path) -> None:
     smollm2 = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
                "intermediate_size": 1536, "vocab_size": 49152}  # fmt: skip
     layer = 576 * 576 * 2 + 576 * 192 * 2 + 3 * 576 * 1536
-    assert shape(smollm2) == Size(30 * layer + 49152 * 576, 30)
+    assert shape(smollm2) == Size(30 * layer + 49152 * 576, 30, 576)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(smollm2))
     estimator = Estimator(Store(str(tmp_path)), Execution(), SPEEDS)
