@@ -286,6 +286,13 @@ class Project:
             found.append((cell, params, [cell.job(params, seed, "final") for seed in self.sweep.seeds], note))
         return found
 
+    def outcomes(self, job: Job) -> list[dict[str, Any]] | None:
+        """What was measured of a job's answers, a line an outcome; None where it is not finished."""
+        metrics = job.evidence.metrics
+        if not self.store.has(metrics):
+            return None
+        return [json.loads(line) for line in (self.store.path(metrics) / "outcomes.jsonl").read_text().splitlines()]
+
     def rows(self) -> list[dict[str, Any]]:
         """The table's rows, from the store alone: every metric with its interval over the seeds that are finished, and its
         contrasts with the rows of the same model, task and poison ratio."""
@@ -301,10 +308,9 @@ class Project:
             merge_losses: list[float] = []
             for job in jobs:
                 evidence = job.evidence
-                if not self.store.has(evidence.metrics):
+                if (found := self.outcomes(job)) is None:
                     continue
-                path = self.store.path(evidence.metrics) / "outcomes.jsonl"
-                per_seed[job.seed] = [json.loads(line) for line in path.read_text().splitlines()]
+                per_seed[job.seed] = found
                 final = job.graph.final
                 weights += [] if final is None else [final.key]
                 seconds += self._own_seconds(job, evidence.metrics)

@@ -402,6 +402,18 @@ def crossed(outcomes: Sequence[Sequence[Outcome]], floor: bool = False) -> Cross
     return Crossed(float(means_S.mean()), tuple(parts), min(num_seeds, *sizes))
 
 
+def components(outcomes: Sequence[Sequence[Outcome]]) -> tuple[float, float, float]:
+    """Variances of single units behind a mean of two seeds or more, all sets taken as one: between seeds, between prompts
+    (clusters), and of one cell."""
+    [whole] = _sets(
+        [[{**row, "set": "", "cluster": f"{row['set']}: {row['cluster']}"} for row in of_seed] for of_seed in outcomes]
+    ).values()
+    (num_seeds, num), cells = whole.sums_SC.shape, whole.cells
+    of_seeds = float(whole.means_S.var(ddof=1)) / num_seeds
+    of_prompts = float((whole.deviations()[0] ** 2).sum()) * num / (num - 1)
+    return max(of_seeds - cells, 0.0) * num_seeds, max(of_prompts - cells, 0.0) * num, cells * num_seeds * num
+
+
 def _guards(sets: Mapping[str, _Set]) -> list[tuple[float, float]]:
     """The part of the variance that comes from which guards judged."""
     means = [each.votes_GS.mean(axis=1) for each in sets.values() if each.votes_GS is not None]

@@ -45,12 +45,11 @@ def _measure(measure: dict[str, Any], inputs: dict[str, Path]) -> Iterator[Outco
     metric, name, of = measure["metric"], measure["set"], measure["of"]
     prefix = name if of == "label" else f"{measure['role']}.{name}"
     rows = {line["id"]: Row(**line) for line in _lines(inputs[f"{prefix}.rows"] / "rows.jsonl")}
-    alike = dict(zip(rows, clusters([row.prompt for row in rows.values()]), strict=True))
+    groups = dict(zip(rows, clusters(list(rows.values())), strict=True))
 
     def outcome(metric: str, row: Row, value: float | None) -> Outcome:
         label = name if of == "label" else f"{measure['role']}/{name}"
-        cluster = str(row.meta.get("group", alike[row.id]))
-        return {"metric": metric, "set": label, "id": row.id, "value": value, "cluster": cluster}
+        return {"metric": metric, "set": label, "id": row.id, "value": value, "cluster": groups[row.id]}
 
     if of == "score":
         answers = _lines(inputs[f"{prefix}.generations"] / "generations.jsonl")

@@ -38,17 +38,17 @@ class _Index:
     """Prompts, by what they hold. Alike: equal after `normalise`, or a Jaccard similarity of content words of at least
     `threshold` (in (0, 1]). Cost is the number of word occurrences that both sides share, not their product."""
 
-    def __init__(self, threshold: float) -> None:
+    def __init__(self, threshold: float, ignored: frozenset[str] = frozenset()) -> None:
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold: expected a number in (0, 1], got {threshold}")
-        self.threshold = threshold
+        self.threshold, self.ignored = threshold, ignored
         self._exact: dict[str, int] = {}
         self._sets: list[frozenset[str]] = []
         self._holders: dict[str, list[int]] = defaultdict(list)  # word -> indices into `_sets`
 
     def add(self, prompt: str) -> int:
         """The prompt's index; that of an equal one if there is one."""
-        words = content_words(prompt)
+        words = content_words(prompt) - self.ignored
         index = self._exact.setdefault(normalise(prompt), len(self._sets))
         if index == len(self._sets):
             for word in words:
@@ -60,7 +60,7 @@ class _Index:
         """Indices of what is alike, an equal one first."""
         if (equal := self._exact.get(normalise(prompt))) is not None:
             yield equal
-        words = content_words(prompt)
+        words = content_words(prompt) - self.ignored
         shared = Counter(index for word in words for index in self._holders.get(word, ()))
         for index, both in shared.items():
             # |A and B| / |A or B| >= t, in whole numbers on one side so that 3/5 counts as .6
@@ -85,9 +85,11 @@ def drop_overlaps(
     return kept, dropped
 
 
-def clusters(prompts: Sequence[str], threshold: float = 0.6) -> list[int]:
-    """A number for each prompt, equal for prompts that are alike, or linked by ones that are."""
-    index = _Index(threshold)
+def clusters(rows: Sequence[Row], threshold: float = 0.6) -> list[str]:
+    """A name for each row, equal for those that are not independent prompts: of one `meta.group`, or without one alike, or
+    linked by others that are. What all prompts say (a task's instruction) makes none of them alike."""
+    every = [content_words(row.prompt) for row in rows]
+    index = _Index(threshold, frozenset.intersection(*every) if len(every) > 1 else frozenset())
     parent: list[int] = []
 
     def root(i: int) -> int:
@@ -96,11 +98,11 @@ def clusters(prompts: Sequence[str], threshold: float = 0.6) -> list[int]:
         return i
 
     places = []
-    for prompt in prompts:
-        alike = list(index.like(prompt))
-        place = index.add(prompt)
+    for row in rows:
+        alike = list(index.like(row.prompt))
+        place = index.add(row.prompt)
         parent += [place] if place == len(parent) else []
         for other in alike:
             parent[root(other)] = root(place)
         places.append(place)
-    return [root(place) for place in places]
+    return [str(row.meta.get("group", root(place))) for row, place in zip(rows, places, strict=True)]
