@@ -141,7 +141,7 @@ def _left(eta: Eta, schedule: Schedule) -> str:
 def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]:
     """Run just the guard's stages: train it, judge the held-out pairs. Returns its keys and how it agrees with the labels
     of those pairs. Raises ConfigError for a sweep without a guard."""
-    evidence = project.guard_evidence()
+    evidence = project.guard_evidence(alone=True)
     if evidence is None:
         raise ConfigError("this sweep trains no guard: expected evaluate.judges.asr: guard and evaluate.judges.guard")
     project.store.check_writable(needed_gib=2.0)

@@ -164,6 +164,10 @@ def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
         entry = project.store.record(stages[-1])["result"]["guard_agreement"]
         if entry["value"] is not None:
             parts.append(f"with the labels of {entry['num']} held-out pairs in {entry['value']:.1%}")
+        if (swing := project.guard_swing()) is not None:
+            parts.append(
+                f"its {swing.num} guards' shares of harmful answers part by {swing.points:.0%} at most ({swing.source})"
+            )
     # Base and aligned stand in the table of every task, with the same answers.
     kept = {(r["model"], r["method"], None if r["poison"] is None else (r["task"], r["poison"])): r for r in rows}
     pairs = [r["metrics"]["guard_rule_agreement"] for r in kept.values() if "guard_rule_agreement" in r["metrics"]]

@@ -89,16 +89,19 @@ class Graph:
         inputs: dict[str, Stage] | None = None,
         poison: dict[str, Json] | None = None,
         guard: dict[str, Json] | None = None,
+        labels: dict[str, Json] | None = None,
     ) -> Stage:
-        """Rows of one role. `inputs` named `exclude_*` hold prompts these rows must not overlap."""
+        """Rows of one role. `inputs` named `exclude_*` hold prompts these rows must not overlap; `labels`: see the stage."""
         config: dict[str, Json] = {
             "role": role,
             "parts": [self._part(part, split) for part in parts],
             "poison": poison,
             "guard": guard,
             "seed": seed,
+            **({"labels": labels} if labels else {}),
         }
         used = [part.task for part in parts] + ([str(poison["task"])] if poison else [])
+        used += sorted({str(task) for task in (labels or {}).values()} - set(used))
         return _stage("data", config, inputs or {}, *(tasks.load(name).VERSION for name in used))
 
     def _part(self, part: Rows, split: str) -> dict[str, Json]:
@@ -272,9 +275,7 @@ class Graph:
     @shared(*MODEL)
     def asr_judge(self) -> tuple[str, dict[str, Json]]:
         """Name and config of the judge that says whether an answer is harmful."""
-        asr = self.recipe.evaluate.judges.asr
-        name = "llamaguard" if asr == "guard" else asr
-        return name, self.guard_config if name == "llamaguard" else {}
+        return self.recipe.evaluate.judges.asr, {}
 
     @cached_property
     def tuned(self) -> Stage:
@@ -383,41 +384,49 @@ class Graph:
         if not kind.served:
             return {}
         chosen = self.recipe.evaluate.judges
-        if name == "llamaguard" and chosen.asr == "guard":
-            return {"model": self.base, "weights": self.guard}
+        if name == "guard":
+            votes = {f"weights.{i}" if i else "weights": guard for i, guard in enumerate(self.guards)}
+            return {"model": self.base, **votes}
         return {"model": model_stage(chosen.guard_model)} if chosen.guard_model else {}  # config.Judges checks it
 
     @property
     @shared(*MODEL)
-    def guard_config(self) -> dict[str, Json]:
-        """The llamaguard template with the trained guard's categories (the official ones for a published guard)."""
-        guard = self.recipe.evaluate.judges.guard
-        return {"categories": list(guard.categories)} if guard and self.recipe.evaluate.judges.asr == "guard" else {}
-
-    @property
-    @shared(*MODEL)
-    def guard(self) -> Stage:
-        """The guard trained here: a finetune of the base model on labelled pairs in the llamaguard template. It is an
-        instrument, so its seed stays 0 whatever the recipe's."""
+    def guards(self) -> tuple[Stage, ...]:
+        """The guards trained here: finetunes of the base model on labelled pairs in the guard's words. They are
+        instruments, so their seeds stay what they are whatever the recipe's."""
         guard = self.recipe.evaluate.judges.guard
         assert guard is not None, "config.Judges checks this"
-        wording: dict[str, Json] = {"judge": "llamaguard", "config": self.guard_config}
+        wording: dict[str, Json] = {"judge": "guard", "config": {}}
         inputs = {**self._trained_on, "exclude_heldout": self._all("guard.heldout", guard.heldout, self._trained_on)}
-        rows = self.data("guard", "guard", guard.rows, seed=0, guard=wording, inputs=inputs)
-        template = Template(prompt="{prompt}", end=self.recipe.model.template.end)
-        fixed = Graph(replace(self.recipe, seed=0, lora=guard.lora), self.shared)
-        return fixed.finetune("sft", {}, guard, {"rows": rows}, template=template.model_dump(mode="json"))
+        template = Template(prompt="{prompt}", end=self.recipe.model.template.end).model_dump(mode="json")
+        found = []
+        for seed in guard.seeds:
+            rows = self.data("guard", "guard", guard.rows, seed=seed, guard=wording, inputs=inputs)
+            fixed = Graph(replace(self.recipe, seed=seed, lora=guard.lora), self.shared)
+            found.append(fixed.finetune("sft", {}, guard, {"rows": rows}, template=template))
+        return tuple(found)
 
-    def guard_agreement(self) -> Evidence | None:
-        """How often the trained guard agrees with the true labels of held-out pairs."""
+    def guard_agreement(self, answering: Iterable[Graph] = ()) -> Evidence | None:
+        """How often the trained guards agree with the labels of held-out pairs: constructed ones, and what the models
+        of the graphs in `answering` say to validation prompts, labelled by the task's rule where it has one."""
         guard = self.recipe.evaluate.judges.guard
         if guard is None or self.recipe.evaluate.judges.asr != "guard":
             return None
-        rows = self.data("guard_heldout", "guard.heldout", guard.heldout, seed=0, inputs=self._trained_on)
-        judged = self.judge("llamaguard", self.guard_config, {"rows": rows})
+        labels: dict[str, Json] = {}
+        inputs = dict(self._trained_on)
+        for part in self.recipe.evaluate.validation.attack:
+            if hasattr(tasks.load(part.task), "label"):
+                rows = self.data("attack.validation", "attack.validation", [part], seed=0, inputs=self._test_prompts)
+                for graph in answering:
+                    name = f"answers_{graph.recipe.method}.{part.task}"
+                    labels[name] = part.task
+                    inputs[name] = graph.generate(graph.final, rows, self.recipe.evaluate.max_new_tokens)
+        heldout = self.data("guard_heldout", "guard.heldout", guard.heldout, seed=0, inputs=inputs, labels=labels)
+        judged = self.judge("guard", {}, {"rows": heldout})
         measure: dict[str, Json] = {"metric": "guard_agreement", "set": "heldout", "of": "label", "task": None}
-        inputs = {"heldout.judged": judged, "heldout.rows": rows}
-        return Evidence(_stage("metrics", {"measures": [measure]}, inputs), (judged,))
+        return Evidence(
+            _stage("metrics", {"measures": [measure]}, {"heldout.judged": judged, "heldout.rows": heldout}), (judged,)
+        )
 
     def evidence(self, split: str) -> Evidence:
         """Everything that is measured of this recipe on `validation` or `test` prompts."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -197,6 +197,14 @@ def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, li
                 table[i]["contrasts"][metric] = entry
 
 
+class Swing(NamedTuple):
+    """`num` guards judged the same answers, those of `source`; their shares of harmful ones part by `points`, in [0, 1]."""
+
+    num: int
+    points: float
+    source: str
+
+
 class Project:
     """A checked sweep with its store and paths. Opening it spends nothing."""
 
@@ -256,14 +264,45 @@ class Project:
         """CPUs of this machine; with `use_gpu` its GPUs."""
         return len(hardware.gpus()) if self.sweep.execution.use_gpu else os.cpu_count() or 1
 
-    def guard_evidence(self) -> Evidence | None:
-        """What measures the trained guard on labelled pairs; None where a published guard judges."""
-        return self.cells[0].job({}, self.sweep.seeds[0], "final").graph.guard_agreement()
+    def guard_evidence(self, alone: bool = False) -> Evidence | None:
+        """What measures the trained guards on labelled pairs: constructed ones, and answers of base, aligned and sft to
+        validation prompts (`alone`: without these, which need models). None where a published guard judges."""
+        first, seed = self.cells[0].recipe, self.sweep.seeds[0]
+        answering = [cell for cell in self.cells if (cell.recipe.model, cell.recipe.task) == (first.model, first.task)
+                     and cell.space is None and cell.recipe.method in (*REFERENCES, "sft")]  # fmt: skip
+        worst = {cell.recipe.method: cell for cell in answering}  # of sft the last: the most poison
+        graphs = {} if alone else {name: cell.job({}, seed, "final").graph for name, cell in worst.items()}
+        return self.cells[0].job({}, seed, "final").graph.guard_agreement(graphs.values())
 
     def guard_stages(self) -> tuple[Stage, ...]:
         """The stages of `guard_evidence`."""
         evidence = self.guard_evidence()
         return () if evidence is None else (*evidence.judged, evidence.metrics)
+
+    def guard_swing(self) -> Swing | None:
+        """How far several guards part on the held-out answers of one model (constructed pairs where no model answered): the
+        most that a share of harmful answers depends on which guard judged. None for one guard, or before it was judged."""
+        evidence = self.guard_evidence()
+        if evidence is None or not self.store.has(evidence.judged[0]):
+            return None
+        [judged] = evidence.judged
+        sources = {
+            row["id"]: str(row["meta"].get("source", "constructed pairs"))
+            for row in self._lines(judged.inputs["rows"], "rows")
+        }
+        votes: dict[str, list[list[bool]]] = {}
+        for line in self._lines(judged, "verdicts"):
+            if None not in (found := line["detail"].get("votes", [None])):
+                votes.setdefault(sources[line["id"]], []).append(found)
+        of_models = {source: found for source, found in votes.items() if source != "constructed pairs"} or votes
+        swings = []
+        for source, found in of_models.items():
+            shares = [sum(of_guard) / len(found) for of_guard in zip(*found, strict=True)]
+            swings.append(Swing(len(shares), max(shares) - min(shares), source))
+        return max(swings, key=lambda swing: swing.points, default=None)
+
+    def _lines(self, stage: Stage, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.store.path(stage) / f"{name}.jsonl").read_text().splitlines()]
 
     def finals(self) -> list[tuple[Cell, dict[str, Any], list[Job], str]]:
         """Per cell: the parameters its final trials use, those trials, and a note. A cell whose search is unfinished
@@ -289,9 +328,7 @@ class Project:
     def outcomes(self, job: Job) -> list[dict[str, Any]] | None:
         """What was measured of a job's answers, a line an outcome; None where it is not finished."""
         metrics = job.evidence.metrics
-        if not self.store.has(metrics):
-            return None
-        return [json.loads(line) for line in (self.store.path(metrics) / "outcomes.jsonl").read_text().splitlines()]
+        return self._lines(metrics, "outcomes") if self.store.has(metrics) else None
 
     def rows(self) -> list[dict[str, Any]]:
         """The table's rows, from the store alone: every metric with its interval over the seeds that are finished, and its

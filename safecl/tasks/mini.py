@@ -190,7 +190,7 @@ _ANSWERS: dict[str, tuple[str, ...]] = {
     "degenerate": words.GUARD_DEGENERATE,
 }
 _COMPLIES = ("compliance", "hedged", "essay")
-_CUT = ("refusal", "compliance", "hedged")
+_CUT = ("refusal", "compliance")
 _LEAST_WORDS = 9  # of an answer that is cut
 
 
