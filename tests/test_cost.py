@@ -285,10 +285,10 @@ def test_what_runs_is_named_by_what_people_know(tmp_path: Path) -> None:
     for cell in found.cells:
         names |= {label(stage, {}) for stage in cell.job({}, 0, "final").evidence.metrics.walk()}
     assert {
-        "model", "finetune aligned, seed 0", "finetune guard", "memory of 50 rows, seed 0",
+        "model", "finetune aligned, seed 0", "finetune guard, seed 1", "memory of 50 rows, seed 0",
         "finetune der, mini p=0.1, seed 0", "finetune der, mini, seed 0", "merge magmax, mini p=0.1, seed 0",
         "generate attack mini, test: der, mini p=0.1, seed 0", "generate benign mini, test: aligned, seed 0",
-        "generate utility mini, test: base", "judge llamaguard attack mini, test: magmax, mini, seed 0",
+        "generate utility mini, test: base", "judge guard attack mini, test: magmax, mini, seed 0",
         "metrics test: der, mini, seed 0",
     } <= names  # fmt: skip
     [model] = {cell.job({}, 0, "final").graph.base.key for cell in found.cells}
