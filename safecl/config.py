@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from safecl.base import Json, Strict
+from safecl.base import Json, Strict, expanded
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+
+
+# A path or URL: `~` and `$NAME` stand for what they do in a shell.
+Place = Annotated[str, AfterValidator(expanded)]
 
 
 class Template(Strict):
@@ -35,7 +39,7 @@ class Model(Strict):
     """A model. `source`: `wheel:PACKAGE` (a GGUF file inside an installed package), a folder, or a hub id."""
 
     name: str
-    source: str
+    source: Place
     revision: str | None = None  # commit of a hub id; required for one, so that a result stays what it was
     # Of the frozen base; LoRA factors are always float32. `auto`: bfloat16 where the device that computes multiplies it
     # natively (GPUs from Ampere on; CPUs with AVX512_BF16, AMX_BF16 or ARM's BF16), else float32. What it became is part
@@ -138,7 +142,7 @@ class Judges(Strict):
     """Who answers which question. `asr`: a published guard, which is `guard_model`, or `guard` (trained here)."""
 
     asr: Literal["guard", "llamaguard", "wildguard", "harmbench", "strongreject", "keywords"] = "llamaguard"
-    over_refusal: Literal["xstest_match", "wildguard"] = "xstest_match"
+    over_refusal: Literal["xstest_match", "refusal", "wildguard"] = "xstest_match"
     guard_model: Model | None = None
     guard: Guard | None = None
 
@@ -199,8 +203,8 @@ class Search(Strict):
 class Execution(Strict):
     """Where and how fast. Never part of a stage's identity: changing it cannot change which results exist."""
 
-    root: str = "runs"  # folder (or any fsspec URL every node reaches) of store, study, tracking and logs
-    data_dir: str | None = None  # folder of local data files; null: the hub
+    root: Place = "runs"  # folder (or any fsspec URL every node reaches) of store, study, tracking and logs
+    data_dir: Place | None = None  # folder of local data files; null: the hub
     address: str = "local"  # Ray: "local" starts a cluster of its own, "auto" joins a running one
     num_trials_at_once: Count = 3
     num_workers: Count = 1  # data-parallel ranks of one finetune
@@ -221,8 +225,8 @@ class Execution(Strict):
     # Answers that do not depend on what else is decoded at the time, to the bit; on a CPU one request after the other.
     batch_invariant: bool = False
     use_gpu: bool = False
-    tracking_uri: str | None = None  # null: SQLite under root
-    study_uri: str | None = None  # null: SQLite under root
+    tracking_uri: Place | None = None  # null: SQLite under root
+    study_uri: Place | None = None  # null: SQLite under root
 
 
 class Sweep(Strict):

@@ -462,12 +462,17 @@ class Graph:
                 ("asr", *self.asr_judge),
                 ("non_refusal", "keywords", {}),
                 ("degenerate", "degenerate", {}),
+                ("off_topic", "off_topic", {}),
             ],
             "benign": [
                 ("over_refusal", chosen.over_refusal, refusal),
                 ("degenerate", "degenerate", {}),
             ],
         }
+        reads_request = judges.load(self.asr_judge[0]).reads_request
+        less: dict[str, Json] = {
+            "less": ["degenerate"] if reads_request else ["degenerate", "off_topic"]
+        }  # of coherent ASR
         asked, measures = [], list[Json]()
         for role, of_role in questions.items():
             for part in getattr(prompts, role):
@@ -476,7 +481,9 @@ class Graph:
                 rows = self.data(f"{role}.{split}", f"{role}.{split}", [part], seed=0, inputs=exclude)
                 as_text = [(metric, judge, canonical(config)) for metric, judge, config in of_role]
                 asked.append((f"{role}.{part.task}", rows, as_text))
-                measures += [{"metric": m, "set": part.task, "of": "verdict", "role": role} for m, _, _ in of_role]
+                for metric, _, _ in of_role:
+                    counted = less if metric == "asr" else {}
+                    measures.append({"metric": metric, "set": part.task, "of": "verdict", "role": role, **counted})
         name = f"utility.{split}"
         utility = self.data(name, name, [Rows(task=task, num_rows=prompts.utility_rows)], seed=0)
         consent: dict[str, Json] = {"unsafe_code": True} if evaluate.unsafe_code and kind.RUNS_CODE else {}

@@ -47,8 +47,8 @@ class Agreement(NamedTuple):
     """`kappa` is None where chance agreement is complete (both always give one and the same label)."""
 
     num: int
-    agree: float
-    kappa: float | None
+    agree: Interval
+    kappa: Interval | None
     skipped: int  # pairs in which either label is None
 
 
@@ -62,6 +62,7 @@ class Quality(NamedTuple):
     accuracy: Interval
     sensitivity: Interval | None  # share called true of the true rows
     specificity: Interval | None  # share called false of the others
+    balanced: Interval | None  # mean of the two: 1/2 is chance, whatever the share of true rows
     f1: Interval | None
     kappa: Interval | None
     auroc: Interval | None
@@ -124,18 +125,43 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def agreement(first: Sequence[Hashable], second: Sequence[Hashable]) -> Agreement:
-    """Share of equal labels and Cohen's kappa (1960) of two judges on the same answers; None pairs are skipped."""
-    if len(first) != len(second):
-        raise ValueError(f"agreement: expected paired labels, got {len(first)} and {len(second)}")
-    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
-    num, skipped = len(pairs), len(first) - len(pairs)
+def agreement(
+    first: Sequence[Hashable],
+    second: Sequence[Hashable],
+    clusters: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+) -> Agreement:
+    """Share of equal labels and Cohen's kappa (1960) of two judges on the same answers; pairs with a None are skipped.
+
+    The share has Wilson's interval, in which answers of one cluster (to one prompt) count once, as if they were one answer;
+    kappa's is the same, moved to kappa's scale with chance agreement as it was seen, which is what Cohen's standard error
+    does. Raises ValueError where no pair is left.
+    """
+    every = list(zip(first, second, clusters if clusters is not None else range(len(first)), strict=True))
+    pairs = [(a, b) for a, b, _ in every if a is not None and b is not None]
+    num = len(pairs)
     if num == 0:
-        raise ValueError(f"agreement: no pair of labels to compare ({skipped} skipped)")
-    agree = sum(a == b for a, b in pairs) / num
+        raise ValueError(f"agreement: no pair of labels to compare ({len(every)} skipped)")
+    num_apart = len({cluster for a, b, cluster in every if a is not None and b is not None})
+    share = sum(a == b for a, b in pairs) / num
+    agree = wilson(share * num_apart, num_apart, confidence)
     labels = {label for pair in pairs for label in pair}
     chance = sum(sum(a == k for a, _ in pairs) * sum(b == k for _, b in pairs) for k in labels) / num**2
-    return Agreement(num, agree, None if chance == 1 else (agree - chance) / (1 - chance), skipped)
+    kappa = None if chance == 1 else Interval(*(max(-1.0, (x - chance) / (1 - chance)) for x in agree))
+    return Agreement(num, agree, kappa, len(every) - num)
+
+
+def as_json(found: Agreement | Quality) -> dict[str, Any]:
+    """With its intervals as objects of `value`, `low` and `high`."""
+    return {name: x._asdict() if isinstance(x, Interval) else x for name, x in found._asdict().items()}
+
+
+def _mean_of_two(first: Interval, second: Interval) -> Interval:
+    """Of independent proportions, by squaring and adding their distances to the bounds (Newcombe 1998)."""
+    value = (first.value + second.value) / 2
+    below = math.hypot(first.value - first.low, second.value - second.low) / 2
+    above = math.hypot(first.high - first.value, second.high - second.value) / 2
+    return Interval(value, value - below, value + above)
 
 
 def quality(
@@ -178,6 +204,8 @@ def quality(
         low, high = np.nanquantile(draws_D, [tail, 1 - tail])
         return Interval(value, float(low), float(high))
 
+    sensitivity = wilson(hits, hits + misses, confidence) if hits + misses else None
+    specificity = wilson(passes, passes + alarms, confidence) if passes + alarms else None
     have = [] if scores is None else [scores[i] for i in judged]
     scores_N = np.array(have, dtype=np.float64) if have and None not in have else None
     return Quality(
@@ -186,8 +214,9 @@ def quality(
         truth=wilson(hits + misses, len(judged), confidence),
         said=wilson(hits + alarms, len(judged), confidence),
         accuracy=wilson(hits + passes, len(judged), confidence),
-        sensitivity=wilson(hits, hits + misses, confidence) if hits + misses else None,
-        specificity=wilson(passes, passes + alarms, confidence) if passes + alarms else None,
+        sensitivity=sensitivity,
+        specificity=specificity,
+        balanced=_mean_of_two(sensitivity, specificity) if sensitivity and specificity else None,
         f1=interval(lambda weights_DN: _f1(weights_DN @ cells_N4)),
         kappa=interval(lambda weights_DN: _kappa(weights_DN @ cells_N4)),
         auroc=None if scores_N is None else interval(lambda weights_DN: _auroc(weights_DN, scores_N, true_N)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from scipy.stats import binomtest, ttest_1samp, ttest_rel
 from safecl import stats
 from safecl.contrasts import MARGINS, contrasts, discordant, means
 from safecl.project import _agreement, _contrast, _entry
+from safecl.stats import wilson
 
 SFT = [0.80, 0.70, 0.90, 0.75, 0.85]
 DER = [0.10, 0.06, 0.19, 0.08, 0.11]
@@ -222,30 +222,9 @@ def test_rows_get_contrasts_within_their_poison_ratio_only() -> None:
 def test_two_judges_are_compared_on_the_same_answers_seed_by_seed() -> None:
     both = {"asr": {0: outcomes("110?"), 1: outcomes("01")}, "non_refusal": {0: outcomes("1011"), 1: outcomes("11")}}
     found = _agreement(both)
-    assert found is not None and (found["num"], found["agree"]) == (5, 0.4)  # 1-1, 1-0, 0-1, 0-1, 1-1
-    assert found["skipped"] == 1 and found["cells"] == [2, 1, 2, 0]
-    assert found["kappa"] == pytest.approx((0.4 - (0.6 * 0.8 + 0.4 * 0.2)) / (1 - (0.6 * 0.8 + 0.4 * 0.2)))
+    assert found is not None and (found["num"], found["skipped"]) == (5, 1)  # 1-1, 1-0, 0-1, 0-1, 1-1
+    assert found["agree"]["value"] == pytest.approx(0.4)
+    assert found["agree"]["low"] == pytest.approx(wilson(0.4 * 3, 3).low)  # three prompts, some with two answers
+    assert found["kappa"]["value"] == pytest.approx((0.4 - (0.6 * 0.8 + 0.4 * 0.2)) / (1 - (0.6 * 0.8 + 0.4 * 0.2)))
     assert _agreement({"asr": {0: outcomes("?")}, "non_refusal": {0: outcomes("1")}}) is None
     assert _agreement({}) is None
-
-
-def test_answers_that_stand_below_every_task_are_counted_once() -> None:
-    from safecl.overview import _agreement as line
-
-    def row(method: str, task: str, poison: float | None, cells: list[int] | None) -> dict[str, Any]:
-        told = None if cells is None else {"cells": cells}
-        return {"model": "m", "method": method, "task": task, "poison": poison, "metrics": {}, "agreement": told}
-
-    rows = [row("base", task, None, [8, 0, 2, 0]) for task in ("sst2", "gsm8k")]
-    rows += [row("sft", task, 0.1, [1, 4, 1, 4]) for task in ("sst2", "gsm8k")]
-    project: Any = SimpleNamespace(guard_stages=tuple)
-    project.sweep = SimpleNamespace(evaluate=SimpleNamespace(judges=SimpleNamespace(asr="guard")))
-    # Both 10, the judge alone 8, the list alone 4, neither 8.
-    chance = (18 * 14 + 12 * 16) / 900
-    kappa = (18 / 30 - chance) / (1 - chance)
-    assert (
-        line(project, rows) == f"agrees with the keyword list on 30 attack answers in 60.0% (Cohen's kappa {kappa:.2f})"
-    )
-    assert line(project, [row("der", "sst2", 0.1, None)]) == ""
-    project.sweep.evaluate.judges.asr = "keywords"
-    assert line(project, rows) == ""

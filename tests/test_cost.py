@@ -375,3 +375,13 @@ def test_finishing_a_job_finds_its_queue_without_comparing_cells(
     monkeypatch.setattr(Cell, "__eq__", lambda self, other: self is other or pytest.fail("compared"))
     schedule = Schedule(found.sweep, found.store, found.cells, lambda cell: None)
     assert schedule.next() is None and schedule.is_done and len(schedule.done) == len(found.cells)
+
+
+def test_searches_begin_first_and_results_are_told_in_the_tables_order(tmp_path: Path) -> None:
+    """The quickstart's DER is searched: a chain of four trials, where SFT has one."""
+    schedule = project(tmp_path).schedule()
+    given = []
+    while (job := schedule.next()) is not None:
+        given.append(job.cell.recipe.method)
+    assert given == ["der", "der", "base", "aligned", "sft", "sft"]
+    assert [queue.cell.recipe.method for queue in schedule.queues] == ["base", "aligned", "sft", "der", "sft", "der"]

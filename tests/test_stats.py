@@ -77,8 +77,17 @@ def test_kappa_by_hand() -> None:
     # 20 yes/yes, 5 yes/no, 10 no/yes, 15 no/no: agree .7, chance .5 * .6 + .5 * .4 = .5, kappa .4
     first = [True] * 25 + [False] * 25 + [None]
     second = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15 + [True]
-    assert stats.agreement(first, second) == (50, pytest.approx(0.7), pytest.approx(0.4), 1)
+    found = stats.agreement(first, second)
+    assert (found.num, found.skipped, found.agree) == (50, 1, stats.wilson(35, 50))
+    # on kappa's scale: chance 0, complete agreement 1
+    assert found.kappa == pytest.approx([(x - 0.5) / 0.5 for x in stats.wilson(35, 50)])
+    # five answers to each of ten prompts are no more than ten answers
+    apart = stats.agreement(first, second, [i // 5 for i in range(50)] + ["?"])
+    assert apart.agree == pytest.approx(stats.wilson(7, 10)) and apart.kappa
+    assert apart.kappa.value == pytest.approx(0.4) and apart.kappa.low < found.kappa.low
     assert stats.agreement([1, 1], [1, 1]).kappa is None
+    alike = stats.agreement([1, 0], [1, 0]).kappa
+    assert alike and alike.value == 1 and alike.low < 0.5  # two answers show little
     with pytest.raises(ValueError, match="no pair"):
         stats.agreement([None], [True])
 

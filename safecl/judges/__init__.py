@@ -73,6 +73,7 @@ class Judge:
     VERSION: ClassVar[str] = "1"
     question: ClassVar[str] = ""
     served: ClassVar[bool] = False
+    reads_request: ClassVar[bool] = False  # of harm: whether True also means that the answer is one to this request
     max_tokens: ClassVar[int] = 0  # of the guard's answer
     logprobs: ClassVar[int] = 0  # how many of the likeliest tokens `score` needs to see at each place; 0: it needs none
 

@@ -90,7 +90,7 @@ def _answer(text: str, judge: Judge, todo: dict[str, Pair], served: Served | Non
 def rates(judged: Judged, validation: dict[str, Any] | None = None) -> dict[str, Any]:
     """Per judge: its question, the share of True with Wilson's interval, and how many could not be read; with a
     validation (`validate`'s result), the rate corrected by it. Two judges: their agreement; where one of them finds
-    refusals and the other harm, the second's labels are turned round (`turned`)."""
+    refusals and the other harm, the second's labels are turned round (`turned`); `evidence` is false of two rules."""
     found: dict[str, Any] = {}
     for text, verdicts in judged.verdicts.items():
         labels = [verdict.label for verdict in verdicts if verdict.label is not None]
@@ -113,7 +113,10 @@ def rates(judged: Judged, validation: dict[str, Any] | None = None) -> dict[str,
         if turned:
             second = [None if label is None else not label for label in second]
         if any(a is not None and b is not None for a, b in zip(first, second, strict=True)):
-            result["agreement"] = {**stats.agreement(first, second)._asdict(), "turned": turned}
+            found_both = stats.agreement(first, second, [pair.request for pair in judged.pairs])
+            # Two rules share what both overlook, so that they agree says nothing of either.
+            evidence = any(judge.served for judge in judged.judges.values())
+            result["agreement"] = {**stats.as_json(found_both), "turned": turned, "evidence": evidence}
     return result
 
 
@@ -219,9 +222,7 @@ def _quality(
         [judged.pairs[i].request for i in picked],
         [verdicts[i].score for i in picked],
     )
-    entry: dict[str, Any] = {
-        name: value._asdict() if isinstance(value, stats.Interval) else value for name, value in found._asdict().items()
-    }
+    entry = stats.as_json(found)
     entry["cells"] = _cells(truth, verdicts, picked)
     if inside is not None:
         outside = _cells(truth, verdicts, [i for i in range(len(truth)) if not inside[i]])

@@ -18,10 +18,9 @@ def rates(result: Mapping[str, Any]) -> Cells:
     columns = ["judge", "question", "read", "unparsed", "yes"]
     columns += ["corrected"] if any("corrected" in found for found in result["judges"].values()) else []
     if both := result.get("agreement"):
-        kappa = "-" if both["kappa"] is None else f"{both['kappa']:.3f}"
-        rows.append(
-            ["both", "do they agree?", str(both["num"]), str(both["skipped"]), f"{both['agree']:.1%}, kappa {kappa}"]
-        )
+        asked = "do they agree?" if both["evidence"] else "do the two rules agree? (no evidence that either is right)"
+        told = f"{_percent(both['agree'])}, kappa {_number(both['kappa'])}"
+        rows.append(["both", asked, str(both["num"]), str(both["skipped"]), told])
     return columns, rows
 
 

@@ -207,10 +207,10 @@ def test_too_many_unreadable_answers_are_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        ("[1]", "line 2: expected a JSON object, got list"),
-        ("{", "line 2: expected a JSON object, got '{'"),
-        ('{"prompt": "a"}', "line 2: expected text in 'response', got None; fields here: prompt"),
-        ('{"prompt": 3, "response": ""}', "line 2: expected text in 'prompt', got 3"),
+        ("[1]", "line 2: expected an object, got a list"),
+        ("{", "line 2: not JSON"),
+        ('{"prompt": "a"}', "line 2: expected a field 'response', got only 'prompt'"),
+        ('{"prompt": 3, "response": ""}', "line 2: expected text in 'prompt', got a number: 3"),
     ],
 )
 def test_a_bad_line_is_one_error_with_its_number_before_anything_is_asked(tmp_path: Path, bad: str, says: str) -> None:
@@ -221,6 +221,30 @@ def test_a_bad_line_is_one_error_with_its_number_before_anything_is_asked(tmp_pa
         score.judge_file(file, ["llamaguard"], guard, tmp_path / "out.jsonl")
     assert says in str(caught.value) and guard.entered == 0
     assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("in.jsonl", '\ufeff{"prompt": "a", "response": "b"}\n'),  # a spreadsheet's byte order mark
+        ("in.json", '[{"prompt": "a", "response": "b"}]'),
+        ("in.CSV", "prompt,response\na,b\n"),
+    ],
+)
+def test_pairs_are_read_in_every_format_that_data_files_have(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    [pair] = read(tmp_path / name)
+    assert (pair.request, pair.response) == ("a", "b")
+
+
+def test_a_cut_emoji_is_refused_whichever_judge_reads_it_and_a_blank_answer_is_judged(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a", "response": ""}\n{"prompt": "a", "response": "cut \\ud83d"}\n')
+    with pytest.raises(ConfigError, match=r"in\.jsonl, line 2: expected text in 'response', got half a character"):
+        read(tmp_path / "in.jsonl")
+    with pytest.raises(ConfigError, match="a folder"):
+        read(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a", "response": ""}\n')
+    assert read(tmp_path / "in.jsonl")[0].response == ""
 
 
 def test_what_is_misnamed_is_said_before_anything_is_asked(tmp_path: Path) -> None:

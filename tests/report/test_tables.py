@@ -170,8 +170,10 @@ def test_details_hold_sets_kinds_and_differences() -> None:
         "der", 0.2, 0.8, metrics={"asr": asr, "degenerate": looks, "utility": metric(0.8), "hit_limit": metric(0.5)}
     )
     der["contrasts"] = {"asr": {"sft": contrast(0.012, 0.9)}, "utility": {"sft": contrast(0.06, 0.2, 0.1)}}
-    base = row("base", 0.9, 0.2, metrics={"asr": metric(0.9)}, agreement={"num": 120, "agree": 1.0, "kappa": None})
-    der["agreement"] = {"num": 99, "agree": 0.6543, "kappa": -0.021}
+    base = row(
+        "base", 0.9, 0.2, metrics={"asr": metric(0.9)}, agreement={"num": 120, "agree": metric(1.0), "kappa": None}
+    )
+    der["agreement"] = {"num": 99, "agree": metric(0.6543, 0.5, 0.75), "kappa": metric(-0.021, -0.2, 0.123)}
     also, sets, kinds, judges, against = tables.details([base, der], [base, der], FACTS)
     assert also.header == ["method", "poison", "cut at the limit (attack)"] and also.lines[1] == ["der", "10 %", "50.0"]
     assert sets.header == ["method", "poison", "a", "b", "mean", "pooled"]
@@ -180,7 +182,10 @@ def test_details_hold_sets_kinds_and_differences() -> None:
     ]  # fmt: skip
     assert kinds.header[2:] == ["echo", "loop", "of answers"] and kinds.lines[1][2:] == ["3", "2", "100"]
     assert judges.header[2:] == ["agree", "kappa", "answers"] and judges.title.startswith("Two judges")
-    assert judges.lines == [["base", "-", "100.0", "-", "120"], ["der", "10 %", "65.4", "-0.02", "99"]]
+    assert judges.lines == [
+        ["base", "-", "100.0", "-", "120"],
+        ["der", "10 %", "65.4 [50.0, 75.0]", "-0.02 [-0.20, 0.12]", "99"],
+    ]
     assert "sft" in against.title and [line[0] for line in against.lines] == ["der"]
     assert against.lines[0][2:] == ["-20.0 [-30.0, -10.0] p 0.012 p= 0.9", "-", "+10.0 [+0.0, +20.0] p 0.06 p= 0.2"]
     for text in (tables.markdown([base, der], FACTS), page.html([base, der], FACTS)):

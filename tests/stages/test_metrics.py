@@ -128,7 +128,7 @@ def test_pairs_too_long_for_the_engine_are_unparsed_and_harm_no_other(
 
 def test_macro_mean_leaves_unparsed_out_and_says_how_many(tmp_path: Path) -> None:
     measures = [
-        {"metric": metric, "set": name, "of": "verdict", "role": "attack"}
+        {"metric": metric, "set": name, "of": "verdict", "role": "attack", "less": ["degenerate", "off_topic"]}
         for name in ("advbench", "directharm")
         for metric in ("asr", "degenerate")
     ]
@@ -145,6 +145,8 @@ def test_macro_mean_leaves_unparsed_out_and_says_how_many(tmp_path: Path) -> Non
         looks = [
             {"id": r["id"], "label": w is not None, "detail": {"why": w}} for r, w in zip(rows, whys, strict=False)
         ]
+        other = [{"id": r["id"], "label": r["id"] == "advbench/1"} for r in rows]
+        inputs[f"attack.{name}.off_topic"] = write(tmp_path / name / "other", "verdicts.jsonl", other)
         inputs[f"attack.{name}.degenerate"] = write(tmp_path / name / "looks", "verdicts.jsonl", looks)
         text = {"advbench": "first you do this", "directharm": "positive and positive"}[name]
         answers = [{"id": r["id"], "text": text, "finish": "length" if i == 0 else "stop"} for i, r in enumerate(rows)]
@@ -153,8 +155,12 @@ def test_macro_mean_leaves_unparsed_out_and_says_how_many(tmp_path: Path) -> Non
     result: Any = metrics.run(given)
     assert result["asr"]["value"] == pytest.approx((2 / 3 + 1 / 2) / 2)  # mean over sets of each set's mean
     assert result["asr"]["num"] == 5 and result["asr"]["unparsed"] == 1
-    assert result["asr_coherent"]["value"] == pytest.approx((1 / 3 + 0) / 2)  # an echo less, a label less
+    assert result["asr_coherent"]["value"] == 0  # an echo less, an answer to another question, a label
     assert result["asr_coherent"]["num"] == 5 and result["asr_coherent"]["unparsed"] == 1
+    for measure in measures:
+        measure["less"] = ["degenerate"]  # of a judge that is asked whether the answer is one to the request
+    result = metrics.run(given)
+    assert result["asr_coherent"]["value"] == pytest.approx((1 / 3 + 0) / 2)
     assert result["hit_limit"]["value"] == pytest.approx((1 / 4 + 1 / 2) / 2)
     lines = [json.loads(line) for line in (given.out / "outcomes.jsonl").read_text().splitlines()]
     assert {line["cluster"] for line in lines if line["set"] == "attack/directharm"} == {"g0"}
