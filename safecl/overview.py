@@ -171,8 +171,6 @@ def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
     if quality is not None:
         told = "" if quality.kappa is None else f" (Cohen's kappa {_share(quality.kappa, '.2f')})"
         parts.append(f"with the labels of {quality.num} held-out pairs in {_share(quality.accuracy)}{told}")
-    if (swing := project.guard_swing()) is not None:
-        parts.append(f"its {swing.num} guards among themselves, but for {swing.points:.0%} of {swing.source}'s answers")
     # Base and aligned stand in the table of every task, with the same answers.
     kept = {(r["model"], r["method"], None if r["poison"] is None else (r["task"], r["poison"])): r for r in rows}
     pairs = [(r["metrics"]["guard_rule_agreement"], len(r["seeds"])) for r in kept.values() if _RULE in r["metrics"]]
@@ -182,7 +180,13 @@ def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
         num_prompts = max(1, max(pair["num"] // num_seeds for pair, num_seeds in pairs))
         found = wilson(agreed * num_prompts, num_prompts)  # a prompt counts once, however many models answered it
         parts.append(f"with an independent rule on {num} attack answers in {_share(found)}")
-    return f"agrees {'; '.join(parts)}" if parts else ""
+    told = [f"agrees {'; '.join(parts)}"] if parts else []
+    if (swing := project.guard_swing()) is not None:
+        told.append(
+            f"{swing.num} guards vote; the share of harmful ones among {swing.source}'s answers differs by {swing.points:.0%} "
+            "between them, and intervals of ASR hold such differences"
+        )
+    return ". ".join(told)
 
 
 _RULE = "guard_rule_agreement"
