@@ -202,6 +202,34 @@ def report(
 
 
 @app.command()
+def power(
+    file: File,
+    set_: Set = [],  # noqa: B006
+    limit: Limit = None,
+    as_json: AsJson = False,
+    noise: Annotated[float | None, typer.Option(help="sd of a difference between seeds, e.g. 0.05")] = None,
+    discordant: Annotated[
+        float | None, typer.Option(help="Share of prompts that two methods answer differently")
+    ] = None,
+    detect: Annotated[float | None, typer.Option(help="Say what it would take for this difference, e.g. 0.1")] = None,
+) -> None:
+    """Print what difference between two methods a sweep can mark, and what it would take for a given one. Runs nothing.
+
+    The noise comes from the store's finished rows (two methods with two common seeds) where it is not stated.
+    """
+    from safecl import power as of
+
+    found = of.power(_project(file, set_, limit, reads=True), noise, discordant, detect)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for title, columns, rows in of.tables(found):
+        _table(title, columns, rows)
+    for line in of.notes(found):
+        print(line)
+
+
+@app.command()
 def show(key: Annotated[str, typer.Argument(help="The beginning of a stage's key")], root: str = "runs") -> None:
     """Print a stage's record: config, inputs, result, cost, library versions."""
     from safecl.base import ConfigError
@@ -340,6 +368,8 @@ def score(
         print(json.dumps(result, indent=1))
     else:
         _table(f"{len(judged.pairs)} answers of {file.name}", *show.rates(result))
+        for line in show.why_not(result["judges"]):
+            print(line)
         print(f"verdicts: {target}", file=sys.stderr)
     _end(judging.unreadable(judged))
 
@@ -386,6 +416,9 @@ def validate(
     else:
         for title, columns, rows in show.quality(result):
             _table(title, columns, rows)
+        for name, entry in result["judges"].items():
+            for line in show.why_not(entry.get("by", {})):
+                print(f"{name}, {line}")
     _end(judging.unreadable(judged))
 
 

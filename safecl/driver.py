@@ -141,7 +141,7 @@ def _left(eta: Eta, schedule: Schedule) -> str:
 def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]:
     """Run just the guard's stages: train it, judge the held-out pairs. Returns its keys and how it agrees with the labels
     of those pairs. Raises ConfigError for a sweep without a guard."""
-    evidence = project.guard_evidence()
+    evidence = project.guard_evidence(alone=True)
     if evidence is None:
         raise ConfigError("this sweep trains no guard: expected evaluate.judges.asr: guard and evaluate.judges.guard")
     project.store.check_writable(needed_gib=2.0)
@@ -157,7 +157,7 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
                 from safecl.execute import plain_error
 
                 raise plain_error(error) from None
-    [judged], found = evidence.judged, project.guard_quality()
+    [judged], found = evidence.judged, project.guard_quality(alone=True)
     assert found is not None, "judged above"
     return {"guard": judged.inputs["weights"].key, "verdicts": judged.key, "heldout": as_json(found)}
 

@@ -54,6 +54,12 @@ def chance(likely: Likely, holds: Callable[[str], bool]) -> float:
     return sum(math.exp(logprob) for text, logprob in likely if holds(text))
 
 
+def begins(word: str, token: str) -> bool:
+    """Whether a token's text is (the beginning of) a word, whatever its case: a word may be several tokens."""
+    text = token.strip().lower()
+    return text != "" and word.startswith(text)
+
+
 class Judge:
     """A question about one (request, response) pair.
 

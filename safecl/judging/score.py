@@ -105,7 +105,7 @@ def rates(judged: Judged, validation: dict[str, Any] | None = None) -> dict[str,
         if scores:
             found[text]["mean_score"] = sum(scores) / len(scores)
         if validation is not None:
-            found[text]["corrected"] = _corrected(labels, text, judged.source(text), validation)
+            found[text] |= _corrected(labels, text, judged.source(text), validation)
     result: dict[str, Any] = {"judges": found}
     if len(judged.verdicts) == 2:
         first, second = ([verdict.label for verdict in verdicts] for verdicts in judged.verdicts.values())
@@ -122,7 +122,7 @@ def rates(judged: Judged, validation: dict[str, Any] | None = None) -> dict[str,
 
 def _corrected(
     labels: list[bool], text: str, source: dict[str, Json], validation: dict[str, Any]
-) -> dict[str, float] | None:
+) -> dict[str, dict[str, float] | str | None]:
     entry = validation.get("judges", {}).get(text)
     if entry is None:
         raise ConfigError(
@@ -133,11 +133,19 @@ def _corrected(
             f"--validation measured another judge {text!r}: expected {json.dumps(source)}, got "
             f"{json.dumps(entry['source'])}; validate this one"
         )
-    if entry["all"] is None:
-        return None
-    right, wrong = _shares(entry["all"]["cells"])
-    found = stats.rogan_gladen((sum(labels), len(labels)), right, wrong) if labels and right[1] and wrong[1] else None
-    return None if found is None else found._asdict()
+    return _fixed((sum(labels), len(labels)), (entry["all"] or {}).get("cells", (0, 0, 0, 0)))
+
+
+def _fixed(said: tuple[int, int], cells: Sequence[int]) -> dict[str, dict[str, float] | str | None]:
+    """The rate said, corrected by the table of counts of other rows: `corrected`, and `why_not` where it is null."""
+    hits, alarms, misses, passes = cells
+    right, wrong = (hits, hits + misses), (passes, passes + alarms)
+    if not (said[1] and right[1] and wrong[1]):
+        return {"corrected": None, "why_not": "it takes verdicts, and validation rows of both kinds"}
+    try:
+        return {"corrected": stats.rogan_gladen(said, right, wrong)._asdict()}
+    except stats.NotCorrectable as error:
+        return {"corrected": None, "why_not": str(error)}
 
 
 def load_validation(path: Path) -> dict[str, Any]:
@@ -219,9 +227,7 @@ def _quality(
     if inside is not None:
         outside = _cells(truth, verdicts, [i for i in range(len(truth)) if not inside[i]])
         said = entry["cells"][0] + entry["cells"][1]
-        right, wrong = _shares(outside)
-        fixed = stats.rogan_gladen((said, found.num), right, wrong) if right[1] and wrong[1] else None
-        entry["corrected"] = None if fixed is None else fixed._asdict()
+        entry |= _fixed((said, found.num), outside)
     return entry
 
 
@@ -229,9 +235,3 @@ def _cells(truth: list[bool], verdicts: list[Verdict], picked: list[int]) -> lis
     """Counts of hits, false alarms, misses and passes."""
     pairs = [(truth[i], verdicts[i].label) for i in picked]
     return [pairs.count(cell) for cell in ((True, True), (False, True), (True, False), (False, False))]
-
-
-def _shares(cells: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Sensitivity and specificity as (count, num)."""
-    hits, alarms, misses, passes = cells
-    return (hits, hits + misses), (passes, passes + alarms)

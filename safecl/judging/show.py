@@ -24,6 +24,13 @@ def rates(result: Mapping[str, Any]) -> Cells:
     return columns, rows
 
 
+def why_not(entries: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    """A line for each rate that was not corrected."""
+    return [
+        f"{name}: not corrected: {found['why_not']}" for name, found in entries.items() if found and "why_not" in found
+    ]
+
+
 def quality(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """One table a judge: all rows, then each group."""
     for name, entry in result["judges"].items():

@@ -158,9 +158,10 @@ def legend(rows: Sequence[Row]) -> list[str]:
         return []
     alike = f"within {100 * MARGINS['asr']:g} points; utility: at most {100 * MARGINS['utility']:g} below"
     return [
-        "Marks, from differences paired within the seed, by metric and poison ratio: a differs from sft, b from the best "
-        f"method; =a, =b is like it ({alike}). At .05 after Holm, over all methods for a, over all pairs of methods for b, "
-        "because the best was picked by the same data. No mark: these seeds cannot tell."
+        "Marks, from differences on the same seeds and prompts, by metric and poison ratio: a differs from sft, b from the "
+        f"best method; =a, =b is like it ({alike}). They are to hold for other seeds and other such prompts, at .05 after "
+        "Holm, over all methods for a, over all pairs of methods for b, because the best was picked by the same data. No "
+        "mark: these seeds and prompts cannot tell."
     ]
 
 
@@ -221,8 +222,6 @@ def _difference(row: Row, metric: str, family: str) -> str:
     contrast = row.get("contrasts", {}).get(metric, {}).get(family)
     if contrast is None:
         return "-"
-    if contrast["p"] is None:
-        return f"{100 * contrast['value']:+.1f} in every seed"
     value, low, high = (f"{100 * contrast[key]:+.1f}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}] p {contrast['p']:.2g} p= {contrast['p_alike']:.2g}"
 
@@ -280,10 +279,10 @@ def _seeds(rows: Sequence[Row]) -> str:
     if len(sets) == 1:
         (seeds,) = sets
         names = ", ".join(map(str, seeds))
-        return f"Seeds {names}: t-intervals over {len(seeds)} seeds (over prompts where all seeds agree exactly)."
+        return f"Seeds {names}: intervals over {len(seeds)} seeds and the prompts (Student, Wilson)."
     counts = ", ".join(str(n) for n in sorted({len(seeds) for seeds in sets}))
     return (
-        f"Rows differ in their number of seeds ({counts}): t-intervals over seeds; for one seed over prompts (Wilson)."
+        f"Rows differ in their number of seeds ({counts}): intervals over seeds and prompts (one seed: prompts only)."
     )
 
 
