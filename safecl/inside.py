@@ -160,7 +160,7 @@ def candidate(source: str, requests: BinaryIO, answers: BinaryIO, call_s: float)
                 signal.setitimer(signal.ITIMER_PROF, 0)
         except Exception as error:
             sys.excepthook(*sys.exc_info())
-            answer(False, type(error).__name__, str(error))
+            answer(False, type(error).__name__, str(error.args[0] if len(error.args) == 1 else error))
         else:
             answer(True, result)
 
