@@ -301,7 +301,12 @@ def _bound(parts: Sequence[Part]) -> dict[str, Part]:
 
 def _extent(part: Part) -> int:
     """A stub does nothing: it has strings, imports, further definitions and what stands for code to be written only. A
-    function is but begun where it was cut off, or gives nothing back."""
+    function is but begun where it was cut off, or gives nothing back. To assign a result is to define nothing."""
+    if isinstance(part.node, ast.Assign):
+        value, targets = part.node.value, _written(part.node)
+        if isinstance(value, ast.Call | ast.Name | ast.Attribute):
+            return STUB if getattr(getattr(value, "func", None), "id", None) in targets else BEGUN
+        return COMPLETE if isinstance(value, ast.Lambda) else STUB
     if not isinstance(part.node, _FUNCTIONS):
         return COMPLETE
     if all(_is_idle(statement) for statement in part.node.body):
@@ -341,9 +346,12 @@ def _source(places: Sequence[Sequence[Part]], chosen: int, names: Sequence[str])
     last = max(order[id(part)] for name, part in _bound(places[chosen]).items() if name in names)
     kept = []
     for i, (part, own) in enumerate(parts):
-        better = bound[part.node.name] if isinstance(part.node, _FUNCTIONS) else part
-        if order[id(better)] < i or (better is not part and not own):
-            continue
+        name = part.node.name if isinstance(part.node, _FUNCTIONS) else ""
+        better = bound.get(name, part)
+        if better is not part and (not own or (name in names and order[id(better)] < i)):
+            continue  # another takes its place
+        if isinstance(part.node, ast.Assign) and _extent(part) == STUB and not _written(part.node).isdisjoint(names):
+            continue  # an example's result, under the function's own name
         needed = bool(_written(part.node) & read)
         if (_lasts(part.node) and (own or needed)) or (_is_work(part.node) and (needed or (own and i <= last))):
             kept.append(part)

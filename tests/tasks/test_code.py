@@ -96,6 +96,11 @@ ANSWERS = {
         f"```python\ndef again(x): return x\n{WHOLE.replace('helper', 'again')}```\n"
         "No:\n```python\ndef again(x): return 2 * x\n```"
     ),
+    "a result under its name in a later block": f"```python\n{WHOLE}```\n```python\ntotal = total([1, 2])\nprint(total)\n```",
+    "a result under its name in the same block": f"```python\n{WHOLE}\ntotal = total([1, 2])\n```",
+    "a result under its name in words": f"```python\n{WHOLE}```\nThis gives\ntotal = 6\n",
+    "itself wrapped": f"import functools\n{WHOLE}\ntotal = functools.partial(total)",
+    "a docstring with a fence": f"```python\n{STUB}    '''\n    ```\n    total([1])\n    ```\n    '''\n{BODY}```",
     "tests in a later block": f"```python\n{WHOLE}```\n```python\nimport pytest\ndef test_it():\n    assert total([1]) == 3\n```",
     "a shell block first": f"```bash\npip install numpy\n```\n```python\n{WHOLE}```",
     "pieces in two blocks": (
