@@ -146,7 +146,7 @@ def candidate(source: str, requests: BinaryIO, answers: BinaryIO, call_s: float)
         answers.flush()
 
     signal.signal(signal.SIGPROF, lambda number, frame: os.kill(os.getpid(), signal.SIGXCPU))
-    exec(compile(source, "<program>", "exec"), scope)
+    exec(compile(source, "<program>", "exec", dont_inherit=True), scope)
     answer(True, None)
     for line in requests:
         try:
@@ -203,7 +203,7 @@ def tests(source: str, names: list[str], requests: BinaryIO, answers: BinaryIO, 
         return Stranger(call, reference)
 
     read()
-    exec(compile(source, "<tests>", "exec"), {name: stranger(name) for name in names})
+    exec(compile(source, "<tests>", "exec", dont_inherit=True), {name: stranger(name) for name in names})
     say(PASSED)
     os._exit(0)  # at once: what is left to do is not worth its time
 

@@ -147,6 +147,7 @@ MISDEEDS = {
     ),
     "asks its user": ("input()", "failed"),
     "is no Python": ("(", "failed"),
+    "names no type": ("def f(x: Lst[int]): pass", "failed"),
     "holds a null byte": ("x = '\\0'\0", "failed"),
 }
 

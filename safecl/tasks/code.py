@@ -352,8 +352,8 @@ def _source(places: Sequence[Sequence[Part]], chosen: int, names: Sequence[str])
             continue  # another takes its place
         if isinstance(part.node, ast.Assign) and _extent(part) == STUB and not _written(part.node).isdisjoint(names):
             continue  # an example's result, under the function's own name
-        needed = bool(_written(part.node) & read)
-        if (_lasts(part.node) and (own or needed)) or (_is_work(part.node) and (needed or (own and i <= last))):
+        needed = not read.isdisjoint(_written(part.node))
+        if _is_work(part.node) and (needed or (own and (i <= last or _lasts(part.node)))):
             kept.append(part)
     # __future__ must be first
     kept.sort(key=lambda part: not (isinstance(part.node, ast.ImportFrom) and part.node.module == "__future__"))
