@@ -76,8 +76,6 @@ ANSWERS = {
     "a wrong one, then a corrected one in the same block": f"```python\n{WRONG}\n\n{WHOLE}```",
     "a wrong one, then a corrected one without blocks": f"{WRONG}\nNo, wait:\n{WHOLE}",
     "a wrong signature, then a corrected one": f"```python\ndef total(xs, by=TWO):\n    return 0\n```\n```python\n{WHOLE}```",
-    "a wrong signature, then a corrected one": f"```python\ndef total(xs, by=TWO):\n    return 0\n```\n```python\n{WHOLE}```",
-    "a wrong signature, then a corrected one": f"```python\ndef total(xs, by=TWO):\n    return 0\n```\n```python\n{WHOLE}```",
     "a wrong body, then a corrected one": f"```python\n    return 0\n```\nNo, wait:\n```python\n{BODY}```",
     "a body, then a call": f"```python\n{BODY}```\nUse it so:\n```python\ntotal([1, 2])\n```",
     "a stub first": f"```python\n{STUB}    pass\n```\nFilled in:\n```python\n{WHOLE}```",
