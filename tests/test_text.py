@@ -98,7 +98,7 @@ def test_numbers_are_written_one_way(text: str, numbers: str) -> None:
     "part", ["<think>", "</think>", "*a ", "\\frac{", "# ", "`", "_a", "{,}1", "<p ", "\u2019", "1. "]
 )
 def test_long_texts_take_no_longer_than_their_length(part: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     plain(part * 50_000)
     number_text(part * 50_000)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
