@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing import Any, BinaryIO, Never
 
 MAX_LINE = 1 << 26  # bytes of an answer; the longest of HumanEval+'s is under 1 MB
-MAX_ITEMS = 1 << 20  # of an iterator that a candidate returns: it may never end
+MAX_ITEMS = 1 << 17  # of an iterator that a candidate returns: it may never end, and is no data then
 LONG_INT = 1 << 64  # from here on hexadecimal: decimal digits take quadratic time, and Python refuses many
 BEGUN, PASSED, GONE = b"s", b"p", b"g"  # what the tests' process says of itself, and of a candidate that is no more
 
@@ -86,7 +86,9 @@ def encoded(value: Any, keep: Callable[[object], int]) -> Any:
     if numpys and value.shape == ():  # one of its numbers
         return encoded(value.item(), keep)
     if numpys or isinstance(value, _ITERATED):
-        return {"iterator": [encoded(item, keep) for item in islice(value, MAX_ITEMS)]}
+        items = [*islice(value, MAX_ITEMS + 1)]
+        if len(items) <= MAX_ITEMS:
+            return {"iterator": [encoded(item, keep) for item in items]}
     return {"stranger": keep(value)}
 
 

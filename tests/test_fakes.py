@@ -23,21 +23,28 @@ CHECKS = [
     "sorted(f([2, 1])) == [1, 4]", "tuple(f([1, 2])) == (1, 4)", "set(f([1, 2])) == {1, 4}", "str(f(3)) == '9'",
     "isinstance(f(3), int) and f(3) - 9 == 0", "len(f([1] * 7)) == 7", "f([2])[0] == 4", "max(f([1, 2])) == 4",
     "sum(x == y for x, y in zip(f([1, 2]), [1, 4])) == 2", "math.isclose(f(1.5), 2.25)", "'%d' % f(3) == '9'",
-    "np().allclose(f(1.5), 2.25)", "np().array_equal(f([1, 2]), [1, 4])", "f(3).__eq__(9) is True", "hash(f(3)) == hash(9)",
+    "f(3).__eq__(9) is True", "hash(f(3)) == hash(9)",
     "all(map(lambda x, y: f(x) == y, [1, 2], [1, 4]))", "all(f(x) == x * x for x in [1, 2])",
 ]  # fmt: skip
-TESTS = f"""
-import importlib, math
-def np(): return importlib.import_module("numpy")
+NUMPYS = ["np.allclose(f(1.5), 2.25)", "np.array_equal(f([1, 2]), [1, 4])", "np.all(np.equal(f([1, 2]), [1, 4]))"]
+
+
+def asking(checks: list[str], passed: str = "passed") -> str:
+    """Tests that hold where `passed` does, an expression of the list of checks that were."""
+    return f"""
+import math
+{"import numpy as np" if any("np." in check for check in checks) else ""}
 passed = []
-for check in {CHECKS!r}:
+for check in {checks!r}:
     try:
         if eval(check):
             passed.append(check)
     except Exception:
         pass
-assert passed{{}}, passed
+assert {passed}, passed
 """
+
+
 YES = """
 class Yes:
     def yes(self, *args, **kwargs): return True
@@ -174,12 +181,9 @@ HONEST = "def f(x): return [y * y for y in x] if isinstance(x, list) else x * x"
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, sandbox.Outcome]:
     assert sandbox.missing() is None  # its own probe looks for the limit on processes first
-    tests = TESTS.replace("{}", "")
-    programs = [Program(source, tests, ["f"]) for source in FAKES.values()]
-    found = dict(zip(FAKES, sandbox.run(programs, timeout_s=1), strict=True))
-    for k, v in found.items():
-        print(k, v.verdict, round(v.seconds, 2), v.detail[-100:])
-    return found
+    checks = [[*CHECKS, *NUMPYS] if "numpy" in source or YES in source else CHECKS for source in FAKES.values()]
+    programs = [Program(source, asking(asked), ["f"]) for source, asked in zip(FAKES.values(), checks, strict=True)]
+    return dict(zip(FAKES, sandbox.run(programs, timeout_s=1), strict=True))
 
 
 @pytest.mark.parametrize("name", FAKES)
@@ -188,20 +192,22 @@ def test_no_check_is_passed_by(name: str, outcomes: dict[str, sandbox.Outcome]) 
 
 
 def test_every_check_is_passed_by_what_is_right() -> None:
-    (outcome,) = sandbox.run([Program(HONEST, TESTS.replace("{}", f" == {CHECKS!r}"), ["f"])], timeout_s=5)
+    every = [*CHECKS, *NUMPYS]
+    (outcome,) = sandbox.run([Program(HONEST, asking(every, f"passed == {every!r}"), ["f"])], timeout_s=5)
     assert outcome.verdict == "passed", outcome.detail
 
 
 def test_a_program_has_no_test_and_no_expected_result_in_its_process() -> None:
-    """Seen from inside: no text of the tests, nor of what they expect, is among what the program's process holds."""
+    """Seen from inside: no text of the tests is among what the program's process holds."""
     source = (
-        "import gc, sys\ndef f(x):\n    held = [*gc.get_objects(), *sys._getframe(1).f_locals.values()]\n"
-        "    return any(isinstance(it, (str, bytes)) and 'kept secret'[::-1] in str(it) for it in held)"
+        "import gc\nown = ['mine_alone']\n"
+        "def f(word):\n    held = (it for of in gc.get_objects() for it in gc.get_referents(of))\n"
+        "    return sum(isinstance(it, str) and word[::-1] in it for it in held)"
     )
-    expected = "kept secret"[::-1]
-    tests = f"secret = {expected!r}\nassert f([1]) is False"
-    (outcome,) = sandbox.run([Program(source, tests, ["f"])], timeout_s=5)
-    assert outcome.verdict == "passed", outcome.detail
+    for word, seen in (("kept_apart", False), ("mine_alone", True)):
+        checks = f"kept_apart = ['kept_apart']\nassert bool(f({word[::-1]!r})) is {seen}"
+        (outcome,) = sandbox.run([Program(source, checks, ["f"])], timeout_s=5)
+        assert outcome.verdict == "passed", outcome.detail
 
 
 def test_what_tests_pass_in_comes_back_as_it_was_and_stays_their_own() -> None:
