@@ -75,7 +75,7 @@ def encoded(value: Any, keep: Callable[[object], int]) -> Any:
         return {"bytes": value.hex()}
     if kind is complex:
         return {"complex": [repr(value.real), repr(value.imag)]}
-    if kind is type and _TYPES.get(value.__name__) is value:
+    if kind is type and value in _TYPES.values():
         return {"type": value.__name__}
     if kind is Stranger:
         return {"stranger": value._reference}
