@@ -252,6 +252,16 @@ else: raise AssertionError
     assert outcome.verdict == "passed", outcome.detail
 
 
+@pytest.mark.parametrize(
+    "name", ["no JSON", "an end in mid-answer", "an unknown kind", "brackets without end", "an exit"]
+)
+def test_an_answer_that_is_none_ends_the_tests_though_they_wait_for_an_exception(name: str) -> None:
+    waiting = "try: f(1)\nexcept Exception: pass\nelse: raise AssertionError"
+    raises = Program("def f(x): raise ValueError", waiting, ["f"])
+    outcomes = sandbox.run([Program(FAKES[name], waiting, ["f"]), raises], timeout_s=5)
+    assert [outcome.verdict for outcome in outcomes] == ["failed", "passed"]
+
+
 def test_a_call_that_takes_too_long_ends_the_run() -> None:
     source = "def f(x):\n    while x: pass"
     outcome = sandbox._run(Program(source, "f(0)\nf(1)", ["f"]), 60, 1, sandbox.MEMORY_BYTES, isolated=True)
