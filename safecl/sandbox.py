@@ -254,7 +254,7 @@ def _watch(candidate: _Process, tests: _Process, timeout_s: float) -> Outcome:
         for process in (candidate, tests):
             for fd in process.open:
                 ends.register(fd, selectors.EVENT_READ, process)
-        while tests.word != passed and (tests.open or (not candidate.word and candidate.reader in candidate.open)):
+        while tests.word != passed and (tests.open or (candidate.open and (tests.word == gone or not candidate.word))):
             left = deadline - time.monotonic()
             if left <= 0:
                 break
