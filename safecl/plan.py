@@ -49,6 +49,7 @@ class Recipe:
     evaluate: Evaluate
     keep_task_rows: bool = False
     memory_mix: str = "refusals"
+    names: tuple[str, str] = ("", "")  # of method and task in tables, where their own names are not enough; no identity
 
 
 class Evidence(NamedTuple):

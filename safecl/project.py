@@ -119,7 +119,7 @@ class Project:
             raise PrerequisiteError(
                 f"execution.data_dir {str(self.folder)!r} is no folder: name one with --set execution.data_dir=FOLDER"
             )
-        self.cells = check(sweep, self.folder)
+        self.cells = check(sweep, self.folder, None if reads else self.warnings)
         self.logs = self.store.local / "logs"
         self.study_url = sweep.execution.study_uri or sqlite_url(self.store.local / "study.db")
         self._storage: Any = None
@@ -234,9 +234,9 @@ class Project:
             table.append(
                 {
                     "model": recipe.model.name,
-                    "task": recipe.task.task,
+                    "task": cell.task,
                     "poison": None if is_reference else recipe.poison_ratio,
-                    "method": recipe.method,
+                    "method": cell.method,
                     "params": {**cell.defaults, **params},
                     "seeds": list(per_seed),
                     "metrics": metrics,

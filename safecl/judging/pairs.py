@@ -49,9 +49,10 @@ def parse_judge(text: str) -> tuple[str, Judge]:
     name, _, settings = text.partition(":")
     kind = load(name)
     try:
-        return name, kind(kind.Config(**(json.loads(settings) if settings else {})))
-    except (ValueError, TypeError, ValidationError) as error:
-        raise ConfigError(f"--judge {text!r}: expected NAME or NAME:{{JSON config}}: {error}") from None
+        return name, kind(kind.Config.model_validate_json(settings or "{}", strict=True))
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, item['loc']))} {item['msg']}".strip() for item in error.errors())
+        raise ConfigError(f"--judge {text!r}: expected NAME or NAME:{{JSON config}}: {told}") from None
 
 
 def key(name: str, judge: Judge, model: Json, pair: Pair) -> str:
