@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +22,13 @@ from safecl.tasks._source import identity
 
 
 class Asked(NamedTuple):
-    """Rows that a sweep names. `where`: the key of the task; `count`: that of the number of rows."""
+    """Rows that a sweep names. `where`: the key of the task; `counted`: that of the number of rows."""
 
     where: str
     task: str
     split: str
     num_rows: int | None
-    count: str
+    counted: str
 
 
 def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> list[Cell]:
@@ -55,7 +55,7 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> 
 
     wrong: set[str] = set()  # keys of tasks that were said to be wrong: of each its first fault
     for each in _asked(sweep):
-        kind = None if each.where in wrong else attempt(each.where, lambda name=each.task: tasks.load(name))
+        kind = None if each.where in wrong else attempt(each.where, partial(tasks.load, each.task))
         if kind is None or each.split not in kind.SPLITS:
             wrong.add(each.where)
         if kind is None:
@@ -65,14 +65,14 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> 
             task = f"task {each.task!r} has no {each.split!r} rows. Tasks that have: {', '.join(having)}"
             errors.append(f"{each.where}: {task}")
             continue
-        source = attempt("", lambda kind=kind, split=each.split: identity(kind, split, folder))
+        source = attempt("", partial(identity, kind, each.split, folder))
         if notes is not None and source is not None and '"hub":' not in (text := canonical(source)):
-            found = attempt("", lambda each=each, text=text: _read(each.task, each.split, folder, text))
+            found = attempt("", partial(_read, each.task, each.split, folder, text))
             if found is not None:
                 notes += [note for note in found.notes if note not in notes]
                 if each.num_rows is not None and each.num_rows > found.num_rows:
                     errors.append(
-                        f"{each.count}: asks for {each.num_rows} rows, task {each.task!r} has {found.num_rows} of "
+                        f"{each.counted}: asks for {each.num_rows} rows, task {each.task!r} has {found.num_rows} of "
                         f"{each.split!r}"
                     )
     for i, chosen in enumerate(sweep.methods):
@@ -97,7 +97,9 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> 
     if not errors:
         found_cells = cells(sweep, folder)
         for cell in found_cells:  # builds every stage: what else is missing raises here
-            attempt(f"method {cell.recipe.method!r}", lambda cell=cell: cell.job({}, sweep.seeds[0], "final").evidence)
+            attempt(
+                f"method {cell.recipe.method!r}", partial(getattr, cell.job({}, sweep.seeds[0], "final"), "evidence")
+            )
         errors += _one_recipe(found_cells)
     problems = list(dict.fromkeys([*errors, *lacking]))
     if problems:
@@ -148,15 +150,14 @@ def _read(task: str, split: str, folder: Path | None, source: str) -> _Read:
     """How many rows a split has, and what was left out. `source`: its identity, so that a file that changed is read anew."""
     reader = tasks.load(task)(folder)
     num_rows = len(reader.rows(split, None, 0))
-    return _Read(num_rows, tuple(f"{num} records of {name} are left out: it is blank" if num > 1 else
-                                 f"1 record of {name} is left out: it is blank"
-                                 for name, num in reader.left_out.items()))  # fmt: skip
+    blank = [f"{num} records without {name.rpartition(': ')[2]} are left out of {name.rpartition(':')[0]}"
+             for name, num in reader.left_out.items()]  # fmt: skip
+    return _Read(num_rows, tuple(blank))
 
 
 def _named_twice(sweep: Sweep) -> list[str]:
     """Entries of lists in which each may stand once."""
-    names = [model.name for model in sweep.models]
-    errors = _twice("models", names, [f"{name!r}: give each a name of its own" for name in names])
+    errors = _twice("models", [model.name for model in sweep.models])
     errors += _twice("poison.ratios", [f"{ratio:g}" for ratio in sweep.poison.ratios])
     errors += _twice("seeds", sweep.seeds)
     for where, _, listed in _listed(sweep):
@@ -164,13 +165,11 @@ def _named_twice(sweep: Sweep) -> list[str]:
     return errors
 
 
-def _twice(where: str, entries: Iterable[Any], shown: Iterable[str] | None = None) -> list[str]:
-    entries = list(entries)
-    labels = list(shown) if shown is not None else [str(entry) for entry in entries]
-    twice = {labels[i]: None for i, entry in enumerate(entries) if entry in entries[:i]}
-    return [
-        f"{where}: names {label} twice" if ":" not in label else f"{where}: two are named {label}" for label in twice
-    ]
+def _twice(where: str, entries: Sequence[Any], names: Sequence[str] = ()) -> list[str]:
+    """What stands more than once among `entries`, by `names` where those are not names themselves."""
+    shown = names or [str(entry) for entry in entries]
+    twice = dict.fromkeys(shown[i] for i, entry in enumerate(entries) if entry in entries[:i])
+    return [f"{where}: names {name} twice" for name in twice]
 
 
 def _one_recipe(found: list[Cell]) -> list[str]:

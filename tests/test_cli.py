@@ -154,7 +154,7 @@ def test_a_path_of_the_command_line_that_cannot_be_used_is_no_bug_of_ours(
     line = ["report", QUICKSTART, "--set", f"execution.root={tmp_path / 'runs'}", "--out", str(tmp_path / "file" / "x")]
     code, _, err = said(capsys, monkeypatch, *line)
     assert code == 2 and err.startswith(f"config error: {tmp_path / 'file' / 'x'}: Not a directory")
-    monkeypatch.setattr(cli, "app", lambda **_: open(tmp_path / "elsewhere"))
+    monkeypatch.setattr(cli, "app", lambda **_: (tmp_path / "elsewhere").read_text())
     monkeypatch.setattr(sys, "argv", ["safecl", "ls"])
     with pytest.raises(FileNotFoundError):  # nobody named it: a bug, which keeps its traceback
         cli.main()
