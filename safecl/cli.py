@@ -53,6 +53,10 @@ Set = Annotated[
 Limit = Annotated[
     int | None, typer.Option(min=1, help="At most N rows of every set: a quick look, kept apart from the real run")
 ]
+AcceptJudge = Annotated[
+    bool,
+    typer.Option("--accept-judge", help="Print ASR even where the guard is no better than chance on held-out pairs"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")]
 
 
@@ -80,18 +84,19 @@ def _width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def _print_rows(project: Any, as_json: bool) -> None:
-    from safecl.overview import facts
+def _print_rows(project: Any, as_json: bool, accept_judge: bool) -> None:
+    from safecl.overview import readable
     from safecl.report import tables
 
-    rows = project.rows()
-    found = facts(project, rows)
+    rows, found = readable(project, accept_judge)
     if as_json:
         print(tables.to_json(rows, found), end="")
     elif sys.stdout.isatty():
         from rich.console import Console
 
         console = Console()
+        if found.doubt:
+            console.print(found.doubt, style="bold", markup=False)
         for table in tables.rich_tables(rows, found, console.width):
             console.print(table)
     else:
@@ -107,6 +112,7 @@ def run(
     max_hours: Annotated[
         float | None, typer.Option(min=0.0, help="Stop after so many hours, in a state that the same command continues")
     ] = None,
+    accept_judge: AcceptJudge = False,
 ) -> None:
     """Run what is missing of a sweep and print its table.
 
@@ -117,7 +123,7 @@ def run(
 
     project = _project_to_run(file, set_, limit)
     failed = driver.run(project, lambda text: print(text, file=sys.stderr), max_hours)
-    _print_rows(project, as_json)
+    _print_rows(project, as_json, accept_judge)
     if not failed:
         return
     for done in failed:
@@ -184,14 +190,43 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Where to write page and plots (default: <root>/report/NAME)")
     ] = None,
+    accept_judge: AcceptJudge = False,
 ) -> None:
     """Print the table from the store and write one self-contained page with plots. Runs nothing."""
     from safecl.overview import write_report
 
     project = _project(file, set_, limit, reads=True)
-    _print_rows(project, as_json)
-    page = write_report(project, out)
+    _print_rows(project, as_json, accept_judge)
+    page = write_report(project, out, accept_judge)
     print(f"page: {page}", file=sys.stderr)
+
+
+@app.command()
+def power(
+    file: File,
+    set_: Set = [],  # noqa: B006
+    limit: Limit = None,
+    as_json: AsJson = False,
+    noise: Annotated[float | None, typer.Option(help="sd of a difference between seeds, e.g. 0.05")] = None,
+    discordant: Annotated[
+        float | None, typer.Option(help="Share of prompts that two methods answer differently")
+    ] = None,
+    detect: Annotated[float | None, typer.Option(help="Say what it would take for this difference, e.g. 0.1")] = None,
+) -> None:
+    """Print what difference between two methods a sweep can mark, and what it would take for a given one. Runs nothing.
+
+    The noise comes from the store's finished rows (two methods with two common seeds) where it is not stated.
+    """
+    from safecl import power as of
+
+    found = of.power(_project(file, set_, limit, reads=True), noise, discordant, detect)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for title, columns, rows in of.tables(found):
+        _table(title, columns, rows)
+    for line in of.notes(found):
+        print(line)
 
 
 @app.command()
@@ -333,6 +368,8 @@ def score(
         print(json.dumps(result, indent=1))
     else:
         _table(f"{len(judged.pairs)} answers of {file.name}", *show.rates(result))
+        for line in show.why_not(result["judges"]):
+            print(line)
         print(f"verdicts: {target}", file=sys.stderr)
     _end(judging.unreadable(judged))
 
@@ -376,6 +413,9 @@ def validate(
     else:
         for title, columns, rows in show.quality(result):
             _table(title, columns, rows)
+        for name, entry in result["judges"].items():
+            for line in show.why_not(entry.get("by", {})):
+                print(f"{name}, {line}")
     _end(judging.unreadable(judged))
 
 

@@ -113,24 +113,36 @@ class Method(Strict):
 
 
 class Guard(Training):
-    """A guard trained here, for machines without a published one: a finetune of `model` on labelled pairs written in
-    the llamaguard template with these categories. Rows come as pairs, an unsafe answer and a safe one to the same
-    request where there are both, and stay together: a guard of a few hundred rows else learns which is more frequent."""
+    """A guard trained here, for machines without a published one: finetunes of `model` on labelled pairs, one a seed, which
+    vote. How far they part enters every interval of what they decide. Rows come as pairs, an unsafe answer and a safe one to
+    the same request where there are both, and stay together: a guard of a few hundred rows else learns which is more
+    frequent."""
 
     shuffle: bool = False
     batch_size: Annotated[int, Field(ge=2, multiple_of=2)] = 4
 
     rows: tuple[Rows, ...]
     heldout: tuple[Rows, ...]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (
+        0,
+        1,
+        2,
+    )  # of rows and initialisation; odd numbers never tie
     lora: Lora = Lora()
-    categories: tuple[str, ...] = ("Harmful Compliance.",)
+
+    @field_validator("seeds")
+    @classmethod
+    def _are_different(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"expected different seeds, got {list(value)}: a guard would vote twice")
+        return value
 
 
 class Judges(Strict):
     """Who answers which question. `asr`: a published guard, which is `guard_model`, or `guard` (trained here)."""
 
     asr: Literal["guard", "llamaguard", "wildguard", "harmbench", "strongreject", "keywords"] = "llamaguard"
-    over_refusal: Literal["xstest_match", "wildguard"] = "xstest_match"
+    over_refusal: Literal["xstest_match", "refusal", "wildguard"] = "xstest_match"
     guard_model: Model | None = None
     guard: Guard | None = None
 
@@ -179,6 +191,11 @@ class Search(Strict):
     """Optuna's study per searched cell. Trial 0 is the defaults; every method gets the same number of trials."""
 
     trials: Count = 20
+    # Of every trial, and of no row: on a reported seed the chosen values would carry their luck with it into the table.
+    seed: int = 1000
+    # false: trials start from the alignment of the first reported seed. Saves an alignment a model; what the chosen values
+    # owe to that alignment stays in its rows.
+    realign: bool = True
     sampler: Literal["tpe", "random"] = "tpe"
     objective: Objective = Objective()
 
@@ -233,3 +250,9 @@ class Sweep(Strict):
     evaluate: Evaluate
     search: Search = Search()
     execution: Execution = Execution()
+
+    @model_validator(mode="after")
+    def _searches_on_a_seed_of_its_own(self) -> Self:
+        if self.search.seed in self.seeds:
+            raise ValueError(f"search.seed: {self.search.seed} is among `seeds`, which are reported; name another one")
+        return self

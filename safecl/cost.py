@@ -235,7 +235,7 @@ class Remaining:
 
     def _open(self, cell: Open) -> float:
         """Adds a cell's trials to come; gives the seconds of the chain they make: one after the other, then the finals."""
-        first = cell.cell.job({}, cell.seeds[0], "search").own
+        first = cell.cell.trial({}).own
         finals = [cell.cell.job({}, seed, "final").own for seed in cell.seeds]
         for stages, num in ((first, cell.num_trials), *((own, 1) for own in finals)):
             for stage in stages:

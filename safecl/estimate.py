@@ -43,7 +43,10 @@ OPTIMIZER_STEP_S = {"cpu": 0.12, "gpu": 0.06}  # of a training step, likewise
 # backward: of the quickstart's finetunes two at a time beside an engine. Matrix products of few rows count here too.
 OTHER_S = {"cpu": 2e-7, "gpu": 2e-10}
 TEMPLATE_TOKENS = 12  # around a prompt
-GUARD_TOKENS, GUARD_OWN_TOKENS = 195, 100  # of a guard's template; those after what all its prompts begin with
+GUARD_TOKENS, PUBLISHED_TOKENS = (
+    25,
+    100,
+)  # of a guard's template; of a published one's, after what all prompts begin with
 AT_ONCE = {"cpu": 64, "gpu": 256}  # requests that an engine decodes together
 PROGRAM_S = 2.0  # a model-written program in its sandbox
 
@@ -177,7 +180,9 @@ class Estimator:
             return rows.rows * 1e-4
         answers = stage.inputs.get("generations")
         answer = rows.answer if answers is None else min(60.0, float(str(answers.config["max_new_tokens"])))
-        return FIXED_S["generate"] + self._decode(stage, rows.rows, GUARD_OWN_TOKENS + rows.prompt + answer, 3)
+        guards = [name for name in stage.inputs if name.partition(".")[0] == "weights"]  # each answers all of it
+        own = GUARD_TOKENS if guards else PUBLISHED_TOKENS
+        return FIXED_S["generate"] + max(1, len(guards)) * self._decode(stage, rows.rows, own + rows.prompt + answer, 3)
 
     def _metrics(self, stage: Stage) -> float:
         if "num_cpus" not in stage.hints:  # it runs no programs

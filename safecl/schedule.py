@@ -70,7 +70,7 @@ class Schedule:
         self._of_cell = {queue.cell: queue for queue in self.queues}
         for queue in self.queues:
             for trial in queue.study.complete() if queue.study else ():
-                queue.waiting.append(queue.cell.job(trial.params, sweep.seeds[0], "search"))
+                queue.waiting.append(queue.cell.trial(trial.params))
             if queue.cell.space is None:
                 self._give_finals(queue, {})
 
@@ -137,7 +137,7 @@ class Schedule:
             return None  # one trial of a study at a time: each suggestion knows all results before it
         if queue.study.remaining:
             number, params = queue.study.ask()
-            job = queue.cell.job(params, self.sweep.seeds[0], "search")
+            job = queue.cell.trial(params)
             queue.asked[job.evidence.metrics.key] = number
             return job
         finished = queue.study.complete()

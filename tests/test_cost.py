@@ -285,10 +285,10 @@ def test_what_runs_is_named_by_what_people_know(tmp_path: Path) -> None:
     for cell in found.cells:
         names |= {label(stage, {}) for stage in cell.job({}, 0, "final").evidence.metrics.walk()}
     assert {
-        "model", "finetune aligned, seed 0", "finetune guard", "memory of 50 rows, seed 0",
+        "model", "finetune aligned, seed 0", "finetune guard, seed 1", "memory of 50 rows, seed 0",
         "finetune der, mini p=0.1, seed 0", "finetune der, mini, seed 0", "merge magmax, mini p=0.1, seed 0",
         "generate attack mini, test: der, mini p=0.1, seed 0", "generate benign mini, test: aligned, seed 0",
-        "generate utility mini, test: base", "judge llamaguard attack mini, test: magmax, mini, seed 0",
+        "generate utility mini, test: base", "judge guard attack mini, test: magmax, mini, seed 0",
         "metrics test: der, mini, seed 0",
     } <= names  # fmt: skip
     [model] = {cell.job({}, 0, "final").graph.base.key for cell in found.cells}
@@ -306,7 +306,7 @@ def test_a_search_that_goes_on_is_a_chain_of_trials_and_then_its_finals(tmp_path
     def left(num: int) -> float:
         return Remaining(forecast_, (), [Open(cell, num, (0,))], 64).seconds({})
 
-    trial, final = (cell.job({}, 0, role).own for role in ("search", "final"))
+    trial, final = cell.trial({}).own, cell.job({}, 0, "final").own
     assert {stage.kind for stage in trial} == {"finetune", "generate", "judge", "metrics"}
     assert left(3) - left(2) == pytest.approx(left(2) - left(1))
     slowest = sum(forecast_.seconds(s) for s in trial if s.kind == "finetune")
@@ -335,7 +335,9 @@ def test_shared_stages_are_those_that_a_graph_of_its_own_builds(tmp_path: Path) 
     for grid in grids:
         for cell in grid:
             alone = cell.job({}, cell.recipe.seed, "final").evidence
-            together = Cell(cell.recipe, cell.space, mixed).job({}, cell.recipe.seed, "final").evidence
+            together = (
+                Cell(cell.recipe, cell.space, mixed, cell.search_seeds).job({}, cell.recipe.seed, "final").evidence
+            )
             assert [s.key for s in alone.targets] == [s.key for s in together.targets]
 
 

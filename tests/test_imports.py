@@ -51,8 +51,9 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
     "training": {"config", "methods", "model_files", "store", "tasks"},
     "serving": set(),
     "methods": {"config", "tasks", "training"},
-    "tasks": {"sandbox"},
-    "judges": {"tasks"},
+    "text": set(),
+    "tasks": {"sandbox", "text"},
+    "judges": {"tasks", "text"},
     "report": {"contrasts", "objective", "stats", "store"},
 }  # fmt: skip
 HOME = {  # library -> the only files that may import it

@@ -3,7 +3,7 @@
 A row is a dict built by the driver:
 `{"model", "task", "poison": 0.1, "method", "params": {..}, "seeds": [0], "metrics": {name: {"value", "low", "high",
 "num", "unparsed", "seeds", "sets", "pooled", "why"}}, "contrasts": {name: {"sft": .., "best": .., "mcnemar": ..}},
-"agreement": {"num", "agree", "kappa", "skipped", "cells"}, "seconds": float, "note": str}`. A metric that is absent or null
+"agreement": {"num", "agree", "kappa", "skipped"}, "seconds": float, "note": str}`. A metric that is absent or null
 prints as `-`; the last four keys of a metric, the contrasts and the agreement may be missing (project.py says what they
 hold).
 """
@@ -33,6 +33,7 @@ class Facts:
 
     name: str  # of the sweep
     about: str = ""
+    doubt: str = ""  # what must be read before any number
     judge: str = "guard"  # who decided ASR
     over_refusal: str = "xstest_match"  # who decided over-refusal
     adapter: str = "continue"
@@ -71,7 +72,7 @@ def columns(rows: Sequence[Row], facts: Facts) -> list[Column]:
     over_refusal = Column(f"over-refusal ({facts.over_refusal})", "over_refusal", "low")
     degenerate = Column("degenerate", "degenerate", "low")
     utility = Column("utility", "utility", "high")
-    coherent = [_COHERENT] if any(_value(row, "asr") != _value(row, "asr_coherent") for row in rows) else []
+    coherent = [_COHERENT, _OFF_TOPIC] if any(_value(row, "asr") != _value(row, "asr_coherent") for row in rows) else []
     side = _present(_SIDE, rows)
     every = [asr, *coherent, non_refusal, over_refusal, degenerate, utility, *(side if len(side) <= _MAX_SIDE else [])]
     found = _present(every, rows)
@@ -80,6 +81,7 @@ def columns(rows: Sequence[Row], facts: Facts) -> list[Column]:
 
 _MAX_SIDE = 2
 _COHERENT = Column("coherent ASR", "asr_coherent", "low")
+_OFF_TOPIC = Column("off-topic", "off_topic", "low")
 _CUT = Column("cut at the limit (attack)", "hit_limit", "")
 _SIDE = (  # beside utility, on the same prompts
     Column("strict", "utility_strict", "high"),
@@ -156,9 +158,10 @@ def legend(rows: Sequence[Row]) -> list[str]:
         return []
     alike = f"within {100 * MARGINS['asr']:g} points; utility: at most {100 * MARGINS['utility']:g} below"
     return [
-        "Marks, from differences paired within the seed, by metric and poison ratio: a differs from sft, b from the best "
-        f"method; =a, =b is like it ({alike}). At .05 after Holm, over all methods for a, over all pairs of methods for b, "
-        "because the best was picked by the same data. No mark: these seeds cannot tell."
+        "Marks, from differences on the same seeds and prompts, by metric and poison ratio: a differs from sft, b from the "
+        f"best method; =a, =b is like it ({alike}). They are to hold for other seeds and other such prompts, at .05 after "
+        "Holm, over all methods for a, over all pairs of methods for b, because the best was picked by the same data. No "
+        "mark: these seeds and prompts cannot tell."
     ]
 
 
@@ -170,7 +173,7 @@ def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[D
     """What stands below the table of one model and task: other metrics, ASR by set, kinds of degenerate answers, contrasts.
     `rows` are those of the whole report."""
     main = columns(rows, facts)
-    side = [c for c in _present((_COHERENT, _CUT, *_SIDE), members) if c not in main]
+    side = [c for c in _present((_COHERENT, _OFF_TOPIC, _CUT, *_SIDE), members) if c not in main]
     lines = [[*_lead(row), *(number(row["metrics"].get(c.metric), c.unit) for c in side)] for row in members]
     found = [Detail("Also measured", ["method", "poison", *(column.header for column in side)], lines)]
     sets = _names(members, "asr", "sets")
@@ -211,16 +214,14 @@ def _names(members: Sequence[Row], metric: str, key: str) -> list[str]:
 
 
 def _agreed(found: Mapping[str, Any]) -> list[str]:
-    kappa = "-" if found["kappa"] is None else f"{found['kappa']:.2f}"
-    return [f"{100 * found['agree']:.1f}", kappa, str(found["num"])]
+    kappa = "-" if found["kappa"] is None else "{value:.2f} [{low:.2f}, {high:.2f}]".format(**found["kappa"])
+    return [number(found["agree"]), kappa, str(found["num"])]
 
 
 def _difference(row: Row, metric: str, family: str) -> str:
     contrast = row.get("contrasts", {}).get(metric, {}).get(family)
     if contrast is None:
         return "-"
-    if contrast["p"] is None:
-        return f"{100 * contrast['value']:+.1f} in every seed"
     value, low, high = (f"{100 * contrast[key]:+.1f}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}] p {contrast['p']:.2g} p= {contrast['p_alike']:.2g}"
 
@@ -248,7 +249,8 @@ def caption(rows: Sequence[Row], facts: Facts) -> list[str]:
     lines.append(f"{judges}; non-refusal is a keyword match, not harm.")
     if _COHERENT in columns(rows, facts):
         lines.append(
-            'Coherent ASR: judged harmful, not degenerate, and longer than a label such as "positive"; of all attack prompts.'
+            'Coherent ASR: judged harmful, not degenerate, not off-topic, and longer than a label such as "positive"; of all '
+            "attack prompts. Off-topic: neither refuses nor has a word of what was asked, by rule."
         )
     if facts.guard_agreement:
         lines.append(f"Judge: {facts.guard_agreement}")
@@ -277,10 +279,10 @@ def _seeds(rows: Sequence[Row]) -> str:
     if len(sets) == 1:
         (seeds,) = sets
         names = ", ".join(map(str, seeds))
-        return f"Seeds {names}: t-intervals over {len(seeds)} seeds (over prompts where all seeds agree exactly)."
+        return f"Seeds {names}: intervals over {len(seeds)} seeds and the prompts (Student, Wilson)."
     counts = ", ".join(str(n) for n in sorted({len(seeds) for seeds in sets}))
     return (
-        f"Rows differ in their number of seeds ({counts}): t-intervals over seeds; for one seed over prompts (Wilson)."
+        f"Rows differ in their number of seeds ({counts}): intervals over seeds and prompts (one seed: prompts only)."
     )
 
 
@@ -405,6 +407,10 @@ def _parts(widths: Sequence[int], lead: int, width: int | None) -> list[list[int
     return [[*range(lead), *rest] for rest in found]
 
 
+def _doubt(facts: Facts) -> list[str]:
+    return [facts.doubt, ""] if facts.doubt else []
+
+
 def notes(rows: Sequence[Row]) -> list[str]:
     return [f"{row['method']} ({_where(row)}): {row['note']}" for row in rows if row.get("note")]
 
@@ -415,7 +421,7 @@ def _where(row: Row) -> str:
 
 def plain(rows: Sequence[Row], facts: Facts) -> str:
     """Aligned text for a pipe or a log, without colour or width limit."""
-    shown, head, lines = columns(rows, facts), header(rows, facts), [facts.name]
+    shown, head, lines = columns(rows, facts), header(rows, facts), [*_doubt(facts), facts.name]
     for (model, task), members in groups(rows).items():
         lines += ["", f"{model} / {task}", text_table(head, [cells(row, shown) for row in members])]
     return "\n".join([*lines, "", *caption(rows, facts), *notes(rows)]) + "\n"
@@ -424,8 +430,8 @@ def plain(rows: Sequence[Row], facts: Facts) -> str:
 def markdown(rows: Sequence[Row], facts: Facts) -> str:
     """GitHub-flavoured tables, best values bold, then the caption as a list."""
     shown, head, lines = columns(rows, facts), header(rows, facts), [f"# {facts.name}"]
-    if facts.about:
-        lines += ["", facts.about]
+    for text in (facts.doubt, facts.about):
+        lines += ["", text] if text else []
     for (model, task), members in groups(rows).items():
         lines += ["", f"## {model} / {task}", "", _line(head), "|" + ":--|" + "--:|" * (len(head) - 1)]
         tops = [best(members, column) for column in shown]

@@ -29,8 +29,8 @@ VERSION = "3"
 
 def run(context: Context) -> dict[str, Json]:
     """Config: {"role", "parts": [{"task", "split", "num_rows", "source"}], "poison": null | {"task", "ratio", "source",
-    and only where it is true "keep_task_rows"}, "guard": null | {"judge", "config"}, "seed"}; `source` is
-    `tasks._source.identity` of the split.
+    and only where it is true "keep_task_rows"}, "guard": null | {"judge", "config"}, "seed", "labels": {name of an
+    `answers_*` input: task whose rule labels it}, or absent}; `source` is `tasks._source.identity` of the split.
 
     Inputs `exclude_*` are data stages whose prompts no row here may be like; `answers_*` are generate stages whose
     answered prompts become rows. Result: {"num_rows", "num_poison", "harmful_share", "self_answered",
@@ -59,9 +59,13 @@ def run(context: Context) -> dict[str, Json]:
             found = contrasted(found, num_rows)
         name = f"{part['task']}/{part['split']}"
         rows, counts[name], dropped[name] = rows + found, len(found), lost
-    answered, unanswered = _self_answered(context)
-    answered, lost_ids = drop_overlaps(answered, taken)
-    rows += answered
+    if "labels" in config:
+        rows += _labelled(context, config["labels"])
+        answered, unanswered, lost_ids = list[Row](), 0, list[str]()
+    else:
+        answered, unanswered = _self_answered(context)
+        answered, lost_ids = drop_overlaps(answered, taken)
+        rows += answered
     num_poison = 0
     if config["poison"] is not None:
         num_poison = math.floor(Fraction(str(config["poison"]["ratio"])) * len(rows))
@@ -147,6 +151,18 @@ def _self_answered(context: Context) -> tuple[list[Row], int]:
             else:
                 unanswered += 1
     return rows, unanswered
+
+
+def _labelled(context: Context, labels: dict[str, str]) -> list[Row]:
+    """Models' answers as they came, `harmful` where the task's rule says that they comply: what a guard will judge."""
+    rows = []
+    for name, task in labels.items():
+        rule: Any = load(task)
+        for line in _lines(context.inputs[name] / "generations.jsonl"):
+            complies = rule.label(Row(line["id"], line["prompt"]), line["text"]) == "compliance"
+            source = name.removeprefix("answers_")
+            rows.append(Row(f"{source}/{line['id']}", line["prompt"], line["text"], complies, {"source": source}))
+    return rows
 
 
 def contrasted(rows: list[Row], num_rows: int | None) -> list[Row]:

@@ -145,7 +145,7 @@ def test_labels_are_compared_by_group_and_corrected_by_the_other_groups(tmp_path
     assert entry["all"]["cells"] == [20, 0, 10, 20] and entry["all"]["accuracy"] == stats.wilson(40, 50)._asdict()
     assert entry["by"]["x"]["cells"] == [10, 0, 0, 10] and entry["by"]["y"]["cells"] == [10, 0, 10, 10]
     # x: half is seen; in y half of the refusals and all others are told right.
-    assert entry["by"]["x"]["corrected"] == stats.rogan_gladen((10, 20), (10, 20), (10, 10))._asdict()  # type: ignore[union-attr]
+    assert entry["by"]["x"]["corrected"] == stats.rogan_gladen((10, 20), (10, 20), (10, 10))._asdict()
     [(title, columns, rows)] = show.quality(result)
     assert [row[0] for row in rows] == ["all", "x", "y"] and "corrected" in columns and "label = refusal" in title
 
@@ -156,11 +156,25 @@ def test_a_rate_is_corrected_by_what_a_validation_measured(tmp_path: Path) -> No
     file.write_text(json.dumps(score.validate(found, "label", ["refusal"])))
     result = score.rates(found, score.load_validation(file))
     expected = stats.rogan_gladen((20, 50), (20, 30), (20, 20))
-    assert expected and result["judges"]["xstest_match"]["corrected"] == expected._asdict()
+    assert result["judges"]["xstest_match"]["corrected"] == expected._asdict()
     with pytest.raises(ConfigError, match="holds no judge 'keywords'"):
         score.rates(judged(tmp_path, ["keywords"]), score.load_validation(file))
     with pytest.raises(ConfigError, match="judge validate --json"):
         score.load_validation(tmp_path / "in.jsonl")
+
+
+def test_a_rate_that_no_truth_explains_is_a_dash_and_a_reason(tmp_path: Path) -> None:
+    found = judged(tmp_path, ["xstest_match"], times=10)
+    validation = score.validate(found, "label", ["refusal"])
+    validation["judges"]["xstest_match"]["all"]["cells"] = [99, 70, 1, 30]  # it calls 70 % of what is no refusal one
+    result = score.rates(found, validation)  # and 40 % of these answers
+    assert result["judges"]["xstest_match"]["corrected"] is None
+    assert show.rates(result)[1][0][-1] == "-"
+    [line] = show.why_not(result["judges"])
+    assert "xstest_match: not corrected: it says yes to 40.0%" in line and "70.0% where nothing is true" in line
+    validation["judges"]["xstest_match"]["all"]["cells"] = [90, 0, 10, 0]
+    [line] = show.why_not(score.rates(found, validation)["judges"])
+    assert "rows of both kinds" in line
 
 
 def test_a_validation_of_another_model_or_version_corrects_nothing(
