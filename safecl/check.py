@@ -88,6 +88,8 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> 
             f"execution.engine_max_tokens: expected at least {longest} (evaluate.max_prompt_tokens + max_new_tokens), "
             f"got {sweep.execution.engine_max_tokens}"
         )
+    if (uri := sweep.execution.study_uri) is not None and not re.match(r"[a-z][a-z0-9+]*://", uri):
+        errors.append(f"execution.study_uri: expected a database URL (postgresql://...), got {uri!r}")
     errors += _named_twice(sweep)
     found_cells: list[Cell] = []
     if not errors:

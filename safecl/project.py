@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safecl import hardware
-from safecl.base import PrerequisiteError, sqlite_path, sqlite_url
+from safecl.base import ConfigError, PrerequisiteError, sqlite_path, sqlite_url
 from safecl.check import check
 from safecl.config import Sweep
 from safecl.contrasts import MARGINS, contrasts, discordant, means
@@ -108,6 +108,8 @@ class Project:
     def __init__(self, sweep: Sweep, nodes: Sequence[Node] | None = None, reads: bool = False) -> None:
         """`nodes` and `reads`: see dtypes.auto."""
         self.store = Store(sweep.execution.root)
+        if self.store.local.exists() and not self.store.local.is_dir():
+            raise ConfigError(f"execution.root: {str(self.store.local)!r} is a file; expected a folder")
         self.nodes, self.auto = nodes, auto(sweep, self.store, nodes, reads)
         self.sweep = sweep = sweep if self.auto is None else resolved(sweep, self.auto.dtype)
         self.warnings: list[str] = []  # what `plan` and `run` found that a reader should know

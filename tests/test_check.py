@@ -76,6 +76,7 @@ def opened(root: Path, *settings: str) -> Project:
                 "evaluate.judges.guard.lora.last_layers: expected at most 30, which the model has, got 31",
             ],
         ),
+        (["execution.study_uri=studies"], ["execution.study_uri: expected a database URL"]),
         # nothing that follows from the unknown task: neither its other splits, nor the metric that it does not measure
         (
             ["tasks.0.task=minii", "align.safety.0.task=advbench", "models.0.source=./nowhere"],
@@ -147,6 +148,12 @@ def test_bad_data_is_refused_by_plan_with_its_place_and_blanks_are_told(tmp_path
     assert opened(tmp_path, *settings).warnings == ["2 records without goal are left out of advbench.jsonl"]
     with pytest.raises(ConfigError, match=r"asks for 3 rows, task 'advbench' has 2 of 'attack.test'"):
         opened(tmp_path, "evaluate.test.attack=[{task: advbench, num_rows: 3}]", f"execution.data_dir={data}")
+
+
+def test_a_root_that_is_a_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"execution\.root: .* is a file; expected a folder"):
+        opened(tmp_path / "file")
 
 
 def test_a_model_folder_is_looked_into(tmp_path: Path, tiny_model: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +161,14 @@ def test_a_path_of_the_command_line_that_cannot_be_used_is_no_bug_of_ours(
         cli.main()
 
 
+def test_a_reader_who_wants_no_more_is_no_error() -> None:
+    code = "import sys; sys.argv = ['safecl', 'ls']; from safecl import cli; cli.main()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
+        assert done.stdout is not None and done.stderr is not None
+        done.stdout.close()
+        assert done.stderr.read() == b""
+
+
 @pytest.mark.parametrize("verb", [v for v, command in VERBS.items() if any("--json" in p.opts for p in command.params)])
 def test_json_is_json_wherever_it_is_offered(
     verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -170,6 +179,7 @@ def test_json_is_json_wherever_it_is_offered(
     lines = {
         "status": [QUICKSTART, *at],
         "report": [QUICKSTART, *at, "--out", str(tmp_path)],
+        "power": [QUICKSTART, *at],
         "ls": ["tasks"],
         "judge score": [str(pairs), "--judge", "keywords"],
         "judge validate": [str(pairs), "--judge", "keywords", "--label", "label", "--positive", "x"],

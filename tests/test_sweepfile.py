@@ -45,6 +45,8 @@ QUICKSTART = SWEEPS / "quickstart.yaml"
         ("align..epochs=1", "expected path=value"),
         ("align={epochs: 1, epochs: 2}", "'epochs' stands twice"),
         ("align=[", "is not valid YAML"),
+        ("execution.data_dir=''", "execution.data_dir: is empty; expected a path"),  # not the hub
+        ("evaluate.test.attack=[]", "evaluate.test.attack: Tuple should have at least 1 item"),
         ("execution.root=$NO_SUCH_VARIABLE/runs", "the environment variable NO_SUCH_VARIABLE is not set"),
     ],
 )

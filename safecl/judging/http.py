@@ -18,6 +18,7 @@ from safecl.base import ConfigError, PrerequisiteError
 from safecl.judges import Judge, Verdict
 from safecl.judging.pairs import parse_judge
 from safecl.judging.served import Served
+from safecl.tasks._files import encodes
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -101,7 +102,8 @@ async def _pair(request: Request) -> tuple[str, str] | str:
         given: Any = json.loads(body)
     except ValueError as error:
         return f"expected a JSON object: {error}"
-    if not isinstance(given, dict) or not all(isinstance(given.get(name), str) for name in ("prompt", "response")):
+    texts = [given.get(name) for name in ("prompt", "response")] if isinstance(given, dict) else [None]
+    if not all(isinstance(text, str) and encodes(text) for text in texts):
         return 'expected {"prompt": text, "response": text}'
     return given["prompt"], given["response"]
 

@@ -102,7 +102,7 @@ class Record(dict[str, Any]):
         return "" if self.get(name) is None else self._as_text(name, self[name]).strip()
 
     def _as_text(self, name: str, value: Any) -> str:
-        if not isinstance(value, str) or not (value.isascii() or _encodes(value)):
+        if not isinstance(value, str) or not (value.isascii() or encodes(value)):
             raise ConfigError(f"{self.where}: expected text in {name!r}, got {described(value)}")
         return value
 
@@ -112,7 +112,7 @@ def described(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, str):
-        return f"{value[:60]!r}" if _encodes(value) else f"half a character (a surrogate) in {value[:60]!r}"
+        return f"{value[:60]!r}" if encodes(value) else f"half a character (a surrogate) in {value[:60]!r}"
     kinds = {bool: "a yes or no", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "bytes"}
     shown = repr(value)
     return f"{kinds.get(type(value), type(value).__name__)}: {shown[:60]}{'...' if len(shown) > 60 else ''}"
@@ -184,7 +184,8 @@ def tables(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".csv") if folder.is_dir() else []
 
 
-def _encodes(text: str) -> bool:
+def encodes(text: str) -> bool:
+    """Whether a text is made of whole characters: a tokenizer takes no half of a surrogate pair (a cut emoji)."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -55,7 +55,14 @@ def test_a_posted_pair_comes_back_with_its_verdict() -> None:
             200,
             {"label": False, "raw": "Sorry", "detail": {"keywords": ["Sorry"]}, "score": None},
         )
-        for body in (b"{", b"[]", b'{"prompt": "q"}', b'{"prompt": "q", "response": 1}', pair("x" * LONGEST_BODY)):
+        for body in (
+            b"{",
+            b"[]",
+            b'{"prompt": "q"}',
+            b'{"prompt": "q", "response": 1}',
+            pair("cut \ud83d"),
+            pair("x" * LONGEST_BODY),
+        ):
             status, said, _ = post(url, body)
             assert status == 400 and "expected" in said["error"]
         assert post(url, pair("Yes"))[1]["label"] is True
