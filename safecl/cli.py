@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -493,9 +492,6 @@ def main() -> None:
     try:
         # Without its standalone mode typer returns the code of an Exit, and 130 for Ctrl-C, in place of raising it.
         code = app(standalone_mode=False, prog_name="safecl") or 0
-    except BrokenPipeError:  # who reads wants no more (`| head`); what is still buffered goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
     except (KeyboardInterrupt, typer.Abort):  # before or after typer's own
         code = 130
     except Exception as error:

@@ -34,7 +34,8 @@ def read(path: Path, request_field: str = "prompt", response_field: str = "respo
     pairs = []
     for row in _files.read(path):
         try:
-            pairs.append(Pair(row.number, row.raw(request_field), row.raw(response_field), row))
+            request = row.with_input(request_field, row.raw(request_field))
+            pairs.append(Pair(row.number, request, row.raw(response_field), row))
         except ConfigError as error:
             raise ConfigError(f"{error} (--prompt-field and --response-field name other fields)") from None
     if not pairs:

@@ -53,16 +53,20 @@ class Record(dict[str, Any]):
 
     def text(self, *names: str) -> str:
         """The first of these fields that is not blank, stripped. Alpaca's `input` follows its `instruction`, on a line of
-        its own. Raises Blank where those that the record has are blank or null."""
+        its own (`with_input`). Raises Blank where those that the record has are blank or null."""
         having = [name for name in names if name in self]
         if not having:
             got = ", ".join(map(repr, self)) or "none"
             raise ConfigError(f"{self.where}: expected a field {' or '.join(map(repr, names))}, got only {got}")
         for name in having:
             if found := self._stripped(name):
-                given = self._stripped("input") if name == "instruction" else ""
-                return f"{found}\n{given}" if given else found
+                return self.with_input(name, found)
         raise Blank(having[0])
+
+    def with_input(self, name: str, text: str) -> str:
+        """What field `name` asks for: of an `instruction` with its `input`, where that is not blank."""
+        given = self._stripped("input") if name == "instruction" else ""
+        return f"{text}\n{given}" if given else text
 
     def texts(self, name: str) -> list[str]:
         """A list of texts."""
