@@ -13,7 +13,7 @@ in a fixed order: how far they part is a third part of the variance.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -318,7 +318,8 @@ class _Set(NamedTuple):
         (num_seeds, num), (_, own_SC) = self.sums_SC.shape, self.deviations()
         if num_seeds < 2 or num < 2:
             return 0.0
-        return float((own_SC**2).sum()) * num / (num - 1) / (num_seeds * (num_seeds - 1))
+        squares = float((own_SC**2).sum())
+        return squares * num / (num - 1) / (num_seeds * (num_seeds - 1))
 
 
 def _sets(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, _Set]:
@@ -426,8 +427,15 @@ def crossed(outcomes: Sequence[Sequence[Outcome]]) -> Crossed | None:
     return _crossed(sets) if sets else None
 
 
+def _mean(arrays: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
+    import numpy as np
+
+    found: NDArray[np.float64] = np.mean(list(arrays), axis=0)
+    return found
+
+
 def _crossed(sets: Mapping[str, _Set]) -> Crossed:
-    num_sets, means_S = len(sets), sum(each.means_S for each in sets.values()) / len(sets)
+    num_sets, means_S = len(sets), _mean(each.means_S for each in sets.values())
     num_seeds = len(means_S)
     cells = sum(each.cells for each in sets.values()) / num_sets**2
     prompts, below, sizes = 0.0, 0.0, [each.sums_SC.shape[1] for each in sets.values()]
@@ -463,7 +471,7 @@ def _guards(sets: Mapping[str, _Set]) -> tuple[float, float] | None:
     means = [each.votes_GS.mean(axis=1) for each in sets.values() if each.votes_GS is not None]
     if len(means) < len(sets) or len({len(means_G) for means_G in means}) > 1:
         return None
-    means_G = sum(means) / len(means)
+    means_G = _mean(means)
     return float(means_G.var(ddof=1)) / len(means_G), len(means_G) - 1
 
 
