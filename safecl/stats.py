@@ -318,8 +318,7 @@ class _Set(NamedTuple):
         (num_seeds, num), (_, own_SC) = self.sums_SC.shape, self.deviations()
         if num_seeds < 2 or num < 2:
             return 0.0
-        squares = float((own_SC**2).sum())
-        return squares * num / (num - 1) / (num_seeds * (num_seeds - 1))
+        return float((own_SC**2).sum() * num / (num - 1) / (num_seeds * (num_seeds - 1)))
 
 
 def _sets(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, _Set]:
