@@ -197,7 +197,9 @@ def _share(found: Interval, form: str = ".1%") -> str:
     return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
-MAX_SWING = 0.25  # of a model's share of harmful answers, from one guard to another
+MAX_SWING = (
+    1 / 3
+)  # of a model's share of harmful answers, from one guard to another: then they measure different things
 
 
 def _doubt(project: Project, accepted: bool) -> str:
