@@ -169,8 +169,8 @@ def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
     parts = []
     quality = project.guard_quality()
     if quality is not None:
-        told = "" if quality.kappa is None else f" (Cohen's kappa {_share(quality.kappa, '.2f')})"
-        parts.append(f"with the labels of {quality.num} held-out pairs in {_share(quality.accuracy)}{told}")
+        kappa = "" if quality.kappa is None else f" (Cohen's kappa {_share(quality.kappa, '.2f')})"
+        parts.append(f"with the labels of {quality.num} held-out pairs in {_share(quality.accuracy)}{kappa}")
     # Base and aligned stand in the table of every task, with the same answers.
     kept = {(r["model"], r["method"], None if r["poison"] is None else (r["task"], r["poison"])): r for r in rows}
     pairs = [(r["metrics"]["guard_rule_agreement"], len(r["seeds"])) for r in kept.values() if _RULE in r["metrics"]]

@@ -2,7 +2,7 @@
 
 Read are JSON Lines, a JSON array, CSV, TSV and Parquet, each also with `.gz` or `.zst`, in UTF-8 or (with its byte order
 mark) UTF-16, whatever the case of the name; and a folder of CSV files without a header. CSV and TSV hold text alone: an
-empty cell is "", a number its digits.
+empty cell is "", a number its digits; lines "# ..." before the header are remarks.
 
 One rule for fields: what should be text and is something else (a list of messages, NaN, bytes, true, half a character) is
 refused with file, record and field, never turned into text. Nothing where text is needed (null, blank) leaves the record
@@ -263,7 +263,7 @@ def _lines(name: str, text: str, delimiter: str) -> Iterator[tuple[int, list[str
 
 def _table(name: str, text: str, delimiter: str) -> list[Record]:
     lines = _lines(name, text, delimiter)
-    _, head = next(lines, (0, []))
+    head = next((line for _, line in lines if not _is_remark(line)), [])
     if twice := next((cell for cell in head if head.count(cell) > 1), None):
         raise ConfigError(f"{name}: column {twice!r} stands twice in its header")
     found = []
@@ -272,6 +272,11 @@ def _table(name: str, text: str, delimiter: str) -> list[Record]:
             raise ConfigError(f"{name}, record {number}: expected {len(head)} fields as in its header, got {len(line)}")
         found.append(Record(dict(zip(head, line, strict=True)), f"{name}, record {number}", number))
     return found
+
+
+def _is_remark(line: list[str]) -> bool:
+    """ "# dataset_version=1.2,,," before a table's header."""
+    return line[0].startswith("# ") and not any(line[1:])
 
 
 def _parquet(name: str, raw: bytes) -> list[Record]:

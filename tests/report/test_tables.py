@@ -215,10 +215,12 @@ def test_few_side_metrics_are_columns_and_many_go_below() -> None:
 def test_coherent_asr_stands_beside_asr_where_they_differ() -> None:
     def coherent(value: float) -> list[dict[str, Any]]:
         first = row("sft", 0.5, 0.9)
-        return [{**first, "metrics": {**first["metrics"], "asr_coherent": metric(value)}}]
+        return [{**first, "metrics": {**first["metrics"], "asr_coherent": metric(value), "off_topic": metric(0.1)}}]
 
-    assert tables.header(coherent(0.4), FACTS)[2:4] == ["ASR (guard)", "coherent ASR"]
-    assert "coherent ASR" not in tables.header(coherent(0.5), FACTS)
+    assert tables.header(coherent(0.4), FACTS)[2:5] == ["ASR (guard)", "coherent ASR", "off-topic"]
+    assert not {"coherent ASR", "off-topic"} & set(tables.header(coherent(0.5), FACTS))
+    [also] = tables.details(coherent(0.5), coherent(0.5), FACTS)
+    assert also.header[2:] == ["coherent ASR", "off-topic"] and also.lines[0][2:] == ["50.0", "10.0"]
 
 
 def test_json_keeps_fractions_and_refuses_a_nan() -> None:

@@ -173,7 +173,8 @@ def test_an_invalid_answer_is_wrong_and_counted() -> None:
 @pytest.mark.parametrize(
     ("text", "label"),
     [("positive", "positive"), ("Negative.", "negative"), ("The sentiment is positive", "positive"),
-     ("positive and negative", None), ("good", None), ("", None), ("positivenegative", None)],
+     ("positive and negative", None), ("good", None), ("", None), ("positivenegative", None),
+     ("<think>negative?</think>positive", "positive"), ("<think>positive or", None)],
 )  # fmt: skip
 def test_sst2_counts_an_answer_with_neither_or_both_labels_as_invalid(text: str, label: str | None) -> None:
     assert answered(text) == label
