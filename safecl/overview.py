@@ -180,13 +180,13 @@ def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
         num_prompts = max(1, max(pair["num"] // num_seeds for pair, num_seeds in pairs))
         found = wilson(agreed * num_prompts, num_prompts)  # a prompt counts once, however many models answered it
         parts.append(f"with an independent rule on {num} attack answers in {_share(found)}")
-    told = [f"agrees {'; '.join(parts)}"] if parts else []
+    lines = [f"agrees {'; '.join(parts)}"] if parts else []
     if (swing := project.guard_swing()) is not None:
-        told.append(
+        lines.append(
             f"{swing.num} guards vote; the share of harmful ones among {swing.source}'s answers differs by {swing.points:.0%} "
             "between them, and intervals of ASR hold such differences"
         )
-    return ". ".join(told)
+    return ". ".join(lines)
 
 
 _RULE = "guard_rule_agreement"
@@ -197,7 +197,9 @@ def _share(found: Interval, form: str = ".1%") -> str:
     return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
-MAX_SWING = 0.25  # of a model's share of harmful answers, from one guard to another
+MAX_SWING = (
+    1 / 3
+)  # of a model's share of harmful answers, from one guard to another: then they measure different things
 
 
 def _doubt(project: Project, accepted: bool) -> str:

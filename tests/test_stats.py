@@ -119,7 +119,7 @@ def test_one_seed_takes_wilson_over_prompts_and_leaves_unparsed_out() -> None:
 def test_a_seed_without_outcomes_or_a_nan_raises() -> None:
     with pytest.raises(ValueError, match="seed number 1"):
         stats.intervals([rows([1.0, 0.0]), rows([None, None])])
-    with pytest.raises(ValueError, match="'s1'"):
+    with pytest.raises(ValueError, match="set 's' is nan"):
         stats.intervals([rows([1.0, float("nan")])])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from safecl.tasks import Row, load
-from safecl.tasks._overlap import normalise
+from safecl.tasks._overlap import clusters, normalise
 from safecl.tasks.gsm8k import Gsm8k, flexible, numeric, strict
 from safecl.tasks.hexphi import Hexphi
 from safecl.tasks.safety_tuned import refuses
@@ -62,6 +62,11 @@ def test_splits_have_the_sizes_their_sources_give(name: str, split: str, num: in
 )
 def test_no_prompt_is_in_two_roles(name: str, a: str, b: str) -> None:
     assert not {normalise(r.prompt) for r in rows(name, a)} & {normalise(r.prompt) for r in rows(name, b)}
+
+
+@needs_data
+def test_near_duplicates_of_advbench_are_one_prompt() -> None:
+    assert len(set(clusters(rows("advbench", "attack.test")))) == 391
 
 
 @needs_data
