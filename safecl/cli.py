@@ -494,7 +494,7 @@ def main() -> None:
     """Entry point: errors that a person can mend print without a traceback and exit 2; Ctrl-C exits 130."""
     try:
         # Without its standalone mode typer returns the code of an Exit, and 130 for Ctrl-C, in place of raising it.
-        code = app(standalone_mode=False) or 0
+        code = app(standalone_mode=False, prog_name="safecl") or 0
     except (KeyboardInterrupt, typer.Abort):  # before or after typer's own
         code = 130
     except Exception as error:

@@ -50,6 +50,7 @@ class Recipe:
     keep_task_rows: bool = False
     memory_mix: str = "refusals"
     align_seed: int = 0  # of stage one and what is made of it; that of the rest (`seed`), but for some searches
+    names: tuple[str, str] = ("", "")  # of method and task in tables, where their own names are not enough; no identity
 
 
 class Evidence(NamedTuple):

@@ -53,7 +53,8 @@ def read(path: Path, request_field: str = "prompt", response_field: str = "respo
     for row in records:
         try:
             row.setdefault("half", half(row.raw(request_field)))
-            pairs.append(Pair(row.number, row.raw(request_field), row.raw(response_field), row))
+            request = row.with_input(request_field, row.raw(request_field))
+            pairs.append(Pair(row.number, request, row.raw(response_field), row))
         except ConfigError as error:
             raise ConfigError(f"{error} (--prompt-field and --response-field name other fields)") from None
     if not pairs:
@@ -84,9 +85,10 @@ def parse_judge(text: str) -> tuple[str, Judge]:
     name, _, settings = text.partition(":")
     kind = load(name)
     try:
-        return name, kind(kind.Config(**(json.loads(settings) if settings else {})))
-    except (ValueError, TypeError, ValidationError) as error:
-        raise ConfigError(f"--judge {text!r}: expected NAME or NAME:{{JSON config}}: {error}") from None
+        return name, kind(kind.Config.model_validate_json(settings or "{}", strict=True))
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, item['loc']))} {item['msg']}".strip() for item in error.errors())
+        raise ConfigError(f"--judge {text!r}: expected NAME or NAME:{{JSON config}}: {told}") from None
 
 
 def key(name: str, judge: Judge, model: Json, pair: Pair) -> str:

@@ -53,16 +53,20 @@ class Record(dict[str, Any]):
 
     def text(self, *names: str) -> str:
         """The first of these fields that is not blank, stripped. Alpaca's `input` follows its `instruction`, on a line of
-        its own. Raises Blank where those that the record has are blank or null."""
+        its own (`with_input`). Raises Blank where those that the record has are blank or null."""
         having = [name for name in names if name in self]
         if not having:
             got = ", ".join(map(repr, self)) or "none"
             raise ConfigError(f"{self.where}: expected a field {' or '.join(map(repr, names))}, got only {got}")
         for name in having:
             if found := self._stripped(name):
-                given = self._stripped("input") if name == "instruction" else ""
-                return f"{found}\n{given}" if given else found
+                return self.with_input(name, found)
         raise Blank(having[0])
+
+    def with_input(self, name: str, text: str) -> str:
+        """What field `name` asks for: of an `instruction` with its `input`, where that is not blank."""
+        given = self._stripped("input") if name == "instruction" else ""
+        return f"{text}\n{given}" if given else text
 
     def texts(self, name: str) -> list[str]:
         """A list of texts."""
@@ -102,7 +106,7 @@ class Record(dict[str, Any]):
         return "" if self.get(name) is None else self._as_text(name, self[name]).strip()
 
     def _as_text(self, name: str, value: Any) -> str:
-        if not isinstance(value, str) or not (value.isascii() or _encodes(value)):
+        if not isinstance(value, str) or not (value.isascii() or encodes(value)):
             raise ConfigError(f"{self.where}: expected text in {name!r}, got {described(value)}")
         return value
 
@@ -112,7 +116,7 @@ def described(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, str):
-        return f"{value[:60]!r}" if _encodes(value) else f"half a character (a surrogate) in {value[:60]!r}"
+        return f"{value[:60]!r}" if encodes(value) else f"half a character (a surrogate) in {value[:60]!r}"
     kinds = {bool: "a yes or no", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "bytes"}
     shown = repr(value)
     return f"{kinds.get(type(value), type(value).__name__)}: {shown[:60]}{'...' if len(shown) > 60 else ''}"
@@ -184,7 +188,8 @@ def tables(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".csv") if folder.is_dir() else []
 
 
-def _encodes(text: str) -> bool:
+def encodes(text: str) -> bool:
+    """Whether a text is made of whole characters: a tokenizer takes no half of a surrogate pair (a cut emoji)."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -248,6 +248,12 @@ def test_pairs_are_read_in_every_format_that_data_files_have(tmp_path: Path, nam
     assert (pair.request, pair.response) == ("a", "b")
 
 
+def test_an_alpaca_row_is_judged_with_its_input(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"instruction": "Translate.", "input": "le chat", "output": "the cat"}\n')
+    [pair] = read(tmp_path / "in.jsonl", "instruction", "output")
+    assert (pair.request, pair.response) == ("Translate.\nle chat", "the cat")
+
+
 def test_a_cut_emoji_is_refused_whichever_judge_reads_it_and_a_blank_answer_is_judged(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "a", "response": ""}\n{"prompt": "a", "response": "cut \\ud83d"}\n')
     with pytest.raises(ConfigError, match=r"in\.jsonl, line 2: expected text in 'response', got half a character"):
