@@ -1,4 +1,4 @@
-"""What every room may import: strict configs and the two errors that a person can mend. Imports nothing of safecl."""
+"""What every room may import: strict configs and the errors that a person can mend. Imports nothing of safecl."""
 
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypeAliasType
@@ -19,3 +19,11 @@ class ConfigError(Exception):
 
 class PrerequisiteError(Exception):
     """The machine lacks something (a model, data, disk, memory). One line with the remedy; the command exits 2."""
+
+
+class Infrastructure(RuntimeError):
+    """The machine failed, not what it was asked to do: a process was killed, memory or a disk was full, a node was lost."""
+
+
+class Damaged(PrerequisiteError):
+    """A finished stage's files are not what was written. `safecl run` makes it again."""

@@ -46,7 +46,7 @@ def test_when_a_running_stage_ends_follows_its_own_pace(tmp_path: Path, monkeypa
     times = (1000, 1060, 1065, 1070, 1080, 1090, 1100, 1110, 1130)  # the first minute is spent waiting
     clock = iter(times)
     monkeypatch.setattr(execute, "time", SimpleNamespace(time=lambda: next(clock)))
-    broker = execute.Broker(str(tmp_path), Execution(), "", 2)
+    broker = execute.Broker(Store(str(tmp_path)), Execution(), "", 2)
     broker._begin("generate", "k")
     ends = []
     for done in (1, 3, 11, 41, 101, 0, 1, 21):  # before the 0 its worker died
@@ -159,7 +159,9 @@ def test_without_replicas_of_its_own_a_judge_answers_from_the_candidates_engine(
     base, other = (Stage("model", {"source": name}) for name in ("base", "other"))
 
     async def deploy() -> Booting:
-        broker = Booting(str(tmp_path), Execution(num_judge_replicas=num_judge_replicas), str(tmp_path / "logs"), 2)
+        broker = Booting(
+            Store(str(tmp_path)), Execution(num_judge_replicas=num_judge_replicas), str(tmp_path / "logs"), 2
+        )
         await asyncio.gather(
             *(broker._deploy(*what) for what in (("judge", base), ("candidate", base), ("judge", other)))
         )

@@ -13,7 +13,7 @@ import pytest
 from safecl import trainers
 from safecl.base import ConfigError
 from safecl.config import Execution
-from safecl.store import Stage
+from safecl.store import Stage, Store
 from safecl.trainers import Trainers
 
 
@@ -23,7 +23,9 @@ class Pool(Trainers):
     def __init__(self, num_units: int, **execution: Any) -> None:
         self.given_out: list[str] = []
         settings = {"num_trials_at_once": 8, "max_failures": 1, **execution}
-        super().__init__("", Execution(**settings), "", num_units, lambda stage: self.given_out.append(stage.kind))
+        super().__init__(
+            Store("unused"), Execution(**settings), "", num_units, lambda stage: self.given_out.append(stage.kind)
+        )
         self.ends: dict[str, tuple[threading.Event, list[Exception]]] = {}
 
     def hold(self, name: str, *_: Any) -> None:

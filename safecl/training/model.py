@@ -38,8 +38,8 @@ def load(folder: Path, dtype: str, device: str = "cpu") -> Any:
     _drop_nothing(model)
     if _rows_see_themselves_alone(model):
         model.set_attn_implementation(attention.NAME)
-    elif getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        model.set_attn_implementation("eager")  # transformers' default drops the soft cap
+    elif model._supports_attention_backend:
+        model.set_attn_implementation("eager")  # the model's own words; transformers' default drops soft caps and sinks
     model.config.use_cache = False
     return model.requires_grad_(False)
 
@@ -102,6 +102,7 @@ def fold(model: Any, folder: Path) -> None:
     with torch.no_grad():
         for name, module in model.named_modules():
             if name in deltas:
+                _require_linear(name, module)
                 module.weight.copy_(module.weight.float() + deltas[name].delta().to(module.weight.device))
     if odd := set(deltas) - {name for name, _ in model.named_modules()}:
         raise ConfigError(f"adapter {folder}: adapts {sorted(odd)[0]!r}, which this model has not")
@@ -124,6 +125,9 @@ def _attach(model: Any, config: Any, seed: int, continue_from: Path | None) -> A
         torch.manual_seed(stream(seed, "adapter"))
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     _refuse_heads(peft_model)
+    for name, module in peft_model.get_base_model().named_modules():
+        if hasattr(module, "lora_A"):
+            _require_linear(name, module.get_base_layer())
     if continue_from is not None:
         _same_shape(continue_from, config)
         tensors = load_file(str(continue_from / "adapter_model.safetensors"))
@@ -133,6 +137,15 @@ def _attach(model: Any, config: Any, seed: int, continue_from: Path | None) -> A
             parameter.data = parameter.data.float()
         parameter.requires_grad_("lora_" in name and ".default." in name)
     return peft_model
+
+
+def _require_linear(name: str, layer: nn.Module) -> None:
+    """GPT-2's Conv1D holds its weight the other way round: what is added to a square one would be added transposed."""
+    if not isinstance(layer, nn.Linear):
+        raise ConfigError(
+            f"lora.targets puts an adapter on {name!r}, a {type(layer).__name__}: expected linear layers, whose weights engines "
+            "and files hold as [out, in]"
+        )
 
 
 def _refuse_heads(peft_model: Any) -> None:
