@@ -64,7 +64,15 @@ def is_name(text: str) -> bool:
 
 
 def _began(pid: int) -> int:
-    """Milliseconds since the epoch; 0 where there is no such process, or only what its parent has not yet collected."""
+    """When a process began, in its system's own count; 0 where there is none, or only what its parent has not collected."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return 0 if state in "ZX" else int(fields[18])  # ticks since the boot: no clock that is set moves it
+    except FileNotFoundError:
+        if Path("/proc/self").exists():
+            return 0
+    except ProcessLookupError:
+        return 0
     import psutil
 
     try:
@@ -118,20 +126,16 @@ class Lease:
         for name, other in self.store.notes(NOTE).items():
             if name == self.name:
                 continue
-            while not self._is_dead(name):
-                shared = self.holds & set(other["holds"])
-                if not shared:
-                    break
-                # Of two candidates that saw each other, the first by name waits for the other to go.
-                if other["held"] or name < self.name:
-                    raise PrerequisiteError(_refusal(other))
-                time.sleep(0.2)
-                again = self.store.noted(name)
-                if again is None:
-                    break
-                other = again
-            else:
+            shares = not self.holds.isdisjoint(other["holds"])
+            if self._is_dead(name) if shares else is_here(name.removeprefix(NOTE)) is False:
                 self.store.forget(name)
+            while shares and (now := self.store.noted(name)) is not None:
+                # Of two candidates that saw each other, the first by name waits for the other to go.
+                if now["held"] or name < self.name:
+                    raise PrerequisiteError(_refusal(now))
+                time.sleep(0.2)
+                if self._is_dead(name):
+                    self.store.forget(name)
 
     def _is_dead(self, name: str) -> bool:
         found = is_here(name.removeprefix(NOTE))
@@ -142,7 +146,7 @@ class Lease:
             4 * DEAD_AFTER
         ):  # clocks of two machines differ: only a beat that is seen to change says something
             time.sleep(BEAT_S / 4)
-            if (now := self.store.noted(name)) is None:
+            if seen is None or (now := self.store.noted(name)) is None:
                 return True
             if now["beat"] != seen["beat"] or now["held"] != seen["held"]:
                 return False

@@ -115,6 +115,23 @@ def test_after_the_brokers_death_another_continues_from_the_store(cluster: Path)
     assert [stage["key"] for stage in ray.get(again.snapshot.remote())["finished"]] == [rows(6).key]
 
 
+@pytest.mark.parametrize("how", ["truncated", "altered"])
+def test_an_input_that_is_damaged_is_made_again_by_the_run_and_never_used(how: str, cluster: Path) -> None:
+    import ray
+
+    broker, store = new_broker(cluster, f"damage-{how}")
+    below = rows(9)
+    above = Stage("data", {**rows(5).config, "seed": 1}, {"exclude_test": below})
+    ray.get(broker.ensure.remote([below]), timeout=60)
+    file = store.path(below) / "rows.jsonl"
+    whole = file.read_text()
+    file.write_text(whole[:-40] if how == "truncated" else whole.replace("user", "resu"))
+    ray.get(broker.ensure.remote([above]), timeout=60)
+    assert file.read_text() == whole and store.has(above)
+    [aside] = (store.local / "damaged").iterdir()
+    assert (aside / "rows.jsonl").read_text() != whole
+
+
 def test_light_stages_share_one_process_which_is_replaced_when_it_dies(cluster: Path) -> None:
     import psutil
     import ray

@@ -36,6 +36,11 @@ HARMLESS = frozenset({
     "position_ids", "cache_position", "use_cache", "past_key_values", "deterministic", "logits_to_keep", "return_dict",
 })  # fmt: skip
 
+
+class NotHere(PrerequisiteError):
+    """Rows of this model cannot be attended to end to end: its own attention is to be used, on padded rows."""
+
+
 _packed: ContextVar[bool] = ContextVar("packed", default=False)
 
 
@@ -76,19 +81,20 @@ def rows_attention(
     The base's own attention dropout is left out: its masks would depend on how rows are batched.
 
     Raises:
-        PrerequisiteError: the model does not hand the rows' bounds to its attention, or asks it for something else than is
-            done here: sinks, biases, chosen blocks, a mask of its own, or to see what comes after.
+        NotHere: the model does not hand the rows' bounds to its attention, or asks it for something else than is done here:
+            sinks, biases, chosen blocks, a mask of its own.
+        PrerequisiteError: its tokens are to see what comes after them.
     """
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    others |= {"attention_mask": attention_mask, "is_causal=False": None if causal else True}
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise PrerequisiteError(
+            f"{type(module).__name__} lets tokens see what comes after them: expected a causal language model"
+        )
+    others["attention_mask"] = attention_mask
     asked = sorted(name for name, value in others.items() if value is not None and name not in HARMLESS)
     if asked:
-        raise PrerequisiteError(
-            f"{type(module).__name__} asks its attention for {', '.join(asked)}, which safecl's own does not do: train another "
-            "model, or report this one"
-        )
+        raise NotHere(f"{type(module).__name__} asks its attention for {', '.join(asked)}, which is not done here")
     if cu_seq_lens_q is None and _packed.get():
-        raise PrerequisiteError(
+        raise NotHere(
             f"{type(module).__name__} does not hand row bounds (cu_seq_lens_q) to its attention: rows would see each other"
         )
     bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from safecl.base import ConfigError, Json, PrerequisiteError
 from safecl.training import attention, lora, norms, weights
-from safecl.training.batches import Batch, stream
-from safecl.training.tokens import base_folder
+from safecl.training.batches import Batch, collate, stream
+from safecl.training.tokens import Encoded, base_folder
 
 PADDED = ("phimoe", "minimax", "zaya")  # models whose rows laid end to end were seen to differ, or may
 HEADS = ("lm_head", "embed_tokens", "wte", "embed_out", "output_layer")
@@ -36,12 +36,11 @@ def load(folder: Path, dtype: str, device: str = "cpu") -> Any:
     attention.register()
     model = AutoModelForCausalLM.from_pretrained(str(base), dtype=getattr(torch, dtype)).to(device)
     _drop_nothing(model)
-    if _rows_see_themselves_alone(model):
-        model.set_attn_implementation(attention.NAME)
-    elif model._supports_attention_backend:
-        model.set_attn_implementation("eager")  # the model's own words; transformers' default drops soft caps and sinks
     model.config.use_cache = False
-    return model.requires_grad_(False)
+    model.requires_grad_(False)
+    if model._supports_attention_backend and not _rows_see_themselves_alone(model, device):
+        model.set_attn_implementation("eager")  # the model's own words; transformers' default drops soft caps and sinks
+    return model
 
 
 def _drop_nothing(model: Any) -> None:
@@ -54,13 +53,23 @@ def _drop_nothing(model: Any) -> None:
                 setattr(module, name, 0.0)
 
 
-def _rows_see_themselves_alone(model: Any) -> bool:
-    """Whether attention, given where rows begin, is all that joins tokens: rows of a model with convolutions or a running
-    state, or with windows that live in a mask (PhiMoE), are padded."""
+def _rows_see_themselves_alone(model: Any, device: str) -> bool:
+    """Whether attention, given where rows begin, is all that joins tokens, and asks for nothing that attention.py does not
+    do; it is then set. Rows of a model with convolutions or a running state, or with windows that live in a mask (PhiMoE),
+    are padded."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     other = kinds - {"full_attention", "sliding_attention"} or getattr(model, "_is_stateful", False)
-    return bool(model._supports_attention_backend) and not other and config.model_type not in PADDED
+    if other or config.model_type in PADDED:
+        return False
+    model.set_attn_implementation(attention.NAME)
+    row = Encoded("", [0, 1], 1)
+    try:
+        with torch.no_grad():  # what it asks for shows when it is asked
+            _end_to_end(getattr(model, model.base_model_prefix), collate([row, row], [0, 1], [0, 0], 1, row, device))
+    except attention.NotHere:
+        return False
+    return True
 
 
 def with_adapter(model: Any, lora: Mapping[str, Json], seed: int, continue_from: Path | None = None) -> Any:
@@ -227,13 +236,7 @@ class HiddenStates(nn.Module):
         inner = getattr(self.base, self.base.base_model_prefix)
         if self.base.config._attn_implementation != attention.NAME:
             return self._padded(inner, batch)
-        bounds = torch.tensor([0, *batch.lengths], dtype=torch.int32).cumsum(0)
-        with attention.packed():
-            out = inner(
-                input_ids=batch.ids_P[None], position_ids=batch.positions_P[None], cu_seq_lens_q=bounds, use_cache=False
-            )
-        hidden_PD: Tensor = out.last_hidden_state[0]
-        return hidden_PD
+        return _end_to_end(inner, batch)
 
     def _padded(self, inner: Any, batch: Batch) -> Tensor:
         width = max(batch.lengths)
@@ -247,6 +250,16 @@ class HiddenStates(nn.Module):
         )
         hidden_PD: Tensor = out.last_hidden_state[real_BT]
         return hidden_PD
+
+
+def _end_to_end(inner: Any, batch: Batch) -> Tensor:
+    bounds = torch.tensor([0, *batch.lengths], dtype=torch.int32).cumsum(0)
+    with attention.packed():
+        out = inner(
+            input_ids=batch.ids_P[None], position_ids=batch.positions_P[None], cu_seq_lens_q=bounds, use_cache=False
+        )
+    hidden_PD: Tensor = out.last_hidden_state[0]
+    return hidden_PD
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
