@@ -14,6 +14,7 @@ from safecl.project import Project, load
 from safecl.schedule import Schedule
 from safecl.serving.gate import GateBroken
 from safecl.serving.messages import Refused, Unavailable
+from safecl.store import below
 from safecl.trainers import _portable
 from tests.made_up import put
 
@@ -98,12 +99,9 @@ def test_a_missing_row_is_a_line_and_an_exit_code_where_nothing_is_left_to_do(
     found = Project(load(QUICKSTART, _settings(tmp_path)))
     found.store.check_writable(0.0)
     schedule = found.schedule()
-    for cell in found.cells:
-        if cell.space is None:
-            for seed in found.sweep.seeds:
-                top = cell.job({}, seed, "final").evidence.metrics
-                put(found.store, [stage for stage in top.walk() if not found.store.has(stage)])
-    put(found.store, [s for top in found.guard_stages() for s in top.walk() if not found.store.has(s)])
+    plain = [cell for cell in found.cells if cell.space is None]
+    tops = [cell.job({}, seed, "final").evidence.metrics for cell in plain for seed in found.sweep.seeds]
+    put(found.store, below([*tops, *found.guard_stages()]))
     _fail(schedule, "ValueError: its own", "trial")
     monkeypatch.setattr("safecl.tracking.Tracker", _NoTracker)
     arguments = [part for setting in _settings(tmp_path) for part in ("--set", setting)]
@@ -133,9 +131,7 @@ def test_a_result_without_the_number_that_is_searched_for_is_the_trials_own_faul
     schedule = found.schedule()
     seen = 0
     while (job := schedule.next()) is not None:
-        for top in (job.evidence, job.aligned.evidence):
-            stages = {s.key: s for each in top.targets for s in each.walk()}
-            put(found.store, [stage for stage in stages.values() if not found.store.has(stage)])
+        put(found.store, below([*job.evidence.targets, *job.aligned.evidence.targets], found.store.has))
         if job.role == "search":
             file = found.store.local / "store" / "metrics" / job.evidence.metrics.key / "record.json"
             file.write_text(file.read_text().replace('"utility": {"value": ', '"utility": {"value": null, "was": '))
