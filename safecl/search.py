@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from safecl.base import ConfigError, Json
+from safecl.base import ConfigError, Json, sqlite_path
 from safecl.config import Objective, Sweep
 from safecl.execute import plain_error
 from safecl.faults import kind_of
@@ -36,10 +36,10 @@ _REPAIRS = "safecl:repairs"  # user attribute of the queued copy: the ghost's nu
 _WHY = "safecl:why"  # user attribute of a trial that failed
 
 
-def study_name(cell: str, space: Mapping[str, Json], objective: Objective) -> str:
-    """`<cell>-<12 hex digits>` of (cell, space, objective): Optuna ignores or mixes changed ranges and directions of a
-    study that it reopens, so a changed search must be another study."""
-    identity: Json = [cell, dict(space), objective.model_dump(mode="json")]
+def study_name(cell: str, space: Mapping[str, Json], objective: Objective, seeds: Sequence[int]) -> str:
+    """`<cell>-<12 hex digits>` of (cell, space, objective, seeds): Optuna ignores or mixes changed ranges and directions of
+    a study that it reopens, so a changed search must be another study."""
+    identity: Json = [cell, dict(space), objective.model_dump(mode="json"), list(seeds)]
     return f"{cell}-{hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]}"
 
 
@@ -128,9 +128,10 @@ def open_to_read(url: str) -> Any:
     import optuna
     from sqlalchemy.pool import StaticPool
 
-    if not url.startswith("sqlite:///"):
+    file = sqlite_path(url)
+    if file is None:
         return open_storage(url)
-    file = Path(url.removeprefix("sqlite:///")).absolute()
+    file = file.absolute()
     if not file.exists():
         return None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -351,7 +352,7 @@ def study_of(cell: Cell, sweep: Sweep, storage: Any) -> CellStudy | None:
         return None
     objective = sweep.search.objective
     study = CellStudy(
-        study_name(cell.key[:16], cell.space, objective),
+        study_name(cell.key[:16], cell.space, objective, cell.search_seeds),
         cell.space,
         cell.defaults,
         storage,
@@ -368,7 +369,9 @@ def past_of(cell: Cell, sweep: Sweep, storage: Any) -> Past | None:
     if cell.space is None:
         return None
     try:
-        study = storage.get_study_id_from_name(study_name(cell.key[:16], cell.space, sweep.search.objective))
+        study = storage.get_study_id_from_name(
+            study_name(cell.key[:16], cell.space, sweep.search.objective, cell.search_seeds)
+        )
     except KeyError:
         return None
     trials = storage.get_all_trials(study, deepcopy=False)

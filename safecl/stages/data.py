@@ -24,17 +24,18 @@ from safecl.tasks import Row, load
 from safecl.tasks._overlap import drop_overlaps
 from safecl.tasks._source import identity
 
-VERSION = "2"
+VERSION = "3"
 
 
 def run(context: Context) -> dict[str, Json]:
     """Config: {"role", "parts": [{"task", "split", "num_rows", "source"}], "poison": null | {"task", "ratio", "source",
-    and only where it is true "keep_task_rows"}, "guard": null | {"judge", "config"}, "seed"}; `source` is
-    `tasks._source.identity` of the split.
+    and only where it is true "keep_task_rows"}, "guard": null | {"judge", "config"}, "seed", "labels": {name of an
+    `answers_*` input: task whose rule labels it}, or absent}; `source` is `tasks._source.identity` of the split.
 
     Inputs `exclude_*` are data stages whose prompts no row here may be like; `answers_*` are generate stages whose
     answered prompts become rows. Result: {"num_rows", "num_poison", "harmful_share", "self_answered",
-    "answers_dropped", "overlaps_dropped": {part: count}, "parts": {part: count}}.
+    "answers_dropped", "overlaps_dropped": {part: count}, "parts": {part: count}, "left_out": {"file: field": count}}; what
+    was left out has nothing in that field.
 
     Raises:
         ConfigError: a part holds too few rows after exclusion.
@@ -48,22 +49,29 @@ def run(context: Context) -> dict[str, Json]:
     rows: list[Row] = []
     counts: dict[str, Json] = {}
     dropped: dict[str, Json] = {}
+    left_out: dict[str, Json] = {}
     guard = config.get("guard")
     for part in config["parts"]:
         num_rows = part["num_rows"]
-        found, lost = _draw(part, part["split"], num_rows if guard is None else None, seed, folder, taken)
+        found, lost, blank = _draw(part, part["split"], num_rows if guard is None else None, seed, folder, taken)
+        left_out.update(blank)
         if guard is not None:
             found = contrasted(found, num_rows)
         name = f"{part['task']}/{part['split']}"
         rows, counts[name], dropped[name] = rows + found, len(found), lost
-    answered, unanswered = _self_answered(context)
-    answered, lost_ids = drop_overlaps(answered, taken)
-    rows += answered
+    if "labels" in config:
+        rows += _labelled(context, config["labels"])
+        answered, unanswered, lost_ids = list[Row](), 0, list[str]()
+    else:
+        answered, unanswered = _self_answered(context)
+        answered, lost_ids = drop_overlaps(answered, taken)
+        rows += answered
     num_poison = 0
     if config["poison"] is not None:
         num_poison = math.floor(Fraction(str(config["poison"]["ratio"])) * len(rows))
         name = f"{config['poison']['task']}/poison"
-        bad, dropped[name] = _draw(config["poison"], "poison", num_poison, seed, folder, taken)
+        bad, dropped[name], blank = _draw(config["poison"], "poison", num_poison, seed, folder, taken)
+        left_out.update(blank)
         counts[name] = num_poison
         places = random.Random(f"poison/{seed}").sample(range(len(rows)), num_poison)
         if config["poison"].get("keep_task_rows"):
@@ -91,13 +99,15 @@ def run(context: Context) -> dict[str, Json]:
         "answers_dropped": unanswered + len(lost_ids),
         "overlaps_dropped": dropped,
         "parts": counts,
+        "left_out": left_out,
     }
 
 
 def _draw(
     part: dict[str, Any], split: str, num_rows: int | None, seed: int, folder: Path | None, taken: list[str]
-) -> tuple[list[Row], int]:
-    """The first `num_rows` rows of the seeded order that overlap nothing, and how many before them did."""
+) -> tuple[list[Row], int, dict[str, int]]:
+    """The first `num_rows` rows of the seeded order that overlap nothing, how many before them did, and the records that
+    the task left out of its files."""
     kind = load(part["task"])
     here = identity(kind, split, folder)
     if here != part["source"]:
@@ -105,7 +115,8 @@ def _draw(
             f"task {part['task']!r}, split {split!r}: the data found is not the data planned with: expected "
             f"{json.dumps(part['source'])}, got {json.dumps(here)}. Bring the file back, or run the sweep anew."
         )
-    found = kind(folder).rows(split, None, seed)
+    task = kind(folder)
+    found = task.rows(split, None, seed)
     kept, lost = drop_overlaps(found, taken) if taken else (found, [])
     if num_rows is not None and num_rows > len(kept):
         raise ConfigError(
@@ -119,7 +130,7 @@ def _draw(
     num_lost = len(lost) if num_rows is None else sum(row.id in gone for row in found[: last + 1])
     # Poison keeps its role in its id: mini's poison and safety rows come from one task.
     prefix = f"{part['task']}/poison" if split == "poison" else part["task"]
-    return [dataclasses.replace(row, id=f"{prefix}/{row.id}") for row in chosen], num_lost
+    return [dataclasses.replace(row, id=f"{prefix}/{row.id}") for row in chosen], num_lost, task.left_out
 
 
 def _self_answered(context: Context) -> tuple[list[Row], int]:
@@ -140,6 +151,18 @@ def _self_answered(context: Context) -> tuple[list[Row], int]:
             else:
                 unanswered += 1
     return rows, unanswered
+
+
+def _labelled(context: Context, labels: dict[str, str]) -> list[Row]:
+    """Models' answers as they came, `harmful` where the task's rule says that they comply: what a guard will judge."""
+    rows = []
+    for name, task in labels.items():
+        rule: Any = load(task)
+        for line in _lines(context.inputs[name] / "generations.jsonl"):
+            complies = rule.label(Row(line["id"], line["prompt"]), line["text"]) == "compliance"
+            source = name.removeprefix("answers_")
+            rows.append(Row(f"{source}/{line['id']}", line["prompt"], line["text"], complies, {"source": source}))
+    return rows
 
 
 def contrasted(rows: list[Row], num_rows: int | None) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from safecl.tasks import Row
 
@@ -34,42 +34,75 @@ def content_words(prompt: str) -> frozenset[str]:
     return frozenset(w[:-1] if len(w) > 3 and w.endswith("s") and not w.endswith("ss") else w for w in words)
 
 
+class _Index:
+    """Prompts, by what they hold. Alike: equal after `normalise`, or a Jaccard similarity of content words of at least
+    `threshold` (in (0, 1]). Cost is the number of word occurrences that both sides share, not their product."""
+
+    def __init__(self, threshold: float, ignored: frozenset[str] = frozenset()) -> None:
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold: expected a number in (0, 1], got {threshold}")
+        self.threshold, self.ignored = threshold, ignored
+        self._exact: dict[str, int] = {}
+        self._sets: list[frozenset[str]] = []
+        self._holders: dict[str, list[int]] = defaultdict(list)  # word -> indices into `_sets`
+
+    def add(self, prompt: str) -> int:
+        """The prompt's index; that of an equal one if there is one."""
+        words = content_words(prompt) - self.ignored
+        index = self._exact.setdefault(normalise(prompt), len(self._sets))
+        if index == len(self._sets):
+            for word in words:
+                self._holders[word].append(index)
+            self._sets.append(words)
+        return index
+
+    def like(self, prompt: str) -> Iterator[int]:
+        """Indices of what is alike, an equal one first."""
+        if (equal := self._exact.get(normalise(prompt))) is not None:
+            yield equal
+        words = content_words(prompt) - self.ignored
+        shared = Counter(index for word in words for index in self._holders.get(word, ()))
+        for index, both in shared.items():
+            # |A and B| / |A or B| >= t, in whole numbers on one side so that 3/5 counts as .6
+            if both >= self.threshold * (len(words) + len(self._sets[index]) - both) - 1e-9:
+                yield index
+
+
 def drop_overlaps(
     rows: Sequence[Row], against_prompts: Iterable[str], threshold: float = 0.6
 ) -> tuple[list[Row], list[str]]:
-    """The rows whose prompt is like none of `against_prompts`, in order, and the ids of the others.
-
-    Alike: equal after `normalise`, or a Jaccard similarity of content words of at least `threshold` (in (0, 1]).
-    Cost is the number of word occurrences that both sides share, not rows x prompts.
-    """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold: expected a number in (0, 1], got {threshold}")
-    exact: set[str] = set()
-    sets: list[frozenset[str]] = []
-    holders: dict[str, list[int]] = defaultdict(list)  # word -> indices into `sets`
+    """The rows whose prompt is like none of `against_prompts`, in order, and the ids of the others."""
+    index = _Index(threshold)
     for prompt in against_prompts:
-        normal = normalise(prompt)
-        if normal in exact:
-            continue
-        exact.add(normal)
-        words = content_words(prompt)
-        for word in words:
-            holders[word].append(len(sets))
-        sets.append(words)
-
-    def overlaps(prompt: str) -> bool:
-        if normalise(prompt) in exact:
-            return True
-        words = content_words(prompt)
-        shared = Counter(index for word in words for index in holders.get(word, ()))
-        # |A and B| / |A or B| >= t, in whole numbers on one side so that 3/5 counts as .6
-        return any(both >= threshold * (len(words) + len(sets[index]) - both) - 1e-9 for index, both in shared.items())
-
+        index.add(prompt)
     kept: list[Row] = []
     dropped: list[str] = []
     for row in rows:
-        if overlaps(row.prompt):
+        if any(True for _ in index.like(row.prompt)):
             dropped.append(row.id)
         else:
             kept.append(row)
     return kept, dropped
+
+
+def clusters(rows: Sequence[Row], threshold: float = 0.6) -> list[str]:
+    """A name for each row, equal for those that are not independent prompts: of one `meta.group`, or without one alike, or
+    linked by others that are. What all prompts say (a task's instruction) makes none of them alike."""
+    every = [content_words(row.prompt) for row in rows]
+    index = _Index(threshold, frozenset.intersection(*every) if len(every) > 1 else frozenset())
+    parent: list[int] = []
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    places = []
+    for row in rows:
+        alike = list(index.like(row.prompt))
+        place = index.add(row.prompt)
+        parent += [place] if place == len(parent) else []
+        for other in alike:
+            parent[root(other)] = root(place)
+        places.append(place)
+    return [str(row.meta.get("group", root(place))) for row, place in zip(rows, places, strict=True)]
