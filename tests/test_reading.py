@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from safecl import cli, overview
+from safecl import cli, hardware, overview
+from safecl.hardware import Speed
 from safecl.project import Project, load
+from safecl.store import below
 from tests.made_up import finish, put
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
@@ -32,7 +34,10 @@ def contents(root: Path) -> dict[str, tuple[bytes, int]]:
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in WRITING])
-def test_a_reading_verb_changes_nothing_beside_a_live_driver(verb: str, tmp_path: Path) -> None:
+def test_a_reading_verb_changes_nothing_beside_a_live_driver(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "measured", lambda use_gpu=False: {"bfloat16": Speed(9, 9), "float32": Speed(9, 9)})
     root = tmp_path / "root"
     dtype = "models.0.dtype=float32"
     driver = Project(load(QUICKSTART, [dtype, "poison.ratios=[0.1]", f"execution.root={root}"]))
@@ -43,11 +48,9 @@ def test_a_reading_verb_changes_nothing_beside_a_live_driver(verb: str, tmp_path
             if (study := driver.study(cell)) is not None:
                 number, _ = study.ask()
             else:
-                put(
-                    driver.store,
-                    [s for s in cell.job({}, 0, "final").evidence.metrics.walk() if not driver.store.has(s)],
-                )
-                key = cell.job({}, 0, "final").evidence.metrics.key
+                top = cell.job({}, 0, "final").evidence.metrics
+                put(driver.store, below([top], driver.store.has))
+                key = top.key
         (root / "logs").mkdir()
         (root / "logs" / "one.log").touch()
         words = {
