@@ -163,10 +163,7 @@ class Project:
         """What a run of this sweep holds: its name, and its studies, which a sweep of another name may share."""
         from safecl import search
 
-        objective = self.sweep.search.objective
-        studies = [
-            search.study_name(cell.key[:16], cell.space, objective) for cell in self.cells if cell.space is not None
-        ]
+        studies = [search.name_of(cell, self.sweep) for cell in self.cells if cell.space is not None]
         return Lease(self.store, self.sweep.name, [f"sweep {self.sweep.name}", *studies])
 
     def schedule(self, on_done: Callable[[Done], None] | None = None) -> Schedule:

@@ -43,6 +43,12 @@ def study_name(cell: str, space: Mapping[str, Json], objective: Objective, seeds
     return f"{cell}-{hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]}"
 
 
+def name_of(cell: Cell, sweep: Sweep) -> str:
+    """The study of a searched cell."""
+    assert cell.space is not None
+    return study_name(cell.key[:16], cell.space, sweep.search.objective, cell.search_seeds)
+
+
 def space_check(space: Mapping[str, Json], defaults: Mapping[str, Json] | None = None) -> list[str]:
     """Every error of a search space as one line each; empty if there is none.
 
@@ -350,9 +356,8 @@ def study_of(cell: Cell, sweep: Sweep, storage: Any) -> CellStudy | None:
     """The study of a cell, continued if it exists, its ghosts repaired; None where nothing is searched."""
     if cell.space is None:
         return None
-    objective = sweep.search.objective
     study = CellStudy(
-        study_name(cell.key[:16], cell.space, objective, cell.search_seeds),
+        name_of(cell, sweep),
         cell.space,
         cell.defaults,
         storage,
@@ -369,9 +374,7 @@ def past_of(cell: Cell, sweep: Sweep, storage: Any) -> Past | None:
     if cell.space is None:
         return None
     try:
-        study = storage.get_study_id_from_name(
-            study_name(cell.key[:16], cell.space, sweep.search.objective, cell.search_seeds)
-        )
+        study = storage.get_study_id_from_name(name_of(cell, sweep))
     except KeyError:
         return None
     trials = storage.get_all_trials(study, deepcopy=False)

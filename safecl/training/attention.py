@@ -41,6 +41,7 @@ class NotHere(PrerequisiteError):
     """Rows of this model cannot be attended to end to end: its own attention is to be used, on padded rows."""
 
 
+_asked: ContextVar[list[int | None] | None] = ContextVar("asked", default=None)
 _packed: ContextVar[bool] = ContextVar("packed", default=False)
 
 
@@ -59,6 +60,17 @@ def packed() -> Iterator[None]:
         yield
     finally:
         _packed.reset(token)
+
+
+@contextmanager
+def windows() -> Iterator[list[int | None]]:
+    """The sliding window that each attention of a forward is handed meanwhile, in order."""
+    found: list[int | None] = []
+    token = _asked.set(found)
+    try:
+        yield found
+    finally:
+        _asked.reset(token)
 
 
 def rows_attention(
@@ -97,6 +109,8 @@ def rows_attention(
         raise NotHere(
             f"{type(module).__name__} does not hand row bounds (cu_seq_lens_q) to its attention: rows would see each other"
         )
+    if (seen := _asked.get()) is not None:
+        seen.append(sliding_window)
     bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     lengths = [end - start for start, end in pairwise(bounds)]
     dtype = query.dtype

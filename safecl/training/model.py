@@ -19,7 +19,7 @@ from safecl.training import attention, lora, norms, weights
 from safecl.training.batches import Batch, collate, stream
 from safecl.training.tokens import Encoded, base_folder
 
-PADDED = ("phimoe", "minimax", "zaya")  # models whose rows laid end to end were seen to differ, or may
+PADDED = ("minimax", "zaya")  # models whose rows laid end to end were seen to differ, or may
 HEADS = ("lm_head", "embed_tokens", "wte", "embed_out", "output_layer")
 
 
@@ -55,21 +55,25 @@ def _drop_nothing(model: Any) -> None:
 
 def _rows_see_themselves_alone(model: Any, device: str) -> bool:
     """Whether attention, given where rows begin, is all that joins tokens, and asks for nothing that attention.py does not
-    do; it is then set. Rows of a model with convolutions or a running state, or with windows that live in a mask (PhiMoE),
-    are padded."""
+    do; it is then set. Rows of a model with convolutions or a running state, or with windows that live in a mask (PhiMoE,
+    Qwen2-MoE), are padded."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    other = kinds - {"full_attention", "sliding_attention"} or getattr(model, "_is_stateful", False)
+    kinds = list(getattr(config, "layer_types", None) or ())
+    other = set(kinds) - {"full_attention", "sliding_attention"} or getattr(model, "_is_stateful", False)
     if other or config.model_type in PADDED:
         return False
     model.set_attn_implementation(attention.NAME)
     row = Encoded("", [0, 1], 1)
+    batch = collate([row, row], [0, 1], [0, 0], 1, row, device)
     try:
-        with torch.no_grad():  # what it asks for shows when it is asked
-            _end_to_end(getattr(model, model.base_model_prefix), collate([row, row], [0, 1], [0, 0], 1, row, device))
+        with torch.no_grad(), attention.windows() as found:  # what it asks for shows when it is asked
+            _end_to_end(getattr(model, model.base_model_prefix), batch)
     except attention.NotHere:
         return False
-    return True
+    num_windows = sum(window is not None for window in found)
+    if kinds:
+        return num_windows == kinds.count("sliding_attention")
+    return num_windows > 0 or getattr(config, "sliding_window", None) is None
 
 
 def with_adapter(model: Any, lora: Mapping[str, Json], seed: int, continue_from: Path | None = None) -> Any:

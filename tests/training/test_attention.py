@@ -6,6 +6,7 @@ import json
 import re
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_an_adapter_is_never_folded_into_a_layer_that_lies_the_other_way_round(t
         model.fold(plain, tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("kind", ["gpt_oss", "phimoe"])
+@pytest.mark.parametrize("kind", ["gpt_oss", "phimoe", "qwen2_moe"])
 def test_a_model_whose_rows_are_padded_computes_by_its_own_words(kind: str, tmp_path: Path) -> None:
     """Sinks and windows: transformers' default attention leaves the one out, safecl's the other."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -82,7 +83,16 @@ def test_a_model_whose_rows_are_padded_computes_by_its_own_words(kind: str, tmp_
     from safecl.training import batches
     from safecl.training.tokens import Encoded
 
-    own = {"gpt_oss": {"head_dim": 16}, "phimoe": {}}[kind]
+    own: dict[str, Any] = {
+        "gpt_oss": {"head_dim": 16},
+        "phimoe": {},
+        "qwen2_moe": {
+            "use_sliding_window": True,
+            "max_window_layers": 2,
+            "num_experts": 4,
+            "moe_intermediate_size": 32,
+        },
+    }[kind]
     config = AutoConfig.for_model(
         kind, vocab_size=320, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, sliding_window=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, **own,
