@@ -56,7 +56,13 @@ def test_every_failure_has_its_kind_and_keeps_it_on_the_way_to_the_driver() -> N
 
 
 def _settings(root: Path) -> list[str]:
-    return ["models.0.dtype=float32", "poison.ratios=[0.1]", "search.trials=3", f"execution.root={root}"]
+    return [
+        "models.0.dtype=float32",
+        "poison.ratios=[0.1]",
+        "search.trials=3",
+        "evaluate.judges.asr=keywords",
+        f"execution.root={root}",
+    ]
 
 
 def _fail(schedule: Schedule, error: str, kind: Kind) -> list[dict[str, Any]]:
