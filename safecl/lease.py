@@ -142,10 +142,8 @@ class Lease:
         if found is not None:
             return not found
         seen = self.store.noted(name)
-        for _ in range(
-            4 * DEAD_AFTER
-        ):  # clocks of two machines differ: only a beat that is seen to change says something
-            time.sleep(BEAT_S / 4)
+        for _ in range(4 * DEAD_AFTER):
+            time.sleep(BEAT_S / 4)  # clocks of two machines differ: only a beat that is seen to change says something
             if seen is None or (now := self.store.noted(name)) is None:
                 return True
             if now["beat"] != seen["beat"] or now["held"] != seen["held"]:
