@@ -193,7 +193,8 @@ def damage(file: Path, how: str) -> None:
     if how == "gone":
         file.unlink()
         return
-    file.write_text(file.read_text()[:-9] if how == "truncated" else file.read_text().replace("1", "2"))
+    was, is_now = ('"num": 1', '"num": 2') if file.name == "record.json" else ("1", "2")
+    file.write_text(file.read_text()[:-9] if how == "truncated" else file.read_text().replace(was, is_now))
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
