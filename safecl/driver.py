@@ -49,7 +49,7 @@ def open_to_run(sweep: Sweep) -> Project:
 
 def _settle_dtype(project: Project, show: Callable[[str], None]) -> None:
     """Say what is to be known of the dtypes, and note in the store what `auto` meant."""
-    project.warnings = dtypes.warnings(project.sweep, project.store, project.auto, project.nodes)
+    project.warnings += dtypes.warnings(project.sweep, project.store, project.auto, project.nodes)
     if project.auto is not None:
         show(f"dtype: auto is {project.auto.dtype}: {project.auto.why}")
     for warning in project.warnings:

@@ -17,7 +17,7 @@ def model_stage(model: Model) -> Stage:
     id by its commit. Its dtype must be resolved."""
     assert model.dtype != "auto", f"model {model.name!r}: `auto` must be resolved before identity is formed"
     if model.source.startswith("wheel:"):
-        source, path = _wheel_file(model.source.removeprefix("wheel:"))
+        source, path = wheel_file(model.source.removeprefix("wheel:"))
     elif Path(model.source).is_dir():
         path = str(Path(model.source).absolute())
         wanted = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "1_Pooling/config.json")
@@ -31,7 +31,7 @@ def model_stage(model: Model) -> Stage:
 
 
 @lru_cache
-def _wheel_file(package: str) -> tuple[dict[str, Json], str]:
+def wheel_file(package: str) -> tuple[dict[str, Json], str]:
     from importlib.metadata import PackageNotFoundError, distribution
 
     try:

@@ -50,6 +50,7 @@ class Recipe:
     keep_task_rows: bool = False
     memory_mix: str = "refusals"
     align_seed: int = 0  # of stage one and what is made of it; that of the rest (`seed`), but for some searches
+    names: tuple[str, str] = ("", "")  # of method and task in tables, where their own names are not enough; no identity
 
 
 class Evidence(NamedTuple):
@@ -101,8 +102,8 @@ class Graph:
             **({"labels": labels} if labels else {}),
         }
         used = [part.task for part in parts] + ([str(poison["task"])] if poison else [])
-        used += sorted({str(task) for task in (labels or {}).values()} - set(used))
-        return _stage("data", config, inputs or {}, *(tasks.load(name).VERSION for name in used))
+        rules = [tasks.load(task).SCORING for task in sorted({str(task) for task in (labels or {}).values()})]
+        return _stage("data", config, inputs or {}, *(tasks.load(name).VERSION for name in used), *rules)
 
     def _part(self, part: Rows, split: str) -> dict[str, Json]:
         return {"task": part.task, "split": split, "num_rows": part.num_rows, "source": self._source(part.task, split)}

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safecl import hardware
+<<<<<<< HEAD
 from safecl.base import Damaged, PrerequisiteError, sqlite_url
+=======
+from safecl.base import ConfigError, PrerequisiteError, sqlite_path, sqlite_url
+>>>>>>> main
 from safecl.check import check
 from safecl.config import Sweep
 from safecl.contrasts import MARGINS, contrasts, discordant, means
@@ -118,6 +122,8 @@ class Project:
     def __init__(self, sweep: Sweep, nodes: Sequence[Node] | None = None, reads: bool = False) -> None:
         """`nodes` and `reads`: see dtypes.auto."""
         self.store = Store(sweep.execution.root)
+        if self.store.local.exists() and not self.store.local.is_dir():
+            raise ConfigError(f"execution.root: {str(self.store.local)!r} is a file; expected a folder")
         self.nodes, self.auto = nodes, auto(sweep, self.store, nodes, reads)
         self.sweep = sweep = sweep if self.auto is None else resolved(sweep, self.auto.dtype)
         self.warnings: list[str] = []  # what `plan` and `run` found that a reader should know
@@ -126,7 +132,7 @@ class Project:
             raise PrerequisiteError(
                 f"execution.data_dir {str(self.folder)!r} is no folder: name one with --set execution.data_dir=FOLDER"
             )
-        self.cells = check(sweep, self.folder)
+        self.cells = check(sweep, self.folder, None if reads else self.warnings)
         self.logs = self.store.local / "logs"
         self.study_url = sweep.execution.study_uri or sqlite_url(self.store.local / "study.db")
         self._storage: Any = None
@@ -314,9 +320,9 @@ class Project:
             table.append(
                 {
                     "model": recipe.model.name,
-                    "task": recipe.task.task,
+                    "task": cell.task,
                     "poison": None if is_reference else recipe.poison_ratio,
-                    "method": recipe.method,
+                    "method": cell.method,
                     "params": {**cell.defaults, **params},
                     "seeds": list(per_seed),
                     "metrics": metrics,

@@ -53,7 +53,8 @@ def space_check(space: Mapping[str, Json], defaults: Mapping[str, Json] | None =
     """Every error of a search space as one line each; empty if there is none.
 
     Forms: a list is a choice, `{low, high}` or `{low, high, log: true}` a float range, `{low, high, step}` an int range
-    (ends included). With `defaults`, every searched parameter must have one that lies in the space: trial 0 runs it.
+    (ends included), logarithmic too where step is 1. With `defaults`, every searched parameter must have one that lies in
+    the space: trial 0 runs it.
     """
     errors = []
     for name, form in space.items():
@@ -91,14 +92,14 @@ def _form_problem(form: Json) -> str | None:
         value = form[key]
         if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
             wanted = "an int (a range with `step` is of ints)" if "step" in form else "a number"
-            return f"{key} is {json.dumps(value)}; expected {wanted} (YAML reads 1e-4 as text: write 1.0e-4)"
+            return f"{key} is {json.dumps(value)}; expected {wanted}"
     low, high, step, log = form["low"], form["high"], form.get("step"), form.get("log", False)
     if not isinstance(log, bool):
         return f"log is {json.dumps(log)}; expected true or false"
     if low > high:  # type: ignore[operator]
         return f"low {low} is above high {high}"
-    if log and step is not None:
-        return "has both `log` and `step`; expected one of them"
+    if log and step not in (None, 1):
+        return f"has both `log` and `step: {step}`; expected one of them (or step: 1, a logarithmic range of ints)"
     if log and low <= 0:  # type: ignore[operator]
         return f"is logarithmic but low is {low}; expected low > 0"
     if step is not None and (step < 1 or (high - low) % step):  # type: ignore[operator]
@@ -348,7 +349,7 @@ def _distribution(form: Json) -> Any:
         return CategoricalDistribution([canonical(choice) for choice in form])
     options: Any = form
     if "step" in options:
-        return IntDistribution(options["low"], options["high"], step=options["step"])
+        return IntDistribution(options["low"], options["high"], log=options.get("log", False), step=options["step"])
     return FloatDistribution(float(options["low"]), float(options["high"]), log=bool(options.get("log", False)))
 
 

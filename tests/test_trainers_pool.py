@@ -127,6 +127,22 @@ def test_a_refusal_fails_the_stage_alone_and_another_error_of_a_finetune_is_trie
     play(scene, Pool(1), monkeypatch)
 
 
+def test_what_a_finetune_raises_every_time_is_its_own_fault_and_not_its_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene(pool: Pool) -> None:
+        pool.expect(1)
+        [name] = pool.trainers
+        task = asyncio.create_task(pool.run(stage("finetune")))
+        for _ in range(2):
+            assert await pool.take(name, 0, "w0") == (stage("finetune"), 1)
+            await pool.done(name, 0, stage("finetune").key, ValueError("a shape"))
+        with pytest.raises(ValueError, match="a shape"):
+            await task
+
+    play(scene, Pool(1), monkeypatch)
+
+
 def test_what_a_dead_worker_did_is_given_to_the_next_one_and_a_trainer_that_cannot_start_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safecl import model_files
 from safecl.base import ConfigError, Json, PrerequisiteError
 from safecl.training import attention, lora, norms, weights
 from safecl.training.batches import Batch, collate, stream
@@ -81,12 +82,21 @@ def with_adapter(model: Any, lora: Mapping[str, Json], seed: int, continue_from:
     one in `continue_from` (a PEFT folder) trained on.
 
     Raises:
-        ConfigError: the adapter to continue has another shape than `lora`, or LoRA would sit on embedding or head.
+        ConfigError: the adapter to continue has another shape than `lora`, LoRA would sit on embedding or head, or it does
+            not fit the model: a target that is no module, more layers than there are, layers that are not Linear.
     """
     from peft import LoraConfig
 
     targets, last = lora["targets"], lora.get("last_layers")
     num_layers = int(model.config.get_text_config().num_hidden_layers)
+    names = [name for name, module in model.named_modules() if getattr(module, "weight", torch.empty(0)).ndim == 2]
+    chosen: Any = None if isinstance(targets, str) else targets
+    if wrong := model_files.misfits(model_files.Layers(tuple(names), num_layers), chosen, last):  # type: ignore[arg-type]
+        raise ConfigError("\n".join(f"lora.{problem}" for problem in wrong))
+    if any(type(module).__name__ == "Conv1D" for module in model.modules()):
+        raise ConfigError(
+            "the model's layers are Conv1D, as in GPT-2, stored transposed: adapters are of Linear layers only"
+        )
     lower = "|".join(str(i) for i in range(num_layers - int(last))) if last is not None else ""  # type: ignore[arg-type]
     config = LoraConfig(
         task_type="CAUSAL_LM",
