@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safecl import hardware
-<<<<<<< HEAD
-from safecl.base import Damaged, PrerequisiteError, sqlite_url
-=======
-from safecl.base import ConfigError, PrerequisiteError, sqlite_path, sqlite_url
->>>>>>> main
+from safecl.base import ConfigError, Damaged, PrerequisiteError, sqlite_url
 from safecl.check import check
 from safecl.config import Sweep
 from safecl.contrasts import MARGINS, contrasts, discordant, means
