@@ -93,10 +93,6 @@ def with_adapter(model: Any, lora: Mapping[str, Json], seed: int, continue_from:
     chosen: Any = None if isinstance(targets, str) else targets
     if wrong := model_files.misfits(model_files.Layers(tuple(names), num_layers), chosen, last):  # type: ignore[arg-type]
         raise ConfigError("\n".join(f"lora.{problem}" for problem in wrong))
-    if any(type(module).__name__ == "Conv1D" for module in model.modules()):
-        raise ConfigError(
-            "the model's layers are Conv1D, as in GPT-2, stored transposed: adapters are of Linear layers only"
-        )
     lower = "|".join(str(i) for i in range(num_layers - int(last))) if last is not None else ""  # type: ignore[arg-type]
     config = LoraConfig(
         task_type="CAUSAL_LM",
