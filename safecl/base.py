@@ -30,6 +30,14 @@ class PrerequisiteError(Exception):
     """The machine lacks something (a model, data, disk, memory). One line with the remedy; the command exits 2."""
 
 
+class Infrastructure(RuntimeError):
+    """The machine failed, not what it was asked to do: a process was killed, memory or a disk was full, a node was lost."""
+
+
+class Damaged(PrerequisiteError):
+    """A finished stage's files are not what was written. `safecl run` makes it again."""
+
+
 _Config = TypeVar("_Config", bound=Strict)
 
 

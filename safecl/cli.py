@@ -126,10 +126,10 @@ def run(
     _print_rows(project, as_json, accept_judge)
     if not failed:
         return
-    for done in failed:
-        print(f"failed: {done.job.cell.label} {json.dumps(done.job.params)}: {done.error}", file=sys.stderr)
+    for line in failed:
+        print(f"missing: {line}", file=sys.stderr)
     print(
-        f"{len(failed)} trials failed; their output is under {project.logs}. Run the same command to try again.",
+        f"{len(failed)} rows are not complete; the output is under {project.logs}. Run the same command to try again.",
         file=sys.stderr,
     )
     raise typer.Exit(1)

@@ -134,7 +134,7 @@ def test_failed_trials_count_and_the_budget_is_kept(storage: object) -> None:
     assert numbers == [0, 1, 2] and study.remaining == 0 and not study.is_done
     with pytest.raises(RuntimeError, match="all 3 trials"):
         study.ask()
-    study.fail(1)
+    study.fail(1, "ValueError: its own")
     study.tell(0, 0.1, {})
     study.tell(2, 0.2, {})
     assert study.is_done and [t.number for t in study.complete()] == [0, 2]
