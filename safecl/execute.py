@@ -13,14 +13,14 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from safecl.base import Damaged, PrerequisiteError
 from safecl.config import Execution
 from safecl.store import Stage, Store
-from safecl.trainers import Trainers
+from safecl.trainers import Trainers, Turn
 from safecl.work import Hand, run_stage
 
 HEAVY = ("finetune", "memory", "fisher", "finalize", "replay", "likelihood")  # they compute: on trainers
@@ -128,32 +128,39 @@ class Broker:
         self.num_light = min(64, 2 * max(2, int(num_cpus)))
         self.light = {kind: asyncio.Semaphore(self.num_light) for kind in LIGHT}
         self.hand: Any = None
-        self.num_made = 0  # stages begun, or waiting for their inputs
+        self.num_asked = 0  # calls of `ensure`
         units = num_gpus if execution.use_gpu else num_cpus
         self.trainers = Trainers(store, execution, logs, units - self._engine_units(), self._starts)
 
-    async def ensure(self, stages: Sequence[Stage]) -> None:
-        """Return when all are in the store. Raises a stage's failure as soon as it is known."""
-        await asyncio.gather(*(self._ensure(stage) for stage in stages))
+    async def ensure(self, stages: Sequence[Stage], last: bool = False) -> None:
+        """Return when all are in the store. Raises a stage's failure as soon as it is known.
 
-    async def _ensure(self, stage: Stage) -> None:
+        For trainers, who asks first is served first, and of what they need the deepest, on which most others wait; `last`:
+        after all who do not say so.
+        """
+        self.num_asked += 1
+        await self._all(stages, (last, self.num_asked, 0))
+
+    async def _all(self, stages: Iterable[Stage], turn: Turn) -> None:
+        await asyncio.gather(*(self._ensure(stage, turn) for stage in stages))
+
+    async def _ensure(self, stage: Stage, turn: Turn) -> None:
         if stage.key in self.failed:
             raise self.failed[stage.key]
         if stage.key not in self.running:
             if self.store.has(stage):
                 return
-            self.running[stage.key] = asyncio.create_task(self._make(stage))
+            self.running[stage.key] = asyncio.create_task(self._make(stage, turn))
         # Shielded: who stops waiting does not stop the stage for the others.
         await asyncio.shield(self.running[stage.key])
 
-    async def _make(self, stage: Stage) -> None:
+    async def _make(self, stage: Stage, turn: Turn) -> None:
         heavy = stage.kind in HEAVY or "num_cpus" in stage.hints
-        self.num_made += 1
-        turn = self.num_made  # who asked first is served first, although its inputs took longer
+        last, number, above = turn
         self.trainers.expect(int(heavy))
         try:
             for tries_left in range(REPAIRS, -1, -1):
-                await self.ensure(list(stage.inputs.values()))
+                await self._all(stage.inputs.values(), (last, number, above - 1))
                 try:
                     await self._run(stage, heavy, turn)
                     break
@@ -173,7 +180,7 @@ class Broker:
             self.live.pop(stage.key, None)
             self.running.pop(stage.key, None)
 
-    async def _run(self, stage: Stage, heavy: bool, turn: int) -> None:
+    async def _run(self, stage: Stage, heavy: bool, turn: Turn) -> None:
         if heavy:
             await self.trainers.run(stage, turn)
         elif stage.kind in LIGHT:
@@ -217,7 +224,7 @@ class Broker:
 
     async def warm(self, role: str, model: Stage) -> dict[str, tuple[str, ...]]:
         """Boot the engines of a model ahead of the first stage that needs them. Returns `Engines.groups`."""
-        await self._ensure(model)
+        await self._ensure(model, (False, 0, 0))
         await self._deploy(role, model)
         return dict(self.groups)
 

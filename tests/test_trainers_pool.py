@@ -92,7 +92,7 @@ def test_of_those_that_wait_who_was_asked_for_first_is_next_also_after_a_death(m
     async def scene(pool: Pool) -> None:
         pool.expect(3)
         [name] = pool.trainers
-        tasks = [asyncio.create_task(pool.run(stage("memory", turn), turn)) for turn in (2, 3, 1)]
+        tasks = [asyncio.create_task(pool.run(stage("memory", turn), (turn == 3, 1, turn))) for turn in (2, 3, 1)]
         await settle()
         assert await pool.take(name, 0, "old") == (stage("memory", 1), 1)
         for number in (1, 2, 3):  # by ranks that were started anew
