@@ -129,8 +129,8 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
     _table("stages (later: of trials that the search will suggest)", columns, rows)
     auto = f" (auto: {found['auto']['why']})" if found["auto"] else ""
     print(f"dtype: {', '.join(f'{name} {dtype}' for name, dtype in found['dtype'].items())}{auto}")
-    for warning in found["warnings"]:
-        print(warning)
+    for line in (*found["warnings"], *found["notes"]):
+        print(line)
     print(
         f"{found['open_trials']} more trials will be suggested by the search; about {found['hours']:.2f} hours in all"
     )

@@ -75,6 +75,7 @@ def run(project: Project, show: Callable[[str], None], max_hours: float | None =
             return [done for done in schedule.done if done.error]
         if first is not None:
             schedule.give_back(first)
+        project.expected  # noqa: B018  (refuses what would leave too few rows, before anything is spent)
         _check_memory(project.sweep)
         _check_isolation(project.sweep)
         _settle_dtype(project, show)

@@ -24,7 +24,13 @@ from safecl.trainers import Trainers
 from safecl.work import Hand, run_stage
 
 HEAVY = ("finetune", "memory", "fisher", "finalize", "replay", "likelihood")  # they compute: on trainers
-LIGHT = ("data", "generate", "judge", "metrics")  # next to no CPU: they wait for engines, or are done at once
+LIGHT = (
+    "tokenizer",
+    "data",
+    "generate",
+    "judge",
+    "metrics",
+)  # next to no CPU: they wait for engines, or are done at once
 ENGINE_ROLE = {"generate": "candidate", "judge": "judge"}
 
 

@@ -19,7 +19,7 @@ from safecl.training.tokens import Tokenizer, base_folder, weights_folder
 if TYPE_CHECKING:
     from safecl.serving.messages import WeightsRef
 
-VERSION = "1"
+VERSION = "2"
 MAX_UNPARSED = 0.01  # share of verdicts
 
 
@@ -57,7 +57,9 @@ def _ask(context: Context, judge: Judge, pairs: list[tuple[str, str]]) -> list[V
     base = base_folder(context.inputs["model"])
     ref = WeightsRef(weights.key, str(base), adapter)
     limit = context.execution.engine_max_tokens
-    reach = Reach(context.engines, f"judge-{model.key[:8]}", ref, limit, Tokenizer(base))
+    trained: Any = weights.config.get("template")  # of a guard trained here, whose answers end as its rows do
+    end = None if trained is None else str(trained["end"])
+    reach = Reach(context.engines, f"judge-{model.key[:8]}", ref, limit, Tokenizer(base), end)
     found: dict[str, Verdict] = {}
 
     def on_done(key: str, verdict: Verdict) -> None:
@@ -69,13 +71,15 @@ def _ask(context: Context, judge: Judge, pairs: list[tuple[str, str]]) -> list[V
 
 
 class Reach(NamedTuple):
-    """How a judge's model is reached. `limit`: the longest prompt with its answer, in tokens."""
+    """How a judge's model is reached. `limit`: the longest prompt with its answer, in tokens; `end`: what ends an answer
+    beside the model's own EOS tokens."""
 
     engines: Any  # serving.engine.Engines
     name: str
     weights: WeightsRef
     limit: int
     tokenizer: Tokenizer
+    end: str | None = None
 
 
 def ask(
@@ -95,7 +99,8 @@ def ask(
             on_done(key, Verdict(None, why, {"limit": reach.limit}))
         else:
             requests.append(Request(key, ids))
-    stop = () if reach.tokenizer.eos_id is None else (reach.tokenizer.eos_id,)
+    end = None if reach.end is None else reach.tokenizer.id_of(reach.end)
+    stop = tuple(sorted({*reach.tokenizer.eos_ids, *([] if end is None else [end])}))
     sampling = Sampling(max_tokens=judge.max_tokens, stop_token_ids=stop, logprobs=judge.logprobs)
     reach.engines.generate(
         reach.name,

@@ -22,8 +22,9 @@ from safecl.base import ConfigError, Json
 from safecl.store import Context
 from safecl.tasks import Row
 from safecl.tasks._overlap import content_words, drop_overlaps, normalise
+from safecl.training.tokens import Tokenizer, least_tokens
 
-VERSION = "2"
+VERSION = "3"
 QUESTION = (
     "You refused a \\textbf{{specific request}} that raised {domain} concerns. Repeat the \\textbf{{specific request}} and "
     "explain why it was refused."
@@ -90,8 +91,22 @@ def _hard(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[str
 def _rows(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[str, Json]]:
     easy = list(_safe(context.inputs, "queries", "answers", "verdicts"))
     hard = list(_safe(context.inputs, "hard", "answers_hard", "verdicts_hard"))
+    num_safe, fits = len(easy) + len(hard), config.get("fits")
+    if fits:  # the length rule of every method's memory
+        text = (Tokenizer(context.inputs["tokenizer"]), fits["template"], fits["bos"])
+        easy, hard = (
+            [
+                row
+                for row, least in zip(rows, least_tokens(rows, *text), strict=True)
+                if least and least <= fits["max_tokens"]
+            ]
+            for rows in (easy, hard)
+        )
     num, num_hard = config["num_rows"], min(len(hard), round(config["hard_share"] * config["num_rows"]))
-    counts: dict[str, Json] = {"easy": len(easy), "hard": len(hard), "yield": by_domain(easy + hard)}
+    too_long = num_safe - len(easy) - len(hard)
+    counts: dict[str, Json] = {
+        "easy": len(easy), "hard": len(hard), "too_long": too_long, "yield": by_domain(easy + hard)
+    }  # fmt: skip
     if len(easy) + len(hard) < num:
         raise ConfigError(
             f"generative replay: {num} rows are asked for, {len(easy) + len(hard)} came out ({len(easy)} refused at once, "
