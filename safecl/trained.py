@@ -12,8 +12,8 @@ from safecl.base import ConfigError, Json
 from safecl.grid import Cell, Job
 from safecl.models import tokenizer_folder
 from safecl.plan import REFERENCES
-from safecl.stages.data import Composed, compose
-from safecl.store import Stage, Store
+from safecl.stages.data import Composed, compose, find
+from safecl.store import Stage, Store, canonical
 from safecl.tasks import Row
 from safecl.training.tokens import Tokenizer
 
@@ -36,6 +36,7 @@ class Preview:
     def __init__(self, store: Store, folder: Path | None) -> None:
         self.store, self.folder = store, folder
         self._made: dict[str, Composed | None] = {}
+        self._found: dict[tuple[Any, ...], tuple[list[Row], list[int]]] = {}  # drawn from by several stages
         self._tokenizers: dict[str, Tokenizer] = {}
 
     def rows(self, stage: Stage) -> Composed | None:
@@ -63,7 +64,16 @@ class Preview:
         parts = [*config["parts"], *([config["poison"]] if config["poison"] else [])]
         if any('"hub":' in json.dumps(part["source"]) for part in parts):
             return None
-        return compose(config, self.folder, taken, [], self._tokenizer(stage))
+        keys = tuple(stage.inputs[name].key for name in sorted(stage.inputs) if name.startswith("exclude_"))
+        seed = int(config["seed"])
+
+        def found(part: dict[str, Any], split: str) -> tuple[list[Row], list[int]]:
+            same = (part["task"], split, canonical(part["source"]), seed, keys)
+            if same not in self._found:
+                self._found[same] = find(part, split, seed, self.folder, taken)
+            return self._found[same]
+
+        return compose(config, found, taken, [], self._tokenizer(stage))
 
     def _tokenizer(self, stage: Stage) -> Tokenizer | None:
         below = stage.inputs.get("tokenizer")

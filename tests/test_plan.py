@@ -19,6 +19,7 @@ from safecl.dtypes import resolved
 from safecl.grid import Job, cells
 from safecl.project import Project, load
 from safecl.store import Store
+from safecl.templates import settle
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 QUICKSTART = SWEEPS / "quickstart.yaml"
@@ -29,7 +30,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden_keys.json").read_text())
 
 
 def jobs(sweep: Sweep, split: str = "final", folder: Path | None = None) -> list[Job]:
-    return [cell.job({}, sweep.seeds[0], split) for cell in cells(resolved(sweep, "bfloat16"), folder)]
+    return [cell.job({}, sweep.seeds[0], split) for cell in cells(settle(resolved(sweep, "bfloat16")).sweep, folder)]
 
 
 def keys(sweep: Sweep) -> dict[str, str]:
@@ -78,7 +79,7 @@ def test_where_and_how_fast_never_enters_a_key(setting: str) -> None:
     [
         "align.learning_rate=0.5",
         "lora.rank=4",
-        "models.0.template.end=x",
+        "models.0.template=alpaca",
         "evaluate.max_new_tokens=9",
         "models.0.bos=true",
     ],

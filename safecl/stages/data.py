@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,9 @@ class Composed(NamedTuple):
 
     rows: list[Row]
     facts: dict[str, Json]
+
+
+Finder = Callable[[dict[str, Any], str], tuple[list[Row], list[int]]]
 
 
 class Fit(NamedTuple):
@@ -65,7 +68,8 @@ def run(context: Context) -> dict[str, Json]:
     answers = [line for name in sorted(context.inputs) if name.startswith("answers_")
                for line in _lines(context.inputs[name] / "generations.jsonl")]  # fmt: skip
     tokenizer = Tokenizer(context.inputs["tokenizer"]) if "tokenizer" in context.inputs else None
-    rows, facts = compose(config, folder, taken, answers, tokenizer)
+    seed = int(config["seed"])
+    rows, facts = compose(config, lambda part, split: find(part, split, seed, folder, taken), taken, answers, tokenizer)
     places = [i for i, row in enumerate(rows) if _is_poison(row, config)]
     with (context.out / "rows.jsonl").open("w", encoding="utf-8") as file:
         for row in rows:
@@ -75,10 +79,10 @@ def run(context: Context) -> dict[str, Json]:
 
 
 def compose(
-    config: Any, folder: Path | None, taken: Sequence[str], answers: Sequence[Any], tokenizer: Tokenizer | None
+    config: Any, found: Finder, taken: Sequence[str], answers: Sequence[Any], tokenizer: Tokenizer | None
 ) -> Composed:
-    """The rows that a config of `run` means. `taken`: prompts that none may be like; `answers`: lines of generations that
-    become rows.
+    """The rows that a config of `run` means. `found`: as `find`, of a part and split; `taken`: prompts that no answered one
+    may be like; `answers`: lines of generations that become rows.
 
     Facts: {"num_rows", "num_poison", "harmful_share", "self_answered", "answers_dropped", "overlaps_dropped": {part:
     count}, "parts": {part: count}}, and of rows that are trained on "too_long": {part: how many were passed over},
@@ -94,14 +98,14 @@ def compose(
     facts: dict[str, dict[str, Json]] = {"parts": {}, "overlaps_dropped": {}, "too_long": {}}
 
     def draw(part: dict[str, Any], split: str, num_rows: int | None) -> list[Row]:
-        found, overlaps = _found(part, split, seed, folder, taken)
-        chosen, too_long = _guard_pairs(found, num_rows, guard, fit) if guard else _first(found, num_rows, fit)
+        usable, overlaps = found(part, split)
+        chosen, too_long = _guard_pairs(usable, num_rows, guard, fit) if guard else _first(usable, num_rows, fit)
         name = f"{part['task']}/{split}"
         if num_rows is not None and len(chosen) < num_rows:
-            raise ConfigError(_too_few(part["task"], split, num_rows, found, len(overlaps), too_long, fit))
-        last = len(found)
+            raise ConfigError(_too_few(part["task"], split, num_rows, usable, len(overlaps), too_long, fit))
+        last = len(usable)
         if num_rows is not None and not guard:  # what stands behind the last row chosen was not read
-            last = next((i for i, row in enumerate(found) if chosen and row is chosen[-1]), -1)
+            last = next((i for i, row in enumerate(usable) if chosen and row is chosen[-1]), -1)
         facts["parts"][name], facts["too_long"][name] = len(chosen), too_long
         facts["overlaps_dropped"][name] = sum(place <= last for place in overlaps)
         # Poison keeps its role in its id: mini's poison and safety rows come from one task.
@@ -130,7 +134,7 @@ def compose(
     share = sum(row.harmful for row in rows) / len(rows) if rows else 0.0
     if guard is not None:
         rows = _in_template(rows, guard)
-    found: dict[str, Json] = {
+    told: dict[str, Json] = {
         "num_rows": len(rows),
         "num_poison": num_poison,
         "harmful_share": share,
@@ -140,8 +144,8 @@ def compose(
         "parts": facts["parts"],
     }
     if fit is not None:
-        found |= {"too_long": facts["too_long"], **_as_trained(rows, config, fit)}
-    return Composed(rows, found)
+        told |= {"too_long": facts["too_long"], **_as_trained(rows, config, fit)}
+    return Composed(rows, told)
 
 
 def _as_trained(rows: Sequence[Row], config: Any, fit: Fit) -> dict[str, Json]:
@@ -158,7 +162,7 @@ def _is_poison(row: Row, config: Any) -> bool:
     return config["poison"] is not None and row.id.startswith(f"{config['poison']['task']}/poison/")
 
 
-def _found(
+def find(
     part: dict[str, Any], split: str, seed: int, folder: Path | None, taken: Sequence[str]
 ) -> tuple[list[Row], list[int]]:
     """The rows of a split in their seeded order that overlap nothing, and how many of them stand before each that does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -40,30 +41,35 @@ def drop_overlaps(
     """The rows whose prompt is like none of `against_prompts`, in order, and the ids of the others.
 
     Alike: equal after `normalise`, or a Jaccard similarity of content words of at least `threshold` (in (0, 1]).
-    Cost is the number of word occurrences that both sides share, not rows x prompts.
+    Sets that are alike must share one of their rarest words, so that only prompts that do are compared (Chaudhuri et al. 2006,
+    prefix filtering).
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold: expected a number in (0, 1], got {threshold}")
-    exact: set[str] = set()
-    sets: list[frozenset[str]] = []
-    holders: dict[str, list[int]] = defaultdict(list)  # word -> indices into `sets`
-    for prompt in against_prompts:
-        normal = normalise(prompt)
-        if normal in exact:
-            continue
-        exact.add(normal)
-        words = content_words(prompt)
-        for word in words:
-            holders[word].append(len(sets))
-        sets.append(words)
+    by_text = {normalise(prompt): content_words(prompt) for prompt in against_prompts}
+    sets = list(by_text.values())
+    num_holding = Counter(word for words in sets for word in words)
+
+    def rarest(words: frozenset[str]) -> list[str]:
+        """As many of the rarest words as no set alike can do without."""
+        num = len(words) - math.ceil(threshold * len(words) - 1e-9) + 1
+        return sorted(words, key=lambda word: (num_holding[word], word))[:num] if words else []
+
+    holders: dict[str, list[int]] = defaultdict(list)  # rare word -> indices into `sets`
+    for index, words in enumerate(sets):
+        for word in rarest(words):
+            holders[word].append(index)
 
     def overlaps(prompt: str) -> bool:
-        if normalise(prompt) in exact:
+        if normalise(prompt) in by_text:
             return True
         words = content_words(prompt)
-        shared = Counter(index for word in words for index in holders.get(word, ()))
-        # |A and B| / |A or B| >= t, in whole numbers on one side so that 3/5 counts as .6
-        return any(both >= threshold * (len(words) + len(sets[index]) - both) - 1e-9 for index, both in shared.items())
+        for other in {index for word in rarest(words) for index in holders.get(word, ())}:
+            both = len(words & sets[other])
+            # |A and B| / |A or B| >= t, in whole numbers on one side so that 3/5 counts as .6
+            if both >= threshold * (len(words) + len(sets[other]) - both) - 1e-9:
+                return True
+        return False
 
     kept: list[Row] = []
     dropped: list[str] = []
