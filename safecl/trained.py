@@ -102,15 +102,23 @@ def expected(cells: Sequence[Cell], seed: int, preview: Preview) -> dict[str, Tr
             return None
 
     for cell in cells:
-        graph = cell.job({}, seed, "final").graph
-        safety = rows(graph.safety_rows)
-        if graph.recipe.evaluate.judges.asr == "guard":
-            rows(graph.guard.inputs["rows"])
+        job = cell.job({}, seed, "final")
+        graph, store = job.graph, preview.store
         if cell.recipe.method in REFERENCES:
+            if not store.has(graph.theta_safe):
+                rows(graph.safety_rows)
+            if graph.recipe.evaluate.judges.asr == "guard" and not store.has(graph.guard):
+                rows(graph.guard.inputs["rows"])
             continue
-        user, num_memory = rows(graph.user_rows), _memory(cell, seed)
+        num_memory = _memory(cell, seed)
+        if store.has(graph.tuned):  # its memory was made
+            if store.has(graph.user_rows) and "num_rows" in (facts := store.record(graph.user_rows)["result"]):
+                found[cell.label] = of(facts, num_memory)
+            continue
+        safety = None if num_memory is None else rows(graph.safety_rows)
+        user = rows(graph.user_rows)
         stratified = graph.recipe.memory_mix == "stratified"
-        if num_memory is not None and safety is not None and not stratified:
+        if safety is not None and num_memory is not None and not stratified:
             refusals = sum(row.harmful for row in safety.rows)
             if refusals < num_memory:
                 errors.append(

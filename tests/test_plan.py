@@ -183,7 +183,14 @@ def test_a_finished_stage_needs_none_of_its_inputs(tmp_path: Path) -> None:
         if stage.kind == "generate":
             store.publish(stage, store.new_folder(), {}, 36.0)
     to_run = missing(job.evidence.targets, store)
-    assert {s.kind for s in to_run} == {"judge", "metrics", "data", "model", "finetune"}  # the guard alone still trains
+    assert {s.kind for s in to_run} == {
+        "judge",
+        "metrics",
+        "tokenizer",
+        "data",
+        "model",
+        "finetune",
+    }  # the guard alone still trains
     assert sum(s.kind == "finetune" for s in to_run) == 1
 
 

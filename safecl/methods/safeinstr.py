@@ -32,7 +32,9 @@ class Safeinstr(Method):
     """SFT on user rows and refusals together."""
 
     class Config(Strict):
-        memory_size: Annotated[int, Field(ge=0)] = MEMORY_SIZE  # m: refusals mixed in; too many teach to refuse everything
+        memory_size: Annotated[int, Field(ge=0)] = (
+            MEMORY_SIZE  # m: refusals mixed in; too many teach to refuse everything
+        )
 
     equation = "CE(user + memory)"
     cost = "1x + m/N"
