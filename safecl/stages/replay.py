@@ -182,7 +182,8 @@ def by_domain(rows: Sequence[Row]) -> dict[str, Json]:
 
 
 def perplexities(folder: Path, texts: Sequence[str], context: Context, dtype: str) -> list[float]:
-    """exp of the mean token cross-entropy of each text under the base model, from its second token on."""
+    """exp of the mean token cross-entropy of each text under the base model, from its second token on (with a tokenizer that
+    puts BOS first, from its first)."""
     import torch
 
     from safecl.training import batches, losses, model, tokens
@@ -192,9 +193,12 @@ def perplexities(folder: Path, texts: Sequence[str], context: Context, dtype: st
         torch.set_num_threads(1)
     base = model.load(tokens.base_folder(folder), dtype, device)
     hidden_states, head = model.HiddenStates(base).eval(), losses.head_of(base)
+    tokenizer = tokens.Tokenizer(folder)
+    start = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     found: list[float] = []
     with torch.no_grad():
-        for ids in tokens.Tokenizer(folder).ids(list(texts)):
+        for own in tokenizer.prompt_ids([[(text, False)] for text in texts]):
+            ids = start + own
             row = tokens.Encoded("", ids, 1)
             batch = batches.collate([row], [0], [0], 1, row, device)
             total = losses.cross_entropy_sum(hidden_states(batch)[:-1], head, batch.ids_P[1:])

@@ -5,6 +5,7 @@ and importing transformers takes as long as generating a small set of answers.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -100,13 +101,39 @@ class Tokenizer:
     def prompt_ids(self, prompts: Sequence[Pieces]) -> list[list[int]]:
         """Token ids of texts given in pieces (text, own): the template's own pieces, and text of others, in which
         special tokens are plain text. Where others' text holds none, these are the ids of the whole text at once."""
-        return [read.ids for read in self.read(prompts)]
+        texts = ["".join(text for text, _ in pieces) for pieces in prompts]
+        found = self.ids(texts)
+        for place, (pieces, text) in enumerate(zip(prompts, texts, strict=True)):
+            if self._holds_foreign(pieces, text):
+                found[place] = self.read([pieces])[0].ids
+        return found
 
     def read(self, prompts: Sequence[Pieces]) -> list[Read]:
         """As `prompt_ids`, with each token's place in the whole text."""
         texts = ["".join(text for text, _ in pieces) for pieces in prompts]
         encodings = self.fast.encode_batch(texts, add_special_tokens=False)
-        return [self._guarded(*each) for each in zip(prompts, texts, encodings, strict=True)]
+        return [
+            self._guarded(pieces, text, encoding)
+            if self._holds_foreign(pieces, text)
+            else Read(encoding.ids, encoding.offsets)
+            for pieces, text, encoding in zip(prompts, texts, encodings, strict=True)
+        ]
+
+    def _holds_foreign(self, pieces: Pieces, text: str) -> bool:
+        """Whether others' text may be read as a special token, alone or together with what stands beside it."""
+        if self._special_pattern is None:
+            return True
+        own = sum(len(self._special_pattern.findall(piece)) for piece, is_own in pieces if is_own)
+        return len(self._special_pattern.findall(text)) != own
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str] | None:
+        """Finds special tokens in text; None where some are looked for in another form of it."""
+        tokens = [token for token in self.fast.get_added_tokens_decoder().values() if token.special]
+        if any(token.normalized for token in tokens):
+            return None
+        longest_first = sorted((re.escape(token.content) for token in tokens), key=len, reverse=True)
+        return re.compile("|".join(longest_first) or r"(?!)")
 
     def _guarded(self, pieces: Pieces, text: str, encoding: Any) -> Read:
         foreign_spans: list[tuple[int, int]] = []
@@ -122,8 +149,7 @@ class Tokenizer:
                 is_foreign = any(start < last and end > first for first, last in foreign_spans)
                 (foreign_places if is_foreign else own_places).append(place)
         # A tokenizer treats what stands between two special tokens by itself, so a stretch can be read again alone.
-        bounds = list(zip([-1, *own_places], [*own_places, len(ids)], strict=True)) if foreign_places else []
-        for before, after in reversed(bounds):
+        for before, after in reversed(list(zip([-1, *own_places], [*own_places, len(ids)], strict=True))):
             if any(before < place < after for place in foreign_places):
                 start = spans[before][1] if before >= 0 else 0
                 end = spans[after][0] if after < len(ids) else len(text)

@@ -218,20 +218,20 @@ def needs(rows: list[Row], model: Path) -> dict[str, int]:
 
 
 def middle(*groups: dict[str, int]) -> int:
-    """A limit that cuts off about half of each group."""
-    return max(sorted(group.values())[len(group) // 2] for group in groups) - 1
+    """A limit that cuts off about half of the shorter group."""
+    return min(sorted(group.values())[len(group) // 2] for group in groups)
 
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_what_is_too_long_is_replaced_so_that_rows_and_poison_hold_as_trained(
     tmp_path: Path, tiny_model: Path, keep: bool
 ) -> None:
-    user, bad = (load("mini")().rows(split, None, 0) for split in ("user", "poison"))
+    user, bad = (load("mini")().rows(split, None, 0) for split in ("guard", "poison"))
     lengths, bad_lengths = needs(user, tiny_model), needs(bad, tiny_model)
     limit = middle(lengths, bad_lengths)
     fitting = [row.id for row in user if lengths[row.id] <= limit]
     poisoned = {**poison(0.1), "keep_task_rows": True} if keep else poison(0.1)
-    settings = config(part("mini", "user", 60), poison=poisoned, fits={**TEXT, "max_tokens": limit})
+    settings = config(part("mini", "guard", 60), poison=poisoned, fits={**TEXT, "max_tokens": limit})
     result, rows, marked = run(tmp_path / "a", settings, {"tokenizer": tiny_model})
     encoded, dropped = encode(rows, Tokenizer(tiny_model), **TEXT, max_tokens=limit)
     assert not dropped and len(encoded) == len(rows) == result["num_rows"] == (66 if keep else 60)
@@ -242,27 +242,27 @@ def test_what_is_too_long_is_replaced_so_that_rows_and_poison_hold_as_trained(
     assert set(marked["ids"]) == {f"mini/poison/{row.id}" for row in [r for r in bad if bad_lengths[r.id] <= limit][:6]}
     # Counted: those that stood before the last one drawn.
     passed = [row.id for row in user].index(fitting[59]) - 59
-    assert result["too_long"]["mini/user"] == passed > 0
+    assert result["too_long"]["mini/guard"] == passed > 0
     share = sum(row.num_targets for row in encoded if row.row_id in marked["ids"]) / sum(r.num_targets for r in encoded)
     assert result["poison_tokens"] == pytest.approx(share)
     assert result["cut_prompts"] == sum(row.num_cut > 0 for row in encoded)
 
 
 def test_too_few_that_fit_are_refused_with_what_would(tmp_path: Path, tiny_model: Path) -> None:
-    lengths = needs(load("mini")().rows("user", None, 0), tiny_model)
+    lengths = needs(load("mini")().rows("guard", None, 0), tiny_model)
     limit = middle(lengths)
     most = sum(length <= limit for length in lengths.values())
     asked = len(lengths) - 3
     enough = sorted(lengths.values())[asked - 1]
-    settings = config(part("mini", "user", asked), fits={**TEXT, "max_tokens": limit})
+    settings = config(part("mini", "guard", asked), fits={**TEXT, "max_tokens": limit})
     told = f"longer than max_tokens = {limit}; ask for at most {most}, or raise max_tokens to {enough}"
     message = f"{asked} rows are asked for.*{told}$"
     with pytest.raises(ConfigError, match=message):
         run(tmp_path / "a", settings, {"tokenizer": tiny_model})
     for name, num, max_tokens in (("b", most, limit), ("c", asked, enough)):
-        settings = config(part("mini", "user", num), fits={**TEXT, "max_tokens": max_tokens})
+        settings = config(part("mini", "guard", num), fits={**TEXT, "max_tokens": max_tokens})
         assert run(tmp_path / name, settings, {"tokenizer": tiny_model})[0]["num_rows"] == num
-    every = config(part("mini", "user", None), fits={**TEXT, "max_tokens": limit})
+    every = config(part("mini", "guard", None), fits={**TEXT, "max_tokens": limit})
     assert run(tmp_path / "d", every, {"tokenizer": tiny_model})[0]["num_rows"] == most
 
 
@@ -285,7 +285,7 @@ def test_a_pair_of_the_guard_of_which_one_is_too_long_is_passed_over_whole(tmp_p
 def test_an_answer_of_the_model_that_is_too_long_is_no_row(tmp_path: Path, tiny_model: Path) -> None:
     folder = tmp_path / "g"
     folder.mkdir()
-    lines = [{"id": "1", "prompt": "alpha?", "text": "word " * 60 + ".", "finish": "stop"},
+    lines = [{"id": "1", "prompt": "alpha?", "text": "word " * 300 + ".", "finish": "stop"},
              {"id": "2", "prompt": "beta?", "text": "No.", "finish": "stop"}]  # fmt: skip
     (folder / "generations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = config(part("mini", "safety", 5), fits={**TEXT, "max_tokens": 250})
