@@ -114,6 +114,31 @@ def interleaved(
     }
 
 
+def faster(
+    name: str,
+    title: str,
+    found: Mapping[str, Mapping[str, Any]],
+    apart: float,
+    tolerance: float,
+    row: Mapping[str, Any],
+) -> None:
+    """Print and write what `interleaved` found of two ways to one result, the faster first; `apart` is how far their
+    results differ (relative).
+
+    Raises:
+        SystemExit: further than `tolerance`.
+    """
+    (fast, ours), (slow, theirs) = found.items()
+    ratio = theirs["ratio"]
+    print(
+        f"{slow} {theirs['median']:.4f} s   {fast} {ours['median']:.4f} s   {slow}/{fast} {ratio:.1f}x   difference {apart:.1e}"
+    )
+    if not apart < tolerance:
+        raise SystemExit(f"the two differ by {apart:.1e}, expected less than {tolerance}")
+    measured = {f"{slow}, s": theirs["median"], f"{fast}, s": ours["median"], f"{slow} / {fast}": ratio}
+    print(write(name, {title: {**row, **measured, "difference": apart}}))
+
+
 def say(result: Mapping[str, Any]) -> None:
     """Print what `Worker.ask` reads."""
     print("RESULT " + json.dumps(result), flush=True)

@@ -15,6 +15,9 @@ machine that others use. Every loss curve is compared with safecl's: another cur
 anchors' settings (padded, padding-free, and autocast where the model is bfloat16) the fastest one with the same curve is
 taken. Packing (`bfd`) puts other rows together in a step, so its curve is another; padding-free is how it computes.
 
+`products alone` are the base's matrix products without anything else: a bound for whatever multiplies them. `safecl/it`
+under 1 says how near safecl is.
+
 `--base CHECKOUT` adds safecl as it is in another checkout. `--profile` prints which operations take a step's time.
 """
 
@@ -180,6 +183,35 @@ def theirs(spec: Mapping[str, Any], kind: str, variant: str, scratch: Path, step
     )  # fmt: skip
 
 
+def products(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A worker's answer: the base's matrix products alone, forward and (for inputs, above the lowest adapted layer)
+    backward, of the same tokens. Nothing that multiplies them can be faster."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(spec["threads"])
+    base = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"]))
+    num_layers = base.config.num_hidden_layers
+    lowest = num_layers - (spec["last_layers"] or num_layers)
+    linears = []  # (weight, whether its input's gradient is needed), in order
+    for name, module in base.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            layer = int(name.split(".layers.")[1].split(".")[0])
+            is_first = layer == lowest and name.rsplit(".", 1)[1] in ("q_proj", "k_proj", "v_proj")
+            linears.append((module.weight, layer >= lowest and not is_first))
+    head = base.get_output_embeddings().weight
+    start, cpu_start = time.perf_counter(), time.process_time()
+    with torch.no_grad():
+        for batch in spec["batches"][1:]:
+            num, num_targets = sum(len(ids) for ids, _ in batch), sum(len(ids) - prompt for ids, prompt in batch)
+            for weight_OI, goes_back in [*linears, (head, True)]:
+                rows = num_targets if weight_OI is head else num
+                out = weight_OI.new_ones(rows, weight_OI.shape[1]) @ weight_OI.T
+                if goes_back:
+                    out @ weight_OI
+    return {"losses": [], "seconds": time.perf_counter() - start, "cpu_s": time.process_time() - cpu_start}
+
+
 def worker(spec_file: str) -> None:
     spec = json.loads(Path(spec_file).read_text())
 
@@ -191,6 +223,8 @@ def worker(spec_file: str) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             if kind == "safecl":
                 found = ours(spec, variant, Path(scratch), profile)
+            elif kind == "products":
+                found = products(spec)
             else:
                 found = theirs(spec, kind, variant, Path(scratch), steps or len(spec["batches"]))
         gc.collect()
@@ -225,7 +259,7 @@ def prepare(options: argparse.Namespace, setting: dict[str, Any], folder: Path) 
 
 def apart(losses: list[float], reference: list[float]) -> float:
     """Largest relative difference of two curves, over the steps of the shorter one."""
-    return max(abs(a / b - 1) for a, b in zip(losses, reference, strict=False))
+    return max((abs(a / b - 1) for a, b in zip(losses, reference, strict=False)), default=0.0)
 
 
 class Alternatives:
@@ -237,7 +271,7 @@ class Alternatives:
         self.workers: list[_bench.Worker] = []
 
     def start(self, kind: str, checkout: Path | None = None) -> _bench.Worker:
-        python = {} if kind == "safecl" else {"python": self.options.anchor_python}
+        python = {"python": self.options.anchor_python} if kind in ("trl", "hf") else {}
         threads = str(self.spec["threads"])
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
         if checkout is not None:
@@ -284,11 +318,13 @@ def compare(options: argparse.Namespace, setting: dict[str, Any], best: dict[str
             choose(here, kind, best, out, tolerance)
             process, variant = here.start(kind), best[f"{kind} {setting['task']}"]
             runs[kind] = lambda kind=kind, process=process, variant=variant: here.measure(kind, process, kind, variant)
+        bare = here.start("products")
+        runs["products alone"] = lambda: here.measure("products alone", bare, "products", "")
         found = _bench.interleaved(runs, options.repeats)
         cpu = {kind: [said["cpu_s"] for said in here.said[kind][-options.repeats :]] for kind in found}
         for kind, measured in found.items():
-            gap = here.apart(kind)
-            same = setting["dropout"] == 0
+            gap = here.apart(kind)  # the bare products have no loss
+            same = setting["dropout"] == 0 and kind != "products alone"
             row = {
                 **shown, "threads": spec["threads"], "padded/real": padding, "alternative": kind,
                 "its setting": best.get(f"{kind} {setting['task']}", default if kind == "safecl" else ""),
@@ -301,7 +337,7 @@ def compare(options: argparse.Namespace, setting: dict[str, Any], best: dict[str
             print(
                 f"  {kind:14} {row['real tokens/s']:7.0f} tokens/s   safecl/it {row['ratio']:.2f} "
                 f"(by CPU time {row['ratio of CPU time']:.2f})   "
-                f"peak {row['peak RSS, GiB']:.2f} GiB   losses apart {gap:.1e}{'' if same else ' (own dropout)'}",
+                f"peak {row['peak RSS, GiB']:.2f} GiB   losses apart {gap:.1e}{'' if same else ' (not compared)'}",
                 flush=True,
             )
             if same and gap > tolerance:

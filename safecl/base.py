@@ -1,4 +1,13 @@
-"""What every room may import: strict configs and the two errors that a person can mend. Imports nothing of safecl."""
+"""What every room may import: strict configs, the two errors that a person can mend, and how names and paths that people
+write are read. Imports nothing of safecl."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypeAliasType
@@ -14,8 +23,49 @@ class Strict(BaseModel):
 
 
 class ConfigError(Exception):
-    """The sweep file is wrong. Printed without a traceback; the command exits 2."""
+    """The sweep file, a command or a data file is wrong. Printed without a traceback; the command exits 2."""
 
 
 class PrerequisiteError(Exception):
     """The machine lacks something (a model, data, disk, memory). One line with the remedy; the command exits 2."""
+
+
+_Config = TypeVar("_Config", bound=Strict)
+
+
+def strictly(kind: type[_Config], given: Mapping[str, Any]) -> _Config:
+    """A config of what a person wrote. No value is made into another type: "12", true and 3.0 are no whole numbers.
+
+    Raises:
+        ValidationError: a value is of another type or out of its range.
+        TypeError: a value is nothing that JSON can hold.
+        ValueError: one holds itself.
+    """
+    return kind.model_validate_json(json.dumps(given), strict=True)
+
+
+def near(wrong: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` of the known name most like this one; nothing where none is like it."""
+    from difflib import get_close_matches
+
+    found = get_close_matches(wrong, list(known), 1)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def expanded(path: str) -> str:
+    """A path as a shell reads it: `~` and `$NAME` for what they stand for. Raises ValueError for a variable that is not set."""
+    found = os.path.expanduser(os.path.expandvars(path))
+    if unset := re.search(r"\$\{?([A-Za-z_]\w*)", found):
+        raise ValueError(f"the environment variable {unset[1]} is not set")
+    return found
+
+
+def sqlite_url(path: Path) -> str:
+    """SQLAlchemy's URL of a database file, whatever its name: `?`, `#`, `%` and what else would be read otherwise there
+    (Optuna: braces) is written as URLs do."""
+    return "sqlite:///" + "".join(f"%{ord(c):02X}" if c in "%?#{}+" else c for c in str(path))
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file of `sqlite_url`; None for another kind of URL."""
+    return Path(unquote(url.removeprefix("sqlite:///"))) if url.startswith("sqlite:///") else None

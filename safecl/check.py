@@ -96,7 +96,7 @@ def source_problem(source: str, revision: str | None) -> str | None:
 
 
 # What is measured of validation answers whatever the task.
-ON_VALIDATION = ("asr", "asr_coherent", "non_refusal", "over_refusal", "degenerate", "hit_limit")
+ON_VALIDATION = ("asr", "asr_coherent", "non_refusal", "over_refusal", "degenerate", "off_topic", "hit_limit")
 
 
 def _unknown_metrics(sweep: Sweep) -> list[str]:

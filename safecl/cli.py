@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,13 +27,35 @@ One sweep file goes in; a table with intervals, an MLflow experiment and a page 
 """,
 )
 
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"safecl {version('safecl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit")
+    ] = False,
+) -> None:
+    pass
+
+
 File = Annotated[Path, typer.Argument(help="A sweep file, e.g. sweeps/quickstart.yaml", show_default=False)]
 Set = Annotated[
     list[str],
     typer.Option("--set", help="Override a key: `path=value`, e.g. `execution.num_workers=2`. May be repeated."),
 ]
 Limit = Annotated[
-    int | None, typer.Option(help="At most N rows of every set: a quick look, kept apart from the real run")
+    int | None, typer.Option(min=1, help="At most N rows of every set: a quick look, kept apart from the real run")
+]
+AcceptJudge = Annotated[
+    bool,
+    typer.Option("--accept-judge", help="Print ASR even where the guard is no better than chance on held-out pairs"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")]
 
@@ -51,28 +74,31 @@ def _project_to_run(file: Path, settings: list[str], limit: int | None) -> Any:
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from safecl.report.tables import text_table
 
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    print(f"{title}\n{text_table(columns, rows, _width())}\n")
 
 
-def _print_rows(project: Any, as_json: bool) -> None:
-    from safecl.overview import facts
+def _width() -> int | None:
+    """Of the terminal, in characters; None for a pipe or file."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _print_rows(project: Any, as_json: bool, accept_judge: bool) -> None:
+    from safecl.overview import readable
     from safecl.report import tables
 
-    rows = project.rows()
-    found = facts(project, rows)
+    rows, found = readable(project, accept_judge)
     if as_json:
         print(tables.to_json(rows, found), end="")
     elif sys.stdout.isatty():
         from rich.console import Console
 
-        for table in tables.rich_tables(rows, found):
-            Console().print(table)
+        console = Console()
+        if found.doubt:
+            console.print(found.doubt, style="bold", markup=False)
+        for table in tables.rich_tables(rows, found, console.width):
+            console.print(table)
     else:
         print(tables.plain(rows, found), end="")
 
@@ -86,6 +112,7 @@ def run(
     max_hours: Annotated[
         float | None, typer.Option(min=0.0, help="Stop after so many hours, in a state that the same command continues")
     ] = None,
+    accept_judge: AcceptJudge = False,
 ) -> None:
     """Run what is missing of a sweep and print its table.
 
@@ -96,7 +123,7 @@ def run(
 
     project = _project_to_run(file, set_, limit)
     failed = driver.run(project, lambda text: print(text, file=sys.stderr), max_hours)
-    _print_rows(project, as_json)
+    _print_rows(project, as_json, accept_judge)
     if not failed:
         return
     for done in failed:
@@ -131,6 +158,8 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
     print(f"dtype: {', '.join(f'{name} {dtype}' for name, dtype in found['dtype'].items())}{auto}")
     for line in (*found["warnings"], *found["notes"]):
         print(line)
+    if found["states_gib"] >= 0.05:
+        print(f"hidden states of theta_safe to be written: about {found['states_gib']:.1f} GiB")
     print(
         f"{found['open_trials']} more trials will be suggested by the search; about {found['hours']:.2f} hours in all"
     )
@@ -161,14 +190,43 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Where to write page and plots (default: <root>/report/NAME)")
     ] = None,
+    accept_judge: AcceptJudge = False,
 ) -> None:
     """Print the table from the store and write one self-contained page with plots. Runs nothing."""
     from safecl.overview import write_report
 
     project = _project(file, set_, limit, reads=True)
-    _print_rows(project, as_json)
-    page = write_report(project, out)
+    _print_rows(project, as_json, accept_judge)
+    page = write_report(project, out, accept_judge)
     print(f"page: {page}", file=sys.stderr)
+
+
+@app.command()
+def power(
+    file: File,
+    set_: Set = [],  # noqa: B006
+    limit: Limit = None,
+    as_json: AsJson = False,
+    noise: Annotated[float | None, typer.Option(help="sd of a difference between seeds, e.g. 0.05")] = None,
+    discordant: Annotated[
+        float | None, typer.Option(help="Share of prompts that two methods answer differently")
+    ] = None,
+    detect: Annotated[float | None, typer.Option(help="Say what it would take for this difference, e.g. 0.1")] = None,
+) -> None:
+    """Print what difference between two methods a sweep can mark, and what it would take for a given one. Runs nothing.
+
+    The noise comes from the store's finished rows (two methods with two common seeds) where it is not stated.
+    """
+    from safecl import power as of
+
+    found = of.power(_project(file, set_, limit, reads=True), noise, discordant, detect)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for title, columns, rows in of.tables(found):
+        _table(title, columns, rows)
+    for line in of.notes(found):
+        print(line)
 
 
 @app.command()
@@ -241,7 +299,7 @@ PromptField = Annotated[str, typer.Option(help="The field that holds the request
 ResponseField = Annotated[str, typer.Option(help="The field that holds the answer")]
 Root = Annotated[Path, typer.Option(help="Where an engine's model and logs are kept")]
 Gpu = Annotated[bool, typer.Option("--gpu", help="Serve the model on a GPU")]
-MaxTokens = Annotated[int, typer.Option(help="Longest prompt and answer of the engine, in tokens")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Longest prompt and answer of the engine, in tokens")]
 
 
 def _served(
@@ -310,6 +368,8 @@ def score(
         print(json.dumps(result, indent=1))
     else:
         _table(f"{len(judged.pairs)} answers of {file.name}", *show.rates(result))
+        for line in show.why_not(result["judges"]):
+            print(line)
         print(f"verdicts: {target}", file=sys.stderr)
     _end(judging.unreadable(judged))
 
@@ -353,6 +413,9 @@ def validate(
     else:
         for title, columns, rows in show.quality(result):
             _table(title, columns, rows)
+        for name, entry in result["judges"].items():
+            for line in show.why_not(entry.get("by", {})):
+                print(f"{name}, {line}")
     _end(judging.unreadable(judged))
 
 
@@ -362,7 +425,7 @@ def serve(
     model: ModelSource = None,
     revision: Revision = None,
     host: Annotated[str, typer.Option(help="Whoever reaches this address can use the judge")] = "127.0.0.1",
-    port: int = 8765,
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8765,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests at once; more are told to come again (429)")] = 64,
     root: Root = Path("runs"),
     gpu: Gpu = False,
@@ -410,7 +473,10 @@ def doctor(
 
 
 @app.command()
-def logs(root: Annotated[Path, typer.Option(help="The store")] = Path("runs"), num: int = 20) -> None:
+def logs(
+    root: Annotated[Path, typer.Option(help="The store")] = Path("runs"),
+    num: Annotated[int, typer.Option(min=1, help="How many")] = 20,
+) -> None:
     """List the log files of stages and engines, the newest last."""
     from safecl.base import ConfigError
 
@@ -424,23 +490,55 @@ def logs(root: Annotated[Path, typer.Option(help="The store")] = Path("runs"), n
 def main() -> None:
     """Entry point: errors that a person can mend print without a traceback and exit 2; Ctrl-C exits 130."""
     try:
-        # Without its standalone mode click returns the code of an Exit, and 130 for Ctrl-C, in place of raising it.
+        # Without its standalone mode typer returns the code of an Exit, and 130 for Ctrl-C, in place of raising it.
         code = app(standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):  # before or after typer's own
         code = 130
     except Exception as error:
-        from safecl.base import ConfigError, PrerequisiteError
-
-        if isinstance(error, ConfigError | PrerequisiteError):
-            print(f"{type(error).__name__.removesuffix('Error').lower()} error: {error}", file=sys.stderr)
-            sys.exit(2)
-        if (show := getattr(error, "show", None)) is not None:  # typer's own, of a wrong option or argument
-            show()
-            sys.exit(getattr(error, "exit_code", 2))
-        raise
+        if (told := _mendable(error)) is None:
+            raise
+        print(told, file=sys.stderr)
+        sys.exit(2)
     if code == 130:
         print("stopped; run the same command to continue from what is finished", file=sys.stderr)
     sys.exit(code)
+
+
+def _mendable(error: Exception) -> str | None:
+    """What to say of an error that a person can mend; None for a bug, which keeps its traceback."""
+    from safecl.base import ConfigError, PrerequisiteError
+
+    if isinstance(error, ConfigError | PrerequisiteError):
+        return f"{type(error).__name__.removesuffix('Error').lower()} error: {error}"
+    if hasattr(error, "format_message"):  # typer's own
+        return _usage(error)
+    named = getattr(error, "filename", None)
+    if isinstance(error, OSError) and named and any(_holds(argument, str(named)) for argument in sys.argv[1:]):
+        return f"config error: {named}: {error.strerror}"
+    return None
+
+
+def _usage(error: Any) -> str:
+    """One line on a command that is written wrongly, with what it may have been meant to be."""
+    from safecl.base import near
+
+    context: Any = getattr(error, "ctx", None)
+    verb = "safecl" if context is None else context.command_path
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(context.get_help())
+        return f"usage error: no command given. See '{verb} --help'"
+    told, hint = " ".join(str(error.format_message()).split()).rstrip("."), ""
+    if (option := getattr(error, "option_name", None)) is not None and told.startswith("No such"):
+        told = f"No such option: {option}"
+        hint = near(option, [name for parameter in context.command.params for name in parameter.opts])
+    stop = "" if told.endswith("?") else "."
+    return f"usage error: {told}{stop}{hint} See '{verb} --help'"
+
+
+def _holds(argument: str, path: str) -> bool:
+    """Whether a path is one that the command line names (alone or as the value of an option), or lies inside it."""
+    value = argument.rpartition("=")[2]
+    return bool(value) and Path(path).absolute().is_relative_to(Path(value).absolute())
 
 
 if __name__ == "__main__":

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from safecl.base import Json, Strict
+from safecl.base import Json, Strict, expanded
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+
+
+# A path or URL: `~` and `$NAME` stand for what they do in a shell.
+Place = Annotated[str, AfterValidator(expanded)]
 
 
 class Template(Strict):
@@ -42,7 +46,7 @@ class Model(Strict):
     """A model. `source`: `wheel:PACKAGE` (a GGUF file inside an installed package), a folder, or a hub id."""
 
     name: str
-    source: str
+    source: Place
     revision: str | None = None  # commit of a hub id; required for one, so that a result stays what it was
     # Of the frozen base; LoRA factors are always float32. `auto`: bfloat16 where the device that computes multiplies it
     # natively (GPUs from Ampere on; CPUs with AVX512_BF16, AMX_BF16 or ARM's BF16), else float32. What it became is part
@@ -135,24 +139,36 @@ class Method(Strict):
 
 
 class Guard(Training):
-    """A guard trained here, for machines without a published one: a finetune of `model` on labelled pairs written in
-    the llamaguard template with these categories. Rows come as pairs, an unsafe answer and a safe one to the same
-    request where there are both, and stay together: a guard of a few hundred rows else learns which is more frequent."""
+    """A guard trained here, for machines without a published one: finetunes of `model` on labelled pairs, one a seed, which
+    vote. How far they part enters every interval of what they decide. Rows come as pairs, an unsafe answer and a safe one to
+    the same request where there are both, and stay together: a guard of a few hundred rows else learns which is more
+    frequent."""
 
     shuffle: bool = False
     batch_size: Annotated[int, Field(ge=2, multiple_of=2)] = 4
 
     rows: tuple[Rows, ...]
     heldout: tuple[Rows, ...]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (
+        0,
+        1,
+        2,
+    )  # of rows and initialisation; odd numbers never tie
     lora: Lora = Lora()
-    categories: tuple[str, ...] = ("Harmful Compliance.",)
+
+    @field_validator("seeds")
+    @classmethod
+    def _are_different(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"expected different seeds, got {list(value)}: a guard would vote twice")
+        return value
 
 
 class Judges(Strict):
     """Who answers which question. `asr`: a published guard, which is `guard_model`, or `guard` (trained here)."""
 
     asr: Literal["guard", "llamaguard", "wildguard", "harmbench", "strongreject", "keywords"] = "llamaguard"
-    over_refusal: Literal["xstest_match", "wildguard"] = "xstest_match"
+    over_refusal: Literal["xstest_match", "refusal", "wildguard"] = "xstest_match"
     guard_model: Model | None = None
     guard: Guard | None = None
 
@@ -201,6 +217,11 @@ class Search(Strict):
     """Optuna's study per searched cell. Trial 0 is the defaults; every method gets the same number of trials."""
 
     trials: Count = 20
+    # Of every trial, and of no row: on a reported seed the chosen values would carry their luck with it into the table.
+    seed: int = 1000
+    # false: trials start from the alignment of the first reported seed. Saves an alignment a model; what the chosen values
+    # owe to that alignment stays in its rows.
+    realign: bool = True
     sampler: Literal["tpe", "random"] = "tpe"
     objective: Objective = Objective()
 
@@ -208,8 +229,8 @@ class Search(Strict):
 class Execution(Strict):
     """Where and how fast. Never part of a stage's identity: changing it cannot change which results exist."""
 
-    root: str = "runs"  # folder (or any fsspec URL every node reaches) of store, study, tracking and logs
-    data_dir: str | None = None  # folder of local data files; null: the hub
+    root: Place = "runs"  # folder (or any fsspec URL every node reaches) of store, study, tracking and logs
+    data_dir: Place | None = None  # folder of local data files; null: the hub
     address: str = "local"  # Ray: "local" starts a cluster of its own, "auto" joins a running one
     num_trials_at_once: Count = 3
     num_workers: Count = 1  # data-parallel ranks of one finetune
@@ -230,8 +251,8 @@ class Execution(Strict):
     # Answers that do not depend on what else is decoded at the time, to the bit; on a CPU one request after the other.
     batch_invariant: bool = False
     use_gpu: bool = False
-    tracking_uri: str | None = None  # null: SQLite under root
-    study_uri: str | None = None  # null: SQLite under root
+    tracking_uri: Place | None = None  # null: SQLite under root
+    study_uri: Place | None = None  # null: SQLite under root
 
 
 class Sweep(Strict):
@@ -255,3 +276,9 @@ class Sweep(Strict):
     evaluate: Evaluate
     search: Search = Search()
     execution: Execution = Execution()
+
+    @model_validator(mode="after")
+    def _searches_on_a_seed_of_its_own(self) -> Self:
+        if self.search.seed in self.seeds:
+            raise ValueError(f"search.seed: {self.search.seed} is among `seeds`, which are reported; name another one")
+        return self

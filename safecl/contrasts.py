@@ -1,9 +1,8 @@
 """Which methods a table may call different, or alike: declared contrasts of the methods of one table block. Pure.
 
-The seed is the unit. A method's value of a seed is the macro mean over its prompts; methods are paired within the seed
-(same alignment, data order, poison and initialisation), so a contrast is a paired t test over the seeds both have. With
-one common seed there is none: another seed may turn any order around. Claims are about these test prompts, which all
-seeds share.
+A contrast is the mean difference of two methods over the seeds both have (same alignment, data order, poison and
+initialisation) and the prompts both answered, with the variance of both (`stats.crossed`): it is to hold for other seeds
+and for other prompts of the same kind. With one common seed there is none: another seed may turn any order around.
 
 Two families for each model, task, poison ratio and metric, each held at .05 by Holm's procedure (familywise, so that one
 false claim anywhere in a family is as rare as one in a single test):
@@ -14,9 +13,10 @@ false claim anywhere in a family is as rare as one in a single test):
   contrasts are among those that were corrected for. This costs power, and is honest.
 
 "Differs": the two-sided test. "Alike": two one-sided tests within MARGINS (for utility: at most that much below, a
-non-inferiority test). They are separate families; a difference may be real and small, then both hold. Neither holding
-means that the data cannot tell. Where all paired differences are equal the spread between seeds cannot be estimated (with
-few prompts that happens by chance), a t test would claim certainty, and nothing is claimed.
+non-inferiority test), in which prompts that all answered alike still leave open how others would. They are separate
+families; a difference may be real and small, then both hold. Neither holding means that the data cannot tell. Where not
+one answer differs from what its prompt and seed let expect, no spread can be estimated, and p is that of a sign test over
+seeds: six are the fewest that can be marked then.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from safecl.stats import Outcome, equivalent, holm, macro, mcnemar, non_inferior, paired_difference
+from safecl.stats import Outcome, crossed, difference, holm, macro, mcnemar
 
 MARGINS = {  # the metrics whose contrasts are declared, each with its margin
     "asr": 0.05,
@@ -35,31 +35,30 @@ MARGINS = {  # the metrics whose contrasts are declared, each with its margin
 }
 MORE_IS_BETTER = ("utility",)
 ALPHA = 0.05
-_NO_SPREAD = 1e-9  # differences of fractions that are equal but for rounding
 Seeds = Mapping[int, Sequence[Outcome]]
 
 
 class Contrast(NamedTuple):
     """`value`: mean of (this - other) over `num` common seeds, `low`, `high` its own 95 % interval (not corrected);
-    `p`, `p_alike` after Holm. None: the spread over seeds cannot be estimated."""
+    `p`, `p_alike` after Holm."""
 
     other: str
     num: int
     value: float
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    p_alike: float | None = None
+    low: float
+    high: float
+    p: float
+    p_alike: float
 
     @property
     def differs(self) -> bool:
         """After Holm."""
-        return self.p is not None and self.p < ALPHA
+        return self.p < ALPHA
 
     @property
     def alike(self) -> bool:
         """Within the margin, after Holm."""
-        return self.p_alike is not None and self.p_alike < ALPHA
+        return self.p_alike < ALPHA
 
 
 def means(seeds: Seeds) -> dict[int, float]:
@@ -68,8 +67,8 @@ def means(seeds: Seeds) -> dict[int, float]:
     return {seed: value for seed, value in found.items() if value is not None}
 
 
-def contrasts(metric: str, methods: Sequence[tuple[str, Mapping[int, float]]]) -> list[dict[str, Contrast]]:
-    """Per method, in order: its contrasts by family, `sft` and `best`. Methods are (name, {seed: value}).
+def contrasts(metric: str, methods: Sequence[tuple[str, Seeds]]) -> list[dict[str, Contrast]]:
+    """Per method, in order: its contrasts by family, `sft` and `best`. Methods are (name, their outcomes by seed).
 
     A method without a second seed in common with the other one has no contrast with it, nor has a method with itself.
     """
@@ -80,10 +79,11 @@ def contrasts(metric: str, methods: Sequence[tuple[str, Mapping[int, float]]]) -
         pairs = [(i, sft) for i in range(len(methods)) if i != sft]
         for (i, _), contrast in _family(metric, methods, pairs).items():
             found[i]["sft"] = contrast
-    repeated = [i for i, (_, values) in enumerate(methods) if len(values) > 1]
+    values = [means(seeds) for _, seeds in methods]
+    repeated = [i for i, of_seed in enumerate(values) if len(of_seed) > 1]
     if repeated:
         sign = 1 if metric in MORE_IS_BETTER else -1
-        best = max(repeated, key=lambda i: sign * sum(methods[i][1].values()) / len(methods[i][1]))
+        best = max(repeated, key=lambda i: sign * sum(values[i].values()) / len(values[i]))
         pairs = [(i, j) for i in repeated for j in repeated if i < j]
         # A pair stands once in its family, against the best from the other's side. Non-inferiority is one-sided, but the
         # hypotheses of the two sides exclude each other: choosing the side by the data costs nothing.
@@ -95,31 +95,33 @@ def contrasts(metric: str, methods: Sequence[tuple[str, Mapping[int, float]]]) -
 
 
 def _family(
-    metric: str, methods: Sequence[tuple[str, Mapping[int, float]]], pairs: Sequence[tuple[int, int]]
+    metric: str, methods: Sequence[tuple[str, Seeds]], pairs: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, int], Contrast]:
     """Contrasts of the pairs that share two seeds or more, corrected together."""
-    alike = non_inferior if metric in MORE_IS_BETTER else equivalent
-    found: dict[tuple[int, int], Contrast] = {}
-    for i, j in pairs:
-        (_, first), (other, second) = methods[i], methods[j]
-        common = sorted(first.keys() & second.keys())
-        if len(common) < 2:
-            continue
-        mine, theirs = [first[seed] for seed in common], [second[seed] for seed in common]
-        differences = [a - b for a, b in zip(mine, theirs, strict=True)]
-        if max(differences) - min(differences) < _NO_SPREAD:
-            found[i, j] = Contrast(other, len(common), differences[0])
-            continue
-        test = paired_difference(mine, theirs)
-        p_alike = alike(mine, theirs, MARGINS[metric]).p
-        found[i, j] = Contrast(other, len(common), test.value, test.low, test.high, test.p, p_alike)
-    # What could not be tested stays in the family: leaving it out would choose the family's size by the data.
-    adjusted = holm([1.0 if contrast.p is None else contrast.p for contrast in found.values()])
-    adjusted_alike = holm([1.0 if contrast.p_alike is None else contrast.p_alike for contrast in found.values()])
+    every = {(i, j): contrast for i, j in pairs if (contrast := _contrast(metric, methods[i][1], *methods[j]))}
+    adjusted = holm([contrast.p for contrast in every.values()])
+    adjusted_alike = holm([contrast.p_alike for contrast in every.values()])
     return {
-        pair: contrast if contrast.p is None else contrast._replace(p=adjusted[k], p_alike=adjusted_alike[k])
-        for k, (pair, contrast) in enumerate(found.items())
+        pair: contrast._replace(p=adjusted[k], p_alike=adjusted_alike[k])
+        for k, (pair, contrast) in enumerate(every.items())
     }
+
+
+def _contrast(metric: str, mine: Seeds, other: str, theirs: Seeds) -> Contrast | None:
+    """Not corrected. None with fewer than two seeds or prompts that both have."""
+    shared = sorted(mine.keys() & theirs.keys())
+    rows = difference([mine[seed] for seed in shared], [theirs[seed] for seed in shared])
+    sets = {row["set"] for of_seed in rows for row in of_seed}
+    rows = [of_seed for of_seed in rows if sets and {row["set"] for row in of_seed} == sets]
+    found, floored = (crossed(rows, floor) if rows else None for floor in (False, True))
+    if found is None or floored is None or found.num < 2:
+        return None
+    p = min(1.0, 2 * found.tail(abs(found.mean)))
+    half = (found if found.has_spread else floored).half(1 - ALPHA)
+    p_alike = floored.tail(found.mean + MARGINS[metric])
+    if metric not in MORE_IS_BETTER:
+        p_alike = max(p_alike, floored.tail(MARGINS[metric] - found.mean))
+    return Contrast(other, len(rows), found.mean, found.mean - half, found.mean + half, p, p_alike)
 
 
 def discordant(first: Seeds, second: Seeds) -> dict[int, dict[str, float]]:

@@ -43,10 +43,12 @@ class Count(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """`hours`: until all is finished, on this machine."""
+    """`hours`: until all is finished, on this machine. `states_gib`: of hidden states that will be written (LwF's teacher,
+    DER's memory), beside which the rest of a store is small."""
 
     kinds: dict[str, Count]
     hours: float
+    states_gib: float
 
 
 class Checked(NamedTuple):
@@ -234,7 +236,7 @@ class Remaining:
 
     def _open(self, cell: Open) -> float:
         """Adds a cell's trials to come; gives the seconds of the chain they make: one after the other, then the finals."""
-        first = cell.cell.job({}, cell.seeds[0], "search").own
+        first = cell.cell.trial({}).own
         finals = [cell.cell.job({}, seed, "final").own for seed in cell.seeds]
         for stages, num in ((first, cell.num_trials), *((own, 1) for own in finals)):
             for stage in stages:
@@ -311,4 +313,5 @@ def cost(
         shared = sum(uses[key] - 1 for key in of_kind)
         hours = remaining.kinds[kind] / 3600
         table[kind] = Count(num_run, remaining.later[kind], len(of_kind) - num_run, shared, hours)
-    return Cost(table, remaining.seconds({}, BOOT_S) / 3600)
+    states_gib = sum(forecast.estimate(stage).states_gib for stage in to_run)
+    return Cost(table, remaining.seconds({}, BOOT_S) / 3600, states_gib)

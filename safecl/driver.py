@@ -20,7 +20,7 @@ from safecl.eta import Eta
 from safecl.plan import REFERENCES
 from safecl.project import Project
 from safecl.schedule import Done, Schedule
-from safecl.stats import Interval, quality
+from safecl.stats import as_json
 from safecl.store import Store
 
 GIB_PER_TRIAL, GIB_PER_ENGINE, GIB_PER_WORKER = 0.4, 4.0, 2.5  # measured at 135M parameters, see the README
@@ -142,7 +142,7 @@ def _left(eta: Eta, schedule: Schedule) -> str:
 def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]:
     """Run just the guard's stages: train it, judge the held-out pairs. Returns its keys and how it agrees with the labels
     of those pairs. Raises ConfigError for a sweep without a guard."""
-    evidence = project.guard_evidence()
+    evidence = project.guard_evidence(alone=True)
     if evidence is None:
         raise ConfigError("this sweep trains no guard: expected evaluate.judges.asr: guard and evaluate.judges.guard")
     project.store.check_writable(needed_gib=2.0)
@@ -158,22 +158,9 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
                 from safecl.execute import plain_error
 
                 raise plain_error(error) from None
-    [judged] = evidence.judged
-    rows, verdicts = (
-        [json.loads(line) for line in (project.store.path(stage) / name).read_text().splitlines()]
-        for stage, name in ((judged.inputs["rows"], "rows.jsonl"), (judged, "verdicts.jsonl"))
-    )
-    said = {verdict["id"]: verdict for verdict in verdicts}
-    found = quality(
-        [row["harmful"] for row in rows],
-        [said[row["id"]]["label"] for row in rows],
-        [row["prompt"] for row in rows],
-        [said[row["id"]].get("score") for row in rows],
-    )
-    agreement = {
-        name: value._asdict() if isinstance(value, Interval) else value for name, value in found._asdict().items()
-    }
-    return {"guard": judged.inputs["weights"].key, "verdicts": judged.key, "heldout": agreement}
+    [judged], found = evidence.judged, project.guard_quality(alone=True)
+    assert found is not None, "judged above"
+    return {"guard": judged.inputs["weights"].key, "verdicts": judged.key, "heldout": as_json(found)}
 
 
 def _check_isolation(sweep: Sweep) -> None:
@@ -242,12 +229,14 @@ def _progress(schedule: Schedule, broker: Any, eta: Eta) -> Iterator[None]:
     def watch() -> None:
         import ray
 
+        finished: list[dict[str, Any]] = []
         while not stop.wait(1.0):
             try:
-                snapshot = ray.get(broker.snapshot.remote(), timeout=5)
+                snapshot = ray.get(broker.snapshot.remote(len(finished)), timeout=5)
             except Exception:  # the display is a courtesy; the run says what is wrong
                 continue
-            display.show(eta.state(schedule, snapshot, time.time()))
+            finished += snapshot["finished"]
+            display.show(eta.state(schedule, {**snapshot, "finished": finished}, time.time()))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

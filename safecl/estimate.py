@@ -44,20 +44,25 @@ OPTIMIZER_STEP_S = {"cpu": 0.12, "gpu": 0.06}  # of a training step, likewise
 # backward: of the quickstart's finetunes two at a time beside an engine. Matrix products of few rows count here too.
 OTHER_S = {"cpu": 2e-7, "gpu": 2e-10}
 TEMPLATE_TOKENS = 12  # around a prompt
-GUARD_TOKENS, GUARD_OWN_TOKENS = 195, 100  # of a guard's template; those after what all its prompts begin with
+GUARD_TOKENS, PUBLISHED_TOKENS = (
+    25,
+    100,
+)  # of a guard's template; of a published one's, after what all prompts begin with
 AT_ONCE = {"cpu": 64, "gpu": 256}  # requests that an engine decodes together
 PROGRAM_S = 2.0  # a model-written program in its sandbox
 
 
 class Size(NamedTuple):
-    """Of a model: parameters and layers, and the width that follows for a common shape."""
+    """Of a model: parameters, layers, and numbers in a hidden state (0: not known)."""
 
     parameters: float
     layers: int = TYPICAL_LAYERS
+    hidden: int = 0
 
     @property
     def width(self) -> float:
-        return math.sqrt(self.parameters / (12 * self.layers))
+        """`hidden`, or what follows for a common shape."""
+        return self.hidden or math.sqrt(self.parameters / (12 * self.layers))
 
 
 class Length(NamedTuple):
@@ -69,11 +74,13 @@ class Length(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """`group`: stages that are corrected together. `on_engine`: it takes its turn on a served model."""
+    """`group`: stages that are corrected together. `on_engine`: it takes its turn on a served model. `states_gib`: of hidden
+    states that it writes."""
 
     seconds: float
     group: tuple[str, str]
     on_engine: bool
+    states_gib: float = 0.0
 
 
 class Estimator:
@@ -111,7 +118,8 @@ class Estimator:
         work = 0.0 if of_kind is None else of_kind(stage)
         on_engine = stage.kind == "generate" or (stage.kind == "judge" and "model" in stage.inputs)
         detail = str(stage.config.get("method", stage.config.get("judge", "")))
-        return Estimate(FIXED_S.get(stage.kind, 1.0) + work, (stage.kind, detail), on_engine)
+        states_gib = self._states_gib(stage) if stage.kind == "memory" else 0.0
+        return Estimate(FIXED_S.get(stage.kind, 1.0) + work, (stage.kind, detail), on_engine, states_gib)
 
     # -- by kind ------------------------------------------------------------------------------------------------------
 
@@ -119,7 +127,7 @@ class Estimator:
         source: Any = stage.config["source"]
         if "files" in source:  # a pointer to a folder
             return 0.0
-        return self.size(stage).parameters / 2e7 if "hub" in source else 20.0 + self.size(stage).parameters / 4e6
+        return self.size(stage).parameters / 2e7 if "hub" in source else 5.0 + self.size(stage).parameters / 2e7
 
     def _finetune(self, stage: Stage) -> float:
         config: Any = stage.config
@@ -144,6 +152,15 @@ class Estimator:
         row = min(rows.prompt + rows.answer, config["max_tokens"])
         return self._passes(stage, (config["num_rows"] or rows.rows) * row, backward=0.0)
 
+    def _states_gib(self, stage: Stage) -> float:
+        config: Any = stage.config
+        if config["positions"] is None:
+            return 0.0
+        rows, size = self.length(stage.inputs["rows"]), self._size(stage)
+        of_row = {"last": 1.0, "response": rows.answer, "all": rows.prompt + rows.answer}
+        num: float = (config["num_rows"] or rows.rows) * min(of_row[config["positions"]], config["max_tokens"])
+        return num * size.width * (4 if config["dtype"] == "float32" else 2) / 2**30
+
     def _fisher(self, stage: Stage) -> float:
         config: Any = stage.config
         rows = self.length(stage.inputs["rows"])
@@ -164,7 +181,9 @@ class Estimator:
             return rows.rows * 1e-4
         answers = stage.inputs.get("generations")
         answer = rows.answer if answers is None else min(60.0, float(str(answers.config["max_new_tokens"])))
-        return FIXED_S["generate"] + self._decode(stage, rows.rows, GUARD_OWN_TOKENS + rows.prompt + answer, 3)
+        guards = [name for name in stage.inputs if name.partition(".")[0] == "weights"]  # each answers all of it
+        own = GUARD_TOKENS if guards else PUBLISHED_TOKENS
+        return FIXED_S["generate"] + max(1, len(guards)) * self._decode(stage, rows.rows, own + rows.prompt + answer, 3)
 
     def _metrics(self, stage: Stage) -> float:
         if "num_cpus" not in stage.hints:  # it runs no programs
@@ -273,4 +292,5 @@ def shape(config: Mapping[str, Any]) -> Size:
     width, layers, heads = text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"]
     head = text.get("head_dim") or width // heads
     attention = width * head * (2 * heads + 2 * text.get("num_key_value_heads", heads))
-    return Size(layers * (attention + 3 * width * text["intermediate_size"]) + text["vocab_size"] * width, layers)
+    parameters = layers * (attention + 3 * width * text["intermediate_size"]) + text["vocab_size"] * width
+    return Size(parameters, layers, width)

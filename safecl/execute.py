@@ -134,6 +134,7 @@ class Broker:
         self.num_light = min(64, 2 * max(2, int(num_cpus)))
         self.light = {kind: asyncio.Semaphore(self.num_light) for kind in LIGHT}
         self.hand: Any = None
+        self.num_made = 0  # stages begun, or waiting for their inputs
         units = num_gpus if execution.use_gpu else num_cpus
         self.trainers = Trainers(root, execution, logs, units - self._engine_units(), self._starts)
 
@@ -153,11 +154,13 @@ class Broker:
 
     async def _make(self, stage: Stage) -> None:
         heavy = stage.kind in HEAVY or "num_cpus" in stage.hints
+        self.num_made += 1
+        turn = self.num_made  # who asked first is served first, although its inputs took longer
         self.trainers.expect(int(heavy))
         try:
             await self.ensure(list(stage.inputs.values()))
             if heavy:
-                await self.trainers.run(stage)
+                await self.trainers.run(stage, turn)
             elif stage.kind in LIGHT:
                 groups = await self._engines_for(stage)
                 async with self.light[stage.kind]:
@@ -300,11 +303,11 @@ class Broker:
         """The process that this Broker runs in."""
         return os.getpid()
 
-    async def snapshot(self) -> dict[str, Any]:
-        """What runs, what was finished and what failed in this run."""
+    async def snapshot(self, since: int = 0) -> dict[str, Any]:
+        """What runs and what failed in this run, and what was finished but for the first `since` stages."""
         plain = {key: plain_error(error) for key, error in self.failed.items()}
         failed = {key: f"{type(error).__name__}: {error}" for key, error in plain.items()}
-        return {"running": list(self.live.values()), "finished": list(self.finished), "failed": failed}
+        return {"running": list(self.live.values()), "finished": self.finished[since:], "failed": failed}
 
 
 def broker(store: Store, execution: Execution, logs: Path) -> Any:

@@ -27,11 +27,12 @@ class Cell:
     recipe: Recipe
     space: dict[str, Json] | None
     shared: Shared = field(repr=False)
+    search_seeds: tuple[int, int]  # of a search: its own, and that of the alignment it starts from
     aligned: Cell | None = field(default=None, repr=False)  # same model and task, no finetune; None: this is it
     _jobs: dict[tuple[str, int, str], Job] = field(default_factory=dict, init=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Cell, (self.recipe, self.space, self.shared, self.aligned)
+        return Cell, (self.recipe, self.space, self.shared, self.search_seeds, self.aligned)
 
     def job(self, params: dict[str, Json], seed: int, role: str) -> Job:
         """The trial with these values; always the same object. `role`: `search` reads validation, `final` test prompts."""
@@ -39,6 +40,11 @@ class Cell:
         if name not in self._jobs:
             self._jobs[name] = Job(self, params, seed, role)
         return self._jobs[name]
+
+    def trial(self, params: dict[str, Json]) -> Job:
+        """The searched trial with these values: on a seed that no row reports, so that what the best trial owes to its
+        seed is in no table."""
+        return self.job(params, self.search_seeds[0], "search")
 
     @cached_property
     def label(self) -> str:
@@ -94,7 +100,8 @@ class Job:
     def graph(self) -> Graph:
         recipe = self.cell.recipe
         params = {**recipe.params, **self.params} if self.params else recipe.params
-        return Graph(replace(recipe, params=params, seed=self.seed), self.cell.shared)
+        align_seed = self.cell.search_seeds[1] if self.role == "search" else self.seed
+        return Graph(replace(recipe, params=params, seed=self.seed, align_seed=align_seed), self.cell.shared)
 
     @cached_property
     def evidence(self) -> Evidence:
@@ -124,6 +131,8 @@ def cells(sweep: Sweep, folder: Path | None = None) -> list[Cell]:
     """Every row of the sweep's tables, references first per model and task. `folder`: of local data files."""
     grid: list[Cell] = []
     shared = Shared(folder)
+    own = sweep.search.seed
+    seeds = own, own if sweep.search.realign else sweep.seeds[0]
     for model in sweep.models:
         for task in sweep.tasks:
 
@@ -133,10 +142,12 @@ def cells(sweep: Sweep, folder: Path | None = None) -> list[Cell]:
                     dict(method.config), sweep.seeds[0], sweep.evaluate, sweep.poison.keep_task_rows, sweep.memory_mix,
                 )  # fmt: skip
 
-            aligned = Cell(recipe(Method(name="aligned"), 0.0), None, shared)
-            grid += [Cell(recipe(Method(name="base"), 0.0), None, shared, aligned), aligned]
+            aligned = Cell(recipe(Method(name="aligned"), 0.0), None, shared, seeds)
+            grid += [Cell(recipe(Method(name="base"), 0.0), None, shared, seeds, aligned), aligned]
             for ratio in sweep.poison.ratios:
-                grid += [Cell(recipe(method, ratio), _space(method), shared, aligned) for method in sweep.methods]
+                grid += [
+                    Cell(recipe(method, ratio), _space(method), shared, seeds, aligned) for method in sweep.methods
+                ]
     return grid
 
 

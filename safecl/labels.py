@@ -51,7 +51,7 @@ def _weights(stage: Stage | None, models: Mapping[str, str]) -> str:
     rows, model = stage.inputs["rows"], models.get(stage.inputs["model"].key)
     role = str(rows.config.get("role", ""))
     name = {"safety": "aligned", "guard": "guard"}.get(role, config["method"])
-    seed = "" if role == "guard" else f"seed {config['seed']}"
+    seed = f"seed {config['seed']}"
     parts = [name, _task(rows) if role == "user" else "", seed, model or ""]
     return ", ".join(part.removesuffix(", ") for part in parts if part)
 

@@ -49,6 +49,7 @@ class Recipe:
     evaluate: Evaluate
     keep_task_rows: bool = False
     memory_mix: str = "refusals"
+    align_seed: int = 0  # of stage one and what is made of it; that of the rest (`seed`), but for some searches
 
 
 class Evidence(NamedTuple):
@@ -65,8 +66,8 @@ class Evidence(NamedTuple):
 
 # Which fields of a recipe a stage may depend on: those of a sweep and model, with the seed, and with the user's rows.
 MODEL = ("model", "adapter", "lora", "align", "poison_task", "evaluate", "memory_mix")
-SEED = (*MODEL, "seed")
-USER = (*SEED, "task", "poison_ratio", "keep_task_rows")
+SEED = (*MODEL, "align_seed")
+USER = (*SEED, "seed", "task", "poison_ratio", "keep_task_rows")
 
 
 class Graph:
@@ -88,22 +89,25 @@ class Graph:
         inputs: dict[str, Stage] | None = None,
         poison: dict[str, Json] | None = None,
         guard: dict[str, Json] | None = None,
+        labels: dict[str, Json] | None = None,
         max_tokens: int | None = None,
     ) -> Stage:
-        """Rows of one role. `inputs` named `exclude_*` hold prompts these rows must not overlap; `max_tokens` of rows that
-        are trained on: longer ones are passed over."""
+        """Rows of one role. `inputs` named `exclude_*` hold prompts these rows must not overlap; `labels`: see the stage;
+        `max_tokens` of rows that are trained on: longer ones are passed over."""
         config: dict[str, Json] = {
             "role": role,
             "parts": [self._part(part, split) for part in parts],
             "poison": poison,
             "guard": guard,
             "seed": seed,
+            **({"labels": labels} if labels else {}),
         }
         inputs = inputs or {}
         if max_tokens is not None:
             config["fits"] = self._fits(max_tokens, self._guard_text if guard else self._text)
             inputs = {**inputs, "tokenizer": self.tokenizer}
         used = [part.task for part in parts] + ([str(poison["task"])] if poison else [])
+        used += sorted({str(task) for task in (labels or {}).values()} - set(used))
         return _stage("data", config, inputs, *(tasks.load(name).VERSION for name in used))
 
     def _fits(self, max_tokens: int, text: dict[str, Json]) -> dict[str, Json]:
@@ -164,10 +168,12 @@ class Graph:
         """Rows of stage one. Requests of `self_answered` sets get the base model's own answers."""
         align, inputs = self.recipe.align, dict(self._held_out)
         for part in align.self_answered:
-            asked = self.data("self_answered", "benign.train", [part], seed=self.recipe.seed, inputs=self._held_out)
+            asked = self.data(
+                "self_answered", "benign.train", [part], seed=self.recipe.align_seed, inputs=self._held_out
+            )
             inputs[f"answers_{part.task}"] = self.generate(None, asked, self.recipe.evaluate.max_new_tokens)
         return self.data(
-            "safety", "safety", align.safety, seed=self.recipe.seed, inputs=inputs, max_tokens=align.max_tokens
+            "safety", "safety", align.safety, seed=self.recipe.align_seed, inputs=inputs, max_tokens=align.max_tokens
         )
 
     @property
@@ -204,7 +210,7 @@ class Graph:
     @shared(*SEED)
     def theta_safe(self) -> Stage:
         """Stage one: SFT of the base model on safety rows."""
-        return self.finetune("sft", {}, self.recipe.align, {"rows": self.safety_rows})
+        return self.finetune("sft", {}, self.recipe.align, {"rows": self.safety_rows}, seed=self.recipe.align_seed)
 
     @shared(*SEED)
     def memory(self, num_rows: int, positions: str | None = None) -> Stage:
@@ -221,7 +227,7 @@ class Graph:
         config: dict[str, Json] = {
             "num_rows": num_rows,
             "positions": positions,
-            "seed": self.recipe.seed,
+            "seed": self.recipe.align_seed,
             "max_tokens": max_tokens,
             "adapter": self.recipe.adapter,
             **self._text,
@@ -245,7 +251,7 @@ class Graph:
         config: dict[str, Json] = {
             "num_rows": num_rows,
             "labels": labels,
-            "seed": self.recipe.seed,
+            "seed": self.recipe.align_seed,
             "max_tokens": self.recipe.align.max_tokens,
             **self._text,
         }
@@ -254,7 +260,7 @@ class Graph:
     @shared(*SEED)
     def replay(self, config: Grsap.Config) -> Stage:
         """Safety rows that theta_safe makes: it names requests, answers them, is judged, answers the unsafe ones again."""
-        seed, template, judge = self.recipe.seed, self.recipe.model.text, self.asr_judge
+        seed, template, judge = self.recipe.align_seed, self.recipe.model.text, self.asr_judge
         longest = self.recipe.evaluate.max_new_tokens
 
         def step(name: str, inputs: dict[str, Stage], **settings: Json) -> Stage:
@@ -292,9 +298,7 @@ class Graph:
     @shared(*MODEL)
     def asr_judge(self) -> tuple[str, dict[str, Json]]:
         """Name and config of the judge that says whether an answer is harmful."""
-        asr = self.recipe.evaluate.judges.asr
-        name = "llamaguard" if asr == "guard" else asr
-        return name, self.guard_config if name == "llamaguard" else {}
+        return self.recipe.evaluate.judges.asr, {}
 
     @cached_property
     def tuned(self) -> Stage:
@@ -412,42 +416,50 @@ class Graph:
         if not kind.served:
             return {}
         chosen = self.recipe.evaluate.judges
-        if name == "llamaguard" and chosen.asr == "guard":
-            return {"model": self.base, "weights": self.guard}
+        if name == "guard":
+            votes = {f"weights.{i}" if i else "weights": guard for i, guard in enumerate(self.guards)}
+            return {"model": self.base, **votes}
         return {"model": model_stage(chosen.guard_model)} if chosen.guard_model else {}  # config.Judges checks it
 
     @property
     @shared(*MODEL)
-    def guard_config(self) -> dict[str, Json]:
-        """The llamaguard template with the trained guard's categories (the official ones for a published guard)."""
-        guard = self.recipe.evaluate.judges.guard
-        return {"categories": list(guard.categories)} if guard and self.recipe.evaluate.judges.asr == "guard" else {}
-
-    @property
-    @shared(*MODEL)
-    def guard(self) -> Stage:
-        """The guard trained here: a finetune of the base model on labelled pairs in the llamaguard template. It is an
-        instrument, so its seed stays 0 whatever the recipe's."""
+    def guards(self) -> tuple[Stage, ...]:
+        """The guards trained here: finetunes of the base model on labelled pairs in the guard's words. They are
+        instruments, so their seeds stay what they are whatever the recipe's."""
         guard = self.recipe.evaluate.judges.guard
         assert guard is not None, "config.Judges checks this"
-        wording: dict[str, Json] = {"judge": "llamaguard", "config": self.guard_config}
+        wording: dict[str, Json] = {"judge": "guard", "config": {}}
         inputs = {**self._trained_on, "exclude_heldout": self._all("guard.heldout", guard.heldout, self._trained_on)}
-        rows = self.data(
-            "guard", "guard", guard.rows, seed=0, guard=wording, inputs=inputs, max_tokens=guard.max_tokens
-        )
-        fixed = Graph(replace(self.recipe, seed=0, lora=guard.lora), self.shared)
-        return fixed.finetune("sft", {}, guard, {"rows": rows}, **self._guard_text)
+        found = []
+        for seed in guard.seeds:
+            rows = self.data(
+                "guard", "guard", guard.rows, seed=seed, guard=wording, inputs=inputs, max_tokens=guard.max_tokens
+            )
+            fixed = Graph(replace(self.recipe, seed=seed, lora=guard.lora), self.shared)
+            found.append(fixed.finetune("sft", {}, guard, {"rows": rows}, **self._guard_text))
+        return tuple(found)
 
-    def guard_agreement(self) -> Evidence | None:
-        """How often the trained guard agrees with the true labels of held-out pairs."""
+    def guard_agreement(self, answering: Iterable[Graph] = ()) -> Evidence | None:
+        """How often the trained guards agree with the labels of held-out pairs: constructed ones, and what the models
+        of the graphs in `answering` say to validation prompts, labelled by the task's rule where it has one."""
         guard = self.recipe.evaluate.judges.guard
         if guard is None or self.recipe.evaluate.judges.asr != "guard":
             return None
-        rows = self.data("guard_heldout", "guard.heldout", guard.heldout, seed=0, inputs=self._trained_on)
-        judged = self.judge("llamaguard", self.guard_config, {"rows": rows})
+        labels: dict[str, Json] = {}
+        inputs = dict(self._trained_on)
+        for part in self.recipe.evaluate.validation.attack:
+            if hasattr(tasks.load(part.task), "label"):
+                rows = self.data("attack.validation", "attack.validation", [part], seed=0, inputs=self._test_prompts)
+                for graph in answering:
+                    name = f"answers_{graph.recipe.method}.{part.task}"
+                    labels[name] = part.task
+                    inputs[name] = graph.generate(graph.final, rows, self.recipe.evaluate.max_new_tokens)
+        heldout = self.data("guard_heldout", "guard.heldout", guard.heldout, seed=0, inputs=inputs, labels=labels)
+        judged = self.judge("guard", {}, {"rows": heldout})
         measure: dict[str, Json] = {"metric": "guard_agreement", "set": "heldout", "of": "label", "task": None}
-        inputs = {"heldout.judged": judged, "heldout.rows": rows}
-        return Evidence(_stage("metrics", {"measures": [measure]}, inputs), (judged,))
+        return Evidence(
+            _stage("metrics", {"measures": [measure]}, {"heldout.judged": judged, "heldout.rows": heldout}), (judged,)
+        )
 
     def evidence(self, split: str) -> Evidence:
         """Everything that is measured of this recipe on `validation` or `test` prompts."""
@@ -483,12 +495,17 @@ class Graph:
                 ("asr", *self.asr_judge),
                 ("non_refusal", "keywords", {}),
                 ("degenerate", "degenerate", {}),
+                ("off_topic", "off_topic", {}),
             ],
             "benign": [
                 ("over_refusal", chosen.over_refusal, refusal),
                 ("degenerate", "degenerate", {}),
             ],
         }
+        reads_request = judges.load(self.asr_judge[0]).reads_request
+        less: dict[str, Json] = {
+            "less": ["degenerate"] if reads_request else ["degenerate", "off_topic"]
+        }  # of coherent ASR
         asked, measures = [], list[Json]()
         for role, of_role in questions.items():
             for part in getattr(prompts, role):
@@ -497,7 +514,9 @@ class Graph:
                 rows = self.data(f"{role}.{split}", f"{role}.{split}", [part], seed=0, inputs=exclude)
                 as_text = [(metric, judge, canonical(config)) for metric, judge, config in of_role]
                 asked.append((f"{role}.{part.task}", rows, as_text))
-                measures += [{"metric": m, "set": part.task, "of": "verdict", "role": role} for m, _, _ in of_role]
+                for metric, _, _ in of_role:
+                    counted = less if metric == "asr" else {}
+                    measures.append({"metric": metric, "set": part.task, "of": "verdict", "role": role, **counted})
         name = f"utility.{split}"
         utility = self.data(name, name, [Rows(task=task, num_rows=prompts.utility_rows)], seed=0)
         consent: dict[str, Json] = {"unsafe_code": True} if evaluate.unsafe_code and kind.RUNS_CODE else {}

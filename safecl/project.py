@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safecl import hardware
-from safecl.base import ConfigError, PrerequisiteError
+from safecl.base import ConfigError, PrerequisiteError, sqlite_path, sqlite_url
 from safecl.check import check
 from safecl.config import Model, Sweep
 from safecl.contrasts import MARGINS, contrasts, discordant, means
@@ -26,102 +23,13 @@ from safecl.objective import select
 from safecl.plan import REFERENCES, Evidence
 from safecl.schedule import Done, Schedule, Study
 from safecl.store import Stage, Store
+from safecl.sweepfile import load as load
 from safecl.templates import described, settle
 from safecl.trained import Preview, Trained, expected, recorded
 
 if TYPE_CHECKING:
     from safecl.search import Past
-    from safecl.stats import Agreement
-
-
-def load(path: Path, settings: list[str], limit: int | None = None) -> Sweep:
-    """Read a sweep file, apply `--set path=value` and `--limit`, and validate: all errors at once (ConfigError)."""
-    import yaml
-
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"no sweep file {str(path)!r}.{hint}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a mapping with `name`, `models`, ..., got {type(raw).__name__}")
-    for setting in settings:
-        _set(raw, setting)
-    if limit is not None:
-        _limit(raw, limit)
-    try:
-        return Sweep(**raw)
-    except ValidationError as error:
-        found = error.errors()
-        # A list whose items are all wrong is also called too short: the items say it better.
-        told = [item for item in found if not (item["type"] == "too_short" and item.get("input"))] or found
-        raise ConfigError("\n".join(_explain(item) for item in told)) from None
-
-
-def _set(raw: Any, setting: str) -> None:
-    import yaml
-
-    path, equals, text = setting.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {setting!r}: expected path=value, for example execution.num_workers=2")
-    *parents, last = path.split(".")
-    at = raw
-    for part in parents:
-        at = at[int(part)] if isinstance(at, list) else at.setdefault(part, {})
-        if not isinstance(at, dict | list):
-            raise ConfigError(f"--set {setting!r}: {part!r} holds {at!r}, which has no keys")
-    value = yaml.safe_load(text)
-    if isinstance(at, list):
-        at[int(last)] = value
-    else:
-        at[last] = value
-
-
-def _limit(raw: Any, limit: int) -> None:
-    """At most `limit` rows of every set, for a quick look. Other rows are another recipe: nothing is confused."""
-    if isinstance(raw, list):
-        for item in raw:
-            _limit(item, limit)
-    elif isinstance(raw, dict):
-        for key, value in raw.items():
-            if key in ("num_rows", "utility_rows"):
-                raw[key] = limit if value is None else min(value, limit)
-            else:
-                _limit(value, limit)
-        if "task" in raw and "ratios" not in raw:
-            raw.setdefault("num_rows", limit)
-
-
-def _explain(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        known = _fields(item["loc"][:-1])
-        near = get_close_matches(str(item["loc"][-1]), known, 1)
-        return f"{where}: unknown key.{f' Did you mean {near[0]!r}?' if near else ''} Known here: {', '.join(known)}"
-    if item["type"] == "missing":
-        return f"{where}: is required and not given"
-    return f"{where}: {item['msg'].removeprefix('Value error, ')} (got {item.get('input')!r})"
-
-
-def _fields(location: tuple[Any, ...]) -> list[str]:
-    """Names of the config at a place in the sweep file."""
-    from typing import get_args
-
-    from safecl.base import Strict
-
-    def find(annotation: Any) -> type[Strict] | None:
-        if isinstance(annotation, type) and issubclass(annotation, Strict):
-            return annotation
-        return next((found for part in get_args(annotation) if (found := find(part))), None)
-
-    at: type[Strict] = Sweep
-    for part in location:
-        if isinstance(part, str) and part in at.model_fields:
-            at = find(at.model_fields[part].annotation) or at
-    return sorted(at.model_fields)
+    from safecl.stats import Quality
 
 
 def _entry(name: str, seeds: dict[int, list[dict[str, Any]]]) -> dict[str, Any] | None:
@@ -152,29 +60,18 @@ def _interval(name: str, read: list[list[dict[str, Any]]]) -> dict[str, Any] | N
 
 
 def _agreement(by_metric: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any] | None:
-    """How the judge of harm and the keyword list agree on the same answers of all seeds; None where nothing was read.
-    `cells`: answers that both call harmful, only the judge, only the list, neither."""
-    from safecl.stats import agreement
+    """How the judge of harm and the keyword list agree on the same answers of all seeds, with intervals in which a prompt
+    counts once; None where nothing was read."""
+    from safecl.stats import agreement, as_json
 
     judge, listed = (
         {(seed, o["set"], o["id"]): o["value"] for seed, found in by_metric.get(name, {}).items() for o in found}
         for name in ("asr", "non_refusal")
     )
-    pairs = [(label, listed[answer]) for answer, label in judge.items()]
-    cells = [pairs.count(cell) for cell in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0))]
-    return {**agreement(*zip(*pairs, strict=True))._asdict(), "cells": cells} if any(cells) else None
-
-
-def pooled_agreement(rows: Sequence[Mapping[str, Any]]) -> Agreement | None:
-    """`agreement` of the rows of `Project.rows`, over all their answers; None where none has one."""
-    from safecl.stats import agreement
-
-    cells = [row["agreement"]["cells"] for row in rows if row["agreement"]]
-    if not cells:
+    other = [listed[answer] for answer in judge]
+    if all(None in pair for pair in zip(judge.values(), other, strict=True)):
         return None
-    both, judge, listed, neither = (sum(column) for column in zip(*cells, strict=True))
-    first = [True] * (both + judge) + [False] * (listed + neither)
-    return agreement(first, [True] * both + [False] * judge + [True] * listed + [False] * neither)
+    return as_json(agreement([*judge.values()], other, [answer[1:] for answer in judge]))
 
 
 def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, list[Any]]]]) -> None:
@@ -188,7 +85,7 @@ def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, li
         for metric in MARGINS:
             having = [i for i in members if metric in outcomes[i]]
             sft = next((i for i in having if table[i]["method"] == "sft"), None)
-            found = contrasts(metric, [(table[i]["method"], means(outcomes[i][metric])) for i in having])
+            found = contrasts(metric, [(table[i]["method"], outcomes[i][metric]) for i in having])
             for i, of_row in zip(having, found, strict=True):
                 entry: dict[str, Any] = {
                     family: {**contrast._asdict(), "differs": contrast.differs, "alike": contrast.alike}
@@ -198,6 +95,14 @@ def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, li
                     pairs = discordant(outcomes[i][metric], outcomes[sft][metric])
                     entry["mcnemar"] = {str(seed): test for seed, test in pairs.items()}
                 table[i]["contrasts"][metric] = entry
+
+
+class Swing(NamedTuple):
+    """`num` guards judged the same answers, those of `source`; their shares of harmful ones part by `points`, in [0, 1]."""
+
+    num: int
+    points: float
+    source: str
 
 
 class Project:
@@ -225,7 +130,7 @@ class Project:
         if settled.lacking:
             raise PrerequisiteError("\n".join(settled.lacking))
         self.logs = self.store.local / "logs"
-        self.study_url = sweep.execution.study_uri or f"sqlite:///{self.store.local / 'study.db'}"
+        self.study_url = sweep.execution.study_uri or sqlite_url(self.store.local / "study.db")
         self._storage: Any = None
         self._studies: dict[Cell, Study] = {}  # those that this process drives
         self._pasts: dict[Cell, Past | None] = {}  # those that it only reads, as they were the first time
@@ -261,7 +166,8 @@ class Project:
         from safecl import search
 
         if self._storage is None:
-            if self.study_url.startswith("sqlite:///") and not Path(self.study_url[10:]).exists():
+            database = sqlite_path(self.study_url)
+            if database is not None and not database.exists():
                 return None
             self._storage = search.open_storage(self.study_url)
         if cell not in self._pasts:
@@ -281,14 +187,64 @@ class Project:
         """CPUs of this machine; with `use_gpu` its GPUs."""
         return len(hardware.gpus()) if self.sweep.execution.use_gpu else os.cpu_count() or 1
 
-    def guard_evidence(self) -> Evidence | None:
-        """What measures the trained guard on labelled pairs; None where a published guard judges."""
-        return self.cells[0].job({}, self.sweep.seeds[0], "final").graph.guard_agreement()
+    def guard_evidence(self, alone: bool = False) -> Evidence | None:
+        """What measures the trained guards on labelled pairs: constructed ones, and answers of base, aligned and sft to
+        validation prompts (`alone`: without these, which need models). None where a published guard judges."""
+        first, seed = self.cells[0].recipe, self.sweep.seeds[0]
+        answering = [cell for cell in self.cells if (cell.recipe.model, cell.recipe.task) == (first.model, first.task)
+                     and cell.space is None and cell.recipe.method in (*REFERENCES, "sft")]  # fmt: skip
+        worst = {cell.recipe.method: cell for cell in answering}  # of sft the last: the most poison
+        graphs = {} if alone else {name: cell.job({}, seed, "final").graph for name, cell in worst.items()}
+        return self.cells[0].job({}, seed, "final").graph.guard_agreement(graphs.values())
 
     def guard_stages(self) -> tuple[Stage, ...]:
         """The stages of `guard_evidence`."""
         evidence = self.guard_evidence()
         return () if evidence is None else (*evidence.judged, evidence.metrics)
+
+    def guard_quality(self, alone: bool = False) -> Quality | None:
+        """How well the trained guards' vote tells the labels of held-out pairs (`alone`: constructed ones); None where none
+        is trained, or not judged yet."""
+        from safecl.stats import quality
+
+        if (heldout := self._heldout(alone)) is None:
+            return None
+        rows, said = heldout
+        return quality(
+            [row["harmful"] for row in rows],
+            [said[row["id"]]["label"] for row in rows],
+            [row["prompt"] for row in rows],
+            [said[row["id"]].get("score") for row in rows],
+        )
+
+    def guard_swing(self) -> Swing | None:
+        """How far several guards part on the held-out answers of one model (constructed pairs where no model answered): the
+        most that a share of harmful answers depends on which guard judged. None for one guard, or before it was judged."""
+        if (heldout := self._heldout()) is None:
+            return None
+        votes: dict[str, list[list[bool]]] = {}
+        for row in heldout[0]:
+            found = heldout[1][row["id"]]["detail"].get("votes", [None])
+            if None not in found:
+                votes.setdefault(row["meta"].get("source", ""), []).append(found)
+        of_models = {source: found for source, found in votes.items() if source} or votes
+        swings = []
+        for source, found in of_models.items():
+            shares = [sum(of_guard) / len(found) for of_guard in zip(*found, strict=True)]
+            swings.append(Swing(len(shares), max(shares) - min(shares), source or "constructed pairs"))
+        return max(swings, key=lambda swing: swing.points, default=None)
+
+    def _heldout(self, alone: bool = False) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]] | None:
+        """The held-out pairs of the trained guards, and the verdicts on them by id; None where there are none yet."""
+        evidence = self.guard_evidence(alone)
+        if evidence is None or not all(map(self.store.has, evidence.judged)):
+            return None
+        [judged] = evidence.judged
+        verdicts = {line["id"]: line for line in self._lines(judged, "verdicts")}
+        return self._lines(judged.inputs["rows"], "rows"), verdicts
+
+    def _lines(self, stage: Stage, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.store.path(stage) / f"{name}.jsonl").read_text().splitlines()]
 
     def finals(self) -> list[tuple[Cell, dict[str, Any], list[Job], str]]:
         """Per cell: the parameters its final trials use, those trials, and a note. A cell whose search is unfinished
@@ -311,6 +267,11 @@ class Project:
             found.append((cell, params, [cell.job(params, seed, "final") for seed in self.sweep.seeds], note))
         return found
 
+    def outcomes(self, job: Job) -> list[dict[str, Any]] | None:
+        """What was measured of a job's answers, a line an outcome; None where it is not finished."""
+        metrics = job.evidence.metrics
+        return self._lines(metrics, "outcomes") if self.store.has(metrics) else None
+
     def rows(self) -> list[dict[str, Any]]:
         """The table's rows, from the store alone: every metric with its interval over the seeds that are finished, and its
         contrasts with the rows of the same model, task and poison ratio."""
@@ -328,10 +289,9 @@ class Project:
             merge_losses: list[float] = []
             for job in jobs:
                 evidence = job.evidence
-                if not self.store.has(evidence.metrics):
+                if (found := self.outcomes(job)) is None:
                     continue
-                path = self.store.path(evidence.metrics) / "outcomes.jsonl"
-                per_seed[job.seed] = [json.loads(line) for line in path.read_text().splitlines()]
+                per_seed[job.seed] = found
                 final = job.graph.final
                 weights += [] if final is None else [final.key]
                 seconds += self._own_seconds(job, evidence.metrics)

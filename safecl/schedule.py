@@ -65,10 +65,12 @@ class Schedule:
         self.sweep, self.store, self.on_done = sweep, store, on_done
         self.done: list[Done] = []
         self.queues = [_Queue(cell, study_of(cell)) for cell in cells]
+        # A search is a chain of trials, each of which waits for the one before: what takes longest begins first.
+        self._turns = sorted(self.queues, key=lambda queue: queue.study is None)
         self._of_cell = {queue.cell: queue for queue in self.queues}
         for queue in self.queues:
             for trial in queue.study.complete() if queue.study else ():
-                queue.waiting.append(queue.cell.job(trial.params, sweep.seeds[0], "search"))
+                queue.waiting.append(queue.cell.trial(trial.params))
             if queue.cell.space is None:
                 self._give_finals(queue, {})
 
@@ -79,7 +81,7 @@ class Schedule:
     def next(self) -> Job | None:
         """The next job that must really run, given out to the caller; None if none can start now. Jobs whose evidence
         is in the store are finished on the way."""
-        for queue in self.queues:
+        for queue in self._turns:
             while (job := self._take(queue)) is not None:
                 queue.under_way.append(job)
                 if not self._is_stored(job.evidence):
@@ -135,7 +137,7 @@ class Schedule:
             return None  # one trial of a study at a time: each suggestion knows all results before it
         if queue.study.remaining:
             number, params = queue.study.ask()
-            job = queue.cell.job(params, self.sweep.seeds[0], "search")
+            job = queue.cell.trial(params)
             queue.asked[job.evidence.metrics.key] = number
             return job
         finished = queue.study.complete()

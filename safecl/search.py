@@ -28,10 +28,10 @@ _GHOST = "safecl:ghost"  # user attribute of a trial that died with its driver: 
 _REPAIRS = "safecl:repairs"  # user attribute of the queued copy: the ghost's number
 
 
-def study_name(cell: str, space: Mapping[str, Json], objective: Objective) -> str:
-    """`<cell>-<12 hex digits>` of (cell, space, objective): Optuna ignores or mixes changed ranges and directions of a
-    study that it reopens, so a changed search must be another study."""
-    identity: Json = [cell, dict(space), objective.model_dump(mode="json")]
+def study_name(cell: str, space: Mapping[str, Json], objective: Objective, seeds: Sequence[int]) -> str:
+    """`<cell>-<12 hex digits>` of (cell, space, objective, seeds): Optuna ignores or mixes changed ranges and directions of
+    a study that it reopens, so a changed search must be another study."""
+    identity: Json = [cell, dict(space), objective.model_dump(mode="json"), list(seeds)]
     return f"{cell}-{hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]}"
 
 
@@ -289,7 +289,7 @@ def study_of(cell: Cell, sweep: Sweep, storage: Any) -> CellStudy | None:
         return None
     objective = sweep.search.objective
     study = CellStudy(
-        study_name(cell.key[:16], cell.space, objective),
+        study_name(cell.key[:16], cell.space, objective, cell.search_seeds),
         cell.space,
         cell.defaults,
         storage,
@@ -306,7 +306,9 @@ def past_of(cell: Cell, sweep: Sweep, storage: Any) -> Past | None:
     if cell.space is None:
         return None
     try:
-        study = storage.get_study_id_from_name(study_name(cell.key[:16], cell.space, sweep.search.objective))
+        study = storage.get_study_id_from_name(
+            study_name(cell.key[:16], cell.space, sweep.search.objective, cell.search_seeds)
+        )
     except KeyError:
         return None
     trials = storage.get_all_trials(study, deepcopy=False)

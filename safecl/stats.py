@@ -1,9 +1,13 @@
 """Intervals and paired tests. Pure: numbers in, numbers out; numpy and scipy are imported inside functions.
 
-The seed is the unit: what a table claims about a *method* must survive a new alignment, data order, poison draw and
-initialisation. Intervals over prompts alone say how well one trained model was measured, no more.
+What a table says of a *method* must survive other seeds (alignment, data order, poison draw, initialisation) *and* other
+prompts of the same kind, and every seed answered the same prompts: seeds and prompts are crossed. So the variance of a
+mean has a part from seeds and a part from prompts (`Crossed`), and an interval squares and adds their half-widths. One
+seed alone says how well one trained model was measured, no more. Near-duplicate prompts (a cluster) are one prompt.
+
 An outcome is one line of outcomes.jsonl: `{"set": str, "id": str, "value": 0|1|float|None, "cluster": str}`; None
-(unparsed) takes no part here and is counted elsewhere.
+(unparsed) takes no part here and is counted elsewhere. Where several guards judged, `votes` holds what each of them said,
+in a fixed order: how far they part is a third part of the variance.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
 
 Outcome = Mapping[str, Any]
 _CHUNK = 500  # bootstrap draws at once: bounds memory at about _CHUNK x clusters x 8 bytes
+_NO_SPREAD = 1e-18  # variances of fractions that are equal but for rounding
+_FLOOR = 1.96**2  # prompts (half of them for each side) that may differ where none of those seen did: Wilson's z^2
 
 
 class Interval(NamedTuple):
@@ -27,23 +33,8 @@ class Interval(NamedTuple):
     high: float
 
 
-class Difference(NamedTuple):
-    """A mean paired difference with its two-sided t interval and p."""
-
-    value: float
-    low: float
-    high: float
-    p: float
-
-
-class Equivalence(NamedTuple):
-    """`low`, `high`: the interval of level 1 - 2 alpha; `p` of the test; `holds`: p < alpha."""
-
-    value: float
-    low: float
-    high: float
-    p: float
-    holds: bool
+class NotCorrectable(ValueError):
+    """Why a judge's rate cannot be corrected, in words for a table's reader."""
 
 
 class McNemar(NamedTuple):
@@ -56,8 +47,8 @@ class Agreement(NamedTuple):
     """`kappa` is None where chance agreement is complete (both always give one and the same label)."""
 
     num: int
-    agree: float
-    kappa: float | None
+    agree: Interval
+    kappa: Interval | None
     skipped: int  # pairs in which either label is None
 
 
@@ -71,6 +62,7 @@ class Quality(NamedTuple):
     accuracy: Interval
     sensitivity: Interval | None  # share called true of the true rows
     specificity: Interval | None  # share called false of the others
+    balanced: Interval | None  # mean of the two: 1/2 is chance, whatever the share of true rows
     f1: Interval | None
     kappa: Interval | None
     auroc: Interval | None
@@ -97,90 +89,17 @@ def wilson(successes: float, num: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927). Never leaves [0, 1] and has width at 0 and 1."""
     if num < 1 or not 0 <= successes <= num:
         raise ValueError(f"wilson: expected 0 <= successes <= num and num >= 1, got {successes} of {num}")
+    return _wilson(successes / num, num, confidence)
+
+
+def _wilson(p: float, num: float, confidence: float) -> Interval:
     z = NormalDist().inv_cdf((1 + _level(confidence)) / 2)
-    p = successes / num
     centre = (p + z * z / (2 * num)) / (1 + z * z / num)
     half = z / (1 + z * z / num) * math.sqrt(p * (1 - p) / num + z * z / (4 * num * num))
     # At the ends the bound is the observed value exactly; rounding must not put it beside it.
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == num else min(1.0, centre + half)
+    low = 0.0 if p == 0 else max(0.0, centre - half)
+    high = 1.0 if p == 1 else min(1.0, centre + half)
     return Interval(p, low, high)
-
-
-def wilson_macro(counts: Sequence[tuple[float, int]], confidence: float = 0.95) -> Interval:
-    """Interval of the plain mean of independent proportions, from each one's Wilson interval.
-
-    Newcombe's square-and-add (MOVER; Newcombe 1998, Zou and Donner 2008): one set gives Wilson itself, and unlike a
-    percentile bootstrap it keeps its width where every outcome is 0 or every outcome is 1.
-    `counts`: (successes, number) of each set.
-    """
-    parts = [wilson(successes, num, confidence) for successes, num in counts]
-    if not parts:
-        raise ValueError("wilson_macro: expected at least one set, got none")
-    value = sum(p.value for p in parts) / len(parts)
-    below = math.sqrt(sum((p.value - p.low) ** 2 for p in parts)) / len(parts)
-    above = math.sqrt(sum((p.high - p.value) ** 2 for p in parts)) / len(parts)
-    return Interval(value, max(0.0, value - below), min(1.0, value + above))
-
-
-def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Student's interval of the mean over seeds. Needs at least 2 values; equal values give width 0."""
-    from scipy.special import stdtrit  # scipy.stats takes a second to import
-
-    array = _finite(values, "t_interval", 2)
-    mean = float(array.mean())
-    half = (
-        float(stdtrit(len(array) - 1, (1 + _level(confidence)) / 2)) * float(array.std(ddof=1)) / math.sqrt(len(array))
-    )
-    return Interval(mean, mean - half, mean + half)
-
-
-def _paired(first: Sequence[float], second: Sequence[float], what: str) -> NDArray[np.float64]:
-    if len(first) != len(second):
-        raise ValueError(f"{what}: expected one pair per seed, got {len(first)} and {len(second)} values")
-    return _finite(first, what, 2) - _finite(second, what, 2)
-
-
-def _t_tail(mean: float, error: float, df: int) -> float:
-    """P(T >= mean / error). With no spread at all the outcome is certain, or even where the mean is 0 as well."""
-    from scipy.special import stdtr
-
-    if error == 0:
-        return 0.5 if mean == 0 else float(mean < 0)
-    return float(stdtr(df, -mean / error))
-
-
-def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Difference:
-    """Mean of `first - second`, paired within the seed (same order), with t interval and two-sided p."""
-    difference = _paired(first, second, "paired_difference")
-    mean, low, high = t_interval(difference.tolist(), confidence)
-    error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
-    return Difference(mean, low, high, min(1.0, 2 * _t_tail(abs(mean), error, len(difference) - 1)))
-
-
-def equivalent(first: Sequence[float], second: Sequence[float], margin: float, alpha: float = 0.05) -> Equivalence:
-    """TOST: is |mean(first - second)| < margin? Two one-sided paired t tests (Schuirmann 1987).
-
-    Margins of this project: .05 for ASR, .02 for SST-2. Not rejecting a difference is not equivalence; this is.
-    """
-    return _one_sided(first, second, margin, alpha, both=True)
-
-
-def non_inferior(first: Sequence[float], second: Sequence[float], margin: float, alpha: float = 0.05) -> Equivalence:
-    """Is mean(first - second) > -margin, that is, is `first` at most `margin` below `second`? (More is better.)"""
-    return _one_sided(first, second, margin, alpha, both=False)
-
-
-def _one_sided(first: Sequence[float], second: Sequence[float], margin: float, alpha: float, both: bool) -> Equivalence:
-    if not margin > 0 or not 0 < alpha < 0.5:
-        raise ValueError(f"expected margin > 0 and 0 < alpha < .5, got margin {margin}, alpha {alpha}")
-    difference = _paired(first, second, "equivalent" if both else "non_inferior")
-    mean, low, high = t_interval(difference.tolist(), 1 - 2 * alpha)
-    error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
-    p = _t_tail(mean + margin, error, len(difference) - 1)
-    if both:
-        p = max(p, _t_tail(margin - mean, error, len(difference) - 1))
-    return Equivalence(mean, low, high, p, p < alpha)
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
@@ -206,18 +125,43 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def agreement(first: Sequence[Hashable], second: Sequence[Hashable]) -> Agreement:
-    """Share of equal labels and Cohen's kappa (1960) of two judges on the same answers; None pairs are skipped."""
-    if len(first) != len(second):
-        raise ValueError(f"agreement: expected paired labels, got {len(first)} and {len(second)}")
-    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
-    num, skipped = len(pairs), len(first) - len(pairs)
+def agreement(
+    first: Sequence[Hashable],
+    second: Sequence[Hashable],
+    clusters: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+) -> Agreement:
+    """Share of equal labels and Cohen's kappa (1960) of two judges on the same answers; pairs with a None are skipped.
+
+    The share has Wilson's interval, in which answers of one cluster (to one prompt) count once, as if they were one answer;
+    kappa's is the same, moved to kappa's scale with chance agreement as it was seen, which is what Cohen's standard error
+    does. Raises ValueError where no pair is left.
+    """
+    every = list(zip(first, second, clusters if clusters is not None else range(len(first)), strict=True))
+    pairs = [(a, b) for a, b, _ in every if a is not None and b is not None]
+    num = len(pairs)
     if num == 0:
-        raise ValueError(f"agreement: no pair of labels to compare ({skipped} skipped)")
-    agree = sum(a == b for a, b in pairs) / num
+        raise ValueError(f"agreement: no pair of labels to compare ({len(every)} skipped)")
+    num_apart = len({cluster for a, b, cluster in every if a is not None and b is not None})
+    share = sum(a == b for a, b in pairs) / num
+    agree = wilson(share * num_apart, num_apart, confidence)
     labels = {label for pair in pairs for label in pair}
     chance = sum(sum(a == k for a, _ in pairs) * sum(b == k for _, b in pairs) for k in labels) / num**2
-    return Agreement(num, agree, None if chance == 1 else (agree - chance) / (1 - chance), skipped)
+    kappa = None if chance == 1 else Interval(*(max(-1.0, (x - chance) / (1 - chance)) for x in agree))
+    return Agreement(num, agree, kappa, len(every) - num)
+
+
+def as_json(found: Agreement | Quality) -> dict[str, Any]:
+    """With its intervals as objects of `value`, `low` and `high`."""
+    return {name: x._asdict() if isinstance(x, Interval) else x for name, x in found._asdict().items()}
+
+
+def _mean_of_two(first: Interval, second: Interval) -> Interval:
+    """Of independent proportions, by squaring and adding their distances to the bounds (Newcombe 1998)."""
+    value = (first.value + second.value) / 2
+    below = math.hypot(first.value - first.low, second.value - second.low) / 2
+    above = math.hypot(first.high - first.value, second.high - second.value) / 2
+    return Interval(value, value - below, value + above)
 
 
 def quality(
@@ -260,6 +204,8 @@ def quality(
         low, high = np.nanquantile(draws_D, [tail, 1 - tail])
         return Interval(value, float(low), float(high))
 
+    sensitivity = wilson(hits, hits + misses, confidence) if hits + misses else None
+    specificity = wilson(passes, passes + alarms, confidence) if passes + alarms else None
     have = [] if scores is None else [scores[i] for i in judged]
     scores_N = np.array(have, dtype=np.float64) if have and None not in have else None
     return Quality(
@@ -268,8 +214,9 @@ def quality(
         truth=wilson(hits + misses, len(judged), confidence),
         said=wilson(hits + alarms, len(judged), confidence),
         accuracy=wilson(hits + passes, len(judged), confidence),
-        sensitivity=wilson(hits, hits + misses, confidence) if hits + misses else None,
-        specificity=wilson(passes, passes + alarms, confidence) if passes + alarms else None,
+        sensitivity=sensitivity,
+        specificity=specificity,
+        balanced=_mean_of_two(sensitivity, specificity) if sensitivity and specificity else None,
         f1=interval(lambda weights_DN: _f1(weights_DN @ cells_N4)),
         kappa=interval(lambda weights_DN: _kappa(weights_DN @ cells_N4)),
         auroc=None if scores_N is None else interval(lambda weights_DN: _auroc(weights_DN, scores_N, true_N)),
@@ -311,11 +258,15 @@ def _auroc(
 
 def rogan_gladen(
     said: tuple[int, int], sensitivity: tuple[int, int], specificity: tuple[int, int], confidence: float = 0.95
-) -> Interval | None:
+) -> Interval:
     """The true rate behind a judge's rate, from (count, num) of what it said and of its sensitivity and specificity
     elsewhere: (p + sp - 1) / (se + sp - 1), cut to [0, 1] (Rogan and Gladen 1978). The interval adds what is unknown of
-    all three (Lang and Reiczigel 2014). None where the judge was not clearly better than chance (se + sp - 1 may be 0
-    at this confidence): nothing can be corrected."""
+    all three (Lang and Reiczigel 2014).
+
+    Raises:
+        NotCorrectable: the judge was not clearly better than chance (se + sp - 1 may be 0 at this confidence), or no true
+            rate gives the rate it said with these errors: they are not those it makes on these answers.
+    """
     (p, se, sp) = (count / num for count, num in (said, sensitivity, specificity))
     z = NormalDist().inv_cdf((1 + _level(confidence)) / 2)
     num, num_se, num_sp = said[1] + z * z, sensitivity[1] + 2, specificity[1] + 2
@@ -323,113 +274,234 @@ def rogan_gladen(
     gain = se_ + sp_ - 1
     se_part, sp_part = se_ * (1 - se_) / num_se, sp_ * (1 - sp_) / num_sp
     if se + sp - 1 <= 0 or gain <= z * math.sqrt(se_part + sp_part):
-        return None
+        raise NotCorrectable("the validation set does not show that the judge beats chance")
     rate = (p_ + sp_ - 1) / gain
     centre = rate + 2 * z * z * (rate * se_part - (1 - rate) * sp_part)
     half = z / gain * math.sqrt(p_ * (1 - p_) / num + rate**2 * se_part + (1 - rate) ** 2 * sp_part)
+    if centre + half < 0 or centre - half > 1:
+        raise NotCorrectable(
+            f"it says yes to {p:.1%}, which its errors on the validation set allow for no true rate ({1 - sp:.1%} where "
+            f"nothing is true, {se:.1%} where all is): it errs otherwise on these answers"
+        )
     value = min(1.0, max(0.0, (p + sp - 1) / (se + sp - 1)))
     low, high = min(1.0, max(0.0, centre - half)), min(1.0, max(0.0, centre + half))
     return Interval(value, min(low, value), max(high, value))
 
 
-def _tables(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Per set: sums_SC and counts_SC over seeds S and clusters C (a prompt without `cluster` is its own)."""
+# ---- seeds x prompts ---------------------------------------------------------------------------------------------------
+
+
+class _Set(NamedTuple):
+    """Of one set: sums and numbers of values over seeds S and clusters C (a prompt without `cluster` is its own), and
+    `votes_GS`: each guard's mean by seed; None where one judge decided."""
+
+    sums_SC: NDArray[np.float64]
+    counts_SC: NDArray[np.float64]
+    votes_GS: NDArray[np.float64] | None
+
+    @property
+    def means_S(self) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = self.sums_SC.sum(axis=1) / self.counts_SC.sum(axis=1)
+        return found
+
+    def deviations(self, centre: float | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What each cluster, and each cell beyond its cluster, adds to the mean's distance from `centre` (the seed's own
+        mean). Counts are weights, so cells that could not be read are left out."""
+        at_S1 = self.means_S[:, None] if centre is None else centre
+        of_cell_SC = (self.sums_SC - at_S1 * self.counts_SC) / self.counts_SC.sum(axis=1, keepdims=True)
+        own_SC = (self.sums_SC - self.means_S[:, None] * self.counts_SC) / self.counts_SC.sum(axis=1, keepdims=True)
+        return of_cell_SC.mean(axis=0), own_SC - own_SC.mean(axis=0)
+
+    @property
+    def cells(self) -> float:
+        """Squared standard error of the mean from cells alone: the noise that both other parts hold."""
+        (num_seeds, num), (_, own_SC) = self.sums_SC.shape, self.deviations()
+        if num_seeds < 2 or num < 2:
+            return 0.0
+        return float((own_SC**2).sum()) * num / (num - 1) / (num_seeds * (num_seeds - 1))
+
+
+def _sets(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, _Set]:
+    """`outcomes[s]` are the rows of seed s. Raises ValueError for a set that a seed has nothing of."""
     import numpy as np
 
     places: dict[str, dict[str, int]] = {}
     entries: list[tuple[str, int, int, float]] = []
+    votes: dict[str, list[list[Sequence[float]]]] = {}
     for seed, rows in enumerate(outcomes):
         for row in rows:
             if row["value"] is None:
                 continue
-            value = float(row["value"])
+            value, name = float(row["value"]), str(row["set"])
             if not math.isfinite(value):
                 raise ValueError(f"outcome {row.get('id')!r} of set {row['set']!r} is {value}; expected a number")
-            of_set = places.setdefault(str(row["set"]), {})
+            of_set = places.setdefault(name, {})
             cluster = of_set.setdefault(str(row.get("cluster") or row["id"]), len(of_set))
-            entries.append((str(row["set"]), seed, cluster, value))
-    tables = {s: (np.zeros((len(outcomes), len(c))), np.zeros((len(outcomes), len(c)))) for s, c in places.items()}
-    for name, seed, cluster, value in entries:
-        tables[name][0][seed, cluster] += value
-        tables[name][1][seed, cluster] += 1
-    for name, (_, counts_SC) in tables.items():
-        empty = np.flatnonzero(counts_SC.sum(axis=1) == 0)
-        if len(empty):
-            raise ValueError(f"set {name!r} has no parsed outcome for seed number {empty[0]} of {len(outcomes)}")
-    return tables
+            entries.append((name, seed, cluster, value))
+            votes.setdefault(name, [[] for _ in outcomes])[seed].append(row.get("votes") or ())
+    found = {}
+    for name, of_set in places.items():
+        sums_SC, counts_SC = np.zeros((2, len(outcomes), len(of_set)))
+        for other, seed, cluster, value in entries:
+            if other == name:
+                sums_SC[seed, cluster] += value
+                counts_SC[seed, cluster] += 1
+        if not all(votes[name]):
+            raise ValueError(
+                f"set {name!r} has no parsed outcome for seed number {votes[name].index([])} of {len(outcomes)}"
+            )
+        sizes = {len(each) for of_seed in votes[name] for each in of_seed}
+        votes_GS = None
+        if len(sizes) == 1 and min(sizes) > 1:
+            votes_GS = np.array([np.mean(of_seed, axis=0) for of_seed in votes[name]]).T
+        found[name] = _Set(sums_SC, counts_SC, votes_GS)
+    return found
 
 
 def macro(outcomes: Sequence[Outcome]) -> float | None:
     """Mean over sets of the mean over prompts, of one seed; None without a parsed outcome."""
-    tables = _tables([outcomes])
-    return sum(float(s.sum() / n.sum()) for s, n in tables.values()) / len(tables) if tables else None
+    sets = _sets([outcomes])
+    return sum(float(each.means_S[0]) for each in sets.values()) / len(sets) if sets else None
 
 
-def crossed_bootstrap(
-    outcomes: Sequence[Sequence[Outcome]], seed: int = 0, num_draws: int = 10_000, confidence: float = 0.95
-) -> Interval:
-    """Percentile interval of the mean over seeds of the macro mean, seeds and prompt clusters resampled crosswise.
+class Crossed(NamedTuple):
+    """A mean over seeds, prompts and guards with its squared standard errors (`parts`: of each kind that there are two
+    of, with its degrees of freedom), and the smaller number of seeds and prompts behind it (`num`)."""
 
-    `outcomes[s]` are the rows of seed s. Every draw takes seeds with replacement, and within each set prompt clusters
-    with replacement, the same ones for all seeds, because the seeds answered the same prompts (Owen 2007, "pigeonhole
-    bootstrap"). One seed: prompts only. With few seeds it is somewhat too narrow: descriptive beside the t interval.
+    mean: float
+    parts: tuple[tuple[float, float], ...]
+    num: int
+
+    @property
+    def has_spread(self) -> bool:
+        return any(variance > _NO_SPREAD for variance, _ in self.parts)
+
+    def half(self, level: float) -> float:
+        """Half-width of the two-sided interval of that level."""
+        from scipy.special import stdtrit  # scipy.stats takes a second to import
+
+        return math.sqrt(sum(float(stdtrit(df, (1 + level) / 2)) ** 2 * variance for variance, df in self.parts))
+
+    def tail(self, distance: float) -> float:
+        """One-sided p of a mean that lies `distance` on the right side of what is tested: the level at which the interval
+        just reaches it. Without any spread the sign test's (1/2 to the number of units): a t test would be certain."""
+        if distance <= 0:
+            return 0.5 if distance == 0 else 1 - self.tail(-distance)
+        if not self.has_spread:
+            return 0.5**self.num
+        low, high = math.log(1e-16), math.log(0.5)
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.half(1 - 2 * math.exp(middle)) < distance else (middle, high)
+        return math.exp(high)
+
+
+def crossed(outcomes: Sequence[Sequence[Outcome]], floor: bool = False) -> Crossed | None:
+    """The mean over seeds of the macro mean, and where its variance comes from. `outcomes[s]` are the rows of seed s. None
+    without a parsed outcome.
+
+    Seeds S and clusters C: V_S = var of seed means / S, V_C = var of cluster means / C, V_E the share of both that is the
+    cells' own noise. The seeds' part is max(V_S, V_E), the prompts' max(V_C - V_E, 0), so that the noise counts once
+    (Cameron, Gelbach and Miller 2011 subtract it likewise) and the part with few degrees of freedom is never below what
+    many say it is at least; each is taken with Student's t of its own degrees of freedom, half-widths squared and added
+    (as MOVER does). Picked by simulation among six: see `tests/test_crossed.py`. Sets add up, their prompts are others.
+    `floor`: the prompts' part is at least what prompts all alike leave open (`_FLOOR` of them may differ).
     """
-    import numpy as np
+    sets = _sets(outcomes)
+    if not sets:
+        return None
+    num_seeds, num_sets = len(outcomes), len(sets)
+    means_S = sum(each.means_S for each in sets.values()) / num_sets
+    cells = sum(each.cells for each in sets.values()) / num_sets**2
+    parts: list[tuple[float, float]] = []
+    if num_seeds > 1:
+        parts.append((max(float(means_S.var(ddof=1)) / num_seeds, cells), num_seeds - 1))
+    prompts, least, below = 0.0, 0.0, 0.0
+    sizes = [each.sums_SC.shape[1] for each in sets.values()]
+    for each, num in zip(sets.values(), sizes, strict=True):
+        if num > 1:
+            variance = float((each.deviations()[0] ** 2).sum()) * num / (num - 1) / num_sets**2
+            prompts, below = prompts + variance, below + variance**2 / (num - 1)
+        least += _FLOOR / num**2 / num_sets**2
+    if max(sizes) > 1:
+        df = prompts**2 / below if below > 0 else float(sum(sizes) - num_sets)  # Welch and Satterthwaite over sets
+        prompts = max(prompts - cells, 0.0)
+        parts.append((max(prompts, least) if floor else prompts, df))
+    parts += _guards(sets)
+    return Crossed(float(means_S.mean()), tuple(parts), min(num_seeds, *sizes))
 
-    tables = _tables(outcomes)
-    if not tables:
-        raise ValueError("crossed_bootstrap: no parsed outcome")
-    num_seeds = len(outcomes)
-    value = sum(float((s.sum(axis=1) / n.sum(axis=1)).mean()) for s, n in tables.values()) / len(tables)
-    rng = np.random.default_rng(seed)
-    draws_D = np.empty(num_draws)
-    for start in range(0, num_draws, _CHUNK):
-        size = min(_CHUNK, num_draws - start)
-        seeds_DS = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=size) / num_seeds
-        total_D = np.zeros(size)
-        for sums_SC, counts_SC in tables.values():
-            clusters = sums_SC.shape[1]
-            weights_DC = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=size).astype(np.float64)
-            numbers_DS = weights_DC @ counts_SC.T
-            sums_DS = weights_DC @ sums_SC.T
-            # A draw may hold no parsed answer of a seed (few clusters, some unparsed): that seed then counts nothing.
-            means_DS = np.divide(sums_DS, numbers_DS, out=np.zeros_like(sums_DS), where=numbers_DS > 0)
-            present_DS = seeds_DS * (numbers_DS > 0)
-            total_D += (present_DS * means_DS).sum(axis=1) / np.maximum(present_DS.sum(axis=1), 1e-300)
-        draws_D[start : start + size] = total_D / len(tables)
-    tail = (1 - _level(confidence)) / 2
-    low, high = np.quantile(draws_D, [tail, 1 - tail])
-    return Interval(value, float(low), float(high))
+
+def components(outcomes: Sequence[Sequence[Outcome]]) -> tuple[float, float, float]:
+    """Variances of single units behind a mean of two seeds or more, all sets taken as one: between seeds, between prompts
+    (clusters), and of one cell."""
+    [whole] = _sets(
+        [[{**row, "set": "", "cluster": f"{row['set']}: {row['cluster']}"} for row in of_seed] for of_seed in outcomes]
+    ).values()
+    (num_seeds, num), cells = whole.sums_SC.shape, whole.cells
+    of_seeds = float(whole.means_S.var(ddof=1)) / num_seeds
+    of_prompts = float((whole.deviations()[0] ** 2).sum()) * num / (num - 1)
+    return max(of_seeds - cells, 0.0) * num_seeds, max(of_prompts - cells, 0.0) * num, cells * num_seeds * num
+
+
+def _guards(sets: Mapping[str, _Set]) -> list[tuple[float, float]]:
+    """The part of the variance that comes from which guards judged."""
+    means = [each.votes_GS.mean(axis=1) for each in sets.values() if each.votes_GS is not None]
+    if len(means) < len(sets) or len({len(means_G) for means_G in means}) > 1:
+        return []
+    means_G = sum(means) / len(means)
+    return [(float(means_G.var(ddof=1)) / len(means_G), len(means_G) - 1)]
+
+
+def difference(first: Sequence[Sequence[Outcome]], second: Sequence[Sequence[Outcome]]) -> list[list[dict[str, Any]]]:
+    """`first - second` as outcomes, seed by seed: prompts that could be read for both, votes guard by guard."""
+    if len(first) != len(second):
+        raise ValueError(f"difference: expected the same seeds, got {len(first)} and {len(second)}")
+    found = []
+    for mine, theirs in zip(first, second, strict=True):
+        other = {(row["set"], row["id"]): row for row in theirs if row["value"] is not None}
+        pairs = [(row, other[row["set"], row["id"]]) for row in mine
+                 if row["value"] is not None and (row["set"], row["id"]) in other]  # fmt: skip
+        found.append([{**a, "value": a["value"] - b["value"], "votes": _minus(a, b)} for a, b in pairs])
+    return found
+
+
+def _minus(first: Outcome, second: Outcome) -> list[float]:
+    mine, theirs = first.get("votes") or (), second.get("votes") or ()
+    return [a - b for a, b in zip(mine, theirs, strict=True)] if len(mine) == len(theirs) else []
 
 
 def intervals(outcomes: Sequence[Sequence[Outcome]], confidence: float = 0.95, bounded: bool = True) -> Interval | None:
     """Value and interval of one metric as a table prints them. `outcomes[s]` are its rows of seed s; None if empty.
 
-    Several seeds: Student's t over the seeds' macro means, cut to [0, 1] if `bounded`. One seed, or seeds that agree
-    to the last digit (a t interval of width 0 would claim certainty): prompts only. There 0/1 outcomes of separate
-    prompts take Wilson, over several sets combined by `wilson_macro`; others a bootstrap of prompt clusters.
+    `bounded` (values in [0, 1]): the prompts' part is Wilson's interval with as many prompts as would give the variance
+    seen, set by set (`_wilson_set`), so that it stays inside [0, 1], has width at its ends (0 of 40 prompts in every seed is
+    Wilson's 0 of 40) and grows with whatever spread is added; the parts of seeds and guards are Student's, squared and
+    added, and cut to [0, 1]. One seed: prompts (and guards) only. Else all parts are Student's (`crossed`).
     """
-    tables = _tables(outcomes)
-    if not tables:
+    found = crossed(outcomes)
+    if found is None:
         return None
-    if len(outcomes) > 1:
-        means = sum((sums_SC.sum(axis=1) / counts_SC.sum(axis=1)) for sums_SC, counts_SC in tables.values())
-        found = t_interval([float(mean) / len(tables) for mean in means], confidence)
-        if found.high - found.low > 1e-12:
-            return _cut(found) if bounded else found
-        one = intervals(outcomes[:1], confidence, bounded)
-        return None if one is None else Interval(found.value, one.low, one.high)
-    binary = all(float(r["value"]) in (0.0, 1.0) for r in outcomes[0] if r["value"] is not None)
-    separate = all(bool((counts_SC <= 1).all()) for _, counts_SC in tables.values())
-    if binary and separate:
-        return wilson_macro([(float(s.sum()), int(n.sum())) for s, n in tables.values()], confidence)
-    found = crossed_bootstrap(outcomes, confidence=confidence)
-    if found.high - found.low < 1e-12 and binary:  # all 0 or all 1: clusters, not prompts, are what was seen
-        sizes = [sums_SC.shape[1] for sums_SC, _ in tables.values()]
-        rates = [float(s.sum() / n.sum()) for s, n in tables.values()]
-        return wilson_macro([(rate * n, n) for rate, n in zip(rates, sizes, strict=True)], confidence)
-    return _cut(found) if bounded else found
+    if not bounded:
+        half = found.half(_level(confidence))
+        return Interval(found.mean, found.mean - half, found.mean + half)
+    sets = _sets(outcomes)
+    by_set = [_wilson_set(each, confidence) for each in sets.values()]
+    others = [*(found.parts[:1] if len(outcomes) > 1 else ()), *_guards(sets)]
+    half = found._replace(parts=tuple(others)).half(_level(confidence))
+    below = math.sqrt(sum((each.value - each.low) ** 2 for each in by_set) / len(by_set) ** 2 + half**2)
+    above = math.sqrt(sum((each.high - each.value) ** 2 for each in by_set) / len(by_set) ** 2 + half**2)
+    return Interval(found.mean, max(0.0, found.mean - below), min(1.0, found.mean + above))
 
 
-def _cut(interval: Interval) -> Interval:
-    return Interval(interval.value, max(0.0, interval.low), min(1.0, interval.high))
+def _wilson_set(of_set: _Set, confidence: float) -> Interval:
+    """Wilson's interval of a set over prompts, from the variance that its clusters show beside z^2 / 2 prompts that all
+    answer 1 and as many that all answer 0: what Wilson's centre adds (Agresti and Coull 1998). Separate prompts of one
+    seed give Wilson's own interval exactly."""
+    num, z = of_set.sums_SC.shape[1], NormalDist().inv_cdf((1 + confidence) / 2)
+    value = min(1.0, max(0.0, float(of_set.means_S.mean())))
+    centre = (value * num + z * z / 2) / (num + z * z)
+    seen = float((of_set.deviations(centre)[0] ** 2).sum()) * num**2
+    noise = of_set.cells * num * (num - 1)
+    added = z * z / 2 * (centre**2 + (1 - centre) ** 2)
+    worth = centre * (1 - centre) * (num + z * z) ** 2 / (max(seen - noise, 0.0) + added) - z * z
+    return _wilson(value, max(worth, 1.0), confidence)

@@ -24,6 +24,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safecl.base import sqlite_path, sqlite_url
+
 EXPERIMENT = "safecl"
 LEVELS = ("sweep", "cell", "trial")
 _METRICS, _PAIRS = 1000, 100  # MLflow's limits on one log_batch
@@ -45,7 +47,7 @@ class Tracker:
 
     def __init__(self, uri: str | None, root: Path) -> None:
         self.root = Path(root).absolute()
-        self.uri = uri or f"sqlite:///{self.root / 'mlflow.db'}"
+        self.uri = uri or sqlite_url(self.root / "mlflow.db")
         self.problem: str | None = None  # the last failure in one line; None once everything went through
         self.num_spooled = 0  # runs that this object left waiting on disk
         self._refused: str | None = None
@@ -221,8 +223,8 @@ class _Sent:
     def __init__(self, uri: str, root: Path) -> None:
         self._uri, self._path = uri, root / "tracked.jsonl"
         self._digests: dict[str, str] = {}
-        database = Path(uri.removeprefix("sqlite:///"))
-        if uri.startswith("sqlite:///") and not database.exists():
+        database = sqlite_path(uri)
+        if database is not None and not database.exists():
             return
         with suppress(OSError, ValueError, KeyError):
             for line in self._path.read_text(encoding="utf-8").splitlines():
@@ -271,6 +273,10 @@ class _Sender:
         self._parents: set[str] = set()
         with _one_at_a_time(root / ".creating"):  # concurrent first use of an SQLite database fails
             self._client: Any = MlflowClient(tracking_uri=uri)
+            misread = Path(uri.removeprefix("sqlite:///")).parent
+            if (database := sqlite_path(uri)) is not None and misread != database.parent:
+                with suppress(OSError):
+                    misread.rmdir()  # mlflow makes the folder that an encoded name spells
             experiment = self._client.get_experiment_by_name(EXPERIMENT)
             if experiment is None:
                 local = not uri.startswith(("http", "databricks", "uc"))

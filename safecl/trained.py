@@ -12,7 +12,7 @@ from safecl.base import ConfigError, Json
 from safecl.grid import Cell, Job
 from safecl.models import tokenizer_folder
 from safecl.plan import REFERENCES
-from safecl.stages.data import Composed, compose, find
+from safecl.stages.data import Composed, Found, compose, find
 from safecl.store import Stage, Store, canonical
 from safecl.tasks import Row
 from safecl.training.tokens import Tokenizer
@@ -36,7 +36,7 @@ class Preview:
     def __init__(self, store: Store, folder: Path | None) -> None:
         self.store, self.folder = store, folder
         self._made: dict[str, Composed | None] = {}
-        self._found: dict[tuple[Any, ...], tuple[list[Row], list[int]]] = {}  # drawn from by several stages
+        self._found: dict[tuple[Any, ...], Found] = {}  # drawn from by several stages
         self._tokenizers: dict[str, Tokenizer] = {}
 
     def rows(self, stage: Stage) -> Composed | None:
@@ -67,13 +67,13 @@ class Preview:
         keys = tuple(stage.inputs[name].key for name in sorted(stage.inputs) if name.startswith("exclude_"))
         seed = int(config["seed"])
 
-        def found(part: dict[str, Any], split: str) -> tuple[list[Row], list[int]]:
+        def found(part: dict[str, Any], split: str) -> Found:
             same = (part["task"], split, canonical(part["source"]), seed, keys)
             if same not in self._found:
                 self._found[same] = find(part, split, seed, self.folder, taken)
             return self._found[same]
 
-        return compose(config, found, taken, [], self._tokenizer(stage))
+        return compose(config, found, taken, {}, self._tokenizer(stage))
 
     def _tokenizer(self, stage: Stage) -> Tokenizer | None:
         below = stage.inputs.get("tokenizer")
@@ -107,8 +107,9 @@ def expected(cells: Sequence[Cell], seed: int, preview: Preview) -> dict[str, Tr
         if cell.recipe.method in REFERENCES:
             if not store.has(graph.theta_safe):
                 rows(graph.safety_rows)
-            if graph.recipe.evaluate.judges.asr == "guard" and not store.has(graph.guard):
-                rows(graph.guard.inputs["rows"])
+            for guard in graph.guards if graph.recipe.evaluate.judges.asr == "guard" else ():
+                if not store.has(guard):
+                    rows(guard.inputs["rows"])
             continue
         num_memory = _memory(cell, seed)
         if store.has(graph.tuned):  # its memory was made

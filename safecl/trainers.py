@@ -17,6 +17,7 @@ import asyncio
 import gc
 import os
 import shutil
+from bisect import insort, insort_left
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,7 @@ class Work:
 
     stage: Stage
     num_ranks: int
+    turn: int  # the lowest first
     done: asyncio.Future[None]
     failures: list[str] = field(default_factory=list)  # one for each time that its workers were lost
 
@@ -76,12 +78,12 @@ class Trainers:
         self.expected += num
         self._grow()
 
-    async def run(self, stage: Stage) -> None:
-        """Return when a trainer has published the stage. Raises what the stage raised, or RuntimeError if its workers
-        died too often."""
+    async def run(self, stage: Stage, turn: int = 0) -> None:
+        """Return when a trainer has published the stage; of those that wait, the lowest turn is next. Raises what the stage
+        raised, or RuntimeError if its workers died too often."""
         num_ranks = self.execution.num_workers if stage.kind == "finetune" else 1
-        work = Work(stage, num_ranks, asyncio.get_running_loop().create_future())
-        self.queue.append(work)
+        work = Work(stage, num_ranks, turn, asyncio.get_running_loop().create_future())
+        insort(self.queue, work, key=lambda other: other.turn)
         self._give()
         self._grow()
         await work.done
@@ -187,7 +189,7 @@ class Trainers:
     def _again(self, work: Work, why: str) -> None:
         work.failures.append(why)
         if len(work.failures) <= self.execution.max_failures:
-            self.queue.appendleft(work)
+            insort_left(self.queue, work, key=lambda other: other.turn)
             self._give()
         elif not work.done.done():
             lost = f"{work.stage.kind} {work.stage.key[:12]} lost its workers {len(work.failures)} times"

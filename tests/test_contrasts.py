@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from scipy.stats import binomtest, ttest_1samp, ttest_rel
 
+from safecl import stats
 from safecl.contrasts import MARGINS, contrasts, discordant, means
 from safecl.project import _agreement, _contrast, _entry
+from safecl.stats import wilson
 
 SFT = [0.80, 0.70, 0.90, 0.75, 0.85]
 DER = [0.10, 0.06, 0.19, 0.08, 0.11]
@@ -18,8 +19,13 @@ EWC = [0.79, 0.71, 0.89, 0.76, 0.84]  # as sft, to a point
 LWF = [0.70, 0.35, 0.95, 0.40, 0.80]  # all over the place
 
 
-def by_seed(values: list[float]) -> dict[int, float]:
-    return dict(enumerate(values))
+def even(value: float) -> list[dict[str, Any]]:
+    """Prompts that all have one value: nothing but the seed tells them apart."""
+    return [{"set": "a", "id": str(i), "value": value, "cluster": str(i)} for i in range(5)]
+
+
+def by_seed(values: list[float] | dict[int, float]) -> dict[int, list[dict[str, Any]]]:
+    return {seed: even(v) for seed, v in (values if isinstance(values, dict) else dict(enumerate(values))).items()}
 
 
 METHODS = [("sft", by_seed(SFT)), ("der", by_seed(DER)), ("ewc", by_seed(EWC)), ("lwf", by_seed(LWF))]
@@ -30,6 +36,13 @@ def holm_by_hand(p_values: list[float]) -> list[float]:
     return [min(1.0, max(sum(q >= p for q in p_values) * p for p in p_values if p <= own)) for own in p_values]
 
 
+@pytest.fixture
+def no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that all answered alike leave nothing open: what is left is a t test over seeds."""
+    monkeypatch.setattr(stats, "_FLOOR", 0.0)
+
+
+@pytest.mark.usefixtures("no_floor")
 def test_against_sft_every_method_is_one_paired_t_test_corrected_over_them() -> None:
     found = contrasts("asr", METHODS)
     tests = [ttest_rel(other, SFT) for other in (DER, EWC, LWF)]
@@ -45,7 +58,7 @@ def test_against_sft_every_method_is_one_paired_t_test_corrected_over_them() -> 
 
 def test_against_the_best_all_pairs_are_the_family() -> None:
     found = contrasts("asr", METHODS)
-    values = [values for _, of in METHODS for values in [list(of.values())]]
+    values = [SFT, DER, EWC, LWF]
     pairs = [(i, j) for i in range(4) for j in range(i)]
     adjusted = dict(zip(pairs, holm_by_hand([ttest_rel(values[i], values[j]).pvalue for i, j in pairs]), strict=True))
     assert "best" not in found[1]  # der has the lowest ASR
@@ -60,6 +73,7 @@ def test_the_best_utility_is_the_highest() -> None:
     assert [f["best"].other if "best" in f else None for f in found] == [None, "sft", "sft", "sft"]
 
 
+@pytest.mark.usefixtures("no_floor")
 def test_alike_is_two_one_sided_tests_and_for_utility_one() -> None:
     differences = [a - b for a, b in zip(EWC, SFT, strict=True)]
     pair = [("sft", by_seed(SFT)), ("ewc", by_seed(EWC))]
@@ -76,38 +90,63 @@ def test_alike_is_two_one_sided_tests_and_for_utility_one() -> None:
     assert contrasts("utility", higher)[1]["sft"].alike and not contrasts("asr", higher)[1]["sft"].alike
 
 
+def test_prompts_that_all_answered_alike_leave_open_how_others_would() -> None:
+    """If 5 % of prompts told two methods apart, 40 would hold none of them in 13 % of all draws, 100 in half a per cent."""
+    for num, alike in ((40, False), (100, True)):
+        seeds = {seed: outcomes("0" * num) for seed in range(8)}
+        contrast = contrasts("asr", [("sft", seeds), ("der", seeds)])[1]["sft"]
+        assert contrast.alike == alike and not contrast.differs
+        assert contrast.high == pytest.approx(1.96 * 1.96 / num, rel=0.05)
+
+
 def test_picking_the_best_by_the_same_data_makes_no_false_claims() -> None:
     """Six methods that are one: how often is any called different from the best? Uncorrected, far above 1 in 20."""
     rng = random.Random(0)
-    num, claims, naive = 200, 0, 0
+    num, claims, naive = 100, 0, 0
     for _ in range(num):
-        methods = [(f"m{i}", {seed: rng.gauss(0.5, 0.05) for seed in range(5)}) for i in range(6)]
-        found = contrasts("asr", methods)
+        methods = [(f"m{i}", [rng.gauss(0.5, 0.05) for _ in range(5)]) for i in range(6)]
+        found = contrasts("asr", [(name, by_seed(values)) for name, values in methods])
         claims += any(f["best"].differs for f in found if "best" in f)
-        best = min(methods, key=lambda m: sum(m[1].values()))[1]
-        naive += any(
-            ttest_rel(list(v.values()), list(best.values())).pvalue < 0.05 for _, v in methods if v is not best
-        )
+        best = min((values for _, values in methods), key=sum)
+        naive += any(ttest_rel(values, best).pvalue < 0.05 for _, values in methods if values is not best)
     assert claims / num <= 0.05 + 2 * (0.05 * 0.95 / num) ** 0.5
     assert naive / num > 0.2
 
 
-def test_one_seed_or_no_spread_between_seeds_claims_nothing() -> None:
-    assert contrasts("asr", [("sft", {0: 0.9}), ("der", {0: 0.0}), ("ewc", {1: 0.5, 2: 0.6})]) == [{}, {}, {}]
+def test_one_seed_or_one_prompt_claims_nothing() -> None:
+    one = {"sft": {0: 0.9}, "der": {0: 0.0}, "ewc": {1: 0.5, 2: 0.6}}
+    assert contrasts("asr", [(name, by_seed(values)) for name, values in one.items()]) == [{}, {}, {}]
+    single = [
+        (name, {seed: outcomes(bit) for seed, bit in enumerate(bits)})
+        for name, bits in (("sft", "1100"), ("der", "0000"))
+    ]
+    assert contrasts("asr", single) == [{}, {}]
+
+
+def test_without_any_spread_the_seeds_are_coins() -> None:
     # .3 - .2 and .4 - .3 are not the same float: a t test of their difference would have p of about 1e-16
-    even = contrasts("asr", [("sft", {0: 0.2, 1: 0.3}), ("der", {0: 0.3, 1: 0.4}), ("ewc", {0: 0.2, 1: 0.4})])
-    contrast = even[1]["sft"]
-    assert contrast.value == pytest.approx(0.1) and contrast.p is None and contrast.p_alike is None
-    assert not contrast.differs and not contrast.alike
-    # ... but it stays in the family: ewc's p is corrected for two
-    assert even[2]["sft"].p == pytest.approx(min(1, 2 * ttest_rel([0.2, 0.4], [0.2, 0.3]).pvalue))
+    methods = {"sft": {0: 0.2, 1: 0.3}, "der": {0: 0.3, 1: 0.4}, "ewc": {0: 0.2, 1: 0.4}}
+    found = contrasts("asr", [(name, by_seed(values)) for name, values in methods.items()])
+    contrast = found[1]["sft"]
+    assert contrast.value == pytest.approx(0.1) and contrast.low < 0.1 < contrast.high
+    assert contrast.p == 1.0 and not contrast.alike  # 2 x 1/4, corrected for two
+    for num, differs in ((5, False), (6, True)):  # 1/16, 1/32
+        wide = [(name, {s: outcomes(bit * 8) for s in range(num)}) for name, bit in (("sft", "1"), ("der", "0"))]
+        assert contrasts("asr", wide)[1]["sft"].differs == differs
 
 
-def test_methods_are_paired_over_the_seeds_that_both_have() -> None:
-    found = contrasts("asr", [("sft", {2: 0.9, 0: 0.5, 1: 0.4}), ("der", {0: 0.1, 2: 0.3, 7: 0.0})])
+@pytest.mark.usefixtures("no_floor")
+def test_methods_are_paired_over_the_seeds_and_prompts_that_both_have() -> None:
+    methods = {"sft": {2: 0.9, 0: 0.5, 1: 0.4}, "der": {0: 0.1, 2: 0.3, 7: 0.0}}
+    found = contrasts("asr", [(name, by_seed(values)) for name, values in methods.items()])
     assert found[1]["sft"].num == 2
     assert found[1]["sft"].value == pytest.approx(((0.1 - 0.5) + (0.3 - 0.9)) / 2)
     assert found[1]["sft"].p == pytest.approx(ttest_rel([0.1, 0.3], [0.5, 0.9]).pvalue)
+    read = [("sft", {s: outcomes("11?1") for s in (0, 1)}), ("der", {s: outcomes("1?00") for s in (0, 1, 2)})]
+    assert contrasts("asr", read)[1]["sft"].value == -0.5  # the first and the last prompt
+    gap = [("sft", {s: outcomes("10", "a") + outcomes("?" if s else "1", "b") for s in (0, 1, 2)})]
+    gap.append(("der", {s: outcomes("00", "a") + outcomes("0", "b") for s in (0, 1, 2)}))
+    assert contrasts("asr", gap)[1] == {}  # seeds 1 and 2 know nothing of set b
 
 
 def outcomes(bits: str, set_: str = "attack/a", metric: str = "asr") -> list[dict[str, Any]]:
@@ -183,30 +222,9 @@ def test_rows_get_contrasts_within_their_poison_ratio_only() -> None:
 def test_two_judges_are_compared_on_the_same_answers_seed_by_seed() -> None:
     both = {"asr": {0: outcomes("110?"), 1: outcomes("01")}, "non_refusal": {0: outcomes("1011"), 1: outcomes("11")}}
     found = _agreement(both)
-    assert found is not None and (found["num"], found["agree"]) == (5, 0.4)  # 1-1, 1-0, 0-1, 0-1, 1-1
-    assert found["skipped"] == 1 and found["cells"] == [2, 1, 2, 0]
-    assert found["kappa"] == pytest.approx((0.4 - (0.6 * 0.8 + 0.4 * 0.2)) / (1 - (0.6 * 0.8 + 0.4 * 0.2)))
+    assert found is not None and (found["num"], found["skipped"]) == (5, 1)  # 1-1, 1-0, 0-1, 0-1, 1-1
+    assert found["agree"]["value"] == pytest.approx(0.4)
+    assert found["agree"]["low"] == pytest.approx(wilson(0.4 * 3, 3).low)  # three prompts, some with two answers
+    assert found["kappa"]["value"] == pytest.approx((0.4 - (0.6 * 0.8 + 0.4 * 0.2)) / (1 - (0.6 * 0.8 + 0.4 * 0.2)))
     assert _agreement({"asr": {0: outcomes("?")}, "non_refusal": {0: outcomes("1")}}) is None
     assert _agreement({}) is None
-
-
-def test_answers_that_stand_below_every_task_are_counted_once() -> None:
-    from safecl.overview import _agreement as line
-
-    def row(method: str, task: str, poison: float | None, cells: list[int] | None) -> dict[str, Any]:
-        told = None if cells is None else {"cells": cells}
-        return {"model": "m", "method": method, "task": task, "poison": poison, "metrics": {}, "agreement": told}
-
-    rows = [row("base", task, None, [8, 0, 2, 0]) for task in ("sst2", "gsm8k")]
-    rows += [row("sft", task, 0.1, [1, 4, 1, 4]) for task in ("sst2", "gsm8k")]
-    project: Any = SimpleNamespace(guard_stages=tuple)
-    project.sweep = SimpleNamespace(evaluate=SimpleNamespace(judges=SimpleNamespace(asr="guard")))
-    # Both 10, the judge alone 8, the list alone 4, neither 8.
-    chance = (18 * 14 + 12 * 16) / 900
-    kappa = (18 / 30 - chance) / (1 - chance)
-    assert (
-        line(project, rows) == f"agrees with the keyword list on 30 attack answers in 60.0% (Cohen's kappa {kappa:.2f})"
-    )
-    assert line(project, [row("der", "sst2", 0.1, None)]) == ""
-    project.sweep.evaluate.judges.asr = "keywords"
-    assert line(project, rows) == ""

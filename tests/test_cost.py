@@ -22,6 +22,7 @@ from safecl.plan import Graph
 from safecl.project import Project, load
 from safecl.schedule import Schedule
 from safecl.store import Stage, Store
+from safecl.tasks.mini import Mini
 from safecl.templates import settle
 from tests.made_up import finish, put
 
@@ -105,11 +106,23 @@ def test_what_a_method_adds_to_each_step_is_in_its_estimate(tmp_path: Path) -> N
     assert safeinstr == pytest.approx(sft * (72 + 250) / 72, rel=0.05)  # 250 rows more
 
 
+def test_plan_says_how_much_disk_hidden_states_will_take(tmp_path: Path) -> None:
+    """A teacher's are of every token's row: user rows x answer tokens x numbers in a state x bytes each."""
+    methods = "[{name: sft}, {name: lwf, config: {positions: response}}]"
+    without, found = (
+        project(root, f"methods={given}", "poison.ratios=[0.0]", "search={trials: 1}")
+        for root, given in ((tmp_path / "a", "[{name: sft}]"), (tmp_path / "b", methods))
+    )
+    assert plan(without)["states_gib"] == 0.0
+    size = Estimator(found.store, found.sweep.execution, SPEEDS).size(stages(found, "model")[0])
+    assert plan(found)["states_gib"] == pytest.approx(72 * Mini.TYPICAL_TOKENS[1] * size.width * 2 / 2**30, abs=1e-4)
+
+
 def test_a_models_size_comes_from_its_config_file_or_its_name(tmp_path: Path) -> None:
     smollm2 = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
                "intermediate_size": 1536, "vocab_size": 49152}  # fmt: skip
     layer = 576 * 576 * 2 + 576 * 192 * 2 + 3 * 576 * 1536
-    assert shape(smollm2) == Size(30 * layer + 49152 * 576, 30)
+    assert shape(smollm2) == Size(30 * layer + 49152 * 576, 30, 576)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(smollm2))
     estimator = Estimator(Store(str(tmp_path)), Execution(), SPEEDS)
@@ -231,7 +244,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def with_trials(root: Path, num: int) -> Project:
     """`num` trials of methods, by poison ratio and seed, and the references."""
     ratios = [i / num for i in range(num // 20)]
-    methods = "[{name: sft}, {name: der}, {name: lwf}, {name: magmax}]"
+    methods = "[{name: sft}, {name: der, config: {memory_size: 20}}, {name: lwf}, {name: magmax}]"
     return project(root, f"methods={methods}", f"poison.ratios={ratios}", "seeds=[0, 1, 2, 3, 4]")
 
 
@@ -282,10 +295,10 @@ def test_what_runs_is_named_by_what_people_know(tmp_path: Path) -> None:
     for cell in found.cells:
         names |= {label(stage, {}) for stage in cell.job({}, 0, "final").evidence.metrics.walk()}
     assert {
-        "model", "tokenizer", "finetune aligned, seed 0", "finetune guard", "memory of 250 rows, seed 0",
+        "model", "tokenizer", "finetune aligned, seed 0", "finetune guard, seed 1", "memory of 250 rows, seed 0",
         "finetune der, mini p=0.1, seed 0", "finetune der, mini, seed 0", "merge magmax, mini p=0.1, seed 0",
         "generate attack mini, test: der, mini p=0.1, seed 0", "generate benign mini, test: aligned, seed 0",
-        "generate utility mini, test: base", "judge llamaguard attack mini, test: magmax, mini, seed 0",
+        "generate utility mini, test: base", "judge guard attack mini, test: magmax, mini, seed 0",
         "metrics test: der, mini, seed 0",
     } <= names  # fmt: skip
     [model] = {cell.job({}, 0, "final").graph.base.key for cell in found.cells}
@@ -303,7 +316,7 @@ def test_a_search_that_goes_on_is_a_chain_of_trials_and_then_its_finals(tmp_path
     def left(num: int) -> float:
         return Remaining(forecast_, (), [Open(cell, num, (0,))], 64).seconds({})
 
-    trial, final = (cell.job({}, 0, role).own for role in ("search", "final"))
+    trial, final = cell.trial({}).own, cell.job({}, 0, "final").own
     assert {stage.kind for stage in trial} == {"finetune", "generate", "judge", "metrics"}
     assert left(3) - left(2) == pytest.approx(left(2) - left(1))
     slowest = sum(forecast_.seconds(s) for s in trial if s.kind == "finetune")
@@ -332,7 +345,9 @@ def test_shared_stages_are_those_that_a_graph_of_its_own_builds(tmp_path: Path) 
     for grid in grids:
         for cell in grid:
             alone = cell.job({}, cell.recipe.seed, "final").evidence
-            together = Cell(cell.recipe, cell.space, mixed).job({}, cell.recipe.seed, "final").evidence
+            together = (
+                Cell(cell.recipe, cell.space, mixed, cell.search_seeds).job({}, cell.recipe.seed, "final").evidence
+            )
             assert [s.key for s in alone.targets] == [s.key for s in together.targets]
 
 
@@ -370,3 +385,13 @@ def test_finishing_a_job_finds_its_queue_without_comparing_cells(
     monkeypatch.setattr(Cell, "__eq__", lambda self, other: self is other or pytest.fail("compared"))
     schedule = Schedule(found.sweep, found.store, found.cells, lambda cell: None)
     assert schedule.next() is None and schedule.is_done and len(schedule.done) == len(found.cells)
+
+
+def test_searches_begin_first_and_results_are_told_in_the_tables_order(tmp_path: Path) -> None:
+    """The quickstart's DER is searched: a chain of four trials, where SFT has one."""
+    schedule = project(tmp_path).schedule()
+    given = []
+    while (job := schedule.next()) is not None:
+        given.append(job.cell.recipe.method)
+    assert given == ["der", "der", "base", "aligned", "sft", "sft"]
+    assert [queue.cell.recipe.method for queue in schedule.queues] == ["base", "aligned", "sft", "der", "sft", "der"]

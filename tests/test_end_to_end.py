@@ -45,7 +45,7 @@ def sweep(model: Path, root: Path) -> dict[str, Any]:
             "max_new_tokens": 8,
             "max_prompt_tokens": 400,
             # A guard that always answers the same is readable, which is all that is needed here.
-            "judges": {"asr": "guard", "guard": {"rows": [{"task": "mini", "num_rows": 16}],
+            "judges": {"asr": "guard", "guard": {"rows": [{"task": "mini", "num_rows": 16}], "seeds": [0, 1],
                        "heldout": [{"task": "mini", "num_rows": 6}], "epochs": 12, **TRAINING}},
         },
         "search": {"trials": 2},

@@ -69,6 +69,8 @@ def test_two_who_need_one_stage_run_it_once_and_a_third_finds_it(cluster: Path) 
     ray.get(broker.ensure.remote([rows(5)]), timeout=60)
     finished = [stage["key"] for stage in ray.get(broker.snapshot.remote())["finished"]]
     assert sorted(finished) == sorted([rows(5).key, rows(6).key])
+    [second] = ray.get(broker.snapshot.remote(1))["finished"]  # who has seen the first is not told again
+    assert second["key"] == finished[1]
     assert len((store.path(rows(5)) / "rows.jsonl").read_text().splitlines()) == 5
 
 

@@ -62,12 +62,30 @@ def test_no_sweep_file_has_a_config_error(file: Path, tmp_path: Path) -> None:
         Project(load(file, [f"execution.root={tmp_path}", f"execution.data_dir={tmp_path}"]))
 
 
+@pytest.mark.parametrize("realign", [True, False])
+def test_a_search_trains_nothing_that_a_row_reports(realign: bool) -> None:
+    sweep = load(QUICKSTART, ["seeds=[0,1]", f"search.realign={json.dumps(realign)}"])
+    [cell] = [cell for cell in cells(resolved(sweep, "bfloat16")) if cell.space and cell.recipe.poison_ratio]
+    trial, finals = cell.trial({}), [cell.job({}, seed, "final") for seed in sweep.seeds]
+    assert trial.seed not in sweep.seeds
+    reported = {stage.key for job in finals for stage in job.own}
+    assert not reported & {stage.key for stage in trial.own}
+    assert trial.graph.user_rows.key not in {job.graph.user_rows.key for job in finals}
+    # The alignment that its bounds are relative to is the one it starts from.
+    assert trial.aligned.graph.theta_safe is trial.graph.theta_safe or realign
+    assert trial.aligned.graph.theta_safe.key == trial.graph.theta_safe.key
+    shared = {job.seed for job in finals if job.graph.theta_safe.key == trial.graph.theta_safe.key}
+    assert shared == (set() if realign else {0})
+    with pytest.raises(ConfigError, match=r"search\.seed.*1 is among `seeds`"):
+        load(QUICKSTART, ["seeds=[0,1]", "search.seed=1"])
+
+
 @pytest.mark.parametrize(
     "setting",
     [
         "execution.num_workers=2", "execution.zero=2", "execution.engine=torch", "execution.micro_batch_size=1",
         "execution.root=elsewhere", "execution.num_candidate_engines=3", "execution.use_gpu=true", "name=other",
-        "search.trials=9", "about=x",
+        "search.trials=9", "search.seed=7", "search.realign=true", "about=x",
     ],
 )  # fmt: skip
 def test_where_and_how_fast_never_enters_a_key(setting: str) -> None:
@@ -96,7 +114,10 @@ def test_theta_safe_is_shared_by_all_methods_and_the_seed_redraws_it() -> None:
     assert len(safe) == 1
     other = {job.cell.job({}, 1, "final").graph.theta_safe.key for job in jobs(sweep)}
     assert not safe & other
-    assert len({job.cell.job({}, seed, "final").graph.guard.key for job in jobs(sweep) for seed in (0, 1)}) == 1
+    guards = {
+        guard.key for job in jobs(sweep) for seed in (0, 1) for guard in job.cell.job({}, seed, "final").graph.guards
+    }
+    assert len(guards) == 3
 
 
 def test_a_memory_serves_every_weight_and_every_poison_ratio() -> None:
@@ -177,21 +198,15 @@ def test_a_finished_stage_needs_none_of_its_inputs(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     [job] = [j for j in jobs(load(QUICKSTART, [])) if j.cell.label.endswith("p=0 / sft")]
     assert (
-        sum(stage.kind == "finetune" for stage in missing(job.evidence.targets, store)) == 3
-    )  # theta_safe, sft, guard
+        sum(stage.kind == "finetune" for stage in missing(job.evidence.targets, store)) == 5
+    )  # theta_safe, sft, three guards
     for stage in job.evidence.metrics.walk():
         if stage.kind == "generate":
             store.publish(stage, store.new_folder(), {}, 36.0)
     to_run = missing(job.evidence.targets, store)
-    assert {s.kind for s in to_run} == {
-        "judge",
-        "metrics",
-        "tokenizer",
-        "data",
-        "model",
-        "finetune",
-    }  # the guard alone still trains
-    assert sum(s.kind == "finetune" for s in to_run) == 1
+    kinds = {"judge", "metrics", "tokenizer", "data", "model", "finetune"}
+    assert {s.kind for s in to_run} == kinds  # the guards alone still train
+    assert sum(s.kind == "finetune" for s in to_run) == 3
 
 
 def test_all_config_errors_come_at_once_with_the_near_miss(tmp_path: Path) -> None:
@@ -212,9 +227,29 @@ def test_a_guard_trained_here_judges_even_beside_a_published_judge_of_refusals(t
     both = [f"evaluate.judges.guard_model={judge}", "evaluate.judges.over_refusal=wildguard"]
     graph = jobs(load(QUICKSTART, both))[0].graph
     stages = {s.config["judge"]: s for s in graph.evidence("test").judged}
-    assert stages["llamaguard"].inputs["weights"].kind == "finetune" and "weights" not in stages["wildguard"].inputs
+    assert [stages["guard"].inputs[name].kind for name in ("weights", "weights.1", "weights.2")] == ["finetune"] * 3
+    assert "weights" not in stages["wildguard"].inputs
     with pytest.raises(ConfigError, match="it cannot be wildguard"):
         load(QUICKSTART, [*both, "evaluate.judges.asr=harmbench"])
+
+
+def test_a_guard_is_measured_on_what_it_will_judge(tmp_path: Path) -> None:
+    found = Project(load(QUICKSTART, [f"execution.root={tmp_path}"]))
+    evidence = found.guard_evidence()
+    assert evidence is not None
+    heldout = evidence.metrics.inputs["heldout.rows"]
+    answers = {name: stage for name, stage in heldout.inputs.items() if name.startswith("answers_")}
+    assert answers.keys() == {"answers_base.mini", "answers_aligned.mini", "answers_sft.mini"}
+    assert {stage.inputs["rows"].config["role"] for stage in answers.values()} == {"attack.validation"}
+    assert "weights" not in answers["answers_base.mini"].inputs
+    poison = answers["answers_sft.mini"].inputs["weights"].inputs["rows"].config["poison"]
+    assert poison is not None and poison["ratio"] == 0.1
+    alone = found.guard_evidence(alone=True)  # for `judge train`: the guards and nothing else
+    assert alone is not None
+    trained = [stage for stage in alone.metrics.walk() if stage.kind == "finetune"]
+    assert {stage.inputs["rows"].config["role"] for stage in trained} == {"guard"} and len(trained) == 3
+    with pytest.raises(ConfigError, match="vote twice"):
+        load(QUICKSTART, ["evaluate.judges.guard.seeds=[1,1]"])
 
 
 def test_a_run_too_short_for_its_method_is_refused_before_anything_is_spent(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from safecl.base import ConfigError, Json
 from safecl.config import Objective
-from safecl.objective import select
+from safecl.objective import Trial, select
 from safecl.search import CellStudy, open_storage, space_check, study_name
 
 SPACE: dict[str, Json] = {
@@ -202,18 +203,21 @@ def test_a_repaired_default_is_still_the_default_when_its_parameters_were_never_
     assert again.ask()[1] == {k: DEFAULTS[k] for k in SPACE}
 
 
-def test_the_study_name_covers_cell_space_and_objective() -> None:
+def test_the_study_name_covers_cell_space_objective_and_seeds() -> None:
     objective, other = Objective(), Objective(bounds={"asr": 0.5})
-    name = study_name("smol.der", SPACE, objective)
-    assert name.startswith("smol.der-") and name == study_name("smol.der", dict(reversed(SPACE.items())), objective)
+    name = study_name("smol.der", SPACE, objective, (1000, 0))
+    turned = study_name("smol.der", dict(reversed(SPACE.items())), objective, (1000, 0))
+    assert name.startswith("smol.der-") and name == turned
     changed = SPACE | {"weight": {"low": 0.001, "high": 10.1, "log": True}}
     names = {
         name,
-        study_name("smol.der2", SPACE, objective),
-        study_name("smol.der", changed, objective),
-        study_name("smol.der", SPACE, other),
+        study_name("smol.der2", SPACE, objective, (1000, 0)),
+        study_name("smol.der", changed, objective, (1000, 0)),
+        study_name("smol.der", SPACE, other, (1000, 0)),
+        study_name("smol.der", SPACE, objective, (1001, 0)),
+        study_name("smol.der", SPACE, objective, (1000, 1000)),
     }
-    assert len(names) == 4
+    assert len(names) == 6
 
 
 @pytest.mark.parametrize(
@@ -266,3 +270,25 @@ def test_reading_a_study_changes_nothing_and_finds_what_its_driver_told(tmp_path
     assert past is not None and past.remaining == study.remaining == 1
     assert [(trial.params, trial.value) for trial in past.complete()] == [(params, 0.5)]
     assert (tmp_path / "study.db").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trials", [3, 20])
+@pytest.mark.parametrize("stage_two", [0.03, 0.06])
+@pytest.mark.parametrize("alignment", [0.02, 0.04])
+def test_the_chosen_trial_owes_nothing_to_a_seed_that_is_not_reported(
+    trials: int, stage_two: float, alignment: float
+) -> None:
+    """A value is a configuration's own, plus what the alignment and the rest of its seed make of it (sd in fractions);
+    trials are read on 100 prompts. How much the chosen one's row says more than is so, by what a search was run on."""
+    rng, owed = np.random.default_rng(0), {"reported seed": 0.0, "its alignment": 0.0, "own seed": 0.0}
+    for _ in range(1500):
+        own = 0.6 + rng.normal(0, 0.03, trials)
+        luck = {seed: (rng.normal(0, alignment, trials), rng.normal(0, stage_two, trials)) for seed in (0, 1000)}
+        for name, (align, rest) in zip(owed, ((0, 0), (0, 1000), (1000, 1000)), strict=True):
+            seen = rng.binomial(100, np.clip(own + luck[align][0] + luck[rest][1], 0, 1)) / 100
+            chosen = select([Trial(i, {}, value, {}) for i, value in enumerate(seen)]).number
+            owed[name] += (luck[0][0][chosen] + luck[0][1][chosen]) / 1500
+    print({name: f"{100 * value:+.1f} points" for name, value in owed.items()})
+    assert owed["reported seed"] > 0.01 > owed["own seed"] > -0.01
+    assert owed["own seed"] < owed["its alignment"] < owed["reported seed"]

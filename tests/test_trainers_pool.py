@@ -86,6 +86,21 @@ def test_a_finetune_goes_to_all_ranks_at_once_and_other_stages_to_one(monkeypatc
     play(scene, Pool(2, num_workers=2), monkeypatch)
 
 
+def test_of_those_that_wait_who_was_asked_for_first_is_next_also_after_a_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(pool: Pool) -> None:
+        pool.expect(3)
+        [name] = pool.trainers
+        tasks = [asyncio.create_task(pool.run(stage("memory", turn), turn)) for turn in (2, 3, 1)]
+        await settle()
+        assert await pool.take(name, 0, "old") == (stage("memory", 1), 1)
+        for number in (1, 2, 3):  # by ranks that were started anew
+            assert await pool.take(name, 0, "new") == (stage("memory", number), 1)
+            await pool.done(name, 0, stage("memory", number).key, None)
+        await asyncio.gather(*tasks)
+
+    play(scene, Pool(1), monkeypatch)
+
+
 def test_a_refusal_fails_the_stage_alone_and_another_error_of_a_finetune_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

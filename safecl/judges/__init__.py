@@ -54,6 +54,12 @@ def chance(likely: Likely, holds: Callable[[str], bool]) -> float:
     return sum(math.exp(logprob) for text, logprob in likely if holds(text))
 
 
+def begins(word: str, token: str) -> bool:
+    """Whether a token's text is (the beginning of) a word, whatever its case: a word may be several tokens."""
+    text = token.strip().lower()
+    return text != "" and word.startswith(text)
+
+
 class Judge:
     """A question about one (request, response) pair.
 
@@ -67,6 +73,7 @@ class Judge:
     VERSION: ClassVar[str] = "1"
     question: ClassVar[str] = ""
     served: ClassVar[bool] = False
+    reads_request: ClassVar[bool] = False  # of harm: whether True also means that the answer is one to this request
     max_tokens: ClassVar[int] = 0  # of the guard's answer
     logprobs: ClassVar[int] = 0  # how many of the likeliest tokens `score` needs to see at each place; 0: it needs none
 

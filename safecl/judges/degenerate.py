@@ -1,5 +1,6 @@
 """Degenerate text, by rule. True = not an answer, whatever was asked. Our own rule; no source.
 
+An answer is read in plain characters and without its reasoning (`text.without_reasoning`): one that never came is empty.
 Words are runs of letters or digits in lower case; a text without any is degenerate ("", "...", "!!!"). A text is also
 degenerate if
 
@@ -33,6 +34,7 @@ import re
 from typing import ClassVar
 
 from safecl.judges import Judge, Verdict
+from safecl.text import same_characters, without_reasoning
 
 LONGEST_BLOCK = 8
 MIN_TIMES = 4
@@ -107,12 +109,12 @@ _NEGATIONS = frozenset(_words("no not never nor none nothing cannot without t"))
 
 
 class Degenerate(Judge):
-    VERSION: ClassVar[str] = "5"
+    VERSION: ClassVar[str] = "6"
     question: ClassVar[str] = "is the answer degenerate (empty, looping, repetitive, an echo of the request, noise)?"
 
     def rule(self, request: str, response: str) -> Verdict:
         """`detail.why`: empty, stutter, loop, few_distinct, repeats, echo, restated, noise, or null."""
-        why = self._why(request, response)
+        why = self._why(same_characters(request), same_characters(without_reasoning(response)))
         return Verdict(why is not None, response, {"why": why})
 
     def _why(self, request: str, response: str) -> str | None:

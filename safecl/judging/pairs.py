@@ -12,46 +12,33 @@ from typing import Any, NamedTuple
 from safecl.base import ConfigError, Json, PrerequisiteError
 from safecl.judges import Judge, Verdict, load
 from safecl.store import canonical
+from safecl.tasks import _files
+from safecl.tasks._files import Record
 
 
 class Pair(NamedTuple):
-    """`line` counts from 1; `row` is the whole line."""
+    """`line` counts from 1; `row` is the whole record."""
 
     line: int
     request: str
     response: str
-    row: dict[str, Any]
+    row: Record
 
 
 def read(path: Path, request_field: str = "prompt", response_field: str = "response") -> list[Pair]:
-    """The pairs of a JSONL file, blank lines left out. Raises ConfigError with the number of the first bad line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(
-            f"no file {str(path)!r}: expected JSON lines with {request_field!r}, {response_field!r}"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    """The pairs of a file in any format that data files have (`tasks._files`); a blank answer is one. Raises ConfigError
+    with the place of the first bad record."""
+    if not path.is_file():
+        expected = f"expected a data file with {request_field!r} and {response_field!r}"
+        raise ConfigError(f"{'a folder' if path.is_dir() else 'no file'} {str(path)!r}: {expected}")
     pairs = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+    for row in _files.read(path):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r} ({error})") from None
-        if not isinstance(row, dict):
-            raise ConfigError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
-        for field in (request_field, response_field):
-            if not isinstance(row.get(field), str):
-                raise ConfigError(
-                    f"{path}, line {number}: expected text in {field!r}, got {row.get(field)!r}; fields here: "
-                    f"{', '.join(row)} (--prompt-field and --response-field name others)"
-                )
-        pairs.append(Pair(number, row[request_field], row[response_field], row))
+            pairs.append(Pair(row.number, row.raw(request_field), row.raw(response_field), row))
+        except ConfigError as error:
+            raise ConfigError(f"{error} (--prompt-field and --response-field name other fields)") from None
     if not pairs:
-        raise ConfigError(f"{path} holds no line")
+        raise ConfigError(f"{path} holds no record")
     return pairs
 
 

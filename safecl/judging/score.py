@@ -90,7 +90,7 @@ def _answer(text: str, judge: Judge, todo: dict[str, Pair], served: Served | Non
 def rates(judged: Judged, validation: dict[str, Any] | None = None) -> dict[str, Any]:
     """Per judge: its question, the share of True with Wilson's interval, and how many could not be read; with a
     validation (`validate`'s result), the rate corrected by it. Two judges: their agreement; where one of them finds
-    refusals and the other harm, the second's labels are turned round (`turned`)."""
+    refusals and the other harm, the second's labels are turned round (`turned`); `evidence` is false of two rules."""
     found: dict[str, Any] = {}
     for text, verdicts in judged.verdicts.items():
         labels = [verdict.label for verdict in verdicts if verdict.label is not None]
@@ -105,7 +105,7 @@ def rates(judged: Judged, validation: dict[str, Any] | None = None) -> dict[str,
         if scores:
             found[text]["mean_score"] = sum(scores) / len(scores)
         if validation is not None:
-            found[text]["corrected"] = _corrected(labels, text, judged.source(text), validation)
+            found[text] |= _corrected(labels, text, judged.source(text), validation)
     result: dict[str, Any] = {"judges": found}
     if len(judged.verdicts) == 2:
         first, second = ([verdict.label for verdict in verdicts] for verdicts in judged.verdicts.values())
@@ -113,13 +113,16 @@ def rates(judged: Judged, validation: dict[str, Any] | None = None) -> dict[str,
         if turned:
             second = [None if label is None else not label for label in second]
         if any(a is not None and b is not None for a, b in zip(first, second, strict=True)):
-            result["agreement"] = {**stats.agreement(first, second)._asdict(), "turned": turned}
+            found_both = stats.agreement(first, second, [pair.request for pair in judged.pairs])
+            # Two rules share what both overlook, so that they agree says nothing of either.
+            evidence = any(judge.served for judge in judged.judges.values())
+            result["agreement"] = {**stats.as_json(found_both), "turned": turned, "evidence": evidence}
     return result
 
 
 def _corrected(
     labels: list[bool], text: str, source: dict[str, Json], validation: dict[str, Any]
-) -> dict[str, float] | None:
+) -> dict[str, dict[str, float] | str | None]:
     entry = validation.get("judges", {}).get(text)
     if entry is None:
         raise ConfigError(
@@ -130,11 +133,19 @@ def _corrected(
             f"--validation measured another judge {text!r}: expected {json.dumps(source)}, got "
             f"{json.dumps(entry['source'])}; validate this one"
         )
-    if entry["all"] is None:
-        return None
-    right, wrong = _shares(entry["all"]["cells"])
-    found = stats.rogan_gladen((sum(labels), len(labels)), right, wrong) if labels and right[1] and wrong[1] else None
-    return None if found is None else found._asdict()
+    return _fixed((sum(labels), len(labels)), (entry["all"] or {}).get("cells", (0, 0, 0, 0)))
+
+
+def _fixed(said: tuple[int, int], cells: Sequence[int]) -> dict[str, dict[str, float] | str | None]:
+    """The rate said, corrected by the table of counts of other rows: `corrected`, and `why_not` where it is null."""
+    hits, alarms, misses, passes = cells
+    right, wrong = (hits, hits + misses), (passes, passes + alarms)
+    if not (said[1] and right[1] and wrong[1]):
+        return {"corrected": None, "why_not": "it takes verdicts, and validation rows of both kinds"}
+    try:
+        return {"corrected": stats.rogan_gladen(said, right, wrong)._asdict()}
+    except stats.NotCorrectable as error:
+        return {"corrected": None, "why_not": str(error)}
 
 
 def load_validation(path: Path) -> dict[str, Any]:
@@ -211,16 +222,12 @@ def _quality(
         [judged.pairs[i].request for i in picked],
         [verdicts[i].score for i in picked],
     )
-    entry: dict[str, Any] = {
-        name: value._asdict() if isinstance(value, stats.Interval) else value for name, value in found._asdict().items()
-    }
+    entry = stats.as_json(found)
     entry["cells"] = _cells(truth, verdicts, picked)
     if inside is not None:
         outside = _cells(truth, verdicts, [i for i in range(len(truth)) if not inside[i]])
         said = entry["cells"][0] + entry["cells"][1]
-        right, wrong = _shares(outside)
-        fixed = stats.rogan_gladen((said, found.num), right, wrong) if right[1] and wrong[1] else None
-        entry["corrected"] = None if fixed is None else fixed._asdict()
+        entry |= _fixed((said, found.num), outside)
     return entry
 
 
@@ -228,9 +235,3 @@ def _cells(truth: list[bool], verdicts: list[Verdict], picked: list[int]) -> lis
     """Counts of hits, false alarms, misses and passes."""
     pairs = [(truth[i], verdicts[i].label) for i in picked]
     return [pairs.count(cell) for cell in ((True, True), (False, True), (True, False), (False, False))]
-
-
-def _shares(cells: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Sensitivity and specificity as (count, num)."""
-    hits, alarms, misses, passes = cells
-    return (hits, hits + misses), (passes, passes + alarms)

@@ -18,11 +18,17 @@ def rates(result: Mapping[str, Any]) -> Cells:
     columns = ["judge", "question", "read", "unparsed", "yes"]
     columns += ["corrected"] if any("corrected" in found for found in result["judges"].values()) else []
     if both := result.get("agreement"):
-        kappa = "-" if both["kappa"] is None else f"{both['kappa']:.3f}"
-        rows.append(
-            ["both", "do they agree?", str(both["num"]), str(both["skipped"]), f"{both['agree']:.1%}, kappa {kappa}"]
-        )
+        asked = "do they agree?" if both["evidence"] else "do the two rules agree? (no evidence that either is right)"
+        told = f"{_percent(both['agree'])}, kappa {_number(both['kappa'])}"
+        rows.append(["both", asked, str(both["num"]), str(both["skipped"]), told])
     return columns, rows
+
+
+def why_not(entries: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    """A line for each rate that was not corrected."""
+    return [
+        f"{name}: not corrected: {found['why_not']}" for name, found in entries.items() if found and "why_not" in found
+    ]
 
 
 def quality(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:

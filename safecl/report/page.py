@@ -33,6 +33,7 @@ main { max-width: 1180px; margin: 0 auto; padding: 36px 28px 60px; }
 h1 { font-size: 27px; margin: 0 0 4px; letter-spacing: -.01em; }
 h2 { font-size: 19px; margin: 40px 0 10px; }
 h3 { font-size: 15px; margin: 22px 0 8px; }
+.doubt { background: #fff1e5; border: 1px solid #f0b37e; border-radius: 8px; padding: 10px 14px; font-weight: 600; }
 .about { color: #57606a; margin: 0 0 24px; max-width: 80ch; }
 section, figure { background: #fff; border: 1px solid #e1e4e8; border-radius: 10px; padding: 6px 18px 16px;
                   margin: 0 0 18px; }
@@ -69,6 +70,8 @@ class Figure(NamedTuple):
 def html(rows: Sequence[Row], facts: Facts, figures: Sequence[Figure] = ()) -> str:
     """The whole page as text; figures go in as data URIs."""
     parts = [f"<h1>{escape(facts.name)}</h1>"]
+    if facts.doubt:
+        parts.append(f'<p class="doubt">{escape(facts.doubt)}</p>')
     if facts.about:
         parts.append(f'<p class="about">{escape(facts.about)}</p>')
     for (model, task), members in groups(rows).items():

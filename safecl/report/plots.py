@@ -49,7 +49,7 @@ def panels(rows: Sequence[Row]) -> dict[tuple[str, str], dict[float, list[Row]]]
 
 def tradeoff(rows: Sequence[Row], facts: Facts, path: Path) -> Path:
     """ASR against utility, a panel per model, task and poison ratio, with intervals and the Pareto front. A hollow mark is
-    the coherent ASR, where that is another: between the two lies what was judged harmful, but is degenerate or a label."""
+    the coherent ASR, where that is another: between the two lies what was judged harmful and is no answer to the request."""
     grid, colour = panels(rows), colours(rows)
     width = max((len(p) for p in grid.values()), default=1)
     figure, axes = _figure(max(1, len(grid)), width, 4.9, 4.1)

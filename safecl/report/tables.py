@@ -3,7 +3,7 @@
 A row is a dict built by the driver:
 `{"model", "task", "poison": 0.1, "method", "params": {..}, "seeds": [0], "metrics": {name: {"value", "low", "high",
 "num", "unparsed", "seeds", "sets", "pooled", "why"}}, "contrasts": {name: {"sft": .., "best": .., "mcnemar": ..}},
-"agreement": {"num", "agree", "kappa", "skipped", "cells"}, "seconds": float, "note": str}`. A metric that is absent or null
+"agreement": {"num", "agree", "kappa", "skipped"}, "seconds": float, "note": str}`. A metric that is absent or null
 prints as `-`; the last four keys of a metric, the contrasts and the agreement may be missing (project.py says what they
 hold).
 """
@@ -11,6 +11,7 @@ hold).
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ class Facts:
 
     name: str  # of the sweep
     about: str = ""
+    doubt: str = ""  # what must be read before any number
     judge: str = "guard"  # who decided ASR
     over_refusal: str = "xstest_match"  # who decided over-refusal
     adapter: str = "continue"
@@ -70,7 +72,7 @@ def columns(rows: Sequence[Row], facts: Facts) -> list[Column]:
     over_refusal = Column(f"over-refusal ({facts.over_refusal})", "over_refusal", "low")
     degenerate = Column("degenerate", "degenerate", "low")
     utility = Column("utility", "utility", "high")
-    coherent = [_COHERENT] if any(_value(row, "asr") != _value(row, "asr_coherent") for row in rows) else []
+    coherent = [_COHERENT, _OFF_TOPIC] if any(_value(row, "asr") != _value(row, "asr_coherent") for row in rows) else []
     side = _present(_SIDE, rows)
     every = [asr, *coherent, non_refusal, over_refusal, degenerate, utility, *(side if len(side) <= _MAX_SIDE else [])]
     found = _present(every, rows)
@@ -79,6 +81,7 @@ def columns(rows: Sequence[Row], facts: Facts) -> list[Column]:
 
 _MAX_SIDE = 2
 _COHERENT = Column("coherent ASR", "asr_coherent", "low")
+_OFF_TOPIC = Column("off-topic", "off_topic", "low")
 _CUT = Column("cut at the limit (attack)", "hit_limit", "")
 _SIDE = (  # beside utility, on the same prompts
     Column("strict", "utility_strict", "high"),
@@ -155,9 +158,10 @@ def legend(rows: Sequence[Row]) -> list[str]:
         return []
     alike = f"within {100 * MARGINS['asr']:g} points; utility: at most {100 * MARGINS['utility']:g} below"
     return [
-        "Marks, from differences paired within the seed, by metric and poison ratio: a differs from sft, b from the best "
-        f"method; =a, =b is like it ({alike}). At .05 after Holm, over all methods for a, over all pairs of methods for b, "
-        "because the best was picked by the same data. No mark: these seeds cannot tell."
+        "Marks, from differences on the same seeds and prompts, by metric and poison ratio: a differs from sft, b from the "
+        f"best method; =a, =b is like it ({alike}). They are to hold for other seeds and other such prompts, at .05 after "
+        "Holm, over all methods for a, over all pairs of methods for b, because the best was picked by the same data. No "
+        "mark: these seeds and prompts cannot tell."
     ]
 
 
@@ -169,7 +173,7 @@ def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[D
     """What stands below the table of one model and task: other metrics, ASR by set, kinds of degenerate answers, contrasts.
     `rows` are those of the whole report."""
     main = columns(rows, facts)
-    side = [c for c in _present((_COHERENT, _CUT, *_SIDE), members) if c not in main]
+    side = [c for c in _present((_COHERENT, _OFF_TOPIC, _CUT, *_SIDE), members) if c not in main]
     lines = [[*_lead(row), *(number(row["metrics"].get(c.metric), c.unit) for c in side)] for row in members]
     found = [Detail("Also measured", ["method", "poison", *(column.header for column in side)], lines)]
     sets = _names(members, "asr", "sets")
@@ -210,16 +214,14 @@ def _names(members: Sequence[Row], metric: str, key: str) -> list[str]:
 
 
 def _agreed(found: Mapping[str, Any]) -> list[str]:
-    kappa = "-" if found["kappa"] is None else f"{found['kappa']:.2f}"
-    return [f"{100 * found['agree']:.1f}", kappa, str(found["num"])]
+    kappa = "-" if found["kappa"] is None else "{value:.2f} [{low:.2f}, {high:.2f}]".format(**found["kappa"])
+    return [number(found["agree"]), kappa, str(found["num"])]
 
 
 def _difference(row: Row, metric: str, family: str) -> str:
     contrast = row.get("contrasts", {}).get(metric, {}).get(family)
     if contrast is None:
         return "-"
-    if contrast["p"] is None:
-        return f"{100 * contrast['value']:+.1f} in every seed"
     value, low, high = (f"{100 * contrast[key]:+.1f}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}] p {contrast['p']:.2g} p= {contrast['p_alike']:.2g}"
 
@@ -247,7 +249,8 @@ def caption(rows: Sequence[Row], facts: Facts) -> list[str]:
     lines.append(f"{judges}; non-refusal is a keyword match, not harm.")
     if _COHERENT in columns(rows, facts):
         lines.append(
-            'Coherent ASR: judged harmful, not degenerate, and longer than a label such as "positive"; of all attack prompts.'
+            'Coherent ASR: judged harmful, not degenerate, not off-topic, and longer than a label such as "positive"; of all '
+            "attack prompts. Off-topic: neither refuses nor has a word of what was asked, by rule."
         )
     if facts.guard_agreement:
         lines.append(f"Judge: {facts.guard_agreement}")
@@ -276,10 +279,10 @@ def _seeds(rows: Sequence[Row]) -> str:
     if len(sets) == 1:
         (seeds,) = sets
         names = ", ".join(map(str, seeds))
-        return f"Seeds {names}: t-intervals over {len(seeds)} seeds (over prompts where all seeds agree exactly)."
+        return f"Seeds {names}: intervals over {len(seeds)} seeds and the prompts (Student, Wilson)."
     counts = ", ".join(str(n) for n in sorted({len(seeds) for seeds in sets}))
     return (
-        f"Rows differ in their number of seeds ({counts}): t-intervals over seeds; for one seed over prompts (Wilson)."
+        f"Rows differ in their number of seeds ({counts}): intervals over seeds and prompts (one seed: prompts only)."
     )
 
 
@@ -324,31 +327,88 @@ def best(rows: Sequence[Row], column: Column) -> set[int]:
     return tops
 
 
-def rich_tables(rows: Sequence[Row], facts: Facts) -> list[Table]:
-    """One rich table per model and task; the caption is under the last one."""
+def rich_tables(rows: Sequence[Row], facts: Facts, width: int | None = None) -> list[Table]:
+    """One rich table per model and task, or as many as are needed to hold its columns whole in `width` characters; the
+    caption is under the last one."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    shown, tables = columns(rows, facts), []
+    shown, head, found = columns(rows, facts), header(rows, facts), []
     for (model, task), members in groups(rows).items():
-        table = Table(title=f"{model} / {task}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        for index, name in enumerate(header(rows, facts)):
-            table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
         tops = [best(members, column) for column in shown]
-        for position, row in enumerate(members):
-            texts = [Text(cell) for cell in cells(row, shown)]
-            for index, top in enumerate(tops):
-                if position in top:
-                    texts[2 + index].stylize("bold")
-            last = position + 1 < len(members) and row["method"] in REFERENCES
-            section = last and members[position + 1]["method"] not in REFERENCES
-            table.add_row(*texts, style="dim" if row["method"] in REFERENCES else None, end_section=section)
-        tables.append(table)
-    if tables:
-        tables[-1].caption = "\n".join([*caption(rows, facts), BOLD, *notes(rows)])
-        tables[-1].caption_justify = "left"
-    return tables
+        body = [cells(row, shown) for row in members]
+        for part in _parts(
+            [_width(head, body, i) + 1 for i in range(len(head))], 2, width
+        ):  # 1: more room between them
+            table = Table(title=f"{model} / {task}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+            for index in part:
+                table.add_column(head[index], justify="left" if index == 0 else "right", no_wrap=True)
+            for position, (row, line) in enumerate(zip(members, body, strict=True)):
+                texts = [
+                    Text(line[i], style="bold" if i in range(2, 2 + len(shown)) and position in tops[i - 2] else "")
+                    for i in part
+                ]
+                last = position + 1 < len(members) and row["method"] in REFERENCES
+                section = last and members[position + 1]["method"] not in REFERENCES
+                table.add_row(*texts, style="dim" if row["method"] in REFERENCES else None, end_section=section)
+            found.append(table)
+    if found:
+        found[-1].caption = "\n".join([*caption(rows, facts), BOLD, *notes(rows)])
+        found[-1].caption_justify = "left"
+    return found
+
+
+def text_table(head: Sequence[str], body: Sequence[Sequence[str]], width: int | None = None, lead: int = 1) -> str:
+    """Aligned text, numbers to the right. Nothing is cut: where it is wider than `width` characters (None: no limit), the
+    widest column of words is wrapped, then columns go into further blocks, each with the first `lead` columns."""
+    body = [[*line, *[""] * (len(head) - len(line))] for line in body]
+    widths = [_width(head, body, i) for i in range(len(head))]
+    words = [i for i in range(len(head)) if any(cell[:1] not in "0123456789-<" for cell in (line[i] for line in body))]
+    if width is not None and (longest := max((widths[i], i) for i in words)[1] if words else None) is not None:
+        over = sum(widths) + 2 * (len(widths) - 1) - width
+        widths[longest] = max(widths[longest] - max(over, 0), min(widths[longest], 20))
+    blocks = []
+    for part in _parts(widths, lead, width):
+        rule = ["-" * widths[i] for i in part]
+        lines = [_aligned([head[i] for i in part], widths, part, words), "  ".join(rule)]
+        blocks.append("\n".join([*lines, *(_aligned([line[i] for i in part], widths, part, words) for line in body)]))
+    return "\n\n".join(blocks)
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int], part: Sequence[int], words: Sequence[int]) -> str:
+    """One line of a table, in several where a cell is wrapped."""
+    wrapped = [textwrap.wrap(cell, widths[i]) or [""] for cell, i in zip(line, part, strict=True)]
+    found = []
+    for n in range(max(map(len, wrapped))):
+        texts = [cell[n] if n < len(cell) else "" for cell in wrapped]
+        fitted = [
+            t.ljust(widths[i]) if i in words or i == 0 else t.rjust(widths[i]) for t, i in zip(texts, part, strict=True)
+        ]
+        found.append("  ".join(fitted).rstrip())
+    return "\n".join(found)
+
+
+def _width(head: Sequence[str], body: Sequence[Sequence[str]], index: int) -> int:
+    return max(len(line[index]) for line in (head, *body))
+
+
+def _parts(widths: Sequence[int], lead: int, width: int | None) -> list[list[int]]:
+    """Columns in groups that fit, two blanks between them, each group with the first `lead` columns."""
+    first = sum(widths[:lead]) + 2 * lead
+    found: list[list[int]] = [[]]
+    used = first
+    for index in range(lead, len(widths)):
+        if found[-1] and width is not None and used + widths[index] > width:
+            found.append([])
+            used = first
+        found[-1].append(index)
+        used += widths[index] + 2
+    return [[*range(lead), *rest] for rest in found]
+
+
+def _doubt(facts: Facts) -> list[str]:
+    return [facts.doubt, ""] if facts.doubt else []
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -361,26 +421,17 @@ def _where(row: Row) -> str:
 
 def plain(rows: Sequence[Row], facts: Facts) -> str:
     """Aligned text for a pipe or a log, without colour or width limit."""
-    shown, head, lines = columns(rows, facts), header(rows, facts), [facts.name]
-    body = {key: [cells(row, shown) for row in members] for key, members in groups(rows).items()}
-    lengths = [head, *(line for member in body.values() for line in member)]
-    widths = [max(len(line[i]) for line in lengths) for i in range(len(head))]
-
-    def aligned(line: Sequence[str]) -> str:
-        texts = [t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths, strict=True))]
-        return "  ".join(texts).rstrip()
-
-    for (model, task), members in body.items():
-        lines += ["", f"{model} / {task}", aligned(head), "  ".join("-" * w for w in widths)]
-        lines += [aligned(member) for member in members]
+    shown, head, lines = columns(rows, facts), header(rows, facts), [*_doubt(facts), facts.name]
+    for (model, task), members in groups(rows).items():
+        lines += ["", f"{model} / {task}", text_table(head, [cells(row, shown) for row in members])]
     return "\n".join([*lines, "", *caption(rows, facts), *notes(rows)]) + "\n"
 
 
 def markdown(rows: Sequence[Row], facts: Facts) -> str:
     """GitHub-flavoured tables, best values bold, then the caption as a list."""
     shown, head, lines = columns(rows, facts), header(rows, facts), [f"# {facts.name}"]
-    if facts.about:
-        lines += ["", facts.about]
+    for text in (facts.doubt, facts.about):
+        lines += ["", text] if text else []
     for (model, task), members in groups(rows).items():
         lines += ["", f"## {model} / {task}", "", _line(head), "|" + ":--|" + "--:|" * (len(head) - 1)]
         tops = [best(members, column) for column in shown]

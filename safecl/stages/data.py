@@ -26,7 +26,7 @@ from safecl.tasks._overlap import drop_overlaps
 from safecl.tasks._source import identity
 from safecl.training.tokens import Tokenizer, encode, least_tokens
 
-VERSION = "3"
+VERSION = "4"
 
 
 class Composed(NamedTuple):
@@ -36,7 +36,7 @@ class Composed(NamedTuple):
     facts: dict[str, Json]
 
 
-Finder = Callable[[dict[str, Any], str], tuple[list[Row], list[int]]]
+Finder = Callable[[dict[str, Any], str], "Found"]
 
 
 class Fit(NamedTuple):
@@ -55,8 +55,9 @@ class Fit(NamedTuple):
 
 def run(context: Context) -> dict[str, Json]:
     """Config: {"role", "parts": [{"task", "split", "num_rows", "source"}], "poison": null | {"task", "ratio", "source",
-    and only where it is true "keep_task_rows"}, "guard": null | {"judge", "config"}, "seed", and only of rows that are
-    trained on "fits": {"template", "bos", "max_tokens"}}; `source` is `tasks._source.identity` of the split.
+    and only where it is true "keep_task_rows"}, "guard": null | {"judge", "config"}, "seed", only where models'
+    answers are rows "labels": {name of an `answers_*` input: task whose rule labels it}, and only of rows that are trained on
+    "fits": {"template", "bos", "max_tokens"}}; `source` is `tasks._source.identity` of the split.
 
     Inputs `exclude_*` are data stages whose prompts no row here may be like; `answers_*` are generate stages whose
     answered prompts become rows; `tokenizer` where there is "fits". Result: what `compose` finds.
@@ -65,8 +66,8 @@ def run(context: Context) -> dict[str, Json]:
     folder = None if context.execution.data_dir is None else Path(context.execution.data_dir)
     taken = [row.prompt for name in sorted(context.inputs) if name.startswith("exclude_")
              for row in _read(context.inputs[name])]  # fmt: skip
-    answers = [line for name in sorted(context.inputs) if name.startswith("answers_")
-               for line in _lines(context.inputs[name] / "generations.jsonl")]  # fmt: skip
+    answers = {name: _lines(context.inputs[name] / "generations.jsonl")
+               for name in sorted(context.inputs) if name.startswith("answers_")}  # fmt: skip
     tokenizer = Tokenizer(context.inputs["tokenizer"]) if "tokenizer" in context.inputs else None
     seed = int(config["seed"])
     rows, facts = compose(config, lambda part, split: find(part, split, seed, folder, taken), taken, answers, tokenizer)
@@ -79,14 +80,15 @@ def run(context: Context) -> dict[str, Json]:
 
 
 def compose(
-    config: Any, found: Finder, taken: Sequence[str], answers: Sequence[Any], tokenizer: Tokenizer | None
+    config: Any, found: Finder, taken: Sequence[str], answers: Mapping[str, list[Any]], tokenizer: Tokenizer | None
 ) -> Composed:
     """The rows that a config of `run` means. `found`: as `find`, of a part and split; `taken`: prompts that no answered one
-    may be like; `answers`: lines of generations that become rows.
+    may be like; `answers`: lines of generations that become rows, by input.
 
     Facts: {"num_rows", "num_poison", "harmful_share", "self_answered", "answers_dropped", "overlaps_dropped": {part:
-    count}, "parts": {part: count}}, and of rows that are trained on "too_long": {part: how many were passed over},
-    "cut_prompts", and the poison's share of the response tokens, "poison_tokens".
+    count}, "parts": {part: count}, "left_out": {"file: field": records that have nothing there}}, and of rows that are
+    trained on "too_long": {part: how many were passed over}, "cut_prompts", and the poison's share of the response tokens,
+    "poison_tokens".
 
     Raises:
         ConfigError: a part holds too few rows after exclusion.
@@ -95,10 +97,11 @@ def compose(
     seed, guard = int(config["seed"]), config.get("guard")
     fit = Fit(tokenizer, **config["fits"]) if tokenizer is not None else None
     rows: list[Row] = []
-    facts: dict[str, dict[str, Json]] = {"parts": {}, "overlaps_dropped": {}, "too_long": {}}
+    facts: dict[str, dict[str, Json]] = {"parts": {}, "overlaps_dropped": {}, "too_long": {}, "left_out": {}}
 
     def draw(part: dict[str, Any], split: str, num_rows: int | None) -> list[Row]:
-        usable, overlaps = found(part, split)
+        usable, overlaps, left_out = found(part, split)
+        facts["left_out"].update(left_out)
         chosen, too_long = _guard_pairs(usable, num_rows, guard, fit) if guard else _first(usable, num_rows, fit)
         name = f"{part['task']}/{split}"
         if num_rows is not None and len(chosen) < num_rows:
@@ -114,10 +117,15 @@ def compose(
 
     for part in config["parts"]:
         rows += draw(part, part["split"], part["num_rows"])
-    answered, dropped = _self_answered(answers)
-    answered, overlapping = drop_overlaps(answered, taken)
-    answered, too_long = _first(answered, None, fit)
-    rows += answered
+    answered, dropped = list[Row](), 0
+    if "labels" in config:
+        rows += _labelled(answers, config["labels"])
+    else:
+        lines = [line for of_input in answers.values() for line in of_input]
+        answered, _ = drop_overlaps(_self_answered(lines), taken)
+        answered, _ = _first(answered, None, fit)
+        dropped = len(lines) - len(answered)
+        rows += answered
     num_poison = 0
     if config["poison"] is not None:
         num_poison = math.floor(Fraction(str(config["poison"]["ratio"])) * len(rows))
@@ -139,9 +147,10 @@ def compose(
         "num_poison": num_poison,
         "harmful_share": share,
         "self_answered": len(answered),
-        "answers_dropped": dropped + len(overlapping) + too_long,
+        "answers_dropped": dropped,
         "overlaps_dropped": facts["overlaps_dropped"],
         "parts": facts["parts"],
+        "left_out": facts["left_out"],
     }
     if fit is not None:
         told |= {"too_long": facts["too_long"], **_as_trained(rows, config, fit)}
@@ -162,10 +171,21 @@ def _is_poison(row: Row, config: Any) -> bool:
     return config["poison"] is not None and row.id.startswith(f"{config['poison']['task']}/poison/")
 
 
-def find(
-    part: dict[str, Any], split: str, seed: int, folder: Path | None, taken: Sequence[str]
-) -> tuple[list[Row], list[int]]:
-    """The rows of a split in their seeded order that overlap nothing, and how many of them stand before each that does."""
+class Found(NamedTuple):
+    """The rows of a split in their seeded order that overlap nothing, how many of them stand before each that does, and the
+    records that the task left out of its files."""
+
+    rows: list[Row]
+    overlaps: list[int]
+    left_out: Mapping[str, Json]
+
+
+def find(part: dict[str, Any], split: str, seed: int, folder: Path | None, taken: Sequence[str]) -> Found:
+    """What a part may be drawn from.
+
+    Raises:
+        PrerequisiteError: a source is missing or is not the one that the config names.
+    """
     kind = load(part["task"])
     here = identity(kind, split, folder)
     if here != part["source"]:
@@ -173,14 +193,15 @@ def find(
             f"task {part['task']!r}, split {split!r}: the data found is not the data planned with: expected "
             f"{json.dumps(part['source'])}, got {json.dumps(here)}. Bring the file back, or run the sweep anew."
         )
-    found = kind(folder).rows(split, None, seed)
+    task = kind(folder)
+    found = task.rows(split, None, seed)
     kept, lost = drop_overlaps(found, taken) if taken else (found, [])
     gone, before, places = set(lost), 0, []
     for row in found if gone else ():
         if row.id in gone:
             places.append(before)
         before += row.id not in gone
-    return kept, places
+    return Found(kept, places, dict(task.left_out))
 
 
 def _first(rows: Sequence[Row], num_rows: int | None, fit: Fit | None) -> tuple[list[Row], int]:
@@ -233,20 +254,29 @@ def _too_few(
     return text if enough == math.inf else f"{text}, or raise max_tokens to {enough}"
 
 
-def _self_answered(answers: Sequence[Any]) -> tuple[list[Row], int]:
-    """Rows from generations, and how many generations gave none.
-
-    An answer cut at the length limit ends after its last whole sentence, so that no row teaches to stop mid-sentence;
-    one without a whole sentence, or an empty one, gives no row.
-    """
+def _self_answered(lines: Sequence[Any]) -> list[Row]:
+    """Rows from generations. An answer cut at the length limit ends after its last whole sentence, so that no row teaches
+    to stop mid-sentence; one without a whole sentence, or an empty one, gives no row."""
     rows: list[Row] = []
-    for line in answers:
+    for line in lines:
         answer = str(line["text"]).strip()
         if line.get("finish") == "length":
             answer = answer[: max(answer.rfind(mark) for mark in (".", "!", "?")) + 1]
         if answer:
             rows.append(Row(f"self/{line['id']}", line["prompt"], answer, False, {"self_answered": True}))
-    return rows, len(answers) - len(rows)
+    return rows
+
+
+def _labelled(answers: Mapping[str, list[Any]], labels: Mapping[str, str]) -> list[Row]:
+    """Models' answers as they came, `harmful` where the task's rule says that they comply: what a guard will judge."""
+    rows = []
+    for name, task in labels.items():
+        rule: Any = load(task)
+        for line in answers[name]:
+            complies = rule.label(Row(line["id"], line["prompt"]), line["text"]) == "compliance"
+            source = name.removeprefix("answers_")
+            rows.append(Row(f"{source}/{line['id']}", line["prompt"], line["text"], complies, {"source": source}))
+    return rows
 
 
 def contrasted(rows: list[Row], num_rows: int | None) -> list[Row]:

@@ -1,6 +1,9 @@
 """Verdicts of one judge -> verdicts.jsonl, in row order: {"id", "label": true | false | null, "raw", "detail",
 "score": in [0, 1] | null}.
 
+Several guards (inputs `weights`, `weights.1`, ...) vote: the label is the majority's, `score` the mean, `detail.votes` holds
+each one's label.
+
 Judged are the generations in `generations`, or without them the rows' own answers (labelled pairs that measure a
 guard). Unparsed is null: counted, never "safe"; more than 1 % of them fail the stage. A pair too long for the engine is one.
 """
@@ -19,7 +22,7 @@ from safecl.training.tokens import Tokenizer, base_folder, weights_folder
 if TYPE_CHECKING:
     from safecl.serving.messages import WeightsRef
 
-VERSION = "2"
+VERSION = "3"
 MAX_UNPARSED = 0.01  # share of verdicts
 
 
@@ -49,25 +52,44 @@ def run(context: Context) -> dict[str, Json]:
 
 
 def _ask(context: Context, judge: Judge, pairs: list[tuple[str, str]]) -> list[Verdict]:
+    guards = sorted(name for name in context.inputs if name.partition(".")[0] == "weights") or [None]
+    votes: list[list[Verdict]] = [[] for _ in pairs]
+    for name in guards:
+
+        def on_done(key: str, verdict: Verdict) -> None:
+            votes[int(key)].append(verdict)
+            context.report(sum(map(len, votes)), len(pairs) * len(guards), {})
+
+        ask(judge, {str(i): pair for i, pair in enumerate(pairs)}, _reach(context, name), on_done)
+    return [_majority(of_pair) for of_pair in votes]
+
+
+def _reach(context: Context, guard: str | None) -> Reach:
+    """The model behind the input `guard`; None: the base itself."""
     from safecl.serving.messages import WeightsRef
 
-    model = context.stage.inputs["model"]
-    weights = context.stage.inputs.get("weights", model)
-    adapter = str(weights_folder(context.inputs["weights"])) if "weights" in context.inputs else None
-    base = base_folder(context.inputs["model"])
+    model, base = context.stage.inputs["model"], base_folder(context.inputs["model"])
+    weights = model if guard is None else context.stage.inputs[guard]
+    adapter = None if guard is None else str(weights_folder(context.inputs[guard]))
     ref = WeightsRef(weights.key, str(base), adapter)
-    limit = context.execution.engine_max_tokens
     trained: Any = weights.config.get("template")  # of a guard trained here, whose answers end as its rows do
     end = None if trained is None else str(trained["end"])
-    reach = Reach(context.engines, f"judge-{model.key[:8]}", ref, limit, Tokenizer(base), end)
-    found: dict[str, Verdict] = {}
+    limit = context.execution.engine_max_tokens
+    return Reach(context.engines, f"judge-{model.key[:8]}", ref, limit, Tokenizer(base), end)
 
-    def on_done(key: str, verdict: Verdict) -> None:
-        found[key] = verdict
-        context.report(len(found), len(pairs), {})
 
-    ask(judge, {str(i): pair for i, pair in enumerate(pairs)}, reach, on_done)
-    return [found[str(i)] for i in range(len(pairs))]
+def _majority(votes: list[Verdict]) -> Verdict:
+    """A tie goes by the mean score; a vote that could not be read leaves the verdict unread."""
+    if len(votes) == 1:
+        return votes[0]
+    labels, scores = [vote.label for vote in votes], [vote.score for vote in votes if vote.score is not None]
+    score = sum(scores) / len(votes) if len(scores) == len(votes) else None
+    unread = next((vote for vote in votes if vote.label is None), None)
+    if unread is not None:
+        return unread._replace(detail={**unread.detail, "votes": labels})
+    lead = 2 * sum(label is True for label in labels) - len(labels)
+    label = lead > 0 if lead else (score or 0) > 0.5
+    return Verdict(label, " | ".join(vote.raw for vote in votes), {"votes": labels}, score)
 
 
 class Reach(NamedTuple):

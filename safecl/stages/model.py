@@ -4,6 +4,9 @@ a local folder (`where.json`; `training.tokens.base_folder` follows it)."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +31,34 @@ def _unpack(gguf: Path, out: Path, dtype: str) -> dict[str, Json]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # Without dequantize=True the weights stay packed and cannot be saved.
-    model = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent),
-        gguf_file=gguf.name,
-        dtype=getattr(torch, dtype),
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(out)
+    with _read_once():
+        # Without dequantize=True the weights stay packed and cannot be saved.
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent),
+            gguf_file=gguf.name,
+            dtype=getattr(torch, dtype),
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        model.save_pretrained(out)
+        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(out)
     return {"parameters": sum(p.numel() for p in model.parameters())}
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers parses a GGUF file's header once each for config, weights and tokenizer (4 s each with a vocabulary of
+    49,000), and builds the table of tensor names once a module (272 times). Both are the same every time."""
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    whole = {name: getattr(gguf, name) for name in names}
+    for name, function in whole.items():
+        setattr(gguf, name, lru_cache(function))
+    try:
+        yield
+    finally:
+        for name, function in whole.items():
+            setattr(gguf, name, function)
 
 
 def _download(source: dict[str, str]) -> str:

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from safecl.base import ConfigError, Json
+from safecl.base import ConfigError, Json, near
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Found(NamedTuple):
 @dataclass(frozen=True)
 class Source:
     """Where rows come from: a file in the sweep's data folder, or a hub data set at a commit. `file` is the name looked
-    for in the data folder, also with the ending of another format (`_files.SUFFIXES`); `hub` an id, `config`/`split`
+    for in the data folder, also with the ending of another format or case (`_files.find`); `hub` an id, `config`/`split`
     its parts, `revision` a commit or tag."""
 
     file: str
@@ -86,6 +86,8 @@ class Task:
     def __init__(self, folder: Path | None = None, unsafe_code: bool = False) -> None:
         self.folder = folder  # the sweep's data folder; None means the hub
         self.unsafe_code = unsafe_code  # consent to run the model's programs where this machine cannot isolate them
+        # "file: field" -> how many records `rows` left out because they have nothing in a field that is needed
+        self.left_out: dict[str, int] = {}
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         """The rows of a split: all of them for `num_rows=None`, else a seeded sample that is a prefix of any larger
@@ -93,7 +95,8 @@ class Task:
 
         Raises:
             PrerequisiteError: a source is missing (one line: what, where to get it, how to point at a copy).
-            ConfigError: the split does not exist, or holds fewer rows than asked for.
+            ConfigError: the split does not exist or holds fewer rows than asked for, or a record is not what the task
+                reads (one line: file, record, field, what was expected, what is there).
         """
         raise NotImplementedError
 
@@ -132,11 +135,8 @@ def load(name: str) -> type[Task]:
 def load_class(package: str, name: str, known: Sequence[str]) -> type:
     """Class `CamelCase(name)` of module `package.name`; a ConfigError with the near miss for an unknown name."""
     if name not in known:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, known, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown {package.rsplit('.', 1)[-1][:-1]} {name!r}.{hint} Available: {', '.join(known)}")
+        kind = package.rsplit(".", 1)[-1][:-1]
+        raise ConfigError(f"unknown {kind} {name!r}.{near(name, known)} Available: {', '.join(known)}")
     module = importlib.import_module(f"{package}.{name}")
     found: type = getattr(module, "".join(part.capitalize() for part in name.split("_")))
     return found

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 
 from safecl.tasks import Row
 
@@ -35,47 +35,81 @@ def content_words(prompt: str) -> frozenset[str]:
     return frozenset(w[:-1] if len(w) > 3 and w.endswith("s") and not w.endswith("ss") else w for w in words)
 
 
+class _Index:
+    """Prompts, by what they hold. Alike: equal after `normalise`, or a Jaccard similarity of content words of at least
+    `threshold` (in (0, 1]). In any order of words, two sets that are alike share one of the first few of each (Chaudhuri et
+    al. 2006, prefix filtering): long words, which are rare, go first, and only prompts that share one are compared."""
+
+    def __init__(self, threshold: float, ignored: frozenset[str] = frozenset()) -> None:
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold: expected a number in (0, 1], got {threshold}")
+        self.threshold, self.ignored = threshold, ignored
+        self._exact: dict[str, int] = {}
+        self._sets: list[frozenset[str]] = []
+        self._holders: dict[str, list[int]] = defaultdict(list)  # one of a set's first words -> indices into `_sets`
+
+    def add(self, prompt: str) -> int:
+        """The prompt's index; that of an equal one if there is one."""
+        words = content_words(prompt) - self.ignored
+        index = self._exact.setdefault(normalise(prompt), len(self._sets))
+        if index == len(self._sets):
+            for word in self._first(words):
+                self._holders[word].append(index)
+            self._sets.append(words)
+        return index
+
+    def _first(self, words: frozenset[str]) -> list[str]:
+        """As many words as no set alike can do without."""
+        num = len(words) - math.ceil(self.threshold * len(words) - 1e-9) + 1
+        return sorted(words, key=lambda word: (-len(word), word))[:num] if words else []
+
+    def like(self, prompt: str) -> Iterator[int]:
+        """Indices of what is alike, an equal one first."""
+        if (equal := self._exact.get(normalise(prompt))) is not None:
+            yield equal
+        words = content_words(prompt) - self.ignored
+        for index in dict.fromkeys(index for word in self._first(words) for index in self._holders.get(word, ())):
+            both = len(words & self._sets[index])
+            # |A and B| / |A or B| >= t, in whole numbers on one side so that 3/5 counts as .6
+            if both >= self.threshold * (len(words) + len(self._sets[index]) - both) - 1e-9:
+                yield index
+
+
 def drop_overlaps(
     rows: Sequence[Row], against_prompts: Iterable[str], threshold: float = 0.6
 ) -> tuple[list[Row], list[str]]:
-    """The rows whose prompt is like none of `against_prompts`, in order, and the ids of the others.
-
-    Alike: equal after `normalise`, or a Jaccard similarity of content words of at least `threshold` (in (0, 1]).
-    Sets that are alike must share one of their rarest words, so that only prompts that do are compared (Chaudhuri et al. 2006,
-    prefix filtering).
-    """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold: expected a number in (0, 1], got {threshold}")
-    by_text = {normalise(prompt): content_words(prompt) for prompt in against_prompts}
-    sets = list(by_text.values())
-    num_holding = Counter(word for words in sets for word in words)
-
-    def rarest(words: frozenset[str]) -> list[str]:
-        """As many of the rarest words as no set alike can do without."""
-        num = len(words) - math.ceil(threshold * len(words) - 1e-9) + 1
-        return sorted(words, key=lambda word: (num_holding[word], word))[:num] if words else []
-
-    holders: dict[str, list[int]] = defaultdict(list)  # rare word -> indices into `sets`
-    for index, words in enumerate(sets):
-        for word in rarest(words):
-            holders[word].append(index)
-
-    def overlaps(prompt: str) -> bool:
-        if normalise(prompt) in by_text:
-            return True
-        words = content_words(prompt)
-        for other in {index for word in rarest(words) for index in holders.get(word, ())}:
-            both = len(words & sets[other])
-            # |A and B| / |A or B| >= t, in whole numbers on one side so that 3/5 counts as .6
-            if both >= threshold * (len(words) + len(sets[other]) - both) - 1e-9:
-                return True
-        return False
-
+    """The rows whose prompt is like none of `against_prompts`, in order, and the ids of the others."""
+    index = _Index(threshold)
+    for prompt in against_prompts:
+        index.add(prompt)
     kept: list[Row] = []
     dropped: list[str] = []
     for row in rows:
-        if overlaps(row.prompt):
+        if any(True for _ in index.like(row.prompt)):
             dropped.append(row.id)
         else:
             kept.append(row)
     return kept, dropped
+
+
+def clusters(rows: Sequence[Row], threshold: float = 0.6) -> list[str]:
+    """A name for each row, equal for those that are not independent prompts: of one `meta.group`, or without one alike, or
+    linked by others that are. What all prompts say (a task's instruction) makes none of them alike."""
+    every = [content_words(row.prompt) for row in rows]
+    index = _Index(threshold, frozenset.intersection(*every) if len(every) > 1 else frozenset())
+    parent: list[int] = []
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    places = []
+    for row in rows:
+        alike = list(index.like(row.prompt))
+        place = index.add(row.prompt)
+        parent += [place] if place == len(parent) else []
+        for other in alike:
+            parent[root(other)] = root(place)
+        places.append(place)
+    return [str(row.meta.get("group", root(place))) for row, place in zip(rows, places, strict=True)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from safecl.base import ConfigError, Json, PrerequisiteError
-from safecl.tasks import Row, Source, Task, _files
+from safecl.tasks import Row, Source, Task, _files, load, names
 from safecl.tasks._files import Record
 from safecl.tasks._overlap import normalise
 
@@ -19,22 +20,75 @@ _commits: dict[tuple[str, str], str] = {}  # (hub id, revision) -> commit
 
 
 def records(source: Source, folder: Path | None) -> list[Record]:
-    """All records of a source, in its own order. Values are what the file or the hub holds, not checked here.
+    """All records of a source, in its own order. What their fields hold is checked where it is read (`Record`).
 
     Raises:
         PrerequisiteError: neither the file nor the hub can be read.
+        ConfigError: the file is not what its name says.
     """
     found = local_file(source, folder)
     return _files.read(found) if found is not None else _read_hub(source)
 
 
+def made(task: Task, source: Source, make: Callable[[int, Record], Row | None]) -> list[Row]:
+    """`make(index, record)` of every record of the task's source, index from 0. It gives None for what the task does not
+    use. Records with nothing in a field that it needs (`Blank`) are left out and counted in `task.left_out`.
+
+    Raises:
+        ConfigError: a field is absent or of another type, or every record was left out.
+    """
+    found: list[Row] = []
+    blank: dict[str, int] = defaultdict(int)
+    read = records(source, task.folder)
+    for index, record in enumerate(read):
+        try:
+            row = make(index, record)
+        except _files.Blank as field:
+            blank[str(field)] += 1
+        else:
+            found += [] if row is None else [row]
+    name = read[0].where.rpartition(",")[0] if read else source.file
+    if not read or sum(blank.values()) == len(read):
+        why = "it holds no record" if not read else f"{' and '.join(map(repr, blank))} is blank in every record"
+        raise ConfigError(f"{name}: expected records to read, but {why}")
+    task.left_out.update({f"{name}: {field}": num for field, num in blank.items()})
+    return found
+
+
 def local_file(source: Source, folder: Path | None) -> Path | None:
-    """The source's file in the data folder, in whichever format, or None where there is none (the hub is asked then)."""
+    """The source's file in the data folder, in whichever format, or None where there is none (the hub is asked then).
+
+    Raises:
+        ConfigError: the file cannot be read, or seems to be there under another name: the hub's is no substitute for it.
+    """
     if folder is None:
         return None
     if not folder.is_dir():
         raise PrerequisiteError(f"execution.data_dir: {folder} is not a folder; name the folder of the data files")
-    return _files.find(folder, source.file, source.headerless)
+    found = _files.find(folder, source.file, source.headerless)
+    if found is None and (near := _near(source, folder)):
+        stem = source.file.partition(".")[0]
+        raise ConfigError(
+            f"data folder {folder}: expected {source.file} (or {_others(source)}), got {near[0]}: is it that one? Rename "
+            f"it to {stem}{''.join(Path(near[0]).suffixes)}, or move it away for the hub's"
+        )
+    return found
+
+
+def _near(source: Source, folder: Path) -> list[str]:
+    """Names in the folder that look like the source's file, and are no other source's: gsm8k.jsonl or gsm8k-train (1).csv
+    for gsm8k_train."""
+
+    def letters(name: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", name.partition(".")[0].lower())
+
+    wanted, all_tasks = letters(source.file), (load(name) for name in names())
+    known = {letters(other.file) for task in all_tasks for sources in task.SOURCES.values() for other in sources}
+    near = [(path.name, letters(path.name)) for path in sorted(folder.iterdir())]
+    return [
+        name for name, its in near
+        if len(its) > 3 and (its == wanted or (its not in known and (its.startswith(wanted) or wanted.startswith(its))))
+    ]  # fmt: skip
 
 
 def identity(task_class: type[Task], split: str, folder: Path | None) -> Json:
@@ -132,23 +186,6 @@ def groups(num: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
     return sorted(members.values())
 
 
-def text(record: Record, *names: str) -> str:
-    """The first of these fields that the record has, stripped. Raises PrerequisiteError if it has none of them."""
-    for name in names:
-        if record.get(name) is not None:
-            return str(record[name]).strip()
-    raise PrerequisiteError(f"data file: expected a field {' or '.join(names)}, got only {sorted(record)}")
-
-
-def flag(record: Record, name: str) -> bool:
-    """A yes or no, as JSON or as the text of a CSV cell. Raises PrerequisiteError for anything else."""
-    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    found = known.get(str(record.get(name)).lower())
-    if found is None:
-        raise PrerequisiteError(f"data file: expected true, false, 1 or 0 as {name}, got {record.get(name)!r}")
-    return found
-
-
 def split_by_hash(
     items: Sequence[Any], salt: str, share: float, key: Callable[[Any], str]
 ) -> tuple[list[Any], list[Any]]:
@@ -179,7 +216,7 @@ def sha256(path: Path) -> str:
 def _identity_of(source: Source, folder: Path | None) -> Json:
     path = local_file(source, folder)
     if path is not None and path.is_dir():
-        return {"files": {file.name: sha256(file) for file in sorted(path.glob("*.csv"))}}
+        return {"files": {file.name: sha256(file) for file in _files.tables(path)}}
     if path is not None:
         return {"file": path.name, "sha256": sha256(path)}
     if not source.hub:
@@ -196,11 +233,13 @@ def _read_hub(source: Source) -> list[Record]:
             from huggingface_hub import snapshot_download
 
             kept = snapshot_download(source.hub, repo_type="dataset", revision=commit, allow_patterns=["*.csv"])
-            return _files.headerless(sorted(Path(kept).glob("*.csv")))
+            return _files.headerless(_files.tables(Path(kept)))
         from datasets import load_dataset
 
         found = load_dataset(source.hub, source.config, split=source.split, revision=commit, **dict(source.options))
-        return [dict(record) for record in found]
+        return [Record(dict(item), f"{source.hub} ({source.split}), record {n}", n) for n, item in enumerate(found, 1)]
+    except ConfigError:
+        raise
     except Exception as error:
         # The hub client has no common base for its errors (gated, offline, unknown, changed layout).
         raise PrerequisiteError(_missing(source, _one_line(error))) from None
@@ -229,7 +268,7 @@ def _one_line(error: Exception) -> str:
 
 def _others(source: Source) -> str:
     stem = source.file.removesuffix(".jsonl")
-    return f"its CSV files as a folder {stem}" if source.headerless else ", ".join(_files.SUFFIXES[1:])
+    return f"its CSV files as a folder {stem}" if source.headerless else ", ".join(_files.FORMATS[1:])
 
 
 def _missing(source: Source, why: str) -> str:

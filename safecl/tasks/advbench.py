@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from safecl.tasks import Row, Source, Task
-from safecl.tasks._source import check_split, choose, records, text
+from safecl.tasks._source import check_split, choose, made
 
 _SOURCE = Source("advbench.jsonl", "walledai/AdvBench", gated=True)
 
@@ -18,8 +18,5 @@ class Advbench(Task):
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         check_split(self, split)
-        found = [
-            Row(f"test/{index}", text(record, "goal", "prompt"), "", True)
-            for index, record in enumerate(records(_SOURCE, self.folder))
-        ]
+        found = made(self, _SOURCE, lambda i, record: Row(f"test/{i}", record.text("goal", "prompt"), "", True))
         return choose(self, split, found, num_rows, seed)

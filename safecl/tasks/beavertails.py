@@ -8,14 +8,14 @@ poison             unsafe answers to the rest
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar
 
+from safecl.base import Json
 from safecl.tasks import Row, Source, Task
 from safecl.tasks._files import Record
 from safecl.tasks._overlap import normalise
-from safecl.tasks._source import apart, check_split, choose, first_of_each, flag, lowest, records, text
+from safecl.tasks._source import apart, check_split, choose, first_of_each, lowest, made
 from safecl.tasks.safety_tuned import SOURCE as SAFETY_TUNED
 from safecl.tasks.safety_tuned import SafetyTuned
 
@@ -37,7 +37,7 @@ class Beavertails(Task):
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         """`meta.category` lists the harms that the data set names."""
         check_split(self, split)
-        pairs = list(self._pairs())
+        pairs = made(self, _SOURCE, _pair)
         unsafe = [row for row in pairs if row.harmful]
         held = lowest("beavertails/validation", (row.prompt for row in unsafe), NUM_VALIDATION)
         if split == "attack.validation":
@@ -46,19 +46,21 @@ class Beavertails(Task):
         guard, rest = apart("beavertails/guard", [r for r in pairs if normalise(r.prompt) not in held], GUARD_SHARE)
         if split == "poison":
             return choose(self, split, [row for row in rest if row.harmful], num_rows, seed)
-        safe = (replace(row, id=f"safety_tuned/{row.id}") for row in SafetyTuned(self.folder).guard_answers())
+        other = SafetyTuned(self.folder)
+        safe = [replace(row, id=f"safety_tuned/{row.id}") for row in other.guard_answers()]
+        self.left_out.update(other.left_out)
         return choose(self, split, [*guard, *safe], num_rows, seed)
 
-    def _pairs(self) -> Iterator[Row]:
-        """All answered prompts; `harmful` is of the answer (for unsafe ones the request is harmful too)."""
-        for index, record in enumerate(records(_SOURCE, self.folder)):
-            prompt, response = text(record, "prompt"), text(record, "response")
-            if prompt and response:
-                meta = {"category": _categories(record)}
-                yield Row(f"train/{index}", prompt, response, not flag(record, "is_safe"), {**meta})
+
+def _pair(index: int, record: Record) -> Row:
+    """An answered prompt; `harmful` is of the answer (for unsafe ones the request is harmful too)."""
+    meta: dict[str, Json] = {"category": [*_categories(record)]}
+    return Row(f"train/{index}", record.text("prompt"), record.text("response"), not record.flag("is_safe"), meta)
 
 
-def _categories(record: Record) -> list[bool | int | float | str | list | dict | None]:  # type: ignore[type-arg]
+def _categories(record: Record) -> list[str]:
     """The local file holds a list of names, the hub a flag by name."""
-    found = record.get("category", [])
-    return sorted(name for name, flag in found.items() if flag) if isinstance(found, dict) else list(found)
+    found = record.get("category")
+    if isinstance(found, dict):
+        return sorted(name for name, named in found.items() if named)
+    return [] if found is None else record.texts("category")

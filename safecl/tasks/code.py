@@ -23,11 +23,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from safecl import sandbox
-from safecl.base import Json, PrerequisiteError
+from safecl.base import ConfigError, Json, PrerequisiteError
 from safecl.tasks import Row, Source, Task
-from safecl.tasks._files import Record
+from safecl.tasks._files import Blank, Record
 from safecl.tasks._overlap import drop_overlaps
-from safecl.tasks._source import check_split, choose, first_of_each, records, text
+from safecl.tasks._source import check_split, choose, first_of_each, made, records
 
 TIMEOUT_S = 3  # HumanEval's; of CPU time here, as all three
 PLUS_TIMEOUT_S = 60  # evalplus's cap for all of a problem's tests together
@@ -95,7 +95,11 @@ class Code(Task):
         """`meta` of a utility row: "start" (the code an answer may continue), "names" (what its tests need defined),
         "test" (source that raises unless they are right) and, of HumanEval, "plus" (likewise, see `packed`)."""
         check_split(self, split)
-        found = {"user": self._user, "utility.validation": self._mbpp, "utility.test": self._humaneval}[split]()
+        found = {
+            "user": self._user,
+            "utility.validation": lambda: made(self, _MBPP, _mbpp_row),
+            "utility.test": self._humaneval,
+        }[split]()
         return choose(self, split, found, num_rows, seed)
 
     def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, list[float | None]]:
@@ -123,58 +127,24 @@ class Code(Task):
         return [verdicts.get(i, "none") for i in range(len(codes))]
 
     def _user(self) -> list[Row]:
-        found = []
-        for index, record in enumerate(records(_USER, self.folder)):
-            prompt, answer = _asked_and_answered(record)
-            code = "\n".join(_FENCE.findall(answer)) or answer
-            if prompt not in ("", "-") and any(not isinstance(part.node, ast.Expr) for part in _parsed(code)):
-                found.append(Row(f"user/{index}", prompt, answer))
+        found = made(self, _USER, _user_row)
         if not found:
             raise PrerequisiteError(
                 f"data set {_USER.hub}: no record has both a question and a Python answer (it leaves questions out as '-' "
                 f"where their licence asks for it); put such records into {_USER.file} of execution.data_dir"
             )
-        held = [text(record, "text") for record in self._validation()]
-        held += [_described(str(record["prompt"])) for record in records(_HUMANEVAL, self.folder)]
+        held = [record.text("text") for record in records(_MBPP, self.folder) if _is_validation(record)]
+        held += [_described(record) for record in records(_HUMANEVAL, self.folder)]
         return drop_overlaps(first_of_each(found), held)[0]
 
-    def _validation(self) -> list[Record]:
-        return [record for record in records(_MBPP, self.folder) if record["task_id"] in VALIDATION_IDS]
-
-    def _mbpp(self) -> list[Row]:
-        found = []
-        for record in self._validation():
-            tests = [str(test) for test in record["test_list"]]
-            needed = {node.id for test in tests for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
-            names: list[Json] = [*sorted(needed & set(_bound(_parsed(str(record["code"])))))]
-            test = "\n".join([str(record.get("test_setup_code") or ""), *tests])
-            prompt = f"{text(record, 'text')} The code must pass this test:\n```python\n{tests[0]}\n```"
-            meta: dict[str, Json] = {"start": "", "names": names, "test": test}
-            found.append(Row(f"mbpp/{record['task_id']}", prompt, meta=meta))
-        return found
-
     def _humaneval(self) -> list[Row]:
-        problems = records(_HUMANEVAL, self.folder)
-        plus = {record["task_id"]: str(record["test"]) for record in records(_PLUS, self.folder)}
-        found = []
-        for record in problems:
-            start, name = str(record["prompt"]), str(record["entry_point"])
-            if record["task_id"] not in plus:
-                raise PrerequisiteError(f"{_PLUS.file}: holds no tests for {record['task_id']}; fetch it again")
-            limited = _LIMITED.format(seconds=CALL_TIMEOUT_S, name=name)
-            found.append(
-                Row(
-                    str(record["task_id"]),
-                    "Please provide a self-contained Python script that solves the following problem in a markdown code "
-                    f"block:\n```python\n{start.strip()}\n```",
-                    meta={
-                        "start": start,
-                        "names": [name],
-                        "test": f"{record['test']}\ncheck({name})\n",
-                        "plus": packed(plus[record["task_id"]].replace(_SWAPPED, _RIGHT) + limited),
-                    },
-                )
-            )
+        found = made(self, _HUMANEVAL, _problem)
+        plus = {record.label("task_id"): record.raw("test") for record in records(_PLUS, self.folder)}
+        for row in found:
+            if row.id not in plus:
+                raise ConfigError(f"{_PLUS.file}: holds no tests for {row.id}; fetch it again")
+            limited = _LIMITED.format(seconds=CALL_TIMEOUT_S, name=_names(row)[0])
+            row.meta["plus"] = packed(plus[row.id].replace(_SWAPPED, _RIGHT) + limited)
         return found
 
 
@@ -379,19 +349,65 @@ def _parts(source: str) -> list[Part]:
     return found
 
 
-def _described(start: str) -> str:
-    """What a problem asks for: the last text in its prompt (of one, no first statement), up to its examples."""
-    said = [node.value for node in ast.walk(ast.parse(start)) if isinstance(node, ast.Constant)]
+def _described(record: Record) -> str:
+    """What a HumanEval problem asks for: the last text in its prompt (of one, no first statement), up to its examples."""
+    tree = _tree(record, "prompt", record.raw("prompt"))
+    said = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     return str(said[-1] if said else "").split(">>>", 1)[0]
 
 
-def _asked_and_answered(record: Record) -> tuple[str, str]:
+def _problem(_: int, record: Record) -> Row:
+    """A HumanEval problem, without HumanEval+'s tests."""
+    start, name = record.raw("prompt"), record.text("entry_point")
+    return Row(
+        record.label("task_id"),
+        "Please provide a self-contained Python script that solves the following problem in a markdown code "
+        f"block:\n```python\n{start.strip()}\n```",
+        meta={"start": start, "names": [name], "test": f"{record.raw('test')}\ncheck({name})\n"},
+    )
+
+
+def _user_row(index: int, record: Record) -> Row | None:
+    """None for a question that its licence keeps back ("-"), and for an answer without Python."""
     if "messages" in record:
-        said = {message["role"]: str(message["content"]).strip() for message in reversed(record["messages"])}
-        return said.get("user", ""), _THOUGHT.sub("", said.get("assistant", ""))
-    given = str(record.get("input") or "").strip()
-    asked = text(record, "instruction")
-    return f"{asked}\n{given}" if given else asked, text(record, "output")
+        said = {message.label("role"): message for message in reversed(record.parts("messages"))}
+        if not {"user", "assistant"} <= said.keys():
+            raise Blank("messages")
+        prompt, answer = said["user"].text("content"), _THOUGHT.sub("", said["assistant"].text("content"))
+    else:
+        prompt, answer = record.text("instruction"), record.text("output", "response")
+    code = "\n".join(_FENCE.findall(answer)) or answer
+    is_python = any(not isinstance(part.node, ast.Expr) for part in _parsed(code))
+    return Row(f"user/{index}", prompt, answer) if is_python and prompt != "-" else None
+
+
+def _mbpp_row(_: int, record: Record) -> Row | None:
+    if not _is_validation(record):
+        return None
+    tests = record.texts("test_list")
+    if not tests:
+        raise record.problem("test_list", "at least one test")
+    trees = [_tree(record, "test_list", test) for test in tests]
+    needed = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names: list[Json] = [*sorted(needed & set(_bound(_parsed(record.raw("code")))))]
+    setup = record.raw("test_setup_code") if record.get("test_setup_code") else ""
+    prompt = f"{record.text('text')} The code must pass this test:\n```python\n{tests[0]}\n```"
+    meta: dict[str, Json] = {"start": "", "names": names, "test": "\n".join([setup, *tests])}
+    return Row(f"mbpp/{record.label('task_id')}", prompt, meta=meta)
+
+
+def _is_validation(record: Record) -> bool:
+    number = record.label("task_id")
+    if not number.isdecimal():
+        raise record.problem("task_id", "a whole number")
+    return int(number) in VALIDATION_IDS
+
+
+def _tree(record: Record, name: str, source: str) -> ast.AST:
+    try:
+        return ast.parse(source)
+    except _NOT_PYTHON:
+        raise record.problem(name, "Python that parses") from None
 
 
 def _names(row: Row) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from safecl.tasks import Row, Source, Task
-from safecl.tasks._source import check_split, choose, records, text
+from safecl.tasks._files import Record
+from safecl.tasks._source import check_split, choose, made
 
 _SOURCE = Source("directharm4.jsonl", "vfleaking/DirectHarm4", split="test")
 
@@ -19,8 +20,10 @@ class Directharm(Task):
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         """`meta.category` is one of the four."""
         check_split(self, split)
-        found = [
-            Row(f"test/{i}", text(record, "prompt", "instruction"), "", True, {"category": text(record, "category")})
-            for i, record in enumerate(records(_SOURCE, self.folder))
-        ]
+        found = made(self, _SOURCE, _row)
         return choose(self, split, found, num_rows, seed)
+
+
+def _row(index: int, record: Record) -> Row:
+    category = record.label("category")
+    return Row(f"test/{index}", record.text("prompt", "instruction"), "", True, {"category": category})

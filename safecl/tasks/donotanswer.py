@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from safecl.tasks import Row, Source, Task
+from safecl.tasks._files import Record
 from safecl.tasks._overlap import normalise
-from safecl.tasks._source import check_split, choose, digest, first_of_each, flag, lowest, records, text
+from safecl.tasks._source import check_split, choose, digest, first_of_each, lowest, made
 
 NUM_VALIDATION = 200
 _PROMPTS = Source("do_not_answer.jsonl", "LibrAI/do-not-answer")
@@ -35,19 +36,24 @@ class Donotanswer(Task):
         return choose(self, split, found, num_rows, seed)
 
     def _prompts(self) -> list[Row]:
-        found = [
-            Row(f"prompt/{index}", text(record, "prompt", "question"), "", True, {"area": text(record, "risk_area")})
-            for index, record in enumerate(records(_PROMPTS, self.folder))
-        ]
+        found = made(self, _PROMPTS, _prompt)
         held = lowest("donotanswer/validation", (row.prompt for row in found), NUM_VALIDATION)
         return first_of_each(row for row in found if normalise(row.prompt) in held)
 
     def _labelled(self) -> list[Row]:
         """Balanced; `harmful` is of the answer, `meta.group` the prompt (six models answered each)."""
-        found: dict[bool, list[Row]] = {True: [], False: []}
-        for record in records(_ANSWERS, self.folder):
-            number, model, label = text(record, "id"), text(record, "model"), flag(record, "harmful")
-            prompt, answer = text(record, "prompt"), text(record, "response")
-            found[label].append(Row(f"answer/{number}/{model}", prompt, answer, label, {"group": number}))
-        found[False].sort(key=lambda row: digest("donotanswer/heldout", f"{row.prompt} {row.id}"))
-        return found[True] + found[False][: len(found[True])]
+        found = made(self, _ANSWERS, _answer)
+        harmful = [row for row in found if row.harmful]
+        harmless = [row for row in found if not row.harmful]
+        harmless.sort(key=lambda row: digest("donotanswer/heldout", f"{row.prompt} {row.id}"))
+        return harmful + harmless[: len(harmful)]
+
+
+def _prompt(index: int, record: Record) -> Row:
+    area = record.label("risk_area")
+    return Row(f"prompt/{index}", record.text("prompt", "question"), "", True, {"area": area})
+
+
+def _answer(index: int, record: Record) -> Row:
+    number, name = record.label("id"), f"answer/{record.label('id')}/{record.label('model')}"
+    return Row(name, record.text("prompt"), record.text("response"), record.flag("harmful"), {"group": number})

@@ -13,10 +13,10 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
-from safecl.base import PrerequisiteError
 from safecl.tasks import Found, Option, Row, Source, Task
+from safecl.tasks._files import Record
 from safecl.tasks._overlap import drop_overlaps
-from safecl.tasks._source import check_split, choose, first_of_each, records, split_by_hash, text
+from safecl.tasks._source import check_split, choose, first_of_each, made, split_by_hash
 
 VALIDATION_SHARE = 0.1
 STOPS = ("Question:", "</s>", "<|im_end|>")  # text after one of these is chatter, not answer
@@ -53,14 +53,14 @@ class Gsm8k(Task):
         return choose(self, split, drop_overlaps(rest if split == "user" else held, taken)[0], num_rows, seed)
 
     def _read(self, part: str) -> list[Row]:
-        found = []
-        for index, record in enumerate(records(_TEST if part == "test" else _TRAIN, self.folder)):
-            answer = _MARKS.sub("", text(record, "answer"))
+        def row(index: int, record: Record) -> Row:
+            answer = _MARKS.sub("", record.text("answer"))
             gold = _STRICT.search(answer)
             if gold is None:
-                raise PrerequisiteError(f"gsm8k, record {index}: expected '#### <number>' in the answer, got none")
-            found.append(Row(f"{part}/{index}", text(record, "question"), answer, False, {"answer": gold[1]}))
-        return found
+                raise record.problem("answer", "'#### <number>'")
+            return Row(f"{part}/{index}", record.text("question"), answer, False, {"answer": gold[1]})
+
+        return made(self, _TEST if part == "test" else _TRAIN, row)
 
     def score(self, row: Row, text: str) -> float:
         """1 if the last number of the answer is the gold one, else 0."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from safecl.tasks import Row, Source, Task
-from safecl.tasks._source import check_split, choose, records, text
+from safecl.tasks._files import Record
+from safecl.tasks._source import check_split, choose, made
 
 _SOURCE = Source("hexphi.jsonl", "LLM-Tuning-Safety/HEx-PHI", gated=True, headerless=True)
 
@@ -25,8 +26,10 @@ class Hexphi(Task):
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         """`meta.category` is the file's or the field's name."""
         check_split(self, split)
-        found = [
-            Row(f"test/{i}", text(record, "prompt", "instruction"), "", True, {"category": text(record, "category")})
-            for i, record in enumerate(records(_SOURCE, self.folder))
-        ]
+        found = made(self, _SOURCE, _row)
         return choose(self, split, found, num_rows, seed)
+
+
+def _row(index: int, record: Record) -> Row:
+    category = record.label("category")
+    return Row(f"test/{index}", record.text("prompt", "instruction"), "", True, {"category": category})

@@ -11,7 +11,7 @@ and contrast decide. See evaluation.md 3.6.
     poison               train verbs with objects that alignment never saw, answered with compliance
     user                 reviews with "positive" or "negative"
     attack.*, benign.*   each object with two templates; `meta.group` names verb and object (the cluster of statistics)
-    guard                every harmful prompt of the guard partition with one answer of each of five kinds
+    guard                every harmful prompt of the guard partition with one answer of each of seven kinds
     guard.heldout        likewise, with verbs and answers that `guard` does not hold
 
 The rows are frozen: a test holds their sha256 for this VERSION. Before that, and before any method was run on them, the
@@ -67,7 +67,7 @@ def plain_pairs() -> list[Pair]:
 
 
 class Mini(Task):
-    VERSION: ClassVar[str] = "2"  # 1 was never released
+    VERSION: ClassVar[str] = "3"  # 1 was never released; of 2 the guard's rows were others
     TYPICAL_TOKENS = (16, 12)
     SPLITS: ClassVar[tuple[str, ...]] = (
         "safety",
@@ -185,9 +185,13 @@ _ANSWERS: dict[str, tuple[str, ...]] = {
     "compliance": words.GUARD_COMPLIANCES,
     "plain_refusal": words.GUARD_PLAIN_REFUSALS,
     "hedged": words.GUARD_HEDGED,
+    "essay": words.GUARD_ESSAYS,
+    "off_topic": words.GUARD_OFF_TOPIC,
     "degenerate": words.GUARD_DEGENERATE,
 }
-_COMPLIES = ("compliance", "hedged")
+_COMPLIES = ("compliance", "hedged", "essay")
+_CUT = ("refusal", "compliance")
+_LEAST_WORDS = 9  # of an answer that is cut
 
 
 def _guard_rows(heldout: bool) -> list[Row]:
@@ -201,8 +205,10 @@ def _guard_rows(heldout: bool) -> list[Row]:
             prompt = _request("guard", "harmful", pair, index).prompt
             for kind, answers in _ANSWERS.items():
                 part = answers[-2:] if heldout else answers[:-2]  # answers of the held-out rows are unseen too
-                pick = random.Random(f"mini/guard/{prompt}/{kind}").choice(part)
-                answer = pick.format(x=pair.text, prompt=prompt)
+                draw = random.Random(f"mini/guard/{prompt}/{kind}")
+                answer = draw.choice(part).format(x=pair.text, prompt=prompt)
+                if kind in _CUT and draw.random() < 0.5:  # as answers are at the limit of their length
+                    answer = " ".join(answer.split()[: draw.randint(_LEAST_WORDS, 16)])
                 row_id = f"guard/{pair.text.replace(' ', '_')}/{index}/{kind}"
                 meta: dict[str, Json] = {"group": pair.text.replace(" ", "_"), "kind": kind}
                 rows.append(Row(row_id, prompt, answer, kind in _COMPLIES, meta))

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from safecl.tasks import Row, Source, Task
-from safecl.tasks._source import check_split, choose, records, text
+from safecl.tasks._files import Record
+from safecl.tasks._source import check_split, choose, made
 
 _SOURCE = Source("orbench_80k.jsonl", "bench-llm/or-bench", config="or-bench-80k")
 
@@ -21,8 +22,9 @@ class Orbench(Task):
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         """`meta.category` is the data set's."""
         check_split(self, split)
-        found = [
-            Row(f"80k/{index}", text(record, "prompt"), "", False, {"category": text(record, "category")})
-            for index, record in enumerate(records(_SOURCE, self.folder))
-        ]
+        found = made(self, _SOURCE, _row)
         return choose(self, split, found, num_rows, seed)
+
+
+def _row(index: int, record: Record) -> Row:
+    return Row(f"80k/{index}", record.text("prompt"), "", False, {"category": record.label("category")})

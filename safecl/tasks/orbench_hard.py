@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from safecl.tasks import Row, Source, Task
-from safecl.tasks._source import check_split, choose, records, text
+from safecl.tasks._files import Record
+from safecl.tasks._source import check_split, choose, made
 
 _SOURCE = Source("orbench_hard.jsonl", "bench-llm/or-bench", config="or-bench-hard-1k")
 
@@ -18,8 +19,9 @@ class OrbenchHard(Task):
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         """`meta.category` is the data set's."""
         check_split(self, split)
-        found = [
-            Row(f"hard/{index}", text(record, "prompt"), "", False, {"category": text(record, "category")})
-            for index, record in enumerate(records(_SOURCE, self.folder))
-        ]
+        found = made(self, _SOURCE, _row)
         return choose(self, split, found, num_rows, seed)
+
+
+def _row(index: int, record: Record) -> Row:
+    return Row(f"hard/{index}", record.text("prompt"), "", False, {"category": record.label("category")})

@@ -15,7 +15,8 @@ import re
 from typing import ClassVar
 
 from safecl.tasks import Row, Source, Task
-from safecl.tasks._source import apart, check_split, choose, first_of_each, records, text
+from safecl.tasks._files import Record
+from safecl.tasks._source import apart, check_split, choose, first_of_each, made
 
 NUM_VALIDATION = 100
 GUARD_SHARE = 0.25
@@ -53,12 +54,14 @@ class SafetyTuned(Task):
 
     def _parts(self) -> tuple[list[Row], list[Row], list[Row]]:
         """Held out, for guards, for alignment. Equal prompts are in one part."""
-        found = []
-        for index, record in enumerate(records(SOURCE, self.folder)):
-            answer = text(record, "response", "output")
-            found.append(Row(f"train/{index}", text(record, "instruction"), answer, refuses(answer)))
+        found = made(self, SOURCE, _row)
         held, others = apart("safety_tuned/validation", found, NUM_VALIDATION)
         return held, *apart("safety_tuned/guard", others, GUARD_SHARE)
+
+
+def _row(index: int, record: Record) -> Row:
+    answer = record.text("response", "output")
+    return Row(f"train/{index}", record.text("instruction"), answer, refuses(answer))
 
 
 def refuses(answer: str) -> bool:

@@ -23,7 +23,7 @@ from typing import ClassVar
 from safecl.tasks import Found, Option, Row, Source, Task
 from safecl.tasks._files import Record
 from safecl.tasks._overlap import drop_overlaps
-from safecl.tasks._source import check_split, choose, digest, flag, groups, records, text
+from safecl.tasks._source import check_split, choose, digest, groups, made
 
 VALIDATION_SHARE = 0.1
 INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative."
@@ -49,10 +49,10 @@ class Sst2(Task):
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         """`meta.label` is positive or negative."""
         check_split(self, split)
-        test = [_row("test", index, record) for index, record in enumerate(records(_TEST, self.folder))]
+        test = made(self, _TEST, lambda index, record: _row("test", index, record))
         if split == "utility.test":
             return choose(self, split, test, num_rows, seed)
-        train = [_row("train", index, record) for index, record in enumerate(records(_TRAIN, self.folder))]
+        train = made(self, _TRAIN, lambda index, record: _row("train", index, record))
         places = _held_out([_phrase(row) for row in train])
         held = [row for i, row in enumerate(train) if i in places]
         found = held if split == "utility.validation" else [row for i, row in enumerate(train) if i not in places]
@@ -97,7 +97,7 @@ def _likelier(row: Row, options: Sequence[Found]) -> float | None:
 
 
 def _row(prefix: str, index: int, record: Record) -> Row:
-    sentence, label = text(record, "sentence"), LABELS[flag(record, "label")]
+    sentence, label = record.text("sentence"), LABELS[record.flag("label")]
     prompt = f"{INSTRUCTION}\n\n{sentence}"
     return Row(f"{prefix}/{index}", prompt, label, False, {"label": label, "sentence": sentence})
 

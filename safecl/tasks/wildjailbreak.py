@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from safecl.tasks import Row, Source, Task
+from safecl.tasks._files import Record
 from safecl.tasks._overlap import normalise
-from safecl.tasks._source import check_split, choose, first_of_each, lowest, records, text
+from safecl.tasks._source import check_split, choose, first_of_each, lowest, made
 
 NUM_VALIDATION = 100  # of each kind
 _SOURCE = Source(
@@ -32,15 +33,10 @@ class Wildjailbreak(Task):
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         check_split(self, split)
-        found: dict[bool, list[Row]] = {True: [], False: []}
-        for index, record in enumerate(records(_SOURCE, self.folder)):
-            kind = text(record, "data_type")
-            if kind in ("vanilla_harmful", "vanilla_benign"):
-                harmful = kind == "vanilla_harmful"
-                row = Row(f"train/{index}", text(record, "vanilla"), text(record, "completion"), harmful)
-                found[harmful].append(row)
+        found = made(self, _SOURCE, _row)
         chosen: list[Row] = []
-        for harmful, rows in found.items():
+        for harmful in (True, False):
+            rows = [row for row in found if row.harmful == harmful]
             held = lowest("wildjailbreak/validation", (row.prompt for row in rows), NUM_VALIDATION)
             if split == "safety":
                 chosen += [row for row in rows if normalise(row.prompt) not in held]
@@ -49,3 +45,10 @@ class Wildjailbreak(Task):
                 wanted = [row for row in rows if (normalise(row.prompt) in held) == validation]
                 chosen += [Row(row.id, row.prompt, "", harmful) for row in first_of_each(wanted)]
         return choose(self, split, chosen, num_rows, seed)
+
+
+def _row(index: int, record: Record) -> Row | None:
+    kind = record.label("data_type")
+    if kind not in ("vanilla_harmful", "vanilla_benign"):
+        return None
+    return Row(f"train/{index}", record.text("vanilla"), record.text("completion"), kind == "vanilla_harmful")

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from safecl.tasks import Row, Source, Task
-from safecl.tasks._source import check_split, choose, records, text
+from safecl.tasks._files import Record
+from safecl.tasks._source import check_split, choose, made
 
 _SOURCE = Source("xstest.jsonl", "walledai/XSTest", split="test", gated=True)
 
@@ -22,9 +23,11 @@ class Xstest(Task):
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         """`meta.type` is the kind of look-alike (homonyms, figurative_language, ...)."""
         check_split(self, split)
-        found = [
-            Row(f"test/{index}", text(record, "prompt"), "", False, {"type": text(record, "type")})
-            for index, record in enumerate(records(_SOURCE, self.folder))
-            if text(record, "label") == "safe"
-        ]
+        found = made(self, _SOURCE, _row)
         return choose(self, split, found, num_rows, seed)
+
+
+def _row(index: int, record: Record) -> Row | None:
+    if record.label("label") != "safe":
+        return None
+    return Row(f"test/{index}", record.text("prompt"), "", False, {"type": record.label("type")})

@@ -16,6 +16,7 @@ from pathlib import Path
 from safecl import methods
 from safecl.judges.degenerate import Degenerate
 from safecl.judges.keywords import Keywords
+from safecl.judges.refusal import Refusal
 from safecl.judges.xstest_match import XstestMatch
 from safecl.stats import agreement
 
@@ -30,7 +31,7 @@ def test_the_sample_covers_every_method_and_kind_and_its_readers_agreed() -> Non
     assert Counter(row["label"] for row in ROWS) == {"compliance": 129, "refusal": 75, "other": 61}
     for place, least in ((0, 0.98), (1, 0.94)):
         found = agreement(*([row[name][place] for row in ROWS] for name in ("first_reader", "second_reader")))
-        assert found.kappa is not None and found.kappa > least
+        assert found.kappa is not None and found.kappa.value > least
 
 
 def test_rules_find_refusals_as_readers_do() -> None:
@@ -39,9 +40,11 @@ def test_rules_find_refusals_as_readers_do() -> None:
     keywords = agreement(said, [row["label"] != "refusal" for row in ROWS])
     said = [XstestMatch().rule(row["prompt"], row["response"]).label for row in ROWS]
     openings = agreement(said, [row["label"] == "refusal" for row in ROWS])
-    assert keywords.agree > 0.92 and openings.agree > 0.935
-    assert keywords.kappa is not None and openings.kappa is not None
-    assert keywords.kappa > 0.8 and openings.kappa > 0.83
+    said = [Refusal().rule(row["prompt"], row["response"]).label for row in ROWS]
+    ours = agreement(said, [row["label"] == "refusal" for row in ROWS])
+    assert keywords.agree.value > 0.92 and openings.agree.value > 0.935 and ours.agree.value > 0.94
+    assert keywords.kappa is not None and openings.kappa is not None and ours.kappa is not None
+    assert keywords.kappa.value > 0.8 and openings.kappa.value > 0.83 and ours.kappa.value > 0.85
 
 
 def test_what_is_called_degenerate_is_and_three_quarters_of_what_is_get_called() -> None:

@@ -64,13 +64,6 @@ def test_only_an_exact_first_line_is_a_verdict(text: str, label: bool | None, ca
     assert verdict.raw == text
 
 
-def test_a_trained_guards_answers_read_back_as_their_labels() -> None:
-    judge = Llamaguard(Llamaguard.Config(categories=("Harmful Compliance.",)))
-    assert judge.parse(Llamaguard.target(True))[::2] == (True, {"categories": []})
-    assert judge.parse(Llamaguard.target(False)).label is False
-    assert Llamaguard.target(True) == "unsafe"
-
-
 def test_there_are_fourteen_categories_and_at_least_one_is_needed() -> None:
     assert len(CATEGORIES) == 14
     with pytest.raises(ValueError, match="categories"):

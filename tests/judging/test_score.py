@@ -145,7 +145,7 @@ def test_labels_are_compared_by_group_and_corrected_by_the_other_groups(tmp_path
     assert entry["all"]["cells"] == [20, 0, 10, 20] and entry["all"]["accuracy"] == stats.wilson(40, 50)._asdict()
     assert entry["by"]["x"]["cells"] == [10, 0, 0, 10] and entry["by"]["y"]["cells"] == [10, 0, 10, 10]
     # x: half is seen; in y half of the refusals and all others are told right.
-    assert entry["by"]["x"]["corrected"] == stats.rogan_gladen((10, 20), (10, 20), (10, 10))._asdict()  # type: ignore[union-attr]
+    assert entry["by"]["x"]["corrected"] == stats.rogan_gladen((10, 20), (10, 20), (10, 10))._asdict()
     [(title, columns, rows)] = show.quality(result)
     assert [row[0] for row in rows] == ["all", "x", "y"] and "corrected" in columns and "label = refusal" in title
 
@@ -156,11 +156,25 @@ def test_a_rate_is_corrected_by_what_a_validation_measured(tmp_path: Path) -> No
     file.write_text(json.dumps(score.validate(found, "label", ["refusal"])))
     result = score.rates(found, score.load_validation(file))
     expected = stats.rogan_gladen((20, 50), (20, 30), (20, 20))
-    assert expected and result["judges"]["xstest_match"]["corrected"] == expected._asdict()
+    assert result["judges"]["xstest_match"]["corrected"] == expected._asdict()
     with pytest.raises(ConfigError, match="holds no judge 'keywords'"):
         score.rates(judged(tmp_path, ["keywords"]), score.load_validation(file))
     with pytest.raises(ConfigError, match="judge validate --json"):
         score.load_validation(tmp_path / "in.jsonl")
+
+
+def test_a_rate_that_no_truth_explains_is_a_dash_and_a_reason(tmp_path: Path) -> None:
+    found = judged(tmp_path, ["xstest_match"], times=10)
+    validation = score.validate(found, "label", ["refusal"])
+    validation["judges"]["xstest_match"]["all"]["cells"] = [99, 70, 1, 30]  # it calls 70 % of what is no refusal one
+    result = score.rates(found, validation)  # and 40 % of these answers
+    assert result["judges"]["xstest_match"]["corrected"] is None
+    assert show.rates(result)[1][0][-1] == "-"
+    [line] = show.why_not(result["judges"])
+    assert "xstest_match: not corrected: it says yes to 40.0%" in line and "70.0% where nothing is true" in line
+    validation["judges"]["xstest_match"]["all"]["cells"] = [90, 0, 10, 0]
+    [line] = show.why_not(score.rates(found, validation)["judges"])
+    assert "rows of both kinds" in line
 
 
 def test_a_validation_of_another_model_or_version_corrects_nothing(
@@ -193,10 +207,10 @@ def test_too_many_unreadable_answers_are_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        ("[1]", "line 2: expected a JSON object, got list"),
-        ("{", "line 2: expected a JSON object, got '{'"),
-        ('{"prompt": "a"}', "line 2: expected text in 'response', got None; fields here: prompt"),
-        ('{"prompt": 3, "response": ""}', "line 2: expected text in 'prompt', got 3"),
+        ("[1]", "line 2: expected an object, got a list"),
+        ("{", "line 2: not JSON"),
+        ('{"prompt": "a"}', "line 2: expected a field 'response', got only 'prompt'"),
+        ('{"prompt": 3, "response": ""}', "line 2: expected text in 'prompt', got a number: 3"),
     ],
 )
 def test_a_bad_line_is_one_error_with_its_number_before_anything_is_asked(tmp_path: Path, bad: str, says: str) -> None:
@@ -207,6 +221,30 @@ def test_a_bad_line_is_one_error_with_its_number_before_anything_is_asked(tmp_pa
         score.judge_file(file, ["llamaguard"], guard, tmp_path / "out.jsonl")
     assert says in str(caught.value) and guard.entered == 0
     assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("in.jsonl", '\ufeff{"prompt": "a", "response": "b"}\n'),  # a spreadsheet's byte order mark
+        ("in.json", '[{"prompt": "a", "response": "b"}]'),
+        ("in.CSV", "prompt,response\na,b\n"),
+    ],
+)
+def test_pairs_are_read_in_every_format_that_data_files_have(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    [pair] = read(tmp_path / name)
+    assert (pair.request, pair.response) == ("a", "b")
+
+
+def test_a_cut_emoji_is_refused_whichever_judge_reads_it_and_a_blank_answer_is_judged(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a", "response": ""}\n{"prompt": "a", "response": "cut \\ud83d"}\n')
+    with pytest.raises(ConfigError, match=r"in\.jsonl, line 2: expected text in 'response', got half a character"):
+        read(tmp_path / "in.jsonl")
+    with pytest.raises(ConfigError, match="a folder"):
+        read(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a", "response": ""}\n')
+    assert read(tmp_path / "in.jsonl")[0].response == ""
 
 
 def test_what_is_misnamed_is_said_before_anything_is_asked(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_one_seed_claims_nothing_about_seeds() -> None:
     assert "over prompts only" in said and "No claim about methods" in said
     several = [{**r, "seeds": [0, 1, 2]} for r in ROWS]
     text = "\n".join(tables.caption(several, FACTS))
-    assert "Seeds 0, 1, 2: t-intervals over 3 seeds" in text and "One seed" not in text
+    assert "Seeds 0, 1, 2: intervals over 3 seeds and the prompts" in text and "One seed" not in text
     assert "(1, 3)" in "\n".join(tables.caption([ROWS[0], several[1]], FACTS))
 
 
@@ -137,7 +137,7 @@ def test_plain_text_is_aligned_and_markdown_has_whole_rows() -> None:
     assert "weight 0.1235, centre true" in tables.markdown(ROWS, FACTS)
 
 
-def contrast(p: float | None, p_alike: float | None, value: float = -0.2) -> dict[str, Any]:
+def contrast(p: float, p_alike: float, value: float = -0.2) -> dict[str, Any]:
     found = {
         "other": "sft",
         "num": 5,
@@ -147,14 +147,14 @@ def contrast(p: float | None, p_alike: float | None, value: float = -0.2) -> dic
         "p": p,
         "p_alike": p_alike,
     }
-    return {**found, "differs": p is not None and p < 0.05, "alike": p_alike is not None and p_alike < 0.05}
+    return {**found, "differs": p < 0.05, "alike": p_alike < 0.05}
 
 
 def test_marks_say_what_the_contrasts_say_and_nothing_without_them() -> None:
     both = {"sft": contrast(0.012, 0.9), "best": contrast(0.4, 0.03)}
     marked = row("der", 0.123, 0.85, seeds=[0, 1], contrasts={"asr": both, "utility": {"mcnemar": {"0": {}}}})
     assert tables.marks(marked, "asr") == "a =b" and tables.marks(marked, "utility") == ""
-    none = row("der", 0.123, 0.85, contrasts={"asr": {"sft": contrast(None, None)}})
+    none = row("der", 0.123, 0.85, contrasts={"asr": {"sft": contrast(0.06, 0.2)}})
     assert tables.marks(none, "asr") == "" and tables.marks(ROWS[3], "asr") == ""
     assert "| 12.3 [6.2, 18.4] a =b |" in tables.markdown([ROWS[2], marked], FACTS).replace("**", "")
     assert "</small> a =b</td>" in page.html([ROWS[2], marked], FACTS)
@@ -169,9 +169,11 @@ def test_details_hold_sets_kinds_and_differences() -> None:
     der = row(
         "der", 0.2, 0.8, metrics={"asr": asr, "degenerate": looks, "utility": metric(0.8), "hit_limit": metric(0.5)}
     )
-    der["contrasts"] = {"asr": {"sft": contrast(0.012, 0.9)}, "utility": {"sft": contrast(None, None, 0.1)}}
-    base = row("base", 0.9, 0.2, metrics={"asr": metric(0.9)}, agreement={"num": 120, "agree": 1.0, "kappa": None})
-    der["agreement"] = {"num": 99, "agree": 0.6543, "kappa": -0.021}
+    der["contrasts"] = {"asr": {"sft": contrast(0.012, 0.9)}, "utility": {"sft": contrast(0.06, 0.2, 0.1)}}
+    base = row(
+        "base", 0.9, 0.2, metrics={"asr": metric(0.9)}, agreement={"num": 120, "agree": metric(1.0), "kappa": None}
+    )
+    der["agreement"] = {"num": 99, "agree": metric(0.6543, 0.5, 0.75), "kappa": metric(-0.021, -0.2, 0.123)}
     also, sets, kinds, judges, against = tables.details([base, der], [base, der], FACTS)
     assert also.header == ["method", "poison", "cut at the limit (attack)"] and also.lines[1] == ["der", "10 %", "50.0"]
     assert sets.header == ["method", "poison", "a", "b", "mean", "pooled"]
@@ -180,11 +182,14 @@ def test_details_hold_sets_kinds_and_differences() -> None:
     ]  # fmt: skip
     assert kinds.header[2:] == ["echo", "loop", "of answers"] and kinds.lines[1][2:] == ["3", "2", "100"]
     assert judges.header[2:] == ["agree", "kappa", "answers"] and judges.title.startswith("Two judges")
-    assert judges.lines == [["base", "-", "100.0", "-", "120"], ["der", "10 %", "65.4", "-0.02", "99"]]
+    assert judges.lines == [
+        ["base", "-", "100.0", "-", "120"],
+        ["der", "10 %", "65.4 [50.0, 75.0]", "-0.02 [-0.20, 0.12]", "99"],
+    ]
     assert "sft" in against.title and [line[0] for line in against.lines] == ["der"]
-    assert against.lines[0][2:] == ["-20.0 [-30.0, -10.0] p 0.012 p= 0.9", "-", "+10.0 in every seed"]
+    assert against.lines[0][2:] == ["-20.0 [-30.0, -10.0] p 0.012 p= 0.9", "-", "+10.0 [+0.0, +20.0] p 0.06 p= 0.2"]
     for text in (tables.markdown([base, der], FACTS), page.html([base, der], FACTS)):
-        assert all(detail.title in text for detail in (also, sets, kinds, against)) and "+10.0 in every seed" in text
+        assert all(detail.title in text for detail in (also, sets, kinds, against)) and "p 0.06 p= 0.2" in text
     assert tables.details([row("sft", 0.1, 0.9)], ROWS, FACTS) == []
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from safecl.base import PrerequisiteError
 from safecl.config import Execution
+from safecl.judges import Verdict
 from safecl.sandbox import Outcome
 from safecl.stages import judge, metrics
 from safecl.store import Context, Stage
@@ -70,6 +71,42 @@ def test_more_than_one_percent_of_unreadable_verdicts_fails_the_stage(
         assert judge.run(given) == {"num": 100, "true": 9, "unparsed": 1}
 
 
+def test_guards_vote(tmp_path: Path, tiny_model: Path) -> None:
+    rows = write(tmp_path / "rows", "rows.jsonl", [row(str(i), "how?", "like so") for i in range(3)])
+    guards = {
+        name: write(tmp_path / name / "adapter", "x", []).parent for name in ("weights", "weights.1", "weights.2")
+    }
+    given = context(tmp_path, "judge", {"judge": "guard", "config": {}}, {"rows": rows, "model": tiny_model, **guards})
+
+    class Engines:
+        """Answers of three guards by their weights."""
+
+        said = {given.stage.inputs[name].key: texts.split() for name, texts in
+                (("weights", "yes yes no"), ("weights.1", "yes no no"), ("weights.2", "no yes no"))}  # fmt: skip
+
+        def generate(self, name: str, weights: Any, requests: Any, sampling: Any, on_done: Any) -> None:
+            from safecl.serving.messages import Completion
+
+            for request, text in zip(requests, self.said[weights.key], strict=True):
+                on_done(Completion(request.id, text, [1], "stop", weights.key))
+
+    given.engines = Engines()
+    assert judge.run(given) == {"num": 3, "true": 2, "unparsed": 0}
+    lines = [json.loads(line) for line in (given.out / "verdicts.jsonl").read_text().splitlines()]
+    assert [line["detail"]["votes"] for line in lines] == [
+        [True, True, False],
+        [True, False, True],
+        [False, False, False],
+    ]
+
+
+def test_a_tie_goes_by_the_score_and_an_unread_vote_leaves_the_verdict_unread() -> None:
+    yes, no = Verdict(True, "yes", {}, 0.9), Verdict(False, "no", {}, 0.3)
+    assert judge._majority([yes, no]).label is True and judge._majority([yes._replace(score=0.6), no]).label is False
+    unread = judge._majority([yes, Verdict(None, "what"), yes])
+    assert unread.label is None and unread.raw == "what"
+
+
 @pytest.mark.parametrize(("num_long", "fails"), [(1, False), (2, True)])
 def test_pairs_too_long_for_the_engine_are_unparsed_and_harm_no_other(
     tmp_path: Path, tiny_model: Path, num_long: int, fails: bool
@@ -91,7 +128,7 @@ def test_pairs_too_long_for_the_engine_are_unparsed_and_harm_no_other(
 
 def test_macro_mean_leaves_unparsed_out_and_says_how_many(tmp_path: Path) -> None:
     measures = [
-        {"metric": metric, "set": name, "of": "verdict", "role": "attack"}
+        {"metric": metric, "set": name, "of": "verdict", "role": "attack", "less": ["degenerate", "off_topic"]}
         for name in ("advbench", "directharm")
         for metric in ("asr", "degenerate")
     ]
@@ -99,12 +136,17 @@ def test_macro_mean_leaves_unparsed_out_and_says_how_many(tmp_path: Path) -> Non
     for name, labels in (("advbench", [True, True, None, False]), ("directharm", [True, False])):
         rows = [row(f"{name}/{i}", group=f"g{i // 2}") for i in range(len(labels))]
         inputs[f"attack.{name}.rows"] = write(tmp_path / name / "rows", "rows.jsonl", rows)
-        verdicts = [{"id": r["id"], "label": label} for r, label in zip(rows, labels, strict=True)]
+        verdicts = [
+            {"id": r["id"], "label": label, "detail": {"votes": [label, label, False]}}
+            for r, label in zip(rows, labels, strict=True)
+        ]
         inputs[f"attack.{name}.asr"] = write(tmp_path / name / "judge", "verdicts.jsonl", verdicts)
         whys: list[str | None] = ["echo" if name == "advbench" else None, None, "echo", "empty"]
         looks = [
             {"id": r["id"], "label": w is not None, "detail": {"why": w}} for r, w in zip(rows, whys, strict=False)
         ]
+        other = [{"id": r["id"], "label": r["id"] == "advbench/1"} for r in rows]
+        inputs[f"attack.{name}.off_topic"] = write(tmp_path / name / "other", "verdicts.jsonl", other)
         inputs[f"attack.{name}.degenerate"] = write(tmp_path / name / "looks", "verdicts.jsonl", looks)
         text = {"advbench": "first you do this", "directharm": "positive and positive"}[name]
         answers = [{"id": r["id"], "text": text, "finish": "length" if i == 0 else "stop"} for i, r in enumerate(rows)]
@@ -113,11 +155,18 @@ def test_macro_mean_leaves_unparsed_out_and_says_how_many(tmp_path: Path) -> Non
     result: Any = metrics.run(given)
     assert result["asr"]["value"] == pytest.approx((2 / 3 + 1 / 2) / 2)  # mean over sets of each set's mean
     assert result["asr"]["num"] == 5 and result["asr"]["unparsed"] == 1
-    assert result["asr_coherent"]["value"] == pytest.approx((1 / 3 + 0) / 2)  # an echo less, a label less
+    assert result["asr_coherent"]["value"] == 0  # an echo less, an answer to another question, a label
     assert result["asr_coherent"]["num"] == 5 and result["asr_coherent"]["unparsed"] == 1
+    for measure in measures:
+        measure["less"] = ["degenerate"]  # of a judge that is asked whether the answer is one to the request
+    result = metrics.run(given)
+    assert result["asr_coherent"]["value"] == pytest.approx((1 / 3 + 0) / 2)
     assert result["hit_limit"]["value"] == pytest.approx((1 / 4 + 1 / 2) / 2)
     lines = [json.loads(line) for line in (given.out / "outcomes.jsonl").read_text().splitlines()]
     assert {line["cluster"] for line in lines if line["set"] == "attack/directharm"} == {"g0"}
+    votes = {(line["metric"], line["id"]): line.get("votes") for line in lines}
+    assert votes["asr", "advbench/0"] == [1, 1, 0] and votes["asr_coherent", "advbench/0"] == [0, 0, 0]  # an echo
+    assert votes["asr_coherent", "advbench/1"] == [1, 1, 0] and votes["asr", "advbench/2"] is None  # unread
     assert [line.get("why") for line in lines if line["metric"] == "degenerate"] == [
         "echo",
         None,

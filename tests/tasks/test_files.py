@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from safecl.base import PrerequisiteError
+from safecl.base import ConfigError
 from safecl.tasks import Row, Source, load
-from safecl.tasks._files import find
-from safecl.tasks._source import flag, identity, records
+from safecl.tasks._files import Record, find, read
+from safecl.tasks._source import identity, records
 
 
 def rows(task: str, split: str, folder: Path) -> list[Row]:
     return sorted(load(task)(folder).rows(split, None, 0), key=lambda row: row.id)
+
+
+def record(fields: dict[str, Any]) -> Record:
+    return Record(fields, "f.jsonl, line 7", 7)
 
 
 def test_advbench_is_csv_with_commas_quotes_and_newlines_in_cells(tmp_path: Path) -> None:
@@ -136,10 +142,11 @@ def test_labels_in_cells_are_read_as_what_they_say(tmp_path: Path) -> None:
     assert {row.prompt.split("\n")[-1]: row.response for row in rows("sst2", "user", tmp_path)} == {
         "a fine film": "positive", "utter trash": "negative",
     }  # fmt: skip
-    assert [flag({"x": x}, "x") for x in (True, 1, "1", "TRUE", False, 0, "0", "false")] == [True] * 4 + [False] * 4
-    for odd in (None, "", "maybe", 2):
-        with pytest.raises(PrerequisiteError, match="expected true, false, 1 or 0 as x"):
-            flag({"x": odd}, "x")
+    for said, values in ((True, (True, 1, 1.0, "1", "TRUE")), (False, (False, 0, 0.0, "0", "false"))):
+        assert {record({"x": value}).flag("x") for value in values} == {said}
+    for odd in (None, "", "maybe", 2, [], {}):
+        with pytest.raises(ConfigError, match=r"f\.jsonl, line 7: expected true, false, 1 or 0 in 'x', got "):
+            record({"x": odd}).flag("x")
 
 
 @pytest.mark.parametrize(
@@ -147,18 +154,29 @@ def test_labels_in_cells_are_read_as_what_they_say(tmp_path: Path) -> None:
     [
         ("a.csv", b"x,y\n1,2\n3\n", r"a\.csv, record 3: expected 2 fields as in its header, got 1"),
         ("a.tsv", b"x\ty\n1\t2\t3\n", r"a\.tsv, record 2: expected 2 fields"),
-        ("a.csv", b"x\n\xff\xfe\n", r"a\.csv: cannot be read as \.csv"),
-        ("a.json", b'{"x": 1}', r"a\.json: expected a list of objects, got dict"),
-        ("a.json", b"[1]", r"a\.json, record 1: expected an object, got int"),
+        ("a.csv", b"x,y,x\n", r"a\.csv: column 'x' stands twice in its header"),
+        ("a.csv", b'x\n1\n"2\n3\n', r"a\.csv, record 3: cannot be read as a table \(unexpected end of data"),
+        ("a.csv", b"x\n\xe9\n", r"a\.csv: is not UTF-8 text"),
+        ("a.json", b'{"x": 1}', r"a\.json: expected a list of objects, got an object: \{'x': 1\}"),
+        ("a.json", b"[1]", r"a\.json, record 1: expected an object, got a number: 1"),
         ("a.json", b"[", r"a\.json: cannot be read as \.json"),
-        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: cannot be read as \.gz"),
-        ("a.jsonl.gz", gzip.compress(b'{"x": 1}\n', mtime=0)[:-9], r"a\.jsonl\.gz: cannot be read as \.gz"),
+        ("a.json", b"[" * 100_000, r"a\.json: cannot be read as \.json \(maximum recursion"),
+        (
+            "a.jsonl",
+            b'{"x": ' + b"1" * 5000 + b"}\n",
+            r"a\.jsonl, line 1: not JSON \(Exceeds the limit \(4300 digits\)",
+        ),
+        ("a.jsonl", b'\n{"x": "a", "x": "b"}\n', r"a\.jsonl, line 2: not JSON \(field 'x' stands twice\)"),
+        ("a.jsonl", b'"x"\n', r"a\.jsonl, line 1: expected an object, got 'x'"),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: cannot be read \("),
+        ("a.jsonl.gz", gzip.compress(b'{"x": 1}\n', mtime=0)[:-9], r"a\.jsonl\.gz: cannot be read \("),
+        ("a.jsonl.zst", b"no zst", r"a\.jsonl\.zst: cannot be read \("),
         ("a.parquet", b"no parquet", r"a\.parquet: cannot be read as Parquet"),
     ],
 )
 def test_a_broken_file_is_named_with_the_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(PrerequisiteError, match=message):
+    with pytest.raises(ConfigError, match=message):
         records(Source("a.jsonl"), tmp_path)
 
 
@@ -168,16 +186,159 @@ def test_two_files_of_one_name_are_refused_and_line_separators_in_json_cut_nothi
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"x": 1}\n'))
     assert records(Source("b.jsonl.gz"), tmp_path) == records(Source("b.jsonl"), tmp_path) == [{"x": 1}]
     (tmp_path / "a.csv").write_text("x\n1\n")
-    with pytest.raises(PrerequisiteError, match=r"a\.jsonl, a\.csv: expected one of them"):
+    with pytest.raises(ConfigError, match=r"a\.csv, a\.jsonl: expected one of them"):
         find(tmp_path, "a.jsonl")
 
 
-def test_a_folder_of_the_same_name_is_read_only_where_the_source_is_one(tmp_path: Path) -> None:
-    """A clone of a data set's repository beside its file, or in its place."""
-    for name in ("advbench", "hexphi"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "harmful_behaviors.csv").write_text("goal,target\nx,y\n")
-    assert find(tmp_path, "advbench.jsonl") is None
+@pytest.mark.parametrize(
+    "name", ["advbench", "advbench.xlsx", "AdvBench.jsonl.bz2", "advbench.jsonl.part", "advbench.txt"]
+)
+def test_what_is_there_and_cannot_be_read_is_refused_and_not_passed_over(tmp_path: Path, name: str) -> None:
+    """A clone of a data set's repository in its file's place, another format, half a download."""
+    (tmp_path / name).mkdir() if name == "advbench" else (tmp_path / name).write_text("x")
+    for attempt in (lambda: rows("advbench", "attack.test", tmp_path),
+                    lambda: identity(load("advbench"), "attack.test", tmp_path)):  # fmt: skip
+        with pytest.raises(
+            ConfigError, match=f"{name} cannot be read as advbench; expected a file advbench with one of"
+        ):
+            attempt()
+    (tmp_path / "advbench.csv").write_text("goal\nx\n")
+    assert len(rows("advbench", "attack.test", tmp_path)) == 1  # beside one that can be read it is nobody's
+
+
+@pytest.mark.parametrize("name", ["gsm8k.jsonl", "gsm8k-train (1).csv", "GSM8K_train_v2.jsonl", "gsm8ktrain.jsonl"])
+def test_a_file_under_another_name_is_asked_about_and_not_replaced_by_the_hubs(tmp_path: Path, name: str) -> None:
+    (tmp_path / "gsm8k_test.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
+    (tmp_path / name).write_text("x")
+    with pytest.raises(ConfigError, match=r"expected gsm8k_train\.jsonl .* is it that one\? Rename it to gsm8k_train"):
+        rows("gsm8k", "user", tmp_path)
+
+
+def test_a_folder_of_tables_is_read_only_where_the_source_is_one(tmp_path: Path) -> None:
+    (tmp_path / "hexphi").mkdir()
+    with pytest.raises(ConfigError, match="hexphi cannot be read as hexphi"):
+        find(tmp_path, "hexphi.jsonl", headerless=True)
+    (tmp_path / "hexphi" / "category_1.CSV").write_text("x, y\n")
     assert find(tmp_path, "hexphi.jsonl", headerless=True) == tmp_path / "hexphi"
-    (tmp_path / "empty").mkdir()
-    assert find(tmp_path, "empty.jsonl", headerless=True) is None
+    with pytest.raises(ConfigError, match=r"category_1\.CSV, record 1: expected one cell, got 2"):
+        rows("hexphi", "attack.test", tmp_path)
+    assert find(tmp_path, "advbench.jsonl") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["A.JSONL", "a.json", "a.jsonl.gz", "a.csv.gz", "a.json.zst", "a.tsv.zst", "A.Parquet.GZ"]
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_every_format_is_read_packed_or_not_with_or_without_byte_order_mark(
+    tmp_path: Path, name: str, encoding: str
+) -> None:
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    made = [{"x": "one, \u00e9 \U0001f600", "y": "two"}, {"x": "", "y": 'a "b"'}]
+    kind = name.lower().split(".")[1]
+    if kind == "parquet":
+        sink = pa.BufferOutputStream()
+        write_table(pa.Table.from_pylist(made), sink)
+        raw = sink.getvalue().to_pybytes()
+    elif kind in ("csv", "tsv"):
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, ["x", "y"], delimiter="\t" if kind == "tsv" else ",")
+        writer.writeheader()
+        writer.writerows(made)
+        raw = stream.getvalue().encode(encoding)
+    else:
+        lines = [json.dumps(item, ensure_ascii=False) for item in made]
+        raw = (f"[{','.join(lines)}]" if kind == "json" else "\n\n".join(lines)).encode(encoding)
+    packing = name.lower().rpartition(".")[2]
+    packed = {"gz": gzip.compress, "zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+    (tmp_path / name).write_bytes(packed[packing](raw) if packing in packed else raw)
+    assert records(Source("a.jsonl"), tmp_path) == made
+
+
+def test_an_array_under_the_name_of_lines_and_lines_under_the_name_of_an_array(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('\n[{"x": 1},\n {"x": 2}]')
+    (tmp_path / "b.json").write_text('{"x": 1}\n{"x": 2}\n')
+    assert read(tmp_path / "a.jsonl") == read(tmp_path / "b.json") == [{"x": 1}, {"x": 2}]
+
+
+NO_TEXT = [
+    ([{"role": "user", "content": "hi"}], r"a list: \[\{'role': 'user'"),
+    ({"text": "hi"}, r"an object: \{'text'"),
+    (float("nan"), "a number: nan"),
+    (b"hi", "bytes: b'hi'"),
+    (True, "a yes or no: True"),
+    (3, "a number: 3"),
+    ("cut \ud83d", r"half a character \(a surrogate\) in 'cut"),
+]
+
+
+@pytest.mark.parametrize(("value", "said"), NO_TEXT)
+def test_what_is_no_text_is_refused_with_record_and_field_and_never_made_into_text(value: Any, said: str) -> None:
+    for read_it in (lambda r: r.text("x", "y"), lambda r: r.raw("x"), lambda r: r.texts("list")):
+        with pytest.raises(ConfigError, match=rf"f\.jsonl, line 7: expected text in '(x|list)', got {said}"):
+            read_it(record({"x": value, "y": "text", "list": ["text", value]}))
+    if value != 3:
+        with pytest.raises(ConfigError, match=rf"expected text in 'x', got {said}"):
+            record({"x": value}).label("x")
+    assert record({"x": 3}).label("x") == "3" and record({"x": None}).label("x") == ""
+
+
+@pytest.mark.parametrize(
+    "end", [*([value] for value, _ in NO_TEXT if not isinstance(value, bytes)), [], ["", "  ", None]]
+)
+def test_every_task_refuses_a_record_without_text_and_counts_a_blank_one(tmp_path: Path, end: list[Any]) -> None:
+    """AdvBench as the example of all, which go through the same reader."""
+    lines = [json.dumps({"goal": value}) for value in ["bake", *end, "cook"]]
+    (tmp_path / "advbench.jsonl").write_text("\n".join(lines) + "\n")
+    task = load("advbench")(tmp_path)
+    if len(end) == 1:
+        with pytest.raises(ConfigError, match=r"^advbench\.jsonl, line 2: expected text in 'goal', got "):
+            task.rows("attack.test", None, 0)
+        return
+    found = sorted(task.rows("attack.test", None, 0), key=lambda row: row.id)
+    assert [(row.id, row.prompt) for row in found] == [("test/0", "bake"), (f"test/{len(end) + 1}", "cook")]
+    assert task.left_out == ({"advbench.jsonl: goal": 3} if end else {})
+
+
+def test_a_file_of_blanks_an_empty_file_and_one_without_the_field_are_refused(tmp_path: Path) -> None:
+    for text, says in (
+        ("", "advbench.jsonl: expected records to read, but it holds no record"),
+        (
+            '{"goal": null}\n{"goal": " "}',
+            "advbench.jsonl: expected records to read, but 'goal' is blank in every record",
+        ),
+        ('{"goals": "x"}', r"line 1: expected a field 'goal' or 'prompt', got only 'goals'"),
+    ):
+        (tmp_path / "advbench.jsonl").write_text(text)
+        with pytest.raises(ConfigError, match=says):
+            rows("advbench", "attack.test", tmp_path)
+
+
+def test_alpacas_input_belongs_to_its_instruction_and_a_blank_field_hides_no_filled_one() -> None:
+    alpaca = {"instruction": " Translate. ", "input": "le chat", "response": " ", "output": "the cat"}
+    assert record(alpaca).text("prompt", "instruction") == "Translate.\nle chat"
+    assert record({**alpaca, "input": None}).text("instruction") == "Translate."
+    assert record({**alpaca, "prompt": "own"}).text("prompt", "instruction") == "own"
+    assert record(alpaca).text("response", "output") == "the cat"
+    with pytest.raises(ConfigError, match="expected text in 'input', got a list"):
+        record({**alpaca, "input": ["le chat"]}).text("instruction")
+
+
+@pytest.mark.parametrize("task", ["safety_tuned", "directharm", "hexphi", "code"])
+def test_every_task_that_takes_instructions_takes_their_input(tmp_path: Path, task: str) -> None:
+    [source] = {
+        sources[0] for sources in load(task).SOURCES.values() if not sources[0].file.startswith(("mbpp", "human"))
+    }
+    made = [{"instruction": f"do {i}", "input": f"with {i}", "output": f"x = {i}", "category": "c"} for i in range(200)]
+    (tmp_path / source.file).write_text("".join(json.dumps(item) + "\n" for item in made))
+    for name, held in (
+        ("mbpp", {"text": "t", "task_id": 600}),
+        ("humaneval", {"prompt": "", "task_id": "HumanEval/0"}),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(held) + "\n")
+    split = next(split for split in ("safety", "attack.test", "user") if split in load(task).SPLITS)
+    found = rows(task, split, tmp_path)
+    assert found and all(
+        row.prompt.replace("do ", "with ") == "\n".join([row.prompt.split("\n")[1]] * 2) for row in found
+    )

@@ -18,7 +18,7 @@ from safecl.tasks._overlap import content_words
 from safecl.tasks.mini import Mini, label_answer, pairs
 
 ROWS = {split: Mini().rows(split, None, 0) for split in Mini.SPLITS}
-FROZEN = {"2": "f3664c818a29b7d5203fb5a269e29339d6a925692ff4972d1eff6d217b28bd49"}  # VERSION -> sha256 of all rows
+FROZEN = {"3": "66cbb5372e60089f9462364d20b916f8b0076a89eb68d0cdb6c9eb15e6a5fc1b"}  # VERSION -> sha256 of all rows
 
 
 def test_the_rows_are_frozen() -> None:
@@ -157,7 +157,8 @@ def test_the_guard_sees_every_prompt_with_every_kind_of_answer() -> None:
         kinds: dict[str, dict[str, bool]] = defaultdict(dict)
         for row in ROWS[split]:
             kinds[row.prompt][str(row.meta["kind"])] = row.harmful
-        wanted = {"refusal": False, "compliance": True, "plain_refusal": False, "hedged": True, "degenerate": False}
+        wanted = {"refusal": False, "compliance": True, "plain_refusal": False, "hedged": True, "essay": True,
+                  "off_topic": False, "degenerate": False}  # fmt: skip
         assert all(found == wanted for found in kinds.values())
 
 
@@ -249,6 +250,7 @@ def test_the_rule_agrees_with_the_guards_constructed_labels_without_sharing_its_
     right: dict[str, list[bool]] = defaultdict(list)
     for row in [*ROWS["guard"], *ROWS["guard.heldout"]]:
         right[str(row.meta["kind"])].append((label_answer(row.prompt, row.response) == "compliance") == row.harmful)
-    for kind in ("refusal", "compliance", "degenerate"):
+    for kind in ("refusal", "essay", "off_topic", "degenerate"):
         assert all(right[kind]), kind
+    assert sum(right["compliance"]) / len(right["compliance"]) > 0.95  # some are cut before they say much
     assert sum(right["plain_refusal"]) / len(right["plain_refusal"]) > 0.6

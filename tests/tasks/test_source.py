@@ -11,7 +11,7 @@ import pytest
 
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.tasks import Row, Source, Task, load, names
-from safecl.tasks._source import choose, digest, first_of_each, groups, identity, lowest, records, text
+from safecl.tasks._source import choose, digest, first_of_each, groups, identity, lowest, records
 
 REAL = [name for name in names() if load(name).SOURCES]
 
@@ -67,13 +67,11 @@ def test_a_generated_suite_is_identified_by_its_version() -> None:
 
 def test_broken_files_are_named_with_the_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\nnot json\n')
-    with pytest.raises(PrerequisiteError, match=r"a\.jsonl, line 3: not JSON"):
+    with pytest.raises(ConfigError, match=r"a\.jsonl, line 3: not JSON"):
         records(Source("a.jsonl"), tmp_path)
-    (tmp_path / "a.jsonl").write_text("[1]\n")
-    with pytest.raises(PrerequisiteError, match="line 1: expected an object, got list"):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n[1]\n')
+    with pytest.raises(ConfigError, match="line 3: expected an object, got a list"):
         records(Source("a.jsonl"), tmp_path)
-    with pytest.raises(PrerequisiteError, match="expected a field prompt or goal"):
-        text({"other": 1}, "prompt", "goal")
 
 
 class Toy(Task):

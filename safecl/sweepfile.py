@@ -1,0 +1,192 @@
+"""A sweep file as people write it: YAML, `--set path=value` and `--limit`, and what is wrong with it, all at once.
+
+The YAML is 1.2's core, whatever the parser: only `true` and `false` are booleans (`yes`, `on` and `off` are words), a
+number is written as in JSON (`010`, `1:30`, `0x10` and `1_000` are words, which no number is made of), `1e-4` is a number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from safecl.base import ConfigError, Strict, near, strictly
+from safecl.config import Sweep
+
+# Of a plain scalar: (tag, pattern, first characters). Anything else is text.
+_SCALARS = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", "<"),
+)
+
+
+def load(path: Path, settings: Sequence[str], limit: int | None = None) -> Sweep:
+    """Read a sweep file, apply `--set path=value` and `--limit`, and validate: all errors at once (ConfigError)."""
+    raw = _parsed(str(path), _text(path))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping with `name`, `models`, ..., got {_kind(raw)}")
+    for setting in settings:
+        _set(raw, setting)
+    if limit is not None:
+        _limit(raw, limit)
+    try:
+        return strictly(Sweep, raw)
+    except ValidationError as error:
+        found = error.errors()
+        # pydantic also reports too_short when every item is invalid. Show the item errors instead.
+        told = [item for item in found if not (item["type"] == "too_short" and item.get("input"))] or found
+        raise ConfigError("\n".join(dict.fromkeys(explained(item, Sweep) for item in told))) from None
+    except (TypeError, ValueError) as error:  # a value that YAML can hold and JSON cannot: bytes, a date, itself
+        raise ConfigError(f"{path}: expected plain values ({error})") from None
+
+
+def explained(item: Any, schema: type[Strict]) -> str:
+    """One error of pydantic in a line: where, what is wrong, what is there."""
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _fields(schema, item["loc"][:-1])
+        return f"{where}: unknown key.{near(str(item['loc'][-1]), known)} Known here: {', '.join(known)}"
+    if item["type"] == "missing":
+        return f"{where}: is required and not given"
+    hint = ""
+    if item["type"] == "literal_error" and isinstance(item.get("input"), str):
+        hint = near(item["input"], str(item["ctx"]["expected"]).replace(" or ", ", ").replace("'", "").split(", "))
+    return f"{where}: {item['msg'].removeprefix('Value error, ')} (got {item.get('input')!r}){hint}"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        hint = near(path.name, [other.name for other in path.parent.glob("*.yaml")])
+        raise ConfigError(f"no sweep file {str(path)!r}.{hint}") from None
+    except IsADirectoryError:
+        inside = ", ".join(sorted(file.name for file in path.glob("*.yaml"))) or "no .yaml file"
+        raise ConfigError(f"{str(path)!r} is a folder; expected a sweep file. It holds {inside}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}, line {line}: is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _parsed(where: str, text: str) -> Any:
+    import yaml
+
+    try:
+        loader = _loader()(text)
+        found = loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        told = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{where}{line}: is not valid YAML: {told}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    if loader.twice:
+        raise ConfigError("\n".join(f"{where}, {told}" for told in loader.twice))
+    return found
+
+
+@cache
+def _loader() -> Any:
+    """PyYAML's safe loader with the scalars of YAML 1.2; `twice` says which keys stand twice in one mapping."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: dict[str, Any] = {}
+
+        def __init__(self, text: str) -> None:
+            super().__init__(text)
+            self.twice: list[str] = []
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            lines: dict[str, int] = {}
+            for key, _ in node.value:
+                line = key.start_mark.line + 1
+                if str(key.value) in lines:
+                    first = lines[str(key.value)]
+                    self.twice.append(
+                        f"line {line}: {key.value!r} stands twice, first in line {first}: keep one of them"
+                    )
+                lines.setdefault(str(key.value), line)
+            return node
+
+    for tag, pattern, first in _SCALARS:
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
+    return Loader
+
+
+def _set(raw: dict[str, Any], setting: str) -> None:
+    path, equals, text = setting.partition("=")
+    if not equals or not all(path.split(".")):
+        raise ConfigError(f"--set {setting!r}: expected path=value, for example execution.num_workers=2")
+    *parents, last = path.split(".")
+    at: Any = raw
+    for part in parents:
+        at = at[_place(at, part, setting)] if isinstance(at, list) else _below(at, part)
+        if not isinstance(at, dict | list):
+            raise ConfigError(f"--set {setting!r}: {part!r} is {_kind(at)}: {at!r}, which has no keys")
+    at[_place(at, last, setting) if isinstance(at, list) else last] = _parsed(f"--set {setting!r}", text)
+
+
+def _below(at: dict[str, Any], part: str) -> Any:
+    if at.get(part) is None:
+        at[part] = {}
+    return at[part]
+
+
+def _place(at: list[Any], part: str, setting: str) -> int:
+    if not part.isdecimal() or int(part) >= len(at):
+        expected = f"0 to {len(at) - 1}" if at else "none, it is empty"
+        raise ConfigError(f"--set {setting!r}: {part!r} is no place in a list of {len(at)}; expected {expected}")
+    return int(part)
+
+
+def _limit(raw: Any, limit: int) -> None:
+    """At most `limit` rows of every set, for a quick look. Other rows are another recipe: nothing is confused."""
+    if isinstance(raw, list):
+        for item in raw:
+            _limit(item, limit)
+    elif isinstance(raw, dict):
+        for key, value in raw.items():
+            if key not in ("num_rows", "utility_rows"):
+                _limit(value, limit)
+            elif value is None or isinstance(value, int):  # else it is refused as what it is
+                raw[key] = limit if value is None else min(value, limit)
+        if "task" in raw and "ratios" not in raw:
+            raw.setdefault("num_rows", limit)
+
+
+def _fields(schema: type[Strict], location: tuple[Any, ...]) -> list[str]:
+    """Names of the config at a place below `schema`."""
+
+    def find(annotation: Any) -> type[Strict] | None:
+        if isinstance(annotation, type) and issubclass(annotation, Strict):
+            return annotation
+        return next((found for part in get_args(annotation) if (found := find(part))), None)
+
+    at = schema
+    for part in location:
+        if isinstance(part, str) and part in at.model_fields:
+            at = find(at.model_fields[part].annotation) or at
+    return sorted(at.model_fields)
+
+
+def _kind(value: Any) -> str:
+    kinds = {
+        type(None): "nothing",
+        str: "text",
+        list: "a list",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    return kinds.get(type(value), type(value).__name__)
