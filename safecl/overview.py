@@ -80,7 +80,7 @@ def plan(project: Project) -> dict[str, Any]:
         "auto": None if project.auto is None else project.auto._asdict(),
         "warnings": project.warnings,
         "templates": {model.name: project.template_of(model) for model in sweep.models},
-        "trained": {label: one._asdict() for label, one in project.expected.items()},
+        "trained": {label: one and one._asdict() for label, one in project.expected.items()},
         "notes": _plan_notes(project),
     }
 
@@ -94,6 +94,9 @@ def _plan_notes(project: Project) -> list[str]:
             model = f"{recipe.model.name} " if several else ""
             found.append((f"{model}{recipe.task.task} p={recipe.poison_ratio:g}", recipe.poison_ratio, one._asdict()))
     told = [f"template of {model.name}: {project.template_of(model)}" for model in project.sweep.models]
+    num_unknown = sum(one is None for one in project.expected.values())
+    if num_unknown:
+        told.append(f"what {num_unknown} cells are trained on is known once their data is here, which is on the hub")
     return told + trained_notes(found)
 
 

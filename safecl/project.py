@@ -136,7 +136,7 @@ class Project:
         self._pasts: dict[Cell, Past | None] = {}  # those that it only reads, as they were the first time
 
     @cached_property
-    def expected(self) -> dict[str, Trained]:
+    def expected(self) -> dict[str, Trained | None]:
         """What the finetunes of the first seed will be trained on, by cell. Reads data and tokenizers, no model.
 
         Raises:

@@ -82,13 +82,13 @@ class Preview:
         return None if below is None else self._tokenizers[below.key]
 
 
-def expected(cells: Sequence[Cell], seed: int, preview: Preview) -> dict[str, Trained]:
-    """What each cell's finetune will be trained on, by label, where that can be told.
+def expected(cells: Sequence[Cell], seed: int, preview: Preview) -> dict[str, Trained | None]:
+    """What each cell's finetune will be trained on, by label; None where its data is not on this machine yet.
 
     Raises:
         ConfigError: rows, poison or memory are fewer than asked for once those that are too long are left out.
     """
-    found: dict[str, Trained] = {}
+    found: dict[str, Trained | None] = {}
     errors: list[str] = []
     checked: set[str] = set()
 
@@ -126,8 +126,7 @@ def expected(cells: Sequence[Cell], seed: int, preview: Preview) -> dict[str, Tr
                     f"{cell.label}: a memory of {num_memory} rows is asked for, the safety rows hold {refusals} refusals; "
                     "lower memory_size or give more safety rows"
                 )
-        if user is not None:
-            found[cell.label] = of(user.facts, num_memory)
+        found[cell.label] = None if user is None else of(user.facts, num_memory)
     if errors:
         raise ConfigError("\n".join(dict.fromkeys(errors)))
     return found

@@ -138,3 +138,13 @@ def test_memory_rows_are_trained_on_whatever_the_tasks_own_limit(world: World) -
     assert [found[row.row_id] for row in kept[:8]] == [row.ids for row in kept[:8]]
     user = {row.id for row in batches.read_rows(world.user)}
     assert all(len(row.ids) <= limit for row in run.rows if row.row_id in user)
+
+
+def test_rows_that_are_on_the_hub_still_are_not_fetched_by_a_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safecl.plan.identity", lambda task, split, folder: {"hub": "a/b", "revision": "c"})
+    monkeypatch.setattr(trained, "compose", lambda *_: pytest.fail("fetched"))
+    found = plan(project(tmp_path, "methods=[{name: sft}]"))
+    assert set(found["trained"].values()) == {None}
+    assert "what 2 cells are trained on is known once their data is here, which is on the hub" in found["notes"]
