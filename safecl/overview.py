@@ -32,6 +32,7 @@ MAX_MERGE_LOSS = 0.01  # share of a finetune's KL from where it started
 def plan(project: Project) -> dict[str, Any]:
     """Cells, trials, stages by kind, hours and dtypes, as plain data; and estimates against the records of past stages."""
     sweep = project.sweep
+    project.expected  # noqa: B018  (refuses what would leave too few rows)
     project.warnings = warnings(sweep, project.store, project.auto, project.nodes)
     found: list[dict[str, Any]] = []
     jobs: list[Job] = []

@@ -65,13 +65,15 @@ def test_what_a_plan_says_is_what_the_stage_makes(tmp_path: Path) -> None:
 
 
 def test_a_plan_refuses_what_cannot_hold_all_at_once(tmp_path: Path) -> None:
+    both = ["poison.ratios=[0.1]", "methods.1.search=null"]
     with pytest.raises(ConfigError) as caught:
-        plan(project(tmp_path, "tasks.0.max_tokens=8", "methods.1.config={memory_size: 500}", "methods.1.search=null"))
+        plan(project(tmp_path, *both, "tasks.0.max_tokens=8", "methods.1.config={memory_size: 500}"))
     text = str(caught.value)
     assert "task 'mini', split 'user': 72 rows are asked for" in text and "longer than max_tokens = 8" in text
     assert "der: a memory of 500 rows is asked for, the safety rows hold" in text
+    searched = project(tmp_path, "poison.ratios=[0.1]", "methods.1.search={memory_size: [20, 400]}")
     with pytest.raises(ConfigError, match="a memory of 400 rows is asked for"):  # what a search may ask for counts
-        plan(project(tmp_path, "methods.1.search={memory_size: [20, 400]}"))
+        _ = searched.expected
 
 
 def test_every_data_stage_is_made_once_however_many_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
