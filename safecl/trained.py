@@ -67,13 +67,13 @@ class Preview:
         keys = tuple(stage.inputs[name].key for name in sorted(stage.inputs) if name.startswith("exclude_"))
         seed = int(config["seed"])
 
-        def found(part: dict[str, Any], split: str) -> Found:
+        def draw_from(part: dict[str, Any], split: str) -> Found:
             same = (part["task"], split, canonical(part["source"]), seed, keys)
             if same not in self._found:
                 self._found[same] = find(part, split, seed, self.folder, taken)
             return self._found[same]
 
-        return compose(config, found, taken, {}, self._tokenizer(stage))
+        return compose(config, draw_from, taken, {}, self._tokenizer(stage))
 
     def _tokenizer(self, stage: Stage) -> Tokenizer | None:
         below = stage.inputs.get("tokenizer")
