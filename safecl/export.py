@@ -46,7 +46,8 @@ def export(store: Store, key: str, out: Path, merged: bool) -> Path:
             (temporary / "adapter_config.json").write_text(
                 json.dumps({**config, "base_model_name_or_path": str(base)}, indent=2, sort_keys=True)
             )
-        _write_template(record["config"], base, temporary, merged)
+        if "template" in record["config"]:
+            _write_template(record["config"], base, temporary, merged)
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

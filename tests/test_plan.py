@@ -65,7 +65,8 @@ def test_no_sweep_file_has_a_config_error(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("realign", [True, False])
 def test_a_search_trains_nothing_that_a_row_reports(realign: bool) -> None:
     sweep = load(QUICKSTART, ["seeds=[0,1]", f"search.realign={json.dumps(realign)}"])
-    [cell] = [cell for cell in cells(resolved(sweep, "bfloat16")) if cell.space and cell.recipe.poison_ratio]
+    grid = cells(settle(resolved(sweep, "bfloat16")).sweep)
+    [cell] = [cell for cell in grid if cell.space and cell.recipe.poison_ratio]
     trial, finals = cell.trial({}), [cell.job({}, seed, "final") for seed in sweep.seeds]
     assert trial.seed not in sweep.seeds
     reported = {stage.key for job in finals for stage in job.own}

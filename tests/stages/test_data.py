@@ -214,9 +214,9 @@ def test_the_pairs_of_the_built_in_guard_stand_together(tmp_path: Path) -> None:
     wording = {"judge": "guard", "config": {}}
     _, rows, _ = run(tmp_path / "a", config(part("mini", "guard", 40), guard=wording))
     by_id = {f"mini/{row.id}": row for row in load("mini")().rows("guard", None, 0)}
-    for start in range(0, 40, 4):  # batches of 4: one request, two answers of each label
-        four = [by_id[row.id] for row in rows[start : start + 4]]
-        assert len({row.prompt for row in four}) == 1 and sum(row.harmful for row in four) == 2
+    for start in range(0, 36, 6):  # one request, three answers of each label
+        six = [by_id[row.id] for row in rows[start : start + 6]]
+        assert len({row.prompt for row in six}) == 1 and sum(row.harmful for row in six) == 3
 
 
 # -- rows that are too long --------------------------------------------------------------------------------------------
