@@ -75,7 +75,9 @@ def commands(folder: Path, rounds: int, num_trials: int) -> list[dict[str, Any]]
     raw = yaml.safe_load(QUICKSTART.read_text())
     for method in raw["methods"]:
         method.pop("search", None)
-    raw["evaluate"]["judges"] = {"asr": "keywords"}  # the made-up store holds no verdicts that a guard's quality is read from
+    raw["evaluate"]["judges"] = {
+        "asr": "keywords"
+    }  # the made-up store holds no verdicts that a guard's quality is read from
     raw["execution"]["root"] = str(folder / "finished")
     file.write_text(yaml.safe_dump(raw))
     finish(Project(load(file, [])))

@@ -30,6 +30,14 @@ class PrerequisiteError(Exception):
     """The machine lacks something (a model, data, disk, memory). One line with the remedy; the command exits 2."""
 
 
+class Infrastructure(RuntimeError):
+    """The machine failed, not what it was asked to do: a process was killed, memory or a disk was full, a node was lost."""
+
+
+class Damaged(PrerequisiteError):
+    """A finished stage's files are not what was written. `safecl run` makes it again."""
+
+
 _Config = TypeVar("_Config", bound=Strict)
 
 
@@ -53,7 +61,10 @@ def near(wrong: str, known: Iterable[str]) -> str:
 
 
 def expanded(path: str) -> str:
-    """A path as a shell reads it: `~` and `$NAME` for what they stand for. Raises ValueError for a variable that is not set."""
+    """A path as a shell reads it: `~` and `$NAME` for what they stand for. Raises ValueError for a variable that is not set,
+    and for an empty path."""
+    if not path.strip():
+        raise ValueError("is empty; expected a path")
     found = os.path.expanduser(os.path.expandvars(path))
     if unset := re.search(r"\$\{?([A-Za-z_]\w*)", found):
         raise ValueError(f"the environment variable {unset[1]} is not set")

@@ -1,97 +1,260 @@
-"""What is wrong with a sweep, before anything is spent: every config error at once, then missing data and models."""
+"""What is wrong with a sweep, before anything is spent: every error at once, of its settings, its data and its models."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from safecl import methods, objective, tasks
-from safecl.base import ConfigError
-from safecl.config import Method, Sweep
-from safecl.grid import Cell, cells
+from safecl import methods, model_files, objective, tasks
+from safecl.base import ConfigError, PrerequisiteError, near, strictly
+from safecl.config import Lora, Method, Model, Sweep
+from safecl.grid import Cell, cells, method_entries, space_of, task_entries
+from safecl.models import wheel_file
 from safecl.search import space_check
+from safecl.store import canonical
+from safecl.sweepfile import explained
+from safecl.tasks._source import identity
 
 
-def check(sweep: Sweep, folder: Path | None) -> list[Cell]:
-    """The sweep's cells, after everything that can be known to be wrong before anything is spent, all at once
-    (ConfigError), then whether the data and models are there (PrerequisiteError)."""
+class Asked(NamedTuple):
+    """Rows that a sweep names. `where`: the key of the task; `counted`: that of the number of rows."""
+
+    where: str
+    task: str
+    split: str
+    num_rows: int | None
+    counted: str
+
+
+def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> list[Cell]:
+    """The sweep's cells, after everything that can be known to be wrong before anything is spent, all at once. Its data are
+    read only with `notes`, to which what a reader should know of them is added.
+
+    Raises:
+        ConfigError: something is wrong with settings, data or a model; what is missing is said with it.
+        PrerequisiteError: nothing is wrong, but data or a model is not there.
+    """
     errors: list[str] = []
+    lacking: list[str] = []
 
-    def attempt(where: str, action: Any) -> Any:
+    def attempt(where: str, action: Callable[[], Any], schema: Any = None) -> Any:
         try:
             return action()
+        except PrerequisiteError as error:
+            lacking.append(str(error))
         except ConfigError as error:
-            errors.append(f"{where}: {error}")
+            errors.append(f"{where}: {error}" if where else str(error))
         except ValidationError as error:
-            for item in error.errors():
-                name = ".".join(str(part) for part in item["loc"])
-                errors.append(f"{where}.{name}: {item['msg']} (got {item.get('input')!r})")
+            errors.extend(f"{where}.{explained(item, schema)}" for item in error.errors())
         return None
 
-    def has_split(where: str, name: str, split: str) -> None:
-        kind = attempt(where, lambda: tasks.load(name))
-        if kind is not None and split not in kind.SPLITS:
-            having = [other for other in tasks.names() if split in tasks.load(other).SPLITS]
-            errors.append(f"{where}: task {name!r} has no {split!r} rows. Tasks that have: {', '.join(having)}")
-
-    for i, task in enumerate(sweep.tasks):
-        for split in ("user", "utility.validation", "utility.test"):
-            has_split(f"tasks[{i}].task", task.task, split)
-    has_split("poison.task", sweep.poison.task, "poison")  # also without a ratio: a guard's rows keep clear of it
-    for name, split in (("safety", "safety"), ("self_answered", "benign.train")):
-        for i, part in enumerate(getattr(sweep.align, name)):
-            has_split(f"align.{name}[{i}].task", part.task, split)
-    for split in ("validation", "test"):
-        for role in ("attack", "benign"):
-            for i, part in enumerate(getattr(getattr(sweep.evaluate, split), role)):
-                has_split(f"evaluate.{split}.{role}[{i}].task", part.task, f"{role}.{split}")
-    guard = sweep.evaluate.judges.guard
-    for name, split in (("rows", "guard"), ("heldout", "guard.heldout")) if guard else ():
-        for i, part in enumerate(getattr(guard, name)):
-            has_split(f"evaluate.judges.guard.{name}[{i}].task", part.task, split)
-    for i, chosen in enumerate(sweep.methods):
-        where = f"methods[{i}]"
-        method = attempt(where, lambda name=chosen.name: methods.load(name))
-        if method is None:
+    wrong: set[str] = set()  # keys of tasks that were said to be wrong: of each its first fault
+    for each in _asked(sweep):
+        kind = None if each.where in wrong else attempt(each.where, partial(tasks.load, each.task))
+        if kind is None or each.split not in kind.SPLITS:
+            wrong.add(each.where)
+        if kind is None:
             continue
-        attempt(f"{where}.config", lambda method=method, config=chosen.config: method.Config(**config))
-        for task in sweep.tasks if not errors else ():
-            num_steps = -(-round((task.num_rows or 0) * task.epochs) // task.batch_size)
-            if task.num_rows is not None:  # else known where the rows are
-                made = method(method.Config(**chosen.config))
-                attempt(f"{where}, task {task.task}", lambda made=made, steps=num_steps: made.check_steps(steps))
-        if chosen.search is not None:
-            errors += [f"{where}.{text}" for text in _space_errors(method, chosen)]
-    for i, model in enumerate(sweep.models):
-        if problem := source_problem(model.source, model.revision):
-            errors.append(f"models[{i}].{problem}")
-    errors += objective.check(sweep.search.objective) + _unknown_metrics(sweep)
+        if each.split not in kind.SPLITS:
+            having = [other for other in tasks.names() if each.split in tasks.load(other).SPLITS]
+            task = f"task {each.task!r} has no {each.split!r} rows. Tasks that have: {', '.join(having)}"
+            errors.append(f"{each.where}: {task}")
+            continue
+        source = attempt("", partial(identity, kind, each.split, folder))
+        if notes is not None and source is not None and '"hub":' not in (text := canonical(source)):
+            found = attempt("", partial(_read, each.task, each.split, folder, text))
+            if found is not None:
+                notes += [note for note in found.notes if note not in notes]
+                if each.num_rows is not None and each.num_rows > found.num_rows:
+                    errors.append(
+                        f"{each.counted}: asks for {each.num_rows} rows, task {each.task!r} has {found.num_rows} of "
+                        f"{each.split!r}"
+                    )
+    for i, chosen in enumerate(sweep.methods):
+        errors += _method_errors(f"methods[{i}]", chosen, attempt)
+    if not errors:
+        errors += _step_errors(sweep)
+    errors += _model_errors(sweep)
+    errors += objective.check(sweep.search.objective)
+    errors += [] if wrong else _unknown_metrics(sweep)
     longest = sweep.evaluate.max_prompt_tokens + sweep.evaluate.max_new_tokens
     if longest > sweep.execution.engine_max_tokens:
         errors.append(
             f"execution.engine_max_tokens: expected at least {longest} (evaluate.max_prompt_tokens + max_new_tokens), "
             f"got {sweep.execution.engine_max_tokens}"
         )
-    if errors:
-        raise ConfigError("\n".join(errors))
-    found = cells(sweep, folder)
-    for cell in found:  # builds every stage: missing data files and models raise here
-        job = cell.job({}, sweep.seeds[0], "final")
-        attempt(f"method {cell.recipe.method!r}", lambda job=job: job.evidence)
-    if errors:
-        raise ConfigError("\n".join(dict.fromkeys(errors)))
+    if (uri := sweep.execution.study_uri) is not None and not re.match(r"[a-z][a-z0-9+]*://", uri):
+        errors.append(f"execution.study_uri: expected a database URL (postgresql://...), got {uri!r}")
+    errors += _named_twice(sweep)
+    found_cells: list[Cell] = []
+    if not errors:
+        entries = {"methods": method_entries(sweep), "tasks": task_entries(sweep)}
+        for where, named in entries.items():
+            errors += _twice(where, [canonical([name, settings]) for name, settings in named], [n for n, _ in named])
+    if not errors:
+        found_cells = cells(sweep, folder)
+        for cell in found_cells:  # builds every stage: what else is missing raises here
+            attempt(
+                f"method {cell.recipe.method!r}", partial(getattr, cell.job({}, sweep.seeds[0], "final"), "evidence")
+            )
+        errors += _one_recipe(found_cells)
+    problems = list(dict.fromkeys([*errors, *lacking]))
+    if problems:
+        raise (ConfigError if errors else PrerequisiteError)("\n".join(problems))
+    return found_cells
+
+
+def _asked(sweep: Sweep) -> list[Asked]:
+    found = []
+    for i, task in enumerate(sweep.tasks):
+        where = f"tasks[{i}]"
+        found.append(Asked(f"{where}.task", task.task, "user", task.num_rows, f"{where}.num_rows"))
+        for split in ("validation", "test"):
+            prompts = getattr(sweep.evaluate, split)
+            count = f"evaluate.{split}.utility_rows"
+            found.append(Asked(f"{where}.task", task.task, f"utility.{split}", prompts.utility_rows, count))
+    # Also without a ratio: a guard's rows keep clear of it.
+    found.append(Asked("poison.task", sweep.poison.task, "poison", None, ""))
+    for key, role, listed in _listed(sweep):
+        for i, rows in enumerate(listed):
+            where = f"{key}[{i}]"
+            found.append(Asked(f"{where}.task", rows.task, role, rows.num_rows, f"{where}.num_rows"))
     return found
+
+
+def _listed(sweep: Sweep) -> list[tuple[str, str, Any]]:
+    """(key, split, entries) of every list of sets of rows."""
+    found: list[tuple[str, str, Any]] = [
+        ("align.safety", "safety", sweep.align.safety),
+        ("align.self_answered", "benign.train", sweep.align.self_answered),
+    ]
+    for split in ("validation", "test"):
+        for role in ("attack", "benign"):
+            found.append((f"evaluate.{split}.{role}", f"{role}.{split}", getattr(getattr(sweep.evaluate, split), role)))
+    if (guard := sweep.evaluate.judges.guard) is not None:
+        found += [("evaluate.judges.guard.rows", "guard", guard.rows)]
+        found += [("evaluate.judges.guard.heldout", "guard.heldout", guard.heldout)]
+    return found
+
+
+class _Read(NamedTuple):
+    num_rows: int
+    notes: tuple[str, ...]
+
+
+@lru_cache
+def _read(task: str, split: str, folder: Path | None, source: str) -> _Read:
+    """How many rows a split has, and what was left out. `source`: its identity, so that a file that changed is read anew."""
+    reader = tasks.load(task)(folder)
+    num_rows = len(reader.rows(split, None, 0))
+    blank = [f"{num} records without {name.rpartition(': ')[2]} are left out of {name.rpartition(':')[0]}"
+             for name, num in reader.left_out.items()]  # fmt: skip
+    return _Read(num_rows, tuple(blank))
+
+
+def _named_twice(sweep: Sweep) -> list[str]:
+    """Entries of lists in which each may stand once."""
+    errors = _twice("models", [model.name for model in sweep.models])
+    errors += _twice("poison.ratios", [f"{ratio:g}" for ratio in sweep.poison.ratios])
+    errors += _twice("seeds", sweep.seeds)
+    for where, _, listed in _listed(sweep):
+        errors += _twice(where, [rows.task for rows in listed])
+    return errors
+
+
+def _twice(where: str, entries: Sequence[Any], names: Sequence[str] = ()) -> list[str]:
+    """What stands more than once among `entries`, by `names` where those are not names themselves."""
+    shown = names or [str(entry) for entry in entries]
+    twice = dict.fromkeys(shown[i] for i, entry in enumerate(entries) if entry in entries[:i])
+    return [f"{where}: names {name} twice" for name in twice]
+
+
+def _one_recipe(found: list[Cell]) -> list[str]:
+    """Cells that would share studies and runs: methods that differ only in values that both search."""
+    first: dict[str, Cell] = {}
+    return [
+        f"methods: {other.label!r} and {cell.label!r} are one recipe: what tells them apart is searched in both"
+        for cell in found
+        if (other := first.setdefault(cell.key, cell)) is not cell
+    ]
+
+
+def _method_errors(where: str, chosen: Method, attempt: Callable[..., Any]) -> list[str]:
+    method = attempt(where, lambda: methods.load(chosen.name))
+    if method is None:
+        return []
+    config = attempt(f"{where}.config", lambda: strictly(method.Config, chosen.config), method.Config)
+    if config is None or chosen.search is None:
+        return []
+    return [f"{where}.{text}" for text in _space_errors(method, chosen, config)]
+
+
+def _step_errors(sweep: Sweep) -> list[str]:
+    """Finetunes too short for their method, where the number of rows is known."""
+    errors = []
+    for i, chosen in enumerate(sweep.methods):
+        method = methods.load(chosen.name)
+        for task in sweep.tasks:
+            try:
+                if task.num_rows is not None:  # else known where the rows are
+                    num_steps = -(-round(task.num_rows * task.epochs) // task.batch_size)
+                    method(method.Config(**chosen.config)).check_steps(num_steps)
+            except ConfigError as error:
+                errors.append(f"methods[{i}], task {task.task}: {error}")
+    return errors
+
+
+def _model_errors(sweep: Sweep) -> list[str]:
+    """What is wrong with the folders, hub ids and adapters of the sweep, from headers alone."""
+    errors = []
+    guard = sweep.evaluate.judges.guard
+    named: list[tuple[str, Model, Mapping[str, Lora]]] = [
+        (
+            f"models[{i}]",
+            model,
+            {"lora": sweep.lora, **({} if guard is None else {"evaluate.judges.guard.lora": guard.lora})},
+        )
+        for i, model in enumerate(sweep.models)
+    ]
+    if (published := sweep.evaluate.judges.guard_model) is not None:
+        named.append(("evaluate.judges.guard_model", published, {}))
+    for where, model, adapters in named:
+        if problem := source_problem(model.source, model.revision):
+            errors.append(f"{where}.{problem}")
+            continue
+        errors += [f"{where}.source: {problem}" for problem in _folder_problems(model.source)]
+        for key, lora in adapters.items():
+            errors += [f"{key}.{problem} ({where})" for problem in _lora_problems(model.source, lora)]
+    return errors
+
+
+def _folder_problems(source: str) -> list[str]:
+    return model_files.problems(Path(source)) if Path(source).is_dir() and not source.startswith("wheel:") else []
+
+
+def _lora_problems(source: str, lora: Lora) -> list[str]:
+    try:
+        path = Path(wheel_file(source.removeprefix("wheel:"))[1] if source.startswith("wheel:") else source)
+    except PrerequisiteError:
+        return []  # said where its stage is built
+    return model_files.lora_problems(path, lora) if path.exists() else []
 
 
 def source_problem(source: str, revision: str | None) -> str | None:
     """What is wrong with where a model comes from."""
     is_hub = not source.startswith("wheel:") and not Path(source).is_dir()
     if is_hub and (source.startswith((".", "/")) or source.count("/") != 1):
-        return f"source: {source!r} is no folder, no 'wheel:PACKAGE' and no hub id"
+        what = "is a file" if Path(source).is_file() else "is no folder, no 'wheel:PACKAGE' and no hub id"
+        return f"source: {source!r} {what}; expected a folder, 'wheel:PACKAGE' or a hub id"
     if is_hub and revision is None:
         return "revision: a hub id needs its commit, so that results stay what they were"
+    if is_hub and not re.fullmatch("[0-9a-f]{40}", str(revision)):
+        return f"revision: expected a commit (40 hex digits), got {revision!r}: a branch or tag can move"
     return None
 
 
@@ -102,9 +265,7 @@ ON_VALIDATION = ("asr", "asr_coherent", "non_refusal", "over_refusal", "degenera
 def _unknown_metrics(sweep: Sweep) -> list[str]:
     """Metrics of the objective that validation prompts do not give: unknown ones, and those that a search would have to
     read test prompts for."""
-    used = {
-        task.task: tasks.load(task.task) for task in sweep.tasks if task.task in tasks.names()
-    }  # others: said elsewhere
+    used = {task.task: tasks.load(task.task) for task in sweep.tasks}
     on_test = {name for kind in used.values() for name in kind().likelihood_scores([], [])}
     known = dict.fromkeys([*ON_VALIDATION, *(name for kind in used.values() for name in kind.SCORES)])
     wanted = {"maximise": sweep.search.objective.maximise, **{f"bounds.{m}": m for m in sweep.search.objective.bounds}}
@@ -123,23 +284,22 @@ def _unknown_metrics(sweep: Sweep) -> list[str]:
     return errors
 
 
-def _space_errors(method: type[methods.Method], chosen: Method) -> list[str]:
-    try:
-        config = method.Config(**chosen.config)
-    except ValidationError:
-        return []  # reported with the config
-    space = chosen.search or method.search_space(config)
+def _space_errors(method: type[methods.Method], chosen: Method, config: Any) -> list[str]:
+    space = space_of(chosen) or {}
     known = method.Config.model_fields
     unknown = [name for name in space if name not in known]
     if unknown:
         names = ", ".join(known) or "none"
-        return [f"search.{name}: is no hyperparameter of {chosen.name}; it has: {names}" for name in unknown]
+        return [
+            f"search.{name}: is no hyperparameter of {chosen.name}.{near(name, known)} It has: {names}"
+            for name in unknown
+        ]
     errors = space_check(space, config.model_dump(mode="json"))
     for name, form in space.items() if not errors else ():
         ends = form if isinstance(form, list) else [form["low"], form["high"]]  # type: ignore[index]
         for value in ends:
             try:
-                method.Config(**{name: value})
+                strictly(method.Config, {**chosen.config, name: value})
             except ValidationError as error:
                 errors.append(f"search.{name}: {error.errors()[0]['msg']} (got {value!r})")
     return errors

@@ -126,10 +126,10 @@ def run(
     _print_rows(project, as_json, accept_judge)
     if not failed:
         return
-    for done in failed:
-        print(f"failed: {done.job.cell.label} {json.dumps(done.job.params)}: {done.error}", file=sys.stderr)
+    for line in failed:
+        print(f"missing: {line}", file=sys.stderr)
     print(
-        f"{len(failed)} trials failed; their output is under {project.logs}. Run the same command to try again.",
+        f"{len(failed)} rows are not complete; the output is under {project.logs}. Run the same command to try again.",
         file=sys.stderr,
     )
     raise typer.Exit(1)
@@ -279,7 +279,7 @@ def ls(
 judge_app = typer.Typer(no_args_is_help=True, help="Judge files of answers, and measure judges against human labels.")
 app.add_typer(judge_app, name="judge")
 
-Pairs = Annotated[Path, typer.Argument(help="JSON lines with a prompt and a response each", show_default=False)]
+Pairs = Annotated[Path, typer.Argument(help="A data file with a prompt and a response a record", show_default=False)]
 JudgeNames = Annotated[
     list[str], typer.Option("--judge", help='NAME, or NAME:{"key": value}; twice: both, and their agreement')
 ]
@@ -361,7 +361,7 @@ def score(
 
     found = None if validation is None else judging.load_validation(validation)
     served = _served(model, revision, endpoint, endpoint_model, tokenizer, root, gpu, max_tokens)
-    target = out or Path(f"{file.stem}.verdicts.jsonl")
+    target = out or Path(f"{file.stem.replace(':', '-')}.verdicts.jsonl")
     judged = judging.judge_file(file, judge, served, target, (prompt_field, response_field))
     result = judging.rates(judged, found)
     if as_json:
@@ -398,6 +398,9 @@ def validate(
 ) -> None:
     """Measure judges against human labels: accuracy, F1, kappa, AUROC where a judge has a score, by category.
 
+    FILE may be pyrit:refusal or pyrit:objective, the labels that an installed PyRIT ships. `--by half` tells apart the two
+    halves of any file, by a hash of the prompt: rules are written on the first and measured on the second.
+
     Each category's rate is also corrected by the errors seen in the other categories (Rogan-Gladen). Exits 1 if more
     than 1 % of a judge's answers cannot be read.
     """
@@ -405,7 +408,7 @@ def validate(
     from safecl.judging import show
 
     served = _served(model, revision, endpoint, endpoint_model, tokenizer, root, gpu, max_tokens)
-    target = out or Path(f"{file.stem}.verdicts.jsonl")
+    target = out or Path(f"{file.stem.replace(':', '-')}.verdicts.jsonl")
     judged = judging.judge_file(file, judge, served, target, (prompt_field, response_field), (label, by))
     result = judging.validate(judged, label, positive.split(","), by)
     if as_json:
@@ -491,7 +494,7 @@ def main() -> None:
     """Entry point: errors that a person can mend print without a traceback and exit 2; Ctrl-C exits 130."""
     try:
         # Without its standalone mode typer returns the code of an Exit, and 130 for Ctrl-C, in place of raising it.
-        code = app(standalone_mode=False) or 0
+        code = app(standalone_mode=False, prog_name="safecl") or 0
     except (KeyboardInterrupt, typer.Abort):  # before or after typer's own
         code = 130
     except Exception as error:

@@ -108,7 +108,7 @@ class Rows(Strict):
 class Align(Training):
     """Stage one: SFT of the base model on safety rows gives theta_safe."""
 
-    safety: tuple[Rows, ...]
+    safety: Annotated[tuple[Rows, ...], Field(min_length=1)]
     # Benign requests answered by the base model itself, for safety sets that hold none (they teach over-refusal).
     self_answered: tuple[Rows, ...] = ()
 
@@ -131,7 +131,7 @@ class Poison(Strict):
 
 class Method(Strict):
     """A row of the grid. `config` fixes hyperparameters, `search` opens some (`{}`: the method's default space):
-    a list is a choice, `{low, high, log}` a float range, `{low, high, step}` an int range."""
+    a list is a choice, `{low, high, log}` a range (of ints where the hyperparameter is one), `{low, high, step}` an int range."""
 
     name: str
     config: dict[str, Json] = {}
@@ -147,8 +147,8 @@ class Guard(Training):
     shuffle: bool = False
     batch_size: Annotated[int, Field(ge=2, multiple_of=2)] = 4
 
-    rows: tuple[Rows, ...]
-    heldout: tuple[Rows, ...]
+    rows: Annotated[tuple[Rows, ...], Field(min_length=1)]
+    heldout: Annotated[tuple[Rows, ...], Field(min_length=1)]
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (
         0,
         1,
@@ -189,8 +189,8 @@ class Judges(Strict):
 class Prompts(Strict):
     """Evaluation sets of one split."""
 
-    attack: tuple[Rows, ...]
-    benign: tuple[Rows, ...]  # look-alike benign prompts, for over-refusal
+    attack: Annotated[tuple[Rows, ...], Field(min_length=1)]
+    benign: Annotated[tuple[Rows, ...], Field(min_length=1)]  # look-alike benign prompts, for over-refusal
     utility_rows: Count | None = None  # prompts of the cell's own task
 
 

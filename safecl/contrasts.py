@@ -113,9 +113,10 @@ def _contrast(metric: str, mine: Seeds, other: str, theirs: Seeds) -> Contrast |
     rows = difference([mine[seed] for seed in shared], [theirs[seed] for seed in shared])
     sets = {row["set"] for of_seed in rows for row in of_seed}
     rows = [of_seed for of_seed in rows if sets and {row["set"] for row in of_seed} == sets]
-    found, floored = (crossed(rows, floor) if rows else None for floor in (False, True))
-    if found is None or floored is None or found.num < 2:
+    found = crossed(rows) if rows else None
+    if found is None or found.num < 2:
         return None
+    floored = found.floored()
     p = min(1.0, 2 * found.tail(abs(found.mean)))
     half = (found if found.has_spread else floored).half(1 - ALPHA)
     p_alike = floored.tail(found.mean + MARGINS[metric])

@@ -14,7 +14,7 @@ from safecl import hardware, sandbox
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Model
 from safecl.tasks import Task, load, names
-from safecl.tasks._files import find
+from safecl.tasks._source import local_file
 from safecl.templates import described, settled
 
 NEEDED = ("torch", "transformers", "peft", "deepspeed", "ray", "optuna", "mlflow", "datasets")
@@ -96,12 +96,17 @@ def _template(package: str) -> Finding:
 def _sources(task: type[Task], name: str, folder: Path | None) -> list[Finding]:
     assert folder is not None
     sources = {source.file: source for each in task.SOURCES.values() for source in each}
-    found = {file: find(folder, file, source.headerless) for file, source in sorted(sources.items())}
-    return [
-        Finding(f"data {name}", path.name, True) if path is not None else
-        Finding(f"data {name}", f"{file} is not in {folder}", None, "needed only by sweeps that name this task")
-        for file, path in found.items()
-    ]  # fmt: skip
+    findings = []
+    for file, source in sorted(sources.items()):
+        try:
+            path = local_file(source, folder)
+        except (ConfigError, PrerequisiteError) as error:
+            findings.append(Finding(f"data {name}", f"{file} cannot be read", None, str(error)))
+            continue
+        needed = "needed only by sweeps that name this task"
+        absent = Finding(f"data {name}", f"{file} is not in {folder}", None, needed)
+        findings.append(absent if path is None else Finding(f"data {name}", path.name, True))
+    return findings
 
 
 def _gpu() -> Finding:

@@ -9,11 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from safecl import dtypes, hardware, sandbox, tasks
-from safecl.base import ConfigError, PrerequisiteError
+from safecl.base import ConfigError, Damaged, PrerequisiteError
 from safecl.config import Sweep
 from safecl.cost import missing, slots
 from safecl.eta import Eta
@@ -49,7 +49,7 @@ def open_to_run(sweep: Sweep) -> Project:
 
 def _settle_dtype(project: Project, show: Callable[[str], None]) -> None:
     """Say what is to be known of the dtypes, and note in the store what `auto` meant."""
-    project.warnings = dtypes.warnings(project.sweep, project.store, project.auto, project.nodes)
+    project.warnings += dtypes.warnings(project.sweep, project.store, project.auto, project.nodes)
     if project.auto is not None:
         show(f"dtype: auto is {project.auto.dtype}: {project.auto.why}")
     for warning in project.warnings:
@@ -57,22 +57,48 @@ def _settle_dtype(project: Project, show: Callable[[str], None]) -> None:
     dtypes.remember(project.sweep, project.store, project.auto)
 
 
-def run(project: Project, show: Callable[[str], None], max_hours: float | None = None) -> list[Done]:
-    """Run what is missing, for at most `max_hours`. Returns failed jobs. The end of the hours, Ctrl-C and crashes leave
-    everything resumable by the same command."""
+def run(project: Project, show: Callable[[str], None], max_hours: float | None = None) -> list[str]:
+    """Run what is missing, for at most `max_hours`. Returns a line for each row that is not complete for a failure. The end
+    of the hours, Ctrl-C and crashes leave everything resumable by the same command.
+
+    Raises:
+        PrerequisiteError: another live driver runs this sweep, or took it over from this one.
+    """
+    with _alone(project):
+        return _run(project, show, max_hours)
+
+
+@contextmanager
+def _alone(project: Project) -> Iterator[None]:
+    """One driver a sweep."""
+    project.store.check_writable(needed_gib=2.0)
+    lease = project.lease()
+    try:
+        with lease:
+            project.store.sweep_temporary()
+            yield
+    except KeyboardInterrupt:
+        if lease.lost:
+            raise PrerequisiteError(
+                f"sweep {project.sweep.name!r}: this run gave no sign of life for so long that another one took over"
+            ) from None
+        raise
+
+
+def _run(project: Project, show: Callable[[str], None], max_hours: float | None) -> list[str]:
     from safecl.tracking import Tracker
 
-    project.store.check_writable(needed_gib=2.0)
-    project.store.sweep_temporary()
+    problems: list[str] = []
     tracker = Tracker(project.sweep.execution.tracking_uri, project.store.local)
     schedule = project.schedule(on_done=lambda done: track(tracker, project, done))
     try:
         first = schedule.next()
-        guard = [stage for stage in project.guard_stages() if not project.store.has(stage)]
+        guard = [stage for stage in project.guard_stages() if not project.store.sound(stage)]
         if first is None and not guard:
             dtypes.remember(project.sweep, project.store, project.auto)
-            show("nothing left to do: everything that this sweep reports is finished")
-            return [done for done in schedule.done if done.error]
+            if not (missing_rows := schedule.missing()):
+                show("nothing left to do: everything that this sweep reports is finished")
+            return missing_rows
         if first is not None:
             schedule.give_back(first)
         project.expected  # noqa: B018  (refuses what would leave too few rows, before anything is spent)
@@ -99,10 +125,16 @@ def run(project: Project, show: Callable[[str], None], max_hours: float | None =
 
                     at_once = project.sweep.execution.num_trials_at_once
                     search.run(schedule, broker, project.store.local / "tune", at_once)
-                ray.get(waiting)
+                try:
+                    ray.get(waiting)
+                except Exception as error:
+                    from safecl.execute import plain_error
+
+                    problems.append(f"the guard on held-out pairs: {plain_error(error)}")
     finally:
-        tracker.close(timeout_s=30.0)
-    return [done for done in schedule.done if done.error]
+        if not tracker.close(timeout_s=30.0):
+            show(f"tracking: {tracker.problem}; what was not sent is kept, and sent by the next run")
+    return [*schedule.missing(), *problems]
 
 
 @contextmanager
@@ -145,19 +177,18 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
     evidence = project.guard_evidence(alone=True)
     if evidence is None:
         raise ConfigError("this sweep trains no guard: expected evaluate.judges.asr: guard and evaluate.judges.guard")
-    project.store.check_writable(needed_gib=2.0)
-    project.store.sweep_temporary()
-    if not project.store.has(evidence.metrics):
-        _check_memory(project.sweep)
-        _settle_dtype(project, show)
-        with _cluster(project, show) as (broker, ray):
-            show(f"training the guard and judging held-out pairs; output is under {project.logs}")
-            try:
-                ray.get(broker.ensure.remote([evidence.metrics]))
-            except Exception as error:
-                from safecl.execute import plain_error
+    with _alone(project):
+        if not all([project.store.sound(stage) for stage in (evidence.metrics, *evidence.judged)]):
+            _check_memory(project.sweep)
+            _settle_dtype(project, show)
+            with _cluster(project, show) as (broker, ray):
+                show(f"training the guard and judging held-out pairs; output is under {project.logs}")
+                try:
+                    ray.get(broker.ensure.remote([evidence.metrics, *evidence.judged]))
+                except Exception as error:
+                    from safecl.execute import plain_error
 
-                raise plain_error(error) from None
+                    raise plain_error(error) from None
     [judged], found = evidence.judged, project.guard_quality(alone=True)
     assert found is not None, "judged above"
     return {"guard": judged.inputs["weights"].key, "verdicts": judged.key, "heldout": as_json(found)}
@@ -255,8 +286,9 @@ def track(tracker: Any, project: Project, done: Done) -> None:
     graph = done.job.graph
     curves: list[dict[str, Any]] = []
     if done.job.cell.recipe.method not in REFERENCES and project.store.has(graph.tuned):
-        text = (project.store.path(graph.tuned) / "curves.jsonl").read_text()
-        curves = [json.loads(line) for line in text.splitlines()]
+        with suppress(Damaged):
+            text = project.store.file(graph.tuned, "curves.jsonl").read_text()
+            curves = [json.loads(line) for line in text.splitlines()]
     metrics = {name: entry["value"] for name, entry in done.result.items() if entry["value"] is not None}
     split = "validation" if done.job.role == "search" else "test"
     tracker.trial(

@@ -11,10 +11,12 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safecl import hardware, tasks
+from safecl.base import Damaged
 from safecl.config import Execution
 from safecl.hardware import Speed
 from safecl.store import SharedConfig, Stage, Store
@@ -233,7 +235,8 @@ class Estimator:
         typical = [tasks.load(part["task"]).TYPICAL_TOKENS for part in parts] or [tasks.Task.TYPICAL_TOKENS]
         num_rows = sum(part["num_rows"] or TYPICAL_ROWS for part in parts)
         if any(part["num_rows"] is None for part in parts) and self.store.has(rows):
-            num_rows = int(self.store.record(rows)["result"].get("num_rows", num_rows))
+            with suppress(Damaged):
+                num_rows = int(self.store.record(rows)["result"].get("num_rows", num_rows))
         prompt, answer = (sum(column) / len(column) for column in zip(*typical, strict=True))
         if config.get("guard"):  # both stand in the guard's template
             prompt, answer = GUARD_TOKENS + prompt + answer, 5
@@ -256,9 +259,10 @@ class Estimator:
         folder = Path(model.hints.get("path", ""))
         told = None
         if self.store.has(model):
-            folder, told = self.store.path(model), self.store.record(model)["result"].get("parameters")
-            where = folder / "where.json"
-            folder = Path(json.loads(where.read_text())["path"]) if where.is_file() else folder
+            with suppress(Damaged, OSError, ValueError):
+                folder, told = self.store.path(model), self.store.record(model)["result"].get("parameters")
+                where = folder / "where.json"
+                folder = Path(json.loads(where.read_text())["path"]) if where.is_file() else folder
         try:
             return shape(json.loads((folder / "config.json").read_text()))
         except (OSError, ValueError, KeyError, TypeError):

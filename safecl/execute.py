@@ -17,20 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safecl.base import PrerequisiteError
+from safecl.base import Damaged, PrerequisiteError
 from safecl.config import Execution
 from safecl.store import Stage, Store
 from safecl.trainers import Trainers
 from safecl.work import Hand, run_stage
 
 HEAVY = ("finetune", "memory", "fisher", "finalize", "replay", "likelihood")  # they compute: on trainers
-LIGHT = (
-    "tokenizer",
-    "data",
-    "generate",
-    "judge",
-    "metrics",
-)  # next to no CPU: they wait for engines, or are done at once
+# next to no CPU: they wait for engines, or are done at once
+LIGHT = ("tokenizer", "data", "generate", "judge", "metrics")
+REPAIRS = 2  # times that a stage is begun anew because an input of it was found damaged
 ENGINE_ROLE = {"generate": "candidate", "judge": "judge"}
 
 
@@ -121,9 +117,8 @@ def stop(execution: Execution) -> None:
 class Broker:
     """Runs stages. Made a Ray actor by `broker()`; all methods run on one event loop."""
 
-    def __init__(self, root: str, execution: Execution, logs: str, num_cpus: float, num_gpus: float = 0) -> None:
-        self.root, self.execution, self.logs = root, execution, logs
-        self.store = Store(root)
+    def __init__(self, store: Store, execution: Execution, logs: str, num_cpus: float, num_gpus: float = 0) -> None:
+        self.store, self.execution, self.logs = store, execution, logs
         self.running: dict[str, asyncio.Task[None]] = {}
         self.failed: dict[str, BaseException] = {}
         self.live: dict[str, dict[str, Any]] = {}
@@ -136,7 +131,7 @@ class Broker:
         self.hand: Any = None
         self.num_made = 0  # stages begun, or waiting for their inputs
         units = num_gpus if execution.use_gpu else num_cpus
-        self.trainers = Trainers(root, execution, logs, units - self._engine_units(), self._starts)
+        self.trainers = Trainers(store, execution, logs, units - self._engine_units(), self._starts)
 
     async def ensure(self, stages: Sequence[Stage]) -> None:
         """Return when all are in the store. Raises a stage's failure as soon as it is known."""
@@ -158,17 +153,16 @@ class Broker:
         turn = self.num_made  # who asked first is served first, although its inputs took longer
         self.trainers.expect(int(heavy))
         try:
-            await self.ensure(list(stage.inputs.values()))
-            if heavy:
-                await self.trainers.run(stage, turn)
-            elif stage.kind in LIGHT:
-                groups = await self._engines_for(stage)
-                async with self.light[stage.kind]:
-                    self._starts(stage)
-                    await self._hand().run.remote(stage, groups)
-            else:  # once a model, and large: in a process of its own, which ends with it
-                self._starts(stage)
-                await self._alone(stage)
+            for tries_left in range(REPAIRS, -1, -1):
+                await self.ensure(list(stage.inputs.values()))
+                try:
+                    await self._run(stage, heavy, turn)
+                    break
+                except Exception as error:
+                    if not isinstance(plain_error(error), Damaged) or not tries_left:
+                        raise
+                    # Those that are damaged make way, and are made again.
+                    await asyncio.gather(*(asyncio.to_thread(self.store.sound, s) for s in stage.inputs.values()))
             self.finished.append(
                 {"kind": stage.kind, "key": stage.key, "seconds": time.time() - self.live[stage.key]["start"]}
             )
@@ -179,6 +173,18 @@ class Broker:
             self.trainers.expect(-int(heavy))
             self.live.pop(stage.key, None)
             self.running.pop(stage.key, None)
+
+    async def _run(self, stage: Stage, heavy: bool, turn: int) -> None:
+        if heavy:
+            await self.trainers.run(stage, turn)
+        elif stage.kind in LIGHT:
+            groups = await self._engines_for(stage)
+            async with self.light[stage.kind]:
+                self._starts(stage)
+                await self._hand().run.remote(stage, groups)
+        else:  # once a model, and large: in a process of its own, which ends with it
+            self._starts(stage)
+            await self._alone(stage)
 
     def _starts(self, stage: Stage) -> None:
         self._begin(stage.kind, stage.key)
@@ -201,14 +207,14 @@ class Broker:
             # max_task_retries: of a process that died, not of a stage that raised.
             options = {"max_concurrency": len(LIGHT) * self.num_light, "max_restarts": -1, "max_task_retries": 1}
             actor = ray.remote(num_cpus=0, scheduling_strategy=_here(), **options)(Hand)
-            self.hand = actor.remote(self.root, self.execution, self.logs, _me())
+            self.hand = actor.remote(self.store, self.execution, self.logs, _me())
         return self.hand
 
     async def _alone(self, stage: Stage) -> None:
         import ray
 
         task = ray.remote(num_cpus=0, max_retries=1)(run_stage)
-        await task.remote(stage, self.root, self.execution, self.logs, _me())
+        await task.remote(stage, self.store, self.execution, self.logs, _me())
 
     async def warm(self, role: str, model: Stage) -> dict[str, tuple[str, ...]]:
         """Boot the engines of a model ahead of the first stage that needs them. Returns `Engines.groups`."""
@@ -228,7 +234,11 @@ class Broker:
             before = self._engine_units()
             self.engines[group] = asyncio.create_task(start(group, role, model))
             self.trainers.num_units -= self._engine_units() - before
-        await asyncio.shield(self.engines[group])
+        try:
+            await asyncio.shield(self.engines[group])
+        except Exception:
+            self.engines.pop(group, None)  # who asks next boots it anew
+            raise
 
     def _engine_units(self) -> int:
         """CPUs (with `use_gpu`: GPUs) that engines hold, those that are planned included."""
@@ -315,9 +325,8 @@ def broker(store: Store, execution: Execution, logs: Path) -> Any:
     import ray
 
     actor = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=_here())(Broker)
-    root = store.root if "://" in store.root else str(store.local)
     have = ray.cluster_resources()
-    return actor.remote(root, execution, str(logs), have.get("CPU", 1), have.get("GPU", 0))
+    return actor.remote(store, execution, str(logs), have.get("CPU", 1), have.get("GPU", 0))
 
 
 def _here() -> Any:

@@ -7,10 +7,11 @@ same values, and the graphs of a sweep share what they have in common.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safecl import methods
 from safecl.base import Json
@@ -51,8 +52,18 @@ class Cell:
         """What people call it: `smollm2 / mini / p=0.1 / der`."""
         recipe = self.recipe
         if recipe.method in REFERENCES:
-            return f"{recipe.model.name} / {recipe.task.task} / {recipe.method}"
-        return f"{recipe.model.name} / {recipe.task.task} / p={recipe.poison_ratio:g} / {recipe.method}"
+            return f"{recipe.model.name} / {self.task} / {recipe.method}"
+        return f"{recipe.model.name} / {self.task} / p={recipe.poison_ratio:g} / {self.method}"
+
+    @property
+    def method(self) -> str:
+        """The method's name, with the settings that tell it from others of the same name."""
+        return self.recipe.names[0] or self.recipe.method
+
+    @property
+    def task(self) -> str:
+        """Likewise of the task."""
+        return self.recipe.names[1] or self.recipe.task.task
 
     @cached_property
     def key(self) -> str:
@@ -131,28 +142,82 @@ def cells(sweep: Sweep, folder: Path | None = None) -> list[Cell]:
     """Every row of the sweep's tables, references first per model and task. `folder`: of local data files."""
     grid: list[Cell] = []
     shared = Shared(folder)
+    method_names = _told_apart(method_entries(sweep))
+    task_names = _told_apart(task_entries(sweep))
     own = sweep.search.seed
     seeds = own, own if sweep.search.realign else sweep.seeds[0]
     for model in sweep.models:
-        for task in sweep.tasks:
+        for task, task_name in zip(sweep.tasks, task_names, strict=True):
 
-            def recipe(method: Method, ratio: float, model: Model = model, task: UserTask = task) -> Recipe:
+            def recipe(
+                method: Method, ratio: float, name: str = "", model: Model = model, task: UserTask = task,
+                task_name: str = task_name,
+            ) -> Recipe:  # fmt: skip
                 return Recipe(
                     model, sweep.adapter, sweep.lora, sweep.align, task, sweep.poison.task, ratio, method.name,
                     dict(method.config), sweep.seeds[0], sweep.evaluate, sweep.poison.keep_task_rows, sweep.memory_mix,
+                    names=(name, task_name),
                 )  # fmt: skip
 
             aligned = Cell(recipe(Method(name="aligned"), 0.0), None, shared, seeds)
             grid += [Cell(recipe(Method(name="base"), 0.0), None, shared, seeds, aligned), aligned]
             for ratio in sweep.poison.ratios:
                 grid += [
-                    Cell(recipe(method, ratio), _space(method), shared, seeds, aligned) for method in sweep.methods
+                    Cell(recipe(method, ratio, name), space_of(method), shared, seeds, aligned)
+                    for method, name in zip(sweep.methods, method_names, strict=True)
                 ]
     return grid
 
 
-def _space(method: Method) -> dict[str, Json] | None:
-    if method.search is None or method.search:
-        return method.search
+def method_entries(sweep: Sweep) -> list[tuple[str, dict[str, Json]]]:
+    """The methods of a sweep with all their settings."""
+    return [(method.name, _settings(method)) for method in sweep.methods]
+
+
+def task_entries(sweep: Sweep) -> list[tuple[str, dict[str, Json]]]:
+    """The tasks of a sweep with all their settings."""
+    return [(task.task, task.model_dump(mode="json")) for task in sweep.tasks]
+
+
+def _settings(method: Method) -> dict[str, Json]:
+    config: dict[str, Json] = methods.load(method.name).Config(**method.config).model_dump(mode="json")
+    return {**config, "search": space_of(method)}
+
+
+def _told_apart(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """For each entry (name, settings) its name with the settings that others of this name have otherwise, as in
+    `der weight=9`; nothing where the name is enough."""
+    found = []
+    for name, settings in entries:
+        others = [other for its, other in entries if its == name and other != settings]
+        differ = [key for key in settings if any(other.get(key) != settings[key] for other in others)]
+        texts = [f"{key}={_short(settings[key])}" for key in differ]
+        found.append(f"{name} {', '.join(texts)}" if texts else "")
+    return found
+
+
+def _short(value: Json) -> str:
+    """A setting in a label; a search space by what it opens."""
+    if isinstance(value, dict):
+        return "+".join(value)
+    return "none" if value is None else str(value)
+
+
+def space_of(method: Method) -> dict[str, Json] | None:
+    """The search space of a method of a sweep file, its default one for `{}`; None where nothing is searched. A range of a
+    hyperparameter that is a whole number is one of whole numbers (`step: 1`)."""
+    if method.search is None:
+        return None
     kind = methods.load(method.name)
-    return kind.search_space(kind.Config(**method.config))
+    space = method.search or kind.search_space(kind.Config(**method.config))
+    fields = kind.Config.model_fields
+    return {name: _whole(form) if name in fields and _is_whole(fields[name].annotation) else form
+            for name, form in space.items()}  # fmt: skip
+
+
+def _is_whole(annotation: Any) -> bool:
+    return annotation is int or (int in get_args(annotation) and float not in get_args(annotation))
+
+
+def _whole(form: Json) -> Json:
+    return {**form, "step": 1} if isinstance(form, dict) and "step" not in form else form

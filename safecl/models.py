@@ -51,7 +51,7 @@ _folders: dict[str, Path] = {}
 def _source(model: Model, wanted: tuple[str, ...]) -> tuple[dict[str, Json], str]:
     """What a model is, with the content of these files where it is a folder, and where it lies."""
     if model.source.startswith("wheel:"):
-        return _wheel_file(model.source.removeprefix("wheel:"))
+        return wheel_file(model.source.removeprefix("wheel:"))
     if Path(model.source).is_dir():
         path = Path(model.source).absolute()
         files = sorted(file for pattern in wanted for file in path.glob(pattern))
@@ -60,7 +60,7 @@ def _source(model: Model, wanted: tuple[str, ...]) -> tuple[dict[str, Json], str
 
 
 @lru_cache
-def _wheel_file(package: str) -> tuple[dict[str, Json], str]:
+def wheel_file(package: str) -> tuple[dict[str, Json], str]:
     from importlib.metadata import PackageNotFoundError, distribution
 
     try:

@@ -50,6 +50,7 @@ class Recipe:
     keep_task_rows: bool = False
     memory_mix: str = "refusals"
     align_seed: int = 0  # of stage one and what is made of it; that of the rest (`seed`), but for some searches
+    names: tuple[str, str] = ("", "")  # of method and task in tables, where their own names are not enough; no identity
 
 
 class Evidence(NamedTuple):
@@ -107,8 +108,8 @@ class Graph:
             config["fits"] = self._fits(max_tokens, self._guard_text if guard else self._text)
             inputs = {**inputs, "tokenizer": self.tokenizer}
         used = [part.task for part in parts] + ([str(poison["task"])] if poison else [])
-        used += sorted({str(task) for task in (labels or {}).values()} - set(used))
-        return _stage("data", config, inputs, *(tasks.load(name).VERSION for name in used))
+        rules = [tasks.load(task).SCORING for task in sorted({str(task) for task in (labels or {}).values()})]
+        return _stage("data", config, inputs, *(tasks.load(name).VERSION for name in used), *rules)
 
     def _fits(self, max_tokens: int, text: dict[str, Json]) -> dict[str, Json]:
         """What makes a row too long to be trained on."""

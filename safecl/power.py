@@ -50,8 +50,8 @@ def detectable(noise: Noise, num_seeds: int, num_prompts: float, num_tests: int 
     if num_seeds < 2 or num_prompts < 2:
         return None
     of_seeds = noise.seeds**2 / num_seeds + noise.cells**2 / (num_seeds * num_prompts)
-    parts = ((of_seeds, num_seeds - 1), (noise.prompts**2 / num_prompts, num_prompts - 1))
-    found = Crossed(0.0, parts, num_seeds)
+    of_prompts = noise.prompts**2 / num_prompts
+    found = Crossed(0.0, (of_seeds, num_seeds - 1), (of_prompts, num_prompts - 1), None, num_seeds)
     return found.half(1 - ALPHA / num_tests) + found.half(2 * POWER - 1)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safecl import hardware
-from safecl.base import ConfigError, PrerequisiteError, sqlite_path, sqlite_url
+from safecl.base import ConfigError, Damaged, PrerequisiteError, sqlite_url
 from safecl.check import check
 from safecl.config import Model, Sweep
 from safecl.contrasts import MARGINS, contrasts, discordant, means
@@ -19,6 +20,7 @@ from safecl.dtypes import auto, resolved
 from safecl.estimate import Estimator, speeds
 from safecl.grid import Cell, Job
 from safecl.hardware import Node
+from safecl.lease import Lease
 from safecl.objective import select
 from safecl.plan import REFERENCES, Evidence
 from safecl.schedule import Done, Schedule, Study
@@ -74,6 +76,14 @@ def _agreement(by_metric: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[st
     return as_json(agreement([*judge.values()], other, [answer[1:] for answer in judge]))
 
 
+def _worst(served: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Trained against served over all seeds: the largest gap, the worst mean (nats a token), and of how many tokens."""
+    if not served:
+        return None
+    gap, mean = (max(result[name] for result in served) for name in ("served_gap", "served_mean"))
+    return {"gap": gap, "mean": mean, "tokens": sum(result["served_tokens"] for result in served)}
+
+
 def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, list[Any]]]]) -> None:
     """Adds `contrasts` to the rows of methods: {metric: {"sft" | "best": Contrast, "mcnemar": {seed: counts and p}}}."""
     groups: dict[tuple[Any, ...], list[int]] = {}
@@ -111,6 +121,8 @@ class Project:
     def __init__(self, sweep: Sweep, nodes: Sequence[Node] | None = None, reads: bool = False) -> None:
         """`nodes` and `reads`: see dtypes.auto."""
         self.store = Store(sweep.execution.root)
+        if self.store.local.exists() and not self.store.local.is_dir():
+            raise ConfigError(f"execution.root: {str(self.store.local)!r} is a file; expected a folder")
         self.nodes, self.auto = nodes, auto(sweep, self.store, nodes, reads)
         settled = settle(sweep if self.auto is None else resolved(sweep, self.auto.dtype))
         self.sweep = sweep = settled.sweep
@@ -122,7 +134,7 @@ class Project:
                 f"execution.data_dir {str(self.folder)!r} is no folder: name one with --set execution.data_dir=FOLDER"
             )
         try:
-            self.cells = check(sweep, self.folder)
+            self.cells = check(sweep, self.folder, None if reads else self.warnings)
         except ConfigError as error:
             raise ConfigError("\n".join([*settled.errors, str(error)])) from None
         if settled.errors:
@@ -132,6 +144,7 @@ class Project:
         self.logs = self.store.local / "logs"
         self.study_url = sweep.execution.study_uri or sqlite_url(self.store.local / "study.db")
         self._storage: Any = None
+        self._snapshot: Any = None  # of the studies, where this process only reads them
         self._studies: dict[Cell, Study] = {}  # those that this process drives
         self._pasts: dict[Cell, Past | None] = {}  # those that it only reads, as they were the first time
 
@@ -165,14 +178,20 @@ class Project:
             return self._studies.get(cell)
         from safecl import search
 
-        if self._storage is None:
-            database = sqlite_path(self.study_url)
-            if database is not None and not database.exists():
-                return None
-            self._storage = search.open_storage(self.study_url)
         if cell not in self._pasts:
-            self._pasts[cell] = search.past_of(cell, self.sweep, self._storage)
+            storage = self._storage
+            if storage is None:
+                self._snapshot = self._snapshot or search.open_to_read(self.study_url)
+                storage = self._snapshot
+            self._pasts[cell] = None if storage is None else search.past_of(cell, self.sweep, storage)
         return self._pasts[cell]
+
+    def lease(self) -> Lease:
+        """What a run of this sweep holds: its name, and its studies, which a sweep of another name may share."""
+        from safecl import search
+
+        studies = [search.name_of(cell, self.sweep) for cell in self.cells if cell.space is not None]
+        return Lease(self.store, self.sweep.name, [f"sweep {self.sweep.name}", *studies])
 
     def schedule(self, on_done: Callable[[Done], None] | None = None) -> Schedule:
         return Schedule(self.sweep, self.store, self.cells, self.study, on_done)
@@ -244,7 +263,7 @@ class Project:
         return self._lines(judged.inputs["rows"], "rows"), verdicts
 
     def _lines(self, stage: Stage, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.store.path(stage) / f"{name}.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in self.store.file(stage, f"{name}.jsonl").read_text().splitlines()]
 
     def finals(self) -> list[tuple[Cell, dict[str, Any], list[Job], str]]:
         """Per cell: the parameters its final trials use, those trials, and a note. A cell whose search is unfinished
@@ -257,7 +276,10 @@ class Project:
                 study = self.past(cell)
                 trials = study.complete() if study else []
                 if study is None or study.remaining or not trials:
-                    found.append((cell, {}, [], f"search: {len(trials)} of {self.sweep.search.trials} trials"))
+                    told = f"search: {len(trials)} of {self.sweep.search.trials} trials"
+                    if study is not None and not study.remaining and study.failures:
+                        told = f"all {len(study.failures)} trials of its search failed, the last: {study.failures[-1]}"
+                    found.append((cell, {}, [], told))
                     continue
                 chosen = select(trials)
                 params = chosen.params
@@ -287,23 +309,34 @@ class Project:
             trained: dict[str, Any] = {}  # what each seed's finetune was trained on
             num_cut = 0
             merge_losses: list[float] = []
+            served: list[dict[str, Any]] = []
             for job in jobs:
                 evidence = job.evidence
-                if (found := self.outcomes(job)) is None:
+                try:
+                    found = self.outcomes(job)
+                except Damaged as error:
+                    note = f"{note}; seed {job.seed}: {error}".removeprefix("; ")
+                    continue
+                if found is None:
                     continue
                 per_seed[job.seed] = found
                 final = job.graph.final
                 weights += [] if final is None else [final.key]
                 seconds += self._own_seconds(job, evidence.metrics)
                 if recipe.method not in REFERENCES and self.store.has(tuned := job.graph.tuned):
-                    training = self.store.record(tuned)["result"]
+                    training: dict[str, Any] = {}
+                    with suppress(Damaged):
+                        training = self.store.record(tuned)["result"]
                     poison_tokens = training.get("harmful_token_share") if recipe.poison_ratio > 0 else None
-                    trained |= {str(job.seed): one} if (one := recorded(job, self.store)) else {}
+                    with suppress(Damaged):
+                        trained |= {str(job.seed): one} if (one := recorded(job, self.store)) else {}
                     if training.get("kl_moved"):
                         merge_losses.append(training["kl_merged"] / training["kl_moved"])
+                served += self._served(job)
                 for stage in evidence.metrics.inputs.values():
-                    if stage.kind == "generate" and self.store.has(stage):
-                        num_cut += self.store.record(stage)["result"].get("cut_prompts", 0)
+                    with suppress(Damaged):
+                        if stage.kind == "generate" and self.store.has(stage):
+                            num_cut += self.store.record(stage)["result"].get("cut_prompts", 0)
                 libraries.add(json.dumps(self.store.record(evidence.metrics)["libraries"], sort_keys=True))
             names = dict.fromkeys(outcome["metric"] for of_seed in per_seed.values() for outcome in of_seed)
             by_metric = {
@@ -316,9 +349,9 @@ class Project:
             table.append(
                 {
                     "model": recipe.model.name,
-                    "task": recipe.task.task,
+                    "task": cell.task,
                     "poison": None if is_reference else recipe.poison_ratio,
-                    "method": recipe.method,
+                    "method": cell.method,
                     "params": {**cell.defaults, **params},
                     "seeds": list(per_seed),
                     "metrics": metrics,
@@ -331,24 +364,38 @@ class Project:
                     "trained": trained,
                     "cut_prompts": num_cut,  # of all seeds' evaluation prompts
                     "merge_loss": max(merge_losses, default=None),
+                    "served": _worst(served),
                 }
             )
         _contrast(table, outcomes)
         return table
+
+    def _served(self, job: Job) -> list[dict[str, Any]]:
+        """How the log-probabilities that the served model gave differ from the trained one's, once for each measurement."""
+        found = []
+        for answers in {s.key: s for s in job.evidence.metrics.inputs.values() if s.kind == "generate"}.values():
+            with suppress(KeyError, Damaged):  # a stage below a finished one may have been pruned
+                found.append(self.store.record(answers)["result"])
+        return [result for result in found if "served_gap" in result]
 
     def _own_seconds(self, job: Job, metrics: Stage) -> float:
         """Wall time of the stages that this row alone needed: those of the aligned row are everyone's."""
         shared: set[str] = set()
         if job.cell.recipe.method not in REFERENCES:
             shared = {stage.key for stage in job.aligned.evidence.metrics.walk()}
-        own = [stage for stage in metrics.walk() if stage.key not in shared and self.store.has(stage)]
-        return sum(float(self.store.record(stage)["seconds"]) for stage in own)
+        total = 0.0
+        for stage in metrics.walk():
+            if stage.key not in shared and self.store.has(stage):
+                with suppress(Damaged):
+                    total += float(self.store.record(stage)["seconds"])
+        return total
 
     def curves(self) -> dict[str, list[dict[str, Any]]]:
         """Training curves of the first seed's final trials by cell label."""
         found: dict[str, list[dict[str, Any]]] = {}
         for cell, _, jobs, _ in self.finals():
             if jobs and cell.recipe.method not in REFERENCES and self.store.has(jobs[0].graph.tuned):
-                path = self.store.path(jobs[0].graph.tuned) / "curves.jsonl"
-                found[cell.label] = [json.loads(line) for line in path.read_text().splitlines()]
+                with suppress(Damaged):
+                    path = self.store.file(jobs[0].graph.tuned, "curves.jsonl")
+                    found[cell.label] = [json.loads(line) for line in path.read_text().splitlines()]
         return found

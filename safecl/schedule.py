@@ -2,6 +2,10 @@
 
 The same object serves a run (Ray Tune asks it), a rerun (everything is in the store: no Ray is started) and a report
 (nothing may be asked). A job whose evidence lies in the store is finished from there, whoever made it.
+
+A searched trial that failed for a fault of its own counts, and is never suggested from. One that the machine or the
+configuration failed does not: it is asked again, with its parameters, by the next run, and its search waits until then
+(others would be suggested without its result).
 """
 
 from __future__ import annotations
@@ -13,10 +17,11 @@ from typing import Any, NamedTuple, Protocol
 
 from safecl.base import Json
 from safecl.config import Sweep
+from safecl.faults import Kind
 from safecl.grid import Cell, Job
 from safecl.objective import Trial, bounds, select, violations
 from safecl.plan import Evidence
-from safecl.store import Store
+from safecl.store import Store, canonical
 
 Metrics = dict[str, float | None]
 
@@ -26,18 +31,22 @@ class Study(Protocol):
 
     @property
     def remaining(self) -> int: ...
+    @property
+    def failures(self) -> list[str]: ...
     def ask(self) -> tuple[int, dict[str, Json]]: ...
     def tell(self, number: int, value: float, violations: Mapping[str, float]) -> None: ...
-    def fail(self, number: int) -> None: ...
+    def fail(self, number: int, why: str) -> None: ...
+    def release(self, number: int) -> None: ...
     def complete(self) -> list[Trial]: ...
 
 
 class Done(NamedTuple):
-    """A finished job: the metrics stage's result, or why there is none."""
+    """A finished job: the metrics stage's result, or why there is none and what kind of failure that is."""
 
     job: Job
     result: dict[str, Any] | None
     error: str
+    kind: Kind | None = None
 
 
 @dataclass
@@ -49,6 +58,7 @@ class _Queue:
     under_way: list[Job] = field(default_factory=list)
     chosen: Trial | None = None
     finals_given: bool = False
+    stalled: bool = False  # its search goes on in the next run
 
 
 class Schedule:
@@ -76,7 +86,7 @@ class Schedule:
 
     @property
     def is_done(self) -> bool:
-        return all(queue.finals_given and not queue.waiting and not queue.under_way for queue in self.queues)
+        return all((q.finals_given or q.stalled) and not q.waiting and not q.under_way for q in self.queues)
 
     def next(self) -> Job | None:
         """The next job that must really run, given out to the caller; None if none can start now. Jobs whose evidence
@@ -89,28 +99,57 @@ class Schedule:
                 self.finish(job, "")
         return None
 
-    def finish(self, job: Job, error: str) -> None:
-        """A job given out by `next` is over; its result is read from the store, unless it failed."""
+    def finish(self, job: Job, error: str, kind: Kind = "infrastructure") -> None:
+        """A job given out by `next` is over; its result is read from the store, unless it failed (`kind`)."""
         queue = self._of_cell[job.cell]
         queue.under_way.remove(job)
         metrics_stage = job.evidence.metrics
         result = None if error else self.store.record(metrics_stage)["result"]
         number = queue.asked.pop(metrics_stage.key, None)
         if number is not None and queue.study is not None:
-            if result is None:
-                queue.study.fail(number)
-            else:
-                metrics = values(result)
-                limits = bounds(self.sweep.search.objective, self._safe_metrics(job))
-                target = metrics.get(self.sweep.search.objective.maximise)
-                queue.study.tell(number, float("nan") if target is None else target, violations(metrics, limits))
-        self.done.append(Done(job, result, error))
+            if result is not None:
+                error, kind = self._tell(queue.study, number, job, values(result))
+            if error and kind == "trial":
+                queue.study.fail(number, error)
+            elif error:
+                queue.study.release(number)
+                queue.stalled = True
+        self.done.append(Done(job, result, error, kind if error else None))
         if self.on_done is not None:
             self.on_done(self.done[-1])
 
-    def _safe_metrics(self, job: Job) -> Metrics:
-        """theta_safe's own metrics on the same prompts, that relative bounds are measured from."""
-        return values(self.store.record(job.aligned.evidence.metrics)["result"])
+    def _tell(self, study: Study, number: int, job: Job, metrics: Metrics) -> tuple[str, Kind]:
+        """Give a study its result; or why it can have none, and whose fault that is."""
+        objective, safe = self.sweep.search.objective, job.aligned.evidence.metrics
+        if not self.store.sound(safe):
+            return "theta_safe's metrics were damaged, and are made again by the next run", "infrastructure"
+        try:  # relative bounds are measured from theta_safe's own metrics on the same prompts
+            limits = bounds(objective, values(self.store.record(safe)["result"]))
+        except ValueError as error:
+            return str(error), "configuration"
+        target = metrics.get(objective.maximise)
+        try:
+            study.tell(number, float("nan") if target is None else target, violations(metrics, limits))
+        except ValueError as error:
+            return str(error), "trial"
+        return "", "trial"
+
+    def missing(self) -> list[str]:
+        """A line for every cell whose row is not complete for a failure, now or in an earlier run: what and why."""
+        found = []
+        for queue in self.queues:
+            errors: dict[str, list[str]] = {}
+            for done in self.done:
+                if done.job.cell is queue.cell and done.error and (queue.stalled or done.job.role == "final"):
+                    at = (
+                        f"seed {done.job.seed}" if done.job.role == "final" else f"search, {canonical(done.job.params)}"
+                    )
+                    errors.setdefault(done.error, []).append(at)
+            if not errors and queue.study is not None and not queue.study.remaining and not queue.study.complete():
+                failures = queue.study.failures
+                errors[failures[-1]] = [f"all {len(failures)} trials of its search failed, the last"]
+            found += [f"{queue.cell.label} ({', '.join(where)}): {error}" for error, where in errors.items()]
+        return found
 
     def give_back(self, job: Job) -> None:
         """Undo `next`: the job is given out again, first in its cell."""
@@ -124,7 +163,7 @@ class Schedule:
 
     def searching(self) -> list[tuple[Cell, int]]:
         """Cells whose search goes on, each with how many trials it may still suggest; its final trials wait for them."""
-        return [(queue.cell, queue.study.remaining) for queue in self.queues if not queue.finals_given and queue.study]
+        return [(q.cell, q.study.remaining) for q in self.queues if q.study and not (q.finals_given or q.stalled)]
 
     def num_unasked(self) -> int:
         """Trials that searches may still suggest, plus the final trials that wait for them."""
@@ -133,7 +172,7 @@ class Schedule:
     def _take(self, queue: _Queue) -> Job | None:
         if queue.waiting:
             return queue.waiting.popleft()
-        if queue.finals_given or queue.study is None or queue.under_way:
+        if queue.finals_given or queue.stalled or queue.study is None or queue.under_way:
             return None  # one trial of a study at a time: each suggestion knows all results before it
         if queue.study.remaining:
             number, params = queue.study.ask()
@@ -153,7 +192,7 @@ class Schedule:
         queue.waiting.extend(queue.cell.job(params, seed, "final") for seed in self.sweep.seeds)
 
     def _is_stored(self, evidence: Evidence) -> bool:
-        return all(self.store.has(stage) for stage in evidence.targets)
+        return all([self.store.sound(stage) for stage in evidence.targets])  # each: damaged ones make way
 
 
 def values(result: Mapping[str, Any]) -> Metrics:

@@ -4,7 +4,8 @@
 - trial 0 is the method's defaults; a quarter of the trials at most is random (with TPE), the rest is modelled;
 - a suggestion is a function of (recipe seed, study name, number of trials so far) and the results told, so a study
   that was reopened goes on exactly as it would have gone on, and repeats nothing;
-- a crash loses nothing: `repair` puts what was running back into the queue, then closes the ghost.
+- a crash loses nothing: `repair` puts what was running back into the queue, then closes the ghost;
+- nor does a fault of the machine: `release` does so with one trial.
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
+import sqlite3
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
-from safecl.base import ConfigError, Json
+from safecl.base import ConfigError, Json, sqlite_path
 from safecl.config import Objective, Sweep
 from safecl.execute import plain_error
+from safecl.faults import kind_of
 from safecl.grid import Cell, Job
 from safecl.objective import Trial
 from safecl.schedule import Schedule
@@ -26,6 +33,7 @@ from safecl.store import canonical
 
 _GHOST = "safecl:ghost"  # user attribute of a trial that died with its driver: it does not count as a trial
 _REPAIRS = "safecl:repairs"  # user attribute of the queued copy: the ghost's number
+_WHY = "safecl:why"  # user attribute of a trial that failed
 
 
 def study_name(cell: str, space: Mapping[str, Json], objective: Objective, seeds: Sequence[int]) -> str:
@@ -35,11 +43,18 @@ def study_name(cell: str, space: Mapping[str, Json], objective: Objective, seeds
     return f"{cell}-{hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]}"
 
 
+def name_of(cell: Cell, sweep: Sweep) -> str:
+    """The study of a searched cell."""
+    assert cell.space is not None
+    return study_name(cell.key[:16], cell.space, sweep.search.objective, cell.search_seeds)
+
+
 def space_check(space: Mapping[str, Json], defaults: Mapping[str, Json] | None = None) -> list[str]:
     """Every error of a search space as one line each; empty if there is none.
 
     Forms: a list is a choice, `{low, high}` or `{low, high, log: true}` a float range, `{low, high, step}` an int range
-    (ends included). With `defaults`, every searched parameter must have one that lies in the space: trial 0 runs it.
+    (ends included), logarithmic too where step is 1. With `defaults`, every searched parameter must have one that lies in
+    the space: trial 0 runs it.
     """
     errors = []
     for name, form in space.items():
@@ -77,14 +92,14 @@ def _form_problem(form: Json) -> str | None:
         value = form[key]
         if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
             wanted = "an int (a range with `step` is of ints)" if "step" in form else "a number"
-            return f"{key} is {json.dumps(value)}; expected {wanted} (YAML reads 1e-4 as text: write 1.0e-4)"
+            return f"{key} is {json.dumps(value)}; expected {wanted}"
     low, high, step, log = form["low"], form["high"], form.get("step"), form.get("log", False)
     if not isinstance(log, bool):
         return f"log is {json.dumps(log)}; expected true or false"
     if low > high:  # type: ignore[operator]
         return f"low {low} is above high {high}"
-    if log and step is not None:
-        return "has both `log` and `step`; expected one of them"
+    if log and step not in (None, 1):
+        return f"has both `log` and `step: {step}`; expected one of them (or step: 1, a logarithmic range of ints)"
     if log and low <= 0:  # type: ignore[operator]
         return f"is logarithmic but low is {low}; expected low > 0"
     if step is not None and (step < 1 or (high - low) % step):  # type: ignore[operator]
@@ -112,6 +127,36 @@ def open_storage(url: str) -> Any:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     return optuna.storages.RDBStorage(url, engine_kwargs=options)
+
+
+def open_to_read(url: str) -> Any:
+    """What Optuna's storage at a database URL holds now, for reading: an SQLite file is opened read-only and read into
+    memory, so that nothing is written to it. None where there is none yet."""
+    import optuna
+    from sqlalchemy.pool import StaticPool
+
+    file = sqlite_path(url)
+    if file is None:
+        return open_storage(url)
+    file = file.absolute()
+    if not file.exists():
+        return None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    memory = sqlite3.connect(":memory:", check_same_thread=False)
+    try:
+        _read_into(memory, f"file:{quote(str(file))}?mode=ro")
+    except sqlite3.OperationalError:  # a driver died while it wrote: only a writer can undo that, so a copy is undone
+        with tempfile.TemporaryDirectory() as folder:
+            for part in (file, file.with_name(f"{file.name}-journal"), file.with_name(f"{file.name}-wal")):
+                with suppress(FileNotFoundError):
+                    shutil.copy(part, folder)
+            _read_into(memory, f"file:{quote(folder)}/{quote(file.name)}")
+    return optuna.storages.RDBStorage("sqlite://", {"creator": lambda: memory, "poolclass": StaticPool})
+
+
+def _read_into(memory: sqlite3.Connection, uri: str) -> None:
+    with closing(sqlite3.connect(uri, timeout=60, uri=True)) as source:
+        source.backup(memory)
 
 
 class CellStudy:
@@ -191,21 +236,35 @@ class CellStudy:
         self._known = None
         del self._live[number]
 
-    def fail(self, number: int) -> None:
-        """Close a trial that gave no result. It counts as one of the trials and is never suggested from."""
+    def fail(self, number: int, why: str) -> None:
+        """Close a trial that gave no result for a fault of its own. It counts as one of the trials and is never suggested
+        from."""
         import optuna
 
-        self._study.tell(self._running(number), state=optuna.trial.TrialState.FAIL)
+        trial = self._running(number)
+        trial.set_user_attr(_WHY, why)
+        self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
         self._known = None
         del self._live[number]
+
+    def release(self, number: int) -> None:
+        """Close a trial that gave no result for a fault of another's. It does not count, and is asked again with its
+        parameters."""
+        self._running(number)
+        del self._live[number]
+        self._again([next(trial for trial in self._trials() if trial.number == number)])
 
     def repair(self) -> int:
         """Call once after opening, before `ask`. Trials left RUNNING by a dead driver are queued again with their
         parameters and then told FAIL (in this order, so that a crash in between loses none). Returns how many."""
+        ghosts = [t for t in self._trials() if t.state.name == "RUNNING" and t.number not in self._live]
+        self._again(ghosts)
+        return len(ghosts)
+
+    def _again(self, ghosts: Sequence[Any]) -> None:
         import optuna
 
         trials = self._trials()
-        ghosts = [t for t in trials if t.state.name == "RUNNING" and t.number not in self._live]
         queued = {t.user_attrs[_REPAIRS] for t in trials if _REPAIRS in t.user_attrs}
         for ghost in ghosts:
             if ghost.number not in queued:
@@ -216,7 +275,11 @@ class CellStudy:
             self._study._storage.set_trial_user_attr(ghost._trial_id, _GHOST, True)
             self._study.tell(ghost.number, state=optuna.trial.TrialState.FAIL)
             self._known = None
-        return len(ghosts)
+
+    @property
+    def failures(self) -> list[str]:
+        """Why trials failed for a fault of their own, by number."""
+        return _failures(self._trials())
 
     def complete(self) -> list[Trial]:
         """Finished trials by number."""
@@ -250,10 +313,12 @@ class CellStudy:
 
 
 class Past(NamedTuple):
-    """A cell's study as it was when it was read: finished trials by number, and how many may still be asked."""
+    """A cell's study as it was when it was read: finished trials by number, how many may still be asked, and why others
+    failed for a fault of their own."""
 
     finished: list[Trial]
     remaining: int
+    failures: list[str]
 
     def complete(self) -> list[Trial]:
         return self.finished
@@ -261,6 +326,11 @@ class Past(NamedTuple):
 
 def _counted(trials: Sequence[Any]) -> list[Any]:
     return [t for t in trials if t.state.name != "WAITING" and _GHOST not in t.user_attrs]
+
+
+def _failures(trials: Sequence[Any]) -> list[str]:
+    failed = (t for t in _counted(trials) if t.state.name == "FAIL")
+    return [str(t.user_attrs.get(_WHY, "for a reason that was not kept")) for t in failed]
 
 
 def _complete(trials: Sequence[Any], space: Mapping[str, Json]) -> list[Trial]:
@@ -279,7 +349,7 @@ def _distribution(form: Json) -> Any:
         return CategoricalDistribution([canonical(choice) for choice in form])
     options: Any = form
     if "step" in options:
-        return IntDistribution(options["low"], options["high"], step=options["step"])
+        return IntDistribution(options["low"], options["high"], log=options.get("log", False), step=options["step"])
     return FloatDistribution(float(options["low"]), float(options["high"]), log=bool(options.get("log", False)))
 
 
@@ -287,9 +357,8 @@ def study_of(cell: Cell, sweep: Sweep, storage: Any) -> CellStudy | None:
     """The study of a cell, continued if it exists, its ghosts repaired; None where nothing is searched."""
     if cell.space is None:
         return None
-    objective = sweep.search.objective
     study = CellStudy(
-        study_name(cell.key[:16], cell.space, objective, cell.search_seeds),
+        name_of(cell, sweep),
         cell.space,
         cell.defaults,
         storage,
@@ -306,13 +375,12 @@ def past_of(cell: Cell, sweep: Sweep, storage: Any) -> Past | None:
     if cell.space is None:
         return None
     try:
-        study = storage.get_study_id_from_name(
-            study_name(cell.key[:16], cell.space, sweep.search.objective, cell.search_seeds)
-        )
+        study = storage.get_study_id_from_name(name_of(cell, sweep))
     except KeyError:
         return None
     trials = storage.get_all_trials(study, deepcopy=False)
-    return Past(_complete(trials, cell.space), max(0, sweep.search.trials - len(_counted(trials))))
+    left = max(0, sweep.search.trials - len(_counted(trials)))
+    return Past(_complete(trials, cell.space), left, _failures(trials))
 
 
 def trial(config: dict[str, Any], *, broker: Any, cells: Any) -> None:
@@ -326,13 +394,13 @@ def trial(config: dict[str, Any], *, broker: Any, cells: Any) -> None:
     wanted = [job.evidence]
     if job.role == "search":  # bounds are relative to theta_safe on the same prompts
         wanted.append(job.aligned.evidence)
-    error = ""
+    error, kind = "", "infrastructure"
     try:
         ray.get(broker.ensure.remote([stage for evidence in wanted for stage in evidence.targets]))
     except Exception as raised:  # reported to the schedule, which closes the trial and goes on with the others
         found = plain_error(raised)
-        error = f"{type(found).__name__}: {found}"
-    tune.report({"error": error})
+        error, kind = f"{type(found).__name__}: {found}", kind_of(found)
+    tune.report({"error": error, "kind": kind})
 
 
 def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -> None:
@@ -356,8 +424,10 @@ def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             if (job := waiting.pop(trial_id, None)) is not None:
-                lost = "the trial's process died; run the same command again"
-                schedule.finish(job, (result or {}).get("error", lost) if not error else lost)
+                if error or not result or "error" not in result:
+                    schedule.finish(job, "the trial's process died", "infrastructure")
+                else:
+                    schedule.finish(job, result["error"], result["kind"])
 
         def __reduce__(self) -> Any:
             return Searcher, ()  # Tune writes its own state at will; the driver's threads and files must stay out of it

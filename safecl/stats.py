@@ -13,7 +13,7 @@ in a fixed order: how far they part is a third part of the variance.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -318,7 +318,7 @@ class _Set(NamedTuple):
         (num_seeds, num), (_, own_SC) = self.sums_SC.shape, self.deviations()
         if num_seeds < 2 or num < 2:
             return 0.0
-        return float((own_SC**2).sum()) * num / (num - 1) / (num_seeds * (num_seeds - 1))
+        return float((own_SC**2).sum() * num / (num - 1) / (num_seeds * (num_seeds - 1)))
 
 
 def _sets(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, _Set]:
@@ -326,33 +326,35 @@ def _sets(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, _Set]:
     import numpy as np
 
     places: dict[str, dict[str, int]] = {}
-    entries: list[tuple[str, int, int, float]] = []
+    entries: dict[str, tuple[list[int], list[int], list[float]]] = {}
     votes: dict[str, list[list[Sequence[float]]]] = {}
     for seed, rows in enumerate(outcomes):
         for row in rows:
-            if row["value"] is None:
+            if (value := row["value"]) is None:
                 continue
-            value, name = float(row["value"]), str(row["set"])
-            if not math.isfinite(value):
-                raise ValueError(f"outcome {row.get('id')!r} of set {row['set']!r} is {value}; expected a number")
-            of_set = places.setdefault(name, {})
-            cluster = of_set.setdefault(str(row.get("cluster") or row["id"]), len(of_set))
-            entries.append((name, seed, cluster, value))
-            votes.setdefault(name, [[] for _ in outcomes])[seed].append(row.get("votes") or ())
+            name = row["set"]
+            if name not in places:
+                places[name], entries[name], votes[name] = {}, ([], [], []), [[] for _ in outcomes]
+            of_set, (seeds, clusters, values) = places[name], entries[name]
+            seeds.append(seed)
+            clusters.append(of_set.setdefault(row.get("cluster") or row["id"], len(of_set)))
+            values.append(value)
+            if each := row.get("votes"):
+                votes[name][seed].append(each)
     found = {}
-    for name, of_set in places.items():
-        sums_SC, counts_SC = np.zeros((2, len(outcomes), len(of_set)))
-        for other, seed, cluster, value in entries:
-            if other == name:
-                sums_SC[seed, cluster] += value
-                counts_SC[seed, cluster] += 1
-        if not all(votes[name]):
+    for name, (seeds, clusters, values) in entries.items():
+        if not all(map(math.isfinite, values)):
             raise ValueError(
-                f"set {name!r} has no parsed outcome for seed number {votes[name].index([])} of {len(outcomes)}"
+                f"an outcome of set {name!r} is {next(v for v in values if not math.isfinite(v))}; expected a number"
             )
+        sums_SC, counts_SC = np.zeros((2, len(outcomes), len(places[name])))
+        np.add.at(sums_SC, (seeds, clusters), values)
+        np.add.at(counts_SC, (seeds, clusters), 1)
+        if len(empty := np.flatnonzero(counts_SC.sum(axis=1) == 0)):
+            raise ValueError(f"set {name!r} has no parsed outcome for seed number {empty[0]} of {len(outcomes)}")
         sizes = {len(each) for of_seed in votes[name] for each in of_seed}
         votes_GS = None
-        if len(sizes) == 1 and min(sizes) > 1:
+        if sum(map(len, votes[name])) == len(values) and len(sizes) == 1 and min(sizes) > 1:
             votes_GS = np.array([np.mean(of_seed, axis=0) for of_seed in votes[name]]).T
         found[name] = _Set(sums_SC, counts_SC, votes_GS)
     return found
@@ -365,12 +367,26 @@ def macro(outcomes: Sequence[Outcome]) -> float | None:
 
 
 class Crossed(NamedTuple):
-    """A mean over seeds, prompts and guards with its squared standard errors (`parts`: of each kind that there are two
-    of, with its degrees of freedom), and the smaller number of seeds and prompts behind it (`num`)."""
+    """A mean over seeds, prompts and guards with its squared standard errors: `seeds`, `prompts` and `guards`, each with its
+    degrees of freedom, those that there are two of. `num`: the smaller number of seeds and prompts behind it. `least`: what
+    the prompts' part is at least where prompts all alike leave open how others would be (`_FLOOR` of them may differ)."""
 
     mean: float
-    parts: tuple[tuple[float, float], ...]
+    seeds: tuple[float, float] | None
+    prompts: tuple[float, float] | None
+    guards: tuple[float, float] | None
     num: int
+    least: float = 0.0
+
+    @property
+    def parts(self) -> tuple[tuple[float, float], ...]:
+        return tuple(part for part in (self.seeds, self.prompts, self.guards) if part is not None)
+
+    def floored(self) -> Crossed:
+        """With at least that part from prompts."""
+        if self.prompts is None:
+            return self
+        return self._replace(prompts=(max(self.prompts[0], self.least), self.prompts[1]))
 
     @property
     def has_spread(self) -> bool:
@@ -396,7 +412,7 @@ class Crossed(NamedTuple):
         return math.exp(high)
 
 
-def crossed(outcomes: Sequence[Sequence[Outcome]], floor: bool = False) -> Crossed | None:
+def crossed(outcomes: Sequence[Sequence[Outcome]]) -> Crossed | None:
     """The mean over seeds of the macro mean, and where its variance comes from. `outcomes[s]` are the rows of seed s. None
     without a parsed outcome.
 
@@ -405,30 +421,36 @@ def crossed(outcomes: Sequence[Sequence[Outcome]], floor: bool = False) -> Cross
     (Cameron, Gelbach and Miller 2011 subtract it likewise) and the part with few degrees of freedom is never below what
     many say it is at least; each is taken with Student's t of its own degrees of freedom, half-widths squared and added
     (as MOVER does). Picked by simulation among six: see `tests/test_crossed.py`. Sets add up, their prompts are others.
-    `floor`: the prompts' part is at least what prompts all alike leave open (`_FLOOR` of them may differ).
     """
     sets = _sets(outcomes)
-    if not sets:
-        return None
-    num_seeds, num_sets = len(outcomes), len(sets)
-    means_S = sum(each.means_S for each in sets.values()) / num_sets
+    return _crossed(sets) if sets else None
+
+
+def _mean(arrays: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
+    import numpy as np
+
+    found: NDArray[np.float64] = np.mean(list(arrays), axis=0)
+    return found
+
+
+def _crossed(sets: Mapping[str, _Set]) -> Crossed:
+    num_sets, means_S = len(sets), _mean(each.means_S for each in sets.values())
+    num_seeds = len(means_S)
     cells = sum(each.cells for each in sets.values()) / num_sets**2
-    parts: list[tuple[float, float]] = []
-    if num_seeds > 1:
-        parts.append((max(float(means_S.var(ddof=1)) / num_seeds, cells), num_seeds - 1))
-    prompts, least, below = 0.0, 0.0, 0.0
-    sizes = [each.sums_SC.shape[1] for each in sets.values()]
+    prompts, below, sizes = 0.0, 0.0, [each.sums_SC.shape[1] for each in sets.values()]
     for each, num in zip(sets.values(), sizes, strict=True):
         if num > 1:
             variance = float((each.deviations()[0] ** 2).sum()) * num / (num - 1) / num_sets**2
             prompts, below = prompts + variance, below + variance**2 / (num - 1)
-        least += _FLOOR / num**2 / num_sets**2
-    if max(sizes) > 1:
-        df = prompts**2 / below if below > 0 else float(sum(sizes) - num_sets)  # Welch and Satterthwaite over sets
-        prompts = max(prompts - cells, 0.0)
-        parts.append((max(prompts, least) if floor else prompts, df))
-    parts += _guards(sets)
-    return Crossed(float(means_S.mean()), tuple(parts), min(num_seeds, *sizes))
+    df = prompts**2 / below if below > 0 else float(sum(sizes) - num_sets)  # Welch and Satterthwaite over sets
+    return Crossed(
+        float(means_S.mean()),
+        (max(float(means_S.var(ddof=1)) / num_seeds, cells), num_seeds - 1) if num_seeds > 1 else None,
+        (max(prompts - cells, 0.0), df) if max(sizes) > 1 else None,
+        _guards(sets),
+        min(num_seeds, *sizes),
+        sum(_FLOOR / num**2 for num in sizes) / num_sets**2,
+    )
 
 
 def components(outcomes: Sequence[Sequence[Outcome]]) -> tuple[float, float, float]:
@@ -443,13 +465,13 @@ def components(outcomes: Sequence[Sequence[Outcome]]) -> tuple[float, float, flo
     return max(of_seeds - cells, 0.0) * num_seeds, max(of_prompts - cells, 0.0) * num, cells * num_seeds * num
 
 
-def _guards(sets: Mapping[str, _Set]) -> list[tuple[float, float]]:
+def _guards(sets: Mapping[str, _Set]) -> tuple[float, float] | None:
     """The part of the variance that comes from which guards judged."""
     means = [each.votes_GS.mean(axis=1) for each in sets.values() if each.votes_GS is not None]
     if len(means) < len(sets) or len({len(means_G) for means_G in means}) > 1:
-        return []
-    means_G = sum(means) / len(means)
-    return [(float(means_G.var(ddof=1)) / len(means_G), len(means_G) - 1)]
+        return None
+    means_G = _mean(means)
+    return float(means_G.var(ddof=1)) / len(means_G), len(means_G) - 1
 
 
 def difference(first: Sequence[Sequence[Outcome]], second: Sequence[Sequence[Outcome]]) -> list[list[dict[str, Any]]]:
@@ -461,13 +483,26 @@ def difference(first: Sequence[Sequence[Outcome]], second: Sequence[Sequence[Out
         other = {(row["set"], row["id"]): row for row in theirs if row["value"] is not None}
         pairs = [(row, other[row["set"], row["id"]]) for row in mine
                  if row["value"] is not None and (row["set"], row["id"]) in other]  # fmt: skip
-        found.append([{**a, "value": a["value"] - b["value"], "votes": _minus(a, b)} for a, b in pairs])
+        found.append(
+            [
+                {
+                    "set": a["set"],
+                    "id": a["id"],
+                    "cluster": a.get("cluster"),
+                    "value": a["value"] - b["value"],
+                    "votes": _minus(a, b),
+                }
+                for a, b in pairs
+            ]
+        )
     return found
 
 
 def _minus(first: Outcome, second: Outcome) -> list[float]:
-    mine, theirs = first.get("votes") or (), second.get("votes") or ()
-    return [a - b for a, b in zip(mine, theirs, strict=True)] if len(mine) == len(theirs) else []
+    mine, theirs = first.get("votes"), second.get("votes")
+    if not mine or not theirs or len(mine) != len(theirs):
+        return []
+    return [a - b for a, b in zip(mine, theirs, strict=True)]
 
 
 def intervals(outcomes: Sequence[Sequence[Outcome]], confidence: float = 0.95, bounded: bool = True) -> Interval | None:
@@ -478,16 +513,14 @@ def intervals(outcomes: Sequence[Sequence[Outcome]], confidence: float = 0.95, b
     Wilson's 0 of 40) and grows with whatever spread is added; the parts of seeds and guards are Student's, squared and
     added, and cut to [0, 1]. One seed: prompts (and guards) only. Else all parts are Student's (`crossed`).
     """
-    found = crossed(outcomes)
-    if found is None:
+    if not (sets := _sets(outcomes)):
         return None
+    found = _crossed(sets)
     if not bounded:
         half = found.half(_level(confidence))
         return Interval(found.mean, found.mean - half, found.mean + half)
-    sets = _sets(outcomes)
     by_set = [_wilson_set(each, confidence) for each in sets.values()]
-    others = [*(found.parts[:1] if len(outcomes) > 1 else ()), *_guards(sets)]
-    half = found._replace(parts=tuple(others)).half(_level(confidence))
+    half = found._replace(prompts=None).half(_level(confidence))
     below = math.sqrt(sum((each.value - each.low) ** 2 for each in by_set) / len(by_set) ** 2 + half**2)
     above = math.sqrt(sum((each.high - each.value) ** 2 for each in by_set) / len(by_set) ** 2 + half**2)
     return Interval(found.mean, max(0.0, found.mean - below), min(1.0, found.mean + above))

@@ -2,8 +2,13 @@
 
 <root>/store/<kind>/<key>/            files of the stage, and
 <root>/store/<kind>/<key>/record.json written last: a stage without it does not exist
-<root>/scratch/<key>/                 checkpoints of a stage that is under way, kept across attempts
+<root>/scratch/<key>/<owner>/         checkpoints of a stage that is under way, kept across attempts
+<root>/tmp/<owner>.<number>/          what is being written
+<root>/damaged/<kind>-<key>.<number>/ stages whose files were found to be other than what was written
 <root>/notes/<name>.json              facts of the machines that ran, not of any stage
+
+A stage is compared with its record (records.py) when a process first reads it: what was cut short or changed is named and
+made again, never served.
 """
 
 from __future__ import annotations
@@ -12,7 +17,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -22,7 +26,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safecl.base import Json, PrerequisiteError
+from safecl import lease, records
+from safecl.base import Damaged, Json, PrerequisiteError
 
 if TYPE_CHECKING:
     from safecl.config import Execution
@@ -171,8 +176,9 @@ class Store:
     under its key in one rename (at a URL: files first, `record.json` last). A crash leaves nothing under a key.
     """
 
-    def __init__(self, root: str) -> None:
-        self.root = root
+    def __init__(self, root: str, owner: str | None = None) -> None:
+        """`owner`: on whose behalf scratch folders are kept, by default this process's (see lease.me)."""
+        self.root, self.owner = root, owner or lease.me()
         self._remote: Any = None
         self._base = ""
         if "://" in root and not root.startswith("file://"):
@@ -184,6 +190,11 @@ class Store:
         else:
             self.local = Path(root.removeprefix("file://")).absolute()
         self._stages = str(self.local / "store")
+        self._sound: set[str] = set()  # keys of what this process has compared with its record
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it is the same store, and works for the same owner."""
+        return Store, (str(self.local) if self._remote is None else self.root, self.owner)
 
     def _folder(self, stage: Stage) -> Path:
         return self.local / "store" / stage.kind / stage.key
@@ -195,28 +206,86 @@ class Store:
         return self._remote is not None and bool(self._remote.exists(self._url(stage) + "/record.json"))
 
     def path(self, stage: Stage) -> Path:
-        """Local folder of a finished stage (fetched first where the store is a URL). KeyError if it is not finished."""
+        """Local folder of a finished stage (fetched first where the store is a URL). KeyError if it is not finished;
+        Damaged if its files are not what was written."""
+        folder = self._local(stage)
+        if stage.key not in self._sound:
+            wrong = records.damage(folder)
+            if (
+                wrong is not None
+                and self._remote is not None
+                and self._remote.exists(self._url(stage) + "/record.json")
+            ):
+                self._set_aside(folder)  # this machine's copy: the original may be whole
+                wrong = records.damage(self._local(stage))
+            if wrong is not None:
+                raise _damaged(stage, wrong)
+            self._sound.add(stage.key)
+        return folder
+
+    def file(self, stage: Stage, name: str) -> Path:
+        """One file of a finished stage, as `path` gives the folder; the others are not looked at."""
+        path = self._local(stage) / name
+        if stage.key not in self._sound and (wrong := records.damage(path.parent, name)) is not None:
+            raise _damaged(stage, wrong)
+        return path
+
+    def _local(self, stage: Stage) -> Path:
         folder = self._folder(stage)
         if not (folder / "record.json").is_file():
             if not self.has(stage):
                 raise KeyError(f"stage {stage.kind} {stage.key[:12]} is not in the store at {self.root}")
+            self._sound.discard(stage.key)
             self._fetch(stage, folder)
         return folder
 
+    def sound(self, stage: Stage) -> bool:
+        """Whether the stage is finished and whole. One that is damaged makes way, to be made again; for runs only."""
+        try:
+            self.path(stage)
+        except KeyError:
+            return False
+        except Damaged:
+            self._set_aside(self._folder(stage))
+            if self._remote is not None:
+                self._remote.mv(self._url(stage) + "/record.json", self._url(stage) + "/record.damaged")
+            return False
+        return True
+
+    def _set_aside(self, folder: Path) -> None:
+        target = self.local / "damaged" / f"{folder.parent.name}-{folder.name}.{uuid.uuid4().hex[:8]}"
+        target.parent.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # another process was first
+            os.rename(folder, target)
+
     def record(self, stage: Stage) -> dict[str, Any]:
-        """The record of a finished stage: config, inputs, result, seconds, created, libraries, files."""
-        record: dict[str, Any] = json.loads((self.path(stage) / "record.json").read_text())
-        return record
+        """The record of a finished stage: config, inputs, result, seconds, created, libraries, files. Raises as `path` does,
+        but does not look at the files."""
+        return records.load(self._local(stage) / "record.json")
 
     def scratch(self, stage: Stage) -> Path:
-        """Folder for checkpoints of a stage under way; kept across attempts, removed when the stage is published."""
-        folder = self.local / "scratch" / stage.key
-        folder.mkdir(parents=True, exist_ok=True)
+        """Folder for checkpoints of a stage under way, of this owner alone: what an owner that is gone has left there is
+        taken over, so it is kept across attempts. Removed when the stage is published."""
+        folder = self.local / "scratch" / stage.key / self.owner
+        if folder.is_dir():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in sorted(folder.parent.iterdir(), key=lambda other: other.stat().st_mtime, reverse=True):
+            if lease.is_name(left.name) and not self.is_alive(left.name):
+                with suppress(OSError):  # another rank of ours, or another run, was first
+                    os.rename(left, folder)
+                    return folder
+        folder.mkdir(exist_ok=True)
         return folder
+
+    def is_alive(self, owner: str) -> bool:
+        """Whether the process of this name is at work: on this machine its process says so, on another its lease."""
+        here = lease.is_here(owner)
+        return self.noted(lease.NOTE + owner) is not None if here is None else here
 
     def new_folder(self) -> Path:
         """An empty folder on the store's disk to write a stage into."""
-        folder = self.local / "tmp" / uuid.uuid4().hex
+        folder = self.local / "tmp" / f"{self.owner}.{uuid.uuid4().hex}"
         folder.mkdir(parents=True)
         return folder
 
@@ -240,6 +309,8 @@ class Store:
             "libraries": dict(libraries()),
             "files": {str(f.relative_to(made)): f.stat().st_size for f in sorted(made.rglob("*")) if f.is_file()},
         }
+        record |= records.sums(made, record["files"])
+        record["digest"] = records.digest(record)
         folder = self._folder(stage)
         _write_synced(made / "record.json", json.dumps(record, indent=1, sort_keys=True))
         if self._remote is not None and not self.has(stage):
@@ -254,8 +325,16 @@ class Store:
                 os.rename(made, folder)
             else:
                 shutil.rmtree(made)
-        shutil.rmtree(self.local / "scratch" / stage.key, ignore_errors=True)
+        self._leave_scratch(stage)
         return folder
+
+    def _leave_scratch(self, stage: Stage) -> None:
+        parent = self.local / "scratch" / stage.key
+        with suppress(OSError):
+            for left in parent.iterdir():
+                if left.name == self.owner or not self.is_alive(left.name):
+                    shutil.rmtree(left, ignore_errors=True)
+            parent.rmdir()  # unless another run is at work there
 
     def find(self, prefix: str) -> list[dict[str, Any]]:
         """Records whose key starts with `prefix` (as printed by the commands)."""
@@ -266,15 +345,14 @@ class Store:
                 target = self.local / "store" / kind / key
                 if not (target / "record.json").is_file():
                     self._copy_down(url.rsplit("/", 1)[0], target)
-        return [json.loads(path.read_text()) for path in sorted(self.local.glob(pattern))]
+        return [records.load(path) for path in sorted(self.local.glob(pattern))]
 
     def by_key(self, key: str) -> dict[str, Any] | None:
         """The local record of this whole key, whatever its kind."""
         for kind in os.listdir(self._stages) if os.path.isdir(self._stages) else ():
             path = Path(self._stages, kind, key, "record.json")
             if path.is_file():
-                record: dict[str, Any] = json.loads(path.read_text())
-                return record
+                return records.load(path)
         return None
 
     def folder(self, record: dict[str, Any]) -> Path:
@@ -290,8 +368,8 @@ class Store:
             return []
         found = []
         for _, folder in folders:
-            with suppress(FileNotFoundError):
-                found.append(json.loads(Path(folder, "record.json").read_text()))
+            with suppress(FileNotFoundError, Damaged):
+                found.append(records.load(Path(folder, "record.json")))
         return sorted(found, key=lambda record: str(record["created"]))
 
     def note(self, name: str, value: Json) -> None:
@@ -314,10 +392,27 @@ class Store:
         except FileNotFoundError:
             return None
 
-    def sweep_temporary(self, older_than_s: float = 86_400.0) -> None:
-        """Remove half-written folders that a killed process left, once they are old enough to be nobody's."""
+    def notes(self, prefix: str) -> dict[str, Any]:
+        """What `note` kept last under every name that begins so."""
+        if self._remote is not None:
+            self._remote.invalidate_cache()
+            paths = self._remote.glob(f"{self._base}/notes/{prefix}*.json")
+        else:
+            paths = (self.local / "notes").glob(f"{prefix}*.json")
+        found = {Path(path).stem: self.noted(Path(path).stem) for path in sorted(map(str, paths))}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def forget(self, name: str) -> None:
+        """Take a note away, if it is there."""
+        (self.local / "notes" / f"{name}.json").unlink(missing_ok=True)
+        if self._remote is not None:
+            with suppress(FileNotFoundError):
+                self._remote.rm_file(f"{self._base}/notes/{name}.json")
+
+    def sweep_temporary(self) -> None:
+        """Remove half-written folders that processes left which are gone."""
         for folder in (self.local / "tmp").glob("*"):
-            if time.time() - folder.stat().st_mtime > older_than_s:
+            if not self.is_alive(folder.name.partition(".")[0]):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def check_writable(self, needed_gib: float) -> None:
@@ -362,6 +457,10 @@ class Store:
             os.rename(made, folder)
         except OSError:
             shutil.rmtree(made)
+
+
+def _damaged(stage: Stage, wrong: str) -> Damaged:
+    return Damaged(f"stage {stage.kind} {stage.key[:12]} is damaged: {wrong}; `safecl run` makes it again")
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -25,9 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safecl.base import ConfigError, PrerequisiteError
+from safecl.base import ConfigError, Damaged, Infrastructure, PrerequisiteError
 from safecl.config import Execution
-from safecl.store import Place, Stage
+from safecl.faults import kind_of
+from safecl.store import Place, Stage, Store
 from safecl.work import free_heap, run_stage
 
 IDLE_S = 300.0  # without work for so long, a trainer gives back its CPUs or GPUs and memory
@@ -42,7 +43,7 @@ class Work:
     num_ranks: int
     turn: int  # the lowest first
     done: asyncio.Future[None]
-    failures: list[str] = field(default_factory=list)  # one for each time that its workers were lost
+    failures: list[Exception] = field(default_factory=list)  # one for each time that its workers were lost
 
 
 @dataclass(eq=False)
@@ -63,9 +64,9 @@ class Trainers:
     """
 
     def __init__(
-        self, root: str, execution: Execution, logs: str, num_units: float, on_start: Callable[[Stage], None]
+        self, store: Store, execution: Execution, logs: str, num_units: float, on_start: Callable[[Stage], None]
     ) -> None:
-        self.root, self.execution, self.logs, self.on_start = root, execution, logs, on_start
+        self.store, self.execution, self.logs, self.on_start = store, execution, logs, on_start
         self.num_units = num_units
         self.expected = 0  # heavy stages that wait for their inputs, are queued or under way
         self.queue: deque[Work] = deque()
@@ -80,7 +81,7 @@ class Trainers:
 
     async def run(self, stage: Stage, turn: int = 0) -> None:
         """Return when a trainer has published the stage; of those that wait, the lowest turn is next. Raises what the stage
-        raised, or RuntimeError if its workers died too often."""
+        raised, or Infrastructure if its workers died too often."""
         num_ranks = self.execution.num_workers if stage.kind == "finetune" else 1
         work = Work(stage, num_ranks, turn, asyncio.get_running_loop().create_future())
         insort(self.queue, work, key=lambda other: other.turn)
@@ -95,7 +96,7 @@ class Trainers:
         if trainer is None:
             return None
         if trainer.group not in ("", group):  # Ray Train has started the ranks anew, whichever of them comes first
-            self._lost(trainer, "its worker died")
+            self._lost(trainer, Infrastructure("its worker died"))
         trainer.group = group
         given: asyncio.Future[tuple[Stage, int] | None] = asyncio.get_running_loop().create_future()
         trainer.waiting[rank] = given
@@ -120,7 +121,7 @@ class Trainers:
         elif isinstance(error, REFUSALS) or work.stage.kind != "finetune":
             work.done.set_exception(error)
         else:
-            self._again(work, f"{type(error).__name__}: {error}")
+            self._again(work, error)
 
     def _give(self) -> None:
         """Hand the queue out, in order, to whoever waits."""
@@ -155,16 +156,16 @@ class Trainers:
 
         me = ray.get_runtime_context().current_actor
         loop = asyncio.get_running_loop()
-        why = ""
+        why: Exception | None = None
         with ThreadPoolExecutor(1) as thread:
             try:
-                await loop.run_in_executor(thread, fit, trainer.name, self.root, self.execution, self.logs, me)
+                await loop.run_in_executor(thread, fit, trainer.name, self.store, self.execution, self.logs, me)
             except Exception as error:  # more restarts than it may have, or it never came up
-                why = f"{type(error).__name__}: {error}"
+                why = Infrastructure(f"{type(error).__name__}: {error}")
         self.trainers.pop(trainer.name, None)
         if why and not trainer.group and self.queue:  # else a trainer that cannot start would be started for ever
             self._again(self.queue.popleft(), why)
-        self._lost(trainer, why)
+        self._lost(trainer, why or Infrastructure("its trainer ended"))
         if self.queue:
             self._grow()
 
@@ -175,7 +176,7 @@ class Trainers:
             given.set_result(None)
         trainer.waiting = {}
 
-    def _lost(self, trainer: Trainer, why: str) -> None:
+    def _lost(self, trainer: Trainer, why: Exception) -> None:
         """The trainer's workers are gone: what they did is given out again."""
         if trainer.idle is not None:
             trainer.idle.cancel()
@@ -186,17 +187,21 @@ class Trainers:
         for work in lost:
             self._again(work, why)
 
-    def _again(self, work: Work, why: str) -> None:
+    def _again(self, work: Work, why: Exception) -> None:
         work.failures.append(why)
         if len(work.failures) <= self.execution.max_failures:
             insort_left(self.queue, work, key=lambda other: other.turn)
             self._give()
         elif not work.done.done():
+            if kind_of(why) == "trial":  # it raised this, time after time
+                work.done.set_exception(why)
+                return
             lost = f"{work.stage.kind} {work.stage.key[:12]} lost its workers {len(work.failures)} times"
-            work.done.set_exception(RuntimeError(f"{lost} (execution.max_failures {len(work.failures) - 1}): {why}"))
+            last = f"{type(why).__name__}: {why}"
+            work.done.set_exception(Infrastructure(f"{lost} (execution.max_failures {len(work.failures) - 1}): {last}"))
 
 
-def fit(name: str, root: str, execution: Execution, logs: str, broker: Any) -> None:
+def fit(name: str, store: Store, execution: Execution, logs: str, broker: Any) -> None:
     """Hold one Ray Train run until its workers are told to end. Raises if they died too often."""
     settings = {
         # Its workers only ask for work, so that this is how soon a death is seen.
@@ -217,7 +222,7 @@ def fit(name: str, root: str, execution: Execution, logs: str, broker: Any) -> N
     folder = Path(logs) / "train"
     trainer = _trainer_class(execution)(
         worker,
-        train_loop_config={"name": name, "root": root, "execution": execution, "logs": logs, "broker": broker},
+        train_loop_config={"name": name, "store": store, "execution": execution, "logs": logs, "broker": broker},
         torch_config=TorchConfig(backend="nccl" if execution.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=execution.num_workers,
@@ -273,7 +278,7 @@ def worker(loop: dict[str, Any]) -> None:
         place = Place(rank if num_ranks > 1 else 0, num_ranks, device)
         error: Exception | None = None
         try:
-            run_stage(stage, loop["root"], loop["execution"], loop["logs"], broker, place=place)
+            run_stage(stage, loop["store"], loop["execution"], loop["logs"], broker, place=place)
         except Exception as raised:
             error = _portable(raised)
         if error is not None or place.rank == 0:
@@ -295,7 +300,9 @@ def _import_what_stages_need() -> None:
 def _portable(error: Exception) -> Exception:
     """The error itself where every process can rebuild it from its text, else its text: some exceptions of libraries
     cannot be made anew from what they carry."""
-    if type(error) in (*REFUSALS, RuntimeError, ValueError, KeyError, TypeError, AssertionError):
+    if kind_of(error) == "infrastructure":  # as only this process can tell by its type
+        return Infrastructure(f"{type(error).__name__}: {error}")
+    if type(error) in (*REFUSALS, Damaged, RuntimeError, ValueError, KeyError, TypeError, AssertionError):
         return error
     return RuntimeError(f"{type(error).__name__}: {error}")
 

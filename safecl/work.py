@@ -20,7 +20,7 @@ from safecl.store import Context, Place, Stage, Store
 
 def run_stage(
     stage: Stage,
-    root: str,
+    store: Store,
     execution: Execution,
     logs: str,
     broker: Any,
@@ -35,7 +35,6 @@ def run_stage(
     else runs in this process meanwhile, so that all it prints belongs to the stage; else only a traceback does.
     """
     place = place or Place()
-    store = Store(root)
     if place.world_size == 1 and store.has(stage):  # several ranks must all do the same
         return
     name = f"{stage.kind}-{stage.key[:12]}" + (f"-rank{place.rank}" if place.rank else "")
@@ -88,8 +87,8 @@ class Progress:
 class Hand:
     """Runs light stages, each in a thread: most of them only wait for an engine. Made a Ray actor by the Broker."""
 
-    def __init__(self, root: str, execution: Execution, logs: str, broker: Any) -> None:
-        self.given = (root, execution, logs, broker)
+    def __init__(self, store: Store, execution: Execution, logs: str, broker: Any) -> None:
+        self.given = (store, execution, logs, broker)
         self.freed = time.monotonic()
 
     def run(self, stage: Stage, groups: dict[str, tuple[str, ...]]) -> None:

@@ -44,7 +44,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
     monkeypatch.setattr(driver, "_cluster", cluster)
     monkeypatch.setattr(driver, "_progress", no_display)
-    monkeypatch.setattr("safecl.tracking.Tracker", lambda *_: SimpleNamespace(trial=_nothing, close=_nothing))
+    monkeypatch.setattr("safecl.tracking.Tracker", lambda *_: SimpleNamespace(trial=_nothing, close=lambda **_: True))
     return found
 
 
@@ -114,6 +114,15 @@ def test_a_run_within_its_hours_leaves_no_timer_behind(project: Project, monkeyp
     jobs_in_turn(monkeypatch, 0.0)
     driver.run(project, lambda text: None, max_hours=1.0)
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0) and signal.getsignal(signal.SIGALRM) is before
+
+
+def test_a_dead_tracker_is_said_and_costs_nothing_else(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = SimpleNamespace(trial=_nothing, close=lambda **_: False, problem="http://nowhere did not answer")
+    jobs_in_turn(monkeypatch, 0.0)
+    monkeypatch.setattr("safecl.tracking.Tracker", lambda *_: tracker)
+    said: list[str] = []
+    assert driver.run(project, said.append) == []
+    assert [line for line in said if "tracking: http://nowhere" in line and "sent by the next run" in line]
 
 
 def test_a_run_keeps_the_speed_it_measured(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def sweep(model: Path, root: Path) -> dict[str, Any]:
             "test": prompts,
             "max_new_tokens": 8,
             "max_prompt_tokens": 400,
-            # A guard that always answers the same is readable, which is all that is needed here.
+            # A guard that always answers the same is readable, which is all that is needed here: --accept-judge.
             "judges": {"asr": "guard", "guard": {"rows": [{"task": "mini", "num_rows": 16}], "seeds": [0, 1],
                        "heldout": [{"task": "mini", "num_rows": 6}], "epochs": 12, **TRAINING}},
         },
@@ -113,7 +113,7 @@ def interrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def finished(interrupted: Interrupted) -> tuple[Path, Path, str]:
     """(sweep file, root, the table as JSON that the same command printed when it was run again, to the end)."""
     kept = records(interrupted.root)
-    done = safecl("run", str(interrupted.file), "--json", timeout_s=420)
+    done = safecl("run", str(interrupted.file), "--json", "--accept-judge", timeout_s=420)
     logs = "\n".join(
         p.read_text()[-1500:] for p in (interrupted.root / "logs").glob("*.log") if "Error" in p.read_text()
     )
@@ -132,7 +132,7 @@ def test_ctrl_c_stops_everything_soon_and_keeps_what_is_finished(interrupted: In
 def test_every_row_has_every_metric(finished: tuple[Path, Path, str]) -> None:
     rows = json.loads(finished[2])["rows"]
     assert [row["method"] for row in rows] == ["base", "aligned", "sft", "der", "magmax"]
-    assert any("with the keyword list on" in line for line in json.loads(finished[2])["caption"])
+    assert any(line.startswith("Judge: agrees with the labels of") for line in json.loads(finished[2])["caption"])
     for row in rows:
         assert {"asr", "non_refusal", "over_refusal", "degenerate", "utility"} <= set(row["metrics"])
         assert all(0 <= m["low"] <= m["value"] <= m["high"] <= 1 for m in row["metrics"].values())
@@ -159,7 +159,7 @@ def test_training_ran_under_ray_train_with_deepspeed_and_serving_under_serve_wit
 def test_a_rerun_runs_nothing_and_prints_the_same_table(finished: tuple[Path, Path, str]) -> None:
     file, root, table = finished
     before = records(root)
-    again = safecl("run", str(file), "--json", timeout_s=60)
+    again = safecl("run", str(file), "--json", "--accept-judge", timeout_s=60)
     assert again.returncode == 0 and again.stdout == table
     assert records(root) == before
     assert "starting Ray" not in again.stderr and "nothing left to do" in again.stderr
@@ -175,7 +175,7 @@ def test_a_lost_judge_record_reruns_that_stage_alone_and_restores_the_row(finish
     judged = {key: r for key, r in before.items() if r["kind"] == "judge" and r["config"]["judge"] == "keywords"}
     lost = next(key for key, record in judged.items() if on_test(record))
     (root / "store" / "judge" / lost / "record.json").unlink()
-    again = safecl("run", str(file), "--json", timeout_s=120)
+    again = safecl("run", str(file), "--json", "--accept-judge", timeout_s=120)
     assert again.returncode == 0 and without_seconds(again.stdout) == without_seconds(table), again.stderr[-2000:]
     after = records(root)
     changed = {key for key in after if after[key]["created"] != before[key]["created"] or key not in before}
@@ -211,7 +211,7 @@ def test_mlflow_shows_sweep_cells_and_trials_with_the_stores_numbers(finished: t
 
 def test_report_status_plan_show_and_logs_work_on_the_finished_sweep(finished: tuple[Path, Path, str]) -> None:
     file, root, table = finished
-    report = safecl("report", str(file), "--json", timeout_s=60)
+    report = safecl("report", str(file), "--json", "--accept-judge", timeout_s=60)
     assert without_seconds(report.stdout) == without_seconds(table)
     page = root / "report" / "tiny" / "index.html"
     assert page.stat().st_size > 10_000 and "http" not in page.read_text().split("<body>")[1].split("base64")[0]
@@ -223,7 +223,7 @@ def test_report_status_plan_show_and_logs_work_on_the_finished_sweep(finished: t
     assert json.loads(safecl("show", key[:12], "--root", str(root), timeout_s=60).stdout)["key"] == key
     assert "engine-candidate" in safecl("logs", "--root", str(root), "--num", "1000", timeout_s=60).stdout
     shutil.rmtree(root / "tune", ignore_errors=True)  # Tune's own folder is never read back
-    assert safecl("run", str(file), "--json", timeout_s=60).stdout == report.stdout
+    assert safecl("run", str(file), "--json", "--accept-judge", timeout_s=60).stdout == report.stdout
 
 
 def is_ours(process: psutil.Process) -> bool:

@@ -46,7 +46,7 @@ def test_when_a_running_stage_ends_follows_its_own_pace(tmp_path: Path, monkeypa
     times = (1000, 1060, 1065, 1070, 1080, 1090, 1100, 1110, 1130)  # the first minute is spent waiting
     clock = iter(times)
     monkeypatch.setattr(execute, "time", SimpleNamespace(time=lambda: next(clock)))
-    broker = execute.Broker(str(tmp_path), Execution(), "", 2)
+    broker = execute.Broker(Store(str(tmp_path)), Execution(), "", 2)
     broker._begin("generate", "k")
     ends = []
     for done in (1, 3, 11, 41, 101, 0, 1, 21):  # before the 0 its worker died
@@ -117,6 +117,23 @@ def test_after_the_brokers_death_another_continues_from_the_store(cluster: Path)
     assert [stage["key"] for stage in ray.get(again.snapshot.remote())["finished"]] == [rows(6).key]
 
 
+@pytest.mark.parametrize("how", ["truncated", "altered"])
+def test_an_input_that_is_damaged_is_made_again_by_the_run_and_never_used(how: str, cluster: Path) -> None:
+    import ray
+
+    broker, store = new_broker(cluster, f"damage-{how}")
+    below = rows(9)
+    above = Stage("data", {**rows(5).config, "seed": 1}, {"exclude_test": below})
+    ray.get(broker.ensure.remote([below]), timeout=60)
+    file = store.path(below) / "rows.jsonl"
+    whole = file.read_text()
+    file.write_text(whole[:-40] if how == "truncated" else whole.replace("user", "resu"))
+    ray.get(broker.ensure.remote([above]), timeout=60)
+    assert file.read_text() == whole and store.has(above)
+    [aside] = (store.local / "damaged").iterdir()
+    assert (aside / "rows.jsonl").read_text() != whole
+
+
 def test_light_stages_share_one_process_which_is_replaced_when_it_dies(cluster: Path) -> None:
     import psutil
     import ray
@@ -161,7 +178,9 @@ def test_without_replicas_of_its_own_a_judge_answers_from_the_candidates_engine(
     base, other = (Stage("model", {"source": name}) for name in ("base", "other"))
 
     async def deploy() -> Booting:
-        broker = Booting(str(tmp_path), Execution(num_judge_replicas=num_judge_replicas), str(tmp_path / "logs"), 2)
+        broker = Booting(
+            Store(str(tmp_path)), Execution(num_judge_replicas=num_judge_replicas), str(tmp_path / "logs"), 2
+        )
         await asyncio.gather(
             *(broker._deploy(*what) for what in (("judge", base), ("candidate", base), ("judge", other)))
         )

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 
 from safecl import overview, stats
+from safecl.dtypes import resolved
+from safecl.grid import cells
 from safecl.project import Project, Swing, load
 from safecl.report import page, tables
+
+QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 
 
 def judged_by(asr: str, quality: stats.Quality | None = None, swing: Swing | None = None) -> Any:
@@ -113,3 +117,26 @@ def test_guards_swing_by_the_model_whose_answers_part_them_most(tmp_path: Path) 
     assert project.guard_swing() == Swing(3, 1.0, "base.mini")  # 2, 1 and 0 of its two answers
     quality = project.guard_quality()
     assert quality is not None and quality.num == 6 and quality.accuracy.value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "less"),
+    [
+        ([], ["degenerate", "off_topic"]),
+        (["evaluate.judges.asr=keywords"], ["degenerate", "off_topic"]),
+        (
+            ["evaluate.judges.asr=harmbench", "evaluate.judges.guard_model={name: g, source: ., dtype: float32}"],
+            ["degenerate"],
+        ),
+    ],
+)
+def test_coherent_asr_leaves_out_off_topic_answers_unless_the_judge_was_asked_of_them(
+    settings: list[str], less: list[str]
+) -> None:
+    sweep = load(QUICKSTART, ["evaluate.judges.over_refusal=refusal", *settings])
+    metrics = cells(resolved(sweep, "bfloat16"))[0].job({}, 0, "final").evidence.metrics
+    measures: Any = metrics.config["measures"]
+    assert [measure["less"] for measure in measures if measure["metric"] == "asr"] == [less]
+    assert {measure["metric"] for measure in measures} >= {"off_topic", "over_refusal"}
+    [benign] = [stage for name, stage in metrics.inputs.items() if name.endswith(".over_refusal")]
+    assert benign.config["judge"] == "refusal"

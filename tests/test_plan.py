@@ -357,7 +357,10 @@ def test_consent_to_run_code_enters_no_key_but_those_of_the_code_task(monkeypatc
 def test_a_sweep_that_runs_code_is_refused_before_anything_is_spent_where_nothing_isolates_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("safecl.plan.identity", lambda task, split, folder: [task.__name__, split])
+    for place in ("plan", "check"):
+        monkeypatch.setattr(
+            f"safecl.{place}.identity", lambda task, split, folder: [{"hub": task.__name__, "split": split}]
+        )
     monkeypatch.setattr("safecl.sandbox.missing", lambda: "nothing isolates here")
     settings = ["tasks.0.task=code", "tasks.0.num_rows=10", f"execution.root={tmp_path}"]
     project = Project(load(QUICKSTART, settings))  # reports of what ran elsewhere need no isolation

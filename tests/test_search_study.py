@@ -134,7 +134,7 @@ def test_failed_trials_count_and_the_budget_is_kept(storage: object) -> None:
     assert numbers == [0, 1, 2] and study.remaining == 0 and not study.is_done
     with pytest.raises(RuntimeError, match="all 3 trials"):
         study.ask()
-    study.fail(1)
+    study.fail(1, "ValueError: its own")
     study.tell(0, 0.1, {})
     study.tell(2, 0.2, {})
     assert study.is_done and [t.number for t in study.complete()] == [0, 2]
@@ -228,10 +228,10 @@ def test_the_study_name_covers_cell_space_objective_and_seeds() -> None:
         ("1e-4", "expected a list"),
         ({"low": 0}, "no 'high'"),
         ({"low": 0, "high": 1, "hgih": 2}, "'hgih'"),
-        ({"low": "1e-4", "high": 1}, "YAML reads"),
+        ({"low": "1e-4", "high": 1}, "expected a number"),
         ({"low": 2, "high": 1}, "above"),
         ({"low": 0, "high": 1, "log": True}, "low > 0"),
-        ({"low": 1, "high": 9, "log": True, "step": 1}, "both"),
+        ({"low": 1, "high": 9, "log": True, "step": 2}, "both"),
         ({"low": 0, "high": 9, "step": 2}, "does not lead"),
         ({"low": 0, "high": 9, "step": 0}, "does not lead"),
         ({"low": 0.5, "high": 9, "step": 1}, "an int"),

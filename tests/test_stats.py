@@ -119,7 +119,7 @@ def test_one_seed_takes_wilson_over_prompts_and_leaves_unparsed_out() -> None:
 def test_a_seed_without_outcomes_or_a_nan_raises() -> None:
     with pytest.raises(ValueError, match="seed number 1"):
         stats.intervals([rows([1.0, 0.0]), rows([None, None])])
-    with pytest.raises(ValueError, match="'s1'"):
+    with pytest.raises(ValueError, match="set 's' is nan"):
         stats.intervals([rows([1.0, float("nan")])])
 
 
@@ -152,7 +152,13 @@ def test_quality_by_hand() -> None:
     assert found.f1 and found.kappa
     precision, recall = 12 / 16, 12 / 18
     assert found.f1.value == pytest.approx(2 * precision * recall / (precision + recall))
-    assert found.kappa.value == pytest.approx(stats.agreement(TRUTH, SAID).kappa)
+    both = stats.agreement(TRUTH, SAID)
+    assert both.kappa and found.kappa.value == pytest.approx(both.kappa.value) and both.agree == found.accuracy
+    right, wrong = found.sensitivity, found.specificity
+    assert right and wrong and found.balanced and found.balanced.value == pytest.approx((right.value + wrong.value) / 2)
+    below = ((right.value - right.low) ** 2 + (wrong.value - wrong.low) ** 2) ** 0.5 / 2
+    assert found.balanced.low == pytest.approx(found.balanced.value - below)
+    assert stats.quality(TRUTH, [None if t else False for t in TRUTH], range(40), num_draws=9).balanced is None
     assert found.f1.low < found.f1.value < found.f1.high and found.kappa.low < found.kappa.value < found.kappa.high
 
 

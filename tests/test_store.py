@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from safecl.base import PrerequisiteError
+from safecl import lease, records
+from safecl.base import Damaged, PrerequisiteError
 from safecl.store import SharedConfig, Stage, Store, below, canonical
 
 
@@ -109,6 +110,7 @@ def test_a_record_names_inputs_result_cost_and_libraries(tmp_path: Path) -> None
     assert record["inputs"] == {"rows": below.key}
     assert record["result"] == {"num": 1} and record["seconds"] == 0.5
     assert record["files"] == {"rows.jsonl": 1}
+    assert record["sha256"] == {"rows.jsonl": hashlib.sha256(b"x").hexdigest()}
     assert "torch" in record["libraries"]
     assert [found["key"] for found in store.find(above.key[:6])] == [above.key]
 
@@ -133,7 +135,7 @@ def test_kill_9_in_the_middle_of_writing_leaves_no_stage_and_the_next_attempt_su
     assert not store.has(stage()) and store.find("") == []
     publish(store, stage(), "whole")
     assert (store.path(stage()) / "rows.jsonl").read_text() == "whole"
-    store.sweep_temporary(older_than_s=-1)
+    store.sweep_temporary()
     assert not list((tmp_path / "tmp").iterdir())
 
 
@@ -180,3 +182,120 @@ def test_a_root_that_cannot_hold_the_results_is_one_clear_error(tmp_path: Path) 
         Store(str(tmp_path / "file" / "below")).check_writable(0.0)
     with pytest.raises(PrerequisiteError, match=r"GiB free, expected at least"):
         Store(str(tmp_path)).check_writable(1e9)
+
+
+DEAD = f"{lease.machine()}-999999999-1"  # a process that is gone
+
+
+def damage(file: Path, how: str) -> None:
+    """As a disk does: without a later time of writing."""
+    before = file.stat()
+    if how == "gone":
+        file.unlink()
+        return
+    was, is_now = ('"num": 1', '"num": 2') if file.name == "record.json" else ("1", "2")
+    file.write_text(file.read_text()[:-9] if how == "truncated" else file.read_text().replace(was, is_now))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("how", ["truncated", "altered", "gone"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "record.json"])
+def test_what_was_cut_short_or_changed_is_named_never_served_and_made_again(
+    how: str, name: str, tmp_path: Path
+) -> None:
+    if (how, name) == ("gone", "record.json"):
+        return  # it then is no stage
+    text = "11 22 33 44 55 66"
+    folder = publish(Store(str(tmp_path)), stage(), text)
+    damage(folder / name, how)
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    reader = Store(str(tmp_path))
+    for read in (reader.path, lambda stage: reader.file(stage, "rows.jsonl")):
+        with pytest.raises(Damaged, match=rf"stage data {stage().key[:12]} is damaged: {name} .*safecl run"):
+            read(stage())  # type: ignore[no-untyped-call]
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+    if name == "record.json":
+        for read in (reader.record, lambda stage: reader.find(stage.key[:9])):
+            with pytest.raises(Damaged, match="cut short or was changed"):
+                read(stage())
+        assert reader.records("data") == []
+    run = Store(str(tmp_path))
+    assert not run.sound(stage()) and not run.has(stage())
+    assert [path.name[:9] for path in (tmp_path / "damaged").iterdir()] == [f"data-{stage().key[:4]}"]
+    publish(run, stage(), text)
+    assert run.sound(stage()) and (run.path(stage()) / "rows.jsonl").read_text() == text
+
+
+def test_a_large_file_is_hashed_where_its_time_of_writing_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "TRUSTED", 5)
+    file = publish(Store(str(tmp_path)), stage(), "1" * 9) / "rows.jsonl"
+    damage(file, "altered")
+    assert Store(str(tmp_path)).sound(stage())  # what is not looked for, so that a start need not read whole models
+    os.utime(file)
+    assert not Store(str(tmp_path)).sound(stage())
+
+
+def test_a_record_of_an_earlier_version_is_read_by_its_sizes(tmp_path: Path) -> None:
+    folder = publish(Store(str(tmp_path)), stage(), "123")
+    record = json.loads((folder / "record.json").read_text())
+    for name in ("sha256", "written_ns", "digest"):
+        del record[name]
+    (folder / "record.json").write_text(json.dumps(record))
+    assert Store(str(tmp_path)).path(stage()) == folder
+    (folder / "rows.jsonl").write_text("12")
+    assert not Store(str(tmp_path)).sound(stage())
+
+
+def test_a_damaged_copy_of_what_lies_at_a_url_is_fetched_again_and_a_damaged_original_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    monkeypatch.setenv("SAFECL_CACHE", str(tmp_path))
+    url = f"memory://damage-{time.time_ns()}/safecl"
+    damage(publish(Store(url), stage(), "1111111111111") / "rows.jsonl", "truncated")
+    assert (Store(url).path(stage()) / "rows.jsonl").read_text() == "1111111111111"
+    filesystem = fsspec.filesystem("memory")
+    [there] = [path for path in filesystem.find("/") if "/damage-" in path and path.endswith("rows.jsonl")]
+    filesystem.pipe_file(there, b"2222222222222")
+    monkeypatch.setenv("SAFECL_CACHE", str(tmp_path / "another machine"))
+    store = Store(url)
+    with pytest.raises(Damaged, match=r"rows.jsonl was changed"):
+        store.path(stage())
+    assert not store.sound(stage()) and not store.has(stage())
+    publish(store, stage(), "1111111111111")
+    assert filesystem.cat_file(there) == b"1111111111111" and Store(url).sound(stage())
+
+
+def test_scratch_of_two_runs_never_collides_and_that_of_a_dead_one_is_taken_over(tmp_path: Path) -> None:
+    mine, other = Store(str(tmp_path)), Store(str(tmp_path), f"{'0' * 10}-1-1")
+    other.note(lease.NOTE + other.owner, {"held": True})  # of another machine, and at work
+    (other.scratch(stage()) / "checkpoint-8").mkdir()
+    assert not list(mine.scratch(stage()).iterdir())
+    dead = Store(str(tmp_path), DEAD)
+    (dead.scratch(Stage("data", {"n": 1})) / "checkpoint-7").mkdir()
+    assert (mine.scratch(Stage("data", {"n": 1})) / "checkpoint-7").is_dir()
+    assert (mine.scratch(Stage("data", {"n": 1})) / "checkpoint-7").is_dir()  # as another rank finds it
+    publish(mine, stage())
+    publish(mine, Stage("data", {"n": 1}))
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == [stage().key]
+    assert (other.scratch(stage()) / "checkpoint-8").is_dir()
+
+
+def test_what_is_being_written_stays_however_old_it_is_and_what_the_dead_left_goes_at_once(tmp_path: Path) -> None:
+    mine, dead = Store(str(tmp_path)), Store(str(tmp_path), DEAD)
+    kept, left = mine.new_folder(), dead.new_folder()
+    week_ago = time.time() - 7 * 86_400
+    os.utime(kept, (week_ago, week_ago))
+    mine.sweep_temporary()
+    assert kept.is_dir() and not left.is_dir()
+
+
+def test_a_store_in_another_process_works_for_the_same_owner(tmp_path: Path) -> None:
+    import copy
+
+    store = Store(str(tmp_path), DEAD)
+    again = copy.copy(store)  # by what pickling goes by
+    assert again.owner == DEAD and again.local == store.local

@@ -22,6 +22,7 @@ from safecl.text import number_text, plain, same_characters, without_markdown, w
         ("<think>tags like <think> are odd</think>Sure.", "Sure."),
         ("<think>a<think>b</think>c</think>Sure.", "Sure."),
         ("<THINK>a</Think>Sure.", "Sure."),
+        ("It is <think>a</think> so b</think>Sure.", "Sure."),
         ("[THINK]a[/THINK]Sure.", "Sure."),
         ("<thinking>a</thinking>Sure.", "Sure."),
         ("<reasoning>a</reasoning>\n<answer>\nSure.\n</answer>", "<answer>\nSure.\n</answer>"),

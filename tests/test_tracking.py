@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from safecl.base import sqlite_url
 from safecl.tracking import EXPERIMENT, Tracker, _Sender
 
 CURVE = [{"step": step, "loss": 1 / (step + 1), "safety_loss": 2.0} for step in range(30)]
@@ -35,7 +36,7 @@ def root(template: Path, tmp_path: Path) -> Path:
 def client(root: Path) -> Any:
     from mlflow.tracking import MlflowClient
 
-    return MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    return MlflowClient(sqlite_url(root / "mlflow.db"))
 
 
 def runs(root: Path, wanted: str = "") -> list[Any]:
@@ -49,6 +50,16 @@ def fill(tracker: Tracker, asr: float = 0.25) -> None:
             stages = {"finetune": "abc" * 20}
             tracker.trial("quick", cell, trial, {"weight": 0.5, "rows": 8}, {"asr": asr}, CURVE, {"note": "n"}, stages)
     tracker.cell("quick", "der", {"weight": 0.5}, {"asr": asr})
+
+
+def test_a_root_of_any_name_holds_its_database(template: Path, tmp_path: Path) -> None:
+    root = tmp_path / "what?x=1#y %20"
+    root.mkdir()
+    shutil.copy(template / "mlflow.db", root / "mlflow.db")
+    tracker = Tracker(None, root)
+    fill(tracker)
+    assert tracker.close(60), tracker.problem
+    assert len(runs(root)) == 7 and [*tmp_path.iterdir()] == [root]
 
 
 def test_sweep_cell_and_trial_are_nested_and_found_by_their_tags(root: Path) -> None:

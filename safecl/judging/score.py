@@ -207,6 +207,8 @@ def _value(pair: Pair, field: str) -> str:
     if field not in pair.row:
         raise ConfigError(f"line {pair.line} has no field {field!r}: expected one of {', '.join(pair.row)}")
     value = pair.row[field]
+    if not isinstance(value, str | bool | int | float | None) or value != value:
+        raise pair.row.problem(field, "a label: text, a number, true or false")
     return value if isinstance(value, str) else json.dumps(value)
 
 

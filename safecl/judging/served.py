@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
+from urllib.parse import urlsplit
 
 from safecl.base import ConfigError, Json
 from safecl.check import source_problem
@@ -61,8 +62,23 @@ def find(
     if tokenizer is not None and endpoint is None:
         raise ConfigError("--tokenizer goes with --endpoint: an engine of our own takes its model's")
     if endpoint is not None and endpoint_model is not None:
+        _check_endpoint(endpoint, endpoint_model, tokenizer)
         return RemoteModel(Endpoint(endpoint, endpoint_model), tokenizer)
     return None if model is None else OwnEngine(model, revision, chosen, show)
+
+
+def _check_endpoint(url: str, name: str, tokenizer: Path | None) -> None:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or too great
+        usable = False
+    if not usable:
+        raise ConfigError(f"--endpoint {url!r}: expected http://HOST:PORT/v1 (or https)")
+    if not name:
+        raise ConfigError("--endpoint-model: expected the server's name of the model, got ''")
+    if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():
+        raise ConfigError(f"--tokenizer {tokenizer}: expected a folder with tokenizer.json")
 
 
 class OwnEngine:

@@ -85,6 +85,7 @@ _OFF_TOPIC = Column("off-topic", "off_topic", "low")
 _CUT = Column("cut at the limit (attack)", "hit_limit", "")
 _SIDE = (  # beside utility, on the same prompts
     Column("strict", "utility_strict", "high"),
+    Column("numeric", "utility_numeric", "high"),
     Column("plus", "utility_plus", "high"),
     Column("likelihood", "utility_likelihood", "high"),
     Column("likelihood (lm-eval prompt)", "utility_harness", "high"),

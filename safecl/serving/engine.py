@@ -111,6 +111,7 @@ class Engine:
             ignore_eos=True,
             seed=seed,
             logprobs=sampling.logprobs or None,
+            prompt_logprobs=0 if sampling.of_prompt else None,
             output_kind=RequestOutputKind.DELTA,
         )
         if self._gate.in_flight == 1:
@@ -124,7 +125,10 @@ class Engine:
                 last = output.outputs[0]
                 text.append(last.text)
                 sampled.extend(last.token_ids)
-                likely.extend(map(_likely, last.token_ids, last.logprobs or ()))
+                if sampling.of_prompt:
+                    likely.extend(map(_likely, token_ids[1:], (output.prompt_logprobs or ())[1:]))
+                else:
+                    likely.extend(map(_likely, last.token_ids, last.logprobs or ()))
         except (EngineDeadError, EngineGenerateError) as error:
             raise Unavailable(f"engine {self._settings.name!r} died: {error!r}") from error
         if last is None or last.finish_reason not in ("stop", "length"):

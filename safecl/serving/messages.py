@@ -29,7 +29,8 @@ class Request(NamedTuple):
 class Sampling(Strict):
     """temperature 0 is greedy. Only `stop_token_ids` end an answer early: the model's own EOS must be among them. With a
     `seed` each request of a batch is sampled from a stream of its own (seed, request id), whatever engine takes it.
-    `logprobs`: how many of the likeliest tokens to tell at each place of the answer."""
+    `logprobs`: how many of the likeliest tokens to tell at each place of the answer. `of_prompt`: tell the log-probability
+    of each token of the prompt but the first in place of that."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -37,6 +38,7 @@ class Sampling(Strict):
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     logprobs: int = 0
+    of_prompt: bool = False
 
 
 class Completion(NamedTuple):
@@ -45,7 +47,8 @@ class Completion(NamedTuple):
     token_ids: list[int]  # as sampled: a stop token that ended the answer is the last one
     finish: Finish
     weights_key: str
-    # Per token of the answer: the likeliest tokens' texts and log-probabilities, the sampled one first. If asked for.
+    # Per token of the answer: the likeliest tokens' texts and log-probabilities, the sampled one first. If asked for. With
+    # `of_prompt` per token of the prompt but the first.
     likely: Sequence[Sequence[tuple[str, float]]] = ()
 
 

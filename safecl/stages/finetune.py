@@ -2,7 +2,8 @@
 
     in    model (HF folder), rows (rows.jsonl), safe (optional: the adapter it goes on training), memory and whatever
           else the method requires
-    out   adapter/ (PEFT: all that is added to the base), curves.jsonl (a line a step)
+    out   adapter/ (PEFT: all that is added to the base), curves.jsonl (a line a step), probe.json (token ids of a few
+          rows, and the trained model's log-probability of each but the first: what a served model must give too)
 
 `adapter: continue` goes on training theta_safe's adapter. `stack` folds it into the base and trains a fresh one on top;
 what is written is both as one adapter of twice the rank, which is exact, so that nobody downstream needs to know.
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 VERSION = "3"
 UNLIMITED = 1 << 30  # tokens
 GAP_ROWS = 4  # rows on which the rounding of a merge is measured
+PROBE_TOKENS = 192  # of them that a served model is compared on: under a second of a CPU at 135M parameters
 
 
 def run(context: Context) -> dict[str, Json]:
@@ -52,7 +54,9 @@ def run(context: Context) -> dict[str, Json]:
         return {}
     facts: dict[str, Json] = json.loads((result / "result.json").read_text())
     shutil.copytree(result / "adapter", context.out / "adapter")
-    shutil.copy(result / "curves.jsonl", context.out / "curves.jsonl")
+    for name in ("curves.jsonl", "probe.json"):
+        if (result / name).is_file():  # memory may have been short of a probe
+            shutil.copy(result / name, context.out / name)
     return facts
 
 
@@ -280,17 +284,21 @@ def _finish(
         weights.save(both, temporary, safe, config["dtype"])
     if not engine.shards_the_model(execution["engine"], execution["zero"], run.world_size):
         continues = "safe" in inputs and config["adapter"] == "continue"
-        facts |= merge_gap(run, Path(inputs["model"]), temporary / "adapter", continues)
+        costs, probe = merge_gap(run, Path(inputs["model"]), temporary / "adapter", continues)
+        facts |= costs
+        if probe:
+            (temporary / "probe.json").write_text(json.dumps(probe))
     shutil.copy(scratch / "curves.jsonl", temporary / "curves.jsonl")
     (temporary / "result.json").write_text(json.dumps(facts))
     shutil.rmtree(scratch / "result", ignore_errors=True)
     os.rename(temporary, scratch / "result")
 
 
-def merge_gap(run: Run, model: Path, adapter: Path, continues: bool) -> dict[str, Json]:
+def merge_gap(run: Run, model: Path, adapter: Path, continues: bool) -> tuple[dict[str, Json], list[Json]]:
     """What rounding costs where the adapter is served merged into the base, in nats a response token of the first rows:
     `kl_merged`, KL(trained || merged), and as its scale `kl_moved`, KL(trained || where training started). A merge that
-    loses a hundredth of what was learned should be served in float32.
+    loses a hundredth of what was learned should be served in float32. And a probe: the first PROBE_TOKENS tokens of these
+    rows and the trained model's log-probabilities, as {"ids", "logprobs"} each.
 
     All are computed in float32: in bfloat16 the activations' own rounding (KL of 1e-3 on SmolLM2, merged or not) hides the
     weights' (4e-5). Leaves the model in float32 and merged, so it comes last; empty where memory is short of that.
@@ -306,7 +314,7 @@ def merge_gap(run: Run, model: Path, adapter: Path, continues: bool) -> dict[str
     on_gpu = run.device != "cpu"
     free = torch.cuda.mem_get_info(run.device)[0] if on_gpu else psutil.virtual_memory().available
     if free < 2 * sum(4 * p.numel() for p in run.model.parameters()):
-        return {}
+        return {}, []
     rows = run.rows[:GAP_ROWS]
     batch = batches.collate(rows, range(len(rows)), [0] * len(rows), 1, rows[0], run.device)
     mask_P, _ = losses.targets(batch.labels_P)
@@ -315,14 +323,26 @@ def merge_gap(run: Run, model: Path, adapter: Path, continues: bool) -> dict[str
     trained = {name: p.detach().clone() for name, p in factors(run.model).items()}
     run.hidden_states.eval()
 
-    def log_probabilities() -> torch.Tensor:
-        return head.logits(run.hidden_states(batch)[mask_P]).log_softmax(-1)
+    def log_probabilities(states_PD: torch.Tensor | None = None) -> torch.Tensor:
+        states_PD = run.hidden_states(batch) if states_PD is None else states_PD
+        return head.logits(states_PD[mask_P]).log_softmax(-1)
 
     def divergence(other_NV: torch.Tensor) -> float:
         return float((tuned_NV.exp() * (tuned_NV - other_NV)).sum(-1).mean())
 
     with torch.no_grad():
-        tuned_NV = log_probabilities()
+        states_PD = run.hidden_states(batch)
+        tuned_NV = log_probabilities(states_PD)
+        probe: list[Json] = []
+        left = PROBE_TOKENS
+        for row, states_TD in zip(rows, states_PD.split(batch.lengths), strict=True):
+            ids = row.ids[:left]
+            if len(ids) < 2:
+                break
+            following_N = torch.tensor(ids[1:], device=run.device)
+            logprobs = losses.log_probabilities(states_TD[: len(ids) - 1], head, following_N)
+            probe.append({"ids": list(ids), "logprobs": logprobs.tolist()})
+            left -= len(ids)
         zero = {name: torch.zeros_like(p) for name, p in trained.items()}
         safe = load_file(str(run.inputs["safe"] / "adapter" / "adapter_model.safetensors")) if continues else zero
         load_factors(run.model, safe)
@@ -332,4 +352,4 @@ def merge_gap(run: Run, model: Path, adapter: Path, continues: bool) -> dict[str
         for name, tensor in swap.merged(tokens.base_folder(model), adapter):
             if name in changed:
                 base.get_submodule(name.removesuffix(".weight")).base_layer.weight.copy_(tensor)
-        return {"kl_merged": divergence(log_probabilities()), "kl_moved": moved}
+        return {"kl_merged": divergence(log_probabilities()), "kl_moved": moved}, probe

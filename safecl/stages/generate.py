@@ -1,6 +1,10 @@
 """Answers of a served model to rows' prompts -> generations.jsonl, in row order. Greedy unless the config has `sampling`.
 
 One line each: {"id", "prompt", "text", "num_tokens", "finish": "stop" | "length"}.
+
+Where a finetune's answers to attack prompts are made, the engine is also asked for the log-probabilities of the rows that
+the finetune left in `probe.json` beside what the trained model gave them, so that the record says whether the model that
+was trained is the one that is served: `served_gap` (largest difference, nats a token), `served_mean`, `served_tokens`.
 """
 
 from __future__ import annotations
@@ -8,11 +12,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from safecl.base import Json
 from safecl.store import Context
 from safecl.training.tokens import Tokenizer, base_folder, encode_prompts, weights_folder
+
+if TYPE_CHECKING:
+    from safecl.serving.messages import WeightsRef
 
 VERSION = "2"
 
@@ -32,10 +40,10 @@ def run(context: Context) -> dict[str, Json]:
     ref = WeightsRef(weights.key, str(base_folder(context.inputs["model"])), adapter)
     stop = stop_ids(tokenizer, [template["end"], *template["stop"]])
     sampling = Sampling(max_tokens=config["max_new_tokens"], stop_token_ids=stop, **config.get("sampling", {}))
+    engine = engine_name("candidate", context)
+    gap = _served_gap(context, engine, ref)
     start = time.monotonic()
-    done = context.engines.generate(
-        engine_name("candidate", context), ref, requests, sampling, lambda n, total: context.report(n, total, {})
-    )
+    done = context.engines.generate(engine, ref, requests, sampling, lambda n, total: context.report(n, total, {}))
     seconds = time.monotonic() - start
     with (context.out / "generations.jsonl").open("w") as file:
         for row in rows:
@@ -50,9 +58,30 @@ def run(context: Context) -> dict[str, Json]:
             file.write(json.dumps(line) + "\n")
     tokens = sum(len(answer.token_ids) for answer in done.values())
     at_limit = sum(answer.finish == "length" for answer in done.values())
-    rate = round(tokens / seconds, 1)
-    facts: dict[str, Json] = {"num": len(done), "tokens": tokens, "tokens_per_s": rate, "at_length_limit": at_limit}
-    return {**facts, "cut_prompts": num_cut}
+    facts: dict[str, Json] = {"num": len(done), "tokens": tokens, "tokens_per_s": round(tokens / seconds, 1)}
+    return {**facts, "at_length_limit": at_limit, "cut_prompts": num_cut, **gap}
+
+
+def _served_gap(context: Context, engine: str, ref: WeightsRef) -> dict[str, Json]:
+    """Trained against served log-probabilities; empty for rows of another role, and for weights without a probe."""
+    from safecl.serving.messages import Request, Sampling
+
+    probe = context.inputs.get("weights", Path()) / "probe.json"
+    role = str(context.stage.inputs["rows"].config.get("role", ""))
+    if not role.startswith("attack.") or not probe.is_file():
+        return {}
+    longest = context.execution.engine_max_tokens - 1
+    rows = [(row["ids"][:longest], row["logprobs"]) for row in json.loads(probe.read_text())]
+    requests = [Request(str(number), ids) for number, (ids, _) in enumerate(rows)]
+    told = context.engines.generate(engine, ref, requests, Sampling(max_tokens=1, of_prompt=True))
+    apart = [
+        abs(place[0][1] - trained)
+        for number, (_, logprobs) in enumerate(rows)
+        for place, trained in zip(told[str(number)].likely, logprobs, strict=False)  # cut to what the engine takes
+    ]
+    if not apart:
+        return {}
+    return {"served_gap": max(apart), "served_mean": sum(apart) / len(apart), "served_tokens": len(apart)}
 
 
 def stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[int, ...]:

@@ -52,7 +52,8 @@ def run(context: Context) -> dict[str, Json]:
 
 
 def _ask(context: Context, judge: Judge, pairs: list[tuple[str, str]]) -> list[Verdict]:
-    guards = sorted(name for name in context.inputs if name.partition(".")[0] == "weights") or [None]
+    trained = sorted(name for name in context.inputs if name.partition(".")[0] == "weights")
+    guards: list[str | None] = [*trained] or [None]
     votes: list[list[Verdict]] = [[] for _ in pairs]
     for name in guards:
 
@@ -82,7 +83,8 @@ def _majority(votes: list[Verdict]) -> Verdict:
     """A tie goes by the mean score; a vote that could not be read leaves the verdict unread."""
     if len(votes) == 1:
         return votes[0]
-    labels, scores = [vote.label for vote in votes], [vote.score for vote in votes if vote.score is not None]
+    labels: list[Json] = [vote.label for vote in votes]
+    scores = [vote.score for vote in votes if vote.score is not None]
     score = sum(scores) / len(votes) if len(scores) == len(votes) else None
     unread = next((vote for vote in votes if vote.label is None), None)
     if unread is not None:

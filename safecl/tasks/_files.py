@@ -2,7 +2,7 @@
 
 Read are JSON Lines, a JSON array, CSV, TSV and Parquet, each also with `.gz` or `.zst`, in UTF-8 or (with its byte order
 mark) UTF-16, whatever the case of the name; and a folder of CSV files without a header. CSV and TSV hold text alone: an
-empty cell is "", a number its digits.
+empty cell is "", a number its digits; lines "# ..." before the header are remarks.
 
 One rule for fields: what should be text and is something else (a list of messages, NaN, bytes, true, half a character) is
 refused with file, record and field, never turned into text. Nothing where text is needed (null, blank) leaves the record
@@ -53,16 +53,20 @@ class Record(dict[str, Any]):
 
     def text(self, *names: str) -> str:
         """The first of these fields that is not blank, stripped. Alpaca's `input` follows its `instruction`, on a line of
-        its own. Raises Blank where those that the record has are blank or null."""
+        its own (`with_input`). Raises Blank where those that the record has are blank or null."""
         having = [name for name in names if name in self]
         if not having:
             got = ", ".join(map(repr, self)) or "none"
             raise ConfigError(f"{self.where}: expected a field {' or '.join(map(repr, names))}, got only {got}")
         for name in having:
             if found := self._stripped(name):
-                given = self._stripped("input") if name == "instruction" else ""
-                return f"{found}\n{given}" if given else found
+                return self.with_input(name, found)
         raise Blank(having[0])
+
+    def with_input(self, name: str, text: str) -> str:
+        """What field `name` asks for: of an `instruction` with its `input`, where that is not blank."""
+        given = self._stripped("input") if name == "instruction" else ""
+        return f"{text}\n{given}" if given else text
 
     def texts(self, name: str) -> list[str]:
         """A list of texts."""
@@ -102,7 +106,7 @@ class Record(dict[str, Any]):
         return "" if self.get(name) is None else self._as_text(name, self[name]).strip()
 
     def _as_text(self, name: str, value: Any) -> str:
-        if not isinstance(value, str) or not (value.isascii() or _encodes(value)):
+        if not isinstance(value, str) or not (value.isascii() or encodes(value)):
             raise ConfigError(f"{self.where}: expected text in {name!r}, got {described(value)}")
         return value
 
@@ -112,7 +116,7 @@ def described(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, str):
-        return f"{value[:60]!r}" if _encodes(value) else f"half a character (a surrogate) in {value[:60]!r}"
+        return f"{value[:60]!r}" if encodes(value) else f"half a character (a surrogate) in {value[:60]!r}"
     kinds = {bool: "a yes or no", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "bytes"}
     shown = repr(value)
     return f"{kinds.get(type(value), type(value).__name__)}: {shown[:60]}{'...' if len(shown) > 60 else ''}"
@@ -184,7 +188,8 @@ def tables(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".csv") if folder.is_dir() else []
 
 
-def _encodes(text: str) -> bool:
+def encodes(text: str) -> bool:
+    """Whether a text is made of whole characters: a tokenizer takes no half of a surrogate pair (a cut emoji)."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -263,7 +268,7 @@ def _lines(name: str, text: str, delimiter: str) -> Iterator[tuple[int, list[str
 
 def _table(name: str, text: str, delimiter: str) -> list[Record]:
     lines = _lines(name, text, delimiter)
-    _, head = next(lines, (0, []))
+    head = next((line for _, line in lines if not _is_remark(line)), [])
     if twice := next((cell for cell in head if head.count(cell) > 1), None):
         raise ConfigError(f"{name}: column {twice!r} stands twice in its header")
     found = []
@@ -272,6 +277,11 @@ def _table(name: str, text: str, delimiter: str) -> list[Record]:
             raise ConfigError(f"{name}, record {number}: expected {len(head)} fields as in its header, got {len(line)}")
         found.append(Record(dict(zip(head, line, strict=True)), f"{name}, record {number}", number))
     return found
+
+
+def _is_remark(line: list[str]) -> bool:
+    """ "# dataset_version=1.2,,," before a table's header."""
+    return line[0].startswith("# ") and not any(line[1:])
 
 
 def _parquet(name: str, raw: bytes) -> list[Record]:

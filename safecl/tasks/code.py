@@ -6,9 +6,9 @@ Rows whose answer holds no Python that parses are left out: CodeAlpaca has other
 those much like a problem of validation or test, as these word it. Validation is MBPP (its validation and train problems,
 one of its tests shown), never HumanEval.
 
-Scoring runs each answer in the sandbox: `utility` is pass@1 on HumanEval's tests (3 s, as in its own harness),
-`utility_plus` on those and HumanEval+'s (evalplus), `code_timeouts` the share that ended by the clock in either,
-`no_code` the share of answers that held no program to run. Source: evaluation.md 3.5.
+Scoring runs each answer in one sandbox and its tests in another: `utility` is pass@1 on HumanEval's tests (3 s, as in its
+own harness), `utility_plus` on those and HumanEval+'s (evalplus), `code_timeouts` the share that ended by the clock in
+either, `no_code` the share of answers that held no program to run. Source: evaluation.md 3.5.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from safecl.tasks import Row, Source, Task
 from safecl.tasks._files import Blank, Record
 from safecl.tasks._overlap import drop_overlaps
 from safecl.tasks._source import check_split, choose, first_of_each, made, records
+from safecl.text import without_reasoning
 
 TIMEOUT_S = 3  # HumanEval's; of CPU time here, as all three
 PLUS_TIMEOUT_S = 60  # evalplus's cap for all of a problem's tests together
@@ -42,44 +43,34 @@ _USER = Source("codealpaca.jsonl", "nvidia/Nemotron-Post-Training-Dataset-v1", s
 _MBPP = Source("mbpp.jsonl", "google-research-datasets/mbpp", config="full", split="train+validation")
 _HUMANEVAL = Source("humaneval.jsonl", "openai/openai_humaneval", split="test")
 _PLUS = Source("humaneval_plus_originfmt.jsonl.gz", "evalplus/humanevalplus", split="test")
+_IMPORTS = (ast.Import, ast.ImportFrom)
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)  # the last two: nested too deeply
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _WORDS = re.compile(r"(?:(?!def |class )\S[^\n]*\n|[ \t]*\n)+(?=[ \t]+\S)")  # lines before the first indented one
-_THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 _BEGINS_CODE = re.compile(
     r"([ \t]*)(?:(?:from|import|def|class|async|for|if|try|with)\b|@\w|[A-Za-z_][\w.]*\s*[=(:\[])"
 )
 # HumanEval+'s tests of problem 32 in this format call their oracle with root and polynomial swapped, so that no answer
 # can pass; evalplus itself asks for |polynomial(root)| <= 1e-4.
 _SWAPPED, _RIGHT = "_poly(*candidate(*inp), inp) <= 0.0001", "abs(_poly(*inp, candidate(*inp))) <= 0.0001"
-# A limit for each single test, as evalplus has, with the verdict of a timeout: its signal ends the program as the limit on
-# all tests does. It is for slow candidates, not for hostile ones: these can ignore the signal, or stop its timer, and then
-# run on into the limit on all tests, which is the sandbox's.
-_LIMITED = """
-def _limited(candidate):
-    import os, signal
-    signal.signal(signal.SIGPROF, lambda number, frame: os.kill(os.getpid(), signal.SIGXCPU))
-    def call(*args):
-        signal.setitimer(signal.ITIMER_PROF, {seconds})
-        try:
-            return candidate(*args)
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-    return call
-check(_limited({name}))
-"""
+# Its comparison of floats takes any number for an empty list, and any list of one for a number: numpy's shapes broadcast.
+# Later versions of evalplus ask for the type and length of what is expected, as here.
+_CLOSE = "assert np.allclose(out, exp,"
+_ALIKE = f"assert type(out) is type(exp) and np.shape(out) == np.shape(exp)\n        {_CLOSE}"
 
 
 class Part(NamedTuple):
-    """A statement at the top level of a program, with its text."""
+    """A statement at the top level of a program, with its text; `cut` if lines follow that look like more of it."""
 
     node: ast.stmt
     text: str
+    cut: bool = False
 
 
 class Code(Task):
-    VERSION: ClassVar[str] = "2"
-    SCORING: ClassVar[str] = "2"
+    VERSION: ClassVar[str] = "3"
+    SCORING: ClassVar[str] = "3"
     TYPICAL_TOKENS = (130, 110)
     SPLITS: ClassVar[tuple[str, ...]] = ("user", "utility.validation", "utility.test")
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {
@@ -93,7 +84,8 @@ class Code(Task):
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         """`meta` of a utility row: "start" (the code an answer may continue), "names" (what its tests need defined),
-        "test" (source that raises unless they are right) and, of HumanEval, "plus" (likewise, see `packed`)."""
+        "test" (source that raises unless they are right), of HumanEval "plus" (likewise, see `packed`), of MBPP "setup"
+        (source that makes of the answer's classes what its tests call the answer with)."""
         check_split(self, split)
         found = {
             "user": self._user,
@@ -107,22 +99,26 @@ class Code(Task):
         found: list[Any] = [
             extracted(answer, str(row.meta["start"]), _names(row)) for row, answer in zip(rows, texts, strict=True)
         ]
-        base = self._verdicts(found, [str(row.meta["test"]) for row in rows], TIMEOUT_S)
+        base = self._verdicts(rows, found, [str(row.meta["test"]) for row in rows], TIMEOUT_S)
         late = [verdict == "timeout" for verdict in base]
         scores: dict[str, list[float | None]] = {"utility": [float(verdict == "passed") for verdict in base]}
         if all("plus" in row.meta for row in rows):
             passed = [code if verdict == "passed" else None for code, verdict in zip(found, base, strict=True)]
-            plus = self._verdicts(passed, [unpacked(str(row.meta["plus"])) for row in rows], PLUS_TIMEOUT_S)
+            tests = [unpacked(str(row.meta["plus"])) for row in rows]
+            plus = self._verdicts(rows, passed, tests, PLUS_TIMEOUT_S, CALL_TIMEOUT_S)
             scores["utility_plus"] = [float(verdict == "passed") for verdict in plus]
             late = [before or verdict == "timeout" for before, verdict in zip(late, plus, strict=True)]
         scores["code_timeouts"] = [float(value) for value in late]
         scores["no_code"] = [float(code is None) for code in found]
         return scores
 
-    def _verdicts(self, codes: Sequence[str | None], tests: Sequence[str], timeout_s: int) -> list[str]:
+    def _verdicts(
+        self, rows: Sequence[Row], codes: Sequence[str | None], tests: Sequence[str], timeout_s: int, call_s: int = 0
+    ) -> list[str]:
         """A sandbox's verdict per program with its tests; "none" where there is no program."""
         given = [i for i, code in enumerate(codes) if code is not None]
-        done = sandbox.run([f"{codes[i]}\n{tests[i]}" for i in given], timeout_s=timeout_s, unsafe=self.unsafe_code)
+        programs = [_program(rows[i], str(codes[i]), tests[i]) for i in given]
+        done = sandbox.run(programs, timeout_s=timeout_s, call_s=call_s, unsafe=self.unsafe_code)
         verdicts = dict(zip(given, (outcome.verdict for outcome in done), strict=True))
         return [verdicts.get(i, "none") for i in range(len(codes))]
 
@@ -143,8 +139,8 @@ class Code(Task):
         for row in found:
             if row.id not in plus:
                 raise ConfigError(f"{_PLUS.file}: holds no tests for {row.id}; fetch it again")
-            limited = _LIMITED.format(seconds=CALL_TIMEOUT_S, name=_names(row)[0])
-            row.meta["plus"] = packed(plus[row.id].replace(_SWAPPED, _RIGHT) + limited)
+            further = plus[row.id].replace(_SWAPPED, _RIGHT).replace(_CLOSE, _ALIKE)
+            row.meta["plus"] = packed(f"{further}\ncheck({_names(row)[0]})\n")
         return found
 
 
@@ -161,26 +157,33 @@ def unpacked(form: str) -> str:
 def extracted(answer: str, start: str, names: Sequence[str]) -> str | None:
     """The program in a model's answer, or None if there is none that defines all of `names`.
 
-    Looked for in each fenced block, in all of them together, then in the whole text: definitions (whatever stands
-    before, between or after them), else the continuation of `start`, with its indentation as it is, lost on the first
-    line, or lost throughout. Definitions get what `start` has before its last function, so that an answer need not
-    repeat imports. What follows the last needed definition are examples: of it only further definitions and imports
-    stay, and what sets a name that needed ones read. Never raises, whatever the text.
+    What stands in reasoning is none. The last place that defines them wins: a fenced block or the text between two; then
+    all blocks together, then the whole text. A function that was cut off or gives nothing back counts only where no
+    other is. What the place takes from elsewhere in the answer (a helper, an import, a constant) is taken along. Where
+    nothing defines them, the answer is a continuation of `start`, with its indentation as it is, lost on the first line,
+    or lost throughout. Definitions get what `start` has before its last function, so that an answer need not repeat
+    imports. What follows the last needed definition are examples: of it only further definitions and imports stay, and
+    what sets a name that needed ones read. Never raises, whatever the text.
     """
     for end in ENDS:
         answer = answer.split(end, 1)[0]
-    answer = re.sub("\r\n?", "\n", answer)  # Python takes all three for the end of a line
-    fenced: list[str] = _FENCE.findall(answer)
-    places = [*fenced, "\n".join(fenced), answer] if len(fenced) > 1 else [*fenced, answer]
+    answer = re.sub("\r\n?", "\n", without_reasoning(answer))  # Python takes all three for the end of a line
+    pieces: list[str] = _FENCE.split(answer)
+    fenced = pieces[1::2]
+    places = [[_definitions(piece) for piece in pieces]]
+    places += [[_definitions(place)] for place in ["\n".join(fenced), answer][len(fenced) < 2 :] if fenced]
     given = _parsed(start)[:-1]
-    for place in places:
-        found = _definitions(place)
-        if _defines(found, names):
-            return _source([*given, *found], names)
-    for place in places if start else ():
-        continued = max((_continued(start, body, names) for body in _bodies(place)), key=lambda found: found[0])
-        if continued[0]:
-            return _source(continued[1], names)
+    for least in (COMPLETE, BEGUN):
+        for place in places:
+            for i in reversed(range(len(place))):
+                if _defines(place[i], names, least):
+                    return _source([given, *place], i + 1, names)
+    bodies = [*reversed(fenced), "\n".join(fenced), answer] if len(fenced) > 1 else [*fenced, answer]
+    for least in (COMPLETE, BEGUN):
+        for block in bodies if start else ():
+            continued = max((_continued(start, body, names, least) for body in _bodies(block)), key=lambda it: it[0])
+            if continued[0]:
+                return _source([continued[1]], 0, names)
     return None
 
 
@@ -195,6 +198,9 @@ def _definitions(place: str) -> list[Part]:
         if begins is not None:
             stretch = [line.removeprefix(begins[1]) for line in lines[i:]]
             length, parts = _longest("", stretch, tries)
+            after = next((line for line in stretch[length:] if line.strip()), "")
+            if parts and after[:1] in (" ", "\t"):
+                parts[-1] = parts[-1]._replace(cut=True)
             found += parts
         i += max(length, 1)
     return found
@@ -211,12 +217,12 @@ def _bodies(place: str) -> Iterator[str]:
     yield textwrap.indent(textwrap.dedent(place).strip("\n"), "    ")
 
 
-def _continued(start: str, body: str, names: Sequence[str]) -> tuple[int, list[Part]]:
+def _continued(start: str, body: str, names: Sequence[str], least: int) -> tuple[int, list[Part]]:
     """(last line of the function, statements) of the prompt and its continuation; (0, []) if it adds nothing to it."""
     for stop in STOPS:
         body = body.split(stop, 1)[0]
     _, parts = _longest(start, body.split("\n"), iter(range(MAX_PARSES)))
-    if not _defines(parts, names):
+    if not _defines(parts, names, least):
         return 0, []
     bound = _bound(parts)
     return max(bound[name].node.end_lineno or 0 for name in names), parts
@@ -238,38 +244,83 @@ def _longest(start: str, lines: list[str], tries: Iterator[int]) -> tuple[int, l
     return 0, []
 
 
-def _defines(parts: Sequence[Part], names: Sequence[str]) -> bool:
-    """Whether all names are bound, none of them by a function that does nothing."""
+STUB, BEGUN, COMPLETE = range(3)  # how much of a definition there is
+
+
+def _defines(parts: Sequence[Part], names: Sequence[str], least: int) -> bool:
     bound = _bound(parts)
-    return all(name in bound and not _is_empty(bound[name].node) for name in names)
+    return all(name in bound and _extent(bound[name]) >= least for name in names)
 
 
 def _bound(parts: Sequence[Part]) -> dict[str, Part]:
-    """Name -> the last statement that defines or assigns it."""
+    """Name -> the statement that defines or assigns it: the last of those with most of a definition."""
     found: dict[str, Part] = {}
     for part in parts:
-        if isinstance(part.node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found[part.node.name] = part
+        names = list[str]()
+        if isinstance(part.node, (*_FUNCTIONS, ast.ClassDef)):
+            names = [part.node.name]
         elif isinstance(part.node, ast.Assign):
-            found |= {target.id: part for target in part.node.targets if isinstance(target, ast.Name)}
+            names = [target.id for target in part.node.targets if isinstance(target, ast.Name)]
+        found |= {name: part for name in names if name not in found or _extent(part) >= _extent(found[name])}
     return found
 
 
-def _is_empty(statement: ast.stmt) -> bool:
-    """A function that does nothing: strings, imports and further definitions only."""
-    idle = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
-    return isinstance(statement, ast.FunctionDef) and all(
-        isinstance(s, idle) or (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)) for s in statement.body
+def _extent(part: Part) -> int:
+    """A stub does nothing: it has strings, imports, further definitions and what stands for code to be written only. A
+    function is but begun where it was cut off, or gives nothing back. To assign a result is to define nothing."""
+    if isinstance(part.node, ast.Assign):
+        value, targets = part.node.value, _written(part.node)
+        if isinstance(value, ast.Call | ast.Name | ast.Attribute):
+            return STUB if getattr(getattr(value, "func", None), "id", None) in targets else BEGUN
+        return COMPLETE if isinstance(value, ast.Lambda) else STUB
+    if not isinstance(part.node, _FUNCTIONS):
+        return COMPLETE
+    if all(_is_idle(statement) for statement in part.node.body):
+        return STUB
+    return BEGUN if part.cut or not _gives(part.node.body) else COMPLETE
+
+
+def _is_idle(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Raise | ast.Return):
+        value = statement.exc if isinstance(statement, ast.Raise) else statement.value
+        return getattr(getattr(value, "func", value), "id", None) in ("NotImplementedError", "NotImplemented")
+    idle = (ast.Pass, ast.ClassDef, *_FUNCTIONS, *_IMPORTS)
+    return isinstance(statement, idle) or (
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     )
 
 
-def _source(parts: Sequence[Part], names: Sequence[str]) -> str:
-    """The statements worth keeping, as they were written: not every one that parses can be unparsed."""
-    bound = _bound(parts)
-    last = max(parts.index(bound[name]) for name in names)
-    read = _read(parts, names)
-    kept = [part for part in parts[: last + 1] if _lasts(part.node) or _is_work(part.node)]
-    kept += [p for p in parts[last + 1 :] if _lasts(p.node) or (_is_work(p.node) and _written(p.node) & read)]
+def _gives(body: Sequence[ast.AST]) -> bool:
+    """Whether a function's statements return or yield something, those of functions inside it aside."""
+    stack: list[ast.AST] = [*body]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, ast.Yield | ast.YieldFrom) or (isinstance(node, ast.Return) and node.value is not None):
+            return True
+        if not isinstance(node, (*_FUNCTIONS, ast.Lambda, ast.ClassDef)):
+            stack += ast.iter_child_nodes(node)
+    return False
+
+
+def _source(places: Sequence[Sequence[Part]], chosen: int, names: Sequence[str]) -> str:
+    """The statements worth keeping, as they were written: not every one that parses can be unparsed. Of the chosen place
+    and the prompt (the first) whatever is no example, of others what these read."""
+    parts = [(part, index in (0, chosen)) for index, place in enumerate(places) for part in place]
+    flat = [part for part, _ in parts]
+    order = {id(part): i for i, part in enumerate(flat)}
+    bound, read = _bound(flat), _read(flat, names) | {"*"}
+    last = max(order[id(part)] for name, part in _bound(places[chosen]).items() if name in names)
+    kept = []
+    for i, (part, own) in enumerate(parts):
+        name = part.node.name if isinstance(part.node, _FUNCTIONS) else ""
+        better = bound.get(name, part)
+        if better is not part and (not own or (name in names and order[id(better)] < i)):
+            continue  # another takes its place
+        if isinstance(part.node, ast.Assign) and _extent(part) == STUB and not _written(part.node).isdisjoint(names):
+            continue  # an example's result, under the function's own name
+        needed = not read.isdisjoint(_written(part.node))
+        if _is_work(part.node) and (needed or (own and (i <= last or _lasts(part.node)))):
+            kept.append(part)
     # __future__ must be first
     kept.sort(key=lambda part: not (isinstance(part.node, ast.ImportFrom) and part.node.module == "__future__"))
     return "\n".join(part.text for part in kept)
@@ -298,7 +349,9 @@ def _read(parts: Sequence[Part], names: Sequence[str]) -> set[str]:
 
 
 def _written(statement: ast.stmt) -> set[str]:
-    """The names that a statement defines, assigns, or assigns to a part of. A call tells nothing: it writes none."""
+    """The names that a statement defines, imports, assigns, or assigns to a part of. A call tells nothing: it writes none."""
+    if isinstance(statement, _IMPORTS):
+        return {alias.asname or alias.name.split(".")[0] for alias in statement.names}
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {statement.name}
     found = set[str]()
@@ -373,7 +426,7 @@ def _user_row(index: int, record: Record) -> Row | None:
         said = {message.label("role"): message for message in reversed(record.parts("messages"))}
         if not {"user", "assistant"} <= said.keys():
             raise Blank("messages")
-        prompt, answer = said["user"].text("content"), _THOUGHT.sub("", said["assistant"].text("content"))
+        prompt, answer = said["user"].text("content"), without_reasoning(said["assistant"].text("content")).strip()
     else:
         prompt, answer = record.text("instruction"), record.text("output", "response")
     code = "\n".join(_FENCE.findall(answer)) or answer
@@ -389,10 +442,14 @@ def _mbpp_row(_: int, record: Record) -> Row | None:
         raise record.problem("test_list", "at least one test")
     trees = [_tree(record, "test_list", test) for test in tests]
     needed = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    names: list[Json] = [*sorted(needed & set(_bound(_parsed(record.raw("code")))))]
+    reference = _parsed(record.raw("code").replace("\r\n", "\n"))
+    imports = [part.text for part in reference if isinstance(part.node, _IMPORTS) and _written(part.node) & needed]
+    names: list[Json] = [*sorted(needed & set(_bound(reference)))]
     setup = record.raw("test_setup_code") if record.get("test_setup_code") else ""
     prompt = f"{record.text('text')} The code must pass this test:\n```python\n{tests[0]}\n```"
-    meta: dict[str, Json] = {"start": "", "names": names, "test": "\n".join([setup, *tests])}
+    meta: dict[str, Json] = {"start": "", "names": names, "test": "\n".join([*imports, *tests])}
+    if setup:
+        meta["setup"] = setup
     return Row(f"mbpp/{record.label('task_id')}", prompt, meta=meta)
 
 
@@ -408,6 +465,17 @@ def _tree(record: Record, name: str, source: str) -> ast.AST:
         return ast.parse(source)
     except _NOT_PYTHON:
         raise record.problem(name, "Python that parses") from None
+
+
+def _program(row: Row, code: str, tests: str) -> sandbox.Program:
+    """An answer's program and what tests it. The tests have what the prompt defines before the function that it asks for
+    (an oracle, imports), of the answer only calls."""
+    setup = str(row.meta.get("setup", ""))
+    given = [part.text for part in _parsed(str(row.meta["start"]))[:-1]]
+    made = {
+        node.id for node in ast.walk(ast.parse(setup)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+    return sandbox.Program(f"{code}\n{setup}", "\n".join([*given, tests]), [*_names(row), *sorted(made)])
 
 
 def _names(row: Row) -> list[str]:

@@ -3,20 +3,24 @@
 Training answers are the data set's own without its calculator marks (`<<48/2=24>>`), ending in "#### 24". Validation is
 a tenth of the train split, by hash of the question. Questions much like one of the test split, or for training one of
 validation, are left out (11 and 1). Scoring follows lm-eval's gsm8k v3: flexible (last number of the text) is primary,
-strict (the number after "####") beside it. Small models sit at the floor of both, so the gold answer's negative
-log-likelihood stands beside them (`gold_nll`, nats a token; no fraction). Source: evaluation.md 3.5, 3.7.
+strict (the number after "####") beside it. Both compare spellings, as lm-eval does: "$18.00", "12..." and "1{,}250" are
+wrong where 18, 12 and 1,250 are asked for. `utility_numeric` compares numbers, whatever way they are written. Small models
+sit at the floor of all three, so the gold answer's negative log-likelihood stands beside them (`gold_nll`, nats a token; no
+fraction). Source: evaluation.md 3.5, 3.7.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import ClassVar
 
 from safecl.tasks import Found, Option, Row, Source, Task
 from safecl.tasks._files import Record
 from safecl.tasks._overlap import drop_overlaps
 from safecl.tasks._source import check_split, choose, first_of_each, made, split_by_hash
+from safecl.text import number_text
 
 VALIDATION_SHARE = 0.1
 STOPS = ("Question:", "</s>", "<|im_end|>")  # text after one of these is chatter, not answer
@@ -24,12 +28,17 @@ _TRAIN = Source("gsm8k_train.jsonl", "openai/gsm8k", config="main", split="train
 _TEST = Source("gsm8k_test.jsonl", "openai/gsm8k", config="main", split="test")
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+_NUMBER = re.compile(  # of `number_text`; a minus after a word or number parts two ("10-12"), digits in a name are none
+    r"(?<![\w/])(?<!\d\.)(?:(?<![\w)\]%,.])(?P<sign>-))?[$€£¥]?(?P<inner>-)?"
+    r"(?:(?:(?P<whole>\d{1,200}) )?(?P<over>\d{1,200}) ?/ ?(?P<under>0*[1-9]\d{0,200})(?! ?[\d/])"
+    r"|(?P<plain>\d{1,3}(?:,\d{3})+(?!\d)|\d{1,200}|(?<!\.)(?=\.\d))(?P<part>\.\d{1,200})?)"
+)
 _MARKS = re.compile(r"<<[^<>]*>>")
 
 
 class Gsm8k(Task):
     VERSION: ClassVar[str] = "2"
-    SCORING: ClassVar[str] = "2"
+    SCORING: ClassVar[str] = "3"
     TYPICAL_TOKENS = (60, 110)
     SPLITS: ClassVar[tuple[str, ...]] = ("user", "utility.validation", "utility.test")
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {
@@ -37,7 +46,7 @@ class Gsm8k(Task):
         "utility.validation": (_TEST, _TRAIN),
         "utility.test": (_TEST,),
     }
-    SCORES: ClassVar[tuple[str, ...]] = ("utility", "utility_strict")
+    SCORES: ClassVar[tuple[str, ...]] = ("utility", "utility_strict", "utility_numeric")
     max_new_tokens: ClassVar[int] = 256
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
@@ -70,10 +79,18 @@ class Gsm8k(Task):
         """1 if the number after the first "####" is the gold one, else 0."""
         return float(strict(text) == plain_number(str(row.meta["answer"])))
 
+    def score_numeric(self, row: Row, text: str) -> float:
+        """1 if the number that the answer gives is the gold one's, however it is written, else 0."""
+        return float(numeric(text) == numeric(str(row.meta["answer"])))
+
     def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, list[float | None]]:
-        """`utility` is flexible, `utility_strict` strict."""
-        exact: list[float | None] = [self.score_strict(row, text) for row, text in zip(rows, texts, strict=True)]
-        return {**super().scores(rows, texts), "utility_strict": exact}
+        """`utility` is flexible, `utility_strict` strict, `utility_numeric` numeric."""
+        answered = [*zip(rows, texts, strict=True)]
+        return {
+            **super().scores(rows, texts),
+            "utility_strict": [self.score_strict(row, text) for row, text in answered],
+            "utility_numeric": [self.score_numeric(row, text) for row, text in answered],
+        }
 
     def options(self, row: Row) -> list[Option]:
         """The gold answer."""
@@ -94,6 +111,23 @@ def strict(text: str) -> str | None:
     """The number after the first "####", likewise."""
     found = _STRICT.search(_before_stop(text))
     return plain_number(found[1]) if found else None
+
+
+def numeric(text: str) -> Fraction | None:
+    """The number that an answer gives, outside of reasoning: the first after "####" where that stands, else the last;
+    None where there is none. "$18.00" is 18, "1 1/2" and "1.5" are one number, "\u22123" is -3, "50%" is 50."""
+    text = number_text(_before_stop(text))
+    _, marked, after = text.partition("####")
+    found = [*_NUMBER.finditer(after if marked else text)]
+    return _fraction(found[0 if marked else -1]) if found else None
+
+
+def _fraction(found: re.Match[str]) -> Fraction:
+    if found["over"]:
+        size = Fraction(int(found["over"]), int(found["under"])) + int(found["whole"] or 0)
+    else:
+        size = Fraction(found["plain"].replace(",", "") + (found["part"] or ""))
+    return -size if found["sign"] or found["inner"] else size
 
 
 def plain_number(number: str) -> str:

@@ -24,6 +24,7 @@ from safecl.tasks import Found, Option, Row, Source, Task
 from safecl.tasks._files import Record
 from safecl.tasks._overlap import drop_overlaps
 from safecl.tasks._source import check_split, choose, digest, groups, made
+from safecl.text import without_reasoning
 
 VALIDATION_SHARE = 0.1
 INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative."
@@ -35,7 +36,7 @@ _TEST = Source("sst2_validation.jsonl", "nyu-mll/glue", config="sst2", split="va
 
 class Sst2(Task):
     VERSION: ClassVar[str] = "2"
-    SCORING: ClassVar[str] = "2"
+    SCORING: ClassVar[str] = "3"
     TYPICAL_TOKENS = (35, 3)
     SPLITS: ClassVar[tuple[str, ...]] = ("user", "utility.validation", "utility.test")
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {
@@ -83,8 +84,8 @@ class Sst2(Task):
 
 
 def answered(text: str) -> str | None:
-    """The one label that a text names (any case, whole word); None if it names none or both: invalid."""
-    named = set(re.findall(r"\b(positive|negative)\b", text.lower()))
+    """The one label that a text names (any case, whole word) after its reasoning; None if it names none or both: invalid."""
+    named = set(re.findall(r"\b(positive|negative)\b", without_reasoning(text).lower()))
     return named.pop() if len(named) == 1 else None
 
 

@@ -29,6 +29,19 @@ NAME = "safecl_rows"
 # PyTorch's CPU kernel for bfloat16 is slower than the one for float32 up to about this length (backward: 6 times at 48).
 FLOAT32_UP_TO = 512
 
+# What models hand to their attention beside the arguments of `rows_attention`, and what of it may be passed by: rows' bounds
+# said again, lengths, caches, positions (they are in the queries and keys already). All else would change the answer.
+HARMLESS = frozenset({
+    "cu_seq_lens_k", "max_length_q", "max_length_k", "output_attentions", "output_hidden_states", "output_router_logits",
+    "position_ids", "cache_position", "use_cache", "past_key_values", "deterministic", "logits_to_keep", "return_dict",
+})  # fmt: skip
+
+
+class NotHere(PrerequisiteError):
+    """Rows of this model cannot be attended to end to end: its own attention is to be used, on padded rows."""
+
+
+_asked: ContextVar[list[int | None] | None] = ContextVar("asked", default=None)
 _packed: ContextVar[bool] = ContextVar("packed", default=False)
 
 
@@ -49,6 +62,17 @@ def packed() -> Iterator[None]:
         _packed.reset(token)
 
 
+@contextmanager
+def windows() -> Iterator[list[int | None]]:
+    """The sliding window that each attention of a forward is handed meanwhile, in order."""
+    found: list[int | None] = []
+    token = _asked.set(found)
+    try:
+        yield found
+    finally:
+        _asked.reset(token)
+
+
 def rows_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -60,8 +84,8 @@ def rows_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer: [1, H, P, D] and two of [1, K, P, D] to [1, P, H, D].
 
@@ -69,15 +93,24 @@ def rows_attention(
     The base's own attention dropout is left out: its masks would depend on how rows are batched.
 
     Raises:
-        PrerequisiteError: the model does not hand the rows' bounds to its attention, or attends with sinks.
+        NotHere: the model does not hand the rows' bounds to its attention, or asks it for something else than is done here:
+            sinks, biases, chosen blocks, a mask of its own.
+        PrerequisiteError: its tokens are to see what comes after them.
     """
-    if s_aux is not None or attention_mask is not None:
-        what = "sinks (s_aux)" if s_aux is not None else "a mask of its own"
-        raise PrerequisiteError(f"{type(module).__name__} attends with {what}, which safecl cannot train yet")
-    if cu_seq_lens_q is None and _packed.get():
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise PrerequisiteError(
+            f"{type(module).__name__} lets tokens see what comes after them: expected a causal language model"
+        )
+    others["attention_mask"] = attention_mask
+    asked = sorted(name for name, value in others.items() if value is not None and name not in HARMLESS)
+    if asked:
+        raise NotHere(f"{type(module).__name__} asks its attention for {', '.join(asked)}, which is not done here")
+    if cu_seq_lens_q is None and _packed.get():
+        raise NotHere(
             f"{type(module).__name__} does not hand row bounds (cu_seq_lens_q) to its attention: rows would see each other"
         )
+    if (seen := _asked.get()) is not None:
+        seen.append(sliding_window)
     bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     lengths = [end - start for start, end in pairwise(bounds)]
     dtype = query.dtype
@@ -87,7 +120,7 @@ def rows_attention(
         return _flash(query, key, value, bounds, max(lengths), scaling, sliding_window), None
     each = zip(*(torch.split(whole, lengths, 2) for whole in (query, key, value)), strict=True)
     found = torch.cat([_row(q, k, v, scaling, sliding_window, softcap) for q, k, v in each], 2)
-    return found.to(dtype).transpose(1, 2), None
+    return found.to(dtype).transpose(1, 2).contiguous(), None
 
 
 def _has_flash(query: Tensor, value: Tensor) -> bool:

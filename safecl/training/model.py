@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safecl import model_files
 from safecl.base import ConfigError, Json, PrerequisiteError
 from safecl.training import attention, lora, norms, weights
-from safecl.training.batches import Batch, stream
-from safecl.training.tokens import base_folder
+from safecl.training.batches import Batch, collate, stream
+from safecl.training.tokens import Encoded, base_folder
 
-PADDED = ("phimoe", "minimax", "zaya")  # models whose rows laid end to end were seen to differ, or may
+PADDED = ("minimax", "zaya")  # models whose rows laid end to end were seen to differ, or may
 HEADS = ("lm_head", "embed_tokens", "wte", "embed_out", "output_layer")
 
 
@@ -36,12 +37,11 @@ def load(folder: Path, dtype: str, device: str = "cpu") -> Any:
     attention.register()
     model = AutoModelForCausalLM.from_pretrained(str(base), dtype=getattr(torch, dtype)).to(device)
     _drop_nothing(model)
-    if _rows_see_themselves_alone(model):
-        model.set_attn_implementation(attention.NAME)
-    elif getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        model.set_attn_implementation("eager")  # transformers' default drops the soft cap
     model.config.use_cache = False
-    return model.requires_grad_(False)
+    model.requires_grad_(False)
+    if model._supports_attention_backend and not _rows_see_themselves_alone(model, device):
+        model.set_attn_implementation("eager")  # the model's own words; transformers' default drops soft caps and sinks
+    return model
 
 
 def _drop_nothing(model: Any) -> None:
@@ -54,13 +54,27 @@ def _drop_nothing(model: Any) -> None:
                 setattr(module, name, 0.0)
 
 
-def _rows_see_themselves_alone(model: Any) -> bool:
-    """Whether attention, given where rows begin, is all that joins tokens: rows of a model with convolutions or a running
-    state, or with windows that live in a mask (PhiMoE), are padded."""
+def _rows_see_themselves_alone(model: Any, device: str) -> bool:
+    """Whether attention, given where rows begin, is all that joins tokens, and asks for nothing that attention.py does not
+    do; it is then set. Rows of a model with convolutions or a running state, or with windows that live in a mask (PhiMoE,
+    Qwen2-MoE), are padded."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    other = kinds - {"full_attention", "sliding_attention"} or getattr(model, "_is_stateful", False)
-    return bool(model._supports_attention_backend) and not other and config.model_type not in PADDED
+    kinds = list(getattr(config, "layer_types", None) or ())
+    other = set(kinds) - {"full_attention", "sliding_attention"} or getattr(model, "_is_stateful", False)
+    if other or config.model_type in PADDED:
+        return False
+    model.set_attn_implementation(attention.NAME)
+    row = Encoded("", [0, 1], 1)
+    batch = collate([row, row], [0, 1], [0, 0], 1, row, device)
+    try:
+        with torch.no_grad(), attention.windows() as found:  # what it asks for shows when it is asked
+            _end_to_end(getattr(model, model.base_model_prefix), batch)
+    except attention.NotHere:
+        return False
+    num_windows = sum(window is not None for window in found)
+    if kinds:
+        return num_windows == kinds.count("sliding_attention")
+    return num_windows > 0 or getattr(config, "sliding_window", None) is None
 
 
 def with_adapter(model: Any, lora: Mapping[str, Json], seed: int, continue_from: Path | None = None) -> Any:
@@ -68,12 +82,17 @@ def with_adapter(model: Any, lora: Mapping[str, Json], seed: int, continue_from:
     one in `continue_from` (a PEFT folder) trained on.
 
     Raises:
-        ConfigError: the adapter to continue has another shape than `lora`, or LoRA would sit on embedding or head.
+        ConfigError: the adapter to continue has another shape than `lora`, LoRA would sit on embedding or head, or it does
+            not fit the model: a target that is no module, more layers than there are, layers that are not Linear.
     """
     from peft import LoraConfig
 
     targets, last = lora["targets"], lora.get("last_layers")
     num_layers = int(model.config.get_text_config().num_hidden_layers)
+    names = [name for name, module in model.named_modules() if getattr(module, "weight", torch.empty(0)).ndim == 2]
+    chosen: Any = None if isinstance(targets, str) else targets
+    if wrong := model_files.misfits(model_files.Layers(tuple(names), num_layers), chosen, last):  # type: ignore[arg-type]
+        raise ConfigError("\n".join(f"lora.{problem}" for problem in wrong))
     lower = "|".join(str(i) for i in range(num_layers - int(last))) if last is not None else ""  # type: ignore[arg-type]
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -102,6 +121,7 @@ def fold(model: Any, folder: Path) -> None:
     with torch.no_grad():
         for name, module in model.named_modules():
             if name in deltas:
+                _require_linear(name, module)
                 module.weight.copy_(module.weight.float() + deltas[name].delta().to(module.weight.device))
     if odd := set(deltas) - {name for name, _ in model.named_modules()}:
         raise ConfigError(f"adapter {folder}: adapts {sorted(odd)[0]!r}, which this model has not")
@@ -124,6 +144,9 @@ def _attach(model: Any, config: Any, seed: int, continue_from: Path | None) -> A
         torch.manual_seed(stream(seed, "adapter"))
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     _refuse_heads(peft_model)
+    for name, module in peft_model.get_base_model().named_modules():
+        if hasattr(module, "lora_A"):
+            _require_linear(name, module.get_base_layer())
     if continue_from is not None:
         _same_shape(continue_from, config)
         tensors = load_file(str(continue_from / "adapter_model.safetensors"))
@@ -133,6 +156,15 @@ def _attach(model: Any, config: Any, seed: int, continue_from: Path | None) -> A
             parameter.data = parameter.data.float()
         parameter.requires_grad_("lora_" in name and ".default." in name)
     return peft_model
+
+
+def _require_linear(name: str, layer: nn.Module) -> None:
+    """GPT-2's Conv1D holds its weight the other way round: what is added to a square one would be added transposed."""
+    if not isinstance(layer, nn.Linear):
+        raise ConfigError(
+            f"lora.targets puts an adapter on {name!r}, a {type(layer).__name__}: expected linear layers, whose weights engines "
+            "and files hold as [out, in]"
+        )
 
 
 def _refuse_heads(peft_model: Any) -> None:
@@ -214,13 +246,7 @@ class HiddenStates(nn.Module):
         inner = getattr(self.base, self.base.base_model_prefix)
         if self.base.config._attn_implementation != attention.NAME:
             return self._padded(inner, batch)
-        bounds = torch.tensor([0, *batch.lengths], dtype=torch.int32).cumsum(0)
-        with attention.packed():
-            out = inner(
-                input_ids=batch.ids_P[None], position_ids=batch.positions_P[None], cu_seq_lens_q=bounds, use_cache=False
-            )
-        hidden_PD: Tensor = out.last_hidden_state[0]
-        return hidden_PD
+        return _end_to_end(inner, batch)
 
     def _padded(self, inner: Any, batch: Batch) -> Tensor:
         width = max(batch.lengths)
@@ -234,6 +260,16 @@ class HiddenStates(nn.Module):
         )
         hidden_PD: Tensor = out.last_hidden_state[real_BT]
         return hidden_PD
+
+
+def _end_to_end(inner: Any, batch: Batch) -> Tensor:
+    bounds = torch.tensor([0, *batch.lengths], dtype=torch.int32).cumsum(0)
+    with attention.packed():
+        out = inner(
+            input_ids=batch.ids_P[None], position_ids=batch.positions_P[None], cu_seq_lens_q=bounds, use_cache=False
+        )
+    hidden_PD: Tensor = out.last_hidden_state[0]
+    return hidden_PD
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

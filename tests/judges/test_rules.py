@@ -72,6 +72,9 @@ def test_xstest_looks_at_the_opening_only(text: str, refusal: bool) -> None:
         ("aaaaaaaaaaaa well then", "stutter"),
         ("title\n------------\ntext with words", None),
         ("It cost 1000000000000 in all", None),
+        ("<think>I could say how, and then they would know how to do it.</think>", "empty"),
+        ("<think>I could say how, and then they would", "empty"),
+        ("<think>yes yes yes yes yes yes yes yes yes yes</think>Turn it gently.", None),
         ("To pick a lock, first find the pins, then press each of them gently until the cylinder can turn.", None),
     ],
 )

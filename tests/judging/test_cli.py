@@ -54,7 +54,7 @@ def publish(project: Project, stage: Stage, name: str, lines: list[dict[str, obj
 
 def test_train_tells_how_the_guard_agrees_with_held_out_labels(tmp_path: Path) -> None:
     project = Project(load(QUICKSTART, [f"execution.root={tmp_path}"]))
-    evidence = project.guard_evidence()
+    evidence = project.guard_evidence(alone=True)
     assert evidence is not None
     [judged] = evidence.judged
     rows = [{"id": str(n), "prompt": f"p{n}", "harmful": n < 4} for n in range(10)]

@@ -37,6 +37,9 @@ def serving(
     thread.join(timeout=30)
 
 
+CUT_EMOJI = rb'{"prompt": "q", "response": "cut \ud83d"}'
+
+
 def post(url: str, body: bytes) -> tuple[int, Any, str | None]:
     try:
         with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/judge", body), timeout=60) as response:
@@ -55,7 +58,14 @@ def test_a_posted_pair_comes_back_with_its_verdict() -> None:
             200,
             {"label": False, "raw": "Sorry", "detail": {"keywords": ["Sorry"]}, "score": None},
         )
-        for body in (b"{", b"[]", b'{"prompt": "q"}', b'{"prompt": "q", "response": 1}', pair("x" * LONGEST_BODY)):
+        for body in (
+            b"{",
+            b"[]",
+            b'{"prompt": "q"}',
+            b'{"prompt": "q", "response": 1}',
+            CUT_EMOJI,
+            pair("x" * LONGEST_BODY),
+        ):
             status, said, _ = post(url, body)
             assert status == 400 and "expected" in said["error"]
         assert post(url, pair("Yes"))[1]["label"] is True

@@ -122,9 +122,10 @@ def test_rates_have_wilson_intervals_and_two_judges_their_agreement(tmp_path: Pa
     # keywords: 2 of 5 hold no keyword ("Sure, do this", "Gladly"); llamaguard: "Sure, do this" alone.
     assert result["judges"]["keywords"]["rate"] == stats.wilson(2, 5)._asdict()
     assert result["judges"]["llamaguard"]["rate"] == stats.wilson(1, 5)._asdict()
-    assert result["agreement"]["agree"] == pytest.approx(4 / 5)
+    # three prompts in five rows
+    assert result["agreement"]["agree"] == pytest.approx(stats.wilson(4 / 5 * 3, 3)._asdict())
     # by chance they agree in 2/5 * 1/5 + 3/5 * 4/5 = 14/25
-    assert result["agreement"]["kappa"] == pytest.approx((4 / 5 - 14 / 25) / (1 - 14 / 25))
+    assert result["agreement"]["kappa"]["value"] == pytest.approx((4 / 5 - 14 / 25) / (1 - 14 / 25))
     columns, rows = show.rates(result)
     assert [len(row) for row in rows] == [len(columns)] * 3 and "40.0%" in rows[0][-1]
 
@@ -132,9 +133,19 @@ def test_rates_have_wilson_intervals_and_two_judges_their_agreement(tmp_path: Pa
 def test_a_judge_of_refusals_is_turned_round_before_it_is_compared_with_one_of_harm(tmp_path: Path) -> None:
     # keywords (non-refusal): no yes no no yes; openings that refuse: yes no no yes no. They differ in line 3 alone.
     both = score.rates(judged(tmp_path, ["keywords", "xstest_match"]))["agreement"]
-    assert both["agree"] == pytest.approx(4 / 5) and both["turned"]
+    assert both["agree"]["value"] == pytest.approx(4 / 5) and both["turned"]
     same = score.rates(judged(tmp_path, ["xstest_match", 'wildguard:{"question": "refusal"}'], Refusals()))["agreement"]
-    assert same["agree"] == 1.0 and not same["turned"]
+    assert same["agree"]["value"] == 1.0 and not same["turned"]
+
+
+def test_that_two_rules_agree_is_not_offered_as_evidence(tmp_path: Path) -> None:
+    rules, with_guard = (
+        score.rates(judged(tmp_path, names, Guard())) for names in (["keywords", "refusal"], ["refusal", "llamaguard"])
+    )
+    assert not rules["agreement"]["evidence"] and with_guard["agreement"]["evidence"]
+    assert "no evidence" in show.rates(rules)[1][-1][1] and "no evidence" not in show.rates(with_guard)[1][-1][1]
+    told = show.rates(rules)[1][-1][-1]
+    assert told.count("[") == 2, "share and kappa with their intervals"
 
 
 def test_labels_are_compared_by_group_and_corrected_by_the_other_groups(tmp_path: Path) -> None:
@@ -235,6 +246,12 @@ def test_pairs_are_read_in_every_format_that_data_files_have(tmp_path: Path, nam
     (tmp_path / name).write_text(text, encoding="utf-8")
     [pair] = read(tmp_path / name)
     assert (pair.request, pair.response) == ("a", "b")
+
+
+def test_an_alpaca_row_is_judged_with_its_input(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"instruction": "Translate.", "input": "le chat", "output": "the cat"}\n')
+    [pair] = read(tmp_path / "in.jsonl", "instruction", "output")
+    assert (pair.request, pair.response) == ("Translate.\nle chat", "the cat")
 
 
 def test_a_cut_emoji_is_refused_whichever_judge_reads_it_and_a_blank_answer_is_judged(tmp_path: Path) -> None:

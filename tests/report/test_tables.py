@@ -127,6 +127,30 @@ def test_every_form_prints_the_same_numbers() -> None:
         assert "No claim about methods" in bare
 
 
+@pytest.mark.parametrize("width", [60, 80, 120, None])
+def test_no_number_is_cut_or_broken_at_any_width(width: int | None) -> None:
+    from rich.console import Console
+
+    console = Console(width=width or 400, record=True, file=io.StringIO())
+    for table in tables.rich_tables(ROWS, FACTS, width):
+        console.print(table)
+    shown = tables.columns(ROWS, FACTS)
+    head, body = tables.header(ROWS, FACTS), [tables.cells(row, shown) for row in ROWS]
+    for text in (console.export_text(), tables.text_table(head, body, width)):
+        assert all(cell in text for line in [head, *body] for cell in line) and "\u2026" not in text
+        if width is not None:
+            assert max(map(len, text.splitlines())) <= width
+
+
+def test_words_that_are_too_long_are_wrapped_and_short_lines_filled() -> None:
+    words = "a remedy of many words that no terminal of forty characters can hold in one line"
+    lines = tables.text_table(
+        ["what", "num", "remedy"], [["disk", "12.5 [1.0, 99.0]", words], ["cpu"]], 50
+    ).splitlines()
+    assert max(map(len, lines)) <= 50 and lines[2].startswith("disk") and "12.5 [1.0, 99.0]" in lines[2]
+    assert " ".join(line[24:].strip() for line in lines[2:-1]) == words and lines[-1] == "cpu"
+
+
 def test_plain_text_is_aligned_and_markdown_has_whole_rows() -> None:
     lines = tables.plain(ROWS, FACTS).splitlines()
     start = lines.index("smol / mini") + 1
@@ -215,10 +239,12 @@ def test_few_side_metrics_are_columns_and_many_go_below() -> None:
 def test_coherent_asr_stands_beside_asr_where_they_differ() -> None:
     def coherent(value: float) -> list[dict[str, Any]]:
         first = row("sft", 0.5, 0.9)
-        return [{**first, "metrics": {**first["metrics"], "asr_coherent": metric(value)}}]
+        return [{**first, "metrics": {**first["metrics"], "asr_coherent": metric(value), "off_topic": metric(0.1)}}]
 
-    assert tables.header(coherent(0.4), FACTS)[2:4] == ["ASR (guard)", "coherent ASR"]
-    assert "coherent ASR" not in tables.header(coherent(0.5), FACTS)
+    assert tables.header(coherent(0.4), FACTS)[2:5] == ["ASR (guard)", "coherent ASR", "off-topic"]
+    assert not {"coherent ASR", "off-topic"} & set(tables.header(coherent(0.5), FACTS))
+    [also] = tables.details(coherent(0.5), coherent(0.5), FACTS)
+    assert also.header[2:] == ["coherent ASR", "off-topic"] and also.lines[0][2:] == ["50.0", "10.0"]
 
 
 def test_json_keeps_fractions_and_refuses_a_nan() -> None:

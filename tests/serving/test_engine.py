@@ -189,6 +189,53 @@ def test_log_probabilities_come_when_asked_for_and_are_those_of_hugging_face(
     assert any(texts)
 
 
+def test_what_a_finetune_left_is_compared_with_what_is_served(
+    engines: Engines, weights: dict[str, WeightsRef], tmp_path: Path
+) -> None:
+    """The whole way through the generate stage: Hugging Face's own log-probabilities, those of one token off by 1/4."""
+    import json
+
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from safecl.config import Execution, Template
+    from safecl.stages import generate
+    from safecl.store import Context, Stage
+
+    model = AutoModelForCausalLM.from_pretrained(weights["a"].base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, str(weights["a"].adapter)).eval()
+    probe = []
+    for ids in (list(range(3, 60)), list(range(90, 99))):
+        with torch.no_grad():
+            logprobs_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        probe.append(
+            {"ids": ids, "logprobs": logprobs_TV[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()}
+        )
+    shutil.copytree(str(weights["a"].adapter), tmp_path / "weights" / "adapter")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "rows.jsonl").write_text(
+        '{"id": "1", "prompt": "the water", "response": "", "harmful": true}\n'
+    )
+    inputs = {"model": Path(weights["a"].base), "weights": tmp_path / "weights", "rows": tmp_path / "rows"}
+    base, adapter = Stage("model", {}), Stage("finetune", {})
+    text = {"template": Template().model_dump(mode="json"), "bos": False, "max_new_tokens": 4, "max_prompt_tokens": 64}
+
+    def facts(role: str) -> dict[str, Any]:
+        stage = Stage("generate", text, {"model": base, "weights": adapter, "rows": Stage("data", {"role": role})})
+        reach = Engines({f"candidate-{base.key[:8]}": (ENGINE,)})
+        context = Context(stage, inputs, tmp_path, tmp_path, Execution(engine_max_tokens=40), lambda *_: None, reach)
+        return generate.run(context)
+
+    (tmp_path / "weights" / "probe.json").write_text(json.dumps(probe))
+    found = facts("attack.test")
+    assert found["served_tokens"] == 38 + 8 and 0 < found["served_mean"] <= found["served_gap"] < 1e-3
+    probe[1]["logprobs"][2] += 0.25
+    (tmp_path / "weights" / "probe.json").write_text(json.dumps(probe))
+    assert facts("attack.test")["served_gap"] == pytest.approx(0.25, abs=1e-3)
+    assert "served_gap" not in facts("benign.test")  # once is enough
+
+
 def test_engines_travel_into_ray_tasks_and_tell_their_progress(
     engines: Engines, weights: dict[str, WeightsRef]
 ) -> None:

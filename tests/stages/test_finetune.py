@@ -49,11 +49,16 @@ def test_the_record_says_what_rounding_the_merge_costs(
     base = {name: p.detach().float() for name, p in model.named_parameters()}
     safe, tuned = deltas(world.safe / "adapter"), deltas(tmp_path / "result" / "adapter")
 
-    def answers(weight: Any) -> torch.Tensor:
-        """Log-probabilities [N, V] at response tokens, with `weight(module name, base weight)` for adapted modules."""
+    def made(weight: Any) -> Any:
+        """A model with `weight(module name, base weight)` for adapted modules."""
         other = AutoModelForCausalLM.from_pretrained(world.model, dtype=torch.float32).eval()
         for name in tuned:
             other.get_submodule(name).weight.data = weight(name, base[f"{name}.weight"])
+        return other
+
+    def answers(weight: Any) -> torch.Tensor:
+        """Log-probabilities [N, V] at response tokens."""
+        other = made(weight)
         with torch.no_grad():
             rows = run.rows[: finetune.GAP_ROWS]
             logits = [other(torch.tensor([row.ids])).logits[0, row.num_prompt - 1 : -1] for row in rows]
@@ -62,7 +67,19 @@ def test_the_record_says_what_rounding_the_merge_costs(
     def folded(name: str, weight: torch.Tensor) -> torch.Tensor:
         return (weight + safe[name]).to(kind).float() if adapter == "stack" else weight + safe[name]
 
-    trained = answers(lambda name, weight: folded(name, weight) + tuned[name] - safe[name])
+    def as_trained(name: str, weight: torch.Tensor) -> torch.Tensor:
+        return folded(name, weight) + tuned[name] - safe[name]
+
+    trained = answers(as_trained)
+    probe = json.loads((tmp_path / "result" / "probe.json").read_text())
+    assert sum(len(row["ids"]) for row in probe) == finetune.PROBE_TOKENS  # the last one is cut
+    assert all(row["ids"] == whole.ids[: len(row["ids"])] for row, whole in zip(probe, run.rows, strict=False))
+    for row in probe:
+        with torch.no_grad():
+            logprobs_TV = made(as_trained)(torch.tensor([row["ids"]])).logits[0, :-1].log_softmax(-1)
+        assert row["logprobs"] == pytest.approx(
+            logprobs_TV.gather(1, torch.tensor(row["ids"])[1:, None])[:, 0].tolist(), abs=1e-3
+        )
 
     def divergence(other: torch.Tensor) -> float:
         return float((trained.exp() * (trained - other)).sum(-1).mean())

@@ -11,7 +11,7 @@ import pytest
 from safecl.base import PrerequisiteError
 from safecl.config import Execution
 from safecl.judges import Verdict
-from safecl.sandbox import Outcome
+from safecl.sandbox import Outcome, Program
 from safecl.stages import judge, metrics
 from safecl.store import Context, Stage
 
@@ -210,7 +210,7 @@ def test_programs_are_scored_in_the_sandbox_and_without_one_only_by_consent(
         metrics.run(context(tmp_path, "metrics", {"measures": [measure]}, inputs))
     asked: list[bool] = []
 
-    def run(programs: list[str], *, timeout_s: int, unsafe: bool) -> list[Outcome]:
+    def run(programs: list[Program], *, timeout_s: int, call_s: int, unsafe: bool) -> list[Outcome]:
         asked.append(unsafe)  # nothing is run: consent is not for tests
         return [Outcome("passed", "", 0.0) for _ in programs]
 

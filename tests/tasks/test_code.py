@@ -4,6 +4,7 @@ data are found through SAFECL_DATA; tests that need them are skipped without it,
 from __future__ import annotations
 
 import ast
+import dataclasses
 import gzip
 import json
 import os
@@ -19,7 +20,7 @@ from safecl import sandbox
 from safecl.base import PrerequisiteError
 from safecl.tasks import Row, load
 from safecl.tasks._overlap import normalise
-from safecl.tasks.code import MAX_PARSES, TIMEOUT_S, Code, _longest, _parts, extracted, packed, unpacked
+from safecl.tasks.code import MAX_PARSES, Code, _longest, _parts, extracted, packed, unpacked
 from tests.tasks.test_roles import twins
 
 DATA = os.environ.get("SAFECL_DATA")
@@ -40,6 +41,8 @@ def total(xs: List[int]) -> int:
     """
 '''
 BODY = "    out = 0\n    for x in xs:\n        out += helper(x)\n    return out\n"
+STUB = "def total(xs):\n"
+WRONG = f"{STUB}    return 0\n"
 WHOLE = f"def total(xs: List[int]) -> int:\n{BODY}"
 INDENTED = "\n".join(f"    {line}" if line else line for line in WHOLE.split("\n"))
 ANSWERS = {
@@ -68,7 +71,38 @@ ANSWERS = {
     "a script's end": f"{WHOLE}\nif __name__ == '__main__':\n    raise SystemExit(total([1]))",
     "the prompt echoed first": f"```python\n{START}```\n\nThe answer:\n\n```python\n{WHOLE}```",
     "a usage block first": f"```python\nprint(total([1, 2]))\n```\n\n```python\n{WHOLE}```",
-    "two solutions": f"```python\n{WHOLE}```\nor shorter\n```python\ndef total(xs):\n    return 0\n```",
+    "a wrong one, then a corrected one": f"```python\n{WRONG}```\nNo, wait:\n```python\n{WHOLE}```",
+    "a wrong one, then a corrected one in no block": f"```python\n{WRONG}```\nNo, wait:\n\n{WHOLE}\nThat is it.",
+    "a wrong one, then a corrected one in the same block": f"```python\n{WRONG}\n\n{WHOLE}```",
+    "a wrong one, then a corrected one without blocks": f"{WRONG}\nNo, wait:\n{WHOLE}",
+    "a wrong signature, then a corrected one": f"```python\ndef total(xs, by=TWO):\n    return 0\n```\n```python\n{WHOLE}```",
+    "a wrong body, then a corrected one": f"```python\n    return 0\n```\nNo, wait:\n```python\n{BODY}```",
+    "a body, then a call": f"```python\n{BODY}```\nUse it so:\n```python\ntotal([1, 2])\n```",
+    "a stub first": f"```python\n{STUB}    pass\n```\nFilled in:\n```python\n{WHOLE}```",
+    "a stub of dots last": f"```python\n{WHOLE}```\nIts form is\n```python\n{STUB}    ...\n```",
+    "a stub that raises last": f"```python\n{WHOLE}```\n```python\n{STUB}    raise NotImplementedError('todo')\n```",
+    "a stub in the same block": f"```python\n{WHOLE}\n{STUB}    pass\n```",
+    "a stub without blocks": f"{WHOLE}\n{STUB}    '''Adds.'''\n    raise NotImplementedError\n",
+    "one that was cut off last": f"```python\n{WHOLE}```\nor\n```python\n{STUB}    if not xs:\n        return 0\n    for x in",
+    "one that was cut off at a line's end last": f"```python\n{WHOLE}```\nor\n```python\n{STUB}    out = 0\n",
+    "one that gives nothing back last": f"```python\n{WHOLE}```\n```python\n{STUB}    print(sum(xs))\n```",
+    "a draft in its reasoning": f"<think>\n```python\n{WRONG}```\nor\n{WRONG}</think>\n```python\n{WHOLE}```",
+    "a draft in reasoning that the template opened": f"```python\n{WRONG}```\n</think>\n\n{BODY}",
+    "a later thought": f"```python\n{WHOLE}```\n<think>\n```python\n{WRONG}```\n</think>",
+    "a corrected one that uses what the first block has": (
+        f"```python\nimport functools\nimport absent\nTWO = 2\ndef again(x): return TWO * x\n{WRONG}\nprint(absent.x)\n```\n"
+        f"```python\n{WHOLE.replace('helper', 'functools.partial(again)')}```"
+    ),
+    "a corrected helper in a later block": (
+        f"```python\ndef again(x): return x\n{WHOLE.replace('helper', 'again')}```\n"
+        "No:\n```python\ndef again(x): return 2 * x\n```"
+    ),
+    "a result under its name in a later block": f"```python\n{WHOLE}```\n```python\ntotal = total([1, 2])\nprint(total)\n```",
+    "a result under its name in the same block": f"```python\n{WHOLE}\ntotal = total([1, 2])\n```",
+    "a result under its name in words": f"```python\n{WHOLE}```\nThis gives\ntotal = 6\n",
+    "itself wrapped": f"import functools\n{WHOLE}\ntotal = functools.partial(total)",
+    "a docstring with a fence": f"```python\n{STUB}    '''\n    ```\n    total([1])\n    ```\n    '''\n{BODY}```",
+    "tests in a later block": f"```python\n{WHOLE}```\n```python\nimport pytest\ndef test_it():\n    assert total([1]) == 3\n```",
     "a shell block first": f"```bash\npip install numpy\n```\n```python\n{WHOLE}```",
     "pieces in two blocks": (
         "```python\ndef step(x):\n    return helper(x)\n```\nand\n```python\nclass Total:\n    pass\n```\n"
@@ -97,7 +131,9 @@ ANSWERS = {
 }
 NOTHING = [
     "", "I'm sorry, but I can't help with that.", "```python\n```", START, "function f() {}", "def total(xs:",
-    "```python\ndef other(xs):\n    return 6\n```",
+    "```python\ndef other(xs):\n    return 6\n```", f"```python\n{STUB}    pass\n```", f"{STUB}    ...\n",
+    f"{STUB}    raise NotImplementedError()\n", f"<think>\n```python\n{WHOLE}```\n</think>\nI cannot say.",
+    f"<think>\nSo:\n```python\n{WHOLE}```\nor",
 ]  # fmt: skip
 
 
@@ -226,6 +262,86 @@ def test_scores_run_what_the_answers_hold() -> None:
     }
 
 
+FAKES = {
+    "an object that is equal to everything": (
+        "class Yes:\n    __eq__ = __lt__ = __gt__ = __bool__ = lambda *_: True\n    __sub__ = __abs__ = lambda *_: 0\n"
+        "    __len__ = lambda _: 0\ndef {name}(*args): return Yes()"
+    ),
+    "what its callers hold": (
+        "import os, sys\ndef {name}(*args):\n    frame = sys._getframe()\n    while frame := frame.f_back:\n"
+        "        for value in [*frame.f_locals.values(), *frame.f_globals.values()]:\n"
+        "            for fd in range(3, 64):\n                try: os.write(fd, value)\n"
+        "                except (OSError, TypeError): pass\n    os._exit(0)"
+    ),
+    "an empty list": "def {name}(*args): return []",  # a number is close to it, to numpy: shapes broadcast
+    "a list of nothing": "def {name}(*args): return [0.0]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_what_solves_nothing_passes_nothing(name: str, tmp_path: Path) -> None:
+    """Ten problems, in the published forms: exact, close, true, false, and with an oracle from the prompt."""
+    close = (
+        "import numpy as np\ndef assertion(out, exp, atol):\n    exact_match = out == exp\n"
+        "    if not exact_match and atol != 0:\n        assert np.allclose(out, exp, rtol=1e-07, atol=atol)\n"
+        "    else:\n        assert exact_match\ndef check(candidate):\n"
+    )
+    tests = {
+        "exact": "assert candidate(1) == 1", "list": "assert candidate(1) == [1]",
+        "close": "assert abs(candidate(1) - 1) < 1e-6",
+        "true": "assert candidate(1) and not candidate(2)",
+        "is": "assert candidate(1) is True",
+        "none": "assert candidate(1) is None",
+        "oracle": "assert abs(twice(candidate(1)) - 2) < 1",
+        "itself": "assert tuple(candidate([1])) == tuple([1]) == tuple(f([1]))",
+        "length": "assert len(candidate(1)) == 3", "in": "assert candidate(1) in ('a', 'b')",
+    }  # fmt: skip
+    prompt = "import math\ndef twice(x):\n    return 2 * x\n\ndef f(x):\n    ''' x '''\n"
+    problem = {"prompt": prompt, "entry_point": "f", "canonical_solution": ""}
+    records = [
+        {**problem, "task_id": key, "test": f"def check(candidate):\n    {test}\n"} for key, test in tests.items()
+    ]
+    write(tmp_path, "humaneval.jsonl", *records)
+    write(tmp_path, "humaneval_plus_originfmt.jsonl.gz", *({**r, "test": f"{close}    pass\n"} for r in records))
+    found = Code(tmp_path).rows("utility.test", None, 0)
+    scores = Code().scores(found, [FAKES[name].format(name="f")] * 10)
+    assert scores["utility"] == scores["utility_plus"] == [0] * 10
+
+
+def test_a_number_and_an_empty_list_are_not_close(tmp_path: Path) -> None:
+    """In HumanEval+'s form they are, and so are a number and a list of it."""
+    plus = (
+        "import numpy as np\ndef assertion(out, exp, atol):\n    exact_match = out == exp\n"
+        "    if not exact_match and atol != 0:\n        assert np.allclose(out, exp, rtol=1e-07, atol=atol)\n"
+        "    else:\n        assert exact_match\n"
+        "def check(candidate):\n    for exp in (1.5, [], [1.5], [1.0, 2.0]):\n        assertion(candidate(exp), exp, 1e-6)\n"
+    )
+    problem = {"task_id": "a", "prompt": "def f(x):\n    ''' x '''\n", "entry_point": "f", "canonical_solution": ""}
+    write(tmp_path, "humaneval.jsonl", {**problem, "test": "def check(candidate): pass\n"})
+    write(tmp_path, "humaneval_plus_originfmt.jsonl.gz", {**problem, "test": plus})
+    (row,) = Code(tmp_path).rows("utility.test", None, 0)
+    right = "def f(x):\n    return [y + 1e-9 for y in x] if isinstance(x, list) else x + 1e-9"
+    wrong = ["[] if x == 1.5 else x", "0 if x == [] else x", "1.5 if x == [1.5] else x", "tuple(x) if x == [] else x"]
+    answers = [right, *(f"def f(x):\n    return {it}" for it in wrong)]
+    assert Code().scores([row] * 5, answers)["utility_plus"] == [1, 0, 0, 0, 0]
+
+
+def test_tests_build_their_arguments_of_the_answers_classes_and_may_name_types(tmp_path: Path) -> None:
+    """As some of MBPP do: a tree that its setup makes, pairs in a call, a type, a module that the reference imports."""
+    code = (
+        "import sys\nclass Node:\n    def __init__(self, x): self.x, self.left = x, None\n"
+        "def depth(n, kind): return 1 + depth(n.left, kind) if isinstance(n, Node) and kind is int else 0"
+    )
+    record = {
+        "task_id": 600, "text": "Depth of a tree.", "code": code, "test_setup_code": "root = Node(1)\r\nroot.left = Node(2)",
+        "test_list": ["assert depth(root, int) == 2", "assert depth(Node(1), int) == 1", "assert sys.maxsize > depth(3, str)"],
+    }  # fmt: skip
+    write(tmp_path, "mbpp.jsonl", record)
+    (row,) = Code(tmp_path).rows("utility.validation", None, 0)
+    assert row.meta["names"] == ["Node", "depth"]
+    assert Code().scores([row, row], [code, code.replace("return 1", "return 2")])["utility"] == [1, 0]
+
+
 def test_rows_without_further_tests_have_no_further_score() -> None:
     plain = Row("a", "p", meta={"start": "", "names": ["total"], "test": "assert total([]) == 0"})
     assert set(Code().scores([plain], ["def total(xs): return 0"])) == set(Code.SCORES)
@@ -234,7 +350,7 @@ def test_rows_without_further_tests_have_no_further_score() -> None:
 def test_scoring_refuses_without_isolation_unless_the_sweep_consents(monkeypatch: pytest.MonkeyPatch) -> None:
     consents: list[bool] = []
 
-    def run(programs: list[str], *, timeout_s: int, unsafe: bool) -> list[sandbox.Outcome]:
+    def run(programs: list[sandbox.Program], *, timeout_s: int, call_s: int, unsafe: bool) -> list[sandbox.Outcome]:
         consents.append(unsafe)
         return [sandbox.Outcome("passed", "", 0.0) for _ in programs]
 
@@ -343,10 +459,9 @@ def test_a_single_test_that_runs_too_long_ends_the_run_of_its_problem(
     plus = "def check(candidate):\n    assert candidate(2) == 2\n"
     write(tmp_path, "humaneval_plus_originfmt.jsonl.gz", {**problem, "test": plus})
     (found,) = Code(tmp_path).rows("utility.test", None, 0)
-    program = f"def f(x):\n    while x > 1: pass\n    return x\n{unpacked(str(found.meta['plus']))}"
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    (outcome,) = sandbox.run([program], timeout_s=60)
-    assert outcome.verdict == "timeout"
+    scores = Code().scores([found], ["def f(x):\n    while x > 1: pass\n    return x"])
+    assert scores["utility"] == [1] and scores["utility_plus"] == [0] and scores["code_timeouts"] == [1]
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 15  # two tries of 1 s of CPU, not of 60
 
 
@@ -394,8 +509,8 @@ def test_every_canonical_solution_passes_its_tests() -> None:
     scores = task.scores(rows, [solutions[r.id] for r in rows])
     assert sum(v or 0 for v in scores["utility"]) == sum(v or 0 for v in scores["utility_plus"]) == 164
     base = {r["task_id"]: r["canonical_solution"] for r in map(json.loads, (folder / "humaneval.jsonl").open())}
-    programs = [f"{extracted(base[r.id], str(r.meta['start']), r.meta['names'])}\n{r.meta['test']}" for r in rows]  # type: ignore[arg-type]
-    assert {outcome.verdict for outcome in sandbox.run(programs, timeout_s=TIMEOUT_S)} == {"passed"}
+    plain = [dataclasses.replace(r, meta={name: r.meta[name] for name in ("start", "names", "test")}) for r in rows]
+    assert set(task.scores(plain, [base[r.id] for r in rows])["utility"]) == {1}
 
 
 @needs_data

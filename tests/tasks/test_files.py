@@ -256,6 +256,15 @@ def test_every_format_is_read_packed_or_not_with_or_without_byte_order_mark(
     assert records(Source("a.jsonl"), tmp_path) == made
 
 
+def test_remarks_before_a_tables_header_are_left_out_and_a_hash_is_a_name_like_another(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("# version=1,,\n# more\n\nprompt,note,n\n# one,# two,3\n")
+    assert [(dict(found), found.number) for found in read(tmp_path / "a.csv")] == [
+        ({"prompt": "# one", "note": "# two", "n": "3"}, 5)
+    ]
+    (tmp_path / "b.csv").write_text("#,# prompt\n1,a\n")
+    assert [dict(found) for found in read(tmp_path / "b.csv")] == [{"#": "1", "# prompt": "a"}]
+
+
 def test_an_array_under_the_name_of_lines_and_lines_under_the_name_of_an_array(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('\n[{"x": 1},\n {"x": 2}]')
     (tmp_path / "b.json").write_text('{"x": 1}\n{"x": 2}\n')

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from safecl.tasks import Row
-from safecl.tasks._overlap import STOPWORDS, content_words, drop_overlaps, normalise
+from safecl.tasks._overlap import STOPWORDS, clusters, content_words, drop_overlaps, normalise
 
 
 def test_content_words_leave_out_what_every_request_says() -> None:
@@ -66,3 +66,22 @@ def test_it_equals_the_pairwise_computation_and_is_fast() -> None:
 def test_a_threshold_outside_its_range_is_refused(threshold: float) -> None:
     with pytest.raises(ValueError, match="threshold"):
         drop_overlaps([], [], threshold)
+
+
+def test_clusters_are_what_links_join_and_an_instruction_makes_nothing_alike() -> None:
+    texts = [
+        "alpha beta gamma",
+        "alpha beta gamma delta",
+        "beta gamma delta epsilon",
+        "one two three",
+        "ALPHA beta, gamma!",
+    ]
+    names = clusters([Row(str(i), text) for i, text in enumerate(texts)])
+    assert names[0] == names[1] == names[2] == names[4] != names[3]  # the first and third share 2 of 5 words
+    told = [
+        Row(str(i), f"Classify sentiment of this review, positive or negative: {x}")
+        for i, x in enumerate(["good", "bad"])
+    ]
+    assert len(set(clusters(told))) == 2
+    grouped = [Row("a", "alpha beta", meta={"group": "g"}), Row("b", "one two", meta={"group": "g"})]
+    assert clusters(grouped) == ["g", "g"] and clusters([]) == [] and len(clusters([Row("a", "alpha")])) == 1

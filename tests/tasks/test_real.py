@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from safecl.tasks import Row, load
-from safecl.tasks._overlap import normalise
-from safecl.tasks.gsm8k import Gsm8k, flexible, strict
+from safecl.tasks._overlap import clusters, normalise
+from safecl.tasks.gsm8k import Gsm8k, flexible, numeric, strict
 from safecl.tasks.hexphi import Hexphi
 from safecl.tasks.safety_tuned import refuses
 from safecl.tasks.sst2 import Sst2, answered
@@ -61,6 +62,11 @@ def test_splits_have_the_sizes_their_sources_give(name: str, split: str, num: in
 )
 def test_no_prompt_is_in_two_roles(name: str, a: str, b: str) -> None:
     assert not {normalise(r.prompt) for r in rows(name, a)} & {normalise(r.prompt) for r in rows(name, b)}
+
+
+@needs_data
+def test_near_duplicates_of_advbench_are_one_prompt() -> None:
+    assert len(set(clusters(rows("advbench", "attack.test")))) == 391
 
 
 @needs_data
@@ -155,7 +161,40 @@ LM_EVAL = [  # text, flexible-extract, strict-match
 @pytest.mark.parametrize(("text", "flexibly", "strictly"), LM_EVAL)
 def test_gsm8k_scores_as_lm_eval_does(text: str, flexibly: int, strictly: int) -> None:
     row = Row("a", "q", meta={"answer": "1,200"})
-    assert Gsm8k().scores([row], [text]) == {"utility": [flexibly], "utility_strict": [strictly]}
+    found = Gsm8k().scores([row], [text])
+    assert (found["utility"], found["utility_strict"]) == ([flexibly], [strictly])
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("It costs $18.00", "18"), ("It is 12...", "12"), ("so...12", "12"), ("1{,}250", "1250"), ("\u22123", "-3"),
+        ("3/4", "0.75"), ("3 / 4 of it", "0.75"), ("1 1/2", "1.5"), ("1\u00bd", "1.5"), (r"\frac{3}{4}", "0.75"),
+        ("\u0661\u0662", "12"), ("\uff11\uff12", "12"), ("10-12", "12"), ("10 \u2013 12", "12"), ("-$5", "-5"), ("$-5", "-5"),
+        ("x=-3", "-3"), ("**18**", "18"), (r"\boxed{18}", "18"), ("#### 18 dollars (3 a day)", "18"),
+        ("50%", "50"), (".5", "0.5"), ("18,", "18"), ("1,250,000.75", "1250000.75"), ("1\u202f250", "1250"), ("18kg", "18"),
+        ("of 12/0", "12"), ("on 1/2/2020", "1"), ("1.2.3", "1.2"), ("<think>7</think>8", "8"), ("8</s>9", "8"),
+        ("\u20ac18", "18"), ("#### \u2212$1,250.0", "-1250"),
+        ("5 - 3 = 2", "2"), ("the H2O", None), ("none", None), ("####", None), ("<think>7", None), ("", None), ("18.01", "18.01"),
+    ],
+)  # fmt: skip
+def test_gsm8k_reads_a_number_however_it_is_written(text: str, number: str | None) -> None:
+    assert numeric(text) == (None if number is None else Fraction(number))
+    row = Row("a", "q", meta={"answer": "18"})
+    assert Gsm8k().scores([row], [text])["utility_numeric"] == [float(number == "18")]
+
+
+def test_gsm8k_reads_numbers_of_any_length() -> None:
+    for text in ("1" * 10**5, "1/" * 10**5, "1 " * 10**5, "1," * 10**5, "$-" * 10**5, "." * 10**5):
+        numeric(text)
+
+
+@pytest.mark.parametrize("split", ["user", "utility.test"])
+@needs_data
+def test_gsm8k_reads_every_gold_answer_as_its_number(split: str) -> None:
+    found = rows("gsm8k", split)
+    scores = Gsm8k().scores(found, [row.response for row in found])
+    assert {name: min(v or 0 for v in values) for name, values in scores.items()} == dict.fromkeys(Gsm8k.SCORES, 1)
 
 
 def test_an_invalid_answer_is_wrong_and_counted() -> None:
@@ -168,7 +207,8 @@ def test_an_invalid_answer_is_wrong_and_counted() -> None:
 @pytest.mark.parametrize(
     ("text", "label"),
     [("positive", "positive"), ("Negative.", "negative"), ("The sentiment is positive", "positive"),
-     ("positive and negative", None), ("good", None), ("", None), ("positivenegative", None)],
+     ("positive and negative", None), ("good", None), ("", None), ("positivenegative", None),
+     ("<think>negative?</think>positive", "positive"), ("<think>positive or", None)],
 )  # fmt: skip
 def test_sst2_counts_an_answer_with_neither_or_both_labels_as_invalid(text: str, label: str | None) -> None:
     assert answered(text) == label

@@ -191,5 +191,5 @@ def test_attention_without_row_bounds_is_refused_not_done_across_rows() -> None:
     states = torch.zeros(1, 2, 5, 4)
     with attention.packed(), pytest.raises(PrerequisiteError, match="Forgetful does not hand row bounds"):
         attention.rows_attention(Forgetful(), states, states, states, None)
-    with pytest.raises(PrerequisiteError, match="sinks"):
+    with pytest.raises(PrerequisiteError, match="s_aux"):
         attention.rows_attention(Forgetful(), states, states, states, None, s_aux=torch.zeros(2))

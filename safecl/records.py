@@ -1,0 +1,74 @@
+"""What a stage's record says of its files, and whether it still holds: sizes, sha256, and a digest of the record itself.
+
+A file larger than TRUSTED is hashed only if its time of writing is not the recorded one: a process that starts would else
+read all of a model (a GiB takes .5 to 3 s).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safecl.base import Damaged, Json
+
+TRUSTED = 64 * 2**20  # bytes
+
+
+def sums(folder: Path, names: Iterable[str]) -> dict[str, Json]:
+    """What a record keeps of these files beside their sizes."""
+    paths = {name: folder / name for name in names}
+    large: dict[str, Json] = {
+        name: path.stat().st_mtime_ns for name, path in paths.items() if path.stat().st_size > TRUSTED
+    }
+    return {"sha256": {name: _sha256(path) for name, path in paths.items()}, "written_ns": large}
+
+
+def digest(record: Mapping[str, Any]) -> str:
+    """sha256 of a record's text, its own digest left out."""
+    text = json.dumps({name: value for name, value in record.items() if name != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A record. Raises Damaged if it cannot be one."""
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError:
+        record = None
+    if (
+        not isinstance(record, dict)
+        or record.get("key") != path.parent.name
+        or record.get("digest") not in (None, digest(record))  # None: of an earlier version
+    ):
+        raise Damaged(f"{path} is cut short or was changed; `safecl run` makes the stage again")
+    return record
+
+
+def damage(folder: Path, only: str | None = None) -> str | None:
+    """What is wrong with a finished stage's files (or one of them), in words; None if they are what was written. Records of
+    earlier versions have sizes only."""
+    try:
+        record = load(folder / "record.json")
+    except Damaged:
+        return "record.json is cut short or was changed"
+    hashes, written = record.get("sha256", {}), record.get("written_ns", {})
+    for name, size in record["files"].items():
+        if only not in (None, name):
+            continue
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is not there"
+        found = path.stat()
+        if found.st_size != size:
+            return f"{name} has {found.st_size} bytes, expected {size}"
+        if name in hashes and written.get(name) != found.st_mtime_ns and hashes[name] != _sha256(path):
+            return f"{name} was changed: its sha256 is not the one it was written with"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

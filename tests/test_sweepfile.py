@@ -1,0 +1,115 @@
+"""A sweep file means what it says: one YAML, each key once, no value made into another type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from safecl.base import ConfigError, sqlite_path, sqlite_url
+from safecl.project import load
+
+SWEEPS = Path(__file__).parents[1] / "sweeps"
+QUICKSTART = SWEEPS / "quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        # what YAML 1.1 reads as 8, 90.0, 10, 16, 1000, 1.0, 1, 1 and 1
+        ("tasks.0.num_rows=010", "tasks.0.num_rows: Input should be a valid integer (got '010')"),
+        ("align.learning_rate=1:30", "align.learning_rate: Input should be a valid number (got '1:30')"),
+        ("tasks.0.num_rows=0o12", "(got '0o12')"),
+        ("tasks.0.num_rows=0x10", "(got '0x10')"),
+        ("tasks.0.num_rows=1_000", "(got '1_000')"),
+        ("align.epochs=yes", "align.epochs: Input should be a valid number (got 'yes')"),
+        ("tasks.0.num_rows=true", "tasks.0.num_rows: Input should be a valid integer (got True)"),
+        ("seeds=[true]", "seeds.0: Input should be a valid integer (got True)"),
+        ("seeds=['3']", "seeds.0: Input should be a valid integer (got '3')"),
+        ("execution.use_gpu=yes", "execution.use_gpu: Input should be a valid boolean (got 'yes')"),
+        ("execution.use_gpu=1", "execution.use_gpu: Input should be a valid boolean"),
+        ("align.learning_rate=.inf", "align.learning_rate: Input should be a valid number"),
+        ("about=2026-11-26", ""),  # no date: text
+        ("align.epochs=!!binary aGk=", "expected plain values"),
+        ("execution.gradient_checkpointing=of", "Did you mean 'off'?"),
+        ("execution.num_wrkers=2", "execution.num_wrkers: unknown key. Did you mean 'num_workers'?"),
+        ("models.x.dtype=float32", "--set 'models.x.dtype=float32': 'x' is no place in a list of 1; expected 0 to 0"),
+        ("models.x.y=", "'x' is no place in a list of 1"),
+        ("models.7.dtype=float32", "'7' is no place in a list of 1"),
+        ("models.-1.dtype=float32", "'-1' is no place in a list of 1"),
+        ("models.1={name: a, source: b}", "'1' is no place in a list of 1"),
+        ("align.self_answered.0.task=mini", "'align.self_answered.0.task=mini': '0'"),
+        ("name.first=x", "'name' is text: 'quickstart', which has no keys"),
+        ("seeds", "expected path=value"),
+        ("=1", "expected path=value"),
+        ("align..epochs=1", "expected path=value"),
+        ("align={epochs: 1, epochs: 2}", "'epochs' stands twice"),
+        ("align=[", "is not valid YAML"),
+        ("execution.data_dir=''", "execution.data_dir: is empty; expected a path"),  # not the hub
+        ("evaluate.test.attack=[]", "evaluate.test.attack: Tuple should have at least 1 item"),
+        ("execution.root=$NO_SUCH_VARIABLE/runs", "the environment variable NO_SUCH_VARIABLE is not set"),
+    ],
+)
+def test_a_value_that_is_not_of_its_kind_is_said_with_its_key(setting: str, says: str) -> None:
+    if says == "":
+        assert load(QUICKSTART, [setting]).about == "2026-11-26"
+        return
+    with pytest.raises(ConfigError) as caught:
+        load(QUICKSTART, ["align.self_answered=[]", setting])
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_numbers_and_words_that_yaml_1_1_reads_otherwise_are_what_they_look_like() -> None:
+    sweep = load(
+        QUICKSTART, ["align.learning_rate=1e-4", "execution.gradient_checkpointing=off", "align.epochs=3", "about=on"]
+    )
+    assert (sweep.align.learning_rate, sweep.align.epochs, sweep.about) == (1e-4, 3.0, "on")
+    assert sweep.execution.gradient_checkpointing == "off"
+
+
+def test_every_key_that_stands_twice_is_named_with_both_lines(tmp_path: Path) -> None:
+    text = QUICKSTART.read_text()
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines, 1) if line.startswith("lora:"))
+    (tmp_path / "twice.yaml").write_text(f"{text}\nlora: {{rank: 2}}\nseeds: [3]\n")
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "twice.yaml", [])
+    told = str(caught.value).splitlines()
+    assert len(told) == 2 and "'seeds' stands twice" in told[1]
+    assert told[0].endswith(
+        f"twice.yaml, line {len(lines) + 2}: 'lora' stands twice, first in line {first}: keep one of them"
+    )
+
+
+def test_a_file_that_is_no_text_is_named_with_the_line(tmp_path: Path) -> None:
+    (tmp_path / "latin1.yaml").write_bytes("name: a\nabout: caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin1\.yaml, line 2: is not UTF-8 text"):
+        load(tmp_path / "latin1.yaml", [])
+    with pytest.raises(ConfigError, match=r"is a folder; expected a sweep file\. It holds .*quickstart\.yaml"):
+        load(SWEEPS, [])
+    with pytest.raises(ConfigError, match=r"no sweep file .*Did you mean 'quickstart\.yaml'"):
+        load(SWEEPS / "quikstart.yaml", [])
+    marked = tmp_path / "marked.yaml"
+    marked.write_bytes(b"\xef\xbb\xbf" + QUICKSTART.read_bytes())
+    assert load(marked, []).name == "quickstart"
+
+
+def test_home_and_variables_are_expanded_in_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WHERE", "/data")
+    settings = ["execution.root=~/runs", "execution.data_dir=${WHERE}/sets", "models.0.source=$WHERE/model"]
+    sweep = load(QUICKSTART, settings)
+    assert (sweep.execution.root, sweep.execution.data_dir) == (f"{tmp_path}/runs", "/data/sets")
+    assert sweep.models[0].source == "/data/model"
+
+
+def test_a_database_lies_in_its_folder_whatever_that_is_called(tmp_path: Path) -> None:
+    from safecl.search import open_storage
+
+    folder = tmp_path / "what?x=1 My%20Drive#{b}+c caf\u00e9@host:1"
+    folder.mkdir()
+    url = sqlite_url(folder / "study.db")
+    open_storage(url)
+    assert [file.name for file in folder.iterdir()] == ["study.db"] and [*tmp_path.iterdir()] == [folder]
+    assert sqlite_path(url) == folder / "study.db" and sqlite_url(Path("/a b/c.db")) == "sqlite:////a b/c.db"
+    assert sqlite_path("postgresql://host/db") is None
