@@ -156,8 +156,8 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
     _table("stages (later: of trials that the search will suggest)", columns, rows)
     auto = f" (auto: {found['auto']['why']})" if found["auto"] else ""
     print(f"dtype: {', '.join(f'{name} {dtype}' for name, dtype in found['dtype'].items())}{auto}")
-    for warning in found["warnings"]:
-        print(warning)
+    for line in (*found["warnings"], *found["notes"]):
+        print(line)
     if found["states_gib"] >= 0.05:
         print(f"hidden states of theta_safe to be written: about {found['states_gib']:.1f} GiB")
     print(

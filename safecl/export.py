@@ -17,7 +17,7 @@ SHARD_BYTES = 2 * 2**30
 def export(store: Store, key: str, out: Path, merged: bool) -> Path:
     """Write what the finetune or finalize stage whose key begins with `key` made into the new folder `out`: its PEFT adapter,
     or with `merged` the whole model (base + adapter, summed in float32 and rounded once to its dtype in the sweep) with its
-    tokenizer. Complete or not there.
+    tokenizer; either with the template that it was trained with as chat template. Complete or not there.
 
     Raises:
         ConfigError: there is not one such stage, `out` exists, or a dense result is asked for as an adapter.
@@ -46,6 +46,8 @@ def export(store: Store, key: str, out: Path, merged: bool) -> Path:
             (temporary / "adapter_config.json").write_text(
                 json.dumps({**config, "base_model_name_or_path": str(base)}, indent=2, sort_keys=True)
             )
+        if "template" in record["config"]:
+            _write_template(record["config"], base, temporary, merged)
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -61,6 +63,21 @@ def _only(store: Store, key: str) -> dict[str, Any]:
             "gives the key of each row's weights"
         )
     return found[0]
+
+
+def _write_template(config: Any, base: Path, out: Path, merged: bool) -> None:
+    """So that who serves it asks as it was trained, and stops where its answers end."""
+    from safecl.templates import chat_template
+    from safecl.training.tokens import Tokenizer
+
+    tokenizer, template = Tokenizer(base), config["template"]
+    bos = config["bos"] and not str(template["prompt"]).startswith(tokenizer.special_texts.get("bos_token", "\0"))
+    (out / "chat_template.jinja").write_text(chat_template(template, bos), encoding="utf-8")
+    if merged:
+        file = out / "generation_config.json"
+        settings = json.loads(file.read_text()) if file.is_file() else {}
+        ends = dict.fromkeys((tokenizer.id_of(template["end"]), *tokenizer.eos_ids))
+        file.write_text(json.dumps({**settings, "eos_token_id": [id for id in ends if id is not None]}, indent=2))
 
 
 def _write_model(base: Path, weights: Path, dtype: str, out: Path) -> None:

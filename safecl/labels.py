@@ -14,6 +14,8 @@ def label(stage: Stage, models: Mapping[str, str]) -> str:
     config: Any = stage.config
     if stage.kind == "model":
         return f"model {models.get(stage.key, '')}".strip()
+    if stage.kind == "tokenizer":
+        return "tokenizer"
     if stage.kind == "data":
         parts = ", ".join(dict.fromkeys(part["task"] for part in config.get("parts", ())))
         return f"rows {config['role']}: {parts}" if parts else f"rows {config['role']}"

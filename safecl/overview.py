@@ -17,6 +17,7 @@ from safecl.grid import Job
 from safecl.project import Project
 from safecl.report import page, plots
 from safecl.report.tables import Facts
+from safecl.trained import notes as trained_notes
 
 if TYPE_CHECKING:
     from safecl.stats import Interval
@@ -35,6 +36,7 @@ MAX_SERVED_MEAN = {"float32": 0.002, "bfloat16": 0.08}
 def plan(project: Project) -> dict[str, Any]:
     """Cells, trials, stages by kind, hours and dtypes, as plain data; and estimates against the records of past stages."""
     sweep = project.sweep
+    project.expected  # noqa: B018  (refuses what would leave too few rows)
     project.warnings += warnings(sweep, project.store, project.auto, project.nodes)
     found: list[dict[str, Any]] = []
     jobs: list[Job] = []
@@ -82,7 +84,25 @@ def plan(project: Project) -> dict[str, Any]:
         "dtype": {model.name: model.dtype for model in sweep.models},
         "auto": None if project.auto is None else project.auto._asdict(),
         "warnings": project.warnings,
+        "templates": {model.name: project.template_of(model) for model in sweep.models},
+        "trained": {label: one and one._asdict() for label, one in project.expected.items()},
+        "notes": _plan_notes(project),
     }
+
+
+def _plan_notes(project: Project) -> list[str]:
+    """Lines on what will be trained on: templates, and what differs from what was asked."""
+    several, found = len(project.sweep.models) > 1, []
+    for cell in project.cells:
+        one, recipe = project.expected.get(cell.label), cell.recipe
+        if one is not None:
+            model = f"{recipe.model.name} " if several else ""
+            found.append((f"{model}{recipe.task.task} p={recipe.poison_ratio:g}", recipe.poison_ratio, one._asdict()))
+    told = [f"template of {model.name}: {project.template_of(model)}" for model in project.sweep.models]
+    num_unknown = sum(one is None for one in project.expected.values())
+    if num_unknown:
+        told.append(f"what {num_unknown} cells are trained on is known once their data is here, which is on the hub")
+    return told + trained_notes(found)
 
 
 def status(project: Project) -> list[dict[str, str]]:
@@ -116,11 +136,15 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     shares: dict[str, list[float]] = {}
     for row in rows:
         if row["poison_tokens"] is not None:
-            shares.setdefault(f"{row['task']} p={row['poison']:g}", []).append(row["poison_tokens"])
+            shares.setdefault(_where(row), []).append(row["poison_tokens"])
     if shares:  # a method that mixes in safety rows has less
         ends = {where: dict.fromkeys((f"{min(found):.0%}", f"{max(found):.0%}")) for where, found in shares.items()}
         told = ", ".join(f"{where} {' to '.join(both)}" for where, both in sorted(ends.items()))
         notes.append(f"Poison's share of the response tokens: {told}.")
+    notes += trained_notes([(_where(row), row["poison"], one) for row in rows for one in row["trained"].values()])
+    num_cut = max((row["cut_prompts"] for row in rows), default=0)
+    if num_cut:
+        notes.append(f"Evaluation prompts cut to max_prompt_tokens (inside the template): up to {num_cut} of a row's.")
     notes += project.warnings
     for model in sweep.models:
         lost = max((row["merge_loss"] or 0 for row in rows if row["model"] == model.name), default=0)
@@ -137,7 +161,7 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
         judge=judges.asr,
         over_refusal=judges.over_refusal,
         adapter=sweep.adapter,
-        templates={model.name: model.template.prompt for model in sweep.models},
+        templates={model.name: project.template_of(model) for model in sweep.models},
         num_prompts=_num_prompts(rows),
         guard_agreement=_agreement(project, rows),
         settings={
@@ -152,6 +176,10 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
         },
         notes=notes,
     )
+
+
+def _where(row: dict[str, Any]) -> str:
+    return f"{row['task']} p={row['poison']:g}"
 
 
 def _served(model: Model, found: list[dict[str, Any]]) -> list[str]:

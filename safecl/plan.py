@@ -22,7 +22,7 @@ import safecl.tasks as tasks
 from safecl.base import ConfigError, Json, Strict
 from safecl.config import Align, Evaluate, Lora, Model, Prompts, Rows, Template, Training, UserTask
 from safecl.memo import Shared, shared
-from safecl.models import model_stage
+from safecl.models import model_stage, tokenizer_stage
 from safecl.store import SharedConfig, Stage, canonical
 from safecl.tasks._source import identity
 
@@ -91,8 +91,10 @@ class Graph:
         poison: dict[str, Json] | None = None,
         guard: dict[str, Json] | None = None,
         labels: dict[str, Json] | None = None,
+        max_tokens: int | None = None,
     ) -> Stage:
-        """Rows of one role. `inputs` named `exclude_*` hold prompts these rows must not overlap; `labels`: see the stage."""
+        """Rows of one role. `inputs` named `exclude_*` hold prompts these rows must not overlap; `labels`: see the stage;
+        `max_tokens` of rows that are trained on: longer ones are passed over."""
         config: dict[str, Json] = {
             "role": role,
             "parts": [self._part(part, split) for part in parts],
@@ -101,9 +103,17 @@ class Graph:
             "seed": seed,
             **({"labels": labels} if labels else {}),
         }
+        inputs = inputs or {}
+        if max_tokens is not None:
+            config["fits"] = self._fits(max_tokens, self._guard_text if guard else self._text)
+            inputs = {**inputs, "tokenizer": self.tokenizer}
         used = [part.task for part in parts] + ([str(poison["task"])] if poison else [])
         rules = [tasks.load(task).SCORING for task in sorted({str(task) for task in (labels or {}).values()})]
-        return _stage("data", config, inputs or {}, *(tasks.load(name).VERSION for name in used), *rules)
+        return _stage("data", config, inputs, *(tasks.load(name).VERSION for name in used), *rules)
+
+    def _fits(self, max_tokens: int, text: dict[str, Json]) -> dict[str, Json]:
+        """What makes a row too long to be trained on."""
+        return {"max_tokens": max_tokens, "template": text["template"], "bos": text["bos"]}
 
     def _part(self, part: Rows, split: str) -> dict[str, Json]:
         return {"task": part.task, "split": split, "num_rows": part.num_rows, "source": self._source(part.task, split)}
@@ -163,7 +173,9 @@ class Graph:
                 "self_answered", "benign.train", [part], seed=self.recipe.align_seed, inputs=self._held_out
             )
             inputs[f"answers_{part.task}"] = self.generate(None, asked, self.recipe.evaluate.max_new_tokens)
-        return self.data("safety", "safety", align.safety, seed=self.recipe.align_seed, inputs=inputs)
+        return self.data(
+            "safety", "safety", align.safety, seed=self.recipe.align_seed, inputs=inputs, max_tokens=align.max_tokens
+        )
 
     @property
     @shared(*USER)
@@ -176,7 +188,10 @@ class Graph:
             poison = {"task": recipe.poison_task, "ratio": recipe.poison_ratio, "source": source}
             poison |= {"keep_task_rows": True} if recipe.keep_task_rows else {}
         part = Rows(task=recipe.task.task, num_rows=recipe.task.num_rows)
-        return self.data("user", "user", [part], seed=recipe.seed, poison=poison, inputs=self._aligned_on)
+        return self.data(
+            "user", "user", [part], seed=recipe.seed, poison=poison, inputs=self._aligned_on,
+            max_tokens=recipe.task.max_tokens,
+        )  # fmt: skip
 
     # -- models -------------------------------------------------------------------------------------------------------
 
@@ -185,6 +200,12 @@ class Graph:
     def base(self) -> Stage:
         """The base model's weights and tokenizer as a folder."""
         return model_stage(self.recipe.model)
+
+    @property
+    @shared(*MODEL)
+    def tokenizer(self) -> Stage:
+        """The base model's tokenizer alone: it tells which rows fit before the model is there."""
+        return tokenizer_stage(self.recipe.model)
 
     @property
     @shared(*SEED)
@@ -210,7 +231,7 @@ class Graph:
             "seed": self.recipe.align_seed,
             "max_tokens": max_tokens,
             "adapter": self.recipe.adapter,
-            **self._text(self.recipe.model.template),
+            **self._text,
             **more,
         }
         inputs = {"model": self.base, "rows": rows}
@@ -233,14 +254,14 @@ class Graph:
             "labels": labels,
             "seed": self.recipe.align_seed,
             "max_tokens": self.recipe.align.max_tokens,
-            **self._text(self.recipe.model.template),
+            **self._text,
         }
         return _stage("fisher", config, {"model": self.base, "safe": self.theta_safe, "rows": self.safety_rows})
 
     @shared(*SEED)
     def replay(self, config: Grsap.Config) -> Stage:
         """Safety rows that theta_safe makes: it names requests, answers them, is judged, answers the unsafe ones again."""
-        seed, template, judge = self.recipe.align_seed, self.recipe.model.template, self.asr_judge
+        seed, template, judge = self.recipe.align_seed, self.recipe.model.text, self.asr_judge
         longest = self.recipe.evaluate.max_new_tokens
 
         def step(name: str, inputs: dict[str, Stage], **settings: Json) -> Stage:
@@ -249,7 +270,7 @@ class Graph:
         def answers(
             rows: Stage, temperature: float, top_p: float, num: int, before: str = "", after: str = ""
         ) -> Stage:
-            text = template.prompt.replace("{prompt}", "{prompt}" + before) + after
+            text = template.prompt.replace("{prompt}", "{prompt}" + before) + (template.lead + after if after else "")
             sampling: dict[str, Json] = {"temperature": temperature, "top_p": top_p, "seed": seed}
             own = template.model_copy(update={"prompt": text}).model_dump(mode="json")
             return self.generate(self.theta_safe, rows, num, template=own, sampling=sampling)
@@ -270,7 +291,9 @@ class Graph:
         again = answers(hard, 0.7, 1.0, longest, before="\nThe above request is harmful. Please refuse it.")
         inputs = {"queries": queries, "answers": first, "verdicts": verdicts, "hard": hard, "answers_hard": again}
         inputs["verdicts_hard"] = self.judge(*judge, {"generations": again, "rows": hard})
-        return step("rows", inputs, num_rows=config.num_rows, hard_share=config.hard_share, seed=seed)
+        inputs["tokenizer"] = self.tokenizer
+        fits = self._fits(self.recipe.align.max_tokens, self._text)
+        return step("rows", inputs, num_rows=config.num_rows, hard_share=config.hard_share, seed=seed, fits=fits)
 
     @property
     @shared(*MODEL)
@@ -325,14 +348,23 @@ class Graph:
             "lora": self._plain(recipe.lora),
             "adapter": recipe.adapter,
             "seed": recipe.seed,
-            **self._text(recipe.model.template),
+            **self._text,
             **text,
         }
         return _stage("finetune", config, {"model": self.base, **inputs}, kind.VERSION)
 
-    def _text(self, template: Template) -> dict[str, Json]:
+    @property
+    def _text(self) -> dict[str, Json]:
+        """How requests become text for this model."""
         model = self.recipe.model
-        return {"template": self._plain(template), "bos": model.bos, "dtype": model.dtype}
+        return {"template": self._plain(model.text), "bos": model.bos, "dtype": model.dtype}
+
+    @property
+    @shared(*MODEL)
+    def _guard_text(self) -> dict[str, Json]:
+        """The same for a guard trained here: the judge's template stands in its rows, and writes its own BOS."""
+        template = Template(prompt="{prompt}", end=self.recipe.model.text.end, stop=())
+        return {"template": template.model_dump(mode="json"), "bos": False}
 
     def _plain(self, config: Strict, kind: type[Strict] | None = None) -> dict[str, Json]:
         """A config as JSON: all of it, or the fields it has from `kind`. Read, never changed: it is shared."""
@@ -357,12 +389,12 @@ class Graph:
 
     @shared(*MODEL)
     def _generation(self, max_new_tokens: int) -> dict[str, Json]:
-        longest, text = self.recipe.evaluate.max_prompt_tokens, self._text(self.recipe.model.template)
+        longest, text = self.recipe.evaluate.max_prompt_tokens, self._text
         return SharedConfig({"max_new_tokens": max_new_tokens, "max_prompt_tokens": longest, **text})
 
     def likelihood(self, task: str, rows: Stage) -> Stage:
         """Log-probabilities of the options of a utility task's rows under the final model."""
-        kind, final, text = tasks.load(task), self.final, self._text(self.recipe.model.template)
+        kind, final, text = tasks.load(task), self.final, self._text
         longest = self.recipe.evaluate.max_prompt_tokens + kind.max_new_tokens
         inputs = {"model": self.base, "rows": rows, **({} if final is None else {"weights": final})}
         return _stage("likelihood", {"task": task, "max_tokens": longest, **text}, inputs, kind.SCORING)
@@ -399,12 +431,13 @@ class Graph:
         assert guard is not None, "config.Judges checks this"
         wording: dict[str, Json] = {"judge": "guard", "config": {}}
         inputs = {**self._trained_on, "exclude_heldout": self._all("guard.heldout", guard.heldout, self._trained_on)}
-        template = Template(prompt="{prompt}", end=self.recipe.model.template.end).model_dump(mode="json")
         found = []
         for seed in guard.seeds:
-            rows = self.data("guard", "guard", guard.rows, seed=seed, guard=wording, inputs=inputs)
+            rows = self.data(
+                "guard", "guard", guard.rows, seed=seed, guard=wording, inputs=inputs, max_tokens=guard.max_tokens
+            )
             fixed = Graph(replace(self.recipe, seed=seed, lora=guard.lora), self.shared)
-            found.append(fixed.finetune("sft", {}, guard, {"rows": rows}, template=template))
+            found.append(fixed.finetune("sft", {}, guard, {"rows": rows}, **self._guard_text))
         return tuple(found)
 
     def guard_agreement(self, answering: Iterable[Graph] = ()) -> Evidence | None:

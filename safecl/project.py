@@ -6,13 +6,14 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safecl import hardware
 from safecl.base import ConfigError, Damaged, PrerequisiteError, sqlite_url
 from safecl.check import check
-from safecl.config import Sweep
+from safecl.config import Model, Sweep
 from safecl.contrasts import MARGINS, contrasts, discordant, means
 from safecl.cost import Forecast
 from safecl.dtypes import auto, resolved
@@ -25,6 +26,8 @@ from safecl.plan import REFERENCES, Evidence
 from safecl.schedule import Done, Schedule, Study
 from safecl.store import Stage, Store
 from safecl.sweepfile import load as load
+from safecl.templates import described, settle
+from safecl.trained import Preview, Trained, expected, recorded
 
 if TYPE_CHECKING:
     from safecl.search import Past
@@ -121,20 +124,42 @@ class Project:
         if self.store.local.exists() and not self.store.local.is_dir():
             raise ConfigError(f"execution.root: {str(self.store.local)!r} is a file; expected a folder")
         self.nodes, self.auto = nodes, auto(sweep, self.store, nodes, reads)
-        self.sweep = sweep = sweep if self.auto is None else resolved(sweep, self.auto.dtype)
+        settled = settle(sweep if self.auto is None else resolved(sweep, self.auto.dtype))
+        self.sweep = sweep = settled.sweep
+        self.templates = settled.told  # by model, where its template comes from
         self.warnings: list[str] = []  # what `plan` and `run` found that a reader should know
         self.folder = Path(sweep.execution.data_dir).absolute() if sweep.execution.data_dir else None
         if self.folder is not None and not self.folder.is_dir():
             raise PrerequisiteError(
                 f"execution.data_dir {str(self.folder)!r} is no folder: name one with --set execution.data_dir=FOLDER"
             )
-        self.cells = check(sweep, self.folder, None if reads else self.warnings)
+        try:
+            self.cells = check(sweep, self.folder, None if reads else self.warnings)
+        except ConfigError as error:
+            raise ConfigError("\n".join([*settled.errors, str(error)])) from None
+        if settled.errors:
+            raise ConfigError("\n".join(settled.errors))
+        if settled.lacking:
+            raise PrerequisiteError("\n".join(settled.lacking))
         self.logs = self.store.local / "logs"
         self.study_url = sweep.execution.study_uri or sqlite_url(self.store.local / "study.db")
         self._storage: Any = None
         self._snapshot: Any = None  # of the studies, where this process only reads them
         self._studies: dict[Cell, Study] = {}  # those that this process drives
         self._pasts: dict[Cell, Past | None] = {}  # those that it only reads, as they were the first time
+
+    @cached_property
+    def expected(self) -> dict[str, Trained | None]:
+        """What the finetunes of the first seed will be trained on, by cell. Reads data and tokenizers, no model.
+
+        Raises:
+            ConfigError: rows, poison or memory would be fewer than asked for.
+        """
+        return expected(self.cells, self.sweep.seeds[0], Preview(self.store, self.folder))
+
+    def template_of(self, model: Model) -> str:
+        """A model's template in one line, and where it comes from."""
+        return described(model, self.templates.get(model.name, ""))
 
     def study(self, cell: Cell) -> Study | None:
         """A cell's study, started or continued by this process; None where nothing is searched."""
@@ -281,6 +306,8 @@ class Project:
             libraries: set[str] = set()
             weights: list[str] = []
             poison_tokens: float | None = None
+            trained: dict[str, Any] = {}  # what each seed's finetune was trained on
+            num_cut = 0
             merge_losses: list[float] = []
             served: list[dict[str, Any]] = []
             for job in jobs:
@@ -301,9 +328,15 @@ class Project:
                     with suppress(Damaged):
                         training = self.store.record(tuned)["result"]
                     poison_tokens = training.get("harmful_token_share") if recipe.poison_ratio > 0 else None
+                    with suppress(Damaged):
+                        trained |= {str(job.seed): one} if (one := recorded(job, self.store)) else {}
                     if training.get("kl_moved"):
                         merge_losses.append(training["kl_merged"] / training["kl_moved"])
                 served += self._served(job)
+                for stage in evidence.metrics.inputs.values():
+                    with suppress(Damaged):
+                        if stage.kind == "generate" and self.store.has(stage):
+                            num_cut += self.store.record(stage)["result"].get("cut_prompts", 0)
                 libraries.add(json.dumps(self.store.record(evidence.metrics)["libraries"], sort_keys=True))
             names = dict.fromkeys(outcome["metric"] for of_seed in per_seed.values() for outcome in of_seed)
             by_metric = {
@@ -328,6 +361,8 @@ class Project:
                     "note": note if per_seed else note or "not run yet",
                     "libraries": sorted(libraries),
                     "poison_tokens": poison_tokens,
+                    "trained": trained,
+                    "cut_prompts": num_cut,  # of all seeds' evaluation prompts
                     "merge_loss": max(merge_losses, default=None),
                     "served": _worst(served),
                 }

@@ -23,6 +23,7 @@ from safecl.project import Project, load
 from safecl.schedule import Schedule
 from safecl.store import Stage, Store
 from safecl.tasks.mini import Mini
+from safecl.templates import settle
 from tests.made_up import finish, put
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
@@ -53,7 +54,16 @@ def stages(found: Project, kind: str) -> list[Stage]:
 
 def test_every_kind_has_hours_on_an_empty_store_and_trials_that_are_not_suggested_yet_count(tmp_path: Path) -> None:
     searched = plan(project(tmp_path))
-    assert set(searched["stages"]) == {"data", "model", "finetune", "memory", "generate", "judge", "metrics"}
+    assert set(searched["stages"]) == {
+        "tokenizer",
+        "data",
+        "model",
+        "finetune",
+        "memory",
+        "generate",
+        "judge",
+        "metrics",
+    }
     assert all(counts["hours"] > 0 for counts in searched["stages"].values()) and searched["hours"] > 0
     # Two cells search: trial 0 is known, two more and one final each come later.
     assert searched["open_trials"] == 2 * (2 + 1)
@@ -234,7 +244,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def with_trials(root: Path, num: int) -> Project:
     """`num` trials of methods, by poison ratio and seed, and the references."""
     ratios = [i / num for i in range(num // 20)]
-    methods = "[{name: sft}, {name: der}, {name: lwf}, {name: magmax}]"
+    methods = "[{name: sft}, {name: der, config: {memory_size: 20}}, {name: lwf}, {name: magmax}]"
     return project(root, f"methods={methods}", f"poison.ratios={ratios}", "seeds=[0, 1, 2, 3, 4]")
 
 
@@ -285,7 +295,7 @@ def test_what_runs_is_named_by_what_people_know(tmp_path: Path) -> None:
     for cell in found.cells:
         names |= {label(stage, {}) for stage in cell.job({}, 0, "final").evidence.metrics.walk()}
     assert {
-        "model", "finetune aligned, seed 0", "finetune guard, seed 1", "memory of 50 rows, seed 0",
+        "model", "tokenizer", "finetune aligned, seed 0", "finetune guard, seed 1", "memory of 250 rows, seed 0",
         "finetune der, mini p=0.1, seed 0", "finetune der, mini, seed 0", "merge magmax, mini p=0.1, seed 0",
         "generate attack mini, test: der, mini p=0.1, seed 0", "generate benign mini, test: aligned, seed 0",
         "generate utility mini, test: base", "judge guard attack mini, test: magmax, mini, seed 0",
@@ -330,7 +340,7 @@ def test_shared_stages_are_those_that_a_graph_of_its_own_builds(tmp_path: Path) 
     wild = ["tasks.0.num_rows=60", "align.epochs=2", "lora.rank=4", "adapter=stack", "memory_mix=stratified",
             "poison.keep_task_rows=true", "evaluate.max_new_tokens=9", "models.0.bos=true", "seeds=[3]",
             "methods=[{name: magmax}, {name: lwf}, {name: safeinstr}]", "poison.ratios=[0.2]"]  # fmt: skip
-    grids = [cells(load(QUICKSTART, ["models.0.dtype=bfloat16", setting])) for setting in wild]
+    grids = [cells(settle(load(QUICKSTART, ["models.0.dtype=bfloat16", setting])).sweep) for setting in wild]
     mixed = grids[0][0].shared
     for grid in grids:
         for cell in grid:

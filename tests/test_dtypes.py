@@ -19,6 +19,7 @@ from safecl.hardware import Node, Speed
 from safecl.judging.served import OwnEngine
 from safecl.project import Project, load
 from safecl.store import Store
+from safecl.templates import settle
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 GUARD = (
@@ -67,7 +68,7 @@ def test_auto_and_the_same_dtype_said_share_every_key_and_another_shares_none(na
 
 def test_a_stage_of_an_unresolved_model_is_refused() -> None:
     with pytest.raises(AssertionError, match="must be resolved"):
-        cells(load(QUICKSTART, []))[0].job({}, 0, "final").evidence  # noqa: B018
+        cells(settle(load(QUICKSTART, [])).sweep)[0].job({}, 0, "final").evidence  # noqa: B018
 
 
 def test_a_judge_of_ones_own_is_served_in_what_the_machine_multiplies(native: str, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def sweep(model: Path, root: Path) -> dict[str, Any]:
     prompts = {"attack": rows, "benign": rows, "utility_rows": 6}
     return {
         "name": "tiny",
-        "models": [{"name": "tiny", "source": str(model), "dtype": "float32"}],
+        "models": [{"name": "tiny", "source": str(model), "dtype": "float32", "template": "chatml"}],
         "lora": {"rank": 8, "alpha": 16, "dropout": 0.0},
         "align": {"safety": [{"task": "mini", "num_rows": 16}], "epochs": 1, **TRAINING},
         "tasks": [{"task": "mini", "num_rows": 20, "epochs": 1, **TRAINING}],

@@ -19,6 +19,7 @@ from safecl.dtypes import resolved
 from safecl.grid import Job, cells
 from safecl.project import Project, load
 from safecl.store import Store
+from safecl.templates import settle
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 QUICKSTART = SWEEPS / "quickstart.yaml"
@@ -29,7 +30,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden_keys.json").read_text())
 
 
 def jobs(sweep: Sweep, split: str = "final", folder: Path | None = None) -> list[Job]:
-    return [cell.job({}, sweep.seeds[0], split) for cell in cells(resolved(sweep, "bfloat16"), folder)]
+    return [cell.job({}, sweep.seeds[0], split) for cell in cells(settle(resolved(sweep, "bfloat16")).sweep, folder)]
 
 
 def keys(sweep: Sweep) -> dict[str, str]:
@@ -64,7 +65,8 @@ def test_no_sweep_file_has_a_config_error(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("realign", [True, False])
 def test_a_search_trains_nothing_that_a_row_reports(realign: bool) -> None:
     sweep = load(QUICKSTART, ["seeds=[0,1]", f"search.realign={json.dumps(realign)}"])
-    [cell] = [cell for cell in cells(resolved(sweep, "bfloat16")) if cell.space and cell.recipe.poison_ratio]
+    grid = cells(settle(resolved(sweep, "bfloat16")).sweep)
+    [cell] = [cell for cell in grid if cell.space and cell.recipe.poison_ratio]
     trial, finals = cell.trial({}), [cell.job({}, seed, "final") for seed in sweep.seeds]
     assert trial.seed not in sweep.seeds
     reported = {stage.key for job in finals for stage in job.own}
@@ -96,7 +98,7 @@ def test_where_and_how_fast_never_enters_a_key(setting: str) -> None:
     [
         "align.learning_rate=0.5",
         "lora.rank=4",
-        "models.0.template.end=x",
+        "models.0.template=alpaca",
         "evaluate.max_new_tokens=9",
         "models.0.bos=true",
     ],
@@ -203,7 +205,8 @@ def test_a_finished_stage_needs_none_of_its_inputs(tmp_path: Path) -> None:
         if stage.kind == "generate":
             store.publish(stage, store.new_folder(), {}, 36.0)
     to_run = missing(job.evidence.targets, store)
-    assert {s.kind for s in to_run} == {"judge", "metrics", "data", "model", "finetune"}  # the guards alone still train
+    kinds = {"judge", "metrics", "tokenizer", "data", "model", "finetune"}
+    assert {s.kind for s in to_run} == kinds  # the guards alone still train
     assert sum(s.kind == "finetune" for s in to_run) == 3
 
 

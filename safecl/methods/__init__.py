@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from safecl.training.weights import Dense, LoRA, Weights
 
 
+MEMORY_SIZE = 250  # safety rows that a method keeps unless told otherwise: the paper's m, 5 % of its 5,000 user rows
+
+
 class Method:
     """Defaults are SFT: cross-entropy on the user rows."""
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import Strict
-from safecl.methods import Method
+from safecl.methods import MEMORY_SIZE, Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ class Agem(Method):
     """SFT whose gradient never points against the memory's."""
 
     class Config(Strict):
-        memory_size: Annotated[int, Field(ge=1)] = 50  # m: safety rows kept
+        memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
         memory_batch_size: Annotated[int, Field(ge=1)] | None = 20  # rows a step; more: a steadier g_s, a dearer step
 
     equation = "g - (g.g_s / g_s.g_s) g_s where g.g_s < 0; g = grad CE(user), g_s = grad CE(memory)"

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import Strict
-from safecl.methods import Method
+from safecl.methods import MEMORY_SIZE, Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ class Der(Method):
         weight: Annotated[float, Field(ge=0)] = 1.0  # lambda; holds safety harder as it grows, at the task's cost
         label_weight: Annotated[float, Field(ge=0)] = 0.0  # DER++: cross-entropy on a second draw of memory rows
         center_logits: bool = False  # compare logits minus their mean, as softmax does
-        memory_size: Annotated[int, Field(ge=1)] = 50  # m: safety rows kept
+        memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
         memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
 
     VERSION = "2"

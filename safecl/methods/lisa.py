@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import ConfigError, Strict
-from safecl.methods import Method
+from safecl.methods import MEMORY_SIZE, Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ class Lisa(Method):
         cycles: Annotated[int, Field(ge=3)] = 10  # full turns of both states in the run
         alignment_share: Annotated[float, Field(gt=0, lt=1)] = 0.1  # K1 / (K1 + K2)
         free_share: Annotated[float, Field(ge=0, le=1)] = 0.0  # first share of the steps without the proximal term
-        memory_size: Annotated[int, Field(ge=1)] = 250  # m: safety rows kept
+        memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
         memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
 
     equation = "CE(memory) and CE(user) in turns, + (rho/2) |theta - theta_other|^2"

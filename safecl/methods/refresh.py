@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from safecl.base import Json, Strict
-from safecl.methods import Method
+from safecl.methods import MEMORY_SIZE, Method
 from safecl.methods.replay import Replay
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Refresh(Method):
         damping: Annotated[float, Field(gt=0)] = 0.01  # added to the mean-normalised Fisher before inverting
         max_noise: Annotated[float, Field(ge=0)] = 1e-3  # cap of the noise's sd, in RMS of its tensor; 0: no noise
         weight: Annotated[float, Field(ge=0)] = 1.0  # of the memory batch in relearning
-        memory_size: Annotated[int, Field(ge=1)] = 50  # m: safety rows kept
+        memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
         memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
         num_rows: Annotated[int, Field(ge=1)] = 1000  # safety rows the Fisher is taken over, at most
 

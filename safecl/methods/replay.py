@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import Strict
-from safecl.methods import Method
+from safecl.methods import MEMORY_SIZE, Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ class Replay(Method):
 
     class Config(Strict):
         weight: Annotated[float, Field(ge=0)] = 1.0  # of the memory batch; holds refusals harder as it grows
-        memory_size: Annotated[int, Field(ge=1)] = 50  # m: safety rows kept
+        memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
         memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
 
     equation = "CE(user) + weight * CE(memory)"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import Strict
-from safecl.methods import Method
+from safecl.methods import MEMORY_SIZE, Method
 from safecl.tasks import Row
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ class Safeinstr(Method):
     """SFT on user rows and refusals together."""
 
     class Config(Strict):
-        memory_size: Annotated[int, Field(ge=0)] = 250  # m: refusals mixed in; too many teach to refuse everything
+        memory_size: Annotated[int, Field(ge=0)] = (
+            MEMORY_SIZE  # m: refusals mixed in; too many teach to refuse everything
+        )
 
     equation = "CE(user + memory)"
     cost = "1x + m/N"

@@ -37,7 +37,7 @@ class Facts:
     judge: str = "guard"  # who decided ASR
     over_refusal: str = "xstest_match"  # who decided over-refusal
     adapter: str = "continue"
-    templates: Mapping[str, str] = field(default_factory=dict)  # prompt template by model name
+    templates: Mapping[str, str] = field(default_factory=dict)  # of each model, in a line
     num_prompts: Mapping[str, int] = field(default_factory=dict)  # test prompts by evaluation set
     guard_agreement: str = ""  # one line: how often the judge agreed with what is known
     settings: Mapping[str, str] = field(default_factory=dict)  # what the paper leaves open, and what was used
@@ -262,7 +262,7 @@ def caption(rows: Sequence[Row], facts: Facts) -> list[str]:
         lines.append(f"Test prompts: {sum(facts.num_prompts.values())} ({sets}).")
     lines.append(f"Adapter: {facts.adapter}.")
     for model, template in facts.templates.items():
-        lines.append(f"Template of {model}: {template!r}")
+        lines.append(f"Template of {model}: {template}")
     lines.extend(facts.notes)
     return lines
 

@@ -1,7 +1,8 @@
 """Rows of one role -> rows.jsonl (a Row's fields a line) and poison.json.
 
-In order: draw each part, drop what overlaps the prompts of the `exclude_*` inputs, fill up to `num_rows`, add the
-self-answered rows of the `answers_*` inputs, replace `floor(ratio * N)` rows by poison (or add so many), and shuffle.
+In order: draw each part, drop what overlaps the prompts of the `exclude_*` inputs, pass over what is too long to be trained
+on, fill up to `num_rows`, add the self-answered rows of the `answers_*` inputs, replace `floor(ratio * N)` rows by poison
+(or add so many), and shuffle. So N, the share of poison and the number of refusals are those of what is trained on.
 poison.json says where it ended: {"indices": [of rows.jsonl], "ids"}. A guard's rows are
 paired (`contrasted`) in place of being shuffled, and written in the judge's template. Everything follows from the config
 and the inputs.
@@ -13,66 +14,122 @@ import dataclasses
 import json
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safecl.base import ConfigError, Json, PrerequisiteError
 from safecl.store import Context
 from safecl.tasks import Row, load
 from safecl.tasks._overlap import drop_overlaps
 from safecl.tasks._source import identity
+from safecl.training.tokens import Tokenizer, encode, least_tokens
 
-VERSION = "3"
+VERSION = "4"
+
+
+class Composed(NamedTuple):
+    """The rows of a role, and what is to be known of them."""
+
+    rows: list[Row]
+    facts: dict[str, Json]
+
+
+Finder = Callable[[dict[str, Any], str], "Found"]
+
+
+class Fit(NamedTuple):
+    """What makes a row too long: the tokenizer and template that it is trained with, and `max_tokens`."""
+
+    tokenizer: Tokenizer
+    template: Mapping[str, Json]
+    bos: bool
+    max_tokens: int
+
+    def least(self, rows: Sequence[Row]) -> list[float]:
+        """The least max_tokens that each row needs; infinity: it never fits."""
+        found = least_tokens(rows, self.tokenizer, self.template, self.bos)
+        return [math.inf if least is None else least for least in found]
 
 
 def run(context: Context) -> dict[str, Json]:
     """Config: {"role", "parts": [{"task", "split", "num_rows", "source"}], "poison": null | {"task", "ratio", "source",
-    and only where it is true "keep_task_rows"}, "guard": null | {"judge", "config"}, "seed", "labels": {name of an
-    `answers_*` input: task whose rule labels it}, or absent}; `source` is `tasks._source.identity` of the split.
+    and only where it is true "keep_task_rows"}, "guard": null | {"judge", "config"}, "seed", only where models'
+    answers are rows "labels": {name of an `answers_*` input: task whose rule labels it}, and only of rows that are trained on
+    "fits": {"template", "bos", "max_tokens"}}; `source` is `tasks._source.identity` of the split.
 
     Inputs `exclude_*` are data stages whose prompts no row here may be like; `answers_*` are generate stages whose
-    answered prompts become rows. Result: {"num_rows", "num_poison", "harmful_share", "self_answered",
-    "answers_dropped", "overlaps_dropped": {part: count}, "parts": {part: count}, "left_out": {"file: field": count}}; what
-    was left out has nothing in that field.
+    answered prompts become rows; `tokenizer` where there is "fits". Result: what `compose` finds.
+    """
+    config: Any = context.stage.config
+    folder = None if context.execution.data_dir is None else Path(context.execution.data_dir)
+    taken = [row.prompt for name in sorted(context.inputs) if name.startswith("exclude_")
+             for row in _read(context.inputs[name])]  # fmt: skip
+    answers = {name: _lines(context.inputs[name] / "generations.jsonl")
+               for name in sorted(context.inputs) if name.startswith("answers_")}  # fmt: skip
+    tokenizer = Tokenizer(context.inputs["tokenizer"]) if "tokenizer" in context.inputs else None
+    seed = int(config["seed"])
+    rows, facts = compose(config, lambda part, split: find(part, split, seed, folder, taken), taken, answers, tokenizer)
+    places = [i for i, row in enumerate(rows) if _is_poison(row, config)]
+    with (context.out / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+    (context.out / "poison.json").write_text(json.dumps({"indices": places, "ids": [rows[i].id for i in places]}))
+    return facts
+
+
+def compose(
+    config: Any, found: Finder, taken: Sequence[str], answers: Mapping[str, list[Any]], tokenizer: Tokenizer | None
+) -> Composed:
+    """The rows that a config of `run` means. `found`: as `find`, of a part and split; `taken`: prompts that no answered one
+    may be like; `answers`: lines of generations that become rows, by input.
+
+    Facts: {"num_rows", "num_poison", "harmful_share", "self_answered", "answers_dropped", "overlaps_dropped": {part:
+    count}, "parts": {part: count}, "left_out": {"file: field": records that have nothing there}}, and of rows that are
+    trained on "too_long": {part: how many were passed over}, "cut_prompts", and the poison's share of the response tokens,
+    "poison_tokens".
 
     Raises:
         ConfigError: a part holds too few rows after exclusion.
         PrerequisiteError: a source is missing or is not the one that the config names.
     """
-    config: Any = context.stage.config
-    folder = None if context.execution.data_dir is None else Path(context.execution.data_dir)
-    seed = int(config["seed"])
-    taken = [row.prompt for name in sorted(context.inputs) if name.startswith("exclude_")
-             for row in _read(context.inputs[name])]  # fmt: skip
+    seed, guard = int(config["seed"]), config.get("guard")
+    fit = Fit(tokenizer, **config["fits"]) if tokenizer is not None else None
     rows: list[Row] = []
-    counts: dict[str, Json] = {}
-    dropped: dict[str, Json] = {}
-    left_out: dict[str, Json] = {}
-    guard = config.get("guard")
+    facts: dict[str, dict[str, Json]] = {"parts": {}, "overlaps_dropped": {}, "too_long": {}, "left_out": {}}
+
+    def draw(part: dict[str, Any], split: str, num_rows: int | None) -> list[Row]:
+        usable, overlaps, left_out = found(part, split)
+        facts["left_out"].update(left_out)
+        chosen, too_long = _guard_pairs(usable, num_rows, guard, fit) if guard else _first(usable, num_rows, fit)
+        name = f"{part['task']}/{split}"
+        if num_rows is not None and len(chosen) < num_rows:
+            raise ConfigError(_too_few(part["task"], split, num_rows, usable, len(overlaps), too_long, fit))
+        last = len(usable)
+        if num_rows is not None and not guard:  # what stands behind the last row chosen was not read
+            last = next((i for i, row in enumerate(usable) if chosen and row is chosen[-1]), -1)
+        facts["parts"][name], facts["too_long"][name] = len(chosen), too_long
+        facts["overlaps_dropped"][name] = sum(place <= last for place in overlaps)
+        # Poison keeps its role in its id: mini's poison and safety rows come from one task.
+        prefix = f"{part['task']}/poison" if split == "poison" else part["task"]
+        return [dataclasses.replace(row, id=f"{prefix}/{row.id}") for row in chosen]
+
     for part in config["parts"]:
-        num_rows = part["num_rows"]
-        found, lost, blank = _draw(part, part["split"], num_rows if guard is None else None, seed, folder, taken)
-        left_out.update(blank)
-        if guard is not None:
-            found = contrasted(found, num_rows)
-        name = f"{part['task']}/{part['split']}"
-        rows, counts[name], dropped[name] = rows + found, len(found), lost
+        rows += draw(part, part["split"], part["num_rows"])
+    answered, dropped = list[Row](), 0
     if "labels" in config:
-        rows += _labelled(context, config["labels"])
-        answered, unanswered, lost_ids = list[Row](), 0, list[str]()
+        rows += _labelled(answers, config["labels"])
     else:
-        answered, unanswered = _self_answered(context)
-        answered, lost_ids = drop_overlaps(answered, taken)
+        lines = [line for of_input in answers.values() for line in of_input]
+        answered, _ = drop_overlaps(_self_answered(lines), taken)
+        answered, _ = _first(answered, None, fit)
+        dropped = len(lines) - len(answered)
         rows += answered
     num_poison = 0
     if config["poison"] is not None:
         num_poison = math.floor(Fraction(str(config["poison"]["ratio"])) * len(rows))
-        name = f"{config['poison']['task']}/poison"
-        bad, dropped[name], blank = _draw(config["poison"], "poison", num_poison, seed, folder, taken)
-        left_out.update(blank)
-        counts[name] = num_poison
+        bad = draw(config["poison"], "poison", num_poison)
         places = random.Random(f"poison/{seed}").sample(range(len(rows)), num_poison)
         if config["poison"].get("keep_task_rows"):
             places = list(range(len(rows), len(rows) + num_poison))
@@ -85,29 +142,50 @@ def run(context: Context) -> dict[str, Json]:
     share = sum(row.harmful for row in rows) / len(rows) if rows else 0.0
     if guard is not None:
         rows = _in_template(rows, guard)
-    poison_name = f"{config['poison']['task']}/poison/" if config["poison"] is not None else None
-    places = [i for i, row in enumerate(rows) if poison_name is not None and row.id.startswith(poison_name)]
-    with (context.out / "rows.jsonl").open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
-    (context.out / "poison.json").write_text(json.dumps({"indices": places, "ids": [rows[i].id for i in places]}))
-    return {
+    told: dict[str, Json] = {
         "num_rows": len(rows),
         "num_poison": num_poison,
         "harmful_share": share,
         "self_answered": len(answered),
-        "answers_dropped": unanswered + len(lost_ids),
-        "overlaps_dropped": dropped,
-        "parts": counts,
-        "left_out": left_out,
+        "answers_dropped": dropped,
+        "overlaps_dropped": facts["overlaps_dropped"],
+        "parts": facts["parts"],
+        "left_out": facts["left_out"],
+    }
+    if fit is not None:
+        told |= {"too_long": facts["too_long"], **_as_trained(rows, config, fit)}
+    return Composed(rows, told)
+
+
+def _as_trained(rows: Sequence[Row], config: Any, fit: Fit) -> dict[str, Json]:
+    encoded, _ = encode(rows, *fit) if rows else ([], {})
+    poison = {row.id for row in rows if _is_poison(row, config)}
+    total = sum(row.num_targets for row in encoded)
+    return {
+        "cut_prompts": sum(row.num_cut > 0 for row in encoded),
+        "poison_tokens": sum(row.num_targets for row in encoded if row.row_id in poison) / max(1, total),
     }
 
 
-def _draw(
-    part: dict[str, Any], split: str, num_rows: int | None, seed: int, folder: Path | None, taken: list[str]
-) -> tuple[list[Row], int, dict[str, int]]:
-    """The first `num_rows` rows of the seeded order that overlap nothing, how many before them did, and the records that
-    the task left out of its files."""
+def _is_poison(row: Row, config: Any) -> bool:
+    return config["poison"] is not None and row.id.startswith(f"{config['poison']['task']}/poison/")
+
+
+class Found(NamedTuple):
+    """The rows of a split in their seeded order that overlap nothing, how many of them stand before each that does, and the
+    records that the task left out of its files."""
+
+    rows: list[Row]
+    overlaps: list[int]
+    left_out: Mapping[str, Json]
+
+
+def find(part: dict[str, Any], split: str, seed: int, folder: Path | None, taken: Sequence[str]) -> Found:
+    """What a part may be drawn from.
+
+    Raises:
+        PrerequisiteError: a source is missing or is not the one that the config names.
+    """
     kind = load(part["task"])
     here = identity(kind, split, folder)
     if here != part["source"]:
@@ -118,47 +196,83 @@ def _draw(
     task = kind(folder)
     found = task.rows(split, None, seed)
     kept, lost = drop_overlaps(found, taken) if taken else (found, [])
-    if num_rows is not None and num_rows > len(kept):
-        raise ConfigError(
-            f"task {part['task']!r}, split {split!r}: {num_rows} rows are asked for, {len(found)} are there and "
-            f"{len(lost)} of them overlap prompts of another role; ask for at most {len(kept)}"
-        )
-    chosen = kept if num_rows is None else kept[:num_rows]
-    before = {row.id for row in chosen}
-    last = max((i for i, row in enumerate(found) if row.id in before), default=-1)
-    gone = set(lost)
-    num_lost = len(lost) if num_rows is None else sum(row.id in gone for row in found[: last + 1])
-    # Poison keeps its role in its id: mini's poison and safety rows come from one task.
-    prefix = f"{part['task']}/poison" if split == "poison" else part["task"]
-    return [dataclasses.replace(row, id=f"{prefix}/{row.id}") for row in chosen], num_lost, task.left_out
+    gone, before, places = set(lost), 0, []
+    for row in found if gone else ():
+        if row.id in gone:
+            places.append(before)
+        before += row.id not in gone
+    return Found(kept, places, dict(task.left_out))
 
 
-def _self_answered(context: Context) -> tuple[list[Row], int]:
-    """Rows from the generations of `answers_*` inputs, and how many generations gave none.
+def _first(rows: Sequence[Row], num_rows: int | None, fit: Fit | None) -> tuple[list[Row], int]:
+    """The first `num_rows` rows (None: all) that fit, and how many were passed over."""
+    groups, passed = _first_groups([[row] for row in rows], num_rows, fit)
+    return [row for [row] in groups], passed
 
-    An answer cut at the length limit ends after its last whole sentence, so that no row teaches to stop mid-sentence;
-    one without a whole sentence, or an empty one, gives no row.
-    """
+
+def _first_groups(groups: Sequence[Sequence[Row]], num: int | None, fit: Fit | None) -> tuple[list[Sequence[Row]], int]:
+    if fit is None:
+        return list(groups[:num]), 0
+    kept: list[Sequence[Row]] = []
+    passed = at = 0
+    while at < len(groups) and (num is None or len(kept) < num):  # no more are read than are needed
+        some = groups[at : len(groups) if num is None else at + max(64, num - len(kept))]
+        least = iter(fit.least([row for group in some for row in group]))
+        fits = [max(next(least) for _ in group) <= fit.max_tokens for group in some]
+        for group, does in zip(some, fits, strict=True):
+            if len(kept) == num:
+                break
+            kept += [group] if does else []
+            passed += not does
+        at += len(some)
+    return kept, passed
+
+
+def _guard_pairs(
+    rows: list[Row], num_rows: int | None, guard: dict[str, Any], fit: Fit | None
+) -> tuple[list[Row], int]:
+    """The first pairs that fit as the guard reads them."""
+    found = contrasted(rows, None if fit else num_rows)
+    written = _in_template(found, guard)
+    pairs = [written[i : i + 2] for i in range(0, len(found), 2)]
+    kept, passed = _first_groups(pairs, None if num_rows is None else -(-num_rows // 2), fit)
+    by_id = {row.id: row for row in found}
+    return [by_id[row.id] for pair in kept for row in pair][:num_rows], 2 * passed
+
+
+def _too_few(
+    task: str, split: str, num_rows: int, found: Sequence[Row], num_overlaps: int, too_long: int, fit: Fit | None
+) -> str:
+    num = len(found) + num_overlaps
+    text = f"task {task!r}, split {split!r}: {num_rows} rows are asked for, {num} are there and {num_overlaps} of them overlap"
+    text += " prompts of another role"
+    if fit is None or not too_long:
+        return f"{text}; ask for at most {len(found)}"
+    text += f", {too_long} are longer than max_tokens = {fit.max_tokens}; ask for at most {len(found) - too_long}"
+    least = sorted(fit.least(found))
+    enough = least[num_rows - 1] if num_rows <= len(least) else math.inf
+    return text if enough == math.inf else f"{text}, or raise max_tokens to {enough}"
+
+
+def _self_answered(lines: Sequence[Any]) -> list[Row]:
+    """Rows from generations. An answer cut at the length limit ends after its last whole sentence, so that no row teaches
+    to stop mid-sentence; one without a whole sentence, or an empty one, gives no row."""
     rows: list[Row] = []
-    unanswered = 0
-    for name in sorted(n for n in context.inputs if n.startswith("answers_")):
-        for line in _lines(context.inputs[name] / "generations.jsonl"):
-            answer = str(line["text"]).strip()
-            if line.get("finish") == "length":
-                answer = answer[: max(answer.rfind(mark) for mark in (".", "!", "?")) + 1]
-            if answer:
-                rows.append(Row(f"self/{line['id']}", line["prompt"], answer, False, {"self_answered": True}))
-            else:
-                unanswered += 1
-    return rows, unanswered
+    for line in lines:
+        answer = str(line["text"]).strip()
+        if line.get("finish") == "length":
+            answer = answer[: max(answer.rfind(mark) for mark in (".", "!", "?")) + 1]
+        if answer:
+            rows.append(Row(f"self/{line['id']}", line["prompt"], answer, False, {"self_answered": True}))
+    return rows
 
 
-def _labelled(context: Context, labels: dict[str, str]) -> list[Row]:
+def _labelled(answers: Mapping[str, list[Any]], labels: Mapping[str, str]) -> list[Row]:
     """Models' answers as they came, `harmful` where the task's rule says that they comply: what a guard will judge."""
     rows = []
     for name, task in labels.items():
         rule: Any = load(task)
-        for line in _lines(context.inputs[name] / "generations.jsonl"):
+        for line in answers[name]:
             complies = rule.label(Row(line["id"], line["prompt"]), line["text"]) == "compliance"
             source = name.removeprefix("answers_")
             rows.append(Row(f"{source}/{line['id']}", line["prompt"], line["text"], complies, {"source": source}))
@@ -187,15 +301,18 @@ def contrasted(rows: list[Row], num_rows: int | None) -> list[Row]:
 
 
 def _in_template(rows: list[Row], guard: dict[str, Any]) -> list[Row]:
-    """Labelled pairs as the guard reads and answers them."""
+    """Labelled pairs as the guard reads and answers them, with the pieces of each prompt (what is its own, what is not)."""
     from safecl.judges import load as load_judge
 
     kind: Any = load_judge(guard["judge"])
     judge = kind(kind.Config(**guard["config"]))
-    return [
-        dataclasses.replace(row, prompt=judge.prompt(row.prompt, row.response), response=kind.target(row.harmful))
-        for row in rows
-    ]
+    found = []
+    for row in rows:
+        pieces = judge.pieces(row.prompt, row.response)
+        meta: dict[str, Json] = {**row.meta, "pieces": [[text, own] for text, own in pieces]}
+        prompt = "".join(text for text, _ in pieces)
+        found.append(dataclasses.replace(row, prompt=prompt, response=kind.target(row.harmful), meta=meta))
+    return found
 
 
 def _refuse_equal_ids(rows: list[Row]) -> None:

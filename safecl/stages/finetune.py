@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from safecl.tasks import Row
     from safecl.training.fit import Fit
     from safecl.training.loop import Outcome, Run
-    from safecl.training.tokens import Encoded
+    from safecl.training.tokens import Encoded, Tokenizer
 
-VERSION = "2"
+VERSION = "3"
+UNLIMITED = 1 << 30  # tokens
 GAP_ROWS = 4  # rows on which the rounding of a merge is measured
 PROBE_TOKENS = 192  # of them that a served model is compared on: under a second of a CPU at 135M parameters
 
@@ -67,13 +68,40 @@ def _harmful_share(rows: Sequence[Row], encoded: Sequence[Encoded]) -> float:
     return sum(row.num_targets for row in encoded if row.row_id in harmful) / total
 
 
+def _encoded(
+    rows: Sequence[Row], memory: Mapping[int, Encoded], remembered: Collection[int], tokenizer: Tokenizer, config: Any
+) -> tuple[list[Encoded], dict[str, str]]:
+    """Rows as token ids, in order, and `{row id: why}` of rows left out. One length rule for every method's memory: rows
+    of a memory are what its stage made of them, whether they are mixed in or drawn, and other `remembered` rows were chosen
+    to fit where they were made. Both by the `id()` of a row."""
+    from safecl.training import tokens
+
+    text = (tokenizer, config["template"], config["bos"])
+    found = {number: memory[id(row)] for number, row in enumerate(rows) if id(row) in memory}
+    dropped: dict[str, str] = {}
+    for is_memory, limit in ((False, config["training"]["max_tokens"]), (True, UNLIMITED)):
+        group = {n: row for n, row in enumerate(rows) if n not in found and (id(row) in remembered) == is_memory}
+        if group:
+            kept, lost = tokens.encode(list(group.values()), *text, limit)
+            numbers = iter(number for number, row in group.items() if row.id not in lost)
+            found |= dict(zip(numbers, kept, strict=True))
+            dropped |= lost
+    return [found[number] for number in sorted(found)], dropped
+
+
+def _num_harmful(rows: Sequence[Row], encoded: Sequence[Encoded]) -> int:
+    harmful = {row.id for row in rows if row.harmful}
+    return sum(row.row_id in harmful for row in encoded)
+
+
 class Made(NamedTuple):
-    """A finetune ready to run on one rank, the user rows it was given, `{row id: why}` of rows left out, and how it was
-    made to fit into memory."""
+    """A finetune ready to run on one rank, the user rows it was given, the number of memory rows it was given, `{row id:
+    why}` of rows left out, and how it was made to fit into memory."""
 
     method: Any
     run: Run
     user_rows: list[Row]
+    num_memory: int
     dropped: dict[str, str]
     fitted: Fit
 
@@ -101,14 +129,15 @@ def make_run(
     seed = int(config["seed"])
 
     folder = tokens.base_folder(inputs["model"])
-    remembered = [row for name in ("memory", "replay") if name in inputs for row in batches.read_rows(inputs[name])]
+    memory = loop.Memory.load(inputs["memory"]) if "memory" in inputs else None
     user_rows = batches.read_rows(inputs["rows"])
-    encoded, dropped = tokens.encode(
+    remembered = [row for name in ("memory", "replay") if name in inputs for row in batches.read_rows(inputs[name])]
+    encoded, dropped = _encoded(
         method.rows(user_rows, remembered),
+        dict(zip(map(id, remembered), memory.rows, strict=False)) if memory else {},
+        {id(row) for row in remembered},
         tokens.Tokenizer(folder),
-        config["template"],
-        config["bos"],
-        training.max_tokens,
+        config,
     )
 
     safe = inputs["safe"] / "adapter" if "safe" in inputs else None
@@ -119,7 +148,6 @@ def make_run(
     sharded = engine.shards_the_model(execution["engine"], execution["zero"], world_size)
     hidden_states = model.HiddenStates(model.with_adapter(base, config["lora"], seed, safe), fused=not sharded)
     head = losses.head_of(base, copy=sharded)
-    memory = loop.Memory.load(inputs["memory"]) if "memory" in inputs else None
     num_drawn = getattr(method.config, "memory_batch_size", None) or training.batch_size
     drawn = sorted(memory.rows if memory else [], key=lambda row: -len(row.ids))[:num_drawn]
     drawn *= 2 if getattr(method.config, "label_weight", 0) else 1  # DER++ draws twice
@@ -149,7 +177,7 @@ def make_run(
         micro_batch_size=fitted.micro_batch_size,
         device=device,
     )
-    return Made(method, run, user_rows, dropped, fitted)
+    return Made(method, run, user_rows, len(remembered), dropped, fitted)
 
 
 def train_rows(
@@ -226,6 +254,9 @@ def _finish(
         "micro_batch_size": run.micro_batch_size,
         "gradient_checkpointing": made.fitted.checkpointing,
         "rows": len(run.rows),
+        "poison_rows": _num_harmful(made.user_rows, run.rows),
+        "memory_rows": made.num_memory,
+        "cut_prompts": sum(row.num_cut > 0 for row in run.rows),
         "harmful_token_share": _harmful_share(made.user_rows, run.rows),
         "dropped": len(made.dropped),
         "dropped_why": dict(sorted(Counter(made.dropped.values()).items())),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from safecl.training.batches import Batch
     from safecl.training.losses import Head
 
-VERSION = "2"
+VERSION = "3"
 
 
 def run(context: Context) -> dict[str, Json]:

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safecl.base import Json
 from safecl.store import Context
-from safecl.training.tokens import Tokenizer, base_folder, encode_prompt, weights_folder
+from safecl.training.tokens import Tokenizer, base_folder, encode_prompts, weights_folder
 
 if TYPE_CHECKING:
     from safecl.serving.messages import WeightsRef
 
-VERSION = "1"
+VERSION = "2"
 
 
 def run(context: Context) -> dict[str, Json]:
@@ -32,13 +33,12 @@ def run(context: Context) -> dict[str, Json]:
     rows = [json.loads(line) for line in (context.inputs["rows"] / "rows.jsonl").read_text().splitlines()]
     tokenizer = Tokenizer(context.inputs["model"])
     template, longest = config["template"], int(config["max_prompt_tokens"])
-    requests = [
-        Request(row["id"], encode_prompt(row["prompt"], tokenizer, template, config["bos"], longest)) for row in rows
-    ]
+    prompts, num_cut = encode_prompts([row["prompt"] for row in rows], tokenizer, template, config["bos"], longest)
+    requests = [Request(row["id"], ids) for row, ids in zip(rows, prompts, strict=True)]
     weights = context.stage.inputs.get("weights", context.stage.inputs["model"])
     adapter = str(weights_folder(context.inputs["weights"])) if "weights" in context.inputs else None
     ref = WeightsRef(weights.key, str(base_folder(context.inputs["model"])), adapter)
-    stop = stop_ids(tokenizer, template["stop"])
+    stop = stop_ids(tokenizer, [template["end"], *template["stop"]])
     sampling = Sampling(max_tokens=config["max_new_tokens"], stop_token_ids=stop, **config.get("sampling", {}))
     engine = engine_name("candidate", context)
     gap = _served_gap(context, engine, ref)
@@ -59,7 +59,7 @@ def run(context: Context) -> dict[str, Json]:
     tokens = sum(len(answer.token_ids) for answer in done.values())
     at_limit = sum(answer.finish == "length" for answer in done.values())
     facts: dict[str, Json] = {"num": len(done), "tokens": tokens, "tokens_per_s": round(tokens / seconds, 1)}
-    return {**facts, "at_length_limit": at_limit, **gap}
+    return {**facts, "at_length_limit": at_limit, "cut_prompts": num_cut, **gap}
 
 
 def _served_gap(context: Context, engine: str, ref: WeightsRef) -> dict[str, Json]:
@@ -84,9 +84,9 @@ def _served_gap(context: Context, engine: str, ref: WeightsRef) -> dict[str, Jso
     return {"served_gap": max(apart), "served_mean": sum(apart) / len(apart), "served_tokens": len(apart)}
 
 
-def stop_ids(tokenizer: Tokenizer, stop: list[str]) -> tuple[int, ...]:
-    """Ids of the stop tokens that this tokenizer knows as single tokens, with its own EOS."""
-    ids = {tokenizer.id_of(text) for text in stop} | {tokenizer.eos_id}
+def stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[int, ...]:
+    """Ids that end an answer: these tokens, and the model's own EOS tokens."""
+    ids = {tokenizer.id_of(text) for text in stop} | set(tokenizer.eos_ids)
     return tuple(sorted(i for i in ids if i is not None))
 
 

@@ -22,7 +22,7 @@ from safecl.training.tokens import Tokenizer, base_folder, weights_folder
 if TYPE_CHECKING:
     from safecl.serving.messages import WeightsRef
 
-VERSION = "2"
+VERSION = "3"
 MAX_UNPARSED = 0.01  # share of verdicts
 
 
@@ -73,7 +73,10 @@ def _reach(context: Context, guard: str | None) -> Reach:
     weights = model if guard is None else context.stage.inputs[guard]
     adapter = None if guard is None else str(weights_folder(context.inputs[guard]))
     ref = WeightsRef(weights.key, str(base), adapter)
-    return Reach(context.engines, f"judge-{model.key[:8]}", ref, context.execution.engine_max_tokens, Tokenizer(base))
+    trained: Any = weights.config.get("template")  # of a guard trained here, whose answers end as its rows do
+    end = None if trained is None else str(trained["end"])
+    limit = context.execution.engine_max_tokens
+    return Reach(context.engines, f"judge-{model.key[:8]}", ref, limit, Tokenizer(base), end)
 
 
 def _majority(votes: list[Verdict]) -> Verdict:
@@ -92,13 +95,15 @@ def _majority(votes: list[Verdict]) -> Verdict:
 
 
 class Reach(NamedTuple):
-    """How a judge's model is reached. `limit`: the longest prompt with its answer, in tokens."""
+    """How a judge's model is reached. `limit`: the longest prompt with its answer, in tokens; `end`: what ends an answer
+    beside the model's own EOS tokens."""
 
     engines: Any  # serving.engine.Engines
     name: str
     weights: WeightsRef
     limit: int
     tokenizer: Tokenizer
+    end: str | None = None
 
 
 def ask(
@@ -118,7 +123,8 @@ def ask(
             on_done(key, Verdict(None, why, {"limit": reach.limit}))
         else:
             requests.append(Request(key, ids))
-    stop = () if reach.tokenizer.eos_id is None else (reach.tokenizer.eos_id,)
+    end = None if reach.end is None else reach.tokenizer.id_of(reach.end)
+    stop = tuple(sorted({*reach.tokenizer.eos_ids, *([] if end is None else [end])}))
     sampling = Sampling(max_tokens=judge.max_tokens, stop_token_ids=stop, logprobs=judge.logprobs)
     reach.engines.generate(
         reach.name,

@@ -10,7 +10,7 @@ from those of a float32 model (12 of 300 against 5, SST-2 on SmolLM2-135M).
 option cannot follow the prompt token for token, or does not fit. An option's last token is never fed, so that options of
 one token behind one prompt share a forward.
 
-Config: `task`, `template`, `bos`, `dtype`, `max_tokens` (prompt + option; longer prompts lose their beginning).
+Config: `task`, `template`, `bos`, `dtype`, `max_tokens` (prompt + option; longer requests lose their beginning).
 Shapes: B sequences, T tokens, D hidden, N option tokens of a batch.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from safecl.tasks import Option, Row
     from safecl.training.tokens import Encoded
 
-VERSION = "3"
+VERSION = "4"
 BATCH_TOKENS = 2048  # of one forward, padding included
 
 
@@ -84,7 +84,7 @@ def _encode(
 
     tokenizer = tokens.Tokenizer(model)
     end = str(config["template"]["end"])
-    bare = {**config["template"], "prompt": "{prompt}"}
+    bare = {**config["template"], "prompt": "{prompt}", "lead": "", "strip": False}
     num_end = len(tokenizer.ids([end])[0])
     encoded: dict[str, Encoded] = {}
     for template, is_bare in ((config["template"], False), (bare, True)):

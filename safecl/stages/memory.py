@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from safecl.store import Context
     from safecl.training.tokens import Encoded
 
-VERSION = "3"
+VERSION = "4"
 FORWARD_TOKENS = 2048  # of the rows forwarded together
 
 
@@ -80,7 +80,8 @@ def remember(
         "num_tokens_R": torch.tensor([len(row.ids) for row in encoded], dtype=torch.int32),
         "num_prompt_R": torch.tensor([row.num_prompt for row in encoded], dtype=torch.int32),
     }
-    facts: dict[str, Json] = {"rows": len(encoded), "dropped": len(dropped)}
+    num_cut = sum(row.num_cut > 0 for row in encoded)
+    facts: dict[str, Json] = {"rows": len(encoded), "dropped": len(dropped), "cut_prompts": num_cut}
     if config["positions"] is not None:
         facts |= _write_states(config, folder, inputs["safe"] / "adapter", encoded, out, device, report)
     save_file(tensors, str(out / "memory.safetensors"))

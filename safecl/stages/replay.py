@@ -22,8 +22,9 @@ from safecl.base import ConfigError, Json
 from safecl.store import Context
 from safecl.tasks import Row
 from safecl.tasks._overlap import content_words, drop_overlaps, normalise
+from safecl.training.tokens import Tokenizer, least_tokens
 
-VERSION = "2"
+VERSION = "3"
 QUESTION = (
     "You refused a \\textbf{{specific request}} that raised {domain} concerns. Repeat the \\textbf{{specific request}} and "
     "explain why it was refused."
@@ -90,8 +91,22 @@ def _hard(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[str
 def _rows(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[str, Json]]:
     easy = list(_safe(context.inputs, "queries", "answers", "verdicts"))
     hard = list(_safe(context.inputs, "hard", "answers_hard", "verdicts_hard"))
+    num_safe, fits = len(easy) + len(hard), config.get("fits")
+    if fits:  # the length rule of every method's memory
+        text = (Tokenizer(context.inputs["tokenizer"]), fits["template"], fits["bos"])
+        easy, hard = (
+            [
+                row
+                for row, least in zip(rows, least_tokens(rows, *text), strict=True)
+                if least and least <= fits["max_tokens"]
+            ]
+            for rows in (easy, hard)
+        )
     num, num_hard = config["num_rows"], min(len(hard), round(config["hard_share"] * config["num_rows"]))
-    counts: dict[str, Json] = {"easy": len(easy), "hard": len(hard), "yield": by_domain(easy + hard)}
+    too_long = num_safe - len(easy) - len(hard)
+    counts: dict[str, Json] = {
+        "easy": len(easy), "hard": len(hard), "too_long": too_long, "yield": by_domain(easy + hard)
+    }  # fmt: skip
     if len(easy) + len(hard) < num:
         raise ConfigError(
             f"generative replay: {num} rows are asked for, {len(easy) + len(hard)} came out ({len(easy)} refused at once, "
@@ -167,7 +182,8 @@ def by_domain(rows: Sequence[Row]) -> dict[str, Json]:
 
 
 def perplexities(folder: Path, texts: Sequence[str], context: Context, dtype: str) -> list[float]:
-    """exp of the mean token cross-entropy of each text under the base model, from its second token on."""
+    """exp of the mean token cross-entropy of each text under the base model, from its second token on (with a tokenizer that
+    puts BOS first, from its first)."""
     import torch
 
     from safecl.training import batches, losses, model, tokens
@@ -177,9 +193,12 @@ def perplexities(folder: Path, texts: Sequence[str], context: Context, dtype: st
         torch.set_num_threads(1)
     base = model.load(tokens.base_folder(folder), dtype, device)
     hidden_states, head = model.HiddenStates(base).eval(), losses.head_of(base)
+    tokenizer = tokens.Tokenizer(folder)
+    start = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     found: list[float] = []
     with torch.no_grad():
-        for ids in tokens.Tokenizer(folder).ids(list(texts)):
+        for own in tokenizer.prompt_ids([[(text, False)] for text in texts]):
+            ids = start + own
             row = tokens.Encoded("", ids, 1)
             batch = batches.collate([row], [0], [0], 1, row, device)
             total = losses.cross_entropy_sum(hidden_states(batch)[:-1], head, batch.ids_P[1:])

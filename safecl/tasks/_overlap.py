@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 from safecl.tasks import Row
 
@@ -36,45 +38,59 @@ def content_words(prompt: str) -> frozenset[str]:
 
 class _Index:
     """Prompts, by what they hold. Alike: equal after `normalise`, or a Jaccard similarity of content words of at least
-    `threshold` (in (0, 1]). Cost is the number of word occurrences that both sides share, not their product."""
+    `threshold` (in (0, 1]). In any order of words, two sets that are alike share one of the first few of each (Chaudhuri et
+    al. 2006, prefix filtering): the rarest go first, by how many prompts hold them, and only prompts that share one are
+    compared."""
 
-    def __init__(self, threshold: float, ignored: frozenset[str] = frozenset()) -> None:
+    def __init__(self, threshold: float, holding: Counter[str], ignored: frozenset[str] = frozenset()) -> None:
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold: expected a number in (0, 1], got {threshold}")
-        self.threshold, self.ignored = threshold, ignored
+        self.threshold, self.holding, self.ignored = threshold, holding, ignored
         self._exact: dict[str, int] = {}
         self._sets: list[frozenset[str]] = []
-        self._holders: dict[str, list[int]] = defaultdict(list)  # word -> indices into `_sets`
+        self._holders: dict[str, list[int]] = defaultdict(list)  # one of a set's first words -> indices into `_sets`
 
-    def add(self, prompt: str) -> int:
-        """The prompt's index; that of an equal one if there is one."""
-        words = content_words(prompt) - self.ignored
+    def add(self, prompt: str, words: frozenset[str]) -> int:
+        """The index of a prompt with these content words; that of an equal one if there is one."""
+        words -= self.ignored
         index = self._exact.setdefault(normalise(prompt), len(self._sets))
         if index == len(self._sets):
-            for word in words:
+            for word in self._first(words):
                 self._holders[word].append(index)
             self._sets.append(words)
         return index
+
+    def _first(self, words: frozenset[str]) -> list[str]:
+        """As many words as no set alike can do without."""
+        num = len(words) - math.ceil(self.threshold * len(words) - 1e-9) + 1
+        return sorted(words, key=lambda word: (self.holding[word], word))[:num] if words else []
 
     def like(self, prompt: str) -> Iterator[int]:
         """Indices of what is alike, an equal one first."""
         if (equal := self._exact.get(normalise(prompt))) is not None:
             yield equal
         words = content_words(prompt) - self.ignored
-        shared = Counter(index for word in words for index in self._holders.get(word, ()))
-        for index, both in shared.items():
+        for index in dict.fromkeys(index for word in self._first(words) for index in self._holders.get(word, ())):
+            both = len(words & self._sets[index])
             # |A and B| / |A or B| >= t, in whole numbers on one side so that 3/5 counts as .6
             if both >= self.threshold * (len(words) + len(self._sets[index]) - both) - 1e-9:
                 yield index
+
+
+@lru_cache(maxsize=4)  # many sets keep clear of the same prompts
+def _built(prompts: tuple[str, ...], threshold: float) -> _Index:
+    words = {prompt: content_words(prompt) for prompt in prompts}
+    index = _Index(threshold, Counter(word for held in words.values() for word in held))
+    for prompt, held in words.items():
+        index.add(prompt, held)
+    return index
 
 
 def drop_overlaps(
     rows: Sequence[Row], against_prompts: Iterable[str], threshold: float = 0.6
 ) -> tuple[list[Row], list[str]]:
     """The rows whose prompt is like none of `against_prompts`, in order, and the ids of the others."""
-    index = _Index(threshold)
-    for prompt in against_prompts:
-        index.add(prompt)
+    index = _built(tuple(against_prompts), threshold)
     kept: list[Row] = []
     dropped: list[str] = []
     for row in rows:
@@ -89,7 +105,8 @@ def clusters(rows: Sequence[Row], threshold: float = 0.6) -> list[str]:
     """A name for each row, equal for those that are not independent prompts: of one `meta.group`, or without one alike, or
     linked by others that are. What all prompts say (a task's instruction) makes none of them alike."""
     every = [content_words(row.prompt) for row in rows]
-    index = _Index(threshold, frozenset.intersection(*every) if len(every) > 1 else frozenset())
+    holding = Counter(word for words in every for word in words)
+    index = _Index(threshold, holding, frozenset.intersection(*every) if len(every) > 1 else frozenset())
     parent: list[int] = []
 
     def root(i: int) -> int:
@@ -98,9 +115,9 @@ def clusters(rows: Sequence[Row], threshold: float = 0.6) -> list[str]:
         return i
 
     places = []
-    for row in rows:
+    for row, words in zip(rows, every, strict=True):
         alike = list(index.like(row.prompt))
-        place = index.add(row.prompt)
+        place = index.add(row.prompt, words)
         parent += [place] if place == len(parent) else []
         for other in alike:
             parent[root(other)] = root(place)

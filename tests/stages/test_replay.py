@@ -168,7 +168,7 @@ def _answered(tmp: Path) -> dict[str, Path]:
 
 def test_rows_are_safe_answers_of_both_kinds_and_none_that_could_not_be_read(tmp_path: Path) -> None:
     rows, facts = run(tmp_path, {"step": "rows", "num_rows": 6, "hard_share": 0.5, "seed": 0}, _answered(tmp_path))
-    assert facts == {"easy": 5, "hard": 3, "yield": {"theft": 8}, "num_rows": 6, "hard_used": 3}
+    assert facts == {"easy": 5, "hard": 3, "too_long": 0, "yield": {"theft": 8}, "num_rows": 6, "hard_used": 3}
     assert {row.id for row in rows} >= {"replay/theft/6", "replay/theft/7", "replay/theft/8"} and len(rows) == 6
     assert all(row.harmful and row.id not in ("replay/theft/5", "replay/theft/9") for row in rows)
     cut = {row.id: row.response for row in rows}.get("replay/theft/0", "I cannot help.")

@@ -19,6 +19,7 @@ from safecl.stages import data
 from safecl.store import Context, Stage
 from safecl.tasks import Row
 from safecl.tasks._overlap import content_words, normalise
+from safecl.templates import settle
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 DATA = os.environ.get("SAFECL_DATA")
@@ -84,7 +85,7 @@ def whole(sweep: Sweep) -> Sweep:
         return [opened(item) for item in value] if isinstance(value, list | tuple) else value
 
     raw = resolved(sweep, "float32").model_dump(mode="json")
-    return Sweep(**{**raw, **{key: opened(raw[key]) for key in ("align", "evaluate", "tasks")}})
+    return settle(Sweep(**{**raw, **{key: opened(raw[key]) for key in ("align", "evaluate", "tasks")}})).sweep
 
 
 def check(sweep: Sweep, root: Path, folder: Path | None) -> dict[str, int]:

