@@ -302,10 +302,10 @@ def test_a_template_longer_than_a_prompt_may_be_is_refused(tmp_path: Path) -> No
 
 def test_identity_holds_what_a_template_became(tmp_path: Path, tiny: Path) -> None:
     with_template(tiny, CHATML)
-    own = f"models.0.source={tiny}"
+    own = [f"models.0.source={tiny}", "lora.last_layers=null", "evaluate.judges.guard.lora.last_layers=null"]
     written = json.dumps({"prompt": Template().prompt, "end": "<|im_end|>"})
     keys = [
-        project(tmp_path, own, f"models.0.template={template}").cells[2].job({}, 0, "final").graph.tuned.key
+        project(tmp_path, *own, f"models.0.template={template}").cells[2].job({}, 0, "final").graph.tuned.key
         for template in ("auto", written, "alpaca")
     ]
     assert keys[0] == keys[1] != keys[2]
