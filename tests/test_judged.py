@@ -14,6 +14,7 @@ from safecl.dtypes import resolved
 from safecl.grid import cells
 from safecl.project import Project, Swing, load
 from safecl.report import page, tables
+from safecl.templates import settle
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 
@@ -134,7 +135,7 @@ def test_coherent_asr_leaves_out_off_topic_answers_unless_the_judge_was_asked_of
     settings: list[str], less: list[str]
 ) -> None:
     sweep = load(QUICKSTART, ["evaluate.judges.over_refusal=refusal", *settings])
-    metrics = cells(resolved(sweep, "bfloat16"))[0].job({}, 0, "final").evidence.metrics
+    metrics = cells(settle(resolved(sweep, "bfloat16")).sweep)[0].job({}, 0, "final").evidence.metrics
     measures: Any = metrics.config["measures"]
     assert [measure["less"] for measure in measures if measure["metric"] == "asr"] == [less]
     assert {measure["metric"] for measure in measures} >= {"off_topic", "over_refusal"}

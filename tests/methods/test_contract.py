@@ -126,10 +126,11 @@ def test_the_default_search_space_is_one_that_a_search_can_use(name: str) -> Non
     from safecl.check import _space_errors
     from safecl.config import Method
 
-    for config in [{}, *VARIANTS.get(name, [])]:
+    for given in [{}, *VARIANTS.get(name, [])]:
         kind = methods.load(name)
-        assert bool(kind.search_space(kind.Config(**config))) == (name != "sft")
-        assert _space_errors(kind, Method(name=name, config=config, search={})) == []
+        config = kind.Config(**given)
+        assert bool(kind.search_space(config)) == (name != "sft")
+        assert _space_errors(kind, Method(name=name, config=given, search={}), config) == []
     assert kind.equation and kind.cost and len(kind.equation) < 100
 
 
