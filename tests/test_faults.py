@@ -97,6 +97,20 @@ def test_a_fault_of_the_machine_is_tried_again_with_its_parameters_and_never_cou
     assert len(own) == 3
 
 
+def test_a_search_whose_last_trial_is_under_way_has_not_failed(tmp_path: Path) -> None:
+    """The hours may end, and what is missing be told, at any time."""
+    found = Project(load(QUICKSTART, [*_settings(tmp_path), "search.trials=2"]))
+    found.store.check_writable(0.0)
+    schedule = found.schedule()
+    told = []
+    while (job := schedule.next()) is not None:
+        if job.role == "search":
+            told.append([line for line in schedule.missing() if "search" in line])
+        schedule.finish(job, "a fault", "trial")
+    assert told == [[], []]
+    assert [line for line in schedule.missing() if "all 2 trials" in line]
+
+
 def test_a_missing_row_is_a_line_and_an_exit_code_where_nothing_is_left_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
