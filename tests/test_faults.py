@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 from safecl.base import ConfigError, Damaged, Infrastructure, PrerequisiteError
+from safecl.config import Execution
 from safecl.faults import Kind, kind_of
 from safecl.project import Project, load
 from safecl.schedule import Schedule
 from safecl.serving.gate import GateBroken
 from safecl.serving.messages import Refused, Unavailable
-from safecl.store import below
+from safecl.store import Stage, Store, below
 from safecl.trainers import _portable
+from safecl.work import run_stage
 from tests.made_up import put
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
@@ -53,6 +55,12 @@ def test_every_failure_has_its_kind_and_keeps_it_on_the_way_to_the_driver() -> N
             assert kind_of(error) == kind, repr(error)
             if isinstance(error, Exception):
                 assert kind_of(_portable(error)) == kind, repr(error)
+
+
+def test_an_input_that_is_gone_from_the_store_is_no_fault_of_the_stage(tmp_path: Path) -> None:
+    stage = Stage("judge", {}, {"rows": Stage("data", {})})
+    with pytest.raises(Infrastructure, match="^stage data .* is not in the store"):
+        run_stage(stage, Store(str(tmp_path)), Execution(), str(tmp_path), None, own_process=False)
 
 
 def _settings(root: Path) -> list[str]:
