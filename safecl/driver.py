@@ -78,7 +78,9 @@ def _alone(project: Project) -> Iterator[None]:
         if lease.lost:
             raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's job in the background: Ctrl-C is not meant for it
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # a script's job in the background: Ctrl-C is not meant for it
         signal.signal(signal.SIGINT, end)
     try:
         with lease:

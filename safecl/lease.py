@@ -134,9 +134,9 @@ class Lease:
     def _rival(self) -> dict[str, Any] | None:
         """A lease that is held though this one is, and comes first."""
         for name, other in self.store.notes(NOTE).items():
-            if name < self.name and other["held"] and not self.holds.isdisjoint(other["holds"]):
-                if is_here(name.removeprefix(NOTE)) is not False:
-                    return other
+            shares = other["held"] and not self.holds.isdisjoint(other["holds"])
+            if shares and name < self.name and is_here(name.removeprefix(NOTE)) is not False:
+                return other
         return None
 
     def _give_way(self) -> None:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,22 @@ def test_a_driver_of_another_machine_is_dead_when_its_beat_stands_still(
 
 def test_of_two_machines_that_wait_for_each_other_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.1)
-    both = [Lease(Store(str(tmp_path), owner), "a", ["sweep a"]) for owner in (OTHER, f"f{OTHER[1:]}")]
+    meet, written = threading.Barrier(2), threading.Barrier(2)
+
+    class Together(Store):
+        def notes(self, prefix: str) -> dict[str, Any]:
+            with suppress(threading.BrokenBarrierError):
+                written.wait(0.5)
+                written.abort()
+            return super().notes(prefix)
+
+        def forget(self, name: str) -> None:
+            with suppress(threading.BrokenBarrierError):
+                if name != NOTE + self.owner:  # takes the other for dead: at the same moment as the other does
+                    meet.wait(1)
+            super().forget(name)
+
+    both = [Lease(Together(str(tmp_path), owner), "a", ["sweep a"]) for owner in (OTHER, f"f{OTHER[1:]}")]
     said: list[str] = []
 
     def attempt(each: Lease) -> None:
