@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 BEAT_S = 5.0
 DEAD_AFTER = 3  # beats that another machine's driver may miss
+FORGOTTEN_AFTER = 60  # beats: one of another machine that shares nothing with us is in nobody's way
 NOTE = "lease-"
 _NAME = re.compile(r"([0-9a-f]{10})-(\d+)-(\d+)")
 
@@ -99,6 +100,7 @@ class Lease:
             "sweep": sweep, "holds": sorted(holds), "host": socket.gethostname(), "pid": os.getpid(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"), "held": False, "beat": 0,
         }  # fmt: skip
+        self._seen: dict[str, tuple[Any, int]] = {}  # others' notes, and for how many of our beats they were the same
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="safecl-lease", daemon=True)
@@ -168,6 +170,14 @@ class Lease:
                 return False
         return True
 
+    def _forget_still(self) -> None:
+        """Remove leases of other machines whose beat stood still for long: what their drivers left can be taken over then."""
+        for name, other in self.store.notes(NOTE).items():
+            before, num = self._seen.get(name, (None, 0))
+            self._seen[name] = other, num + 1 if other == before else 0
+            if self._seen[name][1] >= FORGOTTEN_AFTER and is_here(name.removeprefix(NOTE)) is None:
+                self.store.forget(name)
+
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
             with suppress(Exception):  # a disk that is full for a while: the next beat tells
@@ -180,6 +190,7 @@ class Lease:
                     self.lost = True
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
+                self._forget_still()
 
 
 def _refusal(other: dict[str, Any]) -> str:

@@ -205,7 +205,9 @@ def test_an_engine_that_did_not_boot_gives_its_units_back(tmp_path: Path) -> Non
             await super()._boot(group, role, model)
 
     async def deploy() -> list[float]:
-        broker = Failing(Store(str(tmp_path)), Execution(address="auto", num_judge_replicas=0), str(tmp_path / "logs"), 8)
+        broker = Failing(
+            Store(str(tmp_path)), Execution(address="auto", num_judge_replicas=0), str(tmp_path / "logs"), 8
+        )
         await broker._deploy("candidate", Stage("model", {"source": "base"}))
         units = [broker.trainers.num_units]
         for _ in range(2):

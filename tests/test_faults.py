@@ -17,6 +17,7 @@ from safecl.serving.gate import GateBroken
 from safecl.serving.messages import Refused, Unavailable
 from safecl.store import Stage, Store, below
 from safecl.trainers import _portable
+from safecl.training.attention import NotHere
 from safecl.work import run_stage
 from tests.made_up import put
 
@@ -35,7 +36,7 @@ def _raised() -> dict[Kind, list[BaseException]]:
             KeyError("x"), ray.exceptions.RayTaskError("f", "Traceback", ValueError("it")), Refused("too long"),
             RuntimeError("CUDA error: device-side assert triggered"), ZeroDivisionError(),
         ],
-        "configuration": [ConfigError("no"), PrerequisiteError("engine failed to start"), Damaged("x")],
+        "configuration": [ConfigError("no"), PrerequisiteError("engine failed to start"), Damaged("x"), NotHere("y")],
         "infrastructure": [
             Infrastructure("lost its workers 3 times"), MemoryError(), no_space, TimeoutError(), ConnectionResetError(),
             BrokenPipeError(), EOFError(), torch.OutOfMemoryError("CUDA out of memory"), Unavailable("died"),

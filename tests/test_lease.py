@@ -176,6 +176,18 @@ def test_a_run_that_was_taken_for_dead_ends_and_does_not_go_on_beside_the_other(
     assert list(project.store.notes(NOTE)) == ([] if how == "removed" else [NOTE + OTHER])
 
 
+def test_a_dead_lease_that_shares_nothing_goes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.01)
+    store = Store(str(tmp_path))
+    store.note(NOTE + OTHER, {"holds": ["sweep b"], "held": True, "beat": 7})
+    with Lease(store, "a", ["sweep a"]):
+        assert store.is_alive(OTHER)
+        deadline = time.monotonic() + 10
+        while store.is_alive(OTHER) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert list(store.notes(NOTE)) == [NOTE + store.owner]
+
+
 def test_a_name_is_of_one_process_only() -> None:
     pid, began = lease.me().split("-")[1:]
     assert lease.is_here(lease.me()) and not lease.is_here(f"{lease.machine()}-{pid}-{int(began) + 1}")
