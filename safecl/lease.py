@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 BEAT_S = 5.0
 DEAD_AFTER = 3  # beats that another machine's driver may miss
-FORGOTTEN_AFTER = 60  # beats: one of another machine that shares nothing with us is in nobody's way
+FORGOTTEN_AFTER = 60  # beats that stood still while a driver beside it ran: nobody waits for it, so there is time
 NOTE = "lease-"
 _NAME = re.compile(r"([0-9a-f]{10})-(\d+)-(\d+)")
 
@@ -135,7 +135,8 @@ class Lease:
 
     def _rival(self) -> dict[str, Any] | None:
         """A lease that is held though this one is, and comes first."""
-        for name, other in self.store.notes(NOTE).items():
+        others: dict[str, dict[str, Any]] = self.store.notes(NOTE)
+        for name, other in others.items():
             shares = other["held"] and not self.holds.isdisjoint(other["holds"])
             if shares and name < self.name and is_here(name.removeprefix(NOTE)) is not False:
                 return other
