@@ -71,6 +71,15 @@ def _alone(project: Project) -> Iterator[None]:
     """One driver a sweep."""
     project.store.check_writable(needed_gib=2.0)
     lease = project.lease()
+
+    def end(*_: object) -> None:
+        if lease.lost:
+            raise KeyboardInterrupt
+
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # a script's job in the background: Ctrl-C is not meant for it
+        signal.signal(signal.SIGINT, end)
     try:
         with lease:
             project.store.sweep_temporary()

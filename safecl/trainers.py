@@ -309,6 +309,9 @@ def _portable(error: Exception) -> Exception:
         return Infrastructure(f"{type(error).__name__}: {error}")
     if type(error) in (*REFUSALS, Damaged, RuntimeError, ValueError, KeyError, TypeError, AssertionError):
         return error
+    for kind in REFUSALS:
+        if isinstance(error, kind):
+            return kind(str(error))
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 
