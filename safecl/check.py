@@ -227,13 +227,14 @@ def _model_errors(sweep: Sweep) -> list[str]:
         if problem := source_problem(model.source, model.revision):
             errors.append(f"{where}.{problem}")
             continue
-        errors += [f"{where}.source: {problem}" for problem in _folder_problems(model.source)]
+        errors += [f"{where}.source: {problem}" for problem in folder_problems(model.source)]
         for key, lora in adapters.items():
             errors += [f"{key}.{problem} ({where})" for problem in _lora_problems(model.source, lora)]
     return errors
 
 
-def _folder_problems(source: str) -> list[str]:
+def folder_problems(source: str) -> list[str]:
+    """What is wrong with a model's folder; nothing where the source is none."""
     return model_files.problems(Path(source)) if Path(source).is_dir() and not source.startswith("wheel:") else []
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from safecl.base import ConfigError, PrerequisiteError
+from safecl.check import folder_problems, source_problem
 from safecl.config import Model, Named, Sweep, Template
 from safecl.models import tokenizer_folder, tokenizer_stage
 from safecl.tasks import Row
@@ -101,8 +102,7 @@ def settled(model: Model) -> tuple[Model, str]:
         ConfigError: the template does not go with the tokenizer.
         PrerequisiteError: the tokenizer cannot be had.
     """
-    is_hub = not model.source.startswith("wheel:") and not Path(model.source).is_dir()
-    if is_hub and (model.revision is None or model.source.count("/") != 1):
+    if source_problem(model.source, model.revision) or folder_problems(model.source):
         found = Resolved(Template(), False, "")  # check.py refuses it
     else:
         tokenizer = _tokenizer(tokenizer_folder(tokenizer_stage(model)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safecl.base import ConfigError, Json
+from safecl.base import ConfigError, Damaged, Json
 from safecl.grid import Cell, Job
 from safecl.models import tokenizer_folder
 from safecl.plan import REFERENCES
@@ -52,8 +53,9 @@ class Preview:
     def _rows(self, stage: Stage) -> Composed | None:
         config: Any = stage.config
         if self.store.has(stage):
-            lines = (self.store.path(stage) / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-            return Composed([Row(**json.loads(line)) for line in lines], self.store.record(stage)["result"])
+            with suppress(Damaged):  # a run makes it again
+                lines = (self.store.path(stage) / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+                return Composed([Row(**json.loads(line)) for line in lines], self.store.record(stage)["result"])
         taken: list[str] = []
         for name in sorted(stage.inputs):
             if name.startswith("exclude_"):
@@ -113,8 +115,9 @@ def expected(cells: Sequence[Cell], seed: int, preview: Preview) -> dict[str, Tr
             continue
         num_memory = _memory(cell, seed)
         if store.has(graph.tuned):  # its memory was made
-            if store.has(graph.user_rows) and "num_rows" in (facts := store.record(graph.user_rows)["result"]):
-                found[cell.label] = of(facts, num_memory)
+            with suppress(Damaged):
+                if store.has(graph.user_rows) and "num_rows" in (facts := store.record(graph.user_rows)["result"]):
+                    found[cell.label] = of(facts, num_memory)
             continue
         safety = None if num_memory is None else rows(graph.safety_rows)
         user = rows(graph.user_rows)

@@ -89,6 +89,17 @@ def test_every_data_stage_is_made_once_however_many_trials(tmp_path: Path, monke
     assert len(calls) <= len(stages)
 
 
+def test_a_damaged_data_stage_is_made_up_anew(tmp_path: Path) -> None:
+    found = project(tmp_path, "methods=[{name: sft}]")
+    stages = found.cells[2].job({}, 0, "final").graph.user_rows.walk()
+    for stage in stages:
+        if stage.kind == "data":
+            folder = found.store.new_folder()
+            (folder / "rows.jsonl").write_text("{}")
+            (found.store.publish(stage, folder, {}, 1.0) / "rows.jsonl").write_text("")
+    assert found.expected[found.cells[2].label] is not None
+
+
 def test_a_finished_sweep_reads_no_data_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = project(tmp_path, "methods=[{name: sft}, {name: der}]")
     finish(found)
