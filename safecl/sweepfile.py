@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -37,7 +38,8 @@ def load(path: Path, settings: Sequence[str], limit: int | None = None) -> Sweep
     if limit is not None:
         _limit(raw, limit)
     try:
-        return strictly(Sweep, raw)
+        sweep = strictly(Sweep, raw)
+        return sweep if limit is None else _with_small_memories(sweep, limit)
     except ValidationError as error:
         found = error.errors()
         # pydantic also reports too_short when every item is invalid. Show the item errors instead.
@@ -163,6 +165,36 @@ def _limit(raw: Any, limit: int) -> None:
                 raw[key] = limit if value is None else min(value, limit)
         if "task" in raw and "ratios" not in raw:
             raw.setdefault("num_rows", limit)
+
+
+def _with_small_memories(sweep: Sweep, limit: int) -> Sweep:
+    """Memories of at most a fourth of `limit`, searched ones too: of so few safety rows not all are refusals."""
+    from safecl import methods
+    from safecl.grid import space_of
+
+    most = max(1, limit // 4)
+
+    def bounded(form: Any) -> Any:
+        if isinstance(form, list):
+            return list(dict.fromkeys(map(bounded, form)))
+        if isinstance(form, dict):
+            return form | {end: bounded(form[end]) for end in form.keys() & {"low", "high"}}
+        return min(form, most) if isinstance(form, int) else form  # else it is refused as what it is
+
+    small = []
+    for method in sweep.methods:
+        with suppress(ConfigError, ValidationError):  # check.py says what is wrong
+            fields = methods.load(method.name).Config.model_fields
+            if "memory_size" in fields:
+                size = method.config.get("memory_size", fields["memory_size"].default)
+                space = dict(space_of(method) or {})
+                form = space["memory_size"] = bounded(space.get("memory_size", []))
+                if len(form) < 2 or isinstance(form, dict) and form.get("low") == form.get("high"):
+                    del space["memory_size"]  # nothing is left to choose
+                config = {**method.config, "memory_size": bounded(size)}
+                method = method.model_copy(update={"config": config, "search": space or None})
+        small.append(method)
+    return sweep.model_copy(update={"methods": tuple(small)})
 
 
 def _fields(schema: type[Strict], location: tuple[Any, ...]) -> list[str]:

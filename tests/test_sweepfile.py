@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from safecl.base import ConfigError, sqlite_path, sqlite_url
-from safecl.project import load
+from safecl.project import Project, load
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 QUICKSTART = SWEEPS / "quickstart.yaml"
@@ -113,3 +113,14 @@ def test_a_database_lies_in_its_folder_whatever_that_is_called(tmp_path: Path) -
     assert [file.name for file in folder.iterdir()] == ["study.db"] and [*tmp_path.iterdir()] == [folder]
     assert sqlite_path(url) == folder / "study.db" and sqlite_url(Path("/a b/c.db")) == "sqlite:////a b/c.db"
     assert sqlite_path("postgresql://host/db") is None
+
+
+def test_a_quick_look_keeps_memories_within_its_few_safety_rows(tmp_path: Path) -> None:
+    assert Project(load(QUICKSTART, [f"execution.root={tmp_path}"], 20)).expected
+    methods = "methods=[{name: sft}, {name: lisa}, {name: safeinstr, search: {}}, {name: drr, search: {}}, {name: agem, search: {}}]"
+    _, lisa, safeinstr, unknown, agem = load(QUICKSTART, [methods], 240).methods
+    assert lisa.config == {"memory_size": 60} == safeinstr.config and lisa.search is None
+    assert safeinstr.search == {"memory_size": [50, 60]} and unknown.search == {}
+    assert agem.search == {"memory_size": [50, 60], "memory_batch_size": [5, 10, 20, 50]}
+    ranged = "methods=[{name: der, search: {memory_size: {low: 10, high: 400}, weight: [1.0]}}]"
+    assert load(QUICKSTART, [ranged], 40).methods[0].search == {"weight": [1.0]}

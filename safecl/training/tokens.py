@@ -150,7 +150,7 @@ class Tokenizer:
         for place, (id, (start, end)) in enumerate(zip(ids, spans, strict=True)):
             if id in self._special_ids:
                 # It may span blanks beside it (rstrip): whose it is, its own text says.
-                token = self.fast.id_to_token(id)
+                token = str(self.fast.id_to_token(id))
                 if (ahead := text[start:end].find(token)) >= 0:
                     start, end = start + ahead, start + ahead + len(token)
                 is_foreign = any(start < last and end > first for first, last in foreign_spans)
