@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,14 @@ def test_a_plan_refuses_what_the_rows_cannot_give_later_and_reads_them_once(
     with pytest.raises(ConfigError, match=r"split 'attack\.test': 4000 rows are asked for"):
         _ = project(tmp_path, methods, "evaluate.test.attack.0.num_rows=4000", "tasks.0.max_tokens=8").expected
     assert calls.count("attack.test") == 1 and calls.count("user") == 2  # of each ratio
+
+
+def test_a_guards_rows_that_do_not_fit_say_what_would(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _ = project(tmp_path, "methods=[{name: sft}]", "evaluate.judges.guard.max_tokens=50").expected
+    found = re.search(r"in pairs of both labels .*ask for at most (\d+), or raise max_tokens to (\d+)", str(caught.value))
+    assert found is not None and int(found[1]) < 128 and int(found[2]) > 50
+    assert project(tmp_path, "methods=[{name: sft}]", f"evaluate.judges.guard.max_tokens={found[2]}").expected
 
 
 def test_every_data_stage_is_made_once_however_many_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
