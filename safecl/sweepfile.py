@@ -35,22 +35,51 @@ def load(path: Path, settings: Sequence[str], limit: int | None = None) -> Sweep
         raise ConfigError(f"{path}: expected a mapping with `name`, `models`, ..., got {_kind(raw)}")
     for setting in settings:
         _set(raw, setting)
-    if limit is not None:
-        _limit(raw, limit)
     try:
+        if limit is not None:
+            _limit(raw, limit)
         sweep = strictly(Sweep, raw)
         return sweep if limit is None else _with_small_memories(sweep, limit)
     except ValidationError as error:
-        found = error.errors()
-        # pydantic also reports too_short when every item is invalid. Show the item errors instead.
-        told = [item for item in found if not (item["type"] == "too_short" and item.get("input"))] or found
-        raise ConfigError("\n".join(dict.fromkeys(explained(item, Sweep) for item in told))) from None
-    except (TypeError, ValueError) as error:  # a value that YAML can hold and JSON cannot: bytes, a date, itself
+        raise ConfigError("\n".join(explained(error, raw, Sweep))) from None
+    except (TypeError, ValueError, RecursionError) as error:  # a value that YAML can hold and JSON cannot: bytes, a date, itself
         raise ConfigError(f"{path}: expected plain values ({error})") from None
 
 
-def explained(item: Any, schema: type[Strict]) -> str:
-    """One error of pydantic in a line: where, what is wrong, what is there."""
+def explained(error: ValidationError, given: Any, schema: type[Strict]) -> list[str]:
+    """What pydantic says of `given`, a line each: where, what is wrong, what is there. Of a value that may be of several
+    kinds each kind has its errors: they become one line, or those of the kind that was meant."""
+    found: list[Any] = error.errors()
+    # pydantic also reports too_short when every item is invalid. Show the item errors instead.
+    found = [item for item in found if not (item["type"] == "too_short" and item.get("input"))] or found
+    places: dict[tuple[Any, ...], list[Any]] = {}
+    for item in found:
+        places.setdefault(_place_in(given, item), []).append(item)
+    told = []
+    for place, items in places.items():
+        kinds = [item for item in items if len(item["loc"]) == len(place) + 1 and item["type"] != "value_error"]
+        within = [item for item in items if item not in kinds]
+        if kinds and not within:
+            choices = [item["msg"].removeprefix("Input should be ") for item in kinds]
+            merged = {"expected": ", ".join(str(item.get("ctx", {}).get("expected", "")) for item in kinds)}
+            one = {"type": "literal_error", "loc": place, "msg": f"Input should be {' or '.join(choices)}", "ctx": merged}
+            within = [{**one, "input": kinds[0]["input"]}]
+        told += [_explained({**item, "loc": (*place, *item["loc"][len(place) + 1 :])}, schema) for item in within]
+    return list(dict.fromkeys(told))
+
+
+def _place_in(given: Any, item: Any) -> tuple[Any, ...]:
+    """Where an error is, less the names of pydantic's for the kinds that a value may be of."""
+    at, place = given, item["loc"]
+    for i, part in enumerate(place):
+        if isinstance(at, dict) and part in at or isinstance(at, list) and isinstance(part, int) and part < len(at):
+            at = at[part]
+        elif item["type"] != "missing" or i < len(place) - 1:
+            return tuple(place[:i])
+    return tuple(place)
+
+
+def _explained(item: Any, schema: type[Strict]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         known = _fields(schema, item["loc"][:-1])
@@ -89,7 +118,7 @@ def _parsed(where: str, text: str) -> Any:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         told = ", ".join(part for part in (error.context, error.problem) if part)
         raise ConfigError(f"{where}{line}: is not valid YAML: {told}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # `!!bool x`, `!!timestamp x`
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     if loader.twice:
         raise ConfigError("\n".join(f"{where}, {told}" for told in loader.twice))

@@ -314,4 +314,7 @@ def _check(template: Template, bos: bool, tokenizer: Tokenizer, name: str) -> No
     for row in encoded:
         targets = row.ids[row.num_prompt :]
         end = tokenizer.id_of(template.end)
-        assert row.ids[: row.num_prompt] == asked and targets[-1] == end and targets.count(end) == 1
+        if row.ids[: row.num_prompt] != asked or targets[-1] != end or targets.count(end) != 1:
+            raise ConfigError(
+                f"{what}: expected its end {template.end!r} once, after an answer, got {tokenizer.fast.decode(targets, False)!r}"
+            )

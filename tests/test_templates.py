@@ -368,3 +368,8 @@ def test_a_control_token_that_takes_blanks_beside_it_stays_one(tmp_path: Path) -
     encoded, dropped = encode(rows, own, text, False, 99)
     told = [[own.fast.id_to_token(id) for id in row.ids if own.fast.id_to_token(id) in specials] for row in encoded]
     assert not dropped and told == [["<|user|>", "<|end|>", "<|assistant|>", "<|end|>"]] * 3
+
+
+def test_a_lead_that_is_the_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected its end '<.im_end.>' once, after an answer"):
+        project(tmp_path, "models.0.template={prompt: '{prompt}', end: '<|im_end|>', lead: '<|im_end|>'}")
