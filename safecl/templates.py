@@ -254,13 +254,18 @@ def _renderer(text: str, specials: dict[str, str]) -> Callable[[list[tuple[str, 
     return render
 
 
-def chat_template(template: Mapping[str, Any], bos: bool) -> str:
-    """A resolved template as a chat template of turns of user and assistant, for those who serve an exported model."""
+def chat_template(template: Mapping[str, Any], bos: bool, bos_token: str | None) -> str:
+    """A resolved template as a chat template of turns of user and assistant, for those who serve an exported model. BOS
+    stands once, before the first turn, also where the template writes `bos_token` itself."""
     import json
 
     head, _, tail = str(template["prompt"]).partition("{prompt}")
+    if bos_token and head.startswith(bos_token):
+        bos, head = True, head.removeprefix(bos_token)
     user = "m['content'] | trim" if template.get("strip") else "m['content']"
-    head, tail, lead, end = (json.dumps(text) for text in (head, tail, template.get("lead", ""), template["end"]))
+    head, tail, lead, end = (
+        json.dumps(text, ensure_ascii=False) for text in (head, tail, template.get("lead", ""), template["end"])
+    )
     return (
         f"{'{{ bos_token }}' if bos else ''}{{% for m in messages %}}{{% if m['role'] == 'user' %}}"
         f"{{{{ {head} + ({user}) + {tail} }}}}{{% elif m['role'] == 'assistant' %}}{{{{ {lead} + m['content'] + {end} }}}}"

@@ -142,15 +142,22 @@ def test_an_exported_chat_template_is_what_was_trained(maker: tuple[str, Path], 
     ):  # its text begins with a space of its own
         trained = resolve(own, name)
         first = own.special_texts["bos_token"]
-        text = chat_template(
-            trained.template.model_dump(), trained.bos and not trained.template.prompt.startswith(first)
-        )
+        text = chat_template(trained.template.model_dump(), trained.bos, first)
         served = resolve(with_template(folder, text), "auto")
         before, after = (
             encode_prompts(REQUESTS, own, each.template.model_dump(), each.bos) for each in (trained, served)
         )
         assert before == after
         assert (served.template.end, served.template.lead) == (trained.template.end, trained.template.lead)
+
+
+def test_an_exported_chat_template_writes_bos_once_and_every_character() -> None:
+    import jinja2
+
+    template = {"prompt": "<bos>\U0001f600 \"'{prompt}\n", "end": "</s>"}
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    told = jinja2.Template(chat_template(template, False, "<bos>")).render(messages=turns, bos_token="<bos>")
+    assert told == "<bos>\U0001f600 \"'x\nx</s>\U0001f600 \"'x\n"
 
 
 def test_control_tokens_of_a_person_stay_text_whatever_the_tokenizer(maker: tuple[str, Path]) -> None:
