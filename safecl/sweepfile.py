@@ -42,7 +42,7 @@ def load(path: Path, settings: Sequence[str], limit: int | None = None) -> Sweep
         return sweep if limit is None else _with_small_memories(sweep, limit)
     except ValidationError as error:
         raise ConfigError("\n".join(explained(error, raw, Sweep))) from None
-    except (TypeError, ValueError, RecursionError) as error:  # a value that YAML can hold and JSON cannot: bytes, a date, itself
+    except (TypeError, ValueError, RecursionError) as error:  # what YAML holds and JSON cannot: bytes, a date, itself
         raise ConfigError(f"{path}: expected plain values ({error})") from None
 
 
@@ -61,9 +61,13 @@ def explained(error: ValidationError, given: Any, schema: type[Strict]) -> list[
         within = [item for item in items if item not in kinds]
         if kinds and not within:
             choices = [item["msg"].removeprefix("Input should be ") for item in kinds]
-            merged = {"expected": ", ".join(str(item.get("ctx", {}).get("expected", "")) for item in kinds)}
-            one = {"type": "literal_error", "loc": place, "msg": f"Input should be {' or '.join(choices)}", "ctx": merged}
-            within = [{**one, "input": kinds[0]["input"]}]
+            names = ", ".join(str(item.get("ctx", {}).get("expected", "")) for item in kinds)
+            merged = {
+                "type": "literal_error",
+                "msg": f"Input should be {' or '.join(choices)}",
+                "ctx": {"expected": names},
+            }
+            within = [{**kinds[0], **merged, "loc": place}]
         told += [_explained({**item, "loc": (*place, *item["loc"][len(place) + 1 :])}, schema) for item in within]
     return list(dict.fromkeys(told))
 
@@ -72,7 +76,8 @@ def _place_in(given: Any, item: Any) -> tuple[Any, ...]:
     """Where an error is, less the names of pydantic's for the kinds that a value may be of."""
     at, place = given, item["loc"]
     for i, part in enumerate(place):
-        if isinstance(at, dict) and part in at or isinstance(at, list) and isinstance(part, int) and part < len(at):
+        is_there = part in at if isinstance(at, dict) else isinstance(at, list) and part in range(len(at))
+        if is_there:
             at = at[part]
         elif item["type"] != "missing" or i < len(place) - 1:
             return tuple(place[:i])
@@ -118,7 +123,7 @@ def _parsed(where: str, text: str) -> Any:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         told = ", ".join(part for part in (error.context, error.problem) if part)
         raise ConfigError(f"{where}{line}: is not valid YAML: {told}") from None
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # `!!bool x`, `!!timestamp x`
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # `!!bool x`
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     if loader.twice:
         raise ConfigError("\n".join(f"{where}, {told}" for told in loader.twice))
@@ -218,7 +223,8 @@ def _with_small_memories(sweep: Sweep, limit: int) -> Sweep:
                 size = method.config.get("memory_size", fields["memory_size"].default)
                 space = dict(space_of(method) or {})
                 form = space["memory_size"] = bounded(space.get("memory_size", []))
-                if len(form) < 2 or isinstance(form, dict) and form.get("low") == form.get("high"):
+                ends = {form.get("low"), form.get("high")} if isinstance(form, dict) else form
+                if isinstance(ends, list | set) and len(ends) < 2:
                     del space["memory_size"]  # nothing is left to choose
                 config = {**method.config, "memory_size": bounded(size)}
                 method = method.model_copy(update={"config": config, "search": space or None})

@@ -117,7 +117,9 @@ def test_a_database_lies_in_its_folder_whatever_that_is_called(tmp_path: Path) -
 
 def test_a_quick_look_keeps_memories_within_its_few_safety_rows(tmp_path: Path) -> None:
     assert Project(load(QUICKSTART, [f"execution.root={tmp_path}"], 20)).expected
-    methods = "methods=[{name: sft}, {name: lisa}, {name: safeinstr, search: {}}, {name: drr, search: {}}, {name: agem, search: {}}]"
+    methods = "methods=[{name: sft}, {name: lisa}, *]".replace("*", ", ".join(
+        f"{{name: {name}, search: {{}}}}" for name in ("safeinstr", "drr", "agem")
+    ))  # fmt: skip
     _, lisa, safeinstr, unknown, agem = load(QUICKSTART, [methods], 240).methods
     assert lisa.config == {"memory_size": 60} == safeinstr.config and lisa.search is None
     assert safeinstr.search == {"memory_size": [50, 60]} and unknown.search == {}

@@ -378,5 +378,5 @@ def test_a_control_token_that_takes_blanks_beside_it_stays_one(tmp_path: Path) -
 
 
 def test_a_lead_that_is_the_end_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected its end '<.im_end.>' once, after an answer"):
+    with pytest.raises(ConfigError, match=r"expected its end '<.im_end.>' once, after an answer"):
         project(tmp_path, "models.0.template={prompt: '{prompt}', end: '<|im_end|>', lead: '<|im_end|>'}")

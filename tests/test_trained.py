@@ -97,7 +97,9 @@ def test_a_plan_refuses_what_the_rows_cannot_give_later_and_reads_them_once(
 def test_a_guards_rows_that_do_not_fit_say_what_would(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         _ = project(tmp_path, "methods=[{name: sft}]", "evaluate.judges.guard.max_tokens=50").expected
-    found = re.search(r"in pairs of both labels .*ask for at most (\d+), or raise max_tokens to (\d+)", str(caught.value))
+    found = re.search(
+        r"in pairs of both labels .*ask for at most (\d+), or raise max_tokens to (\d+)", str(caught.value)
+    )
     assert found is not None and int(found[1]) < 128 and int(found[2]) > 50
     assert project(tmp_path, "methods=[{name: sft}]", f"evaluate.judges.guard.max_tokens={found[2]}").expected
 
