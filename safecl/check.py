@@ -42,7 +42,7 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> 
     errors: list[str] = []
     lacking: list[str] = []
 
-    def attempt(where: str, action: Callable[[], Any], schema: Any = None) -> Any:
+    def attempt(where: str, action: Callable[[], Any], given: Any = None, schema: Any = None) -> Any:
         try:
             return action()
         except PrerequisiteError as error:
@@ -50,7 +50,7 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> 
         except ConfigError as error:
             errors.append(f"{where}: {error}" if where else str(error))
         except ValidationError as error:
-            errors.extend(f"{where}.{explained(item, schema)}" for item in error.errors())
+            errors.extend(f"{where}.{told}" for told in explained(error, given, schema))
         return None
 
     wrong: set[str] = set()  # keys of tasks that were said to be wrong: of each its first fault
@@ -190,7 +190,7 @@ def _method_errors(where: str, chosen: Method, attempt: Callable[..., Any]) -> l
     method = attempt(where, lambda: methods.load(chosen.name))
     if method is None:
         return []
-    config = attempt(f"{where}.config", lambda: strictly(method.Config, chosen.config), method.Config)
+    config = attempt(f"{where}.config", lambda: strictly(method.Config, chosen.config), chosen.config, method.Config)
     if config is None or chosen.search is None:
         return []
     return [f"{where}.{text}" for text in _space_errors(method, chosen, config)]
@@ -229,13 +229,14 @@ def _model_errors(sweep: Sweep) -> list[str]:
         if problem := source_problem(model.source, model.revision):
             errors.append(f"{where}.{problem}")
             continue
-        errors += [f"{where}.source: {problem}" for problem in _folder_problems(model.source)]
+        errors += [f"{where}.source: {problem}" for problem in folder_problems(model.source)]
         for key, lora in adapters.items():
             errors += [f"{key}.{problem} ({where})" for problem in _lora_problems(model.source, lora)]
     return errors
 
 
-def _folder_problems(source: str) -> list[str]:
+def folder_problems(source: str) -> list[str]:
+    """What is wrong with a model's folder; nothing where the source is none."""
     return model_files.problems(Path(source)) if Path(source).is_dir() and not source.startswith("wheel:") else []
 
 

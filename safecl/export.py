@@ -71,8 +71,8 @@ def _write_template(config: Any, base: Path, out: Path, merged: bool) -> None:
     from safecl.training.tokens import Tokenizer
 
     tokenizer, template = Tokenizer(base), config["template"]
-    bos = config["bos"] and not str(template["prompt"]).startswith(tokenizer.special_texts.get("bos_token", "\0"))
-    (out / "chat_template.jinja").write_text(chat_template(template, bos), encoding="utf-8")
+    text = chat_template(template, config["bos"], tokenizer.special_texts.get("bos_token"))
+    (out / "chat_template.jinja").write_text(text, encoding="utf-8")
     if merged:
         file = out / "generation_config.json"
         settings = json.loads(file.read_text()) if file.is_file() else {}

@@ -73,7 +73,8 @@ def _is_outer(name: str) -> bool:
 
 def _layers(folder: Path) -> Layers:
     """Raises Broken with every problem of the folder."""
-    stat = tuple(sorted((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in folder.iterdir()))
+    there = (file for file in folder.iterdir() if file.exists())  # a link may lead nowhere
+    stat = tuple(sorted((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in there))
     found = _examined(folder, stat)
     if isinstance(found, str):
         raise Broken(found)

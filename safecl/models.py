@@ -54,7 +54,7 @@ def _source(model: Model, wanted: tuple[str, ...]) -> tuple[dict[str, Json], str
         return wheel_file(model.source.removeprefix("wheel:"))
     if Path(model.source).is_dir():
         path = Path(model.source).absolute()
-        files = sorted(file for pattern in wanted for file in path.glob(pattern))
+        files = sorted(file for pattern in wanted for file in path.glob(pattern) if file.exists())
         return {"files": {str(file.relative_to(path)): sha256(file) for file in files}}, str(path)
     return {"hub": model.source, "revision": model.revision}, ""
 

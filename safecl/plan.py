@@ -109,7 +109,8 @@ class Graph:
             inputs = {**inputs, "tokenizer": self.tokenizer}
         used = [part.task for part in parts] + ([str(poison["task"])] if poison else [])
         rules = [tasks.load(task).SCORING for task in sorted({str(task) for task in (labels or {}).values()})]
-        return _stage("data", config, inputs, *(tasks.load(name).VERSION for name in used), *rules)
+        worded = [judges.load(str(guard["judge"])).VERSION] if guard else []
+        return _stage("data", config, inputs, *(tasks.load(name).VERSION for name in used), *rules, *worded)
 
     def _fits(self, max_tokens: int, text: dict[str, Json]) -> dict[str, Json]:
         """What makes a row too long to be trained on."""

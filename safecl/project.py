@@ -135,8 +135,9 @@ class Project:
             )
         try:
             self.cells = check(sweep, self.folder, None if reads else self.warnings)
-        except ConfigError as error:
-            raise ConfigError("\n".join([*settled.errors, str(error)])) from None
+        except (ConfigError, PrerequisiteError) as error:
+            kind = ConfigError if settled.errors else type(error)
+            raise kind("\n".join([*settled.errors, str(error), *settled.lacking])) from None
         if settled.errors:
             raise ConfigError("\n".join(settled.errors))
         if settled.lacking:

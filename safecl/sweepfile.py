@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -34,21 +35,56 @@ def load(path: Path, settings: Sequence[str], limit: int | None = None) -> Sweep
         raise ConfigError(f"{path}: expected a mapping with `name`, `models`, ..., got {_kind(raw)}")
     for setting in settings:
         _set(raw, setting)
-    if limit is not None:
-        _limit(raw, limit)
     try:
-        return strictly(Sweep, raw)
+        if limit is not None:
+            _limit(raw, limit)
+        sweep = strictly(Sweep, raw)
+        return sweep if limit is None else _with_small_memories(sweep, limit)
     except ValidationError as error:
-        found = error.errors()
-        # pydantic also reports too_short when every item is invalid. Show the item errors instead.
-        told = [item for item in found if not (item["type"] == "too_short" and item.get("input"))] or found
-        raise ConfigError("\n".join(dict.fromkeys(explained(item, Sweep) for item in told))) from None
-    except (TypeError, ValueError) as error:  # a value that YAML can hold and JSON cannot: bytes, a date, itself
+        raise ConfigError("\n".join(explained(error, raw, Sweep))) from None
+    except (TypeError, ValueError, RecursionError) as error:  # what YAML holds and JSON cannot: bytes, a date, itself
         raise ConfigError(f"{path}: expected plain values ({error})") from None
 
 
-def explained(item: Any, schema: type[Strict]) -> str:
-    """One error of pydantic in a line: where, what is wrong, what is there."""
+def explained(error: ValidationError, given: Any, schema: type[Strict]) -> list[str]:
+    """What pydantic says of `given`, a line each: where, what is wrong, what is there. Of a value that may be of several
+    kinds each kind has its errors: they become one line, or those of the kind that was meant."""
+    found: list[Any] = error.errors()
+    # pydantic also reports too_short when every item is invalid. Show the item errors instead.
+    found = [item for item in found if not (item["type"] == "too_short" and item.get("input"))] or found
+    places: dict[tuple[Any, ...], list[Any]] = {}
+    for item in found:
+        places.setdefault(_place_in(given, item), []).append(item)
+    told = []
+    for place, items in places.items():
+        kinds = [item for item in items if len(item["loc"]) == len(place) + 1 and item["type"] != "value_error"]
+        within = [item for item in items if item not in kinds]
+        if kinds and not within:
+            choices = [item["msg"].removeprefix("Input should be ") for item in kinds]
+            names = ", ".join(str(item.get("ctx", {}).get("expected", "")) for item in kinds)
+            merged = {
+                "type": "literal_error",
+                "msg": f"Input should be {' or '.join(choices)}",
+                "ctx": {"expected": names},
+            }
+            within = [{**kinds[0], **merged, "loc": place}]
+        told += [_explained({**item, "loc": (*place, *item["loc"][len(place) + 1 :])}, schema) for item in within]
+    return list(dict.fromkeys(told))
+
+
+def _place_in(given: Any, item: Any) -> tuple[Any, ...]:
+    """Where an error is, less the names of pydantic's for the kinds that a value may be of."""
+    at, place = given, item["loc"]
+    for i, part in enumerate(place):
+        is_there = part in at if isinstance(at, dict) else isinstance(at, list) and part in range(len(at))
+        if is_there:
+            at = at[part]
+        elif item["type"] != "missing" or i < len(place) - 1:
+            return tuple(place[:i])
+    return tuple(place)
+
+
+def _explained(item: Any, schema: type[Strict]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         known = _fields(schema, item["loc"][:-1])
@@ -87,7 +123,7 @@ def _parsed(where: str, text: str) -> Any:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         told = ", ".join(part for part in (error.context, error.problem) if part)
         raise ConfigError(f"{where}{line}: is not valid YAML: {told}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # `!!bool x`
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     if loader.twice:
         raise ConfigError("\n".join(f"{where}, {told}" for told in loader.twice))
@@ -163,6 +199,37 @@ def _limit(raw: Any, limit: int) -> None:
                 raw[key] = limit if value is None else min(value, limit)
         if "task" in raw and "ratios" not in raw:
             raw.setdefault("num_rows", limit)
+
+
+def _with_small_memories(sweep: Sweep, limit: int) -> Sweep:
+    """Memories of at most a fourth of `limit`, searched ones too: of so few safety rows not all are refusals."""
+    from safecl import methods
+    from safecl.grid import space_of
+
+    most = max(1, limit // 4)
+
+    def bounded(form: Any) -> Any:
+        if isinstance(form, list):
+            return list(dict.fromkeys(map(bounded, form)))
+        if isinstance(form, dict):
+            return form | {end: bounded(form[end]) for end in form.keys() & {"low", "high"}}
+        return min(form, most) if isinstance(form, int) else form  # else it is refused as what it is
+
+    small = []
+    for method in sweep.methods:
+        with suppress(ConfigError, ValidationError):  # check.py says what is wrong
+            fields = methods.load(method.name).Config.model_fields
+            if "memory_size" in fields:
+                size = method.config.get("memory_size", fields["memory_size"].default)
+                space = dict(space_of(method) or {})
+                form = space["memory_size"] = bounded(space.get("memory_size", []))
+                ends = {form.get("low"), form.get("high")} if isinstance(form, dict) else form
+                if isinstance(ends, list | set) and len(ends) < 2:
+                    del space["memory_size"]  # nothing is left to choose
+                config = {**method.config, "memory_size": bounded(size)}
+                method = method.model_copy(update={"config": config, "search": space or None})
+        small.append(method)
+    return sweep.model_copy(update={"methods": tuple(small)})
 
 
 def _fields(schema: type[Strict], location: tuple[Any, ...]) -> list[str]:

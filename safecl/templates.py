@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from safecl.base import ConfigError, PrerequisiteError
+from safecl.check import folder_problems, source_problem
 from safecl.config import Model, Named, Sweep, Template
 from safecl.models import tokenizer_folder, tokenizer_stage
 from safecl.tasks import Row
@@ -101,8 +102,7 @@ def settled(model: Model) -> tuple[Model, str]:
         ConfigError: the template does not go with the tokenizer.
         PrerequisiteError: the tokenizer cannot be had.
     """
-    is_hub = not model.source.startswith("wheel:") and not Path(model.source).is_dir()
-    if is_hub and (model.revision is None or model.source.count("/") != 1):
+    if source_problem(model.source, model.revision) or folder_problems(model.source):
         found = Resolved(Template(), False, "")  # check.py refuses it
     else:
         tokenizer = _tokenizer(tokenizer_folder(tokenizer_stage(model)))
@@ -254,13 +254,18 @@ def _renderer(text: str, specials: dict[str, str]) -> Callable[[list[tuple[str, 
     return render
 
 
-def chat_template(template: Mapping[str, Any], bos: bool) -> str:
-    """A resolved template as a chat template of turns of user and assistant, for those who serve an exported model."""
+def chat_template(template: Mapping[str, Any], bos: bool, bos_token: str | None) -> str:
+    """A resolved template as a chat template of turns of user and assistant, for those who serve an exported model. BOS
+    stands once, before the first turn, also where the template writes `bos_token` itself."""
     import json
 
     head, _, tail = str(template["prompt"]).partition("{prompt}")
+    if bos_token and head.startswith(bos_token):
+        bos, head = True, head.removeprefix(bos_token)
     user = "m['content'] | trim" if template.get("strip") else "m['content']"
-    head, tail, lead, end = (json.dumps(text) for text in (head, tail, template.get("lead", ""), template["end"]))
+    head, tail, lead, end = (
+        json.dumps(text, ensure_ascii=False) for text in (head, tail, template.get("lead", ""), template["end"])
+    )
     return (
         f"{'{{ bos_token }}' if bos else ''}{{% for m in messages %}}{{% if m['role'] == 'user' %}}"
         f"{{{{ {head} + ({user}) + {tail} }}}}{{% elif m['role'] == 'assistant' %}}{{{{ {lead} + m['content'] + {end} }}}}"
@@ -314,4 +319,7 @@ def _check(template: Template, bos: bool, tokenizer: Tokenizer, name: str) -> No
     for row in encoded:
         targets = row.ids[row.num_prompt :]
         end = tokenizer.id_of(template.end)
-        assert row.ids[: row.num_prompt] == asked and targets[-1] == end and targets.count(end) == 1
+        if row.ids[: row.num_prompt] != asked or targets[-1] != end or targets.count(end) != 1:
+            raise ConfigError(
+                f"{what}: expected its end {template.end!r} once, after an answer, got {tokenizer.fast.decode(targets, False)!r}"
+            )

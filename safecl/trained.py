@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safecl.base import ConfigError, Json
+from safecl.base import ConfigError, Damaged, Json
 from safecl.grid import Cell, Job
 from safecl.models import tokenizer_folder
 from safecl.plan import REFERENCES
 from safecl.stages.data import Composed, Found, compose, find
-from safecl.store import Stage, Store, canonical
+from safecl.store import Stage, Store, below, canonical
 from safecl.tasks import Row
 from safecl.training.tokens import Tokenizer
 
@@ -35,7 +36,7 @@ class Preview:
 
     def __init__(self, store: Store, folder: Path | None) -> None:
         self.store, self.folder = store, folder
-        self._made: dict[str, Composed | None] = {}
+        self._made: dict[str, Composed | ConfigError | None] = {}
         self._found: dict[tuple[Any, ...], Found] = {}  # drawn from by several stages
         self._tokenizers: dict[str, Tokenizer] = {}
 
@@ -46,14 +47,20 @@ class Preview:
             ConfigError: it would fail for want of rows.
         """
         if stage.key not in self._made:
-            self._made[stage.key] = self._rows(stage)
-        return self._made[stage.key]
+            try:
+                self._made[stage.key] = self._rows(stage)
+            except ConfigError as error:
+                self._made[stage.key] = error
+        if isinstance(found := self._made[stage.key], ConfigError):
+            raise found
+        return found
 
     def _rows(self, stage: Stage) -> Composed | None:
         config: Any = stage.config
         if self.store.has(stage):
-            lines = (self.store.path(stage) / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-            return Composed([Row(**json.loads(line)) for line in lines], self.store.record(stage)["result"])
+            with suppress(Damaged):  # a run makes it again
+                lines = (self.store.path(stage) / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+                return Composed([Row(**json.loads(line)) for line in lines], self.store.record(stage)["result"])
         taken: list[str] = []
         for name in sorted(stage.inputs):
             if name.startswith("exclude_"):
@@ -90,41 +97,41 @@ def expected(cells: Sequence[Cell], seed: int, preview: Preview) -> dict[str, Tr
     """
     found: dict[str, Trained | None] = {}
     errors: list[str] = []
-    checked: set[str] = set()
+    store = preview.store
 
     def rows(stage: Stage) -> Composed | None:
         try:
             return preview.rows(stage)
         except ConfigError as error:
-            if stage.key not in checked:  # each once
-                errors.append(str(error))
-            checked.add(stage.key)
+            errors.append(str(error))
             return None
 
-    for cell in cells:
-        job = cell.job({}, seed, "final")
-        graph, store = job.graph, preview.store
+    jobs = [cell.job({}, seed, "final") for cell in cells]
+    tops = [job.evidence.metrics for job in jobs]
+    tops += [job.graph.evidence("validation").metrics for job in jobs if job.cell.space is not None]
+    for stage in below(tops, leave_out=store.has):
+        if stage.kind == "data":
+            rows(stage)
+    for cell, job in zip(cells, jobs, strict=True):
+        graph = job.graph
         if cell.recipe.method in REFERENCES:
-            if not store.has(graph.theta_safe):
-                rows(graph.safety_rows)
-            for guard in graph.guards if graph.recipe.evaluate.judges.asr == "guard" else ():
-                if not store.has(guard):
-                    rows(guard.inputs["rows"])
             continue
         num_memory = _memory(cell, seed)
         if store.has(graph.tuned):  # its memory was made
-            if store.has(graph.user_rows) and "num_rows" in (facts := store.record(graph.user_rows)["result"]):
-                found[cell.label] = of(facts, num_memory)
+            with suppress(Damaged):
+                if store.has(graph.user_rows) and "num_rows" in (facts := store.record(graph.user_rows)["result"]):
+                    found[cell.label] = of(facts, num_memory)
             continue
         safety = None if num_memory is None else rows(graph.safety_rows)
         user = rows(graph.user_rows)
         stratified = graph.recipe.memory_mix == "stratified"
-        if safety is not None and num_memory is not None and not stratified:
-            refusals = sum(row.harmful for row in safety.rows)
-            if refusals < num_memory:
+        unknown = stratified and graph.recipe.align.self_answered and not store.has(graph.safety_rows)
+        if safety is not None and num_memory is not None and not unknown:
+            usable = sum(row.harmful or stratified for row in safety.rows)
+            if usable < num_memory:
                 errors.append(
-                    f"{cell.label}: a memory of {num_memory} rows is asked for, the safety rows hold {refusals} refusals; "
-                    "lower memory_size or give more safety rows"
+                    f"{cell.label}: a memory of {num_memory} rows is asked for, the safety rows hold {usable} "
+                    f"{'rows' if stratified else 'refusals'}; lower memory_size or give more safety rows"
                 )
         found[cell.label] = None if user is None else of(user.facts, num_memory)
     if errors:
@@ -159,6 +166,8 @@ def recorded(job: Job, store: Store) -> dict[str, Json] | None:
         return None
     memory = training.get("memory_rows") if graph.tuned.inputs.keys() & {"memory", "replay"} else None
     own = of(user, memory)._asdict()
+    # What the method makes of the user's rows is trained on: it may add rows, or leave some out.
+    own |= {name: training[name] for name in ("poison_rows", "cut_prompts") if name in training}
     return own | {"trained_rows": training.get("rows"), "left_out": training.get("dropped", 0)}
 
 
@@ -169,19 +178,20 @@ def notes(found: Sequence[tuple[str, float | None, Mapping[str, Any]]]) -> list[
     cut: dict[str, None] = {}
     left_out: dict[str, None] = {}
     for where, ratio, one in found:
-        share = one["poison_rows"] / max(1, one["rows"])
+        num_rows = one.get("trained_rows") or one["rows"]
+        share = one["poison_rows"] / max(1, num_rows)
         if ratio and abs(share - ratio) >= 0.0005:
-            shares[f"{where} {one['poison_rows']} of {one['rows']} ({share:.1%})"] = None
+            shares[f"{where} {one['poison_rows']} of {num_rows} ({share:.1%})"] = None
         if one["too_long"]:
             told = " and ".join(f"{num} of {part}" for part, num in sorted(one["too_long"].items()))
             long[f"{where} {told}"] = None
         if one["cut_prompts"]:
-            cut[f"{where} {one['cut_prompts']} of {one['rows']}"] = None
+            cut[f"{where} {one['cut_prompts']} of {num_rows}"] = None
         if one.get("left_out"):
             left_out[f"{where} {one['left_out']}"] = None
     lines = {
         "Poison's share of the rows": shares,
-        "Rows too long for max_tokens, others taken in their place": long,
+        "Rows too long for max_tokens, passed over": long,
         "Requests cut to fit max_tokens (inside the template)": cut,
         "Rows left out in training": left_out,
     }

@@ -30,6 +30,11 @@ def empty(folder: Path) -> None:
     folder.mkdir()
 
 
+def dangling(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "gone")
+    (folder / "model.safetensors").symlink_to(folder / "nowhere")
+
+
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -75,6 +80,7 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / "model.safetensors").write_text(LFS), "model.safetensors is a Git-LFS pointer"),
     (lambda folder: (folder / "model.safetensors").write_text("x"), "model.safetensors is no safetensors file"),
     (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
+    (dangling, "holds no model.safetensors"),
     (pickled, "holds pickled weights only (pytorch_model.bin), which are never opened"),
     (missing_shard, "names model-00002-of-00002.safetensors, which is not there (1 of 1 missing)"),
     (misplaced, "model.safetensors lacks no.such.weight"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from safecl.base import ConfigError, sqlite_path, sqlite_url
-from safecl.project import load
+from safecl.project import Project, load
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 QUICKSTART = SWEEPS / "quickstart.yaml"
@@ -113,3 +113,49 @@ def test_a_database_lies_in_its_folder_whatever_that_is_called(tmp_path: Path) -
     assert [file.name for file in folder.iterdir()] == ["study.db"] and [*tmp_path.iterdir()] == [folder]
     assert sqlite_path(url) == folder / "study.db" and sqlite_url(Path("/a b/c.db")) == "sqlite:////a b/c.db"
     assert sqlite_path("postgresql://host/db") is None
+
+
+def test_a_quick_look_keeps_memories_within_its_few_safety_rows(tmp_path: Path) -> None:
+    assert Project(load(QUICKSTART, [f"execution.root={tmp_path}"], 20)).expected
+    methods = "methods=[{name: sft}, {name: lisa}, *]".replace("*", ", ".join(
+        f"{{name: {name}, search: {{}}}}" for name in ("safeinstr", "drr", "agem")
+    ))  # fmt: skip
+    _, lisa, safeinstr, unknown, agem = load(QUICKSTART, [methods], 240).methods
+    assert lisa.config == {"memory_size": 60} == safeinstr.config and lisa.search is None
+    assert safeinstr.search == {"memory_size": [50, 60]} and unknown.search == {}
+    assert agem.search == {"memory_size": [50, 60], "memory_batch_size": [5, 10, 20, 50]}
+    ranged = "methods=[{name: der, search: {memory_size: {low: 10, high: 400}, weight: [1.0]}}]"
+    assert load(QUICKSTART, [ranged], 40).methods[0].search == {"weight": [1.0]}
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        (
+            "models.0.template=chatlm",
+            "models.0.template: Input should be 'auto' or 'chatml', 'alpaca', 'llama2' or 'gemma' or an object "
+            "(got 'chatlm') Did you mean 'chatml'?",
+        ),
+        ("models.0.bos=maybe", "models.0.bos: Input should be 'auto' or a valid boolean (got 'maybe')"),
+        ("lora.targets=q_proj", "lora.targets: Input should be a valid array or 'all-linear' (got 'q_proj')"),
+        ("lora.targets=[1]", "lora.targets.0: Input should be a valid string (got 1)"),
+        (
+            "models.0.template={prompt: '{prompt}', edn: x}",
+            "models.0.template.edn: unknown key. Did you mean 'end'? Known here: end, lead, prompt, stop, strip",
+        ),
+        ("models.0.template.prompt=x", "models.0.template.prompt: must hold {prompt} exactly once, got 'x' (got 'x')"),
+    ],
+)
+def test_one_mistake_is_one_line_whatever_kinds_a_value_may_be_of(setting: str, line: str) -> None:
+    removed = ["models.0.template="] if setting.startswith("models.0.template.") else []
+    with pytest.raises(ConfigError) as caught:
+        load(QUICKSTART, [*removed, setting])
+    assert str(caught.value) == line
+
+
+def test_what_yaml_cannot_make_of_a_tag_is_said() -> None:
+    for value in ("!!bool x", "!!timestamp x", "!!int ''"):
+        with pytest.raises(ConfigError, match="is not valid YAML"):
+            load(QUICKSTART, [f"seeds={value}"])
+    with pytest.raises(ConfigError, match="expected plain values"):
+        load(QUICKSTART, ["about=&a [*a]"], 20)

@@ -142,15 +142,22 @@ def test_an_exported_chat_template_is_what_was_trained(maker: tuple[str, Path], 
     ):  # its text begins with a space of its own
         trained = resolve(own, name)
         first = own.special_texts["bos_token"]
-        text = chat_template(
-            trained.template.model_dump(), trained.bos and not trained.template.prompt.startswith(first)
-        )
+        text = chat_template(trained.template.model_dump(), trained.bos, first)
         served = resolve(with_template(folder, text), "auto")
         before, after = (
             encode_prompts(REQUESTS, own, each.template.model_dump(), each.bos) for each in (trained, served)
         )
         assert before == after
         assert (served.template.end, served.template.lead) == (trained.template.end, trained.template.lead)
+
+
+def test_an_exported_chat_template_writes_bos_once_and_every_character() -> None:
+    import jinja2
+
+    template = {"prompt": "<bos>\U0001f600 \"'{prompt}\n", "end": "</s>"}
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    told = jinja2.Template(chat_template(template, False, "<bos>")).render(messages=turns, bos_token="<bos>")
+    assert told == "<bos>\U0001f600 \"'x\nx</s>\U0001f600 \"'x\n"
 
 
 def test_control_tokens_of_a_person_stay_text_whatever_the_tokenizer(maker: tuple[str, Path]) -> None:
@@ -330,3 +337,46 @@ def test_a_model_without_a_fast_tokenizer_is_named(tmp_path: Path, tiny: Path) -
     (tiny / "tokenizer.json").unlink()
     with pytest.raises((ConfigError, PrerequisiteError), match=str(tiny)):
         project(tmp_path, f"models.0.source={tiny}")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n", "tokenizer.json is a Git-LFS pointer"),
+        ("tokenizer.json", "{}", "tokenizer.json cannot be read as a tokenizer"),
+        ("config.json", "{bad", "config.json is not JSON"),
+        ("tokenizer_config.json", "{bad", "tokenizer_config.json is not JSON"),
+        ("generation_config.json", "[]", "generation_config.json: expected a JSON object"),
+    ],
+)
+def test_a_broken_model_is_said_in_a_line(tmp_path: Path, tiny: Path, name: str, text: str, says: str) -> None:
+    (tiny / name).write_text(text)
+    with pytest.raises((ConfigError, PrerequisiteError), match=says):
+        project(tmp_path, f"models.0.source={tiny}")
+
+
+def test_a_folder_that_is_not_there_is_no_hub_id(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'\./nope' is no folder"):
+        project(tmp_path, "models.0.source=./nope", f"models.0.revision={'0' * 40}")
+
+
+def test_a_control_token_that_takes_blanks_beside_it_stays_one(tmp_path: Path) -> None:
+    """Phi-3's: the template's own <|user|> reaches over the request's first blank."""
+    specials = ["<|user|>", "<|assistant|>", "<|end|>", "<s>"]
+    folder = build(tmp_path / "phi", "none", specials, "<s>", "<|end|>", False, None)
+    file = folder / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    for token in settings["added_tokens"]:
+        token["rstrip"] = True
+    file.write_text(json.dumps(settings))
+    own = Tokenizer(folder)
+    text = Template(prompt="<|user|>\n{prompt}<|end|>\n<|assistant|>\n", end="<|end|>", stop=()).model_dump()
+    rows = [Row("plain", "hi", "ok"), Row("asks", " hi <|end|>", "ok"), Row("says", "hi", "\nok <|end|>")]
+    encoded, dropped = encode(rows, own, text, False, 99)
+    told = [[own.fast.id_to_token(id) for id in row.ids if own.fast.id_to_token(id) in specials] for row in encoded]
+    assert not dropped and told == [["<|user|>", "<|end|>", "<|assistant|>", "<|end|>"]] * 3
+
+
+def test_a_lead_that_is_the_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected its end '<.im_end.>' once, after an answer"):
+        project(tmp_path, "models.0.template={prompt: '{prompt}', end: '<|im_end|>', lead: '<|im_end|>'}")

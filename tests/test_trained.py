@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_what_a_plan_says_is_what_the_stage_makes(tmp_path: Path) -> None:
     assert told.too_long and told.cut_prompts == facts["cut_prompts"]
     text = plan(found)
     assert text["trained"][cell.label] == told._asdict()
-    long = next(line for line in text["notes"] if line.startswith("Rows too long for max_tokens, others taken"))
+    long = next(line for line in text["notes"] if line.startswith("Rows too long for max_tokens, passed over"))
     assert f"mini p=0.1 {told.too_long['mini/poison']} of mini/poison" in long
     assert any("template of smollm2-135m: '<|im_start|>user" in line for line in text["notes"])
     assert not (tmp_path / "runs").exists()  # reading writes nothing
@@ -76,6 +77,33 @@ def test_a_plan_refuses_what_cannot_hold_all_at_once(tmp_path: Path) -> None:
         _ = searched.expected
 
 
+def test_a_plan_refuses_what_the_rows_cannot_give_later_and_reads_them_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    whole = trained.compose
+    monkeypatch.setattr(trained, "compose", lambda *args: calls.append(args[0]["role"]) or whole(*args))
+    stratified = project(tmp_path, "memory_mix=stratified", "methods=[{name: der, config: {memory_size: 5000}}]")
+    with pytest.raises(ConfigError, match="a memory of 5000 rows is asked for, the safety rows hold 600 rows"):
+        _ = stratified.expected
+    calls.clear()
+    monkeypatch.setattr("safecl.check._read", lambda *_: None)
+    methods = "methods=[{name: der, config: {memory_size: 10}}, {name: agem, config: {memory_size: 10}}]"
+    with pytest.raises(ConfigError, match=r"split 'attack\.test': 4000 rows are asked for"):
+        _ = project(tmp_path, methods, "evaluate.test.attack.0.num_rows=4000", "tasks.0.max_tokens=8").expected
+    assert calls.count("attack.test") == 1 and calls.count("user") == 2  # of each ratio
+
+
+def test_a_guards_rows_that_do_not_fit_say_what_would(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _ = project(tmp_path, "methods=[{name: sft}]", "evaluate.judges.guard.max_tokens=50").expected
+    found = re.search(
+        r"in pairs of both labels .*ask for at most (\d+), or raise max_tokens to (\d+)", str(caught.value)
+    )
+    assert found is not None and int(found[1]) < 128 and int(found[2]) > 50
+    assert project(tmp_path, "methods=[{name: sft}]", f"evaluate.judges.guard.max_tokens={found[2]}").expected
+
+
 def test_every_data_stage_is_made_once_however_many_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     whole = trained.compose
@@ -84,9 +112,20 @@ def test_every_data_stage_is_made_once_however_many_trials(tmp_path: Path, monke
     found = project(tmp_path, methods, "seeds=[0, 1, 2, 3, 4, 5, 6, 7]")
     assert len(found.expected) == 10
     graphs = [cell.job({}, 0, "final").graph for cell in found.cells[2:]]
-    tops = [top for graph in graphs for top in (graph.tuned, *graph.guards)]
+    tops = [graph.evidence("test").metrics for graph in graphs]
     stages = {stage.key for top in tops for stage in top.walk() if stage.kind == "data"}
     assert len(calls) <= len(stages)
+
+
+def test_a_damaged_data_stage_is_made_up_anew(tmp_path: Path) -> None:
+    found = project(tmp_path, "methods=[{name: sft}]")
+    stages = found.cells[2].job({}, 0, "final").graph.user_rows.walk()
+    for stage in stages:
+        if stage.kind == "data":
+            folder = found.store.new_folder()
+            (folder / "rows.jsonl").write_text("{}")
+            (found.store.publish(stage, folder, {}, 1.0) / "rows.jsonl").write_text("")
+    assert found.expected[found.cells[2].label] is not None
 
 
 def test_a_finished_sweep_reads_no_data_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,21 +148,21 @@ def test_what_was_trained_is_read_from_records(tmp_path: Path) -> None:
     }
     for stage, result in (
         (job.graph.user_rows, user),
-        (job.graph.tuned, {"rows": 71, "dropped": 1, "memory_rows": 20}),
+        (job.graph.tuned, {"rows": 91, "dropped": 1, "memory_rows": 20, "poison_rows": 6, "cut_prompts": 2}),
     ):
         found.store.publish(stage, found.store.new_folder(), result, 1.0)
     told = recorded(job, found.store)
     assert told == {
-        "rows": 72, "poison_rows": 7, "poison_tokens": 0.5, "too_long": {"a/b": 2}, "cut_prompts": 3, "memory_rows": 20,
-        "trained_rows": 71, "left_out": 1,
+        "rows": 72, "poison_rows": 6, "poison_tokens": 0.5, "too_long": {"a/b": 2}, "cut_prompts": 2, "memory_rows": 20,
+        "trained_rows": 91, "left_out": 1,
     }  # fmt: skip
     assert notes([("mini p=0.1", 0.1, told), ("mini p=0.1", 0.1, told)]) == [
-        "Poison's share of the rows: mini p=0.1 7 of 72 (9.7%).",
-        "Rows too long for max_tokens, others taken in their place: mini p=0.1 2 of a/b.",
-        "Requests cut to fit max_tokens (inside the template): mini p=0.1 3 of 72.",
+        "Poison's share of the rows: mini p=0.1 6 of 91 (6.6%).",
+        "Rows too long for max_tokens, passed over: mini p=0.1 2 of a/b.",
+        "Requests cut to fit max_tokens (inside the template): mini p=0.1 2 of 91.",
         "Rows left out in training: mini p=0.1 1.",
     ]
-    as_asked = {**told, "poison_rows": 8, "rows": 80, "too_long": {}, "cut_prompts": 0, "left_out": 0}
+    as_asked = {**told, "poison_rows": 8, "trained_rows": 80, "too_long": {}, "cut_prompts": 0, "left_out": 0}
     assert notes([("mini p=0.1", 0.1, as_asked)]) == []
 
 

@@ -102,10 +102,15 @@ def compose(
     def draw(part: dict[str, Any], split: str, num_rows: int | None) -> list[Row]:
         usable, overlaps, left_out = found(part, split)
         facts["left_out"].update(left_out)
-        chosen, too_long = _guard_pairs(usable, num_rows, guard, fit) if guard else _first(usable, num_rows, fit)
         name = f"{part['task']}/{split}"
+        pool = contrasted(usable) if guard else usable
+        read, size = (_in_template(pool, guard), 2) if guard else (pool, 1)
+        chosen, too_long = _first(read, num_rows, fit, size)
         if num_rows is not None and len(chosen) < num_rows:
-            raise ConfigError(_too_few(part["task"], split, num_rows, usable, len(overlaps), too_long, fit))
+            raise ConfigError(_too_few(part["task"], split, num_rows, read, len(overlaps), too_long, fit, size))
+        if guard:
+            by_id = {row.id: row for row in pool}
+            chosen = [by_id[row.id] for row in chosen]
         last = len(usable)
         if num_rows is not None and not guard:  # what stands behind the last row chosen was not read
             last = next((i for i, row in enumerate(usable) if chosen and row is chosen[-1]), -1)
@@ -204,15 +209,12 @@ def find(part: dict[str, Any], split: str, seed: int, folder: Path | None, taken
     return Found(kept, places, dict(task.left_out))
 
 
-def _first(rows: Sequence[Row], num_rows: int | None, fit: Fit | None) -> tuple[list[Row], int]:
-    """The first `num_rows` rows (None: all) that fit, and how many were passed over."""
-    groups, passed = _first_groups([[row] for row in rows], num_rows, fit)
-    return [row for [row] in groups], passed
-
-
-def _first_groups(groups: Sequence[Sequence[Row]], num: int | None, fit: Fit | None) -> tuple[list[Sequence[Row]], int]:
+def _first(rows: Sequence[Row], num_rows: int | None, fit: Fit | None, size: int = 1) -> tuple[list[Row], int]:
+    """The first `num_rows` rows (None: all) that fit, and how many were passed over; groups of `size` fit as a whole."""
     if fit is None:
-        return list(groups[:num]), 0
+        return list(rows[:num_rows]), 0
+    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+    num = None if num_rows is None else -(-num_rows // size)
     kept: list[Sequence[Row]] = []
     passed = at = 0
     while at < len(groups) and (num is None or len(kept) < num):  # no more are read than are needed
@@ -225,32 +227,28 @@ def _first_groups(groups: Sequence[Sequence[Row]], num: int | None, fit: Fit | N
             kept += [group] if does else []
             passed += not does
         at += len(some)
-    return kept, passed
-
-
-def _guard_pairs(
-    rows: list[Row], num_rows: int | None, guard: dict[str, Any], fit: Fit | None
-) -> tuple[list[Row], int]:
-    """The first pairs that fit as the guard reads them."""
-    found = contrasted(rows, None if fit else num_rows)
-    written = _in_template(found, guard)
-    pairs = [written[i : i + 2] for i in range(0, len(found), 2)]
-    kept, passed = _first_groups(pairs, None if num_rows is None else -(-num_rows // 2), fit)
-    by_id = {row.id: row for row in found}
-    return [by_id[row.id] for pair in kept for row in pair][:num_rows], 2 * passed
+    return [row for group in kept for row in group][:num_rows], size * passed
 
 
 def _too_few(
-    task: str, split: str, num_rows: int, found: Sequence[Row], num_overlaps: int, too_long: int, fit: Fit | None
+    task: str,
+    split: str,
+    num_rows: int,
+    found: Sequence[Row],
+    num_overlaps: int,
+    too_long: int,
+    fit: Fit | None,
+    size: int,
 ) -> str:
-    num = len(found) + num_overlaps
-    text = f"task {task!r}, split {split!r}: {num_rows} rows are asked for, {num} are there and {num_overlaps} of them overlap"
-    text += " prompts of another role"
+    num, what = len(found) + num_overlaps, "in pairs of both labels " if size > 1 else ""
+    text = f"task {task!r}, split {split!r}: {num_rows} rows are asked for, {num} are there {what}and {num_overlaps} of them "
+    text += "overlap prompts of another role"
     if fit is None or not too_long:
         return f"{text}; ask for at most {len(found)}"
     text += f", {too_long} are longer than max_tokens = {fit.max_tokens}; ask for at most {len(found) - too_long}"
-    least = sorted(fit.least(found))
-    enough = least[num_rows - 1] if num_rows <= len(least) else math.inf
+    each = fit.least(found)
+    least = sorted(max(each[i : i + size]) for i in range(0, len(each), size))
+    enough = least[-(-num_rows // size) - 1] if num_rows <= len(found) else math.inf
     return text if enough == math.inf else f"{text}, or raise max_tokens to {enough}"
 
 
@@ -279,25 +277,15 @@ def _labelled(answers: Mapping[str, list[Any]], labels: Mapping[str, str]) -> li
     return rows
 
 
-def contrasted(rows: list[Row], num_rows: int | None) -> list[Row]:
+def contrasted(rows: list[Row]) -> list[Row]:
     """Labelled answers as pairs of a harmful and a harmless one: first those to one prompt, prompt by prompt, then what
-    is left of each label. The first `num_rows` of them (None: all pairs).
-
-    Raises:
-        ConfigError: there are fewer pairs.
-    """
+    is left of each label."""
     by_prompt: dict[str, tuple[list[Row], list[Row]]] = {}
     for row in rows:
         by_prompt.setdefault(row.prompt, ([], []))[not row.harmful].append(row)
     pairs = [pair for harmful, harmless in by_prompt.values() for pair in zip(harmful, harmless, strict=False)]
     left = [[row for both in by_prompt.values() for row in both[i][min(map(len, both)) :]] for i in (0, 1)]
-    found = [row for pair in (*pairs, *zip(*left, strict=False)) for row in pair]
-    if num_rows is not None and num_rows > len(found):
-        raise ConfigError(
-            f"guard rows: {num_rows} are asked for, {len(rows)} make {len(found) // 2} pairs of both labels; ask for at "
-            f"most {len(found)}"
-        )
-    return found[:num_rows]
+    return [row for pair in (*pairs, *zip(*left, strict=False)) for row in pair]
 
 
 def _in_template(rows: list[Row], guard: dict[str, Any]) -> list[Row]:

@@ -17,6 +17,7 @@ from safecl.tasks._overlap import normalise
 
 _sums: dict[tuple[str, int, int], str] = {}  # (path, size, mtime) -> sha256: a file is read once per process
 _commits: dict[tuple[str, str], str] = {}  # (hub id, revision) -> commit
+_unknown: dict[tuple[str, str], str] = {}  # likewise, of what the hub did not tell -> why
 
 
 def records(source: Source, folder: Path | None) -> list[Record]:
@@ -251,13 +252,15 @@ def _commit(source: Source) -> str:
     if len(revision) == 40:
         return revision
     key = (source.hub, revision)
-    if key not in _commits:
+    if key not in _commits and key not in _unknown:
         try:
             from huggingface_hub import HfApi
 
             _commits[key] = str(HfApi().dataset_info(source.hub, revision=revision, timeout=20).sha)
         except Exception as error:
-            raise PrerequisiteError(_missing(source, _one_line(error))) from None
+            _unknown[key] = _one_line(error)
+    if key in _unknown:
+        raise PrerequisiteError(_missing(source, _unknown[key]))
     return _commits[key]
 
 

@@ -36,7 +36,7 @@ class Tokenizer:
     are read as such, and none is added.
 
     Raises:
-        PrerequisiteError: the folder has no tokenizer.json.
+        PrerequisiteError: the folder has no tokenizer.json, or its files cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,7 +50,10 @@ class Tokenizer:
                 "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
         self._file = str(file)
-        self.fast = tokenizers.Tokenizer.from_file(self._file)
+        try:
+            self.fast = tokenizers.Tokenizer.from_file(self._file)
+        except Exception as error:  # the library has no narrower one
+            raise PrerequisiteError(f"{file} cannot be read as a tokenizer ({error}); fetch it again") from None
         self.fast.no_truncation()
         self.fast.no_padding()
         self._settings = _json(base / "special_tokens_map.json") | _json(base / "tokenizer_config.json")
@@ -146,6 +149,10 @@ class Tokenizer:
         foreign_places: list[int] = []
         for place, (id, (start, end)) in enumerate(zip(ids, spans, strict=True)):
             if id in self._special_ids:
+                # It may span blanks beside it (rstrip): whose it is, its own text says.
+                token = str(self.fast.id_to_token(id))
+                if (ahead := text[start:end].find(token)) >= 0:
+                    start, end = start + ahead, start + ahead + len(token)
                 is_foreign = any(start < last and end > first for first, last in foreign_spans)
                 (foreign_places if is_foreign else own_places).append(place)
         # A tokenizer treats what stands between two special tokens by itself, so a stretch can be read again alone.
@@ -186,7 +193,12 @@ def _content(token: Any) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise PrerequisiteError(f"{path} is not JSON ({error}); fetch it again") from None
+    if not isinstance(found, dict):
+        raise PrerequisiteError(f"{path}: expected a JSON object; fetch it again")
     return found
 
 

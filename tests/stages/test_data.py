@@ -202,12 +202,9 @@ def test_guard_rows_are_pairs_of_both_labels_to_one_prompt_where_there_are_both(
     rows = [Row(f"{prompt}{i}", prompt, "x", harmful) for i, (prompt, harmful) in enumerate(
         [("a", False), ("b", True), ("a", True), ("a", False), ("c", True), ("a", True), ("d", False), ("b", True)]
     )]  # fmt: skip
-    found = contrasted(rows, None)
+    found = contrasted(rows)
     assert [row.id for row in found] == ["a2", "a0", "a5", "a3", "b1", "d6"]
     assert [row.harmful for row in found] == [True, False] * 3
-    assert contrasted(rows, 4) == found[:4]
-    with pytest.raises(ConfigError, match="7 are asked for, 8 make 3 pairs"):
-        contrasted(rows, 7)
 
 
 def test_the_pairs_of_the_built_in_guard_stand_together(tmp_path: Path) -> None:

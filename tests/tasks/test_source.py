@@ -11,7 +11,7 @@ import pytest
 
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.tasks import Row, Source, Task, load, names
-from safecl.tasks._source import choose, digest, first_of_each, groups, identity, lowest, records
+from safecl.tasks._source import _commit, choose, digest, first_of_each, groups, identity, lowest, records
 
 REAL = [name for name in names() if load(name).SOURCES]
 
@@ -103,3 +103,18 @@ def test_hash_picks_group_equal_prompts_first() -> None:
 def test_groups_are_connected_components() -> None:
     assert groups(6, [(0, 2), (2, 4), (5, 1)]) == [[0, 2, 4], [1, 5], [3]]
     assert groups(0, []) == []
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Unreachable:
+        def __init__(self) -> None:
+            asked.append(1)
+            raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Unreachable)
+    for split in ("a", "b"):
+        with pytest.raises(PrerequisiteError, match="no route"):
+            _commit(Source("x.jsonl", "no-such/set", split=split))
+    assert len(asked) == 1
