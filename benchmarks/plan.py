@@ -26,6 +26,7 @@ from _bench import interleaved, write
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from safecl import methods  # noqa: E402
 from safecl.eta import EVERY_S, Eta  # noqa: E402
 from safecl.grid import cells  # noqa: E402
 from safecl.project import Project, load  # noqa: E402
@@ -42,7 +43,8 @@ def sweep_file(folder: Path, num_trials: int) -> Path:
     raw: dict[str, Any] = yaml.safe_load(QUICKSTART.read_text())
     fixed = {"ewc": {"num_rows": 100}, "lisa": {"cycles": 3}}
     ratios = num_trials // (len(METHODS) * SEEDS)
-    raw["methods"] = [{"name": name, "config": fixed.get(name, {})} for name in METHODS]
+    memory = {name: {"memory_size": 20} for name in METHODS if "memory_size" in methods.load(name).Config.model_fields}
+    raw["methods"] = [{"name": name, "config": memory.get(name, {}) | fixed.get(name, {})} for name in METHODS]
     raw["seeds"] = list(range(SEEDS))
     raw["poison"]["ratios"] = [round(i / (2 * ratios), 6) for i in range(ratios)]
     raw["execution"]["root"] = str(folder / f"root-{num_trials}")
