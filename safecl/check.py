@@ -82,11 +82,13 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> 
     errors += _model_errors(sweep)
     errors += objective.check(sweep.search.objective)
     errors += [] if wrong else _unknown_metrics(sweep)
-    longest = sweep.evaluate.max_prompt_tokens + sweep.evaluate.max_new_tokens
+    own = [tasks.load(task.task).max_new_tokens for task in sweep.tasks if task.task in tasks.names()]
+    answer = max([sweep.evaluate.max_new_tokens, *own])
+    longest = sweep.evaluate.max_prompt_tokens + answer
     if longest > sweep.execution.engine_max_tokens:
         errors.append(
-            f"execution.engine_max_tokens: expected at least {longest} (evaluate.max_prompt_tokens + max_new_tokens), "
-            f"got {sweep.execution.engine_max_tokens}"
+            f"execution.engine_max_tokens: expected at least {longest} (evaluate.max_prompt_tokens, and {answer} for an "
+            f"answer), got {sweep.execution.engine_max_tokens}"
         )
     if (uri := sweep.execution.study_uri) is not None and not re.match(r"[a-z][a-z0-9+]*://", uri):
         errors.append(f"execution.study_uri: expected a database URL (postgresql://...), got {uri!r}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from safecl import dtypes, hardware, sandbox, tasks
+from safecl import dtypes, execute, hardware, sandbox, tasks
 from safecl.base import ConfigError, Damaged, PrerequisiteError
 from safecl.config import Sweep
 from safecl.cost import missing, slots
@@ -34,8 +34,6 @@ def open_to_run(sweep: Sweep) -> Project:
         return Project(sweep)
     Project(sweep)  # says what is wrong with it before a cluster is joined
     import ray
-
-    from safecl import execute
 
     was_connected = ray.is_initialized()
     execute.start(execution, Store(execution.root).local / "logs")
@@ -73,6 +71,15 @@ def _alone(project: Project) -> Iterator[None]:
     """One driver a sweep."""
     project.store.check_writable(needed_gib=2.0)
     lease = project.lease()
+
+    def end(*_: object) -> None:
+        if lease.lost:
+            raise KeyboardInterrupt
+
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # a script's job in the background: Ctrl-C is not meant for it
+        signal.signal(signal.SIGINT, end)
     try:
         with lease:
             project.store.sweep_temporary()
@@ -128,9 +135,7 @@ def _run(project: Project, show: Callable[[str], None], max_hours: float | None)
                 try:
                     ray.get(waiting)
                 except Exception as error:
-                    from safecl.execute import plain_error
-
-                    problems.append(f"the guard on held-out pairs: {plain_error(error)}")
+                    problems.append(f"the guard on held-out pairs: {execute.plain_error(error)}")
     finally:
         if not tracker.close(timeout_s=30.0):
             show(f"tracking: {tracker.problem}; what was not sent is kept, and sent by the next run")
@@ -186,9 +191,7 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
                 try:
                     ray.get(broker.ensure.remote([evidence.metrics, *evidence.judged]))
                 except Exception as error:
-                    from safecl.execute import plain_error
-
-                    raise plain_error(error) from None
+                    raise execute.plain_error(error) from None
     [judged], found = evidence.judged, project.guard_quality(alone=True)
     assert found is not None, "judged above"
     return {"guard": judged.inputs["weights"].key, "verdicts": judged.key, "heldout": as_json(found)}
@@ -207,8 +210,6 @@ def _check_isolation(sweep: Sweep) -> None:
 
 @contextmanager
 def _cluster(project: Project, show: Callable[[str], None]) -> Iterator[tuple[Any, Any]]:
-    from safecl import execute
-
     show("starting Ray")
     execute.start(project.sweep.execution, project.logs)
     import ray
@@ -222,12 +223,10 @@ def _cluster(project: Project, show: Callable[[str], None]) -> Iterator[tuple[An
 def _warm(broker: Any, schedule: Schedule, project: Project) -> None:
     """Boot engines while the first adapters train: a boot takes as long as a short finetune."""
     needed = missing([stage for job in schedule.open_jobs() for stage in job.evidence.targets], project.store)
-    from safecl.execute import ENGINE_ROLE
-
     wanted = {
-        (ENGINE_ROLE[stage.kind], stage.inputs["model"].key): stage.inputs["model"]
+        (execute.ENGINE_ROLE[stage.kind], stage.inputs["model"].key): stage.inputs["model"]
         for stage in needed
-        if stage.kind in ENGINE_ROLE and "model" in stage.inputs
+        if stage.kind in execute.ENGINE_ROLE and "model" in stage.inputs
     }
     for (role, _), model in wanted.items():
         broker.warm.remote(role, model)

@@ -244,7 +244,9 @@ class Broker:
         try:
             await asyncio.shield(self.engines[group])
         except Exception:
+            before = self._engine_units()
             self.engines.pop(group, None)  # who asks next boots it anew
+            self.trainers.num_units += before - self._engine_units()
             raise
 
     def _engine_units(self) -> int:

@@ -3,7 +3,8 @@
 A lease is a note in the store (`notes/lease-<owner>.json`) whose `beat` its driver counts up every BEAT_S seconds. Whoever
 wants one writes a candidate first and reads the others after that, so of two that start together one gives way, on a
 folder and at a URL alike. A driver whose process is gone from this machine is dead at once; one of another machine when
-its beat was seen to stand still.
+its beat was seen to stand still. One that only hung, and goes on beside who took its place, is seen by both at their next
+beat: the first by name stays.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 BEAT_S = 5.0
 DEAD_AFTER = 3  # beats that another machine's driver may miss
+FORGOTTEN_AFTER = 60  # beats that stood still while a driver beside it ran: nobody waits for it, so there is time
 NOTE = "lease-"
 _NAME = re.compile(r"([0-9a-f]{10})-(\d+)-(\d+)")
 
@@ -98,28 +100,47 @@ class Lease:
             "sweep": sweep, "holds": sorted(holds), "host": socket.gethostname(), "pid": os.getpid(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"), "held": False, "beat": 0,
         }  # fmt: skip
+        self._seen: dict[str, tuple[Any, int]] = {}  # others' notes, and for how many of our beats they were the same
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="safecl-lease", daemon=True)
 
     def __enter__(self) -> Self:
-        self.store.note(self.name, self._told)
+        self._write()
+        self._thread.start()  # who only waits beats too: another that waits must not take it for dead
         try:
             self._give_way()
             self._told["held"] = True
-            self.store.note(self.name, self._told)
+            self._write()
+            if (rival := self._rival()) is not None:
+                raise PrerequisiteError(_refusal(rival))
         except BaseException:
-            self.store.forget(self.name)
+            self._leave()
             raise
-        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
         self._stop.set()
         self._thread.join()
-        if not self.lost:
-            self.store.forget(self.name)
+        self.store.forget(self.name)
+
+    def _write(self) -> None:
+        with self._lock:
+            self.store.note(self.name, self._told)
+
+    def _rival(self) -> dict[str, Any] | None:
+        """A lease that is held though this one is, and comes first."""
+        others: dict[str, dict[str, Any]] = self.store.notes(NOTE)
+        for name, other in others.items():
+            shares = other["held"] and not self.holds.isdisjoint(other["holds"])
+            if shares and name < self.name and is_here(name.removeprefix(NOTE)) is not False:
+                return other
+        return None
 
     def _give_way(self) -> None:
         """Return when no other live lease shares a name; leases of the dead are removed on the way."""
@@ -150,15 +171,27 @@ class Lease:
                 return False
         return True
 
+    def _forget_still(self) -> None:
+        """Remove leases of other machines whose beat stood still for long: what their drivers left can be taken over then."""
+        for name, other in self.store.notes(NOTE).items():
+            before, num = self._seen.get(name, (None, 0))
+            self._seen[name] = other, num + 1 if other == before else 0
+            if self._seen[name][1] >= FORGOTTEN_AFTER and is_here(name.removeprefix(NOTE)) is None:
+                self.store.forget(name)
+
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
             with suppress(Exception):  # a disk that is full for a while: the next beat tells
-                if self.store.noted(self.name) is None:
+                # Looked for before and after writing, which may hang for as long as another needs to take over.
+                gone = self.store.noted(self.name) is None
+                if not gone:
+                    self._told["beat"] += 1
+                    self._write()
+                if gone or (self._told["held"] and self._rival() is not None):
                     self.lost = True
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
-                self._told["beat"] += 1
-                self.store.note(self.name, self._told)
+                self._forget_still()
 
 
 def _refusal(other: dict[str, Any]) -> str:

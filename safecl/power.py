@@ -2,11 +2,12 @@
 
 The test is `contrasts`' own: a difference over seeds S and prompt clusters C has the variance
 
-    V = s^2 / S + p^2 / C + e^2 / (S C)
+    V = s^2 / S + p^2 / C + e^2 / (S C) + g
 
-with s, p and e the sd of a difference between seeds, between prompts, and of one answer (in fractions: 0.1 is 10 points). A
-difference is detectable if it is marked in POWER of all such sweeps: the half-width of the interval, plus how far the
-estimate falls short of it in one of five. The level is Holm's first, .05 over the number of methods beside sft.
+with s, p and e the sd of a difference between seeds, between prompts, and of one answer (in fractions: 0.1 is 10
+points), and g what several guards add that disagree, known from finished rows only. A difference is detectable if it
+is marked in POWER of all such sweeps: the half-width of the interval, plus how far the estimate falls short of it in
+one of five. The level is Holm's first, .05 over the number of methods beside sft.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from safecl import tasks
 from safecl.base import ConfigError
 from safecl.contrasts import ALPHA
 from safecl.plan import REFERENCES
-from safecl.stats import Crossed, components, difference
+from safecl.stats import Crossed, components, crossed, difference
 from safecl.tasks._overlap import clusters
 
 if TYPE_CHECKING:
@@ -37,12 +38,14 @@ METRICS = ("asr", "over_refusal", "utility")
 
 
 class Noise(NamedTuple):
-    """sd of a difference of two methods: between seeds, between prompts, and of one answer. `source`: in words."""
+    """sd of a difference of two methods: between seeds, between prompts, and of one answer. `source`: in words. `guards`:
+    the variance that comes from which guards judged, and its degrees of freedom; None: unknown, or one judge."""
 
     seeds: float
     prompts: float
     cells: float
     source: str
+    guards: tuple[float, float] | None = None
 
 
 def detectable(noise: Noise, num_seeds: int, num_prompts: float, num_tests: int = 1) -> float | None:
@@ -51,7 +54,7 @@ def detectable(noise: Noise, num_seeds: int, num_prompts: float, num_tests: int 
         return None
     of_seeds = noise.seeds**2 / num_seeds + noise.cells**2 / (num_seeds * num_prompts)
     of_prompts = noise.prompts**2 / num_prompts
-    found = Crossed(0.0, (of_seeds, num_seeds - 1), (of_prompts, num_prompts - 1), None, num_seeds)
+    found = Crossed(0.0, (of_seeds, num_seeds - 1), (of_prompts, num_prompts - 1), noise.guards, num_seeds)
     return found.half(1 - ALPHA / num_tests) + found.half(2 * POWER - 1)
 
 
@@ -142,17 +145,20 @@ def _noise(
     if seeds is None and not of:
         return None
     stated = [f"{seeds:g} between seeds"] if seeds is not None else []
+    stated += [f"{discordant:g} of prompts discordant"] if discordant is not None else []
     if of:
         between, prompts, cells = (math.sqrt(sum(each) / len(of)) for each in zip(*of, strict=True))
         source = f"{len(of)} differences of finished rows"
+    else:
+        source = "an assumption for prompts" if share is None else "the finished seed"
     if discordant is not None or not of:
-        stated += [] if discordant is None else [f"{discordant:g} of prompts discordant"]
         prompts = cells = math.sqrt((DISCORDANT if share is None else share) / 2)
-        source = "the finished seed" if discordant is None and share is not None else "an assumption for prompts"
     if seeds is not None:
         between = seeds
     everything = seeds is not None and discordant is not None
-    return Noise(between, prompts, cells, ", ".join([*stated, *([] if everything else [source])]))
+    guards = [found.guards for pair in pairs if (found := crossed(pair)) is not None and found.guards is not None]
+    spread = (sum(variance for variance, _ in guards) / len(guards), guards[0][1]) if guards else None
+    return Noise(between, prompts, cells, ", ".join([*stated, *([] if everything else [source])]), spread)
 
 
 def _differences(project: Project, metric: str, task: str | None) -> Iterator[list[list[dict[str, Any]]]]:
@@ -201,11 +207,18 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What the numbers rest on, one line each."""
     found = [
         f"In points. Detectable: marked as different from sft in {POWER:.0%} of all sweeps, after Holm. Groups: prompts that "
-        "are not near-duplicates. sd: of a difference between seeds, between prompts, and of one answer."
+        "are not near-duplicates. sd: of a difference between seeds, between prompts, and of one answer. What guards "
+        "add that disagree counts where finished rows tell."
     ]
     for source in dict.fromkeys(row["noise"]["source"] for row in rows if row["noise"]):
         names = ", ".join(row["metric"] for row in rows if row["noise"] and row["noise"]["source"] == source)
         found.append(f"Noise of {names}: {source}.")
+    for row in rows:
+        if row["noise"] and row["noise"]["guards"]:
+            error = math.sqrt(row["noise"]["guards"][0])
+            found.append(
+                f"{_name(row)}: guards that disagree add an error of {100 * error:.1f}, whatever the seeds and prompts."
+            )
     if any(row["seeds"] < 2 for row in rows):
         found.append("One seed marks nothing: another seed may turn any order around. Name more under `seeds`.")
     if any(row["noise"] is None for row in rows):

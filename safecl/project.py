@@ -276,9 +276,9 @@ class Project:
             if cell.space is not None:
                 study = self.past(cell)
                 trials = study.complete() if study else []
-                if study is None or study.remaining or not trials:
+                if study is None or not study.is_done or not trials:
                     told = f"search: {len(trials)} of {self.sweep.search.trials} trials"
-                    if study is not None and not study.remaining and study.failures:
+                    if study is not None and study.is_done and study.failures:
                         told = f"all {len(study.failures)} trials of its search failed, the last: {study.failures[-1]}"
                     found.append((cell, {}, [], told))
                     continue

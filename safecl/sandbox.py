@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from safecl import inside
-from safecl.base import PrerequisiteError
+from safecl.base import Infrastructure, PrerequisiteError
 
 START_S = 60.0  # a sandbox that has not begun its program by then never will; its clocks start only when it has
 WALL_PER_CPU = 4  # a program may take this many times its CPU time, waiting for a core or asleep
@@ -121,7 +121,7 @@ def run(
 
     Raises:
         PrerequisiteError: isolation is missing and `unsafe` is not set.
-        RuntimeError: the sandbox itself failed; no verdict on any program.
+        Infrastructure: the sandbox itself failed; no verdict on any program.
     """
     lacking = missing()
     if lacking is not None and not unsafe:
@@ -152,7 +152,7 @@ def missing() -> str | None:
         return "setpriv is not installed; run: apt-get install -y util-linux"
     try:
         outcome = _run(Program(_PROBE), 10, 0, MEMORY_BYTES, isolated=True)
-    except RuntimeError as error:
+    except Infrastructure as error:
         return (
             f"{error}; run where unprivileged user namespaces are allowed (sysctl kernel.unprivileged_userns_clone=1)"
         )
@@ -268,7 +268,7 @@ def _watch(candidate: _Process, tests: _Process, timeout_s: float) -> Outcome:
     code = 0 if tests.word == passed else (candidate if tests.word == gone else tests).wait(deadline - time.monotonic())
     detail = (candidate.tail + tests.tail).decode("utf-8", "replace")[-TAIL:]
     if start is None:
-        raise RuntimeError(f"the sandbox did not start a program (exit {code}): {detail.strip()[-300:]}")
+        raise Infrastructure(f"the sandbox did not start a program (exit {code}): {detail.strip()[-300:]}")
     seconds = time.monotonic() - start
     if tests.word == passed:
         return Outcome("passed", detail, seconds)

@@ -32,6 +32,8 @@ class Study(Protocol):
     @property
     def remaining(self) -> int: ...
     @property
+    def is_done(self) -> bool: ...
+    @property
     def failures(self) -> list[str]: ...
     def ask(self) -> tuple[int, dict[str, Json]]: ...
     def tell(self, number: int, value: float, violations: Mapping[str, float]) -> None: ...
@@ -145,7 +147,7 @@ class Schedule:
                         f"seed {done.job.seed}" if done.job.role == "final" else f"search, {canonical(done.job.params)}"
                     )
                     errors.setdefault(done.error, []).append(at)
-            if not errors and queue.study is not None and not queue.study.remaining and not queue.study.complete():
+            if not errors and queue.study is not None and queue.study.is_done and not queue.study.complete():
                 failures = queue.study.failures
                 errors[failures[-1]] = [f"all {len(failures)} trials of its search failed, the last"]
             found += [f"{queue.cell.label} ({', '.join(where)}): {error}" for error, where in errors.items()]

@@ -208,7 +208,7 @@ class CellStudy:
     @property
     def is_done(self) -> bool:
         """Nothing left to ask, and nothing running."""
-        return self.remaining == 0 and not any(t.state.name == "RUNNING" for t in _counted(self._trials()))
+        return _is_done(self._trials(), self.trials)
 
     def ask(self) -> tuple[int, dict[str, Json]]:
         """(trial number, parameters) of the next trial. Raises RuntimeError when none remains."""
@@ -313,11 +313,11 @@ class CellStudy:
 
 
 class Past(NamedTuple):
-    """A cell's study as it was when it was read: finished trials by number, how many may still be asked, and why others
-    failed for a fault of their own."""
+    """A cell's study as it was when it was read: finished trials by number, whether nothing was left to ask or running,
+    and why others failed for a fault of their own."""
 
     finished: list[Trial]
-    remaining: int
+    is_done: bool
     failures: list[str]
 
     def complete(self) -> list[Trial]:
@@ -326,6 +326,11 @@ class Past(NamedTuple):
 
 def _counted(trials: Sequence[Any]) -> list[Any]:
     return [t for t in trials if t.state.name != "WAITING" and _GHOST not in t.user_attrs]
+
+
+def _is_done(trials: Sequence[Any], num: int) -> bool:
+    counted = _counted(trials)
+    return len(counted) >= num and all(t.state.name != "RUNNING" for t in counted)
 
 
 def _failures(trials: Sequence[Any]) -> list[str]:
@@ -379,8 +384,7 @@ def past_of(cell: Cell, sweep: Sweep, storage: Any) -> Past | None:
     except KeyError:
         return None
     trials = storage.get_all_trials(study, deepcopy=False)
-    left = max(0, sweep.search.trials - len(_counted(trials)))
-    return Past(_complete(trials, cell.space), left, _failures(trials))
+    return Past(_complete(trials, cell.space), _is_done(trials, sweep.search.trials), _failures(trials))
 
 
 def trial(config: dict[str, Any], *, broker: Any, cells: Any) -> None:

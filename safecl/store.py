@@ -248,7 +248,8 @@ class Store:
         except Damaged:
             self._set_aside(self._folder(stage))
             if self._remote is not None:
-                self._remote.mv(self._url(stage) + "/record.json", self._url(stage) + "/record.damaged")
+                with suppress(FileNotFoundError):  # another process was first
+                    self._remote.mv(self._url(stage) + "/record.json", self._url(stage) + "/record.damaged")
             return False
         return True
 
@@ -270,7 +271,7 @@ class Store:
         if folder.is_dir():
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in sorted(folder.parent.iterdir(), key=lambda other: other.stat().st_mtime, reverse=True):
+        for left in sorted(folder.parent.iterdir(), key=_changed, reverse=True):
             if lease.is_name(left.name) and not self.is_alive(left.name):
                 with suppress(OSError):  # another rank of ours, or another run, was first
                     os.rename(left, folder)
@@ -461,6 +462,13 @@ class Store:
 
 def _damaged(stage: Stage, wrong: str) -> Damaged:
     return Damaged(f"stage {stage.kind} {stage.key[:12]} is damaged: {wrong}; `safecl run` makes it again")
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another rank of ours, or another run, was first
+        return 0.0
 
 
 def _write_synced(path: Path, text: str) -> None:

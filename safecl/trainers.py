@@ -31,6 +31,7 @@ from safecl.faults import kind_of
 from safecl.store import Place, Stage, Store
 from safecl.work import free_heap, run_stage
 
+READY_S = 0.02
 IDLE_S = 300.0  # without work for so long, a trainer gives back its CPUs or GPUs and memory
 REFUSALS = (ConfigError, PrerequisiteError, FloatingPointError)  # of every rank, and trying again would change nothing
 
@@ -88,7 +89,8 @@ class Trainers:
         num_ranks = self.execution.num_workers if stage.kind == "finetune" else 1
         work = Work(stage, num_ranks, turn, asyncio.get_running_loop().create_future())
         insort(self.queue, work, key=lambda other: other.turn)
-        self._give()
+        # What becomes ready together (all wait for one model) is handed out in turn, not as it wakes up.
+        asyncio.get_running_loop().call_later(READY_S, self._give)
         self._grow()
         await work.done
 
@@ -307,6 +309,9 @@ def _portable(error: Exception) -> Exception:
         return Infrastructure(f"{type(error).__name__}: {error}")
     if type(error) in (*REFUSALS, Damaged, RuntimeError, ValueError, KeyError, TypeError, AssertionError):
         return error
+    for kind in REFUSALS:
+        if isinstance(error, kind):
+            return kind(str(error))
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from safecl.base import Infrastructure
 from safecl.config import Execution
 from safecl.store import Context, Place, Stage, Store
 
@@ -44,9 +45,13 @@ def run_stage(
         try:
             from safecl.serving.engine import Engines
 
+            try:
+                inputs = {name: store.path(below) for name, below in stage.inputs.items()}
+            except KeyError as error:  # removed since it was made
+                raise Infrastructure(error.args[0]) from None
             context = Context(
                 stage=stage,
-                inputs={name: store.path(below) for name, below in stage.inputs.items()},
+                inputs=inputs,
                 out=out,
                 scratch=store.scratch(stage) if own_process else out,  # light stages keep no checkpoints
                 execution=execution,

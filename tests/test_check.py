@@ -76,6 +76,10 @@ def opened(root: Path, *settings: str) -> Project:
                 "evaluate.judges.guard.lora.last_layers: expected at most 30, which the model has, got 31",
             ],
         ),
+        (
+            ["execution.engine_max_tokens=263", "evaluate.max_new_tokens=1"],
+            ["execution.engine_max_tokens: expected at least 264 (evaluate.max_prompt_tokens, and 8 for an answer), got 263"],
+        ),
         (["execution.study_uri=studies"], ["execution.study_uri: expected a database URL"]),
         # nothing that follows from the unknown task: neither its other splits, nor the metric that it does not measure
         (

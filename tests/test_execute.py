@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from safecl import execute
+from safecl.base import PrerequisiteError
 from safecl.config import Execution
 from safecl.store import Stage, Store
 
@@ -194,3 +195,26 @@ def test_without_replicas_of_its_own_a_judge_answers_from_the_candidates_engine(
     else:  # one engine a base model, whoever asks
         assert sorted(key for _, key in broker.booted) == sorted([base.key, other.key])
         assert names[judge] == names[candidate] == f"{candidate}-0" and names[foreign] == f"candidate-{other.key[:8]}-0"
+
+
+def test_an_engine_that_did_not_boot_gives_its_units_back(tmp_path: Path) -> None:
+    class Failing(Booting):
+        async def _boot(self, group: str, role: str, model: Stage) -> None:
+            if model.config["source"] != "base":
+                raise PrerequisiteError("failed to start")
+            await super()._boot(group, role, model)
+
+    async def deploy() -> list[float]:
+        broker = Failing(
+            Store(str(tmp_path)), Execution(address="auto", num_judge_replicas=0), str(tmp_path / "logs"), 8
+        )
+        await broker._deploy("candidate", Stage("model", {"source": "base"}))
+        units = [broker.trainers.num_units]
+        for _ in range(2):
+            with pytest.raises(PrerequisiteError):
+                await broker._deploy("candidate", Stage("model", {"source": "other"}))
+            units.append(broker.trainers.num_units)
+        return units
+
+    first, *others = asyncio.run(deploy())
+    assert others == [first, first]

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 
 from safecl.base import ConfigError, Damaged, Infrastructure, PrerequisiteError
+from safecl.config import Execution
 from safecl.faults import Kind, kind_of
 from safecl.project import Project, load
 from safecl.schedule import Schedule
 from safecl.serving.gate import GateBroken
 from safecl.serving.messages import Refused, Unavailable
-from safecl.store import below
+from safecl.store import Stage, Store, below
 from safecl.trainers import _portable
+from safecl.training.attention import NotHere
+from safecl.work import run_stage
 from tests.made_up import put
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
@@ -33,7 +36,7 @@ def _raised() -> dict[Kind, list[BaseException]]:
             KeyError("x"), ray.exceptions.RayTaskError("f", "Traceback", ValueError("it")), Refused("too long"),
             RuntimeError("CUDA error: device-side assert triggered"), ZeroDivisionError(),
         ],
-        "configuration": [ConfigError("no"), PrerequisiteError("engine failed to start"), Damaged("x")],
+        "configuration": [ConfigError("no"), PrerequisiteError("engine failed to start"), Damaged("x"), NotHere("y")],
         "infrastructure": [
             Infrastructure("lost its workers 3 times"), MemoryError(), no_space, TimeoutError(), ConnectionResetError(),
             BrokenPipeError(), EOFError(), torch.OutOfMemoryError("CUDA out of memory"), Unavailable("died"),
@@ -53,6 +56,12 @@ def test_every_failure_has_its_kind_and_keeps_it_on_the_way_to_the_driver() -> N
             assert kind_of(error) == kind, repr(error)
             if isinstance(error, Exception):
                 assert kind_of(_portable(error)) == kind, repr(error)
+
+
+def test_an_input_that_is_gone_from_the_store_is_no_fault_of_the_stage(tmp_path: Path) -> None:
+    stage = Stage("judge", {}, {"rows": Stage("data", {})})
+    with pytest.raises(Infrastructure, match=r"^stage data .* is not in the store"):
+        run_stage(stage, Store(str(tmp_path)), Execution(), str(tmp_path), None, own_process=False)
 
 
 def _settings(root: Path) -> list[str]:
@@ -95,6 +104,20 @@ def test_a_fault_of_the_machine_is_tried_again_with_its_parameters_and_never_cou
     first, again, own = asked
     assert len(first) == 1 and first == again == own[:1]  # one at a time, and the same one until it had a result
     assert len(own) == 3
+
+
+def test_a_search_whose_last_trial_is_under_way_has_not_failed(tmp_path: Path) -> None:
+    """The hours may end, and what is missing be told, at any time."""
+    found = Project(load(QUICKSTART, [*_settings(tmp_path), "search.trials=2"]))
+    found.store.check_writable(0.0)
+    schedule = found.schedule()
+    told = []
+    while (job := schedule.next()) is not None:
+        if job.role == "search":
+            told.append([line for line in schedule.missing() if "search" in line])
+        schedule.finish(job, "a fault", "trial")
+    assert told == [[], []]
+    assert [line for line in schedule.missing() if "all 2 trials" in line]
 
 
 def test_a_missing_row_is_a_line_and_an_exit_code_where_nothing_is_left_to_do(

@@ -9,8 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,16 +117,75 @@ def test_a_driver_of_another_machine_is_dead_when_its_beat_stands_still(
         assert store.notes(NOTE)[NOTE + store.owner]["beat"] >= 2
 
 
+def test_of_two_machines_that_wait_for_each_other_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.1)
+    meet, written = threading.Barrier(2), threading.Barrier(2)
+
+    class Together(Store):
+        def notes(self, prefix: str) -> dict[str, Any]:
+            with suppress(threading.BrokenBarrierError):
+                written.wait(0.5)
+                written.abort()
+            return super().notes(prefix)
+
+        def forget(self, name: str) -> None:
+            with suppress(threading.BrokenBarrierError):
+                if name != NOTE + self.owner:  # takes the other for dead: at the same moment as the other does
+                    meet.wait(1)
+            super().forget(name)
+
+    both = [Lease(Together(str(tmp_path), owner), "a", ["sweep a"]) for owner in (OTHER, f"f{OTHER[1:]}")]
+    said: list[str] = []
+
+    def attempt(each: Lease) -> None:
+        try:
+            with each:
+                said.append("held")
+                time.sleep(1)
+        except PrerequisiteError:
+            said.append("refused")
+
+    threads = [threading.Thread(target=attempt, args=(each,)) for each in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(said) == ["held", "refused"] and both[0].store.notes(NOTE) == {}
+
+
+@pytest.mark.parametrize("how", ["removed", "another beside it"])
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
 def test_a_run_that_was_taken_for_dead_ends_and_does_not_go_on_beside_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, ctrl_c: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.02)
+    before = signal.signal(signal.SIGINT, ctrl_c)  # ignored: by what a script started in the background
     file = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
     project = Project(load(file, [f"execution.root={tmp_path}", "models.0.dtype=float32"]))
-    with pytest.raises(PrerequisiteError, match="another one took over"), driver._alone(project):
-        project.store.forget(NOTE + project.store.owner)
-        time.sleep(30)
-    assert project.store.notes(NOTE) == {}
+    project.store.owner = f"f{OTHER[1:]}"
+    there = {"sweep": "quickstart", "holds": ["sweep quickstart"], "host": "far", "pid": 17, "since": "x", "held": True}
+    try:
+        with pytest.raises(PrerequisiteError, match="another one took over"), driver._alone(project):
+            if how == "removed":
+                project.store.forget(NOTE + project.store.owner)
+            else:
+                project.store.note(NOTE + OTHER, there)
+            time.sleep(10)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert list(project.store.notes(NOTE)) == ([] if how == "removed" else [NOTE + OTHER])
+
+
+def test_a_dead_lease_that_shares_nothing_goes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.01)
+    store = Store(str(tmp_path))
+    store.note(NOTE + OTHER, {"holds": ["sweep b"], "held": True, "beat": 7})
+    with Lease(store, "a", ["sweep a"]):
+        assert store.is_alive(OTHER)
+        deadline = time.monotonic() + 10
+        while store.is_alive(OTHER) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert list(store.notes(NOTE)) == [NOTE + store.owner]
 
 
 def test_a_name_is_of_one_process_only() -> None:

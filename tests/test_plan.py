@@ -362,7 +362,12 @@ def test_a_sweep_that_runs_code_is_refused_before_anything_is_spent_where_nothin
             f"safecl.{place}.identity", lambda task, split, folder: [{"hub": task.__name__, "split": split}]
         )
     monkeypatch.setattr("safecl.sandbox.missing", lambda: "nothing isolates here")
-    settings = ["tasks.0.task=code", "tasks.0.num_rows=10", f"execution.root={tmp_path}"]
+    settings = [
+        "tasks.0.task=code",
+        "tasks.0.num_rows=10",
+        "execution.engine_max_tokens=768",
+        f"execution.root={tmp_path}",
+    ]
     project = Project(load(QUICKSTART, settings))  # reports of what ran elsewhere need no isolation
     with pytest.raises(PrerequisiteError, match=r"nothing isolates here.*evaluate\.unsafe_code"):
         driver._check_isolation(project.sweep)

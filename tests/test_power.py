@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from safecl import stats
 from safecl.base import ConfigError
 from safecl.cli import app
-from safecl.power import Noise, detectable, power, prompts_for, seeds_for
+from safecl.power import Noise, detectable, notes, power, prompts_for, seeds_for
 from safecl.project import Project, load
 from tests import made_up
 
@@ -26,7 +27,21 @@ def differences(
 ) -> list[list[dict[str, Any]]]:
     seeds, prompts = rng.normal(0, noise.seeds, (num_seeds, 1)), rng.normal(0, noise.prompts, num)
     y_SN = mean + seeds + prompts + rng.normal(0, noise.cells, (num_seeds, num))
-    return [[{"set": "a", "id": str(i), "value": v, "cluster": str(i)} for i, v in enumerate(row)] for row in y_SN]
+    variance, df = noise.guards or (0.0, 0)
+    guards = rng.normal(0, math.sqrt(variance * (df + 1)), df + 1)
+    return [
+        [
+            {
+                "set": "a",
+                "id": str(i),
+                "value": v + guards.mean(),
+                "cluster": str(i),
+                "votes": list(v + guards) if df else [],
+            }
+            for i, v in enumerate(row)
+        ]
+        for row in y_SN
+    ]
 
 
 @pytest.mark.parametrize(
@@ -36,6 +51,7 @@ def differences(
         (Noise(0.02, 0.4, 0.2, ""), 5, 40),
         (Noise(0.08, 0.3, 0.3, ""), 10, 30),
         (Noise(0.1, 0.2, 0.2, ""), 3, 60),
+        (Noise(0.05, 0.3, 0.3, "", (0.06**2, 2)), 5, 40),
     ],
 )
 def test_what_is_called_detectable_is_marked_in_four_of_five_sweeps(noise: Noise, num_seeds: int, num: int) -> None:
@@ -90,9 +106,23 @@ def test_noise_is_stated_or_that_of_finished_rows(tmp_path: Path) -> None:
     everything = power(several, 0.01, 0.2, None)[0]["noise"]
     assert everything["prompts"] ** 2 + everything["cells"] ** 2 == pytest.approx(0.2)
     assert everything["source"] == "0.01 between seeds, 0.2 of prompts discordant"
+    half = power(several, None, 0.2, None)[0]["noise"]
+    assert half["source"] == "0.2 of prompts discordant, 6 differences of finished rows" and half["guards"] is None
     for bad in ({"noise": 5.0}, {"discordant": 0.0}, {"aim": 1.0}):
         with pytest.raises(ConfigError, match=r"fraction in \(0, 1\)"):
             power(several, **{"noise": None, "discordant": None, "aim": None, **bad})  # type: ignore[arg-type]
+
+
+def test_guards_that_disagree_count_as_in_the_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = differences(np.random.default_rng(2), Noise(0.1, 0.2, 0.2, "", (0.2**2, 2)), 3, 40, 0.1)
+    found = stats.crossed(finished)
+    assert found is not None and found.guards is not None
+    several = project(tmp_path, "seeds=[0,1,2]")
+    monkeypatch.setattr("safecl.power._differences", lambda *_: iter([finished, finished]))
+    asr = power(several, None, None, None)[0]
+    assert asr["noise"]["guards"] == pytest.approx(found.guards)
+    assert asr["detectable"] > detectable(Noise(**{**asr["noise"], "guards": None}), 3, asr["groups"])
+    assert sum("guards that disagree add" in note for note in notes([asr])) == 1
 
 
 def test_one_finished_seed_tells_of_prompts_and_not_of_seeds(tmp_path: Path) -> None:

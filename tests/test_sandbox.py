@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from safecl import sandbox
-from safecl.base import PrerequisiteError
+from safecl.base import Infrastructure, PrerequisiteError
 from safecl.sandbox import Program
 
 MARK = sandbox.MEMORY_BYTES + os.getpid()  # stands in the command line of every process that these tests start
@@ -340,6 +340,13 @@ def test_a_sandbox_that_does_not_isolate_is_seen_through(monkeypatch: pytest.Mon
     assert "does not isolate" in str(sandbox.missing())
     monkeypatch.setattr(sandbox, "_command", lambda rules: ["/usr/bin/env", "false"])
     assert "did not start" in str(sandbox.missing())
+
+
+def test_a_sandbox_that_does_not_start_is_the_machines_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_command", lambda rules: ["/usr/bin/env", "false"])
+    monkeypatch.setattr(sandbox, "missing", lambda: None)
+    with pytest.raises(Infrastructure, match="did not start"):
+        sandbox.run([Program("pass")], timeout_s=1)
 
 
 def test_consent_reaches_the_run_and_says_so(

@@ -267,9 +267,12 @@ def test_reading_a_study_changes_nothing_and_finds_what_its_driver_told(tmp_path
     study.ask()  # under way: a reader takes it for no ghost
     before = (tmp_path / "study.db").read_bytes()
     past = Project(load(file, settings)).past(searched[0])
-    assert past is not None and past.remaining == study.remaining == 1
+    assert past is not None and not past.is_done and not study.is_done and study.remaining == 1
     assert [(trial.params, trial.value) for trial in past.complete()] == [(params, 0.5)]
     assert (tmp_path / "study.db").read_bytes() == before
+    study.ask()  # the last: the search is not over before it is
+    for project in (driver, Project(load(file, settings))):
+        assert [found[1:] for found in project.finals() if found[0].space] == [({}, [], "search: 1 of 3 trials")]
 
 
 @pytest.mark.slow

@@ -103,6 +103,22 @@ def test_of_those_that_wait_who_was_asked_for_first_is_next_also_after_a_death(m
     play(scene, Pool(1), monkeypatch)
 
 
+def test_of_what_becomes_ready_together_the_lowest_turn_is_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(pool: Pool) -> None:
+        pool.expect(2)
+        [name] = pool.trainers
+        idle = asyncio.create_task(pool.take(name, 0, "w0"))
+        await settle()
+        tasks = [asyncio.create_task(pool.run(stage("memory", number), (False, 1, number))) for number in (2, 1)]
+        for number in (1, 2):
+            assert await idle == (stage("memory", number), 1)
+            await pool.done(name, 0, stage("memory", number).key, None)
+            idle = asyncio.create_task(pool.take(name, 0, "w0"))
+        await asyncio.gather(*tasks)
+
+    play(scene, Pool(1), monkeypatch)
+
+
 def test_a_refusal_fails_the_stage_alone_and_another_error_of_a_finetune_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

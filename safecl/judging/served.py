@@ -20,6 +20,7 @@ from safecl.serving.endpoint import Endpoint
 from safecl.serving.messages import Sampling
 from safecl.stages.judge import Reach, ask
 from safecl.store import Store
+from safecl.tasks._source import sha256
 from safecl.training.tokens import Tokenizer, base_folder
 
 # What special tokens of chat templates look like. An endpoint that is sent text decides itself what is special in it.
@@ -134,7 +135,8 @@ class RemoteModel:
     own; without, as text, in which a blank is put into what looks like a special token of the candidate's."""
 
     def __init__(self, endpoint: Endpoint, tokenizer: Path | None) -> None:
-        self.identity: Json = [endpoint.url, endpoint.model, tokenizer is not None]
+        read = None if tokenizer is None else sha256(base_folder(tokenizer) / "tokenizer.json")
+        self.identity: Json = [endpoint.url, endpoint.model, read]
         self.limit: int | None = None
         self._endpoint = endpoint
         self._tokenizer = None if tokenizer is None else Tokenizer(tokenizer)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from safecl.base import PrerequisiteError
+from safecl.faults import kind_of
 from safecl.serving.gate import Gate, GateBroken
 from safecl.serving.messages import Completion, Refused, Request, Sampling, Settings, Unavailable, WeightsRef
 
@@ -79,13 +80,22 @@ class Engine:
     async def generate(
         self, requests: list[tuple[list[int], int | None]], weights: WeightsRef, sampling: Sampling
     ) -> list[tuple[Any, ...] | str]:
-        """Per (token ids, seed): (text, token ids, finish, weights key, likeliest), or why not now. Raises Refused."""
+        """Per (token ids, seed): (text, token ids, finish, weights key, likeliest), or why not now.
+
+        Raises:
+            Refused: what this engine can never serve.
+            PrerequisiteError: a prompt and its answer are longer than it was set up for.
+            Unavailable: the weights could not be read now.
+        """
         for token_ids, _ in requests:
             longest = len(token_ids) + sampling.max_tokens
-            if not token_ids or longest > self._settings.max_model_len:
-                raise Refused(
-                    f"prompt of {len(token_ids)} tokens + max_tokens {sampling.max_tokens}: expected 1 to "
-                    f"{self._settings.max_model_len} in all (max_model_len of engine {self._settings.name!r})"
+            if not token_ids:
+                raise Refused("a prompt of no tokens: expected at least one")
+            if longest > self._settings.max_model_len:  # how the engine was set up, not what was asked for
+                raise PrerequisiteError(
+                    f"prompt of {len(token_ids)} tokens + max_tokens {sampling.max_tokens}: expected at most "
+                    f"{self._settings.max_model_len} in all (max_model_len of engine {self._settings.name!r}): raise "
+                    "execution.engine_max_tokens"
                 )
         await self._check_weights(weights)
 
@@ -151,7 +161,8 @@ class Engine:
             await asyncio.shield(self._checks[weights.key])
         except Exception as error:  # whatever reading them raises, of OSError, ValueError, safetensors' own
             self._checks.pop(weights.key, None)  # they may be put right
-            raise Refused(f"weights {weights.key!r} cannot be served: {error}") from error
+            failed = kind_of(error) == "infrastructure" and not isinstance(error, FileNotFoundError)
+            raise (Unavailable if failed else Refused)(f"weights {weights.key!r} cannot be served: {error}") from error
 
     async def _swap(self, key: str, weights: WeightsRef) -> None:
         """Runs with nothing in flight; the gate breaks if it raises."""
@@ -425,9 +436,9 @@ def _transient(error: Exception) -> bool:
 
 
 def _plain(error: Exception) -> Exception:
-    """The replica's Refused as such, not as Ray's wrapper of it."""
+    """The replica's refusal as such, not as Ray's wrapper of it."""
     cause = getattr(error, "cause", None)
-    return cause if isinstance(error, Refused) and isinstance(cause, Refused) else error
+    return cause if isinstance(cause, Refused | PrerequisiteError) else error
 
 
 def _state(name: str) -> tuple[str, str]:

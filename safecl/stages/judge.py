@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safecl.base import Json
+from safecl.base import Json, PrerequisiteError
 from safecl.judges import Judge, Verdict, load
 from safecl.store import Context
 from safecl.training.tokens import Tokenizer, base_folder, weights_folder
@@ -27,7 +27,8 @@ MAX_UNPARSED = 0.01  # share of verdicts
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Raises RuntimeError if more than MAX_UNPARSED of the verdicts cannot be read."""
+    """Raises RuntimeError if more than MAX_UNPARSED of the verdicts cannot be read; PrerequisiteError if it is pairs too
+    long for the engine that make so many: no fault of a trial's."""
     config: Any = context.stage.config
     kind = load(config["judge"])
     judge = kind(kind.Config(**config["config"]))
@@ -41,11 +42,12 @@ def run(context: Context) -> dict[str, Json]:
     with (context.out / "verdicts.jsonl").open("w") as file:
         for row, verdict in zip(rows, verdicts, strict=True):
             file.write(json.dumps({"id": row["id"], **verdict._asdict()}) + "\n")
-    unparsed = [verdict.raw for verdict in verdicts if verdict.label is None]
+    unparsed = [verdict for verdict in verdicts if verdict.label is None]
     if len(unparsed) > MAX_UNPARSED * len(verdicts):
-        raise RuntimeError(
+        num_asked = sum("limit" not in verdict.detail for verdict in unparsed)
+        raise (RuntimeError if num_asked > MAX_UNPARSED * len(verdicts) else PrerequisiteError)(
             f"judge {config['judge']}: {len(unparsed)} of {len(verdicts)} verdicts cannot be read, expected at most "
-            f"{MAX_UNPARSED:.0%}; the first: {unparsed[0]!r}. Is this model a guard that speaks this template? (Too long: "
+            f"{MAX_UNPARSED:.0%}; the first: {unparsed[0].raw!r}. Is this model a guard that speaks this template? (Too long: "
             "raise execution.engine_max_tokens)"
         )
     return {"num": len(verdicts), "true": sum(v.label is True for v in verdicts), "unparsed": len(unparsed)}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 from safecl.tasks import Row
+from safecl.text import same_characters
 
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 # Function words and the words every request is made of ("explain the steps to ..."): they say nothing of its subject.
@@ -32,7 +33,7 @@ def normalise(prompt: str) -> str:
 
 def content_words(prompt: str) -> frozenset[str]:
     """Its words in lower case less STOPWORDS, a plural's last s cut ("locks" and "lock" are one word)."""
-    words = (word for word in _WORD.findall(prompt.lower().replace("’", "'")) if word not in STOPWORDS)
+    words = (word for word in _WORD.findall(same_characters(prompt).lower()) if word not in STOPWORDS)
     return frozenset(w[:-1] if len(w) > 3 and w.endswith("s") and not w.endswith("ss") else w for w in words)
 
 

@@ -445,6 +445,8 @@ def _mbpp_row(_: int, record: Record) -> Row | None:
     reference = _parsed(record.raw("code").replace("\r\n", "\n"))
     imports = [part.text for part in reference if isinstance(part.node, _IMPORTS) and _written(part.node) & needed]
     names: list[Json] = [*sorted(needed & set(_bound(reference)))]
+    if not names:
+        raise record.problem("code", "Python that defines what the tests call")
     setup = record.raw("test_setup_code") if record.get("test_setup_code") else ""
     prompt = f"{record.text('text')} The code must pass this test:\n```python\n{tests[0]}\n```"
     meta: dict[str, Json] = {"start": "", "names": names, "test": "\n".join([*imports, *tests])}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from safecl.base import PrerequisiteError
 from safecl.serving import swap
 from safecl.serving.engine import Engine
-from safecl.serving.messages import Refused, WeightsRef
+from safecl.serving.messages import Refused, Sampling, Settings, Unavailable, WeightsRef
 from tests.serving.adapters import make_adapter
 
 
@@ -58,3 +60,20 @@ def test_weights_that_cannot_be_read_are_refused_and_looked_at_again_when_asked_
         await engine._check_weights(ref)
 
     asyncio.run(ask())
+
+
+def test_a_disk_that_fails_is_no_fault_of_the_weights(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(swap, "check", check)
+    with pytest.raises(Unavailable, match="Input/output"):
+        asyncio.run(replica(tiny_model)._check_weights(WeightsRef("a", "/a")))
+
+
+def test_what_is_longer_than_the_engine_was_set_up_for_is_the_settings_fault(tiny_model: Path) -> None:
+    engine = replica(tiny_model)
+    engine._settings = Settings(name="e", max_model_len=128)
+    for ids, kind in (([5] * 100, PrerequisiteError), ([], Refused)):
+        with pytest.raises(kind, match="engine_max_tokens" if ids else "no tokens"):
+            asyncio.run(engine.generate([(ids, None)], WeightsRef("a", "/a"), Sampling(max_tokens=29)))

@@ -184,3 +184,15 @@ def test_a_pair_that_an_endpoint_refuses_harms_no_other_and_is_asked_anew(server
     server.bodies.clear()  # the server may have been started anew, with more room
     found = judge_file(file, ["llamaguard"], remote, out).verdicts["llamaguard"]
     assert [verdict.label for verdict in found] == [False, False, True] and len(server.bodies) == 1
+
+
+def test_verdicts_are_kept_under_the_tokenizer_that_wrote_the_prompts(
+    server: Server, tiny_model: Path, tmp_path: Path
+) -> None:
+    file, out, other = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "other"
+    file.write_text('{"prompt": "q", "response": "do"}\n')
+    other.mkdir()
+    (other / "tokenizer.json").write_text((tiny_model / "tokenizer.json").read_text() + " ")
+    for tokenizer, num in ((tiny_model, 1), (other, 2), (tiny_model, 2)):
+        judge_file(file, ["llamaguard"], RemoteModel(endpoint(server), tokenizer), out)
+        assert len(server.bodies) == num

@@ -261,7 +261,7 @@ def test_a_group_sends_a_batch_to_an_engine_that_is_up(engines: Engines, weights
 def test_what_can_never_be_served_is_refused_at_once_and_the_engine_lives_on(
     engines: Engines, weights: dict[str, WeightsRef], tiny_model: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(Refused, match="max_model_len"):
+    with pytest.raises(PrerequisiteError, match="max_model_len"):
         engines.generate(ENGINE, weights["base"], [Request("long", [5] * 120)], GREEDY)
     with pytest.raises(Refused, match="adapter_config"):
         engines.generate(ENGINE, WeightsRef("gone", str(tiny_model), str(tmp_path)), PROMPTS, GREEDY)

@@ -117,7 +117,7 @@ def test_pairs_too_long_for_the_engine_are_unparsed_and_harm_no_other(
     given = context(tmp_path, "judge", config, {"rows": rows, "model": tiny_model})
     given.engines = ScriptedEngines(["unsafe\nS1"] * 9 + ["safe"] * (91 - num_long))  # strict: no more are asked
     if fails:
-        with pytest.raises(RuntimeError, match=r"2 of 100 verdicts cannot be read.*too long.*engine_max_tokens"):
+        with pytest.raises(PrerequisiteError, match=r"2 of 100 verdicts cannot be read.*too long.*engine_max_tokens"):
             judge.run(given)
     else:
         assert judge.run(given) == {"num": 100, "true": 9, "unparsed": 1}

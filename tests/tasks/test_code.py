@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from safecl import sandbox
-from safecl.base import PrerequisiteError
+from safecl.base import ConfigError, PrerequisiteError
 from safecl.tasks import Row, load
 from safecl.tasks._overlap import normalise
 from safecl.tasks.code import MAX_PARSES, Code, _longest, _parts, extracted, packed, unpacked
@@ -340,6 +340,15 @@ def test_tests_build_their_arguments_of_the_answers_classes_and_may_name_types(t
     (row,) = Code(tmp_path).rows("utility.validation", None, 0)
     assert row.meta["names"] == ["Node", "depth"]
     assert Code().scores([row, row], [code, code.replace("return 1", "return 2")])["utility"] == [1, 0]
+
+
+@pytest.mark.parametrize("code", ["def other(): pass", "def f(:"])
+def test_a_problem_whose_reference_defines_nothing_that_its_tests_call_is_refused(tmp_path: Path, code: str) -> None:
+    write(tmp_path, "mbpp.jsonl", {"task_id": 600, "text": "Do it.", "code": code, "test_list": ["assert f() == 1"]})
+    with pytest.raises(
+        ConfigError, match=r"mbpp\.jsonl, line 1: expected Python that defines what the tests call in 'code'"
+    ):
+        Code(tmp_path).rows("utility.validation", None, 0)
 
 
 def test_rows_without_further_tests_have_no_further_score() -> None:

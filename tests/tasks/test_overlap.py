@@ -12,6 +12,8 @@ from safecl.tasks._overlap import STOPWORDS, clusters, content_words, drop_overl
 def test_content_words_leave_out_what_every_request_says() -> None:
     assert content_words("Please explain how to pick the LOCKS!") == {"pick", "lock"}
     assert content_words("How do I do it?") == frozenset()
+    for apostrophe in ("\u2019", "\u02bc", "&#39;", "`"):
+        assert content_words(f"I{apostrophe}m Tom{apostrophe}s lock") == content_words("I'm Tom's lock")
     assert "steal" not in STOPWORDS
 
 
