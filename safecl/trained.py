@@ -20,8 +20,9 @@ from safecl.training.tokens import Tokenizer
 
 
 class Trained(NamedTuple):
-    """Of one finetune (of an alignment, less what a model has yet to answer). `too_long`: rows passed over for want of `max_tokens`, by part; `poison_tokens`: the poison's share
-    of the response tokens; `memory_rows`: None for a method without a memory."""
+    """Of one finetune (of an alignment, less what a model has yet to answer). `too_long`: rows passed over for want of
+    `max_tokens`, by part; `poison_tokens`: the poison's share of the response tokens; `memory_rows`: None for a method
+    without a memory."""
 
     rows: int
     poison_rows: int

@@ -13,7 +13,7 @@ import pytest
 from safecl import trained
 from safecl.base import ConfigError
 from safecl.config import Execution
-from safecl.overview import plan
+from safecl.overview import _plan_notes, plan
 from safecl.project import Project, load
 from safecl.stages import data, finetune
 from safecl.store import Context, Stage
@@ -96,7 +96,7 @@ def test_a_plan_refuses_what_the_rows_cannot_give_later_and_reads_them_once(
 
 def test_a_plan_says_what_the_alignment_leaves_out(tmp_path: Path) -> None:
     settings = ("methods=[{name: sft}]", "align.max_tokens=34", "align.safety.0.num_rows=")
-    [long] = [line for line in plan(project(tmp_path, *settings))["notes"] if line.startswith("Rows too long")]
+    [long] = [line for line in _plan_notes(project(tmp_path, *settings)) if line.startswith("Rows too long")]
     assert re.search(r": alignment \d+ of mini/safety", long)
 
 
