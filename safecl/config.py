@@ -94,7 +94,7 @@ class Training(Strict):
     warmup_ratio: Fraction = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    max_tokens: Annotated[int, Field(ge=8)] = 512  # prompt + answer; longer answers are dropped and counted
+    max_tokens: Annotated[int, Field(ge=8)] = 512  # prompt + answer; see `stages/data.py` for what is longer
     shuffle: bool = True  # a new order each epoch; false keeps the rows' own
 
 
@@ -201,7 +201,7 @@ class Evaluate(Strict):
     test: Prompts
     judges: Judges
     max_new_tokens: Count = 128  # for attack and benign prompts; a utility task has its own length
-    max_prompt_tokens: Count = 1024  # longer prompts lose their beginning
+    max_prompt_tokens: Count = 1024  # of longer ones the request loses its beginning, inside the template
     # Consent to run a model's programs (task `code`) with rlimits alone where this machine cannot isolate them.
     unsafe_code: bool = False
 

@@ -27,7 +27,7 @@ def model_stage(model: Model) -> Stage:
 
 
 def tokenizer_stage(model: Model) -> Stage:
-    """A model's tokenizer alone, identified as the model is; models of one tokenizer share it."""
+    """A model's tokenizer alone: its files of a folder, else whatever the model is identified by."""
     source, path = _source(model, tokenizer_files.FILES)
     version: str = import_module("safecl.stages.tokenizer").VERSION
     return Stage("tokenizer", {"source": source}, {}, version, {"path": path})

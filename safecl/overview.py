@@ -97,7 +97,9 @@ def _plan_notes(project: Project) -> list[str]:
         one, recipe = project.expected.get(cell.label), cell.recipe
         if one is not None:
             model = f"{recipe.model.name} " if several else ""
-            found.append((f"{model}{recipe.task.task} p={recipe.poison_ratio:g}", recipe.poison_ratio, one._asdict()))
+            is_aligned = recipe.method == "aligned"
+            where = "alignment" if is_aligned else f"{recipe.task.task} p={recipe.poison_ratio:g}"
+            found.append((f"{model}{where}", 0.0 if is_aligned else recipe.poison_ratio, one._asdict()))
     told = [f"template of {model.name}: {project.template_of(model)}" for model in project.sweep.models]
     num_unknown = sum(one is None for one in project.expected.values())
     if num_unknown:

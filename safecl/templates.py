@@ -131,6 +131,10 @@ def resolve(tokenizer: Tokenizer, template: str | Template, bos: bool | str = "a
         why = f"{template}, by name"
     if isinstance(bos, str):  # a BOS that the template writes itself stands there once either way
         bos = tokenizer.adds_bos or template in _WITH_BOS
+    elif not bos and template == "auto" and found.prompt.startswith(tokenizer.special_texts.get("bos_token", "\0")):
+        raise ConfigError(
+            f"bos: false, but the tokenizer's own chat template writes BOS; leave it to auto, or {CHOICES}"
+        )
     _check(found, bos, tokenizer, str(template) if isinstance(template, str) else "")
     return Resolved(found, bos, why)
 

@@ -20,8 +20,9 @@ from safecl.training.tokens import Tokenizer
 
 
 class Trained(NamedTuple):
-    """Of one finetune. `too_long`: rows passed over for want of `max_tokens`, by part; `poison_tokens`: the poison's share
-    of the response tokens; `memory_rows`: None for a method without a memory."""
+    """Of one finetune (of an alignment, less what a model has yet to answer). `too_long`: rows passed over for want of
+    `max_tokens`, by part; `poison_tokens`: the poison's share of the response tokens; `memory_rows`: None for a method
+    without a memory."""
 
     rows: int
     poison_rows: int
@@ -113,17 +114,18 @@ def expected(cells: Sequence[Cell], seed: int, preview: Preview) -> dict[str, Tr
         if stage.kind == "data":
             rows(stage)
     for cell, job in zip(cells, jobs, strict=True):
-        graph = job.graph
-        if cell.recipe.method in REFERENCES:
+        graph, method = job.graph, cell.recipe.method
+        if method in REFERENCES and method != "aligned":
             continue
-        num_memory = _memory(cell, seed)
-        if store.has(graph.tuned):  # its memory was made
+        tuned, own = (graph.theta_safe, graph.safety_rows) if method == "aligned" else (graph.tuned, graph.user_rows)
+        num_memory = None if method == "aligned" else _memory(cell, seed)
+        if store.has(tuned):  # its memory was made
             with suppress(Damaged):
-                if store.has(graph.user_rows) and "num_rows" in (facts := store.record(graph.user_rows)["result"]):
+                if store.has(own) and "num_rows" in (facts := store.record(own)["result"]):
                     found[cell.label] = of(facts, num_memory)
             continue
         safety = None if num_memory is None else rows(graph.safety_rows)
-        user = rows(graph.user_rows)
+        composed = rows(own)
         stratified = graph.recipe.memory_mix == "stratified"
         unknown = stratified and graph.recipe.align.self_answered and not store.has(graph.safety_rows)
         if safety is not None and num_memory is not None and not unknown:
@@ -133,7 +135,7 @@ def expected(cells: Sequence[Cell], seed: int, preview: Preview) -> dict[str, Tr
                     f"{cell.label}: a memory of {num_memory} rows is asked for, the safety rows hold {usable} "
                     f"{'rows' if stratified else 'refusals'}; lower memory_size or give more safety rows"
                 )
-        found[cell.label] = None if user is None else of(user.facts, num_memory)
+        found[cell.label] = None if composed is None else of(composed.facts, num_memory)
     if errors:
         raise ConfigError("\n".join(dict.fromkeys(errors)))
     return found

@@ -181,6 +181,13 @@ def test_control_tokens_of_a_person_stay_text_whatever_the_tokenizer(maker: tupl
     assert encoded[2].ids[num : num + 1] == encoded[0].ids[num : num + 1]
 
 
+def test_no_bos_of_a_chat_template_that_writes_one_is_refused(tmp_path: Path) -> None:
+    own = Tokenizer(build(tmp_path / "gemma", *MAKERS["gemma"]))
+    with pytest.raises(ConfigError, match="bos: false, but the tokenizer's own chat template writes BOS"):
+        resolve(own, "auto", False)
+    assert resolve(own, "gemma", False).bos is False
+
+
 def test_bos_is_right_without_being_asked_for(tmp_path: Path) -> None:
     for name in ("llama2", "gemma"):
         kind, specials, bos, eos, _, _ = MAKERS[name]

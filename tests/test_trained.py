@@ -13,7 +13,7 @@ import pytest
 from safecl import trained
 from safecl.base import ConfigError
 from safecl.config import Execution
-from safecl.overview import plan
+from safecl.overview import _plan_notes, plan
 from safecl.project import Project, load
 from safecl.stages import data, finetune
 from safecl.store import Context, Stage
@@ -94,6 +94,12 @@ def test_a_plan_refuses_what_the_rows_cannot_give_later_and_reads_them_once(
     assert calls.count("attack.test") == 1 and calls.count("user") == 2  # of each ratio
 
 
+def test_a_plan_says_what_the_alignment_leaves_out(tmp_path: Path) -> None:
+    settings = ("methods=[{name: sft}]", "align.max_tokens=34", "align.safety.0.num_rows=")
+    [long] = [line for line in _plan_notes(project(tmp_path, *settings)) if line.startswith("Rows too long")]
+    assert re.search(r": alignment \d+ of mini/safety", long)
+
+
 def test_a_guards_rows_that_do_not_fit_say_what_would(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         _ = project(tmp_path, "methods=[{name: sft}]", "evaluate.judges.guard.max_tokens=50").expected
@@ -110,7 +116,7 @@ def test_every_data_stage_is_made_once_however_many_trials(tmp_path: Path, monke
     monkeypatch.setattr(trained, "compose", lambda *args: calls.append(1) or whole(*args))
     methods = "methods=[{name: sft}, {name: lwf}, {name: magmax}, {name: ewc}, {name: agem, config: {memory_size: 9}}]"
     found = project(tmp_path, methods, "seeds=[0, 1, 2, 3, 4, 5, 6, 7]")
-    assert len(found.expected) == 10
+    assert len(found.expected) == 11
     graphs = [cell.job({}, 0, "final").graph for cell in found.cells[2:]]
     tops = [graph.evidence("test").metrics for graph in graphs]
     stages = {stage.key for top in tops for stage in top.walk() if stage.kind == "data"}
@@ -188,4 +194,4 @@ def test_rows_that_are_on_the_hub_still_are_not_fetched_by_a_plan(
     monkeypatch.setattr(trained, "compose", lambda *_: pytest.fail("fetched"))
     found = plan(project(tmp_path, "methods=[{name: sft}]"))
     assert set(found["trained"].values()) == {None}
-    assert "what 2 cells are trained on is known once their data is here, which is on the hub" in found["notes"]
+    assert "what 3 cells are trained on is known once their data is here, which is on the hub" in found["notes"]
