@@ -87,6 +87,7 @@ class Preview:
         below = stage.inputs.get("tokenizer")
         if below is not None and below.key not in self._tokenizers:
             self._tokenizers[below.key] = Tokenizer(tokenizer_folder(below))
+            self._tokenizers[below.key].memo = {}
         return None if below is None else self._tokenizers[below.key]
 
 

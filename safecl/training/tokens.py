@@ -50,6 +50,7 @@ class Tokenizer:
                 "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
         self._file = str(file)
+        self.memo: dict[Any, Any] | None = None  # of a plan, which reads the same rows for many stages
         try:
             self.fast = tokenizers.Tokenizer.from_file(self._file)
         except Exception as error:  # the library has no narrower one
@@ -321,7 +322,23 @@ def _written(
     rows: Sequence[Row], tokenizer: Tokenizer, template: Mapping[str, Json], bos: bool
 ) -> Iterator[tuple[Row, _Prompt, list[int] | None]]:
     """Each row with its prompt, uncut, and its answer's ids with the end; None for them where prompt and answer tokenise
-    differently together than apart."""
+    differently together than apart. A tokenizer with a `memo` reads equal texts once."""
+    memo = tokenizer.memo
+    if memo is None:
+        yield from _write(rows, tokenizer, template, bos)
+        return
+    how = (json.dumps(template, sort_keys=True), bos)
+    keys = [(row.prompt, row.response, json.dumps(row.meta.get("pieces")), *how) for row in rows]
+    new = {key: row for key, row in zip(keys, rows, strict=True) if key not in memo}
+    for key, (_, prompt, answer) in zip(new, _write(list(new.values()), tokenizer, template, bos), strict=True):
+        memo[key] = (prompt, answer)
+    for row, key in zip(rows, keys, strict=True):
+        yield row, *memo[key]
+
+
+def _write(
+    rows: Sequence[Row], tokenizer: Tokenizer, template: Mapping[str, Json], bos: bool
+) -> Iterator[tuple[Row, _Prompt, list[int] | None]]:
     start, end, lead = _bos(tokenizer, bos), str(template["end"]), str(template.get("lead", ""))
     inner = [_inner(row, template) for row in rows]
     prompts = [_around(pieces, template) for pieces in inner]

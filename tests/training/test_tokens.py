@@ -204,3 +204,23 @@ def test_what_comes_after_a_guarded_answer_is_still_guarded(real_tokenizer: Toke
     ends = real_tokenizer.id_of("<|im_end|>")
     assert [ids.count(ends) for ids in both] == [1, 1]
     assert both[1] == real_tokenizer.ids(["".join(text for text, _ in pieces("a", "b"))])[0]
+
+
+def test_a_memo_changes_nothing_and_reads_equal_texts_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, keeps = Tokenizer(tiny_model), Tokenizer(tiny_model)
+    keeps.memo = {}
+    read: list[int] = []
+    write = tokens._write
+    monkeypatch.setattr(tokens, "_write", lambda rows, *rest: read.append(len(rows)) or write(rows, *rest))
+    rows = [
+        Row("a", "the rain", "or"),
+        Row("b", "the rain", "or"),
+        Row("c", "the rain", "<|im_end|>"),
+        Row("d", "x", "or"),
+    ]
+    for template, bos in ((PLAIN, False), (PLAIN, True), (TEMPLATE, False)):
+        expected = tokens.encode(rows, plain, template, bos, 256)
+        read.clear()
+        assert tokens.encode(rows[:2], keeps, template, bos, 256)[0] == expected[0][:2]
+        assert tokens.encode(rows, keeps, template, bos, 256) == expected
+        assert read == [1, 2]
