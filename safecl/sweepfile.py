@@ -91,6 +91,8 @@ def _explained(item: Any, schema: type[Strict]) -> str:
         return f"{where}: unknown key.{near(str(item['loc'][-1]), known)} Known here: {', '.join(known)}"
     if item["type"] == "missing":
         return f"{where}: is required and not given"
+    if not where:  # of the whole file, which need not be shown again
+        return str(item["msg"]).removeprefix("Value error, ")
     hint = ""
     if item["type"] == "literal_error" and isinstance(item.get("input"), str):
         hint = near(item["input"], str(item["ctx"]["expected"]).replace(" or ", ", ").replace("'", "").split(", "))
