@@ -257,8 +257,9 @@ def test_ten_times_the_trials_cost_at_most_twelve_times_the_work(tmp_path: Path,
     few, many = found
     assert many["__init__"] > 400
     assert all(many[name] <= 12 * few[name] for name in few), (few, many)
-    # A trial: its finetune, 3 answers, 5 verdicts, its metrics, and what it shares with the other methods.
-    assert many["has"] <= 400 * 14 and many["canonical"] <= 400 * 8
+    # A trial: its finetune, 3 answers, 5 verdicts, its metrics, and what it shares with the other methods. Those of the first
+    # seed, a fifth, are asked for twice: the rows of what is missing are previewed.
+    assert many["has"] <= 400 * 14 * 6 / 5 and many["canonical"] <= 400 * 8
 
 
 def test_a_tick_builds_no_graph_and_asks_the_store_nothing_once_it_knows_the_jobs(
