@@ -241,12 +241,14 @@ class Broker:
             before = self._engine_units()
             self.engines[group] = asyncio.create_task(start(group, role, model))
             self.trainers.num_units -= self._engine_units() - before
+        booting = self.engines[group]
         try:
-            await asyncio.shield(self.engines[group])
+            await asyncio.shield(booting)
         except Exception:
-            before = self._engine_units()
-            self.engines.pop(group, None)  # who asks next boots it anew
-            self.trainers.num_units += before - self._engine_units()
+            if self.engines.get(group) is booting:  # the first of those who waited; who asks next boots it anew
+                before = self._engine_units()
+                del self.engines[group]
+                self.trainers.num_units += before - self._engine_units()
             raise
 
     def _engine_units(self) -> int:
