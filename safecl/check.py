@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from safecl import methods, model_files, objective, tasks
+from safecl import methods, metrics, model_files, objective, tasks
 from safecl.base import ConfigError, PrerequisiteError, near, strictly
 from safecl.config import Lora, Method, Model, Sweep
 from safecl.grid import Cell, cells, method_entries, space_of, task_entries
@@ -81,7 +81,8 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> 
         errors += _step_errors(sweep)
     errors += _model_errors(sweep)
     errors += objective.check(sweep.search.objective)
-    errors += [] if wrong else _unknown_metrics(sweep)
+    measured = attempt("evaluate.metrics", partial(metrics.asked, sweep.evaluate.metrics))
+    errors += [] if wrong or measured is None else _unknown_metrics(sweep, measured)
     own = [tasks.load(task.task).max_new_tokens for task in sweep.tasks if task.task in tasks.names()]
     answer = max([sweep.evaluate.max_new_tokens, *own])
     longest = sweep.evaluate.max_prompt_tokens + answer
@@ -261,29 +262,27 @@ def source_problem(source: str, revision: str | None) -> str | None:
     return None
 
 
-# What is measured of validation answers whatever the task.
-ON_VALIDATION = ("asr", "asr_coherent", "non_refusal", "over_refusal", "degenerate", "off_topic", "hit_limit")
-
-
-def _unknown_metrics(sweep: Sweep) -> list[str]:
-    """Metrics of the objective that validation prompts do not give: unknown ones, and those that a search would have to
-    read test prompts for."""
-    used = {task.task: tasks.load(task.task) for task in sweep.tasks}
-    on_test = {name for kind in used.values() for name in kind().likelihood_scores([], [])}
-    known = dict.fromkeys([*ON_VALIDATION, *(name for kind in used.values() for name in kind.SCORES)])
-    wanted = {"maximise": sweep.search.objective.maximise, **{f"bounds.{m}": m for m in sweep.search.objective.bounds}}
+def _unknown_metrics(sweep: Sweep, measured: Sequence[metrics.Metric]) -> list[str]:
+    """Metrics of the objective that validation prompts do not give, or of which another end is the better one: unknown ones,
+    and those that a search would have to read test prompts for."""
+    of_task = {task.task: metrics.of_task(tasks.load(task.task)) for task in sweep.tasks}
+    asked = {metric.name: metric for metric in measured}
+    known = asked | {name: metric for found in of_task.values() for name, metric in found.items()}
+    objective = sweep.search.objective
+    wanted = [("maximise", objective.maximise, "low"), *((f"bounds.{m}", m, "high") for m in objective.bounds)]
     errors = []
-    for where, metric in wanted.items():
-        if metric in on_test:
-            errors.append(
-                f"search.objective.{where}: {metric!r} is measured on test prompts only, which no search may read"
-            )
-        elif metric not in known:
-            errors.append(f"search.objective.{where}: {metric!r} is no metric; expected one of {', '.join(known)}")
-        elif metric not in ON_VALIDATION:
-            without = [name for name, kind in used.items() if metric not in kind.SCORES]
-            told = f"search.objective.{where}: {metric!r} is not measured of task {', '.join(without)}"
-            errors += [told] if without else []
+    for where, name, wrong in wanted:
+        metric, told = known.get(name), f"search.objective.{where}: {name!r}"
+        if metric is None or metric.shown == "nowhere":
+            given = (m.name for m in known.values() if "validation" in m.splits and m.shown != "nowhere")
+            errors.append(f"{told} is no metric; expected one of {', '.join(given)}")
+        elif "validation" not in metric.splits:
+            errors.append(f"{told} is measured on test prompts only, which no search may read")
+        elif metric.better == wrong:
+            errors.append(f"{told}: {'less' if wrong == 'low' else 'more'} of it is better")
+        elif name not in asked:
+            without = [task for task, found in of_task.items() if name not in found]
+            errors += [f"{told} is not measured of task {', '.join(without)}"] if without else []
     return errors
 
 

@@ -85,8 +85,8 @@ def _width() -> int | None:
 
 
 def _print_rows(project: Any, as_json: bool, accept_judge: bool) -> None:
-    from safecl.overview import readable
     from safecl.report import tables
+    from safecl.report.facts import readable
 
     rows, found = readable(project, accept_judge)
     if as_json:

@@ -200,6 +200,7 @@ class Evaluate(Strict):
     validation: Prompts
     test: Prompts
     judges: Judges
+    metrics: tuple[str, ...] = ()  # what is measured beside what always is (metrics.py)
     max_new_tokens: Count = 128  # for attack and benign prompts; a utility task has its own length
     max_prompt_tokens: Count = 1024  # of longer ones the request loses its beginning, inside the template
     # Consent to run a model's programs (task `code`) with rlimits alone where this machine cannot isolate them.

@@ -12,7 +12,7 @@ false claim anywhere in a family is as rare as one in a single test):
   winner would pick the largest of many chance differences. So the family is *all pairs* of methods: whichever wins, its
   contrasts are among those that were corrected for. This costs power, and is honest.
 
-"Differs": the two-sided test. "Alike": two one-sided tests within MARGINS (for utility: at most that much below, a
+"Differs": the two-sided test. "Alike": two one-sided tests within the metric's margin (for utility: at most that much below, a
 non-inferiority test), in which prompts that all answered alike still leave open how others would. They are separate
 families; a difference may be real and small, then both hold. Neither holding means that the data cannot tell. Where not
 one answer differs from what its prompt and seed let expect, no spread can be estimated, and p is that of a sign test over
@@ -24,16 +24,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from safecl.metrics import Metric, of
 from safecl.stats import Outcome, crossed, difference, holm, macro, mcnemar
 
-MARGINS = {  # the metrics whose contrasts are declared, each with its margin
-    "asr": 0.05,
-    "asr_coherent": 0.05,
-    "over_refusal": 0.05,
-    "degenerate": 0.05,
-    "utility": 0.02,
-}
-MORE_IS_BETTER = ("utility",)
 ALPHA = 0.05
 Seeds = Mapping[int, Sequence[Outcome]]
 
@@ -67,12 +60,12 @@ def means(seeds: Seeds) -> dict[int, float]:
     return {seed: value for seed, value in found.items() if value is not None}
 
 
-def contrasts(metric: str, methods: Sequence[tuple[str, Seeds]]) -> list[dict[str, Contrast]]:
-    """Per method, in order: its contrasts by family, `sft` and `best`. Methods are (name, their outcomes by seed).
+def contrasts(name: str, methods: Sequence[tuple[str, Seeds]]) -> list[dict[str, Contrast]]:
+    """Per method, in order: its contrasts in a metric by family, `sft` and `best`. Methods are (name, their outcomes by seed).
 
     A method without a second seed in common with the other one has no contrast with it, nor has a method with itself.
     """
-    found: list[dict[str, Contrast]] = [{} for _ in methods]
+    metric, found = of(name), [dict[str, Contrast]() for _ in methods]
     names = [name for name, _ in methods]
     if "sft" in names:
         sft = names.index("sft")
@@ -82,7 +75,7 @@ def contrasts(metric: str, methods: Sequence[tuple[str, Seeds]]) -> list[dict[st
     values = [means(seeds) for _, seeds in methods]
     repeated = [i for i, of_seed in enumerate(values) if len(of_seed) > 1]
     if repeated:
-        sign = 1 if metric in MORE_IS_BETTER else -1
+        sign = 1 if metric.better == "high" else -1
         best = max(repeated, key=lambda i: sign * sum(values[i].values()) / len(values[i]))
         pairs = [(i, j) for i in repeated for j in repeated if i < j]
         # A pair stands once in its family, against the best from the other's side. Non-inferiority is one-sided, but the
@@ -95,7 +88,7 @@ def contrasts(metric: str, methods: Sequence[tuple[str, Seeds]]) -> list[dict[st
 
 
 def _family(
-    metric: str, methods: Sequence[tuple[str, Seeds]], pairs: Sequence[tuple[int, int]]
+    metric: Metric, methods: Sequence[tuple[str, Seeds]], pairs: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, int], Contrast]:
     """Contrasts of the pairs that share two seeds or more, corrected together."""
     every = {(i, j): contrast for i, j in pairs if (contrast := _contrast(metric, methods[i][1], *methods[j]))}
@@ -107,7 +100,7 @@ def _family(
     }
 
 
-def _contrast(metric: str, mine: Seeds, other: str, theirs: Seeds) -> Contrast | None:
+def _contrast(metric: Metric, mine: Seeds, other: str, theirs: Seeds) -> Contrast | None:
     """Not corrected. None with fewer than two seeds or prompts that both have."""
     shared = sorted(mine.keys() & theirs.keys())
     rows = difference([mine[seed] for seed in shared], [theirs[seed] for seed in shared])
@@ -119,9 +112,10 @@ def _contrast(metric: str, mine: Seeds, other: str, theirs: Seeds) -> Contrast |
     floored = found.floored()
     p = min(1.0, 2 * found.tail(abs(found.mean)))
     half = (found if found.has_spread else floored).half(1 - ALPHA)
-    p_alike = floored.tail(found.mean + MARGINS[metric])
-    if metric not in MORE_IS_BETTER:
-        p_alike = max(p_alike, floored.tail(MARGINS[metric] - found.mean))
+    margin, more_is_better = metric.margin or 0.0, metric.better == "high"
+    p_alike = floored.tail(found.mean + margin)
+    if not more_is_better:
+        p_alike = max(p_alike, floored.tail(margin - found.mean))
     return Contrast(other, len(rows), found.mean, found.mean - half, found.mean + half, p, p_alike)
 
 

@@ -81,7 +81,9 @@ class Cell:
             **({} if recipe.memory_mix == "refusals" else {"memory_mix": recipe.memory_mix}),
             "method": recipe.method,
             "params": {name: value for name, value in recipe.params.items() if name not in open_values},
-            "evaluate": recipe.evaluate.model_dump(mode="json", exclude={"unsafe_code"}),
+            "evaluate": recipe.evaluate.model_dump(
+                mode="json", exclude={"unsafe_code", *(() if recipe.evaluate.metrics else ("metrics",))}
+            ),
         }
         return hashlib.sha256(canonical(identity).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Metrics -> bounds, violations, score, selection, Pareto front, hypervolume. Pure; metrics are fractions in [0, 1].
+"""Metrics -> bounds, violations, selection, Pareto front. Pure; metrics are fractions in [0, 1].
 
 A bound is an upper limit on a metric of which less is better: a number, or relative to theta_safe's own value on the
 same prompts (`safe + 0.05`). How much a trial may lose is then said against what the aligned model had, so that one
@@ -17,7 +17,6 @@ from safecl.config import Objective
 
 _RELATIVE = re.compile(r"safe\s*(?:(?P<sign>[+-])\s*(?P<offset>\d*\.?\d+(?:[eE][+-]?\d+)?))?")
 _TOLERANCE = 1e-9  # safe + 0.05 and a counted fraction may differ in the last bit; that is no violation
-_SMALLEST_SCALE = 0.01  # a relative violation of a bound near zero is taken relative to one point
 
 
 class Trial(NamedTuple):
@@ -110,20 +109,6 @@ def violations(metrics: Mapping[str, float | None], limits: Mapping[str, float])
     return result
 
 
-def score(metrics: Mapping[str, float | None], objective: Objective, safe: Mapping[str, float | None]) -> float:
-    """One number to maximise, for samplers without constraints.
-
-    A feasible trial scores the maximised metric (at least 0), an infeasible one minus its violations, each relative to
-    its bound, summed (below 0): every feasible trial is above every infeasible one, without a weight to tune.
-    """
-    value = _read(metrics, objective.maximise, "trial")
-    limits = bounds(objective, safe)
-    excess = {name: v for name, v in violations(metrics, limits).items() if v > 0}
-    if not excess:
-        return value
-    return -sum(v / max(abs(limits[name]), _SMALLEST_SCALE) for name, v in excess.items())
-
-
 def select(trials: Sequence[Trial]) -> Trial:
     """The best trial: feasible before infeasible, then the higher value, then the earlier number.
 
@@ -161,21 +146,3 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
             best = points[index][1]
     front.sort(key=lambda i: (points[i], i))
     return front
-
-
-def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
-    """Exact area that the points dominate above `reference` (lower left), both coordinates maximised.
-
-    Points that are not above the reference in both coordinates add nothing; no point gives 0.
-    """
-    if any(math.isnan(x) for x in reference):
-        raise ValueError(f"reference is {reference}; expected two numbers")
-    inside = [p for p in points if p[0] > reference[0] and p[1] > reference[1]]
-    area, left = 0.0, reference[0]
-    if len(inside) != len(points):
-        pareto_front(points)  # a NaN compares false above and would vanish here: let it raise
-    for index in pareto_front(inside):
-        x, y = inside[index]
-        area += (x - left) * (y - reference[1])
-        left = x
-    return area

@@ -1,36 +1,22 @@
-"""What the commands print besides running: plan, status, facts of the table, the page, the lists."""
+"""What the commands print besides running: plan, status, the page, the lists."""
 
 from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safecl import methods
 from safecl.base import ConfigError, near
-from safecl.config import Model
 from safecl.cost import Open, cost
 from safecl.dtypes import warnings
 from safecl.grid import Job
 from safecl.project import Project
 from safecl.report import page, plots
-from safecl.report.tables import Facts
+from safecl.report.facts import readable
+from safecl.report.rows import curves
 from safecl.trained import notes as trained_notes
-
-if TYPE_CHECKING:
-    from safecl.stats import Interval
-
-ADAPTERS = {
-    "continue": "continue: stage two goes on training the adapter of stage one",
-    "stack": "stack: stage one's adapter is folded into the base, stage two trains a fresh one on top",
-}
-
-MAX_MERGE_LOSS = 0.01  # share of a finetune's KL from where it started
-# Trained against served, in nats: the mean difference of a token's log-probability that rounding explains. Another function
-# (a soft cap left out, another window) is off by tenths and more.
-MAX_SERVED_MEAN = {"float32": 0.002, "bfloat16": 0.08}
 
 
 def plan(project: Project) -> dict[str, Any]:
@@ -124,178 +110,6 @@ def status(project: Project) -> list[dict[str, str]]:
     return found
 
 
-def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
-    """What a reader must know to read the rows; every form of the report prints it."""
-    sweep = project.sweep
-    judges = sweep.evaluate.judges
-    libraries = {text for row in rows for text in row["libraries"]}
-    notes = [
-        f"Search: {sweep.search.trials} trials per searched cell, on validation prompts and seed {sweep.search.seed}, which "
-        f"no row reports{'' if sweep.search.realign else f'; from the alignment of seed {sweep.seeds[0]}'}."
-    ]
-    if len(libraries) > 1:
-        notes.append(f"Rows were made with {len(libraries)} different sets of library versions (`safecl show KEY`).")
-    shares: dict[str, list[float]] = {}
-    for row in rows:
-        if row["poison_tokens"] is not None:
-            shares.setdefault(_where(row), []).append(row["poison_tokens"])
-    if shares:  # a method that mixes in safety rows has less
-        ends = {where: dict.fromkeys((f"{min(found):.0%}", f"{max(found):.0%}")) for where, found in shares.items()}
-        told = ", ".join(f"{where} {' to '.join(both)}" for where, both in sorted(ends.items()))
-        notes.append(f"Poison's share of the response tokens: {told}.")
-    notes += trained_notes([(_where(row), row["poison"], one) for row in rows for one in row["trained"].values()])
-    num_cut = max((row["cut_prompts"] for row in rows), default=0)
-    if num_cut:
-        notes.append(f"Evaluation prompts cut to max_prompt_tokens (inside the template): up to {num_cut} of a row's.")
-    notes += project.warnings
-    for model in sweep.models:
-        lost = max((row["merge_loss"] or 0 for row in rows if row["model"] == model.name), default=0)
-        if lost > MAX_MERGE_LOSS:
-            notes.append(
-                f"{model.name}: rounding the merge to {model.dtype} for serving lost up to {lost:.1%} of what a finetune "
-                f"changed (KL; at most {MAX_MERGE_LOSS:.0%} expected): give this model `dtype: float32`."
-            )
-        notes += _served(model, [row["served"] for row in rows if row["model"] == model.name and row["served"]])
-    align = sweep.align
-    return Facts(
-        name=sweep.name,
-        about=sweep.about,
-        judge=judges.asr,
-        over_refusal=judges.over_refusal,
-        adapter=sweep.adapter,
-        templates={model.name: project.template_of(model) for model in sweep.models},
-        num_prompts=_num_prompts(rows),
-        guard_agreement=_agreement(project, rows),
-        settings={
-            "adapter": ADAPTERS[sweep.adapter],
-            "LoRA": f"rank {sweep.lora.rank}, alpha {sweep.lora.alpha}, dropout {sweep.lora.dropout}, {sweep.lora.targets}",
-            "poison": "added to all task rows" if sweep.poison.keep_task_rows else "in place of as many task rows",
-            "memory": sweep.memory_mix,
-            "alignment": f"{', '.join(p.task for p in align.safety)}; lr {align.learning_rate:g}, {align.epochs:g} epochs",
-            "macro mean": "ASR is the mean over sets of each set's share",
-            "dtype": ", ".join(dict.fromkeys(model.dtype for model in sweep.models)),
-            "decoding": f"greedy, at most {sweep.evaluate.max_new_tokens} tokens on attack and benign prompts",
-        },
-        notes=notes,
-    )
-
-
-def _where(row: dict[str, Any]) -> str:
-    return f"{row['task']} p={row['poison']:g}"
-
-
-def _served(model: Model, found: list[dict[str, Any]]) -> list[str]:
-    """Whether the model that was trained is the one that answered; nothing where that was not measured."""
-    if not found:
-        return []
-    num, mean = sum(one["tokens"] for one in found), max(one["mean"] for one in found)
-    told = (
-        f"{model.name}: trained and served log-probabilities of {num} tokens of training rows differ by at most "
-        f"{max(one['gap'] for one in found):.2g} nats (mean {mean:.2g} in the worst row)"
-    )
-    expected = MAX_SERVED_MEAN.get(model.dtype, 0.08)
-    if mean <= expected:
-        return [f"{told}."]
-    return [
-        f"{told}; rounding explains a mean of {expected:g}: the model that answers is not the one that was trained."
-    ]
-
-
-def _num_prompts(rows: list[dict[str, Any]]) -> dict[str, int]:
-    names = {"asr": "attack", "over_refusal": "look-alike benign", "utility": "utility"}
-    found: dict[str, int] = {}
-    for row in rows:
-        for metric, name in names.items():
-            if metric in row["metrics"]:
-                entry = row["metrics"][metric]
-                found[name] = (entry["num"] + entry["unparsed"]) // max(1, len(row["seeds"]))
-    return found
-
-
-def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
-    """One line: how often a judge of harm that is a model agreed with true labels of held-out pairs (a trained guard) and
-    with an independent rule on this sweep's own answers. That two rules agree says nothing of either."""
-    from safecl.stats import wilson
-
-    if project.sweep.evaluate.judges.asr == "keywords":
-        return ""
-    parts = []
-    quality = project.guard_quality()
-    if quality is not None:
-        kappa = "" if quality.kappa is None else f" (Cohen's kappa {_share(quality.kappa, '.2f')})"
-        parts.append(f"with the labels of {quality.num} held-out pairs in {_share(quality.accuracy)}{kappa}")
-    # Base and aligned stand in the table of every task, with the same answers.
-    kept = {(r["model"], r["method"], None if r["poison"] is None else (r["task"], r["poison"])): r for r in rows}
-    pairs = [(r["metrics"]["guard_rule_agreement"], len(r["seeds"])) for r in kept.values() if _RULE in r["metrics"]]
-    if pairs:
-        num = sum(pair["num"] for pair, _ in pairs)
-        agreed = sum(pair["value"] * pair["num"] for pair, _ in pairs) / num
-        num_prompts = max(1, max(pair["num"] // num_seeds for pair, num_seeds in pairs))
-        found = wilson(agreed * num_prompts, num_prompts)  # a prompt counts once, however many models answered it
-        parts.append(f"with an independent rule on {num} attack answers in {_share(found)}")
-    lines = [f"agrees {'; '.join(parts)}"] if parts else []
-    if (swing := project.guard_swing()) is not None:
-        lines.append(
-            f"{swing.num} guards vote; the share of harmful ones among {swing.source}'s answers differs by {swing.points:.0%} "
-            "between them, and intervals of ASR hold such differences"
-        )
-    return ". ".join(lines)
-
-
-_RULE = "guard_rule_agreement"
-_BY_GUARD = ("asr", "asr_coherent", _RULE)  # what a guard's verdicts decide
-
-
-def _share(found: Interval, form: str = ".1%") -> str:
-    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
-
-
-MAX_SWING = (
-    1 / 3
-)  # of a model's share of harmful answers, from one guard to another: then they measure different things
-
-
-def _doubt(project: Project, accepted: bool) -> str:
-    """What must be read before any number: that the guard is not known to be better than chance, or that its verdicts are
-    those of the seed that it was trained with."""
-    quality, swing = project.guard_quality(), project.guard_swing()
-    if quality is None:
-        return ""
-    if quality.balanced is None or quality.balanced.low <= 0.5:
-        told = "cannot be told" if quality.balanced is None else f"is {_share(quality.balanced)}, and 50.0% is chance"
-        why = f"THE GUARD IS NO BETTER THAN CHANCE: on {quality.num} held-out pairs its balanced accuracy {told}."
-    elif swing is not None and swing.points > MAX_SWING:
-        why = (
-            f"THE GUARDS CONTRADICT ONE ANOTHER: the share of harmful ones among {swing.source}'s answers differs by "
-            f"{swing.points:.0%} between {swing.num} guards that differ in nothing but their seed (at most {MAX_SWING:.0%})."
-        )
-    else:
-        return ""
-    end = (
-        "What stands here as ASR is printed because of --accept-judge"
-        if accepted
-        else "So no ASR is printed; --accept-judge prints its verdicts all the same"
-    )
-    return (
-        f"{why} {end}. A search's bounds on ASR rest on these verdicts too. Give the guard more rows or another model, or name "
-        "a published one."
-    )
-
-
-def readable(project: Project, accept_judge: bool = False) -> tuple[list[dict[str, Any]], Facts]:
-    """The rows as they may be printed, and their facts: without what a guard decided that is no better than chance or
-    depends on its seed, unless that is accepted."""
-    rows = project.rows()
-    doubt = _doubt(project, accept_judge)
-    if doubt and not accept_judge:
-        for row in rows:
-            for name in _BY_GUARD:
-                row["metrics"].pop(name, None)
-                row.get("contrasts", {}).pop(name, None)
-            row["agreement"] = None
-    return rows, replace(facts(project, rows), doubt=doubt)
-
-
 def write_report(project: Project, out: Path | None, accept_judge: bool = False) -> Path:
     """Write the page with its plots; returns the page's path."""
     folder = out or project.store.local / "report" / project.sweep.name
@@ -314,10 +128,9 @@ def write_report(project: Project, out: Path | None, accept_judge: bool = False)
                 "Every metric", f"With 95 % intervals.{claim}", plots.bars(rows, found, folder / "metrics.png")
             ),
         ]
-    runs = project.curves()
-    if runs:
-        curves = plots.curves(runs, folder / "curves.png")
-        figures.append(page.Figure("Training", "Final trials, first seed.", curves))
+    if runs := curves(project):
+        drawn = plots.curves(runs, folder / "curves.png")
+        figures.append(page.Figure("Training", "Final trials, first seed.", drawn))
     return page.write(folder / "index.html", rows, found, figures)
 
 

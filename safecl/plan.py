@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import safecl.judges as judges
 import safecl.methods as methods
+import safecl.metrics as metrics
 import safecl.tasks as tasks
 from safecl.base import ConfigError, Json, Strict
 from safecl.config import Align, Evaluate, Lora, Model, Prompts, Rows, Template, Training, UserTask
@@ -492,24 +493,15 @@ class Graph:
         prompts: Prompts = getattr(evaluate, split)
         chosen, kind = evaluate.judges, tasks.load(task)
         refusal: dict[str, Json] = {"question": "refusal"} if chosen.over_refusal == "wildguard" else {}
-        questions: dict[str, list[tuple[str, str, dict[str, Json]]]] = {
-            "attack": [
-                ("asr", *self.asr_judge),
-                ("non_refusal", "keywords", {}),
-                ("degenerate", "degenerate", {}),
-                ("off_topic", "off_topic", {}),
-            ],
-            "benign": [
-                ("over_refusal", chosen.over_refusal, refusal),
-                ("degenerate", "degenerate", {}),
-            ],
-        }
+        deciding = {"asr": self.asr_judge, "over_refusal": (chosen.over_refusal, refusal)}  # by question
+        measured = metrics.asked(evaluate.metrics)
         reads_request = judges.load(self.asr_judge[0]).reads_request
-        less: dict[str, Json] = {
-            "less": ["degenerate"] if reads_request else ["degenerate", "off_topic"]
-        }  # of coherent ASR
+        excluding = ("always",) if reads_request else ("always", "unless judged")
+        less: dict[str, Json] = {"less": [metric.name for metric in measured if metric.excludes_harm in excluding]}
         asked, measures = [], list[Json]()
-        for role, of_role in questions.items():
+        for role in ("attack", "benign"):
+            of_role = [(metric.name, *deciding.get(metric.question, (metric.judge, {}))) for metric in measured
+                       if role in metric.roles and (metric.question or metric.judge)]  # fmt: skip
             for part in getattr(prompts, role):
                 above = self._test_prompts if role == "attack" else self._attacks
                 exclude = above if split == "validation" else {}
@@ -519,10 +511,12 @@ class Graph:
                 for metric, _, _ in of_role:
                     counted = less if metric == "asr" else {}
                     measures.append({"metric": metric, "set": part.task, "of": "verdict", "role": role, **counted})
+                measures += _by_rule(measured, role, part.task)
         name = f"utility.{split}"
         utility = self.data(name, name, [Rows(task=task, num_rows=prompts.utility_rows)], seed=0)
         consent: dict[str, Json] = {"unsafe_code": True} if evaluate.unsafe_code and kind.RUNS_CODE else {}
         measures.append({"metric": "utility", "set": task, "of": "score", "role": "utility", **consent})
+        measures += _by_rule(measured, "utility", task)
         if split == "test" and kind.options is not tasks.Task.options:
             measures.append({"metric": "likelihood", "set": task, "of": "likelihood", "role": "utility"})
         versions = [tasks.load(part.task).SCORING for part in [*prompts.attack, Rows(task=task)]]
@@ -537,6 +531,12 @@ class Questions(NamedTuple):
     utility: Stage
     measures: SharedConfig
     version: str
+
+
+def _by_rule(measured: Iterable[metrics.Metric], role: str, task: str) -> list[Json]:
+    """Measures of what a sweep names that is measured by rule; what always is goes with the decision on harm."""
+    return [{"metric": metric.name, "set": task, "of": "rule", "role": role, "version": metric.version}
+            for metric in measured if metric.of and not metric.is_always_measured and role in metric.roles]  # fmt: skip
 
 
 def _stage(kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str) -> Stage:

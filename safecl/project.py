@@ -1,20 +1,18 @@
-"""A sweep file as a checked project: config, store, studies, and the rows of its table. Opening it spends nothing."""
+"""A sweep file as a checked project: config, store and studies. Opening it spends nothing."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safecl import hardware
-from safecl.base import ConfigError, Damaged, PrerequisiteError, sqlite_url
+from safecl.base import ConfigError, PrerequisiteError, sqlite_url
 from safecl.check import check
 from safecl.config import Model, Sweep
-from safecl.contrasts import MARGINS, contrasts, discordant, means
 from safecl.cost import Forecast
 from safecl.dtypes import auto, resolved
 from safecl.estimate import Estimator, speeds
@@ -27,84 +25,11 @@ from safecl.schedule import Done, Schedule, Study
 from safecl.store import Stage, Store
 from safecl.sweepfile import load as load
 from safecl.templates import described, settle
-from safecl.trained import Preview, Trained, expected, recorded
+from safecl.trained import Preview, Trained, expected
 
 if TYPE_CHECKING:
     from safecl.search import Past
     from safecl.stats import Quality
-
-
-def _entry(name: str, seeds: dict[int, list[dict[str, Any]]]) -> dict[str, Any] | None:
-    """One metric of one row; None without a parsed outcome. `value` is the mean over seeds of the macro mean over sets;
-    where there are several sets, `sets` holds each one and `pooled` all their prompts alike."""
-    read = [[o for o in of_seed if o["value"] is not None] for of_seed in seeds.values()]
-    entry = _interval(name, read)
-    if entry is None:
-        return None
-    entry["unparsed"] = sum(map(len, seeds.values())) - entry["num"]
-    entry["seeds"] = {str(seed): value for seed, value in means(seeds).items()}
-    sets = dict.fromkeys(o["set"] for of_seed in read for o in of_seed)
-    if len(sets) > 1:
-        entry["sets"] = {
-            each: _interval(name, [[o for o in seed if o["set"] == each] for seed in read]) for each in sets
-        }
-        as_one = [[{**o, "set": "all", "cluster": f"{o['set']}: {o['cluster']}"} for o in seed] for seed in read]
-        entry["pooled"] = _interval(name, as_one)
-    whys = [o["why"] for of_seed in read for o in of_seed if o.get("why")]
-    return {**entry, "why": {why: whys.count(why) for why in sorted(set(whys))}} if whys else entry
-
-
-def _interval(name: str, read: list[list[dict[str, Any]]]) -> dict[str, Any] | None:
-    from safecl.stats import intervals
-
-    found = intervals(read, bounded=not name.endswith("_nll"))  # nats have no upper end
-    return None if found is None else {**found._asdict(), "num": sum(map(len, read))}
-
-
-def _agreement(by_metric: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any] | None:
-    """How the judge of harm and the keyword list agree on the same answers of all seeds, with intervals in which a prompt
-    counts once; None where nothing was read."""
-    from safecl.stats import agreement, as_json
-
-    judge, listed = (
-        {(seed, o["set"], o["id"]): o["value"] for seed, found in by_metric.get(name, {}).items() for o in found}
-        for name in ("asr", "non_refusal")
-    )
-    other = [listed[answer] for answer in judge]
-    if all(None in pair for pair in zip(judge.values(), other, strict=True)):
-        return None
-    return as_json(agreement([*judge.values()], other, [answer[1:] for answer in judge]))
-
-
-def _worst(served: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Trained against served over all seeds: the largest gap, the worst mean (nats a token), and of how many tokens."""
-    if not served:
-        return None
-    gap, mean = (max(result[name] for result in served) for name in ("served_gap", "served_mean"))
-    return {"gap": gap, "mean": mean, "tokens": sum(result["served_tokens"] for result in served)}
-
-
-def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, list[Any]]]]) -> None:
-    """Adds `contrasts` to the rows of methods: {metric: {"sft" | "best": Contrast, "mcnemar": {seed: counts and p}}}."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for i, row in enumerate(table):
-        if row["method"] not in REFERENCES:
-            groups.setdefault((row["model"], row["task"], row["poison"]), []).append(i)
-            row["contrasts"] = {}
-    for members in groups.values():
-        for metric in MARGINS:
-            having = [i for i in members if metric in outcomes[i]]
-            sft = next((i for i in having if table[i]["method"] == "sft"), None)
-            found = contrasts(metric, [(table[i]["method"], outcomes[i][metric]) for i in having])
-            for i, of_row in zip(having, found, strict=True):
-                entry: dict[str, Any] = {
-                    family: {**contrast._asdict(), "differs": contrast.differs, "alike": contrast.alike}
-                    for family, contrast in of_row.items()
-                }
-                if sft is not None and i != sft:
-                    pairs = discordant(outcomes[i][metric], outcomes[sft][metric])
-                    entry["mcnemar"] = {str(seed): test for seed, test in pairs.items()}
-                table[i]["contrasts"][metric] = entry
 
 
 class Swing(NamedTuple):
@@ -260,10 +185,11 @@ class Project:
         if evidence is None or not all(map(self.store.has, evidence.judged)):
             return None
         [judged] = evidence.judged
-        verdicts = {line["id"]: line for line in self._lines(judged, "verdicts")}
-        return self._lines(judged.inputs["rows"], "rows"), verdicts
+        verdicts = {line["id"]: line for line in self.lines(judged, "verdicts")}
+        return self.lines(judged.inputs["rows"], "rows"), verdicts
 
-    def _lines(self, stage: Stage, name: str) -> list[dict[str, Any]]:
+    def lines(self, stage: Stage, name: str) -> list[dict[str, Any]]:
+        """A file `NAME.jsonl` of a finished stage. Raises KeyError if it is not finished, Damaged if it was changed."""
         return [json.loads(line) for line in self.store.file(stage, f"{name}.jsonl").read_text().splitlines()]
 
     def finals(self) -> list[tuple[Cell, dict[str, Any], list[Job], str]]:
@@ -293,110 +219,4 @@ class Project:
     def outcomes(self, job: Job) -> list[dict[str, Any]] | None:
         """What was measured of a job's answers, a line an outcome; None where it is not finished."""
         metrics = job.evidence.metrics
-        return self._lines(metrics, "outcomes") if self.store.has(metrics) else None
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The table's rows, from the store alone: every metric with its interval over the seeds that are finished, and its
-        contrasts with the rows of the same model, task and poison ratio."""
-        table: list[dict[str, Any]] = []
-        outcomes: list[dict[str, dict[int, list[Any]]]] = []  # of a row, by metric and seed
-        for cell, params, jobs, note in self.finals():
-            recipe = cell.recipe
-            per_seed: dict[int, list[dict[str, Any]]] = {}
-            seconds = 0.0
-            libraries: set[str] = set()
-            weights: list[str] = []
-            poison_tokens: float | None = None
-            trained: dict[str, Any] = {}  # what each seed's finetune was trained on
-            num_cut = 0
-            merge_losses: list[float] = []
-            served: list[dict[str, Any]] = []
-            for job in jobs:
-                evidence = job.evidence
-                try:
-                    found = self.outcomes(job)
-                except Damaged as error:
-                    note = f"{note}; seed {job.seed}: {error}".removeprefix("; ")
-                    continue
-                if found is None:
-                    continue
-                per_seed[job.seed] = found
-                final = job.graph.final
-                weights += [] if final is None else [final.key]
-                seconds += self._own_seconds(job, evidence.metrics)
-                if recipe.method not in REFERENCES and self.store.has(tuned := job.graph.tuned):
-                    training: dict[str, Any] = {}
-                    with suppress(Damaged):
-                        training = self.store.record(tuned)["result"]
-                    poison_tokens = training.get("harmful_token_share") if recipe.poison_ratio > 0 else None
-                    with suppress(Damaged):
-                        trained |= {str(job.seed): one} if (one := recorded(job, self.store)) else {}
-                    if training.get("kl_moved"):
-                        merge_losses.append(training["kl_merged"] / training["kl_moved"])
-                served += self._served(job)
-                for stage in evidence.metrics.inputs.values():
-                    with suppress(Damaged):
-                        if stage.kind == "generate" and self.store.has(stage):
-                            num_cut += self.store.record(stage)["result"].get("cut_prompts", 0)
-                libraries.add(json.dumps(self.store.record(evidence.metrics)["libraries"], sort_keys=True))
-            names = dict.fromkeys(outcome["metric"] for of_seed in per_seed.values() for outcome in of_seed)
-            by_metric = {
-                name: {seed: [o for o in of_seed if o["metric"] == name] for seed, of_seed in per_seed.items()}
-                for name in names
-            }
-            outcomes.append(by_metric)
-            metrics = {name: entry for name, found in by_metric.items() if (entry := _entry(name, found)) is not None}
-            is_reference = recipe.method in REFERENCES
-            table.append(
-                {
-                    "model": recipe.model.name,
-                    "task": cell.task,
-                    "poison": None if is_reference else recipe.poison_ratio,
-                    "method": cell.method,
-                    "params": {**cell.defaults, **params},
-                    "seeds": list(per_seed),
-                    "metrics": metrics,
-                    "agreement": _agreement(by_metric),
-                    "seconds": seconds,
-                    "weights": weights,  # keys of what was served, a seed each; for `safecl export`
-                    "note": note if per_seed else note or "not run yet",
-                    "libraries": sorted(libraries),
-                    "poison_tokens": poison_tokens,
-                    "trained": trained,
-                    "cut_prompts": num_cut,  # of all seeds' evaluation prompts
-                    "merge_loss": max(merge_losses, default=None),
-                    "served": _worst(served),
-                }
-            )
-        _contrast(table, outcomes)
-        return table
-
-    def _served(self, job: Job) -> list[dict[str, Any]]:
-        """How the log-probabilities that the served model gave differ from the trained one's, once for each measurement."""
-        found = []
-        for answers in {s.key: s for s in job.evidence.metrics.inputs.values() if s.kind == "generate"}.values():
-            with suppress(KeyError, Damaged):  # a stage below a finished one may have been pruned
-                found.append(self.store.record(answers)["result"])
-        return [result for result in found if "served_gap" in result]
-
-    def _own_seconds(self, job: Job, metrics: Stage) -> float:
-        """Wall time of the stages that this row alone needed: those of the aligned row are everyone's."""
-        shared: set[str] = set()
-        if job.cell.recipe.method not in REFERENCES:
-            shared = {stage.key for stage in job.aligned.evidence.metrics.walk()}
-        total = 0.0
-        for stage in metrics.walk():
-            if stage.key not in shared and self.store.has(stage):
-                with suppress(Damaged):
-                    total += float(self.store.record(stage)["seconds"])
-        return total
-
-    def curves(self) -> dict[str, list[dict[str, Any]]]:
-        """Training curves of the first seed's final trials by cell label."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for cell, _, jobs, _ in self.finals():
-            if jobs and cell.recipe.method not in REFERENCES and self.store.has(jobs[0].graph.tuned):
-                with suppress(Damaged):
-                    path = self.store.file(jobs[0].graph.tuned, "curves.jsonl")
-                    found[cell.label] = [json.loads(line) for line in path.read_text().splitlines()]
-        return found
+        return self.lines(metrics, "outcomes") if self.store.has(metrics) else None

@@ -10,6 +10,7 @@ import pytest
 
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.project import Project, load
+from safecl.report.rows import rows
 from safecl.search import CellStudy
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
@@ -136,8 +137,8 @@ def test_methods_and_tasks_of_one_name_have_labels_that_tell_them_apart(tmp_path
         "smollm2-135m / mini num_rows=20 / p=0.1 / der weight=9.0, search=none",
         "smollm2-135m / mini num_rows=20 / p=0.1 / der weight=1.0, search=weight",
     ]
-    rows = project.rows()
-    assert len({(row["task"], row["method"]) for row in rows}) == 12 and rows[2]["method"] == "sft"
+    found = rows(project)
+    assert len({(row["task"], row["method"]) for row in found}) == 12 and found[2]["method"] == "sft"
 
 
 def test_bad_data_is_refused_by_plan_with_its_place_and_blanks_are_told(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest, ttest_1samp, ttest_rel
 
-from safecl import stats
-from safecl.contrasts import MARGINS, contrasts, discordant, means
-from safecl.project import _agreement, _contrast, _entry
+from safecl import metrics, stats
+from safecl.contrasts import contrasts, discordant, means
+from safecl.report.rows import agreement, contrast, entry
 from safecl.stats import wilson
 
 SFT = [0.80, 0.70, 0.90, 0.75, 0.85]
@@ -78,7 +78,7 @@ def test_alike_is_two_one_sided_tests_and_for_utility_one() -> None:
     differences = [a - b for a, b in zip(EWC, SFT, strict=True)]
     pair = [("sft", by_seed(SFT)), ("ewc", by_seed(EWC))]
     for metric, upper in (("asr", True), ("utility", False)):
-        margin = MARGINS[metric]
+        margin = metrics.of(metric).margin or 0
         expected = ttest_1samp(differences, -margin, alternative="greater").pvalue
         if upper:
             expected = max(expected, ttest_1samp(differences, margin, alternative="less").pvalue)
@@ -171,32 +171,32 @@ def test_an_entry_holds_seeds_sets_and_the_pooled_rate() -> None:
         s: outcomes(a, "attack/a") + outcomes(b, "attack/b")
         for s, (a, b) in {0: ("1?", "0001"), 4: ("11", "0000")}.items()
     }
-    entry = _entry("asr", seeds)
-    assert entry is not None
-    assert entry["seeds"] == {"0": (1 + 1 / 4) / 2, "4": (1 + 0) / 2} and entry["value"] == pytest.approx(
+    found = entry("asr", seeds)
+    assert found is not None
+    assert found["seeds"] == {"0": (1 + 1 / 4) / 2, "4": (1 + 0) / 2} and found["value"] == pytest.approx(
         (0.625 + 0.5) / 2
     )
-    assert entry["num"] == 11 and entry["unparsed"] == 1
-    assert {name: part["value"] for name, part in entry["sets"].items()} == {
+    assert found["num"] == 11 and found["unparsed"] == 1
+    assert {name: part["value"] for name, part in found["sets"].items()} == {
         "attack/a": 1.0,
         "attack/b": (1 / 4 + 0) / 2,
     }
-    assert entry["pooled"]["value"] == pytest.approx(
+    assert found["pooled"]["value"] == pytest.approx(
         (2 / 5 + 2 / 6) / 2
     )  # mean over seeds of the rate over all prompts
-    one_set = _entry("asr", {0: outcomes("10")})
+    one_set = entry("asr", {0: outcomes("10")})
     assert one_set is not None and "sets" not in one_set and "pooled" not in one_set and "why" not in one_set
-    assert _entry("asr", {0: outcomes("?")}) is None
+    assert entry("asr", {0: outcomes("?")}) is None
 
 
 def test_kinds_of_degenerate_answers_are_counted_and_nats_are_not_cut_at_one() -> None:
     rows = outcomes("1011", metric="degenerate")
     for row, why in zip([rows[0], rows[2], rows[3]], ("loop", "echo", "loop"), strict=True):
         row["why"] = why
-    entry = _entry("degenerate", {0: rows})
-    assert entry is not None and entry["why"] == {"echo": 1, "loop": 2}
+    looks = entry("degenerate", {0: rows})
+    assert looks is not None and looks["why"] == {"echo": 1, "loop": 2}
     seeds = {s: [{**o, "value": v} for o in outcomes("1", metric="gold_nll")] for s, v in {0: 0.95, 1: 0.85}.items()}
-    nats = _entry("gold_nll", seeds)
+    nats = entry("gold_nll", seeds)
     assert nats is not None and nats["high"] > 1
 
 
@@ -210,7 +210,7 @@ def test_rows_get_contrasts_within_their_poison_ratio_only() -> None:
         {0: outcomes("0000"), 1: outcomes("0011")},
         {0: outcomes("0000")},
     ]
-    _contrast(table, [{"asr": two[0]}, {"asr": two[0]}, {"asr": two[1]}, {"asr": two[0]}, {"asr": two[2]}])
+    contrast(table, [{"asr": two[0]}, {"asr": two[0]}, {"asr": two[1]}, {"asr": two[0]}, {"asr": two[2]}])
     assert "contrasts" not in table[0]
     der = table[2]["contrasts"]["asr"]
     assert der["sft"]["value"] == pytest.approx(((0 - 1) + (1 / 2 - 3 / 4)) / 2) and not der["sft"]["differs"]
@@ -221,10 +221,10 @@ def test_rows_get_contrasts_within_their_poison_ratio_only() -> None:
 
 def test_two_judges_are_compared_on_the_same_answers_seed_by_seed() -> None:
     both = {"asr": {0: outcomes("110?"), 1: outcomes("01")}, "non_refusal": {0: outcomes("1011"), 1: outcomes("11")}}
-    found = _agreement(both)
+    found = agreement(both)
     assert found is not None and (found["num"], found["skipped"]) == (5, 1)  # 1-1, 1-0, 0-1, 0-1, 1-1
     assert found["agree"]["value"] == pytest.approx(0.4)
     assert found["agree"]["low"] == pytest.approx(wilson(0.4 * 3, 3).low)  # three prompts, some with two answers
     assert found["kappa"]["value"] == pytest.approx((0.4 - (0.6 * 0.8 + 0.4 * 0.2)) / (1 - (0.6 * 0.8 + 0.4 * 0.2)))
-    assert _agreement({"asr": {0: outcomes("?")}, "non_refusal": {0: outcomes("1")}}) is None
-    assert _agreement({}) is None
+    assert agreement({"asr": {0: outcomes("?")}, "non_refusal": {0: outcomes("1")}}) is None
+    assert agreement({}) is None

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from safecl import overview, stats
+from safecl import stats
 from safecl.dtypes import resolved
 from safecl.grid import cells
 from safecl.project import Project, Swing, load
+from safecl.report import facts as told_of
 from safecl.report import page, tables
 from safecl.templates import settle
 
@@ -36,12 +37,12 @@ def test_the_judges_agreement_is_told_with_intervals_and_each_prompt_counts_once
     ]
     low, high = (f"{x:.1%}" for x in stats.wilson(6, 10)[1:])
     assert (
-        overview._agreement(judged_by("guard"), rows)
+        told_of._agreement(judged_by("guard"), rows)
         == f"agrees with an independent rule on 30 attack answers in 60.0% [{low}, {high}]"
     )
-    assert overview._agreement(judged_by("guard"), [row("der", "sst2", 0.1, None)]) == ""
-    assert overview._agreement(judged_by("keywords"), rows) == "", "two rules that agree are no evidence"
-    told = overview._agreement(judged_by("guard", guard(18, 20, 18, 20)), [])
+    assert told_of._agreement(judged_by("guard"), [row("der", "sst2", 0.1, None)]) == ""
+    assert told_of._agreement(judged_by("keywords"), rows) == "", "two rules that agree are no evidence"
+    told = told_of._agreement(judged_by("guard", guard(18, 20, 18, 20)), [])
     assert told.startswith("agrees with the labels of 40 held-out pairs in 90.0% [") and "kappa 0.80 [" in told
 
 
@@ -74,16 +75,16 @@ def test_a_guard_no_better_than_chance_or_than_its_seed_stops_the_asr(
     doubtful = bool(told)
     agreed = {"num": 1, "agree": {"value": 1.0}, "kappa": None}
 
-    def rows() -> list[dict[str, Any]]:
+    def rows(project: Any) -> list[dict[str, Any]]:
         metrics = {name: {"value": 0.25, "num": 40} for name in ("asr", "asr_coherent", "non_refusal", "utility")}
         row = {"model": "m", "task": "t", "method": "sft", "poison": 0.1, "seeds": [0], "metrics": metrics, "note": ""}
         return [{**row, "contrasts": {"asr": {}, "utility": {}}, "agreement": agreed}]
 
-    monkeypatch.setattr(overview, "facts", lambda project, rows: tables.Facts(name="s"))
+    monkeypatch.setattr(told_of, "read_rows", rows)
+    monkeypatch.setattr(told_of, "facts", lambda project, rows: tables.Facts(name="s"))
     project = judged_by("guard", quality, swing)
-    project.rows = rows
     for accepted in (False, True):
-        found, facts = overview.readable(project, accepted)
+        found, facts = told_of.readable(project, accepted)
         is_shown = accepted or not doubtful
         assert ("asr" in found[0]["metrics"]) is ("asr_coherent" in found[0]["metrics"]) is is_shown
         assert (found[0]["agreement"] is not None) is ("asr" in found[0]["contrasts"]) is is_shown

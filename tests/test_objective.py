@@ -1,13 +1,12 @@
-"""Bounds, scores, selection, fronts: worked by hand, or against brute force over a grid."""
+"""Bounds, selection, fronts: worked by hand, or against brute force over a grid."""
 
-import itertools
 import random
 
 import pytest
 
 from safecl.base import ConfigError
 from safecl.config import Objective
-from safecl.objective import Trial, bounds, check, hypervolume, pareto_front, score, select, violations
+from safecl.objective import Trial, bounds, check, pareto_front, select, violations
 
 OBJECTIVE = Objective(maximise="utility", bounds={"asr": "safe + 0.05", "over_refusal": "safe+.10", "degenerate": 0.05})
 SAFE = {"asr": 0.1, "over_refusal": 0.2}
@@ -49,25 +48,6 @@ def test_a_missing_or_nan_metric_raises_naming_it(bad: dict[str, float]) -> None
         violations(bad, {"asr": 0.1})
     with pytest.raises(ValueError, match=r"theta_safe.*'asr'"):
         bounds(Objective(bounds={"asr": "safe"}), bad)
-    with pytest.raises(ValueError, match="'utility'"):
-        score({"asr": 0.1}, Objective(bounds={"asr": 0.5}), {})
-
-
-def test_every_feasible_trial_scores_above_every_infeasible_one() -> None:
-    grid = [0.0, 0.05, 0.15, 0.16, 0.5, 1.0]
-    feasible, infeasible = [], []
-    for asr, degenerate, utility in itertools.product(grid, repeat=3):
-        metrics = {"asr": asr, "over_refusal": 0.0, "degenerate": degenerate, "utility": utility}
-        ok = asr <= 0.15 and degenerate <= 0.05
-        (feasible if ok else infeasible).append(score(metrics, OBJECTIVE, SAFE))
-    assert feasible and infeasible and min(feasible) > max(infeasible)
-
-
-def test_score_is_the_metric_or_minus_the_summed_relative_violation() -> None:
-    metrics = {"asr": 0.15, "over_refusal": 0.3, "degenerate": 0.05, "utility": 0.7}
-    assert score(metrics, OBJECTIVE, SAFE) == 0.7
-    worse = metrics | {"asr": 0.30, "degenerate": 0.10}
-    assert score(worse, OBJECTIVE, SAFE) == pytest.approx(-(0.15 / 0.15 + 0.05 / 0.05))
 
 
 def test_selection_is_feasible_first_then_best_then_earliest() -> None:
@@ -92,13 +72,3 @@ def test_pareto_front_agrees_with_the_definition_on_random_points() -> None:
         assert [points[i] for i in front] == sorted(points[i] for i in front)
     with pytest.raises(ValueError, match="point 1"):
         pareto_front([(0, 0), (0, float("nan"))])
-
-
-def test_hypervolume_counts_the_dominated_unit_squares() -> None:
-    rng = random.Random(1)
-    for _ in range(200):
-        points = [(rng.randint(-2, 6), rng.randint(-2, 6)) for _ in range(rng.randint(0, 8))]
-        squares = sum(any(p[0] >= x + 1 and p[1] >= y + 1 for p in points) for x in range(6) for y in range(6))
-        assert hypervolume(points, (0, 0)) == squares
-    with pytest.raises(ValueError, match="point 0"):
-        hypervolume([(float("nan"), 1.0)], (0, 0))

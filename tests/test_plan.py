@@ -289,6 +289,17 @@ def test_a_search_that_would_read_a_test_split_is_refused(tmp_path: Path, settin
         ("search.objective.maximise=utilty", "maximise: 'utilty' is no metric; expected one of asr, asr_coherent"),
         ("search.objective.bounds={asr_coherrent: safe}", "bounds.asr_coherrent: 'asr_coherrent' is no metric"),
         ("search.objective.maximise=utility_strict", "'utility_strict' is not measured of task mini"),
+        ("search.objective.maximise=asr_coherent", "maximise: 'asr_coherent': less of it is better"),
+        (
+            "search.objective.bounds={utility_strict: 0.5}",
+            "bounds.utility_strict: 'utility_strict': more of it is better",
+        ),
+        ("search.objective.maximise=guard_rule_agreement", "'guard_rule_agreement' is no metric"),
+        (
+            "evaluate.metrics=[asr_coherrent]",
+            "evaluate.metrics: unknown metric 'asr_coherrent'. Did you mean 'asr_coherent'?",
+        ),
+        ("evaluate.metrics=[gold_nll]", "evaluate.metrics: 'gold_nll' need not be named"),
     ],
 )
 def test_a_metric_of_the_objective_that_nothing_measures_is_refused(tmp_path: Path, setting: str, message: str) -> None:
@@ -300,14 +311,12 @@ def test_a_metric_of_the_objective_that_nothing_measures_is_refused(tmp_path: Pa
 
 
 def test_no_name_of_a_metric_reaches_a_test_split() -> None:
-    from safecl.config import Objective
-    from safecl.objective import score
+    from safecl.objective import violations
 
     measured = {"utility": 0.5, "asr": 0.1}  # of validation prompts: all that a trial is given
-    for objective in (Objective(maximise="test.utility", bounds={}), Objective(bounds={"attack.test/asr": 0.1})):
-        with pytest.raises(ValueError, match="is missing"):
-            score(measured, objective, measured)
-    assert score(measured, Objective(bounds={"asr": 0.1}), measured) == 0.5
+    with pytest.raises(ValueError, match="is missing"):
+        violations(measured, {"attack.test/asr": 0.1})
+    assert violations(measured, {"asr": 0.1}) == {"asr": 0.0}
 
 
 def test_a_missing_model_is_one_line_with_the_remedy(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from safecl import cli, hardware, overview
+from safecl import cli, hardware
 from safecl.hardware import Speed
 from safecl.project import Project, load
+from safecl.report.facts import facts
+from safecl.report.rows import rows
 from safecl.store import below
 from tests.made_up import finish, put
 
@@ -102,7 +104,7 @@ def test_the_report_says_how_far_served_is_from_trained_and_when_that_is_no_roun
     settings = ["methods=[{name: sft}]", "poison.ratios=[0.1]", "models.0.dtype=float32", f"execution.root={tmp_path}"]
     project = Project(load(QUICKSTART, [*settings, "evaluate.judges.asr=keywords"]))
     stages = finish(project)
-    assert not any("served" in note for note in overview.facts(project, project.rows()).notes)
+    assert not any("served" in note for note in facts(project, rows(project)).notes)
     for gap, mean, says in (
         (3e-4, 2e-5, "differ by at most 0.0003 nats"),
         (2.5, 0.4, "is not the one that was trained"),
@@ -112,9 +114,9 @@ def test_the_report_says_how_far_served_is_from_trained_and_when_that_is_no_roun
             file = tmp_path / "store" / "generate" / stage.key / "record.json"
             result = {"served_gap": gap, "served_mean": mean, "served_tokens": 190}
             file.write_text(json.dumps({**json.loads(file.read_text()), "result": result}))
-        rows = project.rows()
-        assert [row["served"] and row["served"]["gap"] for row in rows] == [None, gap, gap]  # base, aligned, sft
-        [note] = [note for note in overview.facts(project, rows).notes if "trained and served" in note]
+        found = rows(project)
+        assert [row["served"] and row["served"]["gap"] for row in found] == [None, gap, gap]  # base, aligned, sft
+        [note] = [note for note in facts(project, found).notes if "trained and served" in note]
         assert says in note and f"of {2 * 190} tokens" in note
 
 
@@ -129,6 +131,6 @@ def test_a_damaged_row_is_named_and_the_others_are_shown(tmp_path: Path) -> None
     record["files"] = {"outcomes.jsonl": (folder / "outcomes.jsonl").stat().st_size + 1}
     (folder / "record.json").write_text(json.dumps(record))
     began = time.monotonic()
-    rows = Project(load(QUICKSTART, settings)).rows()
-    assert [bool(row["metrics"]) for row in rows] == [True, True, False] and time.monotonic() - began < 30
-    assert f"stage metrics {stage.key[:12]} is damaged: outcomes.jsonl has" in rows[-1]["note"]
+    found = rows(Project(load(QUICKSTART, settings)))
+    assert [bool(row["metrics"]) for row in found] == [True, True, False] and time.monotonic() - began < 30
+    assert f"stage metrics {stage.key[:12]} is damaged: outcomes.jsonl has" in found[-1]["note"]

@@ -8,9 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from safecl.plan import REFERENCES
 from safecl.report.tables import (
     BOLD,
-    REFERENCES,
     Detail,
     Facts,
     Row,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from safecl.objective import pareto_front
-from safecl.report.tables import REFERENCES, Column, Facts, Row, columns, groups
+from safecl.plan import REFERENCES
+from safecl.report.tables import Column, Facts, Row, columns, groups
 
 # Okabe and Ito's colours, told apart by most colour-blind readers, then darker ones for a longer list.
 _COLOURS = (
@@ -152,7 +153,7 @@ def bars(rows: Sequence[Row], facts: Facts, path: Path) -> Path:
     """One panel per metric, one bar per method, with intervals; a line of panels per model, task and poison ratio."""
     import matplotlib
 
-    shown, colour = [c for c in columns(rows, facts) if c.unit == "%"], colours(rows)
+    shown, colour = [c for c in columns(rows, facts) if c.metric.unit == "%"], colours(rows)
     lines = [(key, ratio, members) for key, ratios in panels(rows).items() for ratio, members in ratios.items()]
     tallest = max((len(members) for *_, members in lines), default=1)
     figure, axes = _figure(max(1, len(lines)), len(shown), 2.4, 1.25 + 0.27 * tallest)
@@ -163,7 +164,9 @@ def bars(rows: Sequence[Row], facts: Facts, path: Path) -> Path:
             _bars_panel(axis, members, column, colour)
             axis.set_title(column.header, fontsize=9, loc="left", color=_INK, pad=6)
             axis.set_yticks(range(len(members)), [str(r["method"]) for r in members] if index == 0 else [])
-            axis.set_xlabel("%" + {"low": "   (less is better)", "high": "   (more is better)", "": ""}[column.better])
+            axis.set_xlabel(
+                "%" + {"low": "   (less is better)", "high": "   (more is better)", "": ""}[column.metric.better]
+            )
         where = f"{model} / {task}, {100 * ratio:g} % poison"
         offset = matplotlib.transforms.ScaledTranslation(0, 0.32, figure.dpi_scale_trans)
         line[0].text(0, 1, where, transform=line[0].transAxes + offset, fontsize=10.5, weight="bold", color=_INK)
@@ -172,7 +175,7 @@ def bars(rows: Sequence[Row], facts: Facts, path: Path) -> Path:
 
 def _bars_panel(axis: Any, members: Sequence[Row], column: Column, colour: Mapping[str, str]) -> None:
     for place, row in enumerate(members):
-        found = _read(row, column.metric)
+        found = _read(row, column.metric.name)
         if found is None:
             axis.text(1, place, "-", va="center", color=_GREY)
             continue

@@ -14,16 +14,18 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from safecl import metrics
 from safecl.base import Json
-from safecl.contrasts import MARGINS
+from safecl.plan import REFERENCES
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from safecl.metrics import Metric
+
 Row = Mapping[str, Any]
-REFERENCES = ("base", "aligned")  # rows without a finetune
 BOLD = "Bold: best value at its poison ratio, base and aligned apart. Emphasis, no claim: only marks separate methods."
 
 
@@ -44,12 +46,11 @@ class Facts:
     notes: Sequence[str] = ()  # anything else, one line each (mixed library versions, missing cells)
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
+    """A metric under the name that a table gives it."""
+
     header: str
-    metric: str
-    better: str  # "low", "high" or ""
-    unit: str = "%"  # of what is printed; anything else is printed as it is measured
+    metric: Metric
 
 
 @dataclass(frozen=True)
@@ -62,43 +63,29 @@ class Detail:
 
 
 def columns(rows: Sequence[Row], facts: Facts) -> list[Column]:
-    """Metric columns of the main table, in reading order; those that no row has are left out, except ASR and utility.
+    """Metric columns of the main table, in reading order; what no row has is left out, except what is always shown.
 
-    Coherent ASR has a column where it differs from ASR; what else was measured of the answers to utility prompts, where
-    that is not more than `_MAX_SIDE` columns. The rest is in `details`.
+    What stands beside another metric has a column where the two differ; what else was measured of the answers to utility
+    prompts, where that is not more than `_MAX_SIDE` columns. The rest is in `details`.
     """
-    asr = Column(f"ASR ({facts.judge})", "asr", "low")
-    non_refusal = Column("non-refusal (keywords)", "non_refusal", "")
-    over_refusal = Column(f"over-refusal ({facts.over_refusal})", "over_refusal", "low")
-    degenerate = Column("degenerate", "degenerate", "low")
-    utility = Column("utility", "utility", "high")
-    coherent = [_COHERENT, _OFF_TOPIC] if any(_value(row, "asr") != _value(row, "asr_coherent") for row in rows) else []
-    side = _present(_SIDE, rows)
-    every = [asr, *coherent, non_refusal, over_refusal, degenerate, utility, *(side if len(side) <= _MAX_SIDE else [])]
-    found = _present(every, rows)
-    return [column for column in every if column in found or column in (asr, utility)]
+    named = [name for row in rows for name in row["metrics"]]
+    every = metrics.ordered([*(metric.name for metric in metrics.METRICS if metric.shown == "always"), *named])
+    num_side = sum(metric.shown == "side" for metric in every)
+
+    def is_in(metric: Metric) -> bool:
+        if metric.where_differ is not None:
+            first, second = metric.where_differ
+            return any(_value(row, first) != _value(row, second) for row in rows)
+        return metric.shown in ("always", "main") or (metric.shown == "side" and num_side <= _MAX_SIDE)
+
+    return [_column(metric, facts) for metric in every if is_in(metric)]
 
 
 _MAX_SIDE = 2
-_COHERENT = Column("coherent ASR", "asr_coherent", "low")
-_OFF_TOPIC = Column("off-topic", "off_topic", "low")
-_CUT = Column("cut at the limit (attack)", "hit_limit", "")
-_SIDE = (  # beside utility, on the same prompts
-    Column("strict", "utility_strict", "high"),
-    Column("numeric", "utility_numeric", "high"),
-    Column("plus", "utility_plus", "high"),
-    Column("likelihood", "utility_likelihood", "high"),
-    Column("likelihood (lm-eval prompt)", "utility_harness", "high"),
-    Column("invalid", "invalid", "low"),
-    Column("time-outs", "code_timeouts", "low"),
-    Column("no code", "no_code", "low"),
-    Column("NLL (nats a token)", "gold_nll", "low", unit="nats"),
-)
 
 
-def _present(every: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
-    names = {name for row in rows for name in row["metrics"]}
-    return [column for column in every if column.metric in names]
+def _column(metric: Metric, facts: Facts) -> Column:
+    return Column(metric.header({"asr": facts.judge, "over_refusal": facts.over_refusal}), metric)
 
 
 def _value(row: Row, metric: str) -> float | None:
@@ -120,8 +107,12 @@ def header(rows: Sequence[Row], facts: Facts) -> list[str]:
 
 def cells(row: Row, shown: Sequence[Column]) -> list[str]:
     """One row as text: method, poison, a metric a column with its marks, wall time."""
-    values = [f"{number(row['metrics'].get(c.metric), c.unit)} {marks(row, c.metric)}".rstrip() for c in shown]
+    values = [f"{_number(row, c)} {marks(row, c.metric.name)}".rstrip() for c in shown]
     return [*_lead(row), *values, duration(row.get("seconds"))]
+
+
+def _number(row: Row, column: Column) -> str:
+    return number(row["metrics"].get(column.metric.name), column.metric.unit)
 
 
 def _lead(row: Row) -> list[str]:
@@ -153,11 +144,19 @@ def marks(row: Row, metric: str) -> str:
     return " ".join(shown)
 
 
-def legend(rows: Sequence[Row]) -> list[str]:
+def legend(rows: Sequence[Row], facts: Facts) -> list[str]:
     """What the marks mean; nothing where no row has a contrast."""
     if not any(_tested(row) for row in rows):
         return []
-    alike = f"within {100 * MARGINS['asr']:g} points; utility: at most {100 * MARGINS['utility']:g} below"
+    shown = [column.metric for column in columns(rows, facts) if column.metric.margin]
+    usual = shown[0].margin or 0  # of ASR
+    others = [
+        f"; {metric.title}: "
+        + ("at most {:g} below" if metric.better == "high" else "within {:g}").format(100 * metric.margin)
+        for metric in shown
+        if metric.margin and (metric.margin, metric.better) != (usual, "low")
+    ]
+    alike = f"within {100 * usual:g} points{''.join(others)}"
     return [
         "Marks, from differences on the same seeds and prompts, by metric and poison ratio: a differs from sft, b from the "
         f"best method; =a, =b is like it ({alike}). They are to hold for other seeds and other such prompts, at .05 after "
@@ -174,40 +173,53 @@ def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[D
     """What stands below the table of one model and task: other metrics, ASR by set, kinds of degenerate answers, contrasts.
     `rows` are those of the whole report."""
     main = columns(rows, facts)
-    side = [c for c in _present((_COHERENT, _OFF_TOPIC, _CUT, *_SIDE), members) if c not in main]
-    lines = [[*_lead(row), *(number(row["metrics"].get(c.metric), c.unit) for c in side)] for row in members]
+    named = metrics.ordered(name for row in members for name in row["metrics"])
+    shown_not = [_column(metric, facts) for metric in named if metric.shown != "nowhere"]
+    side = [column for column in shown_not if column not in main]
+    lines = [[*_lead(row), *(_number(row, column) for column in side)] for row in members]
     found = [Detail("Also measured", ["method", "poison", *(column.header for column in side)], lines)]
-    sets = _names(members, "asr", "sets")
-    if sets:
-        lines = []
-        for row in members:
-            of_row = row["metrics"].get("asr", {})
-            parts = [of_row.get("sets", {}).get(name) for name in sets]
-            lines.append([*_lead(row), *map(number, parts), number(of_row), number(of_row.get("pooled"))])
-        head = [name.rpartition("/")[2] for name in sets]
-        title = "ASR by set: the mean over sets, as above, and all prompts pooled"
-        found.append(Detail(title, ["method", "poison", *head, "mean", "pooled"], lines))
-    whys = _names(members, "degenerate", "why")
-    if whys:
-        lines = []
-        for row in members:
-            of_row = row["metrics"].get("degenerate", {})
-            counts = [str(of_row.get("why", {}).get(why, 0)) if of_row else "-" for why in whys]
-            lines.append([*_lead(row), *counts, str(of_row.get("num", "-"))])
-        found.append(Detail("Degenerate answers by kind, counted", ["method", "poison", *whys, "of answers"], lines))
+    for metric in named:
+        found += _by_set(members, metric) if metric.question == "asr" or metric.name.startswith("asr:") else []
+        found += _by_kind(members, metric) if metric.has_kinds else []
     if facts.judge != "keywords":
         title = f"Two judges on the same attack answers, {facts.judge} and keywords: share agreed, Cohen's kappa (0: chance)"
         lines = [[*_lead(row), *_agreed(each)] for row in members if (each := row.get("agreement"))]
         found.append(Detail(title, ["method", "poison", "agree", "kappa", "answers"], lines))
-    shown = [column for column in main if column.metric in MARGINS]
+    shown = [column for column in main if column.metric.margin]
     for family, against in (("sft", "sft"), ("best", "the best method")):
-        texts = [[*_lead(row), *(_difference(row, c.metric, family) for c in shown)] for row in members]
+        texts = [[*_lead(row), *(_difference(row, c.metric.name, family) for c in shown)] for row in members]
         tested = [line for line in texts if any(text != "-" for text in line[2:])]
         title = (
             f"Difference from {against}, in points, with its own 95 % interval; p (differs) and p= (alike) after Holm"
         )
         found.append(Detail(title, ["method", "poison", *(c.header for c in shown)], tested))
     return [detail for detail in found if len(detail.header) > 2 and detail.lines]
+
+
+def _by_set(members: Sequence[Row], metric: Metric) -> list[Detail]:
+    """A table of each set's share; none where there is one set."""
+    sets, lines = _names(members, metric.name, "sets"), []
+    for row in members:
+        of_row = row["metrics"].get(metric.name, {})
+        parts = [of_row.get("sets", {}).get(name) for name in sets]
+        lines.append([*_lead(row), *map(number, parts), number(of_row), number(of_row.get("pooled"))])
+    head = [name.rpartition("/")[2] for name in sets]
+    title = f"{metric.title} by set: the mean over sets, as above, and all prompts pooled"
+    return [Detail(title, ["method", "poison", *head, "mean", "pooled"], lines)] if sets else []
+
+
+def _by_kind(members: Sequence[Row], metric: Metric) -> list[Detail]:
+    whys, lines = _names(members, metric.name, "why"), []
+    for row in members:
+        of_row = row["metrics"].get(metric.name, {})
+        counts = [str(of_row.get("why", {}).get(why, 0)) if of_row else "-" for why in whys]
+        lines.append([*_lead(row), *counts, str(of_row.get("num", "-"))])
+    title = f"{_capital(metric.title)} answers by kind, counted"
+    return [Detail(title, ["method", "poison", *whys, "of answers"], lines)] if whys else []
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _names(members: Sequence[Row], metric: str, key: str) -> list[str]:
@@ -240,15 +252,19 @@ def duration(seconds: float | None) -> str:
 
 def caption(rows: Sequence[Row], facts: Facts) -> list[str]:
     """Lines under the table: what every number rests on."""
-    lines = ["Percent, with 95 % intervals. ASR, over-refusal, degenerate: lower is better. Utility: higher is better."]
+    shown = columns(rows, facts)
+    ends = [(_capital(", ".join(names)), end) for end, better in (("lower", "low"), ("higher", "high"))
+            if (names := [c.metric.title for c in shown if c.metric.better == better and c.metric.unit == "%"
+                          and c.metric.shown != "side" and not c.metric.where_differ])]  # fmt: skip
+    lines = ["Percent, with 95 % intervals. " + " ".join(f"{names}: {end} is better." for names, end in ends)]
     lines.append(
         "ASR is the mean over sets; each set, the pooled rate and kinds of degenerate answers: page and --json."
     )
     lines.append("Time: the wall times of a row's own stages added up; on a shared engine they wait for one another.")
-    lines += [_seeds(rows), *legend(rows)]
+    lines += [_seeds(rows), *legend(rows, facts)]
     judges = f"ASR judged by {facts.judge}, over-refusal by {facts.over_refusal}"
     lines.append(f"{judges}; non-refusal is a keyword match, not harm.")
-    if _COHERENT in columns(rows, facts):
+    if any(column.metric.name == "asr_coherent" for column in shown):
         lines.append(
             'Coherent ASR: judged harmful, not degenerate, not off-topic, and longer than a label such as "positive"; of all '
             "attack prompts. Off-topic: neither refuses nor has a word of what was asked, by rule."
@@ -290,7 +306,7 @@ def _seeds(rows: Sequence[Row]) -> str:
 def _unparsed(rows: Sequence[Row], facts: Facts) -> str:
     parts = []
     for column in columns(rows, facts):
-        found = [row["metrics"][column.metric] for row in rows if row["metrics"].get(column.metric)]
+        found = [entry for row in rows if (entry := row["metrics"].get(column.metric.name))]
         missing = sum(int(metric.get("unparsed") or 0) for metric in found)
         total = sum(int(metric.get("num") or 0) for metric in found) + missing
         if missing:
@@ -317,12 +333,12 @@ def best(rows: Sequence[Row], column: Column) -> set[int]:
     apart. For emphasis only; a tie of all emphasises none."""
     values: dict[float, dict[int, float]] = {}
     for i, row in enumerate(rows):
-        metric = row["metrics"].get(column.metric)
+        metric = row["metrics"].get(column.metric.name)
         if row["method"] not in REFERENCES and metric is not None and metric.get("value") is not None:
             values.setdefault(float(row["poison"]), {})[i] = float(metric["value"])
     tops: set[int] = set()
-    for of_ratio in values.values() if column.better else ():
-        top = (min if column.better == "low" else max)(of_ratio.values())
+    for of_ratio in values.values() if column.metric.better else ():
+        top = (min if column.metric.better == "low" else max)(of_ratio.values())
         found = {i for i, value in of_ratio.items() if value == top}
         tops |= found if len(found) < len(of_ratio) else set()
     return tops

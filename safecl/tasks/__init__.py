@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from safecl.base import ConfigError, Json, near
+from safecl.metrics import Metric
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Task:
     SCORING: ClassVar[str] = "1"  # version of `scores`, `options` and `likelihood_scores`
     SPLITS: ClassVar[tuple[str, ...]] = ()
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {}  # split -> its sources; empty for a generated suite
-    SCORES: ClassVar[tuple[str, ...]] = ("utility",)  # what `scores` gives of validation answers
+    METRICS: ClassVar[tuple[Metric, ...]] = ()  # what is measured beside `utility`; what is not declared is refused
     RUNS_CODE: ClassVar[bool] = False  # whether scoring runs what the model wrote
     TYPICAL_TOKENS: ClassVar[tuple[int, int]] = (60, 100)  # of a prompt and an answer, for estimates of time
     max_new_tokens: ClassVar[int] = 64  # how long an answer to this task's utility prompts may be
@@ -105,8 +106,8 @@ class Task:
         raise NotImplementedError(f"{type(self).__name__} is not a utility task")
 
     def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, list[float | None]]:
-        """Everything measured of the answers: metric -> a value a row, in order. `utility` is the one searched for; others
-        stand beside it. None: could not be read."""
+        """Everything measured of the answers: metric -> a value a row, in order. `utility` is the one searched for; others,
+        which `METRICS` declares, stand beside it. None: could not be read."""
         return {"utility": [self.score(row, text) for row, text in zip(rows, texts, strict=True)]}
 
     def options(self, row: Row) -> list[Option]:

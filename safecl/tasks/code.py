@@ -24,6 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from safecl import sandbox
 from safecl.base import ConfigError, Json, PrerequisiteError
+from safecl.metrics import Metric
 from safecl.tasks import Row, Source, Task
 from safecl.tasks._files import Blank, Record
 from safecl.tasks._overlap import drop_overlaps
@@ -79,7 +80,11 @@ class Code(Task):
         "utility.test": (_HUMANEVAL, _PLUS),
     }
     RUNS_CODE: ClassVar[bool] = True
-    SCORES: ClassVar[tuple[str, ...]] = ("utility", "code_timeouts", "no_code")
+    METRICS: ClassVar[tuple[Metric, ...]] = (
+        Metric("utility_plus", "plus", "high", roles=("utility",), splits=("test",), shown="side"),
+        Metric("code_timeouts", "time-outs", "low", roles=("utility",), shown="side"),
+        Metric("no_code", "no code", "low", roles=("utility",), shown="side"),
+    )
     max_new_tokens: ClassVar[int] = 512
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import ClassVar
 
+from safecl.metrics import Metric
 from safecl.tasks import Found, Option, Row, Source, Task
 from safecl.tasks._files import Record
 from safecl.tasks._overlap import drop_overlaps
@@ -46,7 +47,20 @@ class Gsm8k(Task):
         "utility.validation": (_TEST, _TRAIN),
         "utility.test": (_TEST,),
     }
-    SCORES: ClassVar[tuple[str, ...]] = ("utility", "utility_strict", "utility_numeric")
+    METRICS: ClassVar[tuple[Metric, ...]] = (
+        Metric("utility_strict", "strict", "high", roles=("utility",), shown="side"),
+        Metric("utility_numeric", "numeric", "high", roles=("utility",), shown="side"),
+        Metric(
+            "gold_nll",
+            "NLL (nats a token)",
+            "low",
+            "nats",
+            (0.0, None),
+            roles=("utility",),
+            splits=("test",),
+            shown="side",
+        ),
+    )
     max_new_tokens: ClassVar[int] = 256
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+from safecl.metrics import Metric
 from safecl.tasks import Found, Option, Row, Source, Task
 from safecl.tasks._files import Record
 from safecl.tasks._overlap import drop_overlaps
@@ -44,7 +45,13 @@ class Sst2(Task):
         "utility.validation": (_TEST, _TRAIN),
         "utility.test": (_TEST,),
     }
-    SCORES: ClassVar[tuple[str, ...]] = ("utility", "invalid")
+    METRICS: ClassVar[tuple[Metric, ...]] = (
+        Metric("utility_likelihood", "likelihood", "high", roles=("utility",), splits=("test",), shown="side"),
+        Metric(
+            "utility_harness", "likelihood (lm-eval prompt)", "high", roles=("utility",), splits=("test",), shown="side"
+        ),
+        Metric("invalid", "invalid", "low", roles=("utility",), shown="side"),
+    )
     max_new_tokens: ClassVar[int] = 8
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:

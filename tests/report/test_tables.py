@@ -231,8 +231,8 @@ def test_few_side_metrics_are_columns_and_many_go_below() -> None:
     assert tables.header(many, FACTS)[4:] == ["utility", "time"]
     (detail,) = tables.details(many, many, FACTS)
     assert (
-        detail.header[2:] == ["strict", "invalid", "NLL (nats a token)"]
-        and detail.lines[0][-1] == "1.500 [0.750, 3.000]"
+        detail.header[2:] == ["strict", "NLL (nats a token)", "invalid"]
+        and detail.lines[0][-2] == "1.500 [0.750, 3.000]"
     )
 
 

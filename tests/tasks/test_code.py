@@ -353,7 +353,7 @@ def test_a_problem_whose_reference_defines_nothing_that_its_tests_call_is_refuse
 
 def test_rows_without_further_tests_have_no_further_score() -> None:
     plain = Row("a", "p", meta={"start": "", "names": ["total"], "test": "assert total([]) == 0"})
-    assert set(Code().scores([plain], ["def total(xs): return 0"])) == set(Code.SCORES)
+    assert set(Code().scores([plain], ["def total(xs): return 0"])) == {"utility", "code_timeouts", "no_code"}
 
 
 def test_scoring_refuses_without_isolation_unless_the_sweep_consents(monkeypatch: pytest.MonkeyPatch) -> None:

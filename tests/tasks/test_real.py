@@ -194,12 +194,14 @@ def test_gsm8k_reads_numbers_of_any_length() -> None:
 def test_gsm8k_reads_every_gold_answer_as_its_number(split: str) -> None:
     found = rows("gsm8k", split)
     scores = Gsm8k().scores(found, [row.response for row in found])
-    assert {name: min(v or 0 for v in values) for name, values in scores.items()} == dict.fromkeys(Gsm8k.SCORES, 1)
+    assert {name: min(v or 0 for v in values) for name, values in scores.items()} == dict.fromkeys(
+        ("utility", "utility_strict", "utility_numeric"), 1
+    )
 
 
 def test_an_invalid_answer_is_wrong_and_counted() -> None:
     rows = [Row(str(i), "q", meta={"label": "positive"}) for i in range(3)]
-    assert set(Sst2().scores([], [])) == set(Sst2.SCORES) and set(Gsm8k().scores([], [])) == set(Gsm8k.SCORES)
+    assert set(Sst2().scores([], [])) == {"utility", "invalid"}
     found = Sst2().scores(rows, ["positive", "negative", "positive or negative?"])
     assert found == {"utility": [1, 0, 0], "invalid": [0, 0, 1]}
 
