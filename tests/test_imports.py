@@ -70,7 +70,7 @@ HOME = {  # library -> the only files that may import it
     "deepspeed": {"training/engine.py"},
     "mlflow": {"tracking.py"},
     "vllm": {"serving/engine.py", "serving/swap.py"},
-    "ray.serve": {"serving/engine.py"},
+    "ray.serve": {"serving/client.py", "serving/deploy.py"},
     "optuna": {"study.py"},
 }
 
