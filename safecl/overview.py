@@ -33,14 +33,14 @@ def plan(project: Project) -> dict[str, Any]:
             {
                 "cell": cell.label,
                 "searched": ", ".join(cell.space or ()) or "-",
-                "trials": seeds + (sweep.search.trials if cell.space is not None else 0),
+                "trials": seeds + (cell.num_trials if cell.space is not None else 0),
             }
         )
         study = project.past(cell)
         tried = study.complete() if study else []
         jobs += [cell.trial(trial.params) for trial in tried] + finals
         if not finals:
-            num_left = sweep.search.trials - len(tried)
+            num_left = cell.num_trials - len(tried)
             if not tried:  # trial 0 is the defaults, so its stages are known
                 jobs.append(cell.trial({}))
                 num_left -= 1
@@ -103,7 +103,7 @@ def status(project: Project) -> list[dict[str, str]]:
             search = "-"
         else:
             study = project.past(cell)
-            search = f"{len(study.complete()) if study else 0}/{project.sweep.search.trials}"
+            search = f"{len(study.complete()) if study else 0}/{cell.num_trials}"
         state = "done" if jobs and done == num_seeds else "searching" if note.startswith("search:") else "to do"
         state = "failed" if not jobs and note.startswith("all ") else state
         found.append({"cell": cell.label, "search": search, "final": f"{done}/{num_seeds}", "state": state})

@@ -12,13 +12,14 @@ from safecl.stats import wilson
 from safecl.trained import notes as trained_notes
 
 if TYPE_CHECKING:
-    from safecl.config import Model
+    from safecl.config import Align, Model
     from safecl.project import Project
     from safecl.stats import Interval
 
 ADAPTERS = {
     "continue": "continue: stage two goes on training the adapter of stage one",
     "stack": "stack: stage one's adapter is folded into the base, stage two trains a fresh one on top",
+    "none": "a fresh one, on a model that is aligned already",
 }
 MAX_MERGE_LOSS = 0.01  # share of a finetune's KL from where it started
 # Trained against served, in nats: the mean difference of a token's log-probability that rounding explains. Another function
@@ -62,7 +63,6 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
                 f"changed (KL; at most {MAX_MERGE_LOSS:.0%} expected): give this model `dtype: float32`."
             )
         notes += _served(model, [row["served"] for row in rows if row["model"] == model.name and row["served"]])
-    align = sweep.align
     return Facts(
         name=sweep.name,
         about=sweep.about,
@@ -73,17 +73,25 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
         num_prompts=_num_prompts(rows),
         guard_agreement=_agreement(project, rows),
         settings={
-            "adapter": ADAPTERS[sweep.adapter],
+            "adapter": ADAPTERS[sweep.adapter if sweep.align.train else "none"],
             "LoRA": f"rank {sweep.lora.rank}, alpha {sweep.lora.alpha}, dropout {sweep.lora.dropout}, {sweep.lora.targets}",
             "poison": "added to all task rows" if sweep.poison.keep_task_rows else "in place of as many task rows",
             "memory": sweep.memory_mix,
-            "alignment": f"{', '.join(p.task for p in align.safety)}; lr {align.learning_rate:g}, {align.epochs:g} epochs",
+            "alignment": _alignment(sweep.align),
             "macro mean": "ASR is the mean over sets of each set's share",
             "dtype": ", ".join(dict.fromkeys(model.dtype for model in sweep.models)),
             "decoding": f"greedy, at most {sweep.evaluate.max_new_tokens} tokens on attack and benign prompts",
         },
         notes=notes,
     )
+
+
+def _alignment(align: Align) -> str:
+    tasks = ", ".join(part.task for part in align.safety)
+    if align.train:
+        return f"{tasks}; lr {align.learning_rate:g}, {align.epochs:g} epochs"
+    made = f"made by {align.safety_from.name}" if align.safety_from is not None else tasks or "none"
+    return f"none: `aligned` is the model itself; safety rows: {made}"
 
 
 def _where(row: dict[str, Any]) -> str:
