@@ -84,13 +84,15 @@ def _width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def _print_rows(project: Any, as_json: bool, accept_judge: bool) -> None:
+def _print_rows(project: Any, as_json: bool, accept_judge: bool, as_markdown: bool = False) -> None:
     from safecl.report import tables
     from safecl.report.facts import readable
 
     rows, found = readable(project, accept_judge)
     if as_json:
         print(tables.to_json(rows, found), end="")
+    elif as_markdown:
+        print(tables.markdown(rows, found), end="")
     elif sys.stdout.isatty():
         from rich.console import Console
 
@@ -191,12 +193,15 @@ def report(
         Path | None, typer.Option(help="Where to write page and plots (default: <root>/report/NAME)")
     ] = None,
     accept_judge: AcceptJudge = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print Markdown, with every table of the page")
+    ] = False,
 ) -> None:
     """Print the table from the store and write one self-contained page with plots. Runs nothing."""
     from safecl.overview import write_report
 
     project = _project(file, set_, limit, reads=True)
-    _print_rows(project, as_json, accept_judge)
+    _print_rows(project, as_json, accept_judge, as_markdown)
     page = write_report(project, out, accept_judge)
     print(f"page: {page}", file=sys.stderr)
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -279,23 +279,42 @@ def _progress(schedule: Schedule, broker: Any, eta: Eta) -> Iterator[None]:
 
 
 def track(tracker: Any, project: Project, done: Done) -> None:
-    """Put a finished job into MLflow, from the store: curves exist also where every stage was cached."""
-    if done.result is None:
+    """Put a finished job into MLflow, from the store: curves exist also where every stage was cached. A job that the machine
+    failed is asked again, so it is no trial yet."""
+    if done.result is None and done.kind != "trial":
         return
-    graph = done.job.graph
+    job, graph, store = done.job, done.job.graph, project.store
+    stages = {"metrics": job.evidence.metrics.key}
     curves: list[dict[str, Any]] = []
-    if done.job.cell.recipe.method not in REFERENCES and project.store.has(graph.tuned):
-        with suppress(Damaged):
-            text = project.store.file(graph.tuned, "curves.jsonl").read_text()
+    if job.cell.recipe.method not in REFERENCES:
+        stages["finetune"] = graph.tuned.key
+        with suppress(Damaged, KeyError):
+            text = store.file(graph.tuned, "curves.jsonl").read_text()
             curves = [json.loads(line) for line in text.splitlines()]
-    metrics = {name: entry["value"] for name, entry in done.result.items() if entry["value"] is not None}
-    split = "validation" if done.job.role == "search" else "test"
+    if graph.final is not None:
+        stages["served"] = graph.final.key
+    split = "validation" if job.role == "search" else "test"
     tracker.trial(
         sweep=project.sweep.name,
-        cell=done.job.cell.label,
-        trial=f"{done.job.evidence.metrics.key[:16]}-{split}",
-        params={**graph.recipe.params, "seed": done.job.seed, "split": split, "adapter": project.sweep.adapter},
-        metrics=metrics,
+        cell=job.cell.label,
+        trial=f"{job.evidence.metrics.key[:16]}-{split}",
+        params={**graph.recipe.params, "seed": job.seed, "split": split, "adapter": project.sweep.adapter},
+        metrics=_measured([done.result or {}]),
         curves=curves,
-        tags={"safecl.metrics_key": done.job.evidence.metrics.key, "safecl.method": graph.recipe.method},
+        tags={"safecl.method": graph.recipe.method, **({"safecl.error": done.error} if done.error else {})},
+        stages=stages,
+        failed=done.result is None,
     )
+    tops = [job.cell.job(job.params, seed, "final").evidence.metrics for seed in project.sweep.seeds]
+    if job.role == "final" and all(map(store.has, tops)):
+        found = _measured([store.record(top)["result"] for top in tops])
+        tracker.cell(project.sweep.name, job.cell.label, {**job.cell.defaults, **job.params}, found)
+
+
+def _measured(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Each metric's mean over results of the metrics stage, of those in which it could be read."""
+    values: dict[str, list[float]] = {}
+    for result in results:
+        for name, entry in result.items():
+            values.setdefault(name, []).extend([] if entry["value"] is None else [entry["value"]])
+    return {name: sum(of_metric) / len(of_metric) for name, of_metric in values.items() if of_metric}

@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safecl import tasks
+from safecl import metrics, tasks
 from safecl.base import ConfigError
 from safecl.contrasts import ALPHA
 from safecl.plan import REFERENCES
@@ -34,7 +34,6 @@ DISCORDANT = (
 )
 MOST_SEEDS, MOST_PROMPTS = 100, 100_000  # beyond that a sweep is called out of reach
 SEEDS = (3, 5, 10, 20)  # for which the prompts needed are said
-METRICS = ("asr", "over_refusal", "utility")
 
 
 class Noise(NamedTuple):
@@ -116,14 +115,17 @@ def power(project: Project, noise: float | None, discordant: float | None, aim: 
 
 
 def _sets(project: Project) -> Iterator[tuple[str, str | None, list[tuple[Rows, str]]]]:
-    """Metrics with the sets they are the mean of."""
+    """Metrics that methods are tested in and that are of one kind of prompts, with the sets they are the mean of."""
     from safecl.config import Rows
 
     test = project.sweep.evaluate.test
-    yield "asr", None, [(part, "attack.test") for part in test.attack]
-    yield "over_refusal", None, [(part, "benign.test") for part in test.benign]
+    for metric in metrics.asked(project.sweep.evaluate.metrics):
+        if metric.margin and metric.question:
+            for role in metric.roles:
+                yield metric.name, None, [(part, f"{role}.test") for part in getattr(test, role)]
     for task in project.sweep.tasks:
-        yield "utility", task.task, [(Rows(task=task.task, num_rows=test.utility_rows), "utility.test")]
+        num_rows = test.utility_rows if task.utility_rows is None else task.utility_rows.test or test.utility_rows
+        yield "utility", task.task, [(Rows(task=task.task, num_rows=num_rows), "utility.test")]
 
 
 def _num_clusters(project: Project, part: Rows, split: str) -> tuple[int, int]:

@@ -159,7 +159,7 @@ def _share(found: Interval, form: str = ".1%") -> str:
     return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
-def _doubt(project: Project, accepted: bool) -> str:
+def doubt(project: Project, accepted: bool) -> str:
     """What must be read before any number: that the guard is not known to be better than chance, or that its verdicts are
     those of the seed that it was trained with."""
     quality, swing = project.guard_quality(), project.guard_swing()
@@ -190,11 +190,11 @@ def readable(project: Project, accept_judge: bool = False) -> tuple[list[dict[st
     """The rows as they may be printed, and their facts: without what a guard decided that is no better than chance or
     depends on its seed, unless that is accepted."""
     rows = read_rows(project)
-    doubt = _doubt(project, accept_judge)
-    if doubt and not accept_judge:
+    told = doubt(project, accept_judge)
+    if told and not accept_judge:
         for row in rows:
             for name in metrics.decided_by("asr", list(row["metrics"])):
                 del row["metrics"][name]
                 row.get("contrasts", {}).pop(name, None)
             row["agreement"] = None
-    return rows, replace(facts(project, rows), doubt=doubt)
+    return rows, replace(facts(project, rows), doubt=told)

@@ -1,0 +1,188 @@
+"""A sweep's results and answers as pandas frames, from the store alone: what a notebook reads. Runs nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safecl import metrics
+from safecl.base import Damaged
+from safecl.plan import REFERENCES
+from safecl.report.facts import doubt
+from safecl.report.rows import by_metric, entry
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from safecl.grid import Cell, Job
+    from safecl.project import Project
+
+RESULTS = (
+    "model", "task", "poison", "method", "seed", "split", "metric", "value", "low", "high", "num", "unparsed", "unit",
+    "better", "params", "keys",
+)  # fmt: skip
+GENERATIONS = (
+    "model",
+    "task",
+    "poison",
+    "method",
+    "seed",
+    "role",
+    "set",
+    "id",
+    "prompt",
+    "reference",
+    "answer",
+    "finish",
+)
+
+
+def results(
+    sweep: str | Path | Project,
+    settings: Sequence[str] = (),
+    limit: int | None = None,
+    *,
+    searched: bool = False,
+    accept_judge: bool = False,
+) -> pd.DataFrame:
+    """Every number of a sweep: one row a trial and metric, and one a cell and metric over its seeds (`seed` is <NA>).
+
+    `value`, `low`, `high`: the macro mean over sets with its 95 % interval, over the prompts for a trial, over seeds and
+    prompts for a cell; fractions in [0, 1], or as `unit` says. `num`: parsed outcomes, `unparsed`: the others. `better`:
+    "low", "high" or "". `params`: a dict of all hyperparameters. `keys`: a dict, of a trial, with the keys of its stage
+    `metrics` and of the `weights` that were served (`safecl show KEY`, `safecl export KEY`).
+
+    Args:
+        sweep: a sweep file, or an open Project.
+        settings: as `--set` on the command line: `execution.root=runs`.
+        limit: as `--limit`.
+        searched: also the finished trials of searches, measured on validation prompts (`split`).
+        accept_judge: keep what a guard decided that is no better than chance; without, those rows are left out with a warning.
+
+    Raises:
+        ConfigError, PrerequisiteError: the sweep file cannot be read as it is.
+
+    Example:
+        >>> import safecl
+        >>> frame = safecl.results("sweep.yaml")
+        >>> cells = frame[frame.seed.isna() & (frame.metric == "asr")]
+        >>> list(cells.method)
+        ['base', 'aligned', 'sft']
+        >>> frame.groupby(["method", "metric"]).value.mean().unstack().columns.name
+        'metric'
+    """
+    import pandas as pd
+
+    project = _opened(sweep, settings, limit)
+    lines: list[dict[str, Any]] = []
+    for cell, params, jobs, _ in project.finals():
+        read = {job: found for job in jobs if (found := _outcomes(project, job)) is not None}
+        measured = by_metric({job.seed: found for job, found in read.items()})
+        known = {**cell.defaults, **params}
+        for name, of_seeds in measured.items():
+            lines += _line(cell, name, of_seeds, {"seed": None, "split": "test", "params": known, "keys": {}})
+        lines += [line for job, found in read.items() for line in _trial(job, found, "test", known)]
+        for job in _searched(project, cell) if searched else ():
+            if (found := _outcomes(project, job)) is not None:
+                lines += _trial(job, found, "validation", {**cell.defaults, **job.params})
+    if told := doubt(project, accept_judge):
+        warnings.warn(told, stacklevel=2)
+        hidden = [] if accept_judge else metrics.decided_by("asr", {line["metric"] for line in lines})
+        lines = [line for line in lines if line["metric"] not in hidden]
+    return pd.DataFrame(lines, columns=list(RESULTS)).astype({"seed": "Int64"})
+
+
+def generations(sweep: str | Path | Project, settings: Sequence[str] = (), limit: int | None = None) -> pd.DataFrame:
+    """Every answer to a test prompt of a sweep's final trials: one row an answer, one column a metric.
+
+    `role`: attack, benign or utility; `set`: the task that the prompt is of; `reference`: the row's own answer, where it has
+    one; `finish`: "stop", or "length" where it was cut. A metric's column holds what was measured of this answer: 1.0 and
+    0.0 for a judge's True and False (`asr`, `degenerate`, ...), a score of the task (`utility`, ...); NaN where it could
+    not be read, or is not measured of such prompts.
+
+    Args:
+        sweep, settings, limit: as in `results`.
+
+    Example:
+        >>> import safecl
+        >>> answers = safecl.generations("sweep.yaml")
+        >>> answers[answers.asr == 1][["method", "prompt", "answer"]].columns.to_list()
+        ['method', 'prompt', 'answer']
+    """
+    import pandas as pd
+
+    project = _opened(sweep, settings, limit)
+    lines: list[dict[str, Any]] = []
+    names: dict[str, None] = {}
+    for cell, _, jobs, _ in project.finals():
+        for job in jobs:
+            if (outcomes := _outcomes(project, job)) is None:
+                continue
+            measured: dict[tuple[str, str], dict[str, float | None]] = {}
+            for outcome in outcomes:
+                measured.setdefault((outcome["set"], outcome["id"]), {})[outcome["metric"]] = outcome["value"]
+            names |= dict.fromkeys(outcome["metric"] for outcome in outcomes)
+            for line in _answers(project, job):
+                lines.append({**_of(cell), "seed": job.seed, **line}
+                             | measured.get((f"{line['role']}/{line['set']}", line["id"]), {}))  # fmt: skip
+    if told := doubt(project, accepted=True):
+        warnings.warn(told, stacklevel=2)
+    columns = [*GENERATIONS, *(metric.name for metric in metrics.ordered(names))]
+    return pd.DataFrame(lines, columns=columns).astype({"seed": "Int64", **dict.fromkeys(names, float)})
+
+
+def _opened(sweep: str | Path | Project, settings: Sequence[str], limit: int | None) -> Project:
+    from safecl.project import Project, load
+
+    return sweep if isinstance(sweep, Project) else Project(load(Path(sweep), list(settings), limit), reads=True)
+
+
+def _outcomes(project: Project, job: Job) -> list[dict[str, Any]] | None:
+    """None of a trial that is not finished, or damaged: a report says why."""
+    with suppress(Damaged):
+        return project.outcomes(job)
+    return None
+
+
+def _searched(project: Project, cell: Cell) -> list[Job]:
+    study = project.past(cell)
+    return [cell.trial(trial.params) for trial in study.complete()] if study is not None else []
+
+
+def _of(cell: Cell) -> dict[str, Any]:
+    recipe = cell.recipe
+    poison = None if recipe.method in REFERENCES else recipe.poison_ratio
+    return {"model": recipe.model.name, "task": cell.task, "poison": poison, "method": cell.method}
+
+
+def _trial(job: Job, found: list[dict[str, Any]], split: str, params: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    final = job.graph.final
+    keys = {"metrics": job.evidence.metrics.key, **({} if final is None else {"weights": final.key})}
+    for name, of_seed in by_metric({job.seed: found}).items():
+        yield from _line(job.cell, name, of_seed, {"seed": job.seed, "split": split, "params": params, "keys": keys})
+
+
+def _line(cell: Cell, name: str, of_seeds: dict[int, list[Any]], more: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if (found := entry(name, of_seeds)) is not None:
+        metric = metrics.of(name)
+        told = {field: found[field] for field in ("value", "low", "high", "num", "unparsed")}
+        unit = "fraction" if metric.unit == "%" else metric.unit
+        yield {**_of(cell), "metric": name, **told, "unit": unit, "better": metric.better, **more}
+
+
+def _answers(project: Project, job: Job) -> Iterator[dict[str, Any]]:
+    inputs = job.evidence.metrics.inputs
+    for name, stage in inputs.items():
+        prefix, _, what = name.rpartition(".")
+        rows = inputs.get(f"{prefix}.rows")
+        if what != "generations" or rows is None or not (project.store.has(stage) and project.store.has(rows)):
+            continue
+        role, _, set_ = prefix.partition(".")
+        asked = {row["id"]: row for row in project.lines(rows, "rows")}
+        for line in project.lines(stage, "generations"):
+            row = asked[line["id"]]
+            yield {"role": role, "set": set_, "id": line["id"], "prompt": row["prompt"], "reference": row["response"],
+                   "answer": line["text"], "finish": line["finish"]}  # fmt: skip
