@@ -26,7 +26,8 @@ def trial(config: dict[str, Any], *, broker: Any, cells: Any) -> None:
         wanted.append(job.aligned.evidence)
     error, kind = "", "infrastructure"
     try:
-        ray.get(broker.ensure.remote([stage for evidence in wanted for stage in evidence.targets]))
+        targets = [stage for evidence in wanted for stage in evidence.targets]
+        ray.get(broker.ensure.remote(targets, rank=int(cell.space is None)))
     except Exception as raised:  # reported to the schedule, which closes the trial and goes on with the others
         found = plain_error(raised)
         error, kind = f"{type(found).__name__}: {found}", kind_of(found)

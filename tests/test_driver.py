@@ -53,7 +53,7 @@ def _nothing(**_: Any) -> None:
 
 
 def _put(project: Project) -> Any:
-    def ensure(stages: list[Any], last: bool = False) -> None:
+    def ensure(stages: list[Any], rank: int = 0) -> None:
         made = {s.key: s for stage in stages for s in stage.walk() if not project.store.has(s)}
         put(project.store, made.values())
 

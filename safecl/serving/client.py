@@ -27,11 +27,13 @@ class Engines:
     """How a stage reaches served models, from any process of the cluster. Small and picklable.
 
     `groups`: a name that stands for several applications ({"candidate": ("candidate-0", "candidate-1")}); a batch goes
-    as a whole to the one that holds its key already, else to the least busy.
+    as a whole to the one that holds its key already, else to the least busy. `rank`: whose requests go first where several
+    keys wait for an engine, the lowest; there others may take longer than any `timeout_s`, so only for 0 it counts.
     """
 
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     max_in_flight: int = 128
+    rank: int = 0
 
     def generate(
         self,
@@ -54,7 +56,8 @@ class Engines:
             raise ValueError(f"engine {name!r}: request ids must be unique, got {len(requests)} with doubles")
         if not requests:
             return {}
-        batch = _Batch(name, weights, requests, sampling, on_progress, on_done, timeout_s)
+        limit_s = math.inf if self.rank else timeout_s
+        batch = _Batch(name, weights, requests, sampling, on_progress, on_done, limit_s, self.rank)
         done = asyncio.run(batch.run(tuple(self.groups.get(name, (name,))), self.max_in_flight))
         return {request.id: done[request.id] for request in requests}
 
@@ -75,6 +78,7 @@ class _Batch:
     on_progress: Callable[[int, int], None] | None
     on_done: Callable[[Completion], None] | None
     timeout_s: float
+    rank: int = 0
     done: dict[str, Completion] = field(default_factory=dict)  # by id: an answer counts once, however often asked for
     last_done: float = field(default_factory=time.monotonic)
     last_error: str = "none"
@@ -115,7 +119,7 @@ class _Batch:
 
     async def _complete(self, handle: Any, requests: Sequence[Request]) -> None:
         while left := [request for request in requests if request.id not in self.done]:
-            async with _asked(handle, left, self.weights, self.sampling) as response:
+            async with _asked(handle, left, self.weights, self.sampling, self.rank) as response:
                 try:
                     answers = await response
                 except Exception as error:
@@ -163,11 +167,11 @@ def _seed(sampling: Sampling, request: Request) -> int | None:
 
 @asynccontextmanager
 async def _asked(
-    handle: Any, requests: Sequence[Request], weights: WeightsRef, sampling: Sampling
+    handle: Any, requests: Sequence[Request], weights: WeightsRef, sampling: Sampling, rank: int
 ) -> AsyncIterator[Any]:
     """Requests under way; cancelled at the replica too if the caller stops waiting."""
     asked = [(request.token_ids, _seed(sampling, request)) for request in requests]
-    response = handle.generate.remote(asked, weights, sampling)
+    response = handle.generate.remote(asked, weights, sampling, rank)
     try:
         yield response
     except asyncio.CancelledError:

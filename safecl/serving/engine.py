@@ -63,9 +63,9 @@ class Engine:
         )
 
     async def generate(
-        self, requests: list[tuple[list[int], int | None]], weights: WeightsRef, sampling: Sampling
+        self, requests: list[tuple[list[int], int | None]], weights: WeightsRef, sampling: Sampling, rank: int = 0
     ) -> list[tuple[Any, ...] | str]:
-        """Per (token ids, seed): (text, token ids, finish, weights key, likeliest), or why not now.
+        """Per (token ids, seed): (text, token ids, finish, weights key, likeliest), or why not now. `rank`: see gate.py.
 
         Raises:
             Refused: what this engine can never serve.
@@ -86,7 +86,7 @@ class Engine:
 
         async def answer(token_ids: list[int], seed: int | None) -> tuple[Any, ...] | str:
             try:
-                async with self._gate.admit(weights.key, weights):
+                async with self._gate.admit(weights.key, weights, rank):
                     return await self._sample(token_ids, seed, weights.key, sampling)
             except (GateBroken, Unavailable) as error:
                 return f"{type(error).__name__}: {error}"

@@ -27,7 +27,7 @@ def ask(
             yield from asyncio.sleep(0).__await__()
             return replica(self.asked)
 
-    handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda asked, weights, sampling: Response(asked)))
+    handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda asked, weights, sampling, rank: Response(asked)))
     requests = [Request(f"row-{number}", [number]) for number in range(num)]
     batch = client._Batch("engine", WEIGHTS, requests, sampling, None, done.append, 60.0)
     asyncio.run(batch._complete(handle, requests))
