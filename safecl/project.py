@@ -277,7 +277,7 @@ class Project:
                 study = self.past(cell)
                 trials = study.complete() if study else []
                 if study is None or not study.is_done or not trials:
-                    told = f"search: {len(trials)} of {self.sweep.search.trials} trials"
+                    told = f"search: {len(trials)} of {cell.num_trials} trials"
                     if study is not None and study.is_done and study.failures:
                         told = f"all {len(study.failures)} trials of its search failed, the last: {study.failures[-1]}"
                     found.append((cell, {}, [], told))

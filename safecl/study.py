@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 from safecl.base import ConfigError, Json, sqlite_path
 from safecl.config import Objective, Sweep
-from safecl.grid import Cell
+from safecl.grid import Cell, points
 from safecl.objective import Trial
 from safecl.space import space_check
 from safecl.store import canonical
@@ -89,7 +89,8 @@ class CellStudy:
     """One searched cell: `ask`, then `tell` or `fail`. Driver only, one object per study at a time.
 
     `space`: see `space_check`; `defaults`: at least the searched parameters; `storage`: a database URL or what
-    `open_storage` gave; `trials`: how many may count; `sampler`: "tpe" or "random". Opening creates or continues.
+    `open_storage` gave; `trials`: how many may count; `sampler`: "tpe", "random" or "grid" (of lists). Opening creates or
+    continues.
     """
 
     def __init__(
@@ -104,9 +105,9 @@ class CellStudy:
     ) -> None:
         import optuna
 
-        errors = space_check(space, defaults)
-        if sampler not in ("tpe", "random"):
-            errors.append(f"search.sampler: expected 'tpe' or 'random', got {sampler!r}")
+        errors = space_check(space, None if sampler == "grid" else defaults)
+        if sampler not in ("tpe", "random", "grid"):
+            errors.append(f"search.sampler: expected 'tpe', 'random' or 'grid', got {sampler!r}")
         if trials < 1:
             errors.append(f"search.trials: expected at least 1, got {trials}")
         if errors:
@@ -122,8 +123,11 @@ class CellStudy:
             direction="maximize",
             load_if_exists=True,
         )
-        if not self._trials():
-            self._study.enqueue_trial(self._encode({key: defaults[key] for key in self.space}))
+        # Of a grid all points are queued at once, and asked in their order. (Optuna's GridSampler deals them out by trial
+        # number, so that a trial that died and is queued again would cost another point.)
+        first = points(self.space) if sampler == "grid" else [{key: defaults[key] for key in self.space}]
+        for queued in map(self._encode, first[len(self._trials()) :]):
+            self._study.enqueue_trial(queued)
             self._known = None
 
     @property
@@ -228,7 +232,7 @@ class CellStudy:
         num_asked = sum(t.state.name != "WAITING" for t in self._trials())
         text = canonical([self.seed, self.name, num_asked])
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-        if self.sampler == "random":
+        if self.sampler != "tpe":
             return optuna.samplers.RandomSampler(seed=seed)
         startup = max(1, self.trials // 4)
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True)
@@ -294,7 +298,7 @@ def study_of(cell: Cell, sweep: Sweep, storage: Any) -> CellStudy | None:
         cell.defaults,
         storage,
         cell.recipe.seed,
-        sweep.search.trials,
+        cell.num_trials,
         sweep.search.sampler,
     )
     study.repair()
@@ -310,4 +314,4 @@ def past_of(cell: Cell, sweep: Sweep, storage: Any) -> Past | None:
     except KeyError:
         return None
     trials = storage.get_all_trials(study, deepcopy=False)
-    return Past(_complete(trials, cell.space), _is_done(trials, sweep.search.trials), _failures(trials))
+    return Past(_complete(trials, cell.space), _is_done(trials, cell.num_trials), _failures(trials))

@@ -28,7 +28,7 @@ class Engines:
 
     `groups`: a name that stands for several applications ({"candidate": ("candidate-0", "candidate-1")}); a batch goes
     as a whole to the one that holds its key already, else to the least busy. `rank`: whose requests go first where several
-    keys wait for an engine, the lowest; there others may take longer than any `timeout_s`, so only for 0 it counts.
+    keys wait for an engine, the lowest. Higher ones may wait for long, so `timeout_s` counts for 0 alone.
     """
 
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
