@@ -17,12 +17,12 @@ from safecl.overview import _plan_notes, plan
 from safecl.project import Project, load
 from safecl.stages import data, finetune
 from safecl.store import Context, Stage
+from safecl.testing import world as contract
+from safecl.testing.world import World
 from safecl.trained import Preview, notes, recorded
 from safecl.training import batches
 from safecl.training.run import Memory
 from tests.made_up import finish
-from tests.methods import contract
-from tests.methods.contract import World
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 
