@@ -30,7 +30,7 @@ MEMORY_SIZE = 250  # safety rows that a method keeps unless told otherwise: the 
 
 
 class Needs(Protocol):
-    """What a method may be built of: the experiment below it. `plan.Graph` is one, `Asked` another."""
+    """What a method may be built of: the experiment below it. `graph.Graph` is one, `Asked` another."""
 
     @property
     def base(self) -> Stage: ...  # the base model
