@@ -220,6 +220,10 @@ class Graph:
         mix: dict[str, Json] = {} if self.recipe.memory_mix == "refusals" else {"mix": self.recipe.memory_mix}
         return self._states(self.safety_rows, num_rows, positions, self.recipe.align.max_tokens, **mix)
 
+    def user_verdicts(self) -> Stage:
+        """What the judge of ASR says of the user rows' own answers."""
+        return self.judge(*self.asr_judge, {"rows": self.user_rows})
+
     @shared(*USER)
     def teacher(self, positions: str) -> Stage:
         """theta_safe's hidden states on the user rows."""

@@ -56,7 +56,8 @@ class Safelora(Method):
         found: dict[str, tuple[LoRA, LoRA, float]] = {}
         for name, aligned in safe.items():
             update = combine([(tuned[name], 1.0), (aligned, -1.0)])
-            found[name] = (update, projected := self.project(update, aligned), cosine(projected, update))
+            projected = project(update, aligned, self.config.projector)
+            found[name] = (update, projected, cosine(projected, update))
         order = sorted(found, key=lambda name: round(found[name][2], 5))
         chosen = {n for n in order if round(found[n][2], 5) <= self.config.threshold}
         if self.config.mode == "number":
@@ -68,25 +69,27 @@ class Safelora(Method):
             update, projected, _ = found[name]
             yield name, combine([(aligned, 1.0), (projected if name in chosen else update, 1.0)])
 
-    def project(self, update: LoRA, aligned: LoRA) -> LoRA:
-        """C U in factored form; U itself where V is zero."""
-        import torch
 
-        from safecl.training.weights import LoRA
+def project(update: LoRA, aligned: LoRA, projector: str) -> LoRA:
+    """C U in factored form, C of theta_safe's delta V = `aligned` (`frobenius`: V V^T / |V|; `exact`: onto V's columns); U
+    itself where V is zero."""
+    import torch
 
-        up_OR, down_RI = aligned.scale * aligned.up_OR.float(), aligned.down_RI.float()
-        inner_RR = down_RI @ down_RI.T
-        norm = float(((up_OR.T @ up_OR) * inner_RR).sum().clamp(min=0).sqrt())
-        if norm == 0:
-            return update
-        if self.config.projector == "frobenius":
-            new_OR = up_OR @ (inner_RR @ (up_OR.T @ update.up_OR)) / norm
-        else:  # onto the column space of V = up (R^T Q^T) with down^T = Q R
-            columns_OR = up_OR @ torch.linalg.qr(down_RI.T).R.T
-            left_OR, size_R, _ = torch.linalg.svd(columns_OR, full_matrices=False)
-            basis_OR = left_OR[:, size_R > 1e-6 * size_R[0]]
-            new_OR = basis_OR @ (basis_OR.T @ update.up_OR)
-        return LoRA(update.down_RI, new_OR, update.scale)
+    from safecl.training.weights import LoRA
+
+    up_OR, down_RI = aligned.scale * aligned.up_OR.float(), aligned.down_RI.float()
+    inner_RR = down_RI @ down_RI.T
+    norm = float(((up_OR.T @ up_OR) * inner_RR).sum().clamp(min=0).sqrt())
+    if norm == 0:
+        return update
+    if projector == "frobenius":
+        new_OR = up_OR @ (inner_RR @ (up_OR.T @ update.up_OR)) / norm
+    else:  # onto the column space of V = up (R^T Q^T) with down^T = Q R
+        columns_OR = up_OR @ torch.linalg.qr(down_RI.T).R.T
+        left_OR, size_R, _ = torch.linalg.svd(columns_OR, full_matrices=False)
+        basis_OR = left_OR[:, size_R > 1e-6 * size_R[0]]
+        new_OR = basis_OR @ (basis_OR.T @ update.up_OR)
+    return LoRA(update.down_RI, new_OR, update.scale)
 
 
 def cosine(first: LoRA, second: LoRA) -> float:

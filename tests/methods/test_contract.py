@@ -117,19 +117,20 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "safelora": [{"mode": "number"}, {"projector": "exact"}],
     "ewc": [{"fisher_norm": "none"}],
     "refresh": [{"variant": "released"}],
+    "kl": [{"on": "user"}, {"on": "memory"}],
 }
 
 
 @pytest.mark.parametrize("name", methods.names())
 def test_the_default_search_space_is_one_that_a_search_can_use(name: str) -> None:
-    """Of hyperparameters that exist, around the defaults, whose ends are allowed; sft alone has none."""
+    """Of hyperparameters that exist, around the defaults, whose ends are allowed; a method without a number has none."""
     from safecl.check import _space_errors
     from safecl.config import Method
 
     for given in [{}, *VARIANTS.get(name, [])]:
         kind = methods.load(name)
         config = kind.Config(**given)
-        assert bool(kind.search_space(config)) == (name != "sft")
+        assert bool(kind.search_space(config)) == any(isinstance(v, int | float) for v in config.model_dump().values())
         assert _space_errors(kind, Method(name=name, config=given, search={}), config) == []
     assert kind.equation and kind.cost and len(kind.equation) < 100
 
@@ -191,7 +192,7 @@ def test_every_method_trains_elsewhere_too(
         again = contract.train(world, tmp_path / "neutral", contract.config(name, **mode, **neutral.model_dump()))
         assert contract.same_bits(again, plain)
     first, *_, last = contract.curves(tmp_path / "own")
-    for held in {"der", "lwf", "ewc"} & set(first):
+    for held in {"der", "lwf", "ewc", "kl_user", "kl_memory"} & set(first):
         assert first[held] < (1e-8 if mode["dtype"] == "float32" else 0.05) and last[held] > first[held]
     start = contract.adapter(world.safe.parent)
     rank = {len(t) for n, t in found.items() if "lora_A" in n}
