@@ -214,25 +214,19 @@ def log_probabilities(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tenso
     return torch.cat(parts)
 
 
-def gram(head: Head, mean_D: Tensor | None = None) -> Tensor:
-    """G = W^T W, [D, D] float32, so that |W dh|^2 = dh^T G dh. With `mean_D`, of the rows less that vector."""
+def centred_gram(head: Head) -> tuple[Tensor, Tensor]:
+    """(G, w): w [D] the mean row of W and G [D, D] = sum over rows of (W_v - w)(W_v - w)^T, both float32, so that
+    |W dh|^2 = dh^T G dh + V (w . dh)^2. The other way round, G as W^T W less V w w^T, float32 loses up to a tenth of it
+    where the mean is large."""
     num_vocab, width = head.weight_VD.shape
+    mean_D = head.weight_VD.mean(0, dtype=torch.float32)
     gram_DD = torch.zeros(width, width, dtype=torch.float32, device=head.weight_VD.device)
     step = max(1, CHUNK_ELEMENTS // width)
     with torch.no_grad():
         for start in range(0, num_vocab, step):
-            rows_VD = head.weight_VD[start : start + step].float()
-            if mean_D is not None:
-                rows_VD = rows_VD - mean_D
+            rows_VD = head.weight_VD[start : start + step].float() - mean_D
             gram_DD.addmm_(rows_VD.T, rows_VD)
-    return gram_DD
-
-
-def gram_distance(hidden_ND: Tensor, states_ND: Tensor, gram_DD: Tensor, num_vocab: int) -> Tensor:
-    """Sum over N tokens of |f(x) - z|^2 / V, with dh = hidden - states in float32 and autocast off. A linear head only."""
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        difference_ND = hidden_ND.float() - states_ND.float()
-        return ((difference_ND @ gram_DD) * difference_ND).sum() / num_vocab
+    return gram_DD, mean_D
 
 
 class _ExactDistance(torch.autograd.Function):
@@ -269,23 +263,21 @@ class LogitDistance:
         raw = sum |f(x) - z|^2 / V          centred = sum |(f(x) - mean f(x)) - (z - mean z)|^2 / V
 
     Softmax does not see the mean, so the raw distance holds a part that changes no probability. A plainly linear head
-    takes the quadratic forms dh^T G dh and dh^T G_c dh: no logits at all. G_c is of the rows of W less their mean w. In
-    float32 G - V w w^T, which is the same on paper, errs by 9.7 % on a head whose mean is large. A head with a bias or a
-    soft cap goes through chunks of logits.
+    takes the quadratic forms dh^T G dh and dh^T G dh + V (w . dh)^2 of `centred_gram`: no logits at all. A head with a
+    bias or a soft cap goes through chunks of logits.
     """
 
     def __init__(self, head: Head) -> None:
         self.head = head
         if head.linear:
-            self.gram_DD = gram(head)
-            self.centred_DD = gram(head, head.weight_VD.mean(0, dtype=torch.float32))
+            self.gram_DD, self.mean_D = centred_gram(head)
 
     def __call__(self, hidden_ND: Tensor, states_ND: Tensor) -> tuple[Tensor, Tensor]:
         """(raw, centred), float32 scalars, both with gradients."""
         if not self.head.linear:
             raw, centred = _ExactDistance.apply(hidden_ND, states_ND, self.head)  # type: ignore[no-untyped-call]
             return raw, centred
-        return (
-            gram_distance(hidden_ND, states_ND, self.gram_DD, self.head.num_vocab),
-            gram_distance(hidden_ND, states_ND, self.centred_DD, self.head.num_vocab),
-        )
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            difference_ND = hidden_ND.float() - states_ND.float()
+            centred = ((difference_ND @ self.gram_DD) * difference_ND).sum() / self.head.num_vocab
+            return centred + (difference_ND @ self.mean_D).square().sum(), centred
