@@ -23,9 +23,8 @@ SIZES: dict[str, dict[str, Any]] = {
     # gradient over its own size, moves that one element as far as all others: 70 to 99 % of the gap between runs, which
     # else is 4e-7 to 8e-7.
     "lisa": {"cycles": 3, "alignment_share": 0.5, "memory_batch_size": 8},
-    # Noise that is large enough to be seen; five times as much took the gradient of one element next to 0, with the same
-    # consequence (91 to 95 % of the gap, which else is 5e-7 to 1e-6).
-    "refresh": {"gamma": 1e-4, "max_noise": 2e-3},
+    # An unlearning step that is large enough to be seen.
+    "refresh": {"gamma": 1e-3},
 }
 
 

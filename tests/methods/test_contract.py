@@ -116,7 +116,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "safelora": [{"mode": "number"}, {"projector": "exact"}],
     "ewc": [{"fisher_norm": "none"}],
-    "refresh": [{"variant": "released"}],
+    "refresh": [{"variant": "paper"}],
     "kl": [{"on": "user"}, {"on": "memory"}],
 }
 
