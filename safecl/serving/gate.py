@@ -4,11 +4,15 @@ The current key is admitted at once. When another key waits, the current one kee
 been in flight for a moment (answers of equal length end together, and their successors are still on the way), or until
 its turn is over: then its newer requests queue too, what is in flight drains, and the key whose oldest request waits
 longest is swapped in. So a key neither starves the others nor is swapped out at every gap.
+
+Requests of a lower `rank` go first: those of a higher one queue while another key has one that ranks before them. The
+rounds of a search follow one another, so that an engine busy with a reference row would hold up all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -26,7 +30,11 @@ class GateBroken(RuntimeError):
 class _Queue(Generic[T]):
     target: T
     since: float
-    futures: list[asyncio.Future[None]] = field(default_factory=list)
+    futures: dict[asyncio.Future[None], int] = field(default_factory=dict)  # to their ranks
+
+    @property
+    def rank(self) -> int:
+        return min(self.futures.values())
 
 
 class Gate(Generic[T]):
@@ -54,23 +62,23 @@ class Gate(Generic[T]):
         return sum(len(queue.futures) for queue in self._queues.values())
 
     @asynccontextmanager
-    async def admit(self, key: str, target: T) -> AsyncIterator[None]:
+    async def admit(self, key: str, target: T, rank: int = 0) -> AsyncIterator[None]:
         """Hold the engine with `key`'s weights for the block. Raises GateBroken once a swap has failed."""
-        await self._enter(key, target)
+        await self._enter(key, target, rank)
         try:
             yield
         finally:
             self._leave()
 
-    async def _enter(self, key: str, target: T) -> None:
+    async def _enter(self, key: str, target: T, rank: int) -> None:
         if self.broken is not None:
             raise GateBroken(f"swap failed earlier: {self.broken!r}")
-        if key == self.key and self._swapping is None and not self._turn_over():
+        if key == self.key and self._swapping is None and not self._turn_over() and rank <= self._first_rank():
             self.in_flight += 1
             return
         queue = self._queues.setdefault(key, _Queue(target, time.monotonic()))
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue.futures.append(future)
+        queue.futures[future] = rank
         self._advance()
         try:
             await future
@@ -78,7 +86,7 @@ class Gate(Generic[T]):
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._leave()  # admitted and cancelled in the same tick
             else:
-                queue.futures.remove(future)
+                queue.futures.pop(future, None)
                 if not queue.futures and self._queues.get(key) is queue:
                     del self._queues[key]
                 self._advance()
@@ -92,6 +100,10 @@ class Gate(Generic[T]):
 
     def _others(self) -> list[str]:
         return [key for key in self._queues if key != self.key]
+
+    def _first_rank(self) -> float:
+        """The lowest rank that waits for another key."""
+        return min((self._queues[key].rank for key in self._others()), default=math.inf)
 
     def _turn_over(self) -> bool:
         others = self._others()
@@ -112,14 +124,18 @@ class Gate(Generic[T]):
             if self.key is not None and linger_s > 0 and not self._turn_over():
                 asyncio.get_running_loop().call_later(linger_s, self._advance)
                 return
-            key = min(others, key=lambda other: self._queues[other].since)
+            key = min(others, key=lambda other: (self._queues[other].rank, self._queues[other].since))
             self._swapping = asyncio.get_running_loop().create_task(self._run_swap(key, self._queues[key].target))
 
     def _open(self, key: str) -> None:
-        for future in self._queues.pop(key).futures:
+        queue, first = self._queues.pop(key), self._first_rank()
+        for future in [future for future, rank in queue.futures.items() if rank <= first]:
+            del queue.futures[future]
             if not future.done():
                 self.in_flight += 1
                 future.set_result(None)
+        if queue.futures:
+            self._queues[key] = queue
 
     async def _run_swap(self, key: str, target: T) -> None:
         # A task of its own: the request that caused the swap may be cancelled half way through it.

@@ -90,6 +90,50 @@ def test_a_batch_keeps_the_engine_while_its_turn_lasts() -> None:
     assert asyncio.run(scenario()) == ["a", "b"]
 
 
+@pytest.mark.parametrize("rank, expected", [(0, ["a", "b", "search"]), (1, ["a", "search", "b", "a"])])
+def test_a_lower_rank_goes_first(rank: int, expected: list[str]) -> None:
+    """Rows of a and b (`rank`) come before a search's request of rank 0; a has more on the way when it does."""
+
+    async def scenario() -> list[str]:
+        gate, swaps = gate_with_log(turn_s=60, linger_s=0.02)
+
+        async def ask(key: str, rank: int, after_s: float) -> None:
+            await asyncio.sleep(after_s)
+            async with gate.admit(key, key, rank):
+                await asyncio.sleep(0.03)
+
+        rows = [ask("a", rank, 0), ask("b", rank, 0.005), ask("a", rank, 0.025)]
+        async with asyncio.timeout(2):
+            await asyncio.gather(*rows, ask("search", 0, 0.015))
+        assert gate.in_flight == gate.num_waiting == 0
+        return swaps
+
+    assert asyncio.run(scenario()) == expected
+
+
+def test_within_one_key_too_a_higher_rank_waits_until_nobody_ranks_before_it() -> None:
+    async def scenario() -> list[str]:
+        gate, _ = gate_with_log(turn_s=60)
+        order: list[str] = []
+
+        async def ask(name: str, key: str, rank: int, after_s: float) -> None:
+            await asyncio.sleep(after_s)
+            async with gate.admit(key, key, rank):
+                order.append(name)
+                await asyncio.sleep(0.02)
+
+        async with asyncio.timeout(2):
+            await asyncio.gather(
+                ask("first", "guard", 1, 0),
+                ask("search", "tuned", 0, 0.005),
+                ask("row", "guard", 1, 0.01),
+                ask("search's verdict", "guard", 0, 0.012),
+            )
+        return order
+
+    assert asyncio.run(scenario()) == ["first", "search's verdict", "search", "row"]
+
+
 def test_after_a_failed_swap_nobody_is_admitted_and_no_key_is_held() -> None:
     async def scenario() -> None:
         async def swap(key: str, target: str) -> None:
