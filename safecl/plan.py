@@ -380,8 +380,11 @@ class Graph:
             "params": _resolved(kind, recipe.params),
             "dtype": recipe.model.dtype,
         }
-        inputs = {**self._safe, "tuned": self.tuned}
-        if self.theta_safe is None and kind(kind.Config(**recipe.params)).needs_base:
+        method = kind(kind.Config(**recipe.params))
+        inputs = {**self._safe, "tuned": self.tuned, **method.requires(self)}
+        if len(inputs) > 1 + len(self._safe):  # it reads rows
+            config |= {**self._around(recipe.task.template), "max_tokens": recipe.task.max_tokens}
+        if self.theta_safe is None and method.needs_base:
             if recipe.model.aligned_from is None:
                 raise ConfigError(
                     "works on what the alignment changed, and with `align: none` that is known only where the model has "

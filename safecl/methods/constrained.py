@@ -9,13 +9,13 @@
                         logged as `token_weight` (1 at theta_safe, towards 0 as a token grows likelier than it was there)
 
 Source: Qi et al., Safety Alignment Should Be Made More Than Just a Few Tokens Deep (ICLR 2025, arXiv 2406.05946), Eq. 3 and
-section 4.1; beta .5, 2, .1 and 5 early tokens are the paper's. As beta_t -> 0 the gradient is SFT's; beta_t = 0 stands for that
-limit, cross-entropy without the constant.
+section 4.1; beta .5, 2, .1 and 5 early tokens are the paper's. As beta_t -> 0 the gradient is SFT's; beta_t = 0 stands for
+that limit, cross-entropy without the constant.
 
-Differences from the released code (Unispac/shallow-vs-deep-alignment, trainer.py), which weighs cross-entropy by w_t kept above
-.001 and takes a mean over each answer, then over answers: w_t has no floor here, and the mean is over the global batch's tokens,
-as in every method of this house. Its first version added 1 inside the sigmoid for the early tokens and multiplied by 5; the paper
-does neither.
+Differences from the released code (Unispac/shallow-vs-deep-alignment, trainer.py), which weighs cross-entropy by w_t kept
+above .001 and takes a mean over each answer, then over answers: w_t has no floor here, and the mean is over the global
+batch's tokens, as in every method of this house. Its first version added 1 inside the sigmoid for the early tokens and
+multiplied by 5; the paper does neither.
 """
 
 from __future__ import annotations

@@ -6,11 +6,12 @@
     judge               `evaluate.judges.asr`, asked once of each user row's own answer (the judge stage, shared by all trials)
     filtered            rows judged harmful, and rows whose verdict could not be read: none is trained on
 
-Source: common practice; e.g. the moderation of fine-tuning data described by OpenAI, and the filtering baseline of Huang et al.
-(harmful fine-tuning survey, arXiv 2409.18169). No reference code.
+Source: common practice; e.g. the moderation of fine-tuning data described by OpenAI, and the filtering baseline of Huang et
+al. (harmful fine-tuning survey, arXiv 2409.18169). No reference code.
 
-The judge that filters is the one that later measures ASR: what it misses here it misses there too. Read it beside a second judge.
-Fewer rows are fewer steps: `rows`, `filtered` and `filtered_poison` of each record say how many, and a table's notes repeat it.
+The judge that filters is the one that later measures ASR: what it misses here it misses there too. Read it beside a second
+judge. Fewer rows are fewer steps: `rows`, `filtered` and `filtered_poison` of each record say how many, and a table's notes
+repeat it.
 """
 
 from __future__ import annotations

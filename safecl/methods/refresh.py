@@ -12,12 +12,13 @@
     B                   run.draw(): relearning is `replay`'s loss on the same draws
 
 Source: Wang et al. 2024 (arXiv 2403.13249, Algorithm 1; the paper's text was not at hand) and its released code
-(CL-refresh-learning, models/derpp.py, read at hand); arXiv 2512.10150, section 4.1.2, has the paper's step and no value of gamma.
+(CL-refresh-learning, models/derpp.py, read at hand); arXiv 2512.10150, section 4.1.2, has the paper's step and no value of
+gamma.
 
-Why the released step is the default: the paper's moves weights by gamma and shakes them by sqrt(gamma), and no gamma makes the
-first the larger in a model of this size. At gamma 1e-8 the ascent moved SmolLM2's factors by 8e-7 of their norm, a tiny model's by
-1e-8, the noise by 1e-3: Refresh was replay with noise. The released step moves them by 1e-5, its noise by 2e-7. Both are logged
-every step as `unlearned` and `unlearn_noise`, in norms of theta.
+Why the released step is the default: the paper's moves weights by gamma and shakes them by sqrt(gamma), and no gamma makes
+the first the larger in a model of this size. At gamma 1e-8 the ascent moved SmolLM2's factors by 8e-7 of their norm and a
+tiny model's by 1e-8, the noise by 1e-3: Refresh was replay with noise. The released step moves them by 1e-5, its noise by
+2e-7. Both are logged every step as `unlearned` and `unlearn_noise`, in norms of theta.
 
 Choices: in `paper` the noise of each element is capped at `max_noise` of its tensor's RMS (where F is near 0 it would be many
 times the parameter). Noise comes from a stream of (seed, step), the same on every rank.

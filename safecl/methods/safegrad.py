@@ -10,13 +10,13 @@
     theta_0, D_align    theta_safe by its stored hidden states; the memory, config.memory_batch_size rows a step
     rho                 config.rho
 
-Source: Yi et al., Gradient Surgery for Safe LLM Fine-Tuning (arXiv 2508.07172), Eqs. 3-6. The paper's text was not at hand: the
-equations and rho = 1 are those that two independent ports of its code give.
+Source: Yi et al., Gradient Surgery for Safe LLM Fine-Tuning (arXiv 2508.07172), Eqs. 3-6. The paper's text was not at hand:
+the equations and rho = 1 are those that two independent ports of its code give.
 
-As in those ports: one conflict test over all trained parameters, none where |g_align|^2 <= 1e-9 (at theta_safe without dropout
-g_align is rounding and nothing else). Different: the KL is over response tokens (the code's sum holds prompt and padding
-positions too); products are summed in float64; gradients are accumulated before the surgery (in the code the last micro-batch
-overwrites the others).
+As in those ports: one conflict test over all trained parameters, none where |g_align|^2 <= 1e-9 (at theta_safe without
+dropout g_align is rounding and nothing else). Different: the KL is over response tokens (the code's sum holds prompt and
+padding positions too); products are summed in float64; gradients are accumulated before the surgery (in the code the last
+micro-batch overwrites the others).
 
 A-GEM with another reference gradient, and with a pull to it besides the projection; `agem` has the projection alone.
 """

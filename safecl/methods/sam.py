@@ -6,11 +6,12 @@
     rho                 config.rho, in the L2 norm of all trained factors
     w + e(w)            run.set_theta, from the step's beginning to its last backward
 
-Source: Foret et al. 2021 (SAM, arXiv 2010.01412), Algorithm 1, p = 2. Meant for the alignment (`align.method: sam`): what lies in
-a flat minimum is forgotten less by later training (Mehta et al. 2023, arXiv 2112.09153). As a method of stage two it is SFT on the
-user rows with flat minima, a control that holds nothing of safety.
+Source: Foret et al. 2021 (SAM, arXiv 2010.01412), Algorithm 1, p = 2. Meant for the alignment (`align.method: sam`): what
+lies in a flat minimum is forgotten less by later training (Mehta et al. 2023, arXiv 2112.09153). As a method of stage two it
+is SFT on the user rows with flat minima, a control that holds nothing of safety.
 
-Same as the reference code: both gradients are of one batch, dropout masks included. Different: weight decay is AdamW's, at theta.
+Same as the reference code: both gradients are of one batch, dropout masks included. Different: weight decay is AdamW's, at
+theta.
 """
 
 from __future__ import annotations
