@@ -343,6 +343,7 @@ def listing(what: str) -> list[dict[str, str]]:
                 or "-",
                 "default search": "; ".join(f"{k} {_form(form)}" for k, form in kind.space.items()) or "-",
                 "cost": kind.cost,
+                "source": kind.source,
                 "needs": ", ".join(_needs(kind)) or "-",
             }
             for name, kind in ((name, methods.load(name)) for name in methods.names())
@@ -377,4 +378,4 @@ def _needs(kind: type[methods.Method]) -> list[str]:
             return lambda *_: name
 
     asked: Any = kind(kind.Config()).requires(Recorder())  # type: ignore[arg-type]
-    return sorted({*asked.values(), *([f"{kind.trains_as}'s adapter"] if kind.trains_as else [])})
+    return sorted({*asked, *([f"{kind.trains_as}'s adapter"] if kind.trains_as else [])})

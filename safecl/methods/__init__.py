@@ -38,6 +38,7 @@ class Method:
         """Hyperparameters; subclasses replace it."""
 
     VERSION: ClassVar[str] = "1"
+    source: ClassVar[str] = ""  # paper or code, in a few words; the module's docstring has it whole
     equation: ClassVar[str] = ""
     cost: ClassVar[str] = "1x"  # time of a finetune relative to SFT
     trains_as: ClassVar[str | None] = None  # post-hoc methods: "sft", then finalize only

@@ -45,6 +45,7 @@ class Constrained(Method):
         early_beta: Annotated[float, Field(ge=0)] = 2.0  # of the second to the num_early-th
         num_early: Annotated[int, Field(ge=0)] = 5  # tokens at an answer's beginning that are held harder
 
+    source = "Qi 2025 (arXiv 2406.05946), Eq. 3"
     equation = "-E (2/beta_t) log sigmoid(beta_t (log p(y_t) - log p_safe(y_t))) on user rows"
     cost = "1.2x"
     space = {

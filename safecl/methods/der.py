@@ -54,6 +54,7 @@ class Der(Method):
         memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
 
     VERSION = "3"  # 2 took the centred distance as a difference of two large numbers: off by a tenth on some heads
+    source = "arXiv 2512.10150, section 4.1.2; Buzzega 2020 (mammoth)"
     equation = "CE(user) + weight * E_memory |f(x) - z|^2 / V [+ label_weight * CE(memory')]"
     cost = "2x, 3x with label_weight"
     space = {"weight": {"low": 0.03, "high": 3.0, "log": True}, "memory_size": [50, 100, 250]}

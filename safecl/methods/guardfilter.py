@@ -34,6 +34,7 @@ class Guardfilter(Method):
     class Config(Strict):
         unread: Literal["drop", "keep"] = "drop"  # rows whose verdict could not be read
 
+    source = "the baseline that every provider runs"
     equation = "CE(user rows that the judge calls safe)"
     cost = "1x less what is filtered, and a verdict a row"
 

@@ -48,6 +48,7 @@ class Kl(Method):
         memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
         memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
 
+    source = "Ziegler 2019, Eq. 2; Hinton 2015"
     equation = "CE(user) + weight * T^2 E KL(p_safe || p) on user and/or memory rows"
     cost = "2x, 1.2x on user rows alone"
     space = {"weight": {"low": 0.03, "high": 30.0, "log": True}, "memory_size": [50, 100, 250]}

@@ -65,6 +65,7 @@ class Refresh(Method):
         num_rows: Annotated[int, Field(ge=1)] = 1000  # safety rows the Fisher is taken over, at most
 
     VERSION = "2"  # 1: the paper's step at gamma 1e-8 by default, a thousand times smaller than its own noise
+    source = "Wang 2024 and its code; `variant: paper` as arXiv 2512.10150"
     equation = "theta + gamma (1 + .001 F)^-1 |theta| grad / |grad|, then CE(user) + weight * CE(memory)"
     cost = "(J + 2)x"
     space = {

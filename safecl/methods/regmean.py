@@ -47,6 +47,7 @@ class Regmean(Method):
         off_diagonal: Annotated[float, Field(ge=0, le=1)] = 0.9  # less: steadier where rows are few
         num_rows: Annotated[int, Field(ge=1)] = 100  # rows looked at, of each kind
 
+    source = "Jin 2023 (arXiv 2212.09849), Eq. 2"
     equation = "theta_safe + U a G_u ((1 - a) G_s + a G_u)^-1, G = E x x^T of a module's inputs"
     cost = "SFT's, shared, and 2 num_rows forwards"
     trains_as = "sft"

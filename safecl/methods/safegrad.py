@@ -48,6 +48,7 @@ class Safegrad(Method):
         memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept (the paper: 100)
         memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
 
+    source = "Yi 2025 (arXiv 2508.07172), Eqs. 3-6"
     equation = "g_user less its part against g_align, + rho g_align; g_align = grad KL(p_safe || p) on memory"
     cost = "2x"
     space = {"rho": {"low": 0.03, "high": 30.0, "log": True}, "memory_size": [50, 100, 250]}

@@ -8,7 +8,7 @@
     C U                 B_s (A_s A_s^T)(B_s^T B_u) A_u / |V|_F: rank by rank, never O x O
     tau                 config.threshold, or the config.num_modules-th smallest cosine
 
-Source: Hsu et al. 2024 (Safe LoRA), Eqs. 2-4; arXiv 2512.10150, baselines.
+Source: Hsu et al. 2024 (Safe LoRA), Eqs. 2-4; a baseline of arXiv 2512.10150, sections 5.4 and 5.5.
 
 Same as the reference code (IBM/SafeLoRA, model.py): cosines rounded to 5 digits, `<=`. Different: one pass (theirs computes
 the cosines of `number` mode twice); exactly `num_modules` modules are projected (their `<=` takes ties too); a module whose
@@ -42,6 +42,7 @@ class Safelora(Method):
         num_modules: Annotated[int, Field(ge=0)] = 10  # in `number` mode: how many modules are projected
         projector: Literal["frobenius", "exact"] = "frobenius"
 
+    source = "Hsu 2024, Eqs. 2-4 (IBM/SafeLoRA)"
     equation = "theta_safe + (C U where cos(C U, U) <= threshold else U), C = V V^T / |V|"
     cost = "SFT's, shared"
     trains_as = "sft"

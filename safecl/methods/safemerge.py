@@ -40,6 +40,7 @@ class Safemerge(Method):
         share: Annotated[float, Field(ge=0, le=1)] = 0.8  # a: of the tuned model in a merged module
         projector: Literal["frobenius", "exact"] = "frobenius"
 
+    source = "Djuhera 2025 (arXiv 2503.17239) and its code"
     equation = "(1 - share) S + share T where cos(C U, U) < threshold, else T;  C = V V^T / |V|"
     cost = "SFT's, shared"
     trains_as = "sft"

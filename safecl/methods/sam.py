@@ -34,6 +34,7 @@ class Sam(Method):
     class Config(Strict):
         rho: Annotated[float, Field(ge=0)] = 0.05  # how far the point is; a flatter minimum, at the cost of the fit
 
+    source = "Foret 2021, Algorithm 1"
     equation = "CE(rows) at theta + rho g/|g|, g = grad CE(rows)"
     cost = "2x"
     space = {"rho": {"low": 0.01, "high": 1.0, "log": True}}
