@@ -156,7 +156,8 @@ def of(facts: Mapping[str, Any], memory_rows: int | None) -> Trained:
 
 def _memory(cell: Cell, seed: int) -> int | None:
     """Rows of the largest memory that this cell's method may ask for."""
-    stage = cell.job({}, seed, "final").graph.tuned.inputs.get("memory")
+    graph = cell.job({}, seed, "final").graph
+    stage = graph.tuned.inputs.get("memory") or (graph.final and graph.final.inputs.get("memory"))
     if stage is None:
         return None
     space: Any = (cell.space or {}).get("memory_size")
