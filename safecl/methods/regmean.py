@@ -44,14 +44,14 @@ class Regmean(Method):
 
     class Config(Strict):
         share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # a: the weight of user rows, towards the tuned model
-        off_diagonal: Annotated[float, Field(ge=0, le=1)] = 0.9  # less: steadier where rows are few
+        off_diagonal: Annotated[float, Field(ge=0, lt=1)] = 0.9  # less: steadier; at 1 what few rows see has no inverse
         num_rows: Annotated[int, Field(ge=1)] = 100  # rows looked at, of each kind
 
     source = "Jin 2023 (arXiv 2212.09849), Eq. 2"
     equation = "theta_safe + U a G_u ((1 - a) G_s + a G_u)^-1, G = E x x^T of a module's inputs"
     cost = "SFT's, shared, and 2 num_rows forwards"
     trains_as = "sft"
-    space = {"share": {"low": 0.1, "high": 0.9, "log": False}, "off_diagonal": {"low": 0.1, "high": 1.0, "log": False}}
+    space = {"share": {"low": 0.1, "high": 0.9, "log": False}, "off_diagonal": {"low": 0.1, "high": 0.95, "log": False}}
 
     @property
     def needs_base(self) -> bool:

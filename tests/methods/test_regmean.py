@@ -52,7 +52,7 @@ def whole(world: World, folder: Path) -> Any:
     return PeftModel.from_pretrained(base, str(folder / "adapter")).merge_and_unload().eval()
 
 
-@pytest.mark.parametrize(("share", "off_diagonal"), [(0.5, 1.0), (0.8, 0.9)])
+@pytest.mark.parametrize(("share", "off_diagonal"), [(0.5, 0.5), (0.8, 0.9)])
 def test_it_is_the_least_squares_merge(
     share: float, off_diagonal: float, world: World, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,12 +76,12 @@ def test_it_is_the_least_squares_merge(
             g *= off_diagonal
             g.diagonal().copy_(kept)
         k = (1 - share) * g_s + share * g_u
-        ridge = 1e-6 * k.diagonal().mean() * torch.eye(len(k))
+        ridge = 1e-6 * k.diagonal().mean() * torch.eye(len(k)).double()
         right = (1 - share) * s @ g_s + share * t @ g_u + s @ ridge
         w = torch.linalg.solve(k + ridge, right.T).T
         expected = w - (s - before[name].double())  # a delta from theta_0
         far = max(far, float((found[name].delta().double() - expected).norm() / (t - s).norm()))
-    assert far < 0.01
+    assert far < 1e-3
 
 
 def test_a_direction_that_safety_rows_never_see_keeps_the_users_update_and_the_other_way_round() -> None:
