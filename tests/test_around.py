@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ METHODS = "methods=[{name: sft}, {name: lwf}, {name: der, config: {memory_size: 
 
 
 def grid(**settings: str) -> dict[str, Cell]:
-    given = [f"{key.replace('__', '.')}={value!r}" for key, value in settings.items()]
+    given = [
+        f"{key.replace('__', '.')}={json.dumps(value) if 'prompt' in value else value}"
+        for key, value in settings.items()
+    ]
     sweep = load(QUICKSTART, ["models.0.name=m", "poison.ratios=[0.1]", METHODS, *given])
     return {cell.label.rsplit(" / ", 1)[1]: cell for cell in cells(settle(resolved(sweep, "bfloat16")).sweep)}
 
@@ -74,7 +78,7 @@ def test_evaluates_text_is_around_all_that_is_answered_and_nothing_is_trained_an
     [
         ("tasks.0.template='no place for it'", "tasks.0.template.*must hold {prompt} exactly once"),
         ("evaluate.template='{prompt} '", "evaluate.template: .*last token is another before an answer"),
-        (f"evaluate.template={'x' * 900 + OWN!r}", "max_prompt_tokens: expected at least"),
+        (f"evaluate.template={json.dumps('x ' * 300 + OWN)}", "max_prompt_tokens: expected at least"),
     ],
 )
 def test_a_text_that_does_not_go_with_the_model_is_refused(setting: str, message: str, tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ SIZES: dict[str, dict[str, Any]] = {
     # gradient over its own size, moves that one element as far as all others: 70 to 99 % of the gap between runs, which
     # else is 4e-7 to 8e-7.
     "lisa": {"cycles": 3, "alignment_share": 0.5, "memory_batch_size": 8},
-    # For the same reason: at their defaults one element makes 70 to 98 % of the gap.
-    "constrained": {"num_early": 3},
+    # For the same reason: at their defaults one element makes 70 to 99 % of the gap.
+    "constrained": {"beta": 0.2},
+    "kl": {"weight": 0.3},
     "sam": {"rho": 0.01},
     # An unlearning step that is large enough to be seen.
     "refresh": {"gamma": 1e-3},
@@ -108,7 +109,7 @@ def build_world(folder: Path, tiny_model: Path, adapter: str = "continue", dtype
     memory.remember({**settings, "num_rows": None}, {**inputs, "rows": user}, folder / "teacher")
     fisher.estimate({**text, "num_rows": 20, "labels": "empirical"}, {**inputs, "rows": safety}, folder / "fisher", 4)
     (folder / "verdicts").mkdir()
-    lines = [{"id": f"user/{i}", "label": i % 5 == 0} for i in range(23)]
+    lines = [{"id": f"user/{i}", "label": i % 5 == 2} for i in range(23)]
     (folder / "verdicts" / "verdicts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return World(tiny_model, safe, user, *(folder / name for name in ("memory", "fisher", "teacher", "verdicts")))
 
