@@ -9,13 +9,12 @@ adapter they take, and `finalize` maps its weights, after `read` has been given 
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from safecl import registry
 from safecl.base import Json, Strict
-from safecl.tasks import Row, load_class
+from safecl.tasks import Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from safecl.store import Stage
     from safecl.training.batches import Batch
     from safecl.training.given import Given
-    from safecl.training.loop import Run
+    from safecl.training.run import Run
     from safecl.training.weights import Dense, LoRA, Weights
 
 
@@ -37,6 +36,7 @@ class Method:
     class Config(Strict):
         """Hyperparameters; subclasses replace it."""
 
+    MUST: ClassVar[tuple[str, ...]] = ("equation",)  # what every method declares
     VERSION: ClassVar[str] = "1"
     source: ClassVar[str] = ""  # paper or code, in a few words; the module's docstring has it whole
     equation: ClassVar[str] = ""
@@ -99,13 +99,11 @@ class Method:
         return None
 
 
-@cache  # listing a folder takes longer than all else in a plan
 def names() -> tuple[str, ...]:
     """Names of all methods, sorted, without importing any."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
+    return registry.names("methods")
 
 
-@cache
 def load(name: str) -> type[Method]:
     """The method class called `name` (`der` -> `safecl/methods/der.py`, class `Der`)."""
-    return load_class(__name__, name, names())
+    return registry.load("methods", name)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from safecl.plan import Graph
     from safecl.store import Stage
     from safecl.training.batches import Batch
-    from safecl.training.loop import Run
+    from safecl.training.run import Run
 
 LEAST_SQUARE = 1e-9  # of g_align, below which nothing is projected
 

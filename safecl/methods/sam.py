@@ -25,7 +25,7 @@ from safecl.methods import Method
 
 if TYPE_CHECKING:
     from safecl.training.batches import Batch
-    from safecl.training.loop import Run
+    from safecl.training.run import Run
 
 
 class Sam(Method):

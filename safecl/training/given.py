@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safecl.training import batches, loop, model, tokens
+from safecl.training import batches, model, tokens
+from safecl.training.run import Memory
 from safecl.training.tokens import Encoded
 
 FORWARD_TOKENS = 2048  # of the rows forwarded together
@@ -31,7 +32,7 @@ class Given:
         """The rows of an input (a memory, or rows of a role) as tokens; rows that are too long are left out."""
         folder = self.inputs[name]
         if (folder / "memory.safetensors").is_file():
-            return loop.Memory.load(folder).rows
+            return Memory.load(folder).rows
         text = tokens.Tokenizer(tokens.base_folder(self.inputs["model"])), self.config["template"], self.config["bos"]
         return tokens.encode(batches.read_rows(folder), *text, self.config["max_tokens"])[0]
 

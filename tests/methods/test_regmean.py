@@ -10,7 +10,7 @@ from safecl.config import Template
 from safecl.methods import regmean
 from safecl.stages import finalize
 from safecl.training import weights
-from safecl.training.loop import Memory
+from safecl.training.run import Memory
 from tests.methods import contract
 from tests.methods.contract import World
 
