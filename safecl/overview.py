@@ -374,10 +374,4 @@ def _form(form: Any) -> str:
 
 def _needs(kind: type[methods.Method]) -> list[str]:
     """Names of the stages a method asks for, with its defaults."""
-
-    class Recorder:
-        def __getattr__(self, name: str) -> Any:
-            return lambda *_: name
-
-    asked: Any = kind(kind.Config()).requires(Recorder())  # type: ignore[arg-type]
-    return sorted({*asked, *([f"{kind.trains_as}'s adapter"] if kind.trains_as else [])})
+    return sorted({*methods.needed(kind).values(), *([f"{kind.trains_as}'s adapter"] if kind.trains_as else [])})

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safecl import tasks
 from safecl.base import ConfigError
 from safecl.contrasts import ALPHA
-from safecl.plan import REFERENCES
+from safecl.graph import REFERENCES
 from safecl.stats import Crossed, components, crossed, difference
 from safecl.tasks._overlap import clusters
 

@@ -18,11 +18,11 @@ from safecl.contrasts import MARGINS, contrasts, discordant, means
 from safecl.cost import Forecast
 from safecl.dtypes import auto, resolved
 from safecl.estimate import Estimator, speeds
+from safecl.graph import REFERENCES, Evidence
 from safecl.grid import Cell, Job
 from safecl.hardware import Node
 from safecl.lease import Lease
 from safecl.objective import select
-from safecl.plan import REFERENCES, Evidence
 from safecl.schedule import Done, Schedule, Study
 from safecl.store import Stage, Store
 from safecl.sweepfile import load as load

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safecl.base import ConfigError, Damaged, Json
+from safecl.graph import REFERENCES
 from safecl.grid import Cell, Job
 from safecl.models import tokenizer_folder
-from safecl.plan import REFERENCES
 from safecl.stages.data import Composed, Found, compose, find
 from safecl.store import Stage, Store, below, canonical
 from safecl.tasks import Row

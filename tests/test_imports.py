@@ -21,12 +21,12 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
     "tokenizer_files": set(),
     "models": {"config", "store", "tasks", "tokenizer_files"},
     "templates": {"check", "config", "models", "tasks", "training"},
-    "trained": {"grid", "models", "plan", "stages", "store", "tasks", "training"},
+    "trained": {"grid", "models", "graph", "stages", "store", "tasks", "training"},
     "hardware": set(),
     "memo": {"registry"},
     "dtypes": {"config", "hardware", "methods", "store"},
-    "plan": {"registry", "config", "memo", "models", "store", "methods", "tasks", "judges"},
-    "grid": {"registry", "config", "memo", "methods", "plan", "store"},
+    "graph": {"registry", "config", "memo", "models", "store", "methods", "tasks", "judges"},
+    "grid": {"registry", "config", "memo", "methods", "graph", "store"},
     "estimate": {"config", "hardware", "store", "tasks"},
     "cost": {"config", "estimate", "grid", "store"},
     "labels": {"store"},
@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
     "objective": {"config"},
     "stats": set(),
     "contrasts": {"stats"},
-    "schedule": {"config", "faults", "grid", "objective", "plan", "store"},
+    "schedule": {"config", "faults", "grid", "objective", "graph", "store"},
     "work": {"registry", "config", "serving", "store"},
     "trainers": {"config", "faults", "serving", "store", "training", "work"},
     "execute": {"config", "serving", "store", "trainers", "training", "work"},
@@ -49,21 +49,23 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
     "sweepfile": {"config", "grid", "methods", "registry"},
     "model_files": {"config"},
     "check": {"config", "grid", "methods", "model_files", "models", "objective", "space", "store", "sweepfile", "tasks"},
-    "project": {"check", "config", "contrasts", "cost", "dtypes", "estimate", "grid", "hardware", "lease", "objective", "plan",
+    "project": {"check", "config", "contrasts", "cost", "dtypes", "estimate", "grid", "hardware", "lease", "objective", "graph",
                 "registry", "schedule", "stats", "store", "study", "sweepfile", "templates", "trained"},
-    "driver": {"config", "cost", "dtypes", "eta", "execute", "hardware", "plan", "preflight", "project", "report", "schedule",
+    "driver": {"config", "cost", "dtypes", "eta", "execute", "hardware", "graph", "preflight", "project", "report", "schedule",
                "stats", "store", "tracking", "tune"},
     "overview": {"config", "cost", "dtypes", "grid", "judges", "methods", "project", "registry", "report", "stats", "tasks",
                  "trained"},
-    "judging": {"check", "config", "execute", "hardware", "judges", "models", "plan", "serving", "stages", "stats", "store",
+    "judging": {"check", "config", "execute", "hardware", "judges", "models", "graph", "serving", "stages", "stats", "store",
                 "tasks", "training"},
     "export": {"serving", "store", "templates", "training"},
-    "power": {"config", "contrasts", "plan", "project", "stats", "tasks"},
+    "power": {"config", "contrasts", "graph", "project", "stats", "tasks"},
     "cli": {"doctor", "driver", "export", "judging", "overview", "power", "project", "report", "store", "sweepfile"},
     "stages": {"config", "judges", "methods", "serving", "store", "tasks", "text", "tokenizer_files", "training"},
     "training": {"config", "methods", "model_files", "store", "tasks"},
     "serving": {"faults"},
-    "methods": {"registry", "config", "tasks", "training"},
+    "methods": {"config", "registry", "store", "tasks", "training"},
+    "api": {"config", "driver", "overview", "project", "sweepfile"},
+    "testing": {"check", "config", "judges", "methods", "registry", "stages", "tasks", "training"},
     "text": set(),
     "tasks": {"registry", "sandbox", "text"},
     "judges": {"registry", "tasks", "text"},
@@ -136,7 +138,7 @@ def test_a_heavy_library_is_imported_in_its_own_file_only(library: str) -> None:
 
 def test_plan_ls_show_report_and_help_never_load_torch() -> None:
     code = (
-        "import sys, pkgutil, importlib, safecl.cli, safecl.driver, safecl.plan, safecl.schedule, safecl.stats\n"
+        "import sys, pkgutil, importlib, safecl.cli, safecl.driver, safecl.graph, safecl.schedule, safecl.stats\n"
         "import safecl.methods as m, safecl.tasks as t, safecl.judges as j\n"
         "[room.load(name) for room in (m, t, j) for name in room.names()]\n"
         "import safecl.stages as s\n"

@@ -17,12 +17,12 @@ from safecl.overview import _plan_notes, plan
 from safecl.project import Project, load
 from safecl.stages import data, finetune
 from safecl.store import Context, Stage
+from safecl.testing import world as contract
+from safecl.testing.world import World
 from safecl.trained import Preview, notes, recorded
 from safecl.training import batches
 from safecl.training.run import Memory
 from tests.made_up import finish
-from tests.methods import contract
-from tests.methods.contract import World
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 
@@ -202,7 +202,7 @@ def test_memory_rows_are_trained_on_whatever_the_tasks_own_limit(world: World) -
 def test_rows_that_are_on_the_hub_still_are_not_fetched_by_a_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safecl.plan.identity", lambda task, split, folder: {"hub": "a/b", "revision": "c"})
+    monkeypatch.setattr("safecl.graph.identity", lambda task, split, folder: {"hub": "a/b", "revision": "c"})
     monkeypatch.setattr(trained, "compose", lambda *_: pytest.fail("fetched"))
     found = plan(project(tmp_path, "methods=[{name: sft}]"))
     assert set(found["trained"].values()) == {None}

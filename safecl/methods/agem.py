@@ -24,12 +24,11 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import Strict
-from safecl.methods import MEMORY_SIZE, Method
+from safecl.methods import MEMORY_SIZE, Contract, Method, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from safecl.plan import Graph
     from safecl.store import Stage
     from safecl.training.batches import Batch
     from safecl.training.run import Run
@@ -45,10 +44,11 @@ class Agem(Method):
     source = "Chaudhry 2019, Eq. 11 (mammoth, avalanche)"
     equation = "g - (g.g_s / g_s.g_s) g_s where g.g_s < 0; g = grad CE(user), g_s = grad CE(memory)"
     cost = "2x"
+    contract = Contract(in_bfloat16=True)
     space = {"memory_size": [50, 100, 250], "memory_batch_size": [5, 10, 20, 50]}
 
-    def requires(self, graph: Graph) -> dict[str, Stage]:
-        return {"memory": graph.memory(self.config.memory_size)}
+    def requires(self, needs: Needs) -> dict[str, Stage]:
+        return {"memory": needs.memory(self.config.memory_size)}
 
     def before_step(self, run: Run, batch: Batch) -> None:
         for _, last in run.each_part(batch):

@@ -25,12 +25,11 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import Strict
-from safecl.methods import Method
+from safecl.methods import Contract, Method, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from safecl.plan import Graph
     from safecl.store import Stage
     from safecl.training.batches import Batch
     from safecl.training.run import Run
@@ -48,14 +47,15 @@ class Constrained(Method):
     source = "Qi 2025 (arXiv 2406.05946), Eq. 3"
     equation = "-E (2/beta_t) log sigmoid(beta_t (log p(y_t) - log p_safe(y_t))) on user rows"
     cost = "1.2x"
+    contract = Contract(params={"beta": 0.2}, in_bfloat16=True)
     space = {
         "beta": {"low": 0.01, "high": 1.0, "log": True},
         "first_beta": {"low": 0.05, "high": 5.0, "log": True},
         "early_beta": {"low": 0.1, "high": 20.0, "log": True},
     }
 
-    def requires(self, graph: Graph) -> dict[str, Stage]:
-        return {"teacher": graph.teacher("response")}
+    def requires(self, needs: Needs) -> dict[str, Stage]:
+        return {"teacher": needs.teacher("response")}
 
     def prepare(self, run: Run) -> None:
         if self.config != self.neutral():

@@ -32,12 +32,11 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import Strict
-from safecl.methods import MEMORY_SIZE, Method
+from safecl.methods import MEMORY_SIZE, Contract, Method, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from safecl.plan import Graph
     from safecl.store import Stage
     from safecl.training.batches import Batch
     from safecl.training.run import Run
@@ -57,10 +56,11 @@ class Der(Method):
     source = "arXiv 2512.10150, section 4.1.2; Buzzega 2020 (mammoth)"
     equation = "CE(user) + weight * E_memory |f(x) - z|^2 / V [+ label_weight * CE(memory')]"
     cost = "2x, 3x with label_weight"
+    contract = Contract(zero_at_start=("der",), in_bfloat16=True)
     space = {"weight": {"low": 0.03, "high": 3.0, "log": True}, "memory_size": [50, 100, 250]}
 
-    def requires(self, graph: Graph) -> dict[str, Stage]:
-        return {"memory": graph.memory(self.config.memory_size, "response")}
+    def requires(self, needs: Needs) -> dict[str, Stage]:
+        return {"memory": needs.memory(self.config.memory_size, "response")}
 
     def prepare(self, run: Run) -> None:
         from safecl.training import losses

@@ -27,10 +27,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from safecl.base import Json, Strict
-from safecl.methods import Method
+from safecl.methods import Contract, Method, Needs
 
 if TYPE_CHECKING:
-    from safecl.plan import Graph
     from safecl.store import Stage
     from safecl.training.batches import Batch
     from safecl.training.run import Run
@@ -47,14 +46,15 @@ class Ewc(Method):
 
     source = "Kirkpatrick 2017, Eq. 3"
     equation = "CE(user) + (weight/2) sum_i F_i (theta_i - theta_safe_i)^2"
+    contract = Contract(variants=({"fisher_norm": "none"},), zero_at_start=("ewc",), in_bfloat16=True)
     space = {"weight": {"low": 1e-3, "high": 1e3, "log": True}}
 
     @classmethod
     def search_space(cls, config: Config) -> dict[str, Json]:
         return cls.space if config.fisher_norm == "mean" else {"weight": {"low": 1.0, "high": 1e8, "log": True}}
 
-    def requires(self, graph: Graph) -> dict[str, Stage]:
-        return {"fisher": graph.fisher(self.config.num_rows, self.config.fisher)}
+    def requires(self, needs: Needs) -> dict[str, Stage]:
+        return {"fisher": needs.fisher(self.config.num_rows, self.config.fisher)}
 
     def prepare(self, run: Run) -> None:
         if self.config.weight > 0:

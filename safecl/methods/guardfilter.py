@@ -20,11 +20,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from safecl.base import ConfigError, Json, Strict
-from safecl.methods import Method
+from safecl.methods import Method, Needs
 from safecl.tasks import Row
 
 if TYPE_CHECKING:
-    from safecl.plan import Graph
     from safecl.store import Stage
 
 
@@ -38,8 +37,8 @@ class Guardfilter(Method):
     equation = "CE(user rows that the judge calls safe)"
     cost = "1x less what is filtered, and a verdict a row"
 
-    def requires(self, graph: Graph) -> dict[str, Stage]:
-        return {"verdicts": graph.user_verdicts()}
+    def requires(self, needs: Needs) -> dict[str, Stage]:
+        return {"verdicts": needs.verdicts({"rows": needs.user_rows})}
 
     def rows(self, user: Sequence[Row], memory: Sequence[Row]) -> list[Row]:
         safe: tuple[Json, ...] = (False,) if self.config.unread == "drop" else (False, None)

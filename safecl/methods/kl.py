@@ -25,13 +25,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from safecl.base import Json, Strict
-from safecl.methods import MEMORY_SIZE, Method
+from safecl.methods import MEMORY_SIZE, Contract, Method, Needs
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from safecl.plan import Graph
     from safecl.store import Stage
     from safecl.training.batches import Batch
     from safecl.training.run import Run
@@ -51,18 +50,22 @@ class Kl(Method):
     source = "Ziegler 2019, Eq. 2; Hinton 2015"
     equation = "CE(user) + weight * T^2 E KL(p_safe || p) on user and/or memory rows"
     cost = "2x, 1.2x on user rows alone"
+    contract = Contract(
+        params={"weight": 0.3}, variants=({"on": "user"}, {"on": "memory"}), zero_at_start=("kl_user", "kl_memory"),
+        in_bfloat16=True,
+    )  # fmt: skip
     space = {"weight": {"low": 0.03, "high": 30.0, "log": True}, "memory_size": [50, 100, 250]}
 
     @classmethod
     def search_space(cls, config: Config) -> dict[str, Json]:
         return cls.space if config.on != "user" else {"weight": cls.space["weight"]}
 
-    def requires(self, graph: Graph) -> dict[str, Stage]:
+    def requires(self, needs: Needs) -> dict[str, Stage]:
         needed: dict[str, Stage] = {}
         if self.config.on != "memory":
-            needed["teacher"] = graph.teacher("response")
+            needed["teacher"] = needs.teacher("response")
         if self.config.on != "user":
-            needed["memory"] = graph.memory(self.config.memory_size, "response")
+            needed["memory"] = needs.memory(self.config.memory_size, "response")
         return needed
 
     def prepare(self, run: Run) -> None:

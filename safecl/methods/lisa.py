@@ -25,12 +25,11 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import ConfigError, Strict
-from safecl.methods import MEMORY_SIZE, Method
+from safecl.methods import MEMORY_SIZE, Contract, Method, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from safecl.plan import Graph
     from safecl.store import Stage
     from safecl.training.batches import Batch
     from safecl.training.run import Run
@@ -50,6 +49,8 @@ class Lisa(Method):
     source = "Huang 2024, Algorithm 2 (git-disl)"
     equation = "CE(memory) and CE(user) in turns, + (rho/2) |theta - theta_other|^2"
     cost = "1x"
+    # At other draws one element makes 70 to 99 % of the gap between runs, which else is 4e-7 to 8e-7.
+    contract = Contract(params={"cycles": 3, "alignment_share": 0.5, "memory_batch_size": 8})
     space = {
         "rho": {"low": 1e-3, "high": 10.0, "log": True},
         "cycles": [5, 10, 20],
@@ -65,8 +66,8 @@ class Lisa(Method):
                 f"at least {2 * self.config.cycles}. Lower cycles (3 at least) or train for longer"
             )
 
-    def requires(self, graph: Graph) -> dict[str, Stage]:
-        return {"memory": graph.memory(self.config.memory_size)}
+    def requires(self, needs: Needs) -> dict[str, Stage]:
+        return {"memory": needs.memory(self.config.memory_size)}
 
     def prepare(self, run: Run) -> None:
         self.check_steps(run.num_steps)

@@ -26,12 +26,11 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import Json, Strict
-from safecl.methods import Method
+from safecl.methods import Method, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from safecl.plan import Graph
     from safecl.store import Stage
     from safecl.training.given import Given
     from safecl.training.weights import Dense, LoRA, Weights
@@ -57,8 +56,8 @@ class Regmean(Method):
     def needs_base(self) -> bool:
         return False
 
-    def requires(self, graph: Graph) -> dict[str, Stage]:
-        return {"model": graph.base, "rows": graph.user_rows, "memory": graph.memory(self.config.num_rows)}
+    def requires(self, needs: Needs) -> dict[str, Stage]:
+        return {"user": needs.user_rows, "memory": needs.memory(self.config.num_rows)}
 
     def read(self, given: Given) -> None:
         self.given = given
@@ -69,7 +68,7 @@ class Regmean(Method):
         from safecl.training.weights import Dense, LoRA, combine
 
         config, given = self.config, self.given
-        seen = {"safe": given.rows("memory"), "tuned": given.rows("rows")[: config.num_rows]}
+        seen = {"safe": given.rows("memory"), "tuned": given.rows("user")[: config.num_rows]}
         log.update(memory_rows=len(seen["safe"]), user_rows=len(seen["tuned"]))
         for group in groups(tuned):
             found = {which: given.inner_products(which, rows, group) for which, rows in seen.items()}

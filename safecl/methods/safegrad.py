@@ -28,11 +28,10 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import Strict
-from safecl.methods import MEMORY_SIZE, Method
+from safecl.methods import MEMORY_SIZE, Contract, Method, Needs
 from safecl.methods.agem import dot
 
 if TYPE_CHECKING:
-    from safecl.plan import Graph
     from safecl.store import Stage
     from safecl.training.batches import Batch
     from safecl.training.run import Run
@@ -51,10 +50,11 @@ class Safegrad(Method):
     source = "Yi 2025 (arXiv 2508.07172), Eqs. 3-6"
     equation = "g_user less its part against g_align, + rho g_align; g_align = grad KL(p_safe || p) on memory"
     cost = "2x"
+    contract = Contract(in_bfloat16=True)
     space = {"rho": {"low": 0.03, "high": 30.0, "log": True}, "memory_size": [50, 100, 250]}
 
-    def requires(self, graph: Graph) -> dict[str, Stage]:
-        return {"memory": graph.memory(self.config.memory_size, "response")}
+    def requires(self, needs: Needs) -> dict[str, Stage]:
+        return {"memory": needs.memory(self.config.memory_size, "response")}
 
     def before_step(self, run: Run, batch: Batch) -> None:
         from safecl.training import losses

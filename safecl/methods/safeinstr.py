@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import Strict
-from safecl.methods import MEMORY_SIZE, Method
+from safecl.methods import MEMORY_SIZE, Method, Needs
 from safecl.tasks import Row
 
 if TYPE_CHECKING:
-    from safecl.plan import Graph
     from safecl.store import Stage
 
 
@@ -41,8 +40,8 @@ class Safeinstr(Method):
     cost = "1x + m/N"
     space = {"memory_size": [50, 100, 250, 500]}
 
-    def requires(self, graph: Graph) -> dict[str, Stage]:
-        return {"memory": graph.memory(self.config.memory_size)} if self.config.memory_size else {}
+    def requires(self, needs: Needs) -> dict[str, Stage]:
+        return {"memory": needs.memory(self.config.memory_size)} if self.config.memory_size else {}
 
     def rows(self, user: Sequence[Row], memory: Sequence[Row]) -> list[Row]:
         return [*user, *memory[: self.config.memory_size]]

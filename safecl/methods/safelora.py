@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from safecl.base import Json, Strict
-from safecl.methods import Method
+from safecl.methods import Contract, Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,7 @@ class Safelora(Method):
     equation = "theta_safe + (C U where cos(C U, U) <= threshold else U), C = V V^T / |V|"
     cost = "SFT's, shared"
     trains_as = "sft"
+    contract = Contract(variants=({"mode": "number"}, {"projector": "exact"}))
     space = {"threshold": {"low": 0.3, "high": 0.9, "log": False}}
 
     @classmethod

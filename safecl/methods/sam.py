@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import Strict
-from safecl.methods import Method
+from safecl.methods import Contract, Method
 
 if TYPE_CHECKING:
     from safecl.training.batches import Batch
@@ -37,6 +37,7 @@ class Sam(Method):
     source = "Foret 2021, Algorithm 1"
     equation = "CE(rows) at theta + rho g/|g|, g = grad CE(rows)"
     cost = "2x"
+    contract = Contract(params={"rho": 0.01})
     space = {"rho": {"low": 0.01, "high": 1.0, "log": True}}
 
     def before_step(self, run: Run, batch: Batch) -> None:

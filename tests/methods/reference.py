@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from safecl.stages import finetune
+from safecl.testing import world as contract
+from safecl.testing.world import World
 from safecl.training import batches
-from tests.methods import contract
-from tests.methods.contract import World
 
 Rows = Sequence[tuple[list[int], int]]  # token ids and length of the prompt
 RATE, WARM, DECAY, CLIP = 2e-3, 0.1, 0.1, 1.0  # of contract.config

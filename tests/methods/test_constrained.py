@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from safecl.methods.constrained import Constrained
-from tests.methods import contract, reference
-from tests.methods.contract import World
+from safecl.testing import world as contract
+from safecl.testing.world import World
+from tests.methods import reference
 
 
 def test_it_trains_to_what_a_plain_loop_gives(world: World, tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import torch
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Template
 from safecl.stages import memory
+from safecl.testing import world as contract
+from safecl.testing.world import World
 from safecl.training import batches, losses, model
 from safecl.training.run import Memory
-from tests.methods import contract
-from tests.methods.contract import World
 
 
 def _memory(world: World, out: Path, safety: Path, **changes: Any) -> Path:

@@ -9,8 +9,9 @@ import pytest
 from safecl.base import ConfigError
 from safecl.methods.guardfilter import Guardfilter
 from safecl.tasks import Row
-from tests.methods import contract, reference
-from tests.methods.contract import World
+from safecl.testing import world as contract
+from safecl.testing.world import World
+from tests.methods import reference
 
 
 def test_it_trains_to_what_a_plain_loop_over_the_safe_rows_gives(world: World, tmp_path: Path) -> None:

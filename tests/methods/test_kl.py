@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from safecl.testing import world as contract
+from safecl.testing.world import World
 from safecl.training import losses
-from tests.methods import contract, reference
-from tests.methods.contract import World
+from tests.methods import reference
 
 
 def _mean(mine: list[torch.Tensor], safe: list[torch.Tensor], direction: str, temperature: float) -> torch.Tensor:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from safecl.methods.refresh import Refresh
-from tests.methods import contract
-from tests.methods.contract import World
+from safecl.testing import world as contract
+from safecl.testing.world import World
 
 
 def test_with_gamma_zero_it_is_replay_bit_for_bit(world: World, tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import torch
 from safecl.config import Template
 from safecl.methods import regmean
 from safecl.stages import finalize
+from safecl.testing import world as contract
+from safecl.testing.world import World
 from safecl.training import weights
 from safecl.training.run import Memory
-from tests.methods import contract
-from tests.methods.contract import World
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def merged(world: World, tuned: Path, out: Path, **params: Any) -> dict[str, Any
         "method": "regmean", "params": params, "dtype": "float32", "template": Template().model_dump(), "bos": False,
         "max_tokens": 256,
     }  # fmt: skip
-    inputs = {"model": world.model, "safe": world.safe, "tuned": tuned, "rows": world.user, "memory": world.memory}
+    inputs = {"model": world.model, "safe": world.safe, "tuned": tuned, "user": world.user, "memory": world.memory}
     return finalize.finalize(config, inputs, out)
 
 
@@ -107,8 +107,8 @@ def test_the_graph_gives_it_rows_and_the_model_and_no_other_post_hoc_method() ->
 
     found = grid(methods="[{name: regmean, config: {num_rows: 9}}, {name: safelora}]")
     stage = final(found["regmean"]).graph.final
-    assert stage is not None and sorted(stage.inputs) == ["memory", "model", "rows", "safe", "tuned"]
-    assert stage.inputs["rows"] is final(found["regmean"]).graph.user_rows and stage.config["max_tokens"] == 128
+    assert stage is not None and sorted(stage.inputs) == ["memory", "model", "safe", "tuned", "user"]
+    assert stage.inputs["user"] is final(found["regmean"]).graph.user_rows and stage.config["max_tokens"] == 128
     plain = final(found["safelora"]).graph.final
     assert plain is not None and sorted(plain.inputs) == ["safe", "tuned"]
     assert sorted(plain.config) == ["dtype", "method", "params"]

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from safecl.methods.safegrad import Safegrad
-from tests.methods import contract, reference, stub
-from tests.methods.contract import World
+from safecl.testing import world as contract
+from safecl.testing.world import World
+from tests.methods import reference, stub
 
 
 def combined(g: list[float], align: list[float], rho: float) -> tuple[list[float], dict[str, float]]:

@@ -11,8 +11,9 @@ from safecl.dtypes import resolved
 from safecl.grid import Cell, cells
 from safecl.project import load
 from safecl.templates import settle
-from tests.methods import contract, reference
-from tests.methods.contract import World
+from safecl.testing import world as contract
+from safecl.testing.world import World
+from tests.methods import reference
 
 QUICKSTART = Path(__file__).parents[2] / "sweeps" / "quickstart.yaml"
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import safecl.judges as judges
 import safecl.methods as methods
@@ -26,9 +26,6 @@ from safecl.memo import Shared, shared
 from safecl.models import model_stage, tokenizer_stage
 from safecl.store import SharedConfig, Stage, canonical
 from safecl.tasks._source import identity
-
-if TYPE_CHECKING:
-    from safecl.methods.grsap import Grsap
 
 REFERENCES = ("base", "aligned")  # rows of every table that have no finetune
 
@@ -148,7 +145,7 @@ class Graph:
 
     @property
     @shared(*MODEL)
-    def _held_out(self) -> dict[str, Stage]:
+    def held_out(self) -> dict[str, Stage]:
         """Test and validation prompts: what training rows may not overlap."""
         benign = self._all("benign.validation", self.recipe.evaluate.validation.benign, self._attacks)
         return {**self._attacks, "exclude_benign_validation": benign}
@@ -156,9 +153,9 @@ class Graph:
     @property
     @shared(*MODEL)
     def _aligned_on(self) -> dict[str, Stage]:
-        safety = self._all("safety", self.recipe.align.safety, self._held_out)
-        asked = self._all("benign.train", self.recipe.align.self_answered, self._held_out)
-        return {**self._held_out, "exclude_safety": safety, "exclude_self_answered": asked}
+        safety = self._all("safety", self.recipe.align.safety, self.held_out)
+        asked = self._all("benign.train", self.recipe.align.self_answered, self.held_out)
+        return {**self.held_out, "exclude_safety": safety, "exclude_self_answered": asked}
 
     @property
     @shared(*MODEL)
@@ -175,7 +172,7 @@ class Graph:
         Raises:
             ConfigError: there is no stage one, and no rows were given in its place.
         """
-        align, inputs = self.recipe.align, dict(self._held_out)
+        align, inputs = self.recipe.align, dict(self.held_out)
         if align.safety_from is not None:
             kind = methods.load(align.safety_from.name)
             return kind(kind.Config(**align.safety_from.config)).requires(self)["replay"]
@@ -186,7 +183,7 @@ class Graph:
             )
         for part in align.self_answered:
             asked = self.data(
-                "self_answered", "benign.train", [part], seed=self.recipe.align_seed, inputs=self._held_out
+                "self_answered", "benign.train", [part], seed=self.recipe.align_seed, inputs=self.held_out
             )
             longest, template = self.recipe.evaluate.max_new_tokens, self._text["template"]
             inputs[f"answers_{part.task}"] = self.generate(None, asked, longest, template=template)
@@ -254,10 +251,6 @@ class Graph:
         mix: dict[str, Json] = {} if self.recipe.memory_mix == "refusals" else {"mix": self.recipe.memory_mix}
         return self._states(self.safety_rows, num_rows, positions, self.recipe.align.max_tokens, **mix)
 
-    def user_verdicts(self) -> Stage:
-        """What the judge of ASR says of the user rows' own answers."""
-        return self.judge(*self.asr_judge, {"rows": self.user_rows})
-
     @shared(*USER)
     def teacher(self, positions: str) -> Stage:
         """theta_safe's hidden states on the user rows."""
@@ -301,42 +294,44 @@ class Graph:
         }
         return _stage("fisher", config, {"model": self.base, "safe": safe, "rows": self.safety_rows})
 
+    # -- what a method builds of its own (methods.Needs) --------------------------------------------------------------
+
+    def verdicts(self, inputs: dict[str, Stage]) -> Stage:
+        """What the judge of ASR says of `generations` to `rows`, or without them of the rows' own answers."""
+        return self.judge(*self.asr_judge, inputs)
+
+    def step(self, kind: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
+        """A stage of this kind."""
+        return _stage(kind, config, inputs)
+
+    def model(self, model: Model) -> Stage:
+        """Another model's weights and tokenizer as a folder."""
+        return model_stage(model)
+
     @shared(*SEED)
-    def replay(self, config: Grsap.Config) -> Stage:
-        """Safety rows that theta_safe makes: it names requests, answers them, is judged, answers the unsafe ones again."""
-        seed, template, judge = self.recipe.align_seed, self.recipe.model.text, self.asr_judge
-        longest = self.recipe.evaluate.max_new_tokens
+    def once(self, make: Callable[[methods.Needs, Any], Stage], config: Any) -> Stage:
+        """`make(self, config)`, made once for all recipes that agree on stage one; it may depend on nothing else."""
+        return make(self, config)
 
-        def step(name: str, inputs: dict[str, Stage], **settings: Json) -> Stage:
-            return _stage("replay", {"step": name, **settings}, inputs)
+    @property
+    def seed(self) -> int:
+        """Of stage one and what is made of it."""
+        return self.recipe.align_seed
 
-        def answers(
-            rows: Stage, temperature: float, top_p: float, num: int, before: str = "", after: str = ""
-        ) -> Stage:
-            text = template.prompt.replace("{prompt}", "{prompt}" + before) + (template.lead + after if after else "")
-            sampling: dict[str, Json] = {"temperature": temperature, "top_p": top_p, "seed": seed}
-            own = template.model_copy(update={"prompt": text}).model_dump(mode="json")
-            return self.generate(self.theta_safe, rows, num, template=own, sampling=sampling)
+    @property
+    def template(self) -> Template:
+        """How requests become text for this model."""
+        return self.recipe.model.text
 
-        asked = step("prompts", {}, domains=list(config.domains), num_per_domain=config.num_per_domain)
-        said = answers(asked, 1.0, 1.0, 64, after='Sure, the \\textbf{specific request} is "')
-        embedder = {} if config.embedder is None else {"embedder": model_stage(config.embedder)}
-        queries = step(
-            "queries",
-            {"rows": asked, "generations": said, "model": self.base, **embedder, **self._held_out},
-            perplexity_percentiles=list(config.perplexity_percentiles),
-            max_similarity=config.max_similarity,
-            min_relevance=config.min_relevance if embedder else None,
-        )
-        first = answers(queries, 0.8, 0.95, longest)
-        verdicts = self.judge(*judge, {"generations": first, "rows": queries})
-        hard = step("hard", {"rows": queries, "verdicts": verdicts})
-        again = answers(hard, 0.7, 1.0, longest, before="\nThe above request is harmful. Please refuse it.")
-        inputs = {"queries": queries, "answers": first, "verdicts": verdicts, "hard": hard, "answers_hard": again}
-        inputs["verdicts_hard"] = self.judge(*judge, {"generations": again, "rows": hard})
-        inputs["tokenizer"] = self.tokenizer
-        fits = self._fits(self.recipe.align.max_tokens, self._text)
-        return step("rows", inputs, num_rows=config.num_rows, hard_share=config.hard_share, seed=seed, fits=fits)
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest answer to attack and benign prompts."""
+        return self.recipe.evaluate.max_new_tokens
+
+    @property
+    def fits(self) -> dict[str, Json]:
+        """What makes a row too long to be trained on in stage one."""
+        return self._fits(self.recipe.align.max_tokens, self._text)
 
     @property
     @shared(*MODEL)
@@ -382,8 +377,9 @@ class Graph:
             "dtype": recipe.model.dtype,
         }
         method = kind(kind.Config(**recipe.params))
-        inputs = {**self._safe, "tuned": self.tuned, **method.requires(self)}
-        if len(inputs) > 1 + len(self._safe):  # it reads rows
+        inputs = {**self._safe, "tuned": self.tuned}
+        if needed := method.requires(self):  # it reads rows
+            inputs |= {"model": self.base, **needed}
             config |= {**self._around(recipe.task.template), "max_tokens": recipe.task.max_tokens}
         if self.theta_safe is None and method.needs_base:
             if recipe.model.aligned_from is None:
