@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safecl import metrics
+from safecl.api import Given, Settings, read
 from safecl.base import Damaged
-from safecl.plan import REFERENCES
+from safecl.graph import REFERENCES
 from safecl.report.facts import doubt
 from safecl.report.rows import by_metric, entry
 
@@ -41,10 +41,10 @@ GENERATIONS = (
 
 
 def results(
-    sweep: str | Path | Project,
-    settings: Sequence[str] = (),
-    limit: int | None = None,
+    sweep: Given | Project,
     *,
+    set: Settings = (),
+    limit: int | None = None,
     searched: bool = False,
     accept_judge: bool = False,
 ) -> pd.DataFrame:
@@ -56,9 +56,8 @@ def results(
     `metrics` and of the `weights` that were served (`safecl show KEY`, `safecl export KEY`).
 
     Args:
-        sweep: a sweep file, or an open Project.
-        settings: as `--set` on the command line: `execution.root=runs`.
-        limit: as `--limit`.
+        sweep: a sweep file, what one holds as plain values, or a Project (as `safecl.run` gives it).
+        set, limit: as in `safecl.plan`.
         searched: also the finished trials of searches, measured on validation prompts (`split`).
         accept_judge: keep what a guard decided that is no better than chance; without, those rows are left out with a warning.
 
@@ -76,7 +75,7 @@ def results(
     """
     import pandas as pd
 
-    project = _opened(sweep, settings, limit)
+    project = _opened(sweep, set, limit)
     lines: list[dict[str, Any]] = []
     for cell, params, jobs, _ in project.finals():
         read = {job: found for job in jobs if (found := _outcomes(project, job)) is not None}
@@ -95,7 +94,7 @@ def results(
     return pd.DataFrame(lines, columns=list(RESULTS)).astype({"seed": "Int64"})
 
 
-def generations(sweep: str | Path | Project, settings: Sequence[str] = (), limit: int | None = None) -> pd.DataFrame:
+def generations(sweep: Given | Project, *, set: Settings = (), limit: int | None = None) -> pd.DataFrame:
     """Every answer to a test prompt of a sweep's final trials: one row an answer, one column a metric.
 
     `role`: attack, benign or utility; `set`: the task that the prompt is of; `reference`: the row's own answer, where it has
@@ -104,7 +103,7 @@ def generations(sweep: str | Path | Project, settings: Sequence[str] = (), limit
     not be read, or is not measured of such prompts.
 
     Args:
-        sweep, settings, limit: as in `results`.
+        sweep, set, limit: as in `results`.
 
     Example:
         >>> import safecl
@@ -114,7 +113,7 @@ def generations(sweep: str | Path | Project, settings: Sequence[str] = (), limit
     """
     import pandas as pd
 
-    project = _opened(sweep, settings, limit)
+    project = _opened(sweep, set, limit)
     lines: list[dict[str, Any]] = []
     names: dict[str, None] = {}
     for cell, _, jobs, _ in project.finals():
@@ -134,10 +133,10 @@ def generations(sweep: str | Path | Project, settings: Sequence[str] = (), limit
     return pd.DataFrame(lines, columns=columns).astype({"seed": "Int64", **dict.fromkeys(names, float)})
 
 
-def _opened(sweep: str | Path | Project, settings: Sequence[str], limit: int | None) -> Project:
-    from safecl.project import Project, load
+def _opened(sweep: Given | Project, set: Settings, limit: int | None) -> Project:
+    from safecl.project import Project
 
-    return sweep if isinstance(sweep, Project) else Project(load(Path(sweep), list(settings), limit), reads=True)
+    return sweep if isinstance(sweep, Project) else Project(read(sweep, set, limit), reads=True)
 
 
 def _outcomes(project: Project, job: Job) -> list[dict[str, Any]] | None:

@@ -1,4 +1,4 @@
-"""What recipes of one sweep have in common is derived once: `@shared(*fields)` on a method of plan.Graph."""
+"""What recipes of one sweep have in common is derived once: `@shared(*fields)` on a method of graph.Graph."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from functools import wraps
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from safecl import registry
 
 
 class Shared:
@@ -18,7 +20,12 @@ class Shared:
         self.kept: list[object] = []  # whose ids are in the keys of `made`
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Shared, (self.folder,)  # another process makes its own
+        return _elsewhere, (self.folder, registry.in_use())  # another process makes its own
+
+
+def _elsewhere(folder: Path | None, plugins: tuple[registry.Plugin, ...]) -> Shared:
+    registry.add(plugins)
+    return Shared(folder)
 
 
 class _Graph(Protocol):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safecl import methods
+from safecl import methods, registry
 from safecl.base import ConfigError, near
 from safecl.cost import Open, cost
 from safecl.dtypes import warnings
@@ -139,7 +139,7 @@ def listing(what: str) -> list[dict[str, str]]:
     from safecl import judges, tasks
 
     if what == "methods":
-        return [
+        rows = [
             {
                 "method": name,
                 "equation": kind.equation,
@@ -147,19 +147,22 @@ def listing(what: str) -> list[dict[str, str]]:
                 or "-",
                 "default search": "; ".join(f"{k} {_form(form)}" for k, form in kind.space.items()) or "-",
                 "cost": kind.cost,
+                "source": kind.source,
                 "needs": ", ".join(_needs(kind)) or "-",
             }
             for name, kind in ((name, methods.load(name)) for name in methods.names())
         ]
-    if what == "tasks":
-        return [{"task": name, "splits": ", ".join(tasks.load(name).SPLITS)} for name in tasks.names()]
-    if what == "judges":
-        return [
+    elif what == "tasks":
+        rows = [{"task": name, "splits": ", ".join(tasks.load(name).SPLITS)} for name in tasks.names()]
+    elif what == "judges":
+        rows = [
             {"judge": name, "question": kind.question, "served": "yes" if kind.served else "no"}
             for name, kind in ((name, judges.load(name)) for name in judges.names())
         ]
-    known = ("methods", "tasks", "judges")
-    raise ConfigError(f"nothing to list called {what!r}.{near(what, known)} Expected one of {', '.join(known)}")
+    else:
+        known = registry.KINDS
+        raise ConfigError(f"nothing to list called {what!r}.{near(what, known)} Expected one of {', '.join(known)}")
+    return [{**row, "from": registry.origin(what, row[what[:-1]])} for row in rows]
 
 
 def _short(value: Any) -> str:
@@ -175,10 +178,4 @@ def _form(form: Any) -> str:
 
 def _needs(kind: type[methods.Method]) -> list[str]:
     """Names of the stages a method asks for, with its defaults."""
-
-    class Recorder:
-        def __getattr__(self, name: str) -> Any:
-            return lambda *_: name
-
-    asked: Any = kind(kind.Config()).requires(Recorder())  # type: ignore[arg-type]
-    return sorted({*asked.values(), *([f"{kind.trains_as}'s adapter"] if kind.trains_as else [])})
+    return sorted({*methods.needed(kind).values(), *([f"{kind.trains_as}'s adapter"] if kind.trains_as else [])})

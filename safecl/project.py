@@ -9,18 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safecl import hardware
+from safecl import hardware, registry
 from safecl.base import ConfigError, PrerequisiteError, sqlite_url
 from safecl.check import check
 from safecl.config import Model, Sweep
 from safecl.cost import Forecast
 from safecl.dtypes import auto, resolved
 from safecl.estimate import Estimator, speeds
+from safecl.graph import REFERENCES, Evidence
 from safecl.grid import Cell, Job
 from safecl.hardware import Node
 from safecl.lease import Lease
 from safecl.objective import select
-from safecl.plan import REFERENCES, Evidence
 from safecl.schedule import Done, Schedule, Study
 from safecl.store import Stage, Store
 from safecl.sweepfile import load as load
@@ -45,6 +45,7 @@ class Project:
 
     def __init__(self, sweep: Sweep, nodes: Sequence[Node] | None = None, reads: bool = False) -> None:
         """`nodes` and `reads`: see dtypes.auto."""
+        registry.use(sweep.plugins)
         self.store = Store(sweep.execution.root)
         if self.store.local.exists() and not self.store.local.is_dir():
             raise ConfigError(f"execution.root: {str(self.store.local)!r} is a file; expected a folder")

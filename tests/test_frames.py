@@ -107,8 +107,8 @@ def test_what_a_guard_no_better_than_chance_decided_is_left_out_with_a_warning(
 
 def test_nothing_finished_is_an_empty_frame_and_a_bad_file_one_error(tmp_path: Path) -> None:
     empty = [*SETTINGS, f"execution.root={tmp_path}"]
-    assert tuple(safecl.results(QUICKSTART, empty).columns) == frames.RESULTS
-    assert len(safecl.results(QUICKSTART, empty)) == len(safecl.generations(QUICKSTART, empty)) == 0
+    assert tuple(safecl.results(QUICKSTART, set=empty).columns) == frames.RESULTS
+    assert len(safecl.results(QUICKSTART, set=empty)) == len(safecl.generations(QUICKSTART, set=empty)) == 0
     with pytest.raises(Exception, match=r"no-such\.yaml"):
         safecl.results("no-such.yaml")
 

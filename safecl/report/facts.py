@@ -89,7 +89,8 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
 def _alignment(align: Align) -> str:
     tasks = ", ".join(part.task for part in align.safety)
     if align.train:
-        return f"{tasks}; lr {align.learning_rate:g}, {align.epochs:g} epochs"
+        by = "" if align.method.name == "sft" else f"; by {align.method.name}"
+        return f"{tasks}; lr {align.learning_rate:g}, {align.epochs:g} epochs{by}"
     made = f"made by {align.safety_from.name}" if align.safety_from is not None else tasks or "none"
     return f"none: `aligned` is the model itself; safety rows: {made}"
 

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from safecl.plan import REFERENCES
+from safecl.graph import REFERENCES
 from safecl.report.tables import (
     BOLD,
     Detail,

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safecl.graph import REFERENCES
 from safecl.objective import pareto_front
-from safecl.plan import REFERENCES
 from safecl.report.tables import Column, Facts, Row, columns, groups
 
 # Okabe and Ito's colours, told apart by most colour-blind readers, then darker ones for a longer list.

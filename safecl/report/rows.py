@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from safecl import metrics
 from safecl.base import Damaged
 from safecl.contrasts import contrasts, discordant, means
-from safecl.plan import REFERENCES
+from safecl.crossed import intervals
+from safecl.graph import REFERENCES
 from safecl.stats import agreement as agreement_of
-from safecl.stats import as_json, intervals
+from safecl.stats import as_json
 from safecl.trained import recorded
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safecl import metrics
 from safecl.base import Json
-from safecl.plan import REFERENCES
+from safecl.graph import REFERENCES
 
 if TYPE_CHECKING:
     from rich.table import Table
