@@ -240,12 +240,12 @@ def export(
 
 @app.command()
 def ls(
-    what: Annotated[str, typer.Argument(help="methods, tasks or judges")] = "methods",
+    what: Annotated[str, typer.Argument(help="methods, tasks, judges or metrics")] = "methods",
     file: Annotated[Path | None, typer.Argument(help="A sweep file: its plugins are listed too")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List methods (with their equations), tasks (with their splits) or judges (with their questions), and where they
-    come from."""
+    """List methods (with their equations), tasks (with their splits), judges (with their questions) or metrics (with what
+    they are measured of), and where they come from."""
     from safecl.overview import listing
 
     if file is not None:

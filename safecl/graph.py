@@ -584,6 +584,7 @@ class Graph:
         if split == "test" and kind.options is not tasks.Task.options:
             measures.append({"metric": "likelihood", "set": task, "of": "likelihood", "role": "utility"})
         versions = [tasks.load(part.task).SCORING for part in [*prompts.attack, Rows(task=task)]]
+        versions += [metric.version for metric in measured if registry.tags(metric.version)]
         return Questions(asked, utility, SharedConfig({"measures": measures}), "+".join(versions))
 
 

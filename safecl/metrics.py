@@ -9,13 +9,12 @@ A metric comes from one of four places, and is declared where it is made:
 
 Judges side by side on one question: the decision's share has the plain name (`asr`), another judge's is `asr:JUDGE`.
 
-A new one, as an entry of METRICS here, or of a module outside that a sweep loads, is computed where the sweep names it:
+A new one is an entry of METRICS here, or stands in a file of a sweep's `plugins` or behind an entry point of the group
+`safecl.metrics`. It is computed where a sweep names it (`evaluate.metrics: [long]`):
 
     LONG = Metric("long", "over 50 words", roles=("attack", "benign"), of=lambda asked: {
         line["id"]: float(len(line["text"].split()) > 50) for line in asked.answers
     })
-
-    evaluate: {metrics: [long], ...}
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from safecl import registry
 from safecl.base import ConfigError, near
 from safecl.text import without_reasoning
 
@@ -145,13 +145,13 @@ METRICS = (
 
 
 def names() -> tuple[str, ...]:
-    """Names of all metrics: ours, then what each task declares, in its order."""
+    """Names of all metrics: ours, those from outside, then what each task declares, in its order."""
     return tuple(_declared())
 
 
 def load(name: str) -> Metric:
     """The metric called `name`. Raises ConfigError for one that nothing declares."""
-    for metric in METRICS:  # without importing a task
+    for metric in (*METRICS, *registry.metrics().values()):  # without importing a task
         if metric.name == name:
             return metric
     declared = _declared()
@@ -208,10 +208,14 @@ def decided_by(question: str, given: Iterable[str]) -> list[str]:
 
 
 def _declared() -> dict[str, Metric]:
-    """Every metric by name. Raises ConfigError for a name that two tasks declare otherwise."""
+    """Every metric by name: ours, those from outside, what tasks declare.
+
+    Raises:
+        ConfigError: a task declares a name that is declared otherwise elsewhere.
+    """
     from safecl import tasks
 
-    found = {metric.name: metric for metric in METRICS}
+    found = {metric.name: metric for metric in METRICS} | registry.metrics()
     for task in tasks.names():
         for metric in tasks.load(task).METRICS:
             if found.setdefault(metric.name, metric) != metric:

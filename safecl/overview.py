@@ -135,8 +135,8 @@ def write_report(project: Project, out: Path | None, accept_judge: bool = False)
 
 
 def listing(what: str) -> list[dict[str, str]]:
-    """Methods, tasks or judges as rows for `safecl ls`."""
-    from safecl import judges, tasks
+    """Methods, tasks, judges or metrics as rows for `safecl ls`."""
+    from safecl import judges, metrics, tasks
 
     if what == "methods":
         rows = [
@@ -159,8 +159,26 @@ def listing(what: str) -> list[dict[str, str]]:
             {"judge": name, "question": kind.question, "served": "yes" if kind.served else "no"}
             for name, kind in ((name, judges.load(name)) for name in judges.names())
         ]
+    elif what == "metrics":
+        rows = [
+            {
+                "metric": each.name,
+                "column": each.title,
+                "better": each.better or "-",
+                "unit": each.unit,
+                "margin": "-" if each.margin is None else f"{each.margin:g}",
+                "of": ", ".join(each.roles) or "labelled pairs",
+                "by": "rule" if each.of else each.judge or (f"judges.{each.question}" if each.question else "task"),
+                "measured": "always"
+                if each.is_always_measured
+                else "where named"
+                if each.of or each.judge
+                else "with its task",
+            }
+            for each in map(metrics.of, metrics.names())
+        ]
     else:
-        known = registry.KINDS
+        known = (*registry.KINDS, "metrics")
         raise ConfigError(f"nothing to list called {what!r}.{near(what, known)} Expected one of {', '.join(known)}")
     return [{**row, "from": registry.origin(what, row[what[:-1]])} for row in rows]
 

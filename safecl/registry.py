@@ -1,9 +1,9 @@
-"""Methods, tasks and judges by name: safecl's own files, installed packages' entry points, and files that a sweep names.
+"""Methods, tasks, judges and metrics by name: safecl's own, installed packages' entry points, and files that a sweep names.
 
     safecl's own     one file a name: `methods/der.py` holds `Der`, called `der`
-    installed        entry points of the groups `safecl.methods`, `safecl.tasks` and `safecl.judges`
+    installed        entry points of the groups `safecl.methods`, `safecl.tasks`, `safecl.judges` and `safecl.metrics`
     plugins          files that a sweep names: every class in them that subclasses Method, Task or Judge, `MyMethod`
-                     called `my_method`
+                     called `my_method`; and every Metric that stands in one
 
 What comes from outside carries its content in the `VERSION` of its classes (see `_stamp`), so it is in the identity of
 every stage that uses one of them and of no other. Where the file lies is no identity. A stage brings the plugins that its
@@ -20,7 +20,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -85,6 +85,7 @@ def read(paths: Iterable[str]) -> tuple[Plugin, ...]:
     try:
         for kind in KINDS if not errors else ():
             _known(kind, found)
+        _metric_sources(found if not errors else ())
     except ConfigError as error:
         errors.append(f"plugins: {error}")
     if errors:
@@ -119,6 +120,12 @@ def from_hints(given: Mapping[str, str]) -> None:
         add(Plugin(path, source) for path, source in json.loads(given[HINT]))
 
 
+def metrics() -> dict[str, Any]:
+    """Metrics from outside by name, with the content that they come from in their `version`. Raises ConfigError as `load`
+    does, and for a name that is taken."""
+    return _metrics(_process.plugins)
+
+
 def any_outside() -> bool:
     """Whether anything is known that is not safecl's own."""
     return bool(_process.plugins) or any(map(_installed, KINDS))
@@ -145,7 +152,8 @@ def load(kind: str, name: str) -> type:
 
 def origin(kind: str, name: str) -> str:
     """Where it comes from, in words: `safecl`, a package and its version, or a file."""
-    found = _known(kind, _process.plugins).get(name)
+    known = _metric_sources(_process.plugins) if kind == "metrics" else _known(kind, _process.plugins)
+    found = known.get(name)
     if isinstance(found, Plugin):
         path = Path(found.path)
         return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
@@ -204,16 +212,71 @@ def _classes(plugin: Plugin) -> dict[tuple[str, str], type]:
                 continue
             if value.__module__ == module.__name__:
                 found[kind, _snake(value.__name__)] = _checked(value, base, plugin.path, plugin.tag)
-    if not found:
+    if not found and not _metrics_of(plugin):
         bases = ", ".join(f"safecl.{kind}.{name}" for kind, name in KINDS.items())
         raise ConfigError(
-            f"{plugin.path} holds nothing that safecl knows; expected a class that subclasses one of {bases}"
+            f"{plugin.path} holds nothing that safecl knows; expected a class that subclasses one of {bases}, or a "
+            "safecl.metrics.Metric"
         )
     return found
 
 
 def _names_of(plugin: Plugin) -> set[tuple[str, str]]:
-    return set(_classes(plugin))
+    return {*_classes(plugin), *(("metrics", name) for name in _metrics_of(plugin))}
+
+
+@cache
+def _metrics_of(plugin: Plugin) -> dict[str, Any]:
+    """The metrics of a plugin. Those whose variable begins with `_` are its own business."""
+    made = [value for name, value in vars(_module(plugin)).items() if _is_metric(value) and not name.startswith("_")]
+    return {each.name: _versioned(each, plugin.tag) for each in made}
+
+
+def _is_metric(value: Any) -> bool:
+    return isinstance(value, importlib.import_module("safecl.metrics").Metric)
+
+
+def _versioned(metric: Any, tag: str) -> Any:
+    """No metric from outside is measured unasked: results would depend on what is installed."""
+    return replace(metric, version=f"{metric.version}+{tag}", is_always_measured=False)
+
+
+@cache
+def _metric_sources(plugins: tuple[Plugin, ...]) -> dict[str, Plugin | EntryPoint]:
+    """Where each metric from outside comes from. Raises ConfigError if a name is taken."""
+    found: dict[str, Plugin | EntryPoint] = {}
+    own = {metric.name for metric in importlib.import_module("safecl.metrics").METRICS}
+    outside: list[tuple[str, Plugin | EntryPoint]] = [(entry.name, entry) for entry in _installed("metrics")]
+    outside += [(name, plugin) for plugin in plugins for name in _metrics_of(plugin)]
+    for name, source in outside:
+        if name in own or name in found:
+            whose = "is safecl's own" if name in own else f"is in {_told(found[name])} too"
+            raise ConfigError(f"{_told(source)}: metric {name!r} {whose}; give it another name")
+        found[name] = source
+    return found
+
+
+@cache
+def _metrics(plugins: tuple[Plugin, ...]) -> dict[str, Any]:
+    return {
+        name: _metrics_of(source)[name] if isinstance(source, Plugin) else _metric_of_package(name, source)
+        for name, source in _metric_sources(plugins).items()
+    }
+
+
+def _metric_of_package(name: str, entry: EntryPoint) -> Any:
+    where = f"package {_distribution(entry)}, {entry.value}"
+    try:
+        found = entry.load()
+        content = Path(str(importlib.import_module(entry.module).__file__)).read_bytes()
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{where}: cannot be imported ({told})") from None
+    if not _is_metric(found) or found.name != name:
+        raise ConfigError(f"{where}: expected a safecl.metrics.Metric called {name!r}, got {found!r}")
+    return _versioned(
+        found, f"installed:{_distribution(entry).replace(' ', '==')}:{hashlib.sha256(content).hexdigest()}"
+    )
 
 
 def _snake(name: str) -> str:

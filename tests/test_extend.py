@@ -32,11 +32,13 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         (tmp_path / name).write_text(text)
     text = (REPOSITORY / "sweeps" / "quickstart.yaml").read_text()
     text = text.replace(
-        "\nmethods:\n", "\nplugins: [./my_method.py, my_task.py, my_judge.py]\n\nmethods:\n  - name: my_method\n"
+        "\nmethods:\n",
+        "\nplugins: [./my_method.py, my_task.py, my_judge.py, my_metric.py]\n\nmethods:\n  - name: my_method\n",
     )
     text = re.sub(
         r"\ntasks:\n(  .*\n)+", "\ntasks: [{task: capitals, num_rows: 40, epochs: 1, max_tokens: 96}]\n", text
     )
+    text = text.replace("\nevaluate:\n", "\nevaluate:\n  metrics: [polite, brief]\n")
     (tmp_path / "sweep.yaml").write_text(text)
     yield tmp_path
     registry.use([])
@@ -56,17 +58,19 @@ def test_what_a_file_adds_is_everywhere(
 ) -> None:
     """In ls, plan, table and page."""
     monkeypatch.chdir(folder)
-    where = {"methods": "my_method", "tasks": "capitals", "judges": "polite"}
+    where = {"methods": "my_method", "tasks": "capitals", "judges": "polite", "metrics": "polite"}
     for what, name in where.items():
         rows = json.loads(said(capsys, monkeypatch, "ls", what, "sweep.yaml", "--json"))
         [found] = [row for row in rows if row[what[:-1]] == name]
         assert found["from"] == f"my_{what[:-1]}.py"
     short = ["sweep.yaml", "--limit", "8"]
     assert "capitals / p=0.1 / my_method" in said(capsys, monkeypatch, "plan", *short)
-    project = Project(load(Path("sweep.yaml"), ["methods=[{name: sft}, {name: my_method}]"], 8))
-    made_up.finish(project)
-    table = said(capsys, monkeypatch, "report", *short, "--set", "methods=[{name: sft}, {name: my_method}]")
-    assert "my_method" in table and "capitals" in table
+    settings = ["methods=[{name: sft}, {name: my_method}]", "evaluate.judges.asr=keywords"]
+    made_up.finish(Project(load(Path("sweep.yaml"), settings, 8)))
+    short += [word for setting in settings for word in ("--set", setting)]
+    table = said(capsys, monkeypatch, "report", *short)
+    assert all(name in table for name in ("my_method", "capitals", "apologises", "under 20 words"))
+    assert "apologises" in said(capsys, monkeypatch, "report", "--markdown", *short)
     assert "my_method" in (folder / "runs" / "report" / "quickstart" / "index.html").read_text()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from safecl import judges, methods, registry, tasks
+from safecl import judges, methods, metrics, registry, tasks
 from safecl.base import ConfigError
 from safecl.dtypes import resolved
 from safecl.grid import Job, cells
@@ -231,3 +231,59 @@ def test_names_and_classes_of_safecl_are_what_they_were() -> None:
     for room in (methods, tasks, judges):
         for name in room.names():
             assert room.load(name).__module__ == f"{room.__name__}.{name}"
+
+
+METRIC = """
+from safecl.metrics import Metric
+
+
+def _long(asked):
+    return {line["id"]: float(len(line["text"].split()) > 50) for line in asked.answers}
+
+
+LONG = Metric("long", "over 50 words", "low", roles=("attack", "benign"), of=_long, is_always_measured=True)
+_OWN = Metric("own")
+"""
+
+
+def test_a_plugins_metric_is_measured_where_a_sweep_names_it_and_its_file_goes_along(tmp_path: Path) -> None:
+    (tmp_path / "long.py").write_text(METRIC)
+    (tmp_path / "my_method.py").write_text(METHOD)
+    file = sweep_file(tmp_path, "./my_method.py", "./long.py")
+    named = "evaluate.metrics=[long]"
+    stage = jobs(file, named)["sft"].evidence.metrics
+    assert any(each["metric"] == "long" for each in stage.config["measures"])  # type: ignore[index, union-attr, call-overload]
+    assert metrics.of("long").column == "over 50 words" and "own" not in metrics.names()
+    [line] = [line for line in listing("metrics") if line["metric"] == "long"]
+    assert (line["by"], line["measured"], line["better"]) == ("rule", "where named", "low") and "long.py" in line[
+        "from"
+    ]
+    registry.use([])
+    with pytest.raises(ConfigError, match="unknown metric 'long'"):
+        metrics.of("long")
+    registry.from_hints(stage.hints)  # as in the process that runs the stage
+    assert metrics.of("long").of is not None
+    (tmp_path / "long.py").write_text(METRIC.replace("50", "60"))
+    assert jobs(file, named)["sft"].evidence.metrics.key != stage.key
+    plain = jobs(file)["sft"].evidence.metrics
+    assert "long" not in json.dumps(plain.config) and registry.HINT not in plain.hints
+    (tmp_path / "long.py").write_text(METRIC.replace('"long"', '"asr"'))
+    with pytest.raises(ConfigError, match=r"long\.py: metric 'asr' is safecl's own; give it another name"):
+        load(file, [named])
+
+
+def test_an_installed_packages_metric_is_known_by_its_entry_point(tmp_path: Path) -> None:
+    package = tmp_path / "outside_metrics.py"
+    package.write_text(METRIC)
+    info = tmp_path / "outside_metrics-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-metrics\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[safecl.metrics]\nlong = outside_metrics:LONG\n")
+    code = (
+        "from safecl import metrics; long = metrics.of('long'); assert 'long' in metrics.names()\n"
+        "assert 'installed:outside-metrics==1.0:' in long.version and not long.is_always_measured\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -248,9 +248,10 @@ class TaskContract(_Contract):
     def test_scores_are_fractions(self) -> None:
         kind = tasks.load(self.task)
         if "utility.test" in kind.SPLITS:
-            rows = kind(self.folder).rows("utility.test", 3, 0)
+            declared, rows = metrics.of_task(kind), kind(self.folder).rows("utility.test", 3, 0)
             for text in ("", "something else", rows[0].response):
-                for values in kind(self.folder).scores(rows, [text] * len(rows)).values():
+                for name, values in kind(self.folder).scores(rows, [text] * len(rows)).items():
+                    assert name in declared, f"{name} is not among METRICS"
                     assert len(values) == len(rows) and all(value is None or 0 <= value <= 1 for value in values)
 
 
