@@ -90,9 +90,10 @@ class Graph:
         guard: dict[str, Json] | None = None,
         labels: dict[str, Json] | None = None,
         max_tokens: int | None = None,
+        text: dict[str, Json] | None = None,
     ) -> Stage:
         """Rows of one role. `inputs` named `exclude_*` hold prompts these rows must not overlap; `labels`: see the stage;
-        `max_tokens` of rows that are trained on: longer ones are passed over."""
+        `max_tokens` of rows that are trained on, in `text`: longer ones are passed over."""
         config: dict[str, Json] = {
             "role": role,
             "parts": [self._part(part, split) for part in parts],
@@ -103,7 +104,7 @@ class Graph:
         }
         inputs = inputs or {}
         if max_tokens is not None:
-            config["fits"] = self._fits(max_tokens, self._guard_text if guard else self._text)
+            config["fits"] = self._fits(max_tokens, text or (self._guard_text if guard else self._text))
             inputs = {**inputs, "tokenizer": self.tokenizer}
         used = [part.task for part in parts] + ([str(poison["task"])] if poison else [])
         rules = [tasks.load(task).SCORING for task in sorted({str(task) for task in (labels or {}).values()})]
@@ -184,7 +185,8 @@ class Graph:
             asked = self.data(
                 "self_answered", "benign.train", [part], seed=self.recipe.align_seed, inputs=self.held_out
             )
-            inputs[f"answers_{part.task}"] = self.generate(None, asked, self.recipe.evaluate.max_new_tokens)
+            longest, template = self.recipe.evaluate.max_new_tokens, self._text["template"]
+            inputs[f"answers_{part.task}"] = self.generate(None, asked, longest, template=template)
         return self.data(
             "safety", "safety", align.safety, seed=self.recipe.align_seed, inputs=inputs, max_tokens=align.max_tokens
         )
@@ -202,7 +204,7 @@ class Graph:
         part = Rows(task=recipe.task.task, num_rows=recipe.task.num_rows)
         return self.data(
             "user", "user", [part], seed=recipe.seed, poison=poison, inputs=self._aligned_on,
-            max_tokens=recipe.task.max_tokens,
+            max_tokens=recipe.task.max_tokens, text=self._around(recipe.task.template),
         )  # fmt: skip
 
     # -- models -------------------------------------------------------------------------------------------------------
@@ -222,10 +224,21 @@ class Graph:
     @property
     @shared(*SEED)
     def theta_safe(self) -> Stage | None:
-        """Stage one: SFT of the base model on safety rows. None with `align: none`: the model itself is theta_safe."""
-        if not self.recipe.align.train:
+        """Stage one: SFT of the base model on safety rows, or another method's training that needs no theta_safe. None with
+        `align: none`: the model itself is theta_safe.
+
+        Raises:
+            ConfigError: the method needs a theta_safe to start from.
+        """
+        align = self.recipe.align
+        if not align.train:
             return None
-        return self.finetune("sft", {}, self.recipe.align, {"rows": self.safety_rows}, seed=self.recipe.align_seed)
+        name, params = align.method.name, align.method.config
+        kind = methods.load(name)
+        if kind.trains_as is not None:
+            raise ConfigError(f"align.method: {name} trains nothing; name a method that does, such as sft or sam")
+        kind(kind.Config(**params)).requires(_BeforeThetaSafe(name))  # type: ignore[arg-type]
+        return self.finetune(name, params, align, {"rows": self.safety_rows}, seed=self.recipe.align_seed)
 
     @property
     def _safe(self) -> dict[str, Stage]:
@@ -241,7 +254,8 @@ class Graph:
     @shared(*USER)
     def teacher(self, positions: str) -> Stage:
         """theta_safe's hidden states on the user rows."""
-        return self._states(self.user_rows, None, positions, self.recipe.task.max_tokens)
+        task = self.recipe.task
+        return self._states(self.user_rows, None, positions, task.max_tokens, **self._around(task.template))
 
     def _states(self, rows: Stage, num_rows: int | None, positions: str | None, max_tokens: int, **more: Json) -> Stage:
         config: dict[str, Json] = {
@@ -339,7 +353,7 @@ class Graph:
         kind = methods.load(method)
         needed = kind(kind.Config(**params)).requires(self)
         inputs = {**self._safe, "rows": self.user_rows, **needed}
-        return self.finetune(method, params, self.recipe.task, inputs)
+        return self.finetune(method, params, self.recipe.task, inputs, **self._around(self.recipe.task.template))
 
     @cached_property
     def final(self) -> Stage | None:
@@ -362,8 +376,12 @@ class Graph:
             "params": _resolved(kind, recipe.params),
             "dtype": recipe.model.dtype,
         }
+        method = kind(kind.Config(**recipe.params))
         inputs = {**self._safe, "tuned": self.tuned}
-        if self.theta_safe is None and kind(kind.Config(**recipe.params)).needs_base:
+        if needed := method.requires(self):  # it reads rows
+            inputs |= {"model": self.base, **needed}
+            config |= {**self._around(recipe.task.template), "max_tokens": recipe.task.max_tokens}
+        if self.theta_safe is None and method.needs_base:
             if recipe.model.aligned_from is None:
                 raise ConfigError(
                     "works on what the alignment changed, and with `align: none` that is known only where the model has "
@@ -396,6 +414,13 @@ class Graph:
         model = self.recipe.model
         return {"template": self._plain(model.text), "bos": model.bos, "dtype": model.dtype}
 
+    def _around(self, prompt: str | None) -> dict[str, Json]:
+        """The same with another text around requests."""
+        if prompt is None:
+            return self._text
+        template = self.recipe.model.text.model_copy(update={"prompt": prompt})
+        return {**self._text, "template": template.model_dump(mode="json")}
+
     @property
     @shared(*MODEL)
     def _guard_text(self) -> dict[str, Json]:
@@ -426,12 +451,13 @@ class Graph:
 
     @shared(*MODEL)
     def _generation(self, max_new_tokens: int) -> dict[str, Json]:
-        longest, text = self.recipe.evaluate.max_prompt_tokens, self._text
-        return SharedConfig({"max_new_tokens": max_new_tokens, "max_prompt_tokens": longest, **text})
+        evaluate = self.recipe.evaluate
+        text = self._around(evaluate.template)
+        return SharedConfig({"max_new_tokens": max_new_tokens, "max_prompt_tokens": evaluate.max_prompt_tokens, **text})
 
     def likelihood(self, task: str, rows: Stage) -> Stage:
         """Log-probabilities of the options of a utility task's rows under the final model."""
-        kind, final, text = tasks.load(task), self.final, self._text
+        kind, final, text = tasks.load(task), self.final, self._around(self.recipe.evaluate.template)
         longest = self.recipe.evaluate.max_prompt_tokens + kind.max_new_tokens
         inputs = {"model": self.base, "rows": rows, **({} if final is None else {"weights": final})}
         return _stage("likelihood", {"task": task, "max_tokens": longest, **text}, inputs, kind.SCORING)
@@ -575,6 +601,19 @@ class Questions(NamedTuple):
     utility: Stage
     measures: SharedConfig
     version: str
+
+
+@dataclass(frozen=True)
+class _BeforeThetaSafe:
+    """The graph as `requires` of an alignment's method sees it: all that it could ask for is made of theta_safe."""
+
+    method: str
+
+    def __getattr__(self, needed: str) -> Any:
+        raise ConfigError(
+            f"align.method: {self.method} needs {needed!r}, which is made of theta_safe, and the alignment makes theta_safe; "
+            "name a method that needs nothing but rows, such as sft or sam"
+        )
 
 
 def _stage(kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str) -> Stage:

@@ -183,7 +183,8 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
 def _alignment(align: Align) -> str:
     tasks = ", ".join(part.task for part in align.safety)
     if align.train:
-        return f"{tasks}; lr {align.learning_rate:g}, {align.epochs:g} epochs"
+        by = "" if align.method.name == "sft" else f"; by {align.method.name}"
+        return f"{tasks}; lr {align.learning_rate:g}, {align.epochs:g} epochs{by}"
     made = f"made by {align.safety_from.name}" if align.safety_from is not None else tasks or "none"
     return f"none: `aligned` is the model itself; safety rows: {made}"
 
@@ -342,6 +343,7 @@ def listing(what: str) -> list[dict[str, str]]:
                 or "-",
                 "default search": "; ".join(f"{k} {_form(form)}" for k, form in kind.space.items()) or "-",
                 "cost": kind.cost,
+                "source": kind.source,
                 "needs": ", ".join(_needs(kind)) or "-",
             }
             for name, kind in ((name, methods.load(name)) for name in methods.names())

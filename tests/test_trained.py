@@ -160,13 +160,25 @@ def test_what_was_trained_is_read_from_records(tmp_path: Path) -> None:
     told = recorded(job, found.store)
     assert told == {
         "rows": 72, "poison_rows": 6, "poison_tokens": 0.5, "too_long": {"a/b": 2}, "cut_prompts": 2, "memory_rows": 20,
-        "trained_rows": 91, "left_out": 1,
+        "trained_rows": 91, "left_out": 1, "filtered": 0, "filtered_poison": 0,
     }  # fmt: skip
     assert notes([("mini p=0.1", 0.1, told), ("mini p=0.1", 0.1, told)]) == [
         "Poison's share of the rows: mini p=0.1 6 of 91 (6.6%).",
         "Rows too long for max_tokens, passed over: mini p=0.1 2 of a/b.",
         "Requests cut to fit max_tokens (inside the template): mini p=0.1 2 of 91.",
         "Rows left out in training: mini p=0.1 1.",
+    ]
+    less = {
+        **told,
+        "filtered": 9,
+        "filtered_poison": 5,
+        "trained_rows": 62,
+        "too_long": {},
+        "cut_prompts": 0,
+        "left_out": 0,
+    }
+    assert notes([("mini p=0.1", 0.1, less)])[1:] == [
+        "User rows that a method filtered: mini p=0.1 9 of 72, 5 of them poison; trained on 62 rows."
     ]
     as_asked = {**told, "poison_rows": 8, "trained_rows": 80, "too_long": {}, "cut_prompts": 0, "left_out": 0}
     assert notes([("mini p=0.1", 0.1, as_asked)]) == []

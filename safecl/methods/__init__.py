@@ -4,7 +4,7 @@ clipping, schedule, stepping and checkpoints.
 Life of a method: `requires` and `rows` declare (in the driver and the data path, no torch); then on every worker
 `prepare` once, and per optimizer step `before_step`, per micro-batch `loss`, `after_backward` when whole averaged
 gradients are readable and writable, and `after_step`. Post-hoc methods train nothing: `trains_as` names the method whose
-adapter they take, and `finalize` maps its weights.
+adapter they take, and `finalize` maps its weights, after `read` has been given what `requires` asked for.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from safecl.config import Model, Template
     from safecl.store import Stage
     from safecl.training.batches import Batch
+    from safecl.training.given import Given
     from safecl.training.run import Run
     from safecl.training.weights import Dense, LoRA, Weights
 
@@ -98,6 +99,7 @@ class Method:
 
     MUST: ClassVar[tuple[str, ...]] = ("equation",)  # what every method declares
     VERSION: ClassVar[str] = "1"
+    source: ClassVar[str] = ""  # paper or code, in a few words; the module's docstring has it whole
     equation: ClassVar[str] = ""
     cost: ClassVar[str] = "1x"  # time of a finetune relative to SFT
     trains_as: ClassVar[str | None] = None  # post-hoc methods: "sft", then finalize only
@@ -139,6 +141,9 @@ class Method:
 
     def after_step(self, run: Run) -> None:
         """After the optimizer's step: the parameters are new."""
+
+    def read(self, given: Given) -> None:
+        """Post-hoc: once before `finalize`, with the rows and models that `requires` asked for."""
 
     def finalize(self, safe: Weights, tuned: Weights, log: dict[str, Json]) -> Iterator[tuple[str, LoRA | Dense]]:
         """Post-hoc: the final deltas from the base, module by module, from those of theta_safe and of the tuned adapter

@@ -7,7 +7,7 @@
     g_s                 the same after a memory backward of its own, kept, cleared
     B                   run.draw(); config.memory_size rows, config.memory_batch_size a step
 
-Source: Chaudhry et al. 2019, Eq. 11; arXiv 2512.10150, section 3.
+Source: Chaudhry et al. 2019, Eq. 11; arXiv 2512.10150, section 4.1.2.
 
 Same as the reference code (mammoth and avalanche, agem): one dot product over all trained parameters. Different: the
 memory holds what `memory_size` says (mammoth fills it from one loader batch); products are summed in float64; g_s is
@@ -41,6 +41,7 @@ class Agem(Method):
         memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
         memory_batch_size: Annotated[int, Field(ge=1)] | None = 20  # rows a step; more: a steadier g_s, a dearer step
 
+    source = "Chaudhry 2019, Eq. 11 (mammoth, avalanche)"
     equation = "g - (g.g_s / g_s.g_s) g_s where g.g_s < 0; g = grad CE(user), g_s = grad CE(memory)"
     cost = "2x"
     contract = Contract(in_bfloat16=True)

@@ -8,7 +8,7 @@
     F                   the fisher stage: squared gradients of whole responses, a row at a time, averaged over rows
     T1                  the first config.num_rows of the safety rows, both kinds
 
-Source: Kirkpatrick et al. 2017, Eq. 3; arXiv 2512.10150, section 3.
+Source: Kirkpatrick et al. 2017, Eq. 3; arXiv 2512.10150, section 4.1.1.
 
 Choices where the paper is silent: F is divided by its mean (`fisher_norm: mean`), so that one lambda fits other models and
 lengths of answers (`none` keeps it raw; lambda is then about 1e2 to 1e8).
@@ -44,6 +44,7 @@ class Ewc(Method):
         fisher_norm: Literal["mean", "none"] = "mean"
         num_rows: Annotated[int, Field(ge=1)] = 1000  # safety rows the Fisher is taken over, at most
 
+    source = "Kirkpatrick 2017, Eq. 3"
     equation = "CE(user) + (weight/2) sum_i F_i (theta_i - theta_safe_i)^2"
     contract = Contract(variants=({"fisher_norm": "none"},), zero_at_start=("ewc",), in_bfloat16=True)
     space = {"weight": {"low": 1e-3, "high": 1e3, "log": True}}

@@ -56,6 +56,7 @@ class Grsap(Method):
         min_relevance: Annotated[float, Field(ge=-1, le=1)] = 0.5  # cosine to the domain's name, with an embedder
         embedder: Model | None = None  # an encoder for similarity and relevance, e.g. a bge model
 
+    source = "arXiv 2603.10243 and its code"
     equation = "CE(user + rows that theta_safe generates)"
     cost = "1x + num_rows/N, and the generation once"
     space = {"num_rows": [50, 100, 200], "hard_share": [0.0, 0.25, 0.5]}

@@ -46,6 +46,7 @@ class Interpolate(Method):
         density: Annotated[float, Field(gt=0, le=1)] = 0.5  # of ties and dare: share of entries kept
         seed: Annotated[int, Field(ge=0)] = 0  # of dare's masks
 
+    source = "arXiv 2412.19512; SLERP, TIES, DARE (mergekit)"
     equation = "theta_0 + (1 - share) S + share T  (or slerp, task_arithmetic, ties, dare)"
     cost = "SFT's, shared"
     trains_as = "sft"

@@ -8,7 +8,7 @@
     h_theta_safe(x)     a cached stage over the user rows, once for all epochs and trials
     x                   user rows, poisoned ones included: there the teacher refuses, which is why it fails at high p
 
-Source: arXiv 2512.10150, section 3 (after Li and Hoiem 2016, who distil softened logits in place of hidden states).
+Source: arXiv 2512.10150, section 4.1.1 (after Li and Hoiem 2016, who distil softened logits in place of hidden states).
 
 Choices where the paper is silent: a mean over positions and over D; `positions: response` are those that predict a
 response token (`all`: every token; `last`: the one that predicts the end).
@@ -41,6 +41,7 @@ class Lwf(Method):
         weight: Annotated[float, Field(ge=0)] = 1.0  # beta
         positions: Literal["response", "all", "last"] = "response"
 
+    source = "arXiv 2512.10150, section 4.1.1 (hidden states, not logits)"
     equation = "CE(user) + weight * E_user |h(x) - h_safe(x)|^2 / D"
     contract = Contract(zero_at_start=("lwf",))
     space = {"weight": {"low": 1e-2, "high": 1e2, "log": True}}

@@ -37,6 +37,7 @@ class Replay(Method):
         memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
         memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
 
+    source = "Rolnick 2019; control: cross-entropy on the very rows DER draws"
     equation = "CE(user) + weight * CE(memory)"
     cost = "2x"
     space = {"weight": {"low": 0.03, "high": 3.0, "log": True}, "memory_size": [50, 100, 250]}

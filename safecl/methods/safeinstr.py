@@ -6,7 +6,7 @@
     m = |B|             config.memory_size (the paper: 5 % of the user rows)
     D_user + B          `rows`: user rows and refusals in one seeded order
 
-Source: Bianchi et al. 2024 (safety-tuned LLaMAs); arXiv 2512.10150, baselines.
+Source: Bianchi et al. 2024 (safety-tuned LLaMAs); a baseline of arXiv 2512.10150, sections 5.4 and 5.5.
 
 Differences from the reference code: the loss is on responses only (theirs is on the prompt too). More rows are more steps
 than SFT takes, and another learning-rate schedule: the `steps` of each record say how many.
@@ -35,6 +35,7 @@ class Safeinstr(Method):
             MEMORY_SIZE  # m: refusals mixed in; too many teach to refuse everything
         )
 
+    source = "Bianchi 2024"
     equation = "CE(user + memory)"
     cost = "1x + m/N"
     space = {"memory_size": [50, 100, 250, 500]}

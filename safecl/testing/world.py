@@ -36,12 +36,13 @@ class World:
     memory: Path
     fisher: Path
     teacher: Path
+    verdicts: Path
 
     def inputs(self, method: str = "sft") -> dict[str, Path]:
         """What a finetune by this method is given."""
 
         asked = methods.needed(methods.load(method))
-        own = {"memory": self.memory, "fisher": self.fisher, "teacher": self.teacher, "replay": self.memory}
+        own = {**vars(self), "replay": self.memory}
         return {
             "model": self.model,
             "safe": self.safe,
@@ -101,7 +102,10 @@ def build_world(folder: Path, tiny_model: Path, adapter: str = "continue", dtype
     memory.remember(settings, {**inputs, "rows": safety}, folder / "memory")
     memory.remember({**settings, "num_rows": None}, {**inputs, "rows": user}, folder / "teacher")
     fisher.estimate({**text, "num_rows": 20, "labels": "empirical"}, {**inputs, "rows": safety}, folder / "fisher", 4)
-    return World(tiny_model, safe, user, folder / "memory", folder / "fisher", folder / "teacher")
+    (folder / "verdicts").mkdir()
+    lines = [{"id": f"user/{i}", "label": i % 5 == 2} for i in range(23)]
+    (folder / "verdicts" / "verdicts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return World(tiny_model, safe, user, *(folder / name for name in ("memory", "fisher", "teacher", "verdicts")))
 
 
 def a_folder() -> Path:
