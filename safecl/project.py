@@ -55,7 +55,7 @@ def _entry(name: str, seeds: dict[int, list[dict[str, Any]]]) -> dict[str, Any] 
 
 
 def _interval(name: str, read: list[list[dict[str, Any]]]) -> dict[str, Any] | None:
-    from safecl.stats import intervals
+    from safecl.crossed import intervals
 
     found = intervals(read, bounded=not name.endswith("_nll"))  # nats have no upper end
     return None if found is None else {**found._asdict(), "num": sum(map(len, read))}
