@@ -237,7 +237,7 @@ class Graph:
         kind = methods.load(name)
         if kind.trains_as is not None:
             raise ConfigError(f"align.method: {name} trains nothing; name a method that does, such as sft or sam")
-        kind(kind.Config(**params)).requires(_BeforeThetaSafe(name))  # type: ignore[arg-type]
+        kind(kind.Config(**params)).requires(_BeforeThetaSafe(name))
         return self.finetune(name, params, align, {"rows": self.safety_rows}, seed=self.recipe.align_seed)
 
     @property
