@@ -17,6 +17,8 @@ from safecl.base import ConfigError, Damaged, PrerequisiteError
 from safecl.config import Sweep
 from safecl.cost import missing, slots
 from safecl.eta import Eta
+from safecl.judging.served import check_endpoints
+from safecl.panel import num_engines
 from safecl.plan import REFERENCES
 from safecl.project import Project
 from safecl.schedule import Done, Schedule
@@ -111,6 +113,7 @@ def _run(project: Project, show: Callable[[str], None], max_hours: float | None)
         project.expected  # noqa: B018  (refuses what would leave too few rows, before anything is spent)
         _check_memory(project.sweep)
         _check_isolation(project.sweep)
+        check_endpoints(project.sweep.evaluate.judges, show)
         _settle_dtype(project, show)
         names = {cell.job({}, 0, "final").graph.base.key: cell.recipe.model.name for cell in project.cells}
         eta = Eta(
@@ -211,7 +214,7 @@ def _check_isolation(sweep: Sweep) -> None:
 @contextmanager
 def _cluster(project: Project, show: Callable[[str], None]) -> Iterator[tuple[Any, Any]]:
     show("starting Ray")
-    execute.start(project.sweep.execution, project.logs)
+    execute.start(project.sweep.execution, project.logs, num_engines=num_engines(project.sweep))
     import ray
 
     try:
@@ -238,7 +241,7 @@ def _check_memory(sweep: Sweep) -> None:
     import psutil
 
     execution = sweep.execution
-    engines = execution.num_candidate_engines + execution.num_judge_replicas
+    engines = num_engines(sweep)
     workers = slots(execution, os.cpu_count() or 1) * execution.num_workers
     need = engines * GIB_PER_ENGINE + workers * GIB_PER_WORKER + execution.num_trials_at_once * GIB_PER_TRIAL
     free = psutil.virtual_memory().available / 2**30

@@ -14,12 +14,14 @@ from safecl.config import Model
 from safecl.cost import Open, cost
 from safecl.dtypes import warnings
 from safecl.grid import Job
+from safecl.panel import decision, trained
 from safecl.project import Project
 from safecl.report import page, plots
 from safecl.report.tables import Facts
 from safecl.trained import notes as trained_notes
 
 if TYPE_CHECKING:
+    from safecl.judges import Judge
     from safecl.stats import Interval
 
 ADAPTERS = {
@@ -127,7 +129,7 @@ def status(project: Project) -> list[dict[str, str]]:
 def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     """What a reader must know to read the rows; every form of the report prints it."""
     sweep = project.sweep
-    judges = sweep.evaluate.judges
+    asr, over_refusal = (decision(sweep.evaluate.judges, question) for question in ("asr", "over_refusal"))
     libraries = {text for row in rows for text in row["libraries"]}
     notes = [
         f"Search: {sweep.search.trials} trials per searched cell, on validation prompts and seed {sweep.search.seed}, which "
@@ -160,8 +162,8 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     return Facts(
         name=sweep.name,
         about=sweep.about,
-        judge=judges.asr,
-        over_refusal=judges.over_refusal,
+        judge=asr.label,
+        over_refusal=over_refusal.label,
         adapter=sweep.adapter,
         templates={model.name: project.template_of(model) for model in sweep.models},
         num_prompts=_num_prompts(rows),
@@ -217,7 +219,7 @@ def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
     with an independent rule on this sweep's own answers. That two rules agree says nothing of either."""
     from safecl.stats import wilson
 
-    if project.sweep.evaluate.judges.asr == "keywords":
+    if not decision(project.sweep.evaluate.judges, "asr").kind.served:
         return ""
     parts = []
     quality = project.guard_quality()
@@ -288,11 +290,13 @@ def readable(project: Project, accept_judge: bool = False) -> tuple[list[dict[st
     rows = project.rows()
     doubt = _doubt(project, accept_judge)
     if doubt and not accept_judge:
+        guard = trained(project.sweep.evaluate.judges)
+        hidden = _BY_GUARD if guard is None or guard.metric == "asr" else (guard.metric,)
         for row in rows:
-            for name in _BY_GUARD:
+            for name in hidden:
                 row["metrics"].pop(name, None)
                 row.get("contrasts", {}).pop(name, None)
-            row["agreement"] = None
+            row["agreement"] = None if hidden is _BY_GUARD else row["agreement"]
     return rows, replace(facts(project, rows), doubt=doubt)
 
 
@@ -342,11 +346,18 @@ def listing(what: str) -> list[dict[str, str]]:
         return [{"task": name, "splits": ", ".join(tasks.load(name).SPLITS)} for name in tasks.names()]
     if what == "judges":
         return [
-            {"judge": name, "question": kind.question, "served": "yes" if kind.served else "no"}
+            {"judge": name, "question": kind.question, "answers": ", ".join(kind.answers), "model": _model_of(kind)}
             for name, kind in ((name, judges.load(name)) for name in judges.names())
         ]
     known = ("methods", "tasks", "judges")
     raise ConfigError(f"nothing to list called {what!r}.{near(what, known)} Expected one of {', '.join(known)}")
+
+
+def _model_of(kind: type[Judge]) -> str:
+    """What answers for a judge, as people say it."""
+    if not kind.served:
+        return "none: a rule"
+    return "trained here" if kind.trained else ", ".join(kind.published) or "any"
 
 
 def _short(value: Any) -> str:

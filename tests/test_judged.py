@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from safecl import overview, stats
+from safecl.base import strictly
+from safecl.config import Judges
 from safecl.dtypes import resolved
 from safecl.grid import cells
 from safecl.project import Project, Swing, load
@@ -21,7 +23,8 @@ QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 
 def judged_by(asr: str, quality: stats.Quality | None = None, swing: Swing | None = None) -> Any:
     """As much of a project as its judge's facts are read from."""
-    sweep = SimpleNamespace(evaluate=SimpleNamespace(judges=SimpleNamespace(asr=asr)))
+    guard = {"rows": [{"task": "mini"}], "heldout": [{"task": "mini"}]}
+    sweep = SimpleNamespace(evaluate=SimpleNamespace(judges=strictly(Judges, {"asr": asr, "guard": guard})))
     return SimpleNamespace(sweep=sweep, guard_quality=lambda: quality, guard_swing=lambda: swing)
 
 
