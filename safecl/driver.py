@@ -127,14 +127,14 @@ def _run(project: Project, show: Callable[[str], None], max_hours: float | None)
             if project.sweep.execution.address != "local":
                 unit = "GPU" if project.sweep.execution.use_gpu else "CPU"
                 eta.slots = slots(project.sweep.execution, int(ray.cluster_resources().get(unit, 1)))
-            waiting = [broker.ensure.remote(guard, last=True)] if guard else []
+            waiting = [broker.ensure.remote(guard, rank=2)] if guard else []
             _warm(broker, schedule, project)
             with _progress(schedule, broker, eta):
                 if first is not None:
-                    from safecl import search
+                    from safecl import tune
 
                     at_once = project.sweep.execution.num_trials_at_once
-                    search.run(schedule, broker, project.store.local / "tune", at_once)
+                    tune.run(schedule, broker, project.store.local / "tune", at_once)
                 try:
                     ray.get(waiting)
                 except Exception as error:

@@ -26,6 +26,7 @@ from safecl.work import Hand, run_stage
 HEAVY = ("finetune", "memory", "fisher", "finalize", "replay", "likelihood")  # they compute: on trainers
 # next to no CPU: they wait for engines, or are done at once
 LIGHT = ("tokenizer", "data", "generate", "judge", "metrics")
+NUM_RANKS = 3  # see Broker.ensure
 REPAIRS = 2  # times that a stage is begun anew because an input of it was found damaged
 ENGINE_ROLE = {"generate": "candidate", "judge": "judge"}
 
@@ -111,7 +112,7 @@ def stop(execution: Execution) -> None:
     import ray
 
     if execution.address != "local" and ray.is_initialized():
-        from safecl.serving.engine import shutdown_all
+        from safecl.serving.deploy import shutdown_all
 
         shutdown_all()
     ray.shutdown()
@@ -130,20 +131,21 @@ class Broker:
         self.groups: dict[str, tuple[str, ...]] = {}
         # An engine takes the weights of those who wait in turn; the more wait, the longer until each has an answer.
         self.num_light = min(64, 2 * max(2, int(num_cpus)))
-        self.light = {kind: asyncio.Semaphore(self.num_light) for kind in LIGHT}
+        self.light: dict[tuple[str, int], asyncio.Semaphore] = {}  # by kind and rank: none holds up another
         self.hand: Any = None
         self.num_asked = 0  # calls of `ensure`
         units = num_gpus if execution.use_gpu else num_cpus
         self.trainers = Trainers(store, execution, logs, units - self._engine_units(), self._starts)
 
-    async def ensure(self, stages: Sequence[Stage], last: bool = False) -> None:
+    async def ensure(self, stages: Sequence[Stage], rank: int = 0) -> None:
         """Return when all are in the store. Raises a stage's failure as soon as it is known.
 
-        For trainers, who asks first is served first, and of what they need the deepest, on which most others wait; `last`:
-        after all who do not say so.
+        For trainers and engines the lowest `rank` goes first: 0 what something else waits for, as a search for the trial
+        that it chooses the next one by, 1 a row of a table, 2 what is told beside it. Of one rank who asks first is served
+        first, and of what they need the deepest, on which most others wait.
         """
         self.num_asked += 1
-        await self._all(stages, (last, self.num_asked, 0))
+        await self._all(stages, (rank, self.num_asked, 0))
 
     async def _all(self, stages: Iterable[Stage], turn: Turn) -> None:
         await asyncio.gather(*(self._ensure(stage, turn) for stage in stages))
@@ -160,11 +162,11 @@ class Broker:
 
     async def _make(self, stage: Stage, turn: Turn) -> None:
         heavy = stage.kind in HEAVY or "num_cpus" in stage.hints
-        last, number, above = turn
+        rank, number, above = turn
         self.trainers.expect(int(heavy))
         try:
             for tries_left in range(REPAIRS, -1, -1):
-                await self._all(stage.inputs.values(), (last, number, above - 1))
+                await self._all(stage.inputs.values(), (rank, number, above - 1))
                 try:
                     await self._run(stage, heavy, turn)
                     break
@@ -189,9 +191,10 @@ class Broker:
             await self.trainers.run(stage, turn)
         elif stage.kind in LIGHT:
             groups = await self._engines_for(stage)
-            async with self.light[stage.kind]:
+            rank, _, _ = turn
+            async with self.light.setdefault((stage.kind, rank), asyncio.Semaphore(self.num_light)):
                 self._starts(stage)
-                await self._hand().run.remote(stage, groups)
+                await self._hand().run.remote(stage, groups, rank)
         else:  # once a model, and large: in a process of its own, which ends with it
             self._starts(stage)
             await self._alone(stage)
@@ -215,7 +218,11 @@ class Broker:
             import ray
 
             # max_task_retries: of a process that died, not of a stage that raised.
-            options = {"max_concurrency": len(LIGHT) * self.num_light, "max_restarts": -1, "max_task_retries": 1}
+            options = {
+                "max_concurrency": len(LIGHT) * self.num_light * NUM_RANKS,
+                "max_restarts": -1,
+                "max_task_retries": 1,
+            }
             actor = ray.remote(num_cpus=0, scheduling_strategy=_here(), **options)(Hand)
             self.hand = actor.remote(self.store, self.execution, self.logs, _me())
         return self.hand
@@ -228,7 +235,7 @@ class Broker:
 
     async def warm(self, role: str, model: Stage) -> dict[str, tuple[str, ...]]:
         """Boot the engines of a model ahead of the first stage that needs them. Returns `Engines.groups`."""
-        await self._ensure(model, (False, 0, 0))
+        await self._ensure(model, (0, 0, 0))
         await self._deploy(role, model)
         return dict(self.groups)
 
@@ -270,7 +277,7 @@ class Broker:
         self.groups[group] = self.groups[f"candidate-{model.key[:8]}"]
 
     async def _boot(self, group: str, role: str, model: Stage) -> None:
-        from safecl.serving.engine import deploy, ready
+        from safecl.serving.deploy import deploy, ready
         from safecl.serving.messages import Settings
         from safecl.training.tokens import base_folder
 

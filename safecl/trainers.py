@@ -36,7 +36,7 @@ IDLE_S = 300.0  # without work for so long, a trainer gives back its CPUs or GPU
 REFUSALS = (ConfigError, PrerequisiteError, FloatingPointError)  # of every rank, and trying again would change nothing
 
 
-Turn = tuple[bool, int, int]  # the lowest is next: (after all others, whose call, minus the stages that wait above it)
+Turn = tuple[int, int, int]  # the lowest is next: (rank of the call, its number, minus the stages that wait above it)
 
 
 @dataclass(eq=False)
@@ -83,7 +83,7 @@ class Trainers:
         self.expected += num
         self._grow()
 
-    async def run(self, stage: Stage, turn: Turn = (False, 0, 0)) -> None:
+    async def run(self, stage: Stage, turn: Turn = (0, 0, 0)) -> None:
         """Return when a trainer has published the stage; of those that wait, the lowest turn is next. Raises what the stage
         raised, or Infrastructure if its workers died too often."""
         num_ranks = self.execution.num_workers if stage.kind == "finetune" else 1
@@ -298,7 +298,7 @@ def _import_what_stages_need() -> None:
     import peft  # noqa: F401
     import transformers  # noqa: F401
 
-    from safecl.serving import engine as _serving  # noqa: F401
+    from safecl.serving import client  # noqa: F401
     from safecl.training import batches, engine, loop, losses, model, tokens, weights  # noqa: F401
 
 

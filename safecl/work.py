@@ -27,13 +27,15 @@ def run_stage(
     broker: Any,
     *,
     groups: Mapping[str, tuple[str, ...]] | None = None,
+    rank: int = 0,
     place: Place | None = None,
     own_process: bool = True,
 ) -> None:
     """Run one stage here and publish it. A failed stage leaves nothing in the store; its output is in the logs.
 
-    `place`: this rank's among those that work on the stage together; the first one publishes. `own_process`: nothing
-    else runs in this process meanwhile, so that all it prints belongs to the stage; else only a traceback does.
+    `groups`, `rank`: see Engines. `place`: this process's among those that work on the stage together; the first one
+    publishes. `own_process`: nothing else runs in this process meanwhile, so that all it prints belongs to the stage; else
+    only a traceback does.
     """
     place = place or Place()
     if place.world_size == 1 and store.has(stage):  # several ranks must all do the same
@@ -43,7 +45,7 @@ def run_stage(
     out = store.new_folder()
     with output_to(log) if own_process else nullcontext():
         try:
-            from safecl.serving.engine import Engines
+            from safecl.serving.client import Engines
 
             try:
                 inputs = {name: store.path(below) for name, below in stage.inputs.items()}
@@ -56,7 +58,7 @@ def run_stage(
                 scratch=store.scratch(stage) if own_process else out,  # light stages keep no checkpoints
                 execution=execution,
                 report=Progress(broker, stage.key),
-                engines=Engines(groups or {}),
+                engines=Engines(groups or {}, rank=rank),
                 place=place,
             )
             start = time.monotonic()
@@ -96,10 +98,10 @@ class Hand:
         self.given = (store, execution, logs, broker)
         self.freed = time.monotonic()
 
-    def run(self, stage: Stage, groups: dict[str, tuple[str, ...]]) -> None:
+    def run(self, stage: Stage, groups: dict[str, tuple[str, ...]], rank: int) -> None:
         """`run_stage` in this process."""
         try:
-            run_stage(stage, *self.given, groups=groups, own_process=False)
+            run_stage(stage, *self.given, groups=groups, rank=rank, own_process=False)
         finally:
             if time.monotonic() - self.freed > 1.0:
                 self.freed = time.monotonic()
