@@ -111,7 +111,7 @@ def test_a_run_says_what_auto_became_and_notes_it_before_anything_is_spent(
     class Started(Exception):
         pass
 
-    def start(*_: Any) -> None:
+    def start(*_: Any, **__: Any) -> None:
         assert Store(str(tmp_path)).noted("dtype-quickstart")["dtype"] == native
         raise Started
 
