@@ -330,7 +330,7 @@ def url_problem(url: str) -> str | None:
         return "expected http://HOST:PORT/v1 (or https)"
     if parts.username or parts.password or parts.query:
         return "expected no key in the URL, which is shown and kept: put it into an environment variable (key_variable)"
-    return None if usable else f"expected http://HOST:PORT/v1 (or https), got {url!r}"
+    return None if usable else "expected http://HOST:PORT/v1 (or https)"
 
 
 QUESTIONS = ("asr", "over_refusal")  # keys of `judges`, which are the metrics of those who decide
@@ -469,6 +469,9 @@ class Sweep(Strict):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     about: str = ""
+    # Python files with methods, tasks or judges of your own, relative to this file. Their content is part of the identity of
+    # what uses them. They are run like any program that you start.
+    plugins: tuple[Place, ...] = ()
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
     # Stage two goes on training theta_safe's adapter, or folds it into the base and trains a fresh one on top. The paper
     # does not say which it did; every report prints it.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import safecl.judges as judges
 import safecl.methods as methods
 import safecl.tasks as tasks
+from safecl import registry
 from safecl.base import ConfigError, Json, Strict
 from safecl.config import Align, Evaluate, Lora, Model, Prompts, Rows, Template, Training, UserTask
 from safecl.memo import Shared, shared
@@ -444,7 +445,8 @@ class Graph:
     def judge(self, seat: Seat, inputs: dict[str, Stage]) -> Stage:
         """Verdicts of one judge on generations (or, without `generations`, on the rows' own answers)."""
         full, models, version, hints = self._judge(seat)
-        return Stage("judge", full, {**inputs, **models}, version, hints)
+        stage = _stage("judge", full, {**inputs, **models}, version)
+        return replace(stage, hints={**stage.hints, **hints}) if hints else stage
 
     @shared(*MODEL)
     def _judge(self, seat: Seat) -> tuple[dict[str, Json], dict[str, Stage], str, dict[str, str]]:
@@ -457,7 +459,7 @@ class Graph:
         hints = {}
         if seat.endpoint is not None:
             config["remote"], hints = seat.remote, seat.hints
-        return SharedConfig(config), models, f"{_version('judge')}+{kind.VERSION}", hints
+        return SharedConfig(config), models, kind.VERSION, hints
 
     @shared(*MODEL)
     def guards(self, seat: Seat) -> tuple[Stage, ...]:
@@ -518,7 +520,7 @@ class Graph:
             inputs[f"utility.{task}.likelihood"] = self.likelihood(task, utility)
         hints = {"num_cpus": "1"} if kind.RUNS_CODE else {}  # other scores are done at once
         metrics = _stage("metrics", measures, inputs, version)
-        return Evidence(replace(metrics, hints=hints), tuple(judged))
+        return Evidence(replace(metrics, hints={**metrics.hints, **hints}), tuple(judged))
 
     @shared(*MODEL, "task")
     def _questions(self, split: str) -> Questions:
@@ -563,7 +565,8 @@ class Questions(NamedTuple):
 
 
 def _stage(kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str) -> Stage:
-    return Stage(kind, config, inputs, "+".join([_version(kind), *versions]))
+    version = "+".join([_version(kind), *versions])
+    return Stage(kind, config, inputs, version, registry.hints(version))
 
 
 @cache

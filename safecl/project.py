@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safecl import hardware
+from safecl import hardware, registry
 from safecl.base import ConfigError, Damaged, PrerequisiteError, sqlite_url
 from safecl.check import check
 from safecl.config import Model, Sweep
@@ -55,7 +55,7 @@ def _entry(name: str, seeds: dict[int, list[dict[str, Any]]]) -> dict[str, Any] 
 
 
 def _interval(name: str, read: list[list[dict[str, Any]]]) -> dict[str, Any] | None:
-    from safecl.stats import intervals
+    from safecl.crossed import intervals
 
     found = intervals(read, bounded=not name.endswith("_nll"))  # nats have no upper end
     return None if found is None else {**found._asdict(), "num": sum(map(len, read))}
@@ -128,6 +128,7 @@ class Project:
 
     def __init__(self, sweep: Sweep, nodes: Sequence[Node] | None = None, reads: bool = False) -> None:
         """`nodes` and `reads`: see dtypes.auto."""
+        registry.use(sweep.plugins)
         self.store = Store(sweep.execution.root)
         if self.store.local.exists() and not self.store.local.is_dir():
             raise ConfigError(f"execution.root: {str(self.store.local)!r} is a file; expected a folder")

@@ -66,7 +66,8 @@ def find(
 
 def _check_endpoint(url: str, name: str, tokenizer: Path | None) -> None:
     if problem := url_problem(url):
-        raise ConfigError(f"--endpoint: {problem}")
+        shown = "" if "@" in url else f" {url!r}"  # a key in it stays out of sight
+        raise ConfigError(f"--endpoint{shown}: {problem}")
     if not name:
         raise ConfigError("--endpoint-model: expected the server's name of the model, got ''")
     if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():

@@ -205,7 +205,7 @@ def test_the_harness_prompt_is_the_harness_own() -> None:
 
 def test_metrics_read_log_probabilities_beside_answers(tmp_path: Path) -> None:
     from safecl.config import Execution
-    from safecl.stats import intervals
+    from safecl.crossed import intervals
     from safecl.store import Context, Stage
 
     rows = gsm8k_rows()

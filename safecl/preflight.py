@@ -1,0 +1,66 @@
+"""What a run needs of this machine: memory, and isolation for programs that a model writes."""
+
+from __future__ import annotations
+
+import os
+
+from safecl import panel, sandbox, tasks
+from safecl.base import PrerequisiteError
+from safecl.config import Execution, Sweep
+from safecl.cost import slots
+
+GIB_PER_TRIAL, GIB_PER_ENGINE, GIB_PER_WORKER = 0.4, 4.0, 2.5  # measured at 135M parameters, see the README
+
+
+def check(sweep: Sweep) -> None:
+    """Raises PrerequisiteError where this machine lacks what the sweep needs."""
+    check_memory(sweep.execution, panel.num_engines(sweep))
+    check_isolation(sweep)
+
+
+def check_memory(execution: Execution, num_engines: int | None = None) -> None:
+    """Raises PrerequisiteError where a run on this machine's CPUs would not fit into its free memory. `num_engines`: held at
+    once; None: those of candidates and of one judge."""
+    if execution.address != "local" or execution.use_gpu:
+        return
+    engines = _num_engines(execution) if num_engines is None else num_engines
+    free, need = free_gib(), needed_gib(execution, engines)
+    if free < need:
+        raise PrerequisiteError(
+            f"memory: {free:.1f} GiB are free, the sweep needs about {need:.1f} ({engines} engines, "
+            f"{_num_workers(execution)} training workers): close other programs, or lower execution.num_trials_at_once"
+        )
+
+
+def needed_gib(execution: Execution, num_engines: int | None = None) -> float:
+    """Memory that a run takes on this machine's CPUs."""
+    workers = _num_workers(execution)
+    engines = _num_engines(execution) if num_engines is None else num_engines
+    return engines * GIB_PER_ENGINE + workers * GIB_PER_WORKER + execution.num_trials_at_once * GIB_PER_TRIAL
+
+
+def free_gib() -> float:
+    """Memory that programs may still take here."""
+    import psutil
+
+    return float(psutil.virtual_memory().available) / 2**30
+
+
+def _num_engines(execution: Execution) -> int:
+    return execution.num_candidate_engines + execution.num_judge_replicas
+
+
+def _num_workers(execution: Execution) -> int:
+    return slots(execution, os.cpu_count() or 1) * execution.num_workers
+
+
+def check_isolation(sweep: Sweep) -> None:
+    """Raises PrerequisiteError where a task's programs would run without isolation, and nobody consented to that."""
+    if sweep.evaluate.unsafe_code or not any(tasks.load(task.task).RUNS_CODE for task in sweep.tasks):
+        return
+    lacking = sandbox.missing()
+    if lacking is not None:
+        raise PrerequisiteError(
+            f"this sweep runs programs that a model wrote, and this machine cannot isolate them: {lacking}. Or consent "
+            "to run them without isolation: --set evaluate.unsafe_code=true"
+        )
