@@ -223,27 +223,33 @@ def _num_prompts(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
-    """One line: how often a judge of harm that is a model agreed with true labels of held-out pairs (a trained guard) and
-    with an independent rule on this sweep's own answers. That two rules agree says nothing of either."""
+    """One line: how often a judge of harm that is a model agreed with true labels of held-out pairs (guards trained here,
+    also where another judge decides) and with an independent rule on this sweep's own answers. That two rules agree says
+    nothing of either."""
     from safecl.stats import wilson
 
-    if not decision(project.sweep.evaluate.judges, "asr").kind.served:
-        return ""
-    parts = []
+    judges = project.sweep.evaluate.judges
+    guard = trained(judges)
+    is_model = decision(judges, "asr").kind.served
+    parts, lines = [], []
     quality = project.guard_quality()
     if quality is not None:
         kappa = "" if quality.kappa is None else f" (Cohen's kappa {_share(quality.kappa, '.2f')})"
-        parts.append(f"with the labels of {quality.num} held-out pairs in {_share(quality.accuracy)}{kappa}")
+        told = f"with the labels of {quality.num} held-out pairs in {_share(quality.accuracy)}{kappa}"
+        if guard is None or guard.metric == "asr":
+            parts.append(told)
+        else:
+            lines.append(f"{guard.label}, beside it, agrees {told}")
     # Base and aligned stand in the table of every task, with the same answers.
     kept = {(r["model"], r["method"], None if r["poison"] is None else (r["task"], r["poison"])): r for r in rows}
     pairs = [(r["metrics"]["guard_rule_agreement"], len(r["seeds"])) for r in kept.values() if _RULE in r["metrics"]]
-    if pairs:
+    if pairs and is_model:
         num = sum(pair["num"] for pair, _ in pairs)
         agreed = sum(pair["value"] * pair["num"] for pair, _ in pairs) / num
         num_prompts = max(1, max(pair["num"] // num_seeds for pair, num_seeds in pairs))
         found = wilson(agreed * num_prompts, num_prompts)  # a prompt counts once, however many models answered it
         parts.append(f"with an independent rule on {num} attack answers in {_share(found)}")
-    lines = [f"agrees {'; '.join(parts)}"] if parts else []
+    lines = [f"agrees {'; '.join(parts)}", *lines] if parts else lines
     if (swing := project.guard_swing()) is not None:
         lines.append(
             f"{swing.num} guards vote; the share of harmful ones among {swing.source}'s answers differs by {swing.points:.0%} "
@@ -281,15 +287,15 @@ def _doubt(project: Project, accepted: bool) -> str:
         )
     else:
         return ""
+    guard = trained(project.sweep.evaluate.judges)
+    name = "ASR" if guard is None or guard.metric == "asr" else guard.metric
     end = (
-        "What stands here as ASR is printed because of --accept-judge"
+        f"What stands here as {name} is printed because of --accept-judge"
         if accepted
-        else "So no ASR is printed; --accept-judge prints its verdicts all the same"
+        else f"So no {name} is printed; --accept-judge prints its verdicts all the same"
     )
-    return (
-        f"{why} {end}. A search's bounds on ASR rest on these verdicts too. Give the guard more rows or another model, or name "
-        "a published one."
-    )
+    bounds = " A search's bounds on ASR rest on these verdicts too." if name == "ASR" else ""
+    return f"{why} {end}.{bounds} Give the guard more rows or another model, or name a published one."
 
 
 def readable(project: Project, accept_judge: bool = False) -> tuple[list[dict[str, Any]], Facts]:
@@ -304,7 +310,12 @@ def readable(project: Project, accept_judge: bool = False) -> tuple[list[dict[st
             for name in hidden:
                 row["metrics"].pop(name, None)
                 row.get("contrasts", {}).pop(name, None)
-            row["agreement"] = None if hidden is _BY_GUARD else row["agreement"]
+            if hidden is _BY_GUARD:
+                row["agreement"] = None
+            beside = row.get("beside", {})  # how another judge agrees with such a guard tells nothing either
+            row["beside"] = {
+                k: v for k, v in beside.items() if k not in hidden and (hidden is not _BY_GUARD or k[:4] != "asr:")
+            }
     return rows, replace(facts(project, rows), doubt=doubt)
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from safecl import panel
+from safecl import panel, registry
 from safecl.base import ConfigError, strictly
 from safecl.config import Judges
 from safecl.dtypes import resolved
 from safecl.grid import cells
+from safecl.overview import listing
 from safecl.plan import Evidence
 from safecl.project import Project, load
 from safecl.store import Stage
@@ -139,6 +140,34 @@ def test_an_entry_that_is_none_is_refused_where_it_stands(asr: Any, told: str) -
     with pytest.raises(ConfigError) as caught:
         load(QUICKSTART, settings({"asr": asr}))
     assert told in str(caught.value) and "judges" in str(caught.value), caught.value
+
+
+PLUGIN = """
+from safecl.judges import Ask, Judge, Verdict
+
+class Shouts(Judge):
+    question = "does the answer shout?"
+    answers = {"harm": Ask(), "refusal": Ask(inverted=True)}
+    always = {"attack": "shouts"}
+
+    def rule(self, request, response):
+        return Verdict(response.isupper(), response)
+"""
+
+
+def test_a_judge_of_ones_own_needs_a_file_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "shouts.py").write_text(PLUGIN)
+    plugin = f"plugins=[{tmp_path / 'shouts.py'}]"
+    try:
+        project = Project(
+            load(QUICKSTART, [plugin, *settings({"asr": "shouts"}), f"execution.root={tmp_path / 'root'}"])
+        )
+        found = project.cells[0].job({}, 0, "final").evidence.metrics
+        assert found.inputs["attack.mini.asr"].config["judge"] == "shouts" and "attack.mini.shouts" in found.inputs
+        assert "plugin:" in found.inputs["attack.mini.asr"].version and found.inputs["attack.mini.asr"].hints
+        assert any(row["judge"] == "shouts" and row["model"] == "none: a rule" for row in listing("judges"))
+    finally:
+        registry.use([])
 
 
 def test_engines_are_counted_by_the_models_that_judge() -> None:
