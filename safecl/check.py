@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from safecl import methods, model_files, objective, tasks
+from safecl import methods, model_files, objective, panel, tasks
 from safecl.base import ConfigError, PrerequisiteError, near, strictly
 from safecl.config import Lora, Method, Model, Sweep, UserTask
 from safecl.grid import Cell, cells, for_task, grid_rows, method_entries, space_of, task_entries
@@ -86,6 +86,7 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> 
     if not errors:
         errors += _step_errors(sweep)
     errors += _model_errors(sweep)
+    errors += panel.problems(sweep.evaluate.judges)
     errors += objective.check(sweep.search.objective)
     errors += [] if wrong else _unknown_metrics(sweep)
     own = [tasks.load(task.task).max_new_tokens for task in sweep.tasks if task.task in tasks.names()]
@@ -250,8 +251,7 @@ def _model_errors(sweep: Sweep) -> list[str]:
         )
         for i, model in enumerate(sweep.models)
     ]
-    if (published := sweep.evaluate.judges.guard_model) is not None:
-        named.append(("evaluate.judges.guard_model", published, {}))
+    named += [(f"evaluate.judges.{key}", judged_by, {}) for key, judged_by in sweep.evaluate.judges.models.items()]
     for where, model, adapters in named:
         if problem := source_problem(model.source, model.revision):
             errors.append(f"{where}.{problem}")
