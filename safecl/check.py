@@ -83,13 +83,14 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> 
         if made is not None:
             errors += _method_errors(where, made, sweep.tasks[0], attempt)
             errors += [f"{where}: one config is expected, no search or grid"] if made.search or made.grid else []
+    own = [tasks.load(task.task).max_new_tokens for task in sweep.tasks if task.task in tasks.names()]
     if not errors:
         errors += _step_errors(sweep)
+        own += _own_answers(sweep)
     errors += _model_errors(sweep)
     errors += panel.problems(sweep.evaluate.judges)
     errors += objective.check(sweep.search.objective)
     errors += [] if wrong else _unknown_metrics(sweep)
-    own = [tasks.load(task.task).max_new_tokens for task in sweep.tasks if task.task in tasks.names()]
     answer = max([sweep.evaluate.max_new_tokens, *own])
     longest = sweep.evaluate.max_prompt_tokens + answer
     if longest > sweep.execution.engine_max_tokens:
@@ -221,6 +222,14 @@ def _grid_errors(where: str, chosen: Method, sweep: Sweep) -> list[str]:
     if chosen.label is not None and same:
         errors.append(f"{where}.label: {chosen.label!r} names two entries of `methods`; give each its own")
     return errors
+
+
+def _own_answers(sweep: Sweep) -> list[int]:
+    """Tokens of the longest answers that methods' own stages ask of a model."""
+    used = [*sweep.methods, *([sweep.align.safety_from] if sweep.align.safety_from else [])]
+    rows = [for_task(row, task) for chosen in used for row in grid_rows(chosen) for task in sweep.tasks]
+    kinds = [(methods.load(row.name), row.config) for row in rows]
+    return [kind(kind.Config(**config)).longest_answer for kind, config in kinds]
 
 
 def _step_errors(sweep: Sweep) -> list[str]:
