@@ -11,7 +11,7 @@ from safecl import metrics
 from safecl.api import Given, Settings, read
 from safecl.base import Damaged
 from safecl.graph import REFERENCES
-from safecl.report.facts import doubt
+from safecl.report.facts import by_guard, doubt
 from safecl.report.rows import by_metric, entry
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def results(
                 lines += _trial(job, found, "validation", {**cell.defaults, **job.params})
     if told := doubt(project, accept_judge):
         warnings.warn(told, stacklevel=2)
-        hidden = [] if accept_judge else metrics.decided_by("asr", {line["metric"] for line in lines})
+        hidden = [] if accept_judge else by_guard(project, dict.fromkeys(line["metric"] for line in lines))
         lines = [line for line in lines if line["metric"] not in hidden]
     return pd.DataFrame(lines, columns=list(RESULTS)).astype({"seed": "Int64"})
 

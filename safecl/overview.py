@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safecl import methods, registry
 from safecl.base import ConfigError, near
@@ -17,6 +17,9 @@ from safecl.report import page, plots
 from safecl.report.facts import readable
 from safecl.report.rows import curves
 from safecl.trained import notes as trained_notes
+
+if TYPE_CHECKING:
+    from safecl.judges import Judge
 
 
 def plan(project: Project) -> dict[str, Any]:
@@ -156,7 +159,7 @@ def listing(what: str) -> list[dict[str, str]]:
         rows = [{"task": name, "splits": ", ".join(tasks.load(name).SPLITS)} for name in tasks.names()]
     elif what == "judges":
         rows = [
-            {"judge": name, "question": kind.question, "served": "yes" if kind.served else "no"}
+            {"judge": name, "question": kind.question, "answers": ", ".join(kind.answers), "model": _model_of(kind)}
             for name, kind in ((name, judges.load(name)) for name in judges.names())
         ]
     elif what == "metrics":
@@ -181,6 +184,13 @@ def listing(what: str) -> list[dict[str, str]]:
         known = (*registry.KINDS, "metrics")
         raise ConfigError(f"nothing to list called {what!r}.{near(what, known)} Expected one of {', '.join(known)}")
     return [{**row, "from": registry.origin(what, row[what[:-1]])} for row in rows]
+
+
+def _model_of(kind: type[Judge]) -> str:
+    """What answers for a judge, as people say it."""
+    if not kind.served:
+        return "none: a rule"
+    return "trained here" if kind.trained else ", ".join(kind.published) or "any"
 
 
 def _short(value: Any) -> str:

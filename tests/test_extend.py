@@ -63,14 +63,13 @@ def test_what_a_file_adds_is_everywhere(
         rows = json.loads(said(capsys, monkeypatch, "ls", what, "sweep.yaml", "--json"))
         [found] = [row for row in rows if row[what[:-1]] == name]
         assert found["from"] == f"my_{what[:-1]}.py"
-    short = ["sweep.yaml", "--limit", "8"]
-    assert "capitals / p=0.1 / my_method" in said(capsys, monkeypatch, "plan", *short)
-    settings = ["methods=[{name: sft}, {name: my_method}]", "evaluate.judges.asr=keywords"]
+    settings = ["methods=[{name: sft}, {name: my_method}]", "evaluate.judges={asr: keywords}"]
+    words = ["sweep.yaml", "--limit", "8", *(word for setting in settings for word in ("--set", setting))]
+    assert "capitals / p=0.1 / my_method" in said(capsys, monkeypatch, "plan", *words)
     made_up.finish(Project(load(Path("sweep.yaml"), settings, 8)))
-    short += [word for setting in settings for word in ("--set", setting)]
-    table = said(capsys, monkeypatch, "report", *short)
+    table = said(capsys, monkeypatch, "report", *words)
     assert all(name in table for name in ("my_method", "capitals", "apologises", "under 20 words"))
-    assert "apologises" in said(capsys, monkeypatch, "report", "--markdown", *short)
+    assert "apologises" in said(capsys, monkeypatch, "report", "--markdown", *words)
     assert "my_method" in (folder / "runs" / "report" / "quickstart" / "index.html").read_text()
 
 

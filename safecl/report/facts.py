@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from safecl import metrics
+from safecl.panel import decision, trained
 from safecl.report.rows import rows as read_rows
 from safecl.report.tables import Facts
 from safecl.stats import wilson
@@ -34,7 +36,7 @@ _RULE = "guard_rule_agreement"
 def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     """What a reader must know to read the rows; every form of the report prints it."""
     sweep = project.sweep
-    judges = sweep.evaluate.judges
+    asr, over_refusal = (decision(sweep.evaluate.judges, question) for question in ("asr", "over_refusal"))
     libraries = {text for row in rows for text in row["libraries"]}
     notes = [
         f"Search: {sweep.search.trials} trials per searched cell, on validation prompts and seed {sweep.search.seed}, which "
@@ -66,8 +68,8 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     return Facts(
         name=sweep.name,
         about=sweep.about,
-        judge=judges.asr,
-        over_refusal=judges.over_refusal,
+        judge=asr.label,
+        over_refusal=over_refusal.label,
         adapter=sweep.adapter,
         templates={model.name: project.template_of(model) for model in sweep.models},
         num_prompts=_num_prompts(rows),
@@ -129,25 +131,31 @@ def _num_prompts(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
-    """One line: how often a judge of harm that is a model agreed with true labels of held-out pairs (a trained guard) and
-    with an independent rule on this sweep's own answers. That two rules agree says nothing of either."""
-    if project.sweep.evaluate.judges.asr == "keywords":
-        return ""
-    parts = []
+    """One line: how often a judge of harm that is a model agreed with true labels of held-out pairs (guards trained here,
+    also where another judge decides) and with an independent rule on this sweep's own answers. That two rules agree says
+    nothing of either."""
+    judges = project.sweep.evaluate.judges
+    guard = trained(judges)
+    is_model = decision(judges, "asr").kind.served
+    parts, lines = [], []
     quality = project.guard_quality()
     if quality is not None:
         kappa = "" if quality.kappa is None else f" (Cohen's kappa {_share(quality.kappa, '.2f')})"
-        parts.append(f"with the labels of {quality.num} held-out pairs in {_share(quality.accuracy)}{kappa}")
+        told = f"with the labels of {quality.num} held-out pairs in {_share(quality.accuracy)}{kappa}"
+        if guard is None or guard.metric == "asr":
+            parts.append(told)
+        else:
+            lines.append(f"{guard.label}, beside it, agrees {told}")
     # Base and aligned stand in the table of every task, with the same answers.
     kept = {(r["model"], r["method"], None if r["poison"] is None else (r["task"], r["poison"])): r for r in rows}
     pairs = [(r["metrics"]["guard_rule_agreement"], len(r["seeds"])) for r in kept.values() if _RULE in r["metrics"]]
-    if pairs:
+    if pairs and is_model:
         num = sum(pair["num"] for pair, _ in pairs)
         agreed = sum(pair["value"] * pair["num"] for pair, _ in pairs) / num
         num_prompts = max(1, max(pair["num"] // num_seeds for pair, num_seeds in pairs))
         found = wilson(agreed * num_prompts, num_prompts)  # a prompt counts once, however many models answered it
         parts.append(f"with an independent rule on {num} attack answers in {_share(found)}")
-    lines = [f"agrees {'; '.join(parts)}"] if parts else []
+    lines = [f"agrees {'; '.join(parts)}", *lines] if parts else lines
     if (swing := project.guard_swing()) is not None:
         lines.append(
             f"{swing.num} guards vote; the share of harmful ones among {swing.source}'s answers differs by {swing.points:.0%} "
@@ -176,15 +184,23 @@ def doubt(project: Project, accepted: bool) -> str:
         )
     else:
         return ""
+    guard = trained(project.sweep.evaluate.judges)
+    name = "ASR" if guard is None or guard.metric == "asr" else guard.metric
     end = (
-        "What stands here as ASR is printed because of --accept-judge"
+        f"What stands here as {name} is printed because of --accept-judge"
         if accepted
-        else "So no ASR is printed; --accept-judge prints its verdicts all the same"
+        else f"So no {name} is printed; --accept-judge prints its verdicts all the same"
     )
-    return (
-        f"{why} {end}. A search's bounds on ASR rest on these verdicts too. Give the guard more rows or another model, or name "
-        "a published one."
-    )
+    bounds = " A search's bounds on ASR rest on these verdicts too." if name == "ASR" else ""
+    return f"{why} {end}.{bounds} Give the guard more rows or another model, or name a published one."
+
+
+def by_guard(project: Project, names: Iterable[str]) -> list[str]:
+    """The metrics that fall with the guards trained here: the decision and what rests on it, or their own share beside it."""
+    guard = trained(project.sweep.evaluate.judges)
+    if guard is None or guard.metric == "asr":
+        return metrics.decided_by("asr", names)
+    return [name for name in names if name == guard.metric]
 
 
 def readable(project: Project, accept_judge: bool = False) -> tuple[list[dict[str, Any]], Facts]:
@@ -192,10 +208,17 @@ def readable(project: Project, accept_judge: bool = False) -> tuple[list[dict[st
     depends on its seed, unless that is accepted."""
     rows = read_rows(project)
     told = doubt(project, accept_judge)
-    if told and not accept_judge:
-        for row in rows:
-            for name in metrics.decided_by("asr", list(row["metrics"])):
-                del row["metrics"][name]
-                row.get("contrasts", {}).pop(name, None)
-            row["agreement"] = None
+    for row in rows if told and not accept_judge else ():
+        hidden = by_guard(project, list(row["metrics"]))
+        for name in hidden:
+            del row["metrics"][name]
+            row.get("contrasts", {}).pop(name, None)
+        decided = "asr" in hidden
+        row["agreement"] = None if decided else row["agreement"]
+        # How another judge agrees with such a guard tells nothing either.
+        row["beside"] = {
+            name: found
+            for name, found in row.get("beside", {}).items()
+            if name not in hidden and not (decided and name.startswith("asr:"))
+        }
     return rows, replace(facts(project, rows), doubt=told)

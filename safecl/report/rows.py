@@ -54,6 +54,7 @@ def rows(project: Project) -> list[dict[str, Any]]:
             "seeds": [job.seed for job in finished],
             "metrics": entries,
             "agreement": agreement(measured[-1]),
+            "beside": _beside(measured[-1]),
             "seconds": sum(_own_seconds(project, job) for job in finished),
             # Keys of what was served, a seed each; for `safecl export`.
             "weights": [final.key for job in finished if (final := job.graph.final) is not None],
@@ -97,17 +98,25 @@ def _interval(name: str, read: list[Outcomes]) -> dict[str, Any] | None:
     return None if found is None else {**found._asdict(), "num": sum(map(len, read))}
 
 
-def agreement(measured: Mapping[str, dict[int, Outcomes]]) -> dict[str, Any] | None:
-    """How the judge of harm and the keyword list agree on the same answers of all seeds, with intervals in which a prompt
-    counts once; None where nothing was read."""
+def agreement(
+    measured: Mapping[str, dict[int, Outcomes]], decides: str = "asr", beside: str = "non_refusal"
+) -> dict[str, Any] | None:
+    """How two judges (by their metrics; the judge of harm and the keyword list) agree on the same answers of all seeds, with
+    intervals in which a prompt counts once; None where nothing was read."""
     judge, listed = (
         {(seed, o["set"], o["id"]): o["value"] for seed, found in measured.get(name, {}).items() for o in found}
-        for name in ("asr", "non_refusal")
+        for name in (decides, beside)
     )
     other = [listed[answer] for answer in judge]
     if all(None in pair for pair in zip(judge.values(), other, strict=True)):
         return None
     return as_json(agreement_of([*judge.values()], other, [answer[1:] for answer in judge]))
+
+
+def _beside(measured: Mapping[str, dict[int, Outcomes]]) -> dict[str, Any]:
+    """How each further judge of a question agrees with the one that decides, by its metric (`asr:LABEL`)."""
+    names = [name for name in measured if ":" in name and name.partition(":")[0] in measured]
+    return {name: agreement(measured, name.partition(":")[0], name) for name in names}
 
 
 def contrast(table: list[dict[str, Any]], measured: Sequence[Mapping[str, dict[int, Outcomes]]]) -> None:

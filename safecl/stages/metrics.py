@@ -67,7 +67,7 @@ def _measure(measure: dict[str, Any], inputs: dict[str, Path]) -> Iterator[Outco
             agreed = None if line["label"] is None else float(line["label"] == rows[line["id"]].harmful)
             yield outcome(metric, line["id"], agreed)
     elif of == "verdict":
-        for line in _verdicts(inputs, f"{prefix}.{metric}"):
+        for line in _verdicts(inputs, f"{prefix}.{metric}", bool(measure.get("inverted"))):
             why = line["detail"]["why"] if line["label"] and metrics.of(metric).has_kinds else None
             found = outcome(metric, line["id"], None if line["label"] is None else float(line["label"]))
             yield found | _votes(line) | ({"why": why} if why else {})
@@ -106,9 +106,11 @@ def _of_task(
 
 
 def _asked(measure: dict[str, Any], rows: dict[str, Row], inputs: dict[str, Path], prefix: str) -> metrics.Asked:
-    judged = {name.removeprefix(f"{prefix}."): _lines(folder / "verdicts.jsonl")
+    flipped = measure.get("inverted", ())
+    flipped = [measure["metric"]] if flipped is True else flipped
+    judged = {what: _verdicts(inputs, name, what in flipped)
               for name, folder in inputs.items()
-              if name.startswith(f"{prefix}.") and (folder / "verdicts.jsonl").is_file()}  # fmt: skip
+              if (what := name.removeprefix(f"{prefix}.")) != name and (folder / "verdicts.jsonl").is_file()}  # fmt: skip
     answers = _lines(inputs[f"{prefix}.generations"] / "generations.jsonl")
     asked = [rows[line["id"]] for line in answers]
     return metrics.Asked(measure["set"], asked, answers, judged, measure.get("less", ()))
@@ -134,6 +136,13 @@ def _votes(line: Mapping[str, Any]) -> Outcome:
     return {"votes": [float(vote) for vote in found]} if found and None not in found else {}
 
 
+def _inverted(line: dict[str, Any]) -> dict[str, Any]:
+    flipped = {**line, "label": None if line["label"] is None else not line["label"]}
+    if votes := line.get("detail", {}).get("votes"):
+        flipped["detail"] = {**line["detail"], "votes": [None if vote is None else not vote for vote in votes]}
+    return flipped
+
+
 def _summary(outcomes: list[Outcome], metric: str) -> dict[str, Json]:
     sets: dict[str, Json] = {}
     means: list[float] = []
@@ -148,8 +157,10 @@ def _summary(outcomes: list[Outcome], metric: str) -> dict[str, Json]:
     return {"value": sum(means) / len(means) if means else None, "num": num, "unparsed": unparsed, "sets": sets}
 
 
-def _verdicts(inputs: dict[str, Path], name: str) -> list[Any]:
-    return _lines(inputs[name] / "verdicts.jsonl")
+def _verdicts(inputs: dict[str, Path], name: str, inverted: bool = False) -> list[Any]:
+    """`inverted`: of a judge whose True is a no to what is asked."""
+    lines = _lines(inputs[name] / "verdicts.jsonl")
+    return [_inverted(line) for line in lines] if inverted else lines
 
 
 def _lines(path: Path) -> list[Any]:

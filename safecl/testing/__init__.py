@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from safecl import judges, methods, registry, tasks
+from safecl import judges, methods, metrics, registry, tasks
 from safecl.base import ConfigError
 from safecl.registry import Plugin
 
