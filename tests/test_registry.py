@@ -228,7 +228,7 @@ def test_what_is_wrong_with_an_installed_package_names_it(tmp_path: Path) -> Non
 
 
 def test_a_node_with_another_version_of_a_package_says_so() -> None:
-    with pytest.raises(PrerequisiteError, match="this node has version none of package theirs, .* planned with 1.2"):
+    with pytest.raises(PrerequisiteError, match=r"this node has version none of package theirs, .* planned with 1\.2"):
         registry.prepare(f"3+installed:theirs==1.2:{'0' * 64}", {})
     from importlib.metadata import version
 
