@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safecl.graph import Evidence
 
 from safecl import panel, registry
 from safecl.base import ConfigError, strictly
 from safecl.config import Judges
 from safecl.dtypes import resolved
+from safecl.graph import Evidence
 from safecl.grid import cells
 from safecl.overview import listing
 from safecl.project import Project, load
