@@ -62,7 +62,7 @@ def run_stage(
                 engines=Engines(groups or {}, rank=rank),
                 place=place,
             )
-            registry.from_hints(stage.hints)
+            registry.prepare(stage.version, stage.hints)
             start = time.monotonic()
             result = importlib.import_module(f"safecl.stages.{stage.kind}").run(context)
             if place.rank == 0:
