@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from safecl.config import Execution
 from safecl.estimate import BOOT_S, Estimate, Estimator
 from safecl.grid import Cell, Job
+from safecl.stages import load, names
 from safecl.store import Stage, Store, below
 
 _LAST = 500  # stages of an engine that its pace is read from
@@ -132,19 +133,7 @@ class Forecast:
             self._engine_ratio = (busy(self._engine) + self._prior * PRIOR_S) / (estimated + PRIOR_S)
 
     def _learn_from_store(self) -> None:
-        for kind in (
-            "model",
-            "tokenizer",
-            "data",
-            "memory",
-            "fisher",
-            "finetune",
-            "finalize",
-            "generate",
-            "likelihood",
-            "judge",
-            "metrics",
-        ):
+        for kind in names():
             pairs = []
             for record in self.store.records(kind):
                 stage = self._remembered(record)
@@ -164,8 +153,8 @@ class Forecast:
     def _remembered(self, record: dict[str, Any]) -> Stage | None:
         """A stage of the store, with as much of its inputs as an estimate reads; None where those were pruned."""
         inputs = {}
-        for name in ("rows", "model", "memory", "replay", "generations", "safe"):
-            if name in record["inputs"]:
+        for name in record["inputs"]:
+            if name.partition(".")[0] in load(record["kind"]).reads:
                 found = self._input(record["inputs"][name])
                 if found is None:
                     return None

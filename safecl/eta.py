@@ -9,8 +9,8 @@ from typing import Any
 from safecl.cost import Forecast, Open, Remaining, Todo, missing, slots
 from safecl.estimate import BOOT_S
 from safecl.grid import Job
-from safecl.labels import label
 from safecl.schedule import Schedule
+from safecl.stages import load
 from safecl.store import Stage, Store
 
 EVERY_S = 5.0  # at most so often is the time left counted anew
@@ -101,5 +101,5 @@ class Eta:
     def _label(self, stage: dict[str, Any]) -> str:
         key = stage["key"]
         if key not in self._labels and key in self._known:
-            self._labels[key] = label(self._known[key], self.models)
+            self._labels[key] = load(stage["kind"]).label(self._known[key], self.models)
         return self._labels.get(key, str(stage["kind"]))  # an engine has no other name

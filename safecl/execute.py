@@ -19,16 +19,13 @@ from typing import Any
 
 from safecl.base import Damaged, PrerequisiteError
 from safecl.config import Execution
+from safecl.stages import engine_of, load, names, needs_trainer
 from safecl.store import Stage, Store
 from safecl.trainers import Trainers, Turn
 from safecl.work import Hand, run_stage
 
-HEAVY = ("finetune", "memory", "fisher", "finalize", "replay", "likelihood")  # they compute: on trainers
-# next to no CPU: they wait for engines, or are done at once
-LIGHT = ("tokenizer", "data", "generate", "judge", "metrics")
 NUM_RANKS = 3  # see Broker.ensure
 REPAIRS = 2  # times that a stage is begun anew because an input of it was found damaged
-ENGINE_ROLE = {"generate": "candidate", "judge": "judge"}
 
 
 def start(execution: Execution, logs: Path, need: int | None = None) -> None:
@@ -153,12 +150,11 @@ class Broker:
         if stage.key not in self.running:
             if self.store.has(stage):
                 return
-            self.running[stage.key] = asyncio.create_task(self._make(stage, turn))
+            self.running[stage.key] = asyncio.create_task(self._make(stage, needs_trainer(stage), turn))
         # Shielded: who stops waiting does not stop the stage for the others.
         await asyncio.shield(self.running[stage.key])
 
-    async def _make(self, stage: Stage, turn: Turn) -> None:
-        heavy = stage.kind in HEAVY or "num_cpus" in stage.hints
+    async def _make(self, stage: Stage, heavy: bool, turn: Turn) -> None:
         rank, number, above = turn
         self.trainers.expect(int(heavy))
         try:
@@ -186,26 +182,27 @@ class Broker:
     async def _run(self, stage: Stage, heavy: bool, turn: Turn) -> None:
         if heavy:
             await self.trainers.run(stage, turn)
-        elif stage.kind in LIGHT:
+        elif load(stage.kind).runs == "thread":
             groups = await self._engines_for(stage)
             rank, _, _ = turn
             async with self.light.setdefault((stage.kind, rank), asyncio.Semaphore(self.num_light)):
                 self._starts(stage)
                 await self._hand().run.remote(stage, groups, rank)
-        else:  # once a model, and large: in a process of its own, which ends with it
+        else:  # in a process of its own
             self._starts(stage)
             await self._alone(stage)
 
     def _starts(self, stage: Stage) -> None:
-        self._begin(stage.kind, stage.key)
+        self._begin(stage.kind, stage.key, load(stage.kind).unit)
 
-    def _begin(self, kind: str, key: str) -> None:
+    def _begin(self, kind: str, key: str, unit: str = "") -> None:
         self.live[key] = {
             "kind": kind,
             "key": key,
             "start": time.time(),
             "done": 0,
             "total": 0,
+            "unit": unit,
             "metrics": {},
             "ends": None,
         }
@@ -214,9 +211,10 @@ class Broker:
         if self.hand is None:
             import ray
 
+            num_kinds = sum(load(name).runs == "thread" for name in names())
             # max_task_retries: of a process that died, not of a stage that raised.
             options = {
-                "max_concurrency": len(LIGHT) * self.num_light * NUM_RANKS,
+                "max_concurrency": num_kinds * self.num_light * NUM_RANKS,
                 "max_restarts": -1,
                 "max_task_retries": 1,
             }
@@ -237,8 +235,8 @@ class Broker:
         return dict(self.groups)
 
     async def _engines_for(self, stage: Stage) -> dict[str, tuple[str, ...]]:
-        if stage.kind in ENGINE_ROLE and "model" in stage.inputs:
-            await self._deploy(ENGINE_ROLE[stage.kind], stage.inputs["model"])
+        if (role := engine_of(stage)) is not None:
+            await self._deploy(role, stage.inputs["model"])
         return dict(self.groups)
 
     async def _deploy(self, role: str, model: Stage) -> None:

@@ -13,6 +13,7 @@ from safecl import export
 from safecl.base import ConfigError
 from safecl.stages import finalize
 from safecl.store import Stage, Store
+from safecl.training import shards
 from tests.methods import contract
 from tests.methods.contract import World
 
@@ -91,7 +92,7 @@ def test_shards_are_read_through_their_index(
 
     store, keys = stored
     whole = export.export(store, keys["dense"], tmp_path / "whole", merged=True)
-    monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 200_000)
     sharded = export.export(store, keys["dense"], tmp_path / "sharded", merged=True)
     assert len(list(sharded.glob("*.safetensors"))) > 1
     with torch.no_grad():

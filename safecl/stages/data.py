@@ -17,14 +17,20 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safecl.base import ConfigError, Json, PrerequisiteError
-from safecl.store import Context
-from safecl.tasks import Row, load
+from safecl import sizes
+from safecl.base import ConfigError, Json, PrerequisiteError, json_lines
+from safecl.sizes import Length
+from safecl.stages import Kind
+from safecl.store import Context, Stage
+from safecl.tasks import Row, Task, load
 from safecl.tasks._overlap import drop_overlaps
 from safecl.tasks._source import identity
 from safecl.training.tokens import Tokenizer, encode, least_tokens
+
+if TYPE_CHECKING:
+    from safecl.estimate import Estimator
 
 VERSION = "4"
 
@@ -53,6 +59,32 @@ class Fit(NamedTuple):
         return [math.inf if least is None else least for least in found]
 
 
+class Data(Kind):
+    runs = "thread"
+    unit = ""
+    fixed_s = 0.4
+    reads = ()
+
+    @staticmethod
+    def length(stage: Stage, of: Estimator) -> Length:
+        config: Any = stage.config
+        parts = config["parts"]
+        typical = [load(part["task"]).TYPICAL_TOKENS for part in parts] or [Task.TYPICAL_TOKENS]
+        num_rows = sum(part["num_rows"] or sizes.TYPICAL_ROWS for part in parts)
+        if any(part["num_rows"] is None for part in parts):
+            num_rows = int(of.result(stage).get("num_rows", num_rows))
+        prompt, answer = (sum(column) / len(column) for column in zip(*typical, strict=True))
+        if config.get("guard"):  # both stand in the guard's template
+            prompt, answer = sizes.GUARD_TOKENS + prompt + answer, 5
+        return Length(num_rows, prompt + sizes.TEMPLATE_TOKENS, answer)
+
+    @staticmethod
+    def label(stage: Stage, models: Mapping[str, str]) -> str:
+        config: Any = stage.config
+        parts = ", ".join(dict.fromkeys(part["task"] for part in config.get("parts", ())))
+        return f"rows {config['role']}: {parts}" if parts else f"rows {config['role']}"
+
+
 def run(context: Context) -> dict[str, Json]:
     """Config: {"role", "parts": [{"task", "split", "num_rows", "source", and only where rows are counted by kind "kinds":
     {"harmful", "benign": rows of each}}], "poison": null | {"task", "ratio", "source",
@@ -67,7 +99,7 @@ def run(context: Context) -> dict[str, Json]:
     folder = None if context.execution.data_dir is None else Path(context.execution.data_dir)
     taken = [row.prompt for name in sorted(context.inputs) if name.startswith("exclude_")
              for row in _read(context.inputs[name])]  # fmt: skip
-    answers = {name: _lines(context.inputs[name] / "generations.jsonl")
+    answers = {name: json_lines(context.inputs[name] / "generations.jsonl")
                for name in sorted(context.inputs) if name.startswith("answers_")}  # fmt: skip
     tokenizer = Tokenizer(context.inputs["tokenizer"]) if "tokenizer" in context.inputs else None
     seed = int(config["seed"])
@@ -316,8 +348,4 @@ def _refuse_equal_ids(rows: list[Row]) -> None:
 
 
 def _read(folder: Path) -> Iterable[Row]:
-    return (Row(**line) for line in _lines(folder / "rows.jsonl"))
-
-
-def _lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return (Row(**line) for line in json_lines(folder / "rows.jsonl"))
