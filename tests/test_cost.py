@@ -23,7 +23,7 @@ from safecl.schedule import Schedule
 from safecl.sizes import TYPICAL_PARAMETERS, Size, shape
 from safecl.stages import finetune
 from safecl.stages import load as kind_of
-from safecl.store import Stage, Store
+from safecl.store import Stage, Store, below
 from safecl.tasks.mini import Mini
 from safecl.templates import settle
 from tests.made_up import finish, put
@@ -290,6 +290,34 @@ def test_a_tick_builds_no_graph_and_asks_the_store_nothing_once_it_knows_the_job
     running = {"kind": "finetune", "key": late.graph.tuned.key, "start": 0.0, "ends": None}
     state = eta.state(schedule, {**snapshot, "running": [running]}, tick * EVERY_S)
     assert [stage["label"] for stage in state["running"]] == ["finetune sft, mini, seed 99"]
+
+
+def test_what_a_run_counts_as_it_goes_is_what_one_that_begins_now_would_count(tmp_path: Path) -> None:
+    here = with_trials(tmp_path, 40)
+    schedule = here.schedule()
+    eta = Eta(here.store, here.forecast(), 2, here.guard_stages())
+    order = list({s.key: s for job in schedule.open_jobs() for s in job.evidence.metrics.walk()}.values())
+    order += [s for s in below(here.guard_stages()) if s not in order]
+    snapshot: dict[str, Any] = {"running": [], "finished": [], "failed": {}}
+    done: set[str] = set()
+    for tick, stage in enumerate(order[:200]):
+        snapshot["finished"].append({"kind": stage.kind, "key": stage.key, "seconds": 3.0 + tick % 5})
+        done.add(stage.key)
+        for queue in schedule.queues:  # a job ends with its last stage
+            for job in [job for job in queue.waiting if {s.key for s in job.evidence.targets} <= done]:
+                queue.waiting.remove(job)
+        if tick == 120:  # one fails half way
+            schedule.queues[-1].waiting.pop()
+        before = eta._remaining
+        told = eta.state(schedule, snapshot, tick * EVERY_S)["eta_s"]
+        assert (eta._remaining is before) == (tick not in (0, 120)), tick
+        tops = [*here.guard_stages(), *(top for job in schedule.open_jobs() for top in job.evidence.targets)]
+        left = below(tops, lambda other: other.key in done)
+        fresh = Remaining(eta.forecast, eta.forecast.todo(left), (), eta.slots)
+        assert told == pytest.approx(fresh.seconds({}), rel=1e-9)
+        assert {kind: s for kind, s in eta._remaining.kinds.items() if s} == pytest.approx(
+            {kind: s for kind, s in fresh.kinds.items() if s}
+        )
 
 
 def test_what_runs_is_named_by_what_people_know(tmp_path: Path) -> None:

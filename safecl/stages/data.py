@@ -249,12 +249,13 @@ def _first(rows: Sequence[Row], num_rows: int | None, fit: Fit | None, size: int
     """The first `num_rows` rows (None: all) that fit, and how many were passed over; groups of `size` fit as a whole."""
     if fit is None:
         return list(rows[:num_rows]), 0
-    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+    num_groups = -(-len(rows) // size)
     num = None if num_rows is None else -(-num_rows // size)
     kept: list[Sequence[Row]] = []
     passed = at = 0
-    while at < len(groups) and (num is None or len(kept) < num):  # no more are read than are needed
-        some = groups[at : len(groups) if num is None else at + max(64, num - len(kept))]
+    while at < num_groups and (num is None or len(kept) < num):  # no more are read than are needed
+        end = num_groups if num is None else min(num_groups, at + max(64, num - len(kept)))
+        some = [rows[i * size : (i + 1) * size] for i in range(at, end)]
         least = iter(fit.least([row for group in some for row in group]))
         fits = [max(next(least) for _ in group) <= fit.max_tokens for group in some]
         for group, does in zip(some, fits, strict=True):
