@@ -161,16 +161,14 @@ class Broker:
             for tries_left in range(REPAIRS, -1, -1):
                 await self._all(stage.inputs.values(), (rank, number, above - 1))
                 try:
-                    await self._run(stage, heavy, turn)
+                    seconds = await self._run(stage, heavy, turn)
                     break
                 except Exception as error:
                     if not isinstance(plain_error(error), Damaged) or not tries_left:
                         raise
                     # Those that are damaged make way, and are made again.
                     await asyncio.gather(*(asyncio.to_thread(self.store.sound, s) for s in stage.inputs.values()))
-            self.finished.append(
-                {"kind": stage.kind, "key": stage.key, "seconds": time.time() - self.live[stage.key]["start"]}
-            )
+            self.finished.append({"kind": stage.kind, "key": stage.key, "seconds": seconds})
         except BaseException as error:
             self.failed[stage.key] = error
             raise
@@ -179,18 +177,21 @@ class Broker:
             self.live.pop(stage.key, None)
             self.running.pop(stage.key, None)
 
-    async def _run(self, stage: Stage, heavy: bool, turn: Turn) -> None:
+    async def _run(self, stage: Stage, heavy: bool, turn: Turn) -> float:
+        """Run a stage whose inputs are there; the seconds that it took."""
         if heavy:
             await self.trainers.run(stage, turn)
         elif load(stage.kind).runs == "thread":
             groups = await self._engines_for(stage)
             rank, _, _ = turn
-            async with self.light.setdefault((stage.kind, rank), asyncio.Semaphore(self.num_light)):
-                self._starts(stage)
-                await self._hand().run.remote(stage, groups, rank)
+            # As many again are handed over as may be at work, so that the next one begins at once (work.py: Hand).
+            async with self.light.setdefault((stage.kind, rank), asyncio.Semaphore(2 * self.num_light)):
+                seconds: float = await self._hand().run.remote(stage, groups, rank)
+                return seconds
         else:  # in a process of its own
             self._starts(stage)
             await self._alone(stage)
+        return time.time() - float(self.live[stage.key]["start"])
 
     def _starts(self, stage: Stage) -> None:
         self._begin(stage.kind, stage.key, load(stage.kind).unit)
@@ -214,12 +215,12 @@ class Broker:
             num_kinds = sum(load(name).runs == "thread" for name in names())
             # max_task_retries: of a process that died, not of a stage that raised.
             options = {
-                "max_concurrency": num_kinds * self.num_light * NUM_RANKS,
+                "max_concurrency": 2 * num_kinds * self.num_light * NUM_RANKS,
                 "max_restarts": -1,
                 "max_task_retries": 1,
             }
             actor = ray.remote(num_cpus=0, scheduling_strategy=_here(), **options)(Hand)
-            self.hand = actor.remote(self.store, self.execution, self.logs, _me())
+            self.hand = actor.remote(self.store, self.execution, self.logs, _me(), self.num_light)
         return self.hand
 
     async def _alone(self, stage: Stage) -> None:
@@ -312,6 +313,11 @@ class Broker:
     async def done(self, trainer: str, rank: int, key: str, error: Exception | None) -> None:
         """`Trainers.done`, for a trainer's workers."""
         await self.trainers.done(trainer, rank, key, error)
+
+    async def begins(self, kind: str, key: str) -> None:
+        """Called by the Hand when it is a light stage's turn; what was done before this came is no longer under way."""
+        if key in self.running:
+            self._begin(kind, key, load(kind).unit)
 
     async def progress(self, key: str, done: int, total: int, metrics: dict[str, float]) -> None:
         """Called by stages under way. `ends`: when it will be done at its pace since the first call, once that says
