@@ -21,7 +21,7 @@ from safecl import tasks
 from safecl.base import ConfigError
 from safecl.contrasts import ALPHA
 from safecl.crossed import Crossed, components, crossed, difference
-from safecl.plan import REFERENCES
+from safecl.graph import REFERENCES
 from safecl.tasks._overlap import clusters
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from safecl.config import Execution
 from safecl.cost import Forecast, Open, Remaining
 from safecl.estimate import Estimator
 from safecl.eta import EVERY_S, Eta
+from safecl.graph import Graph
 from safecl.grid import Cell, cells
 from safecl.hardware import Speed
 from safecl.overview import plan
-from safecl.plan import Graph
 from safecl.project import Project, load
 from safecl.schedule import Schedule
 from safecl.sizes import TYPICAL_PARAMETERS, Size, shape

@@ -13,9 +13,9 @@ from safecl import export
 from safecl.base import ConfigError
 from safecl.stages import finalize
 from safecl.store import Stage, Store
+from safecl.testing import world as contract
+from safecl.testing.world import World
 from safecl.training import shards
-from tests.methods import contract
-from tests.methods.contract import World
 
 IDS = torch.tensor([[5, 9, 40, 41, 30, 7]])
 

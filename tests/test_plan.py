@@ -40,7 +40,7 @@ def without_model(sweep: Sweep) -> dict[str, str]:
     """Fingerprint of each row's stages, kind, config and version, less the model stage."""
     found = {}
     for job in jobs(sweep):
-        with patch("safecl.plan.identity", lambda task, split, folder: [task.__name__, task.VERSION, split]):
+        with patch("safecl.graph.identity", lambda task, split, folder: [task.__name__, task.VERSION, split]):
             metrics = job.evidence.metrics
         stages = [s for s in metrics.walk() if s.kind != "model"]
         text = json.dumps([[s.kind, s.config, sorted(s.inputs), s.version] for s in stages], sort_keys=True)
@@ -114,9 +114,8 @@ def test_theta_safe_is_shared_by_all_methods_and_the_seed_redraws_it() -> None:
     assert len(safe) == 1
     other = {job.cell.job({}, 1, "final").graph.theta_safe.key for job in jobs(sweep)}
     assert not safe & other
-    guards = {
-        guard.key for job in jobs(sweep) for seed in (0, 1) for guard in job.cell.job({}, seed, "final").graph.guards
-    }
+    graphs = [job.cell.job({}, seed, "final").graph for job in jobs(sweep) for seed in (0, 1)]
+    guards = {guard.key for graph in graphs for guard in graph.guards(graph.asr_judge)}
     assert len(guards) == 3
 
 
@@ -229,8 +228,10 @@ def test_a_guard_trained_here_judges_even_beside_a_published_judge_of_refusals(t
     stages = {s.config["judge"]: s for s in graph.evidence("test").judged}
     assert [stages["guard"].inputs[name].kind for name in ("weights", "weights.1", "weights.2")] == ["finetune"] * 3
     assert "weights" not in stages["wildguard"].inputs
-    with pytest.raises(ConfigError, match="it cannot be wildguard"):
-        load(QUICKSTART, [*both, "evaluate.judges.asr=harmbench"])
+    with pytest.raises(
+        ConfigError, match="guard_model: is one model, and cannot be that of harmbench and of wildguard"
+    ):
+        Project(load(QUICKSTART, [*both, "evaluate.judges.asr=harmbench", f"execution.root={tmp_path}"]))
 
 
 def test_a_guard_is_measured_on_what_it_will_judge(tmp_path: Path) -> None:
@@ -342,7 +343,7 @@ def test_a_teacher_and_a_fisher_are_shared_by_every_value_of_their_weight() -> N
 
 
 def test_consent_to_run_code_enters_no_key_but_those_of_the_code_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safecl.plan.identity", lambda task, split, folder: [task.__name__, split])
+    monkeypatch.setattr("safecl.graph.identity", lambda task, split, folder: [task.__name__, split])
     consent = ["evaluate.unsafe_code=true"]
     assert keys(load(QUICKSTART, consent)) == keys(load(QUICKSTART, []))
     code = ["tasks.0.task=code", "tasks.0.num_rows=10"]

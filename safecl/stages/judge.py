@@ -6,17 +6,25 @@ each one's label.
 
 Judged are the generations in `generations`, or without them the rows' own answers (labelled pairs that measure a
 guard). Unparsed is null: counted, never "safe"; more than 1 % of them fail the stage. A pair too long for the engine is one.
+
+With `remote` ({"model", "version", "tokenizer", "chat"}) in the config an OpenAI-compatible endpoint answers. Where that is
+stands in the hints, which no identity holds; `answered_by` of the result is what the server says its model is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safecl import judges, labels, sizes
 from safecl.base import Json, PrerequisiteError, json_lines
-from safecl.judges import Judge, Verdict, load
+from safecl.judges import Judge, Piece, Verdict, load
+from safecl.serving.endpoint import KEY_VARIABLE, Endpoint
+from safecl.serving.messages import Sampling
 from safecl.stages import Kind
 from safecl.store import Context, Stage
 from safecl.training.tokens import Tokenizer, base_folder, weights_folder
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
 
 VERSION = "3"
 PUBLISHED_TOKENS = 100  # of a published guard's template, after what all prompts begin with
+ENDPOINT_S = 0.1  # of a pair at an endpoint, some asked at once
 ASKING_S = 0.7  # of asking an engine, beside its work
 
 
@@ -42,7 +51,7 @@ class Judging(Kind):
     def seconds(stage: Stage, of: Estimator) -> float:
         rows = of.length(stage.inputs["rows"])
         if "model" not in stage.inputs:
-            return rows.rows * 1e-4
+            return rows.rows * (ENDPOINT_S if "remote" in stage.config else 1e-4)
         answers = stage.inputs.get("generations")
         answer = rows.answer if answers is None else min(60.0, float(str(answers.config["max_new_tokens"])))
         guards = [name for name in stage.inputs if name.partition(".")[0] == "weights"]  # each answers all of it
@@ -52,7 +61,10 @@ class Judging(Kind):
     @staticmethod
     def label(stage: Stage, models: Mapping[str, str]) -> str:
         answers = stage.inputs.get("generations")
-        of = "held-out pairs" if answers is None else labels.weights(answers.inputs.get("weights"), models)
+        if answers is None:  # the rows' own: a guard's held-out pairs, or what users bring
+            of = "own answers" if stage.inputs["rows"].config["role"] == "user" else "held-out pairs"
+        else:
+            of = labels.weights(answers.inputs.get("weights"), models)
         return f"judge {stage.config['judge']} {labels.answered(stage.inputs['rows'])}: {of}"
 
 
@@ -67,7 +79,11 @@ def run(context: Context) -> dict[str, Json]:
     if "generations" in context.inputs:
         answers = {line["id"]: line["text"] for line in json_lines(context.inputs["generations"] / "generations.jsonl")}
     pairs = [(row["prompt"], answers[row["id"]]) for row in rows]
-    verdicts = _ask(context, judge, pairs) if judge.served else [judge.rule(*pair) for pair in pairs]
+    more: dict[str, Json] = {}
+    if "remote" in config:
+        verdicts, more["answered_by"] = _ask_there(context, judge, pairs)
+    else:
+        verdicts = _ask(context, judge, pairs) if judge.served else [judge.rule(*pair) for pair in pairs]
     with (context.out / "verdicts.jsonl").open("w") as file:
         for row, verdict in zip(rows, verdicts, strict=True):
             file.write(json.dumps({"id": row["id"], **verdict._asdict()}) + "\n")
@@ -75,7 +91,21 @@ def run(context: Context) -> dict[str, Json]:
     if (problem := judges.unreadable(config["judge"], verdicts, "execution.engine_max_tokens")) is not None:
         num_asked = sum("limit" not in verdict.detail for verdict in unparsed)
         raise (RuntimeError if num_asked > judges.MAX_UNPARSED * len(verdicts) else PrerequisiteError)(problem)
-    return {"num": len(verdicts), "true": sum(v.label is True for v in verdicts), "unparsed": len(unparsed)}
+    return {"num": len(verdicts), "true": sum(v.label is True for v in verdicts), "unparsed": len(unparsed), **more}
+
+
+def _ask_there(context: Context, judge: Judge, pairs: list[tuple[str, str]]) -> tuple[list[Verdict], Json]:
+    """Verdicts of an endpoint's model, and what the server calls it."""
+    remote: Any = context.stage.config["remote"]
+    hints = context.stage.hints
+    found: dict[str, Verdict] = {}
+
+    def on_done(key: str, verdict: Verdict) -> None:
+        found[key] = verdict
+        context.report(len(found), len(pairs), {})
+
+    by = ask_endpoint(judge, {str(i): pair for i, pair in enumerate(pairs)}, *endpoint_of(remote, hints), on_done)
+    return [found[str(i)] for i in range(len(pairs))], list(by)
 
 
 def _ask(context: Context, judge: Judge, pairs: list[tuple[str, str]]) -> list[Verdict]:
@@ -138,7 +168,7 @@ def ask(
 ) -> None:
     """A served judge's verdicts on (request, response) pairs, each handed on as it comes. A pair that does not fit is not
     asked: unparsed."""
-    from safecl.serving.messages import Request, Sampling
+    from safecl.serving.messages import Request
 
     # The template writes its own BOS, so the tokenizer must not add a second one.
     prompts = reach.tokenizer.prompt_ids([judge.pieces(*pair) for pair in pairs.values()])
@@ -160,3 +190,45 @@ def ask(
         sampling,
         on_done=lambda done: on_done(done.id, judge.read(done.text, done.likely)),
     )
+
+
+def endpoint_of(remote: Any, hints: Mapping[str, str], max_tries: int = 8) -> tuple[Endpoint, Tokenizer | None]:
+    """What answers (`remote`) where the hints of a stage say, and the tokenizer that its prompts are written with."""
+    variable = hints.get("key_variable", KEY_VARIABLE)
+    if "key_variable" in hints and not os.environ.get(variable):
+        raise PrerequisiteError(
+            f"endpoint {hints['url']}: the environment variable {variable} with its key is not set here"
+        )
+    endpoint = Endpoint(
+        hints["url"], remote["model"], int(hints["at_once"]), max_tries, chat=remote["chat"], key_variable=variable
+    )
+    return endpoint, Tokenizer(base_folder(Path(hints["tokenizer"]))) if "tokenizer" in hints else None
+
+
+# What special tokens of chat templates look like. An endpoint that is sent text decides itself what is special in it.
+_SPECIAL = re.compile(r"<(?=\|[^<>|\s]+\|>|/?(?:s|bos|eos|unk|pad|start_of_turn|end_of_turn)>)")
+
+
+def ask_endpoint(
+    judge: Judge,
+    pairs: Mapping[str, tuple[str, str]],
+    endpoint: Endpoint,
+    tokenizer: Tokenizer | None,
+    on_done: Callable[[str, Verdict], None],
+) -> tuple[str, ...]:
+    """As `ask`, of an endpoint's model: exact token ids with its `tokenizer`; without, text, in which a blank is put into
+    what looks like a special token of the candidate's. Returns what the server calls the model that answered."""
+    pieces = [judge.pieces(*pair) for pair in pairs.values()]
+    prompts: list[Any] = [as_text(p) for p in pieces] if tokenizer is None else tokenizer.prompt_ids(pieces)
+    done = endpoint.generate(
+        dict(zip(pairs, prompts, strict=True)),
+        Sampling(max_tokens=judge.max_tokens, logprobs=judge.logprobs),
+        lambda done: on_done(done.id, judge.read(done.text, done.likely)),
+        lambda id, why: on_done(id, Verdict(None, why, {"limit": "unknown"})),
+    )
+    return tuple(sorted({completion.weights_key for completion in done.values()}))
+
+
+def as_text(pieces: Sequence[Piece]) -> str:
+    """A prompt for a server that tokenises it itself."""
+    return "".join(piece.text if piece.own else _SPECIAL.sub("< ", piece.text) for piece in pieces)

@@ -16,7 +16,7 @@ from safecl.stages import likelihood, metrics
 from safecl.tasks import Found, Row
 from safecl.tasks.gsm8k import Gsm8k
 from safecl.tasks.sst2 import HARNESS, Sst2
-from tests.methods.contract import World
+from safecl.testing.world import World
 
 SENTENCES = ["the rain", "a thing or the other, and more of the same inner water", "x", "no", "it did\n\nrain"]
 

@@ -12,8 +12,8 @@ import pytest
 
 from safecl.config import Execution, Sweep
 from safecl.dtypes import resolved
+from safecl.graph import Graph
 from safecl.grid import cells
-from safecl.plan import Graph
 from safecl.project import load
 from safecl.stages import data
 from safecl.store import Context, Stage
@@ -47,7 +47,7 @@ def stages(graph: Graph) -> Iterator[tuple[str, Stage]]:
         if name.startswith("answers_"):
             yield "alignment", below.inputs["rows"]
     yield "user", graph.user_rows
-    yield "guard", graph.guards[0].inputs["rows"]
+    yield "guard", graph.guards(graph.asr_judge)[0].inputs["rows"]
     agreement = graph.guard_agreement()
     assert agreement is not None
     yield "guard.heldout", agreement.metrics.inputs["heldout.rows"]
