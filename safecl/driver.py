@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from safecl import dtypes, execute, hardware, sandbox, tasks
+from safecl import dtypes, execute, hardware, sandbox
 from safecl.base import ConfigError, Damaged, PrerequisiteError
 from safecl.config import Sweep
 from safecl.cost import missing, slots
@@ -22,6 +22,7 @@ from safecl.project import Project
 from safecl.schedule import Done, Schedule
 from safecl.stats import as_json
 from safecl.store import Store
+from safecl.tasks._written import find
 
 GIB_PER_TRIAL, GIB_PER_ENGINE, GIB_PER_WORKER = 0.4, 4.0, 2.5  # measured at 135M parameters, see the README
 
@@ -198,7 +199,7 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
 
 
 def _check_isolation(sweep: Sweep) -> None:
-    if sweep.evaluate.unsafe_code or not any(tasks.load(task.task).RUNS_CODE for task in sweep.tasks):
+    if sweep.evaluate.unsafe_code or not any(find(task.task, sweep.data).RUNS_CODE for task in sweep.tasks):
         return
     lacking = sandbox.missing()
     if lacking is not None:

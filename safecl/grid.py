@@ -82,8 +82,16 @@ class Cell:
             "method": recipe.method,
             "params": {name: value for name, value in recipe.params.items() if name not in open_values},
             "evaluate": recipe.evaluate.model_dump(mode="json", exclude={"unsafe_code"}),
+            **self._written,
         }
         return hashlib.sha256(canonical(identity).encode()).hexdigest()
+
+    @property
+    def _written(self) -> dict[str, Json]:
+        """What the sweep file says of tasks that it writes, less the places of their files, and how conversations are
+        written; nothing where it writes none."""
+        data = [each.model_dump(mode="json", exclude={"file"}, exclude_defaults=True) for each in self.shared.data]
+        return {"data": data, "conversation": self.recipe.model.text.conversation} if data else {}
 
     @cached_property
     def defaults(self) -> dict[str, Json]:
@@ -141,7 +149,7 @@ class Job:
 def cells(sweep: Sweep, folder: Path | None = None) -> list[Cell]:
     """Every row of the sweep's tables, references first per model and task. `folder`: of local data files."""
     grid: list[Cell] = []
-    shared = Shared(folder)
+    shared = Shared(folder, sweep.data)
     method_names = _told_apart(method_entries(sweep))
     task_names = _told_apart(task_entries(sweep))
     own = sweep.search.seed

@@ -10,15 +10,17 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 
 class Shared:
-    """What the graphs of one sweep share. `folder`: of local data files; None: the hub."""
+    """What the graphs of one sweep share. `folder`: of local data files; None: the hub. `data`: tasks that the sweep file
+    writes."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, data: tuple[Any, ...] = ()) -> None:
         self.folder = folder
+        self.data = data
         self.made: dict[Hashable, Any] = {}
         self.kept: list[object] = []  # whose ids are in the keys of `made`
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Shared, (self.folder,)  # another process makes its own
+        return Shared, (self.folder, self.data)  # another process makes its own
 
 
 class _Graph(Protocol):

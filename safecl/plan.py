@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import safecl.judges as judges
 import safecl.methods as methods
@@ -25,6 +25,7 @@ from safecl.memo import Shared, shared
 from safecl.models import model_stage, tokenizer_stage
 from safecl.store import SharedConfig, Stage, canonical
 from safecl.tasks._source import identity
+from safecl.tasks._written import find, hints, told
 
 if TYPE_CHECKING:
     from safecl.methods.grsap import Grsap
@@ -104,24 +105,32 @@ class Graph:
             **({"labels": labels} if labels else {}),
         }
         inputs = inputs or {}
-        if max_tokens is not None:
-            config["fits"] = self._fits(max_tokens, self._guard_text if guard else self._text)
-            inputs = {**inputs, "tokenizer": self.tokenizer}
         used = [part.task for part in parts] + ([str(poison["task"])] if poison else [])
-        rules = [tasks.load(task).SCORING for task in sorted({str(task) for task in (labels or {}).values()})]
+        if max_tokens is not None:
+            converses = self._converse(used) or self._hold_conversations(inputs)
+            config["fits"] = self._fits(max_tokens, self._guard_text if guard else self._text_of(converses))
+            inputs = {**inputs, "tokenizer": self.tokenizer}
+        rules = [self._task(task).SCORING for task in sorted({str(task) for task in (labels or {}).values()})]
         worded = [judges.load(str(guard["judge"])).VERSION] if guard else []
-        return _stage("data", config, inputs, *(tasks.load(name).VERSION for name in used), *rules, *worded)
+        stage = _stage("data", config, inputs, *(self._task(name).VERSION for name in used), *rules, *worded)
+        places = {key: place for name in used for key, place in hints(self._task(name), name).items()}
+        return replace(stage, hints=places) if places else stage
+
+    def _task(self, name: str) -> type[tasks.Task]:
+        return find(name, self.shared.data)
 
     def _fits(self, max_tokens: int, text: dict[str, Json]) -> dict[str, Json]:
         """What makes a row too long to be trained on."""
         return {"max_tokens": max_tokens, "template": text["template"], "bos": text["bos"]}
 
     def _part(self, part: Rows, split: str) -> dict[str, Json]:
-        return {"task": part.task, "split": split, "num_rows": part.num_rows, "source": self._source(part.task, split)}
+        source = self._source(part.task, split)
+        read = told(self._task(part.task))
+        return {"task": part.task, "split": split, "num_rows": part.num_rows, "source": source, **read}
 
     @shared(*MODEL)
     def _source(self, task: str, split: str) -> Json:
-        return identity(tasks.load(task), split, self.shared.folder)
+        return identity(self._task(task), split, self.shared.folder)
 
     # Where two roles hold a prompt alike, the later of these gives way: test, validation (attack before benign), rows of
     # alignment, user rows with poison, a guard's held-out pairs, its training pairs. What must keep clear of a role keeps
@@ -187,6 +196,7 @@ class Graph:
         if recipe.poison_ratio > 0:
             source = self._source(recipe.poison_task, "poison")
             poison = {"task": recipe.poison_task, "ratio": recipe.poison_ratio, "source": source}
+            poison |= told(self._task(recipe.poison_task))
             poison |= {"keep_task_rows": True} if recipe.keep_task_rows else {}
         part = Rows(task=recipe.task.task, num_rows=recipe.task.num_rows)
         return self.data(
@@ -232,7 +242,7 @@ class Graph:
             "seed": self.recipe.align_seed,
             "max_tokens": max_tokens,
             "adapter": self.recipe.adapter,
-            **self._text,
+            **self._text_of(self._hold_conversations({"rows": rows})),
             **more,
         }
         inputs = {"model": self.base, "rows": rows}
@@ -255,7 +265,7 @@ class Graph:
             "labels": labels,
             "seed": self.recipe.align_seed,
             "max_tokens": self.recipe.align.max_tokens,
-            **self._text,
+            **self._text_of(self._hold_conversations({"rows": self.safety_rows})),
         }
         return _stage("fisher", config, {"model": self.base, "safe": self.theta_safe, "rows": self.safety_rows})
 
@@ -349,7 +359,7 @@ class Graph:
             "lora": self._plain(recipe.lora),
             "adapter": recipe.adapter,
             "seed": recipe.seed,
-            **self._text,
+            **self._text_of(self._hold_conversations(inputs)),
             **text,
         }
         return _stage("finetune", config, {"model": self.base, **inputs}, kind.VERSION)
@@ -359,6 +369,23 @@ class Graph:
         """How requests become text for this model."""
         model = self.recipe.model
         return {"template": self._plain(model.text), "bos": model.bos, "dtype": model.dtype}
+
+    def _text_of(self, converses: bool) -> dict[str, Json]:
+        """The same, for rows that may be conversations: with how this model's template writes these."""
+        if not converses:
+            return self._text
+        template = {**self._plain(self.recipe.model.text), **self.recipe.model.text.conversation}
+        return {**self._text, "template": template}
+
+    def _converse(self, names: Iterable[str]) -> bool:
+        return bool(self.shared.data) and any(self._task(name).CONVERSES for name in names)
+
+    def _hold_conversations(self, inputs: Mapping[str, Stage]) -> bool:
+        """Whether rows among these inputs (or answers to such) may be conversations."""
+        if not self.shared.data:
+            return False
+        of_rows = [stage for name, stage in inputs.items() if name.partition("_")[0] in ("rows", "memory", "answers")]
+        return any(self._converse(_tasks_of(stage)) or self._hold_conversations(stage.inputs) for stage in of_rows)
 
     @property
     @shared(*MODEL)
@@ -380,7 +407,7 @@ class Graph:
 
     def generate(self, final: Stage | None, rows: Stage, max_new_tokens: int, **more: Json) -> Stage:
         """A model's answers to rows' prompts: greedy, unless `more` says otherwise (`sampling`, another `template`)."""
-        config = self._generation(max_new_tokens)
+        config = self._generation(max_new_tokens, self._hold_conversations({"rows": rows}))
         inputs = {"model": self.base, "rows": rows}
         return _stage(
             "generate",
@@ -389,16 +416,18 @@ class Graph:
         )
 
     @shared(*MODEL)
-    def _generation(self, max_new_tokens: int) -> dict[str, Json]:
-        longest, text = self.recipe.evaluate.max_prompt_tokens, self._text
+    def _generation(self, max_new_tokens: int, converses: bool) -> dict[str, Json]:
+        longest, text = self.recipe.evaluate.max_prompt_tokens, self._text_of(converses)
         return SharedConfig({"max_new_tokens": max_new_tokens, "max_prompt_tokens": longest, **text})
 
     def likelihood(self, task: str, rows: Stage) -> Stage:
         """Log-probabilities of the options of a utility task's rows under the final model."""
-        kind, final, text = tasks.load(task), self.final, self._text
+        kind, final = self._task(task), self.final
+        text = self._text_of(kind.CONVERSES)
         longest = self.recipe.evaluate.max_prompt_tokens + kind.max_new_tokens
         inputs = {"model": self.base, "rows": rows, **({} if final is None else {"weights": final})}
-        return _stage("likelihood", {"task": task, "max_tokens": longest, **text}, inputs, kind.SCORING)
+        config: dict[str, Json] = {"task": task, "max_tokens": longest, **text, **told(kind, scored=True)}
+        return _stage("likelihood", config, inputs, kind.SCORING)
 
     def judge(self, name: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
         """Verdicts of one judge on generations (or, without `generations`, on the rows' own answers)."""
@@ -450,7 +479,7 @@ class Graph:
         labels: dict[str, Json] = {}
         inputs = dict(self._trained_on)
         for part in self.recipe.evaluate.validation.attack:
-            if hasattr(tasks.load(part.task), "label"):
+            if hasattr(self._task(part.task), "label"):
                 rows = self.data("attack.validation", "attack.validation", [part], seed=0, inputs=self._test_prompts)
                 for graph in answering:
                     name = f"answers_{graph.recipe.method}.{part.task}"
@@ -465,7 +494,7 @@ class Graph:
 
     def evidence(self, split: str) -> Evidence:
         """Everything that is measured of this recipe on `validation` or `test` prompts."""
-        task, kind = self.recipe.task.task, tasks.load(self.recipe.task.task)
+        task, kind = self.recipe.task.task, self._task(self.recipe.task.task)
         final, inputs, judged = self.final, dict[str, Stage](), list[Stage]()
         asked, utility, measures, version = self._questions(split)
         for name, rows, questions in asked:
@@ -475,11 +504,10 @@ class Graph:
                 verdicts = self._verdicts(judge, config, {"generations": generations, "rows": rows})
                 judged.append(verdicts)
                 inputs[f"{name}.{metric}"] = verdicts
-        inputs |= {
-            f"utility.{task}.rows": utility,
-            f"utility.{task}.generations": self.generate(final, utility, kind.max_new_tokens),
-        }
-        if split == "test" and kind.options is not tasks.Task.options:
+        inputs[f"utility.{task}.rows"] = utility
+        if not kind.BY_LIKELIHOOD:
+            inputs[f"utility.{task}.generations"] = self.generate(final, utility, kind.max_new_tokens)
+        if _has_likelihood(kind, split):
             inputs[f"utility.{task}.likelihood"] = self.likelihood(task, utility)
         hints = {"num_cpus": "1"} if kind.RUNS_CODE else {}  # other scores are done at once
         metrics = _stage("metrics", measures, inputs, version)
@@ -490,7 +518,7 @@ class Graph:
         """What is asked of every model that was tuned on this task."""
         evaluate, task = self.recipe.evaluate, self.recipe.task.task
         prompts: Prompts = getattr(evaluate, split)
-        chosen, kind = evaluate.judges, tasks.load(task)
+        chosen, kind = evaluate.judges, self._task(task)
         refusal: dict[str, Json] = {"question": "refusal"} if chosen.over_refusal == "wildguard" else {}
         questions: dict[str, list[tuple[str, str, dict[str, Json]]]] = {
             "attack": [
@@ -518,14 +546,19 @@ class Graph:
                 asked.append((f"{role}.{part.task}", rows, as_text))
                 for metric, _, _ in of_role:
                     counted = less if metric == "asr" else {}
+                    if told(self._task(part.task)):
+                        counted = {**counted, "written": {}}
                     measures.append({"metric": metric, "set": part.task, "of": "verdict", "role": role, **counted})
         name = f"utility.{split}"
         utility = self.data(name, name, [Rows(task=task, num_rows=prompts.utility_rows)], seed=0)
         consent: dict[str, Json] = {"unsafe_code": True} if evaluate.unsafe_code and kind.RUNS_CODE else {}
-        measures.append({"metric": "utility", "set": task, "of": "score", "role": "utility", **consent})
-        if split == "test" and kind.options is not tasks.Task.options:
-            measures.append({"metric": "likelihood", "set": task, "of": "likelihood", "role": "utility"})
-        versions = [tasks.load(part.task).SCORING for part in [*prompts.attack, Rows(task=task)]]
+        consent |= told(kind, scored=True)
+        if not kind.BY_LIKELIHOOD:
+            measures.append({"metric": "utility", "set": task, "of": "score", "role": "utility", **consent})
+        if _has_likelihood(kind, split):
+            of_task = told(kind, scored=True)
+            measures.append({"metric": "likelihood", "set": task, "of": "likelihood", "role": "utility", **of_task})
+        versions = [self._task(part.task).SCORING for part in [*prompts.attack, Rows(task=task)]]
         return Questions(asked, utility, SharedConfig({"measures": measures}), "+".join(versions))
 
 
@@ -537,6 +570,19 @@ class Questions(NamedTuple):
     utility: Stage
     measures: SharedConfig
     version: str
+
+
+def _has_likelihood(kind: type[tasks.Task], split: str) -> bool:
+    """Whether a task's likelihoods are measured of this split's prompts."""
+    return kind.BY_LIKELIHOOD or (split == "test" and kind.options is not tasks.Task.options)
+
+
+def _tasks_of(stage: Stage) -> list[str]:
+    """The tasks that a data stage draws from."""
+    config: Any = stage.config
+    if stage.kind != "data":
+        return []
+    return [str(part["task"]) for part in [*config["parts"], *([config["poison"]] if config["poison"] else [])]]
 
 
 def _stage(kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str) -> Stage:

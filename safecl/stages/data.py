@@ -24,6 +24,7 @@ from safecl.store import Context
 from safecl.tasks import Row, load
 from safecl.tasks._overlap import drop_overlaps
 from safecl.tasks._source import identity
+from safecl.tasks._written import of_stage
 from safecl.training.tokens import Tokenizer, encode, least_tokens
 
 VERSION = "4"
@@ -57,24 +58,30 @@ def run(context: Context) -> dict[str, Json]:
     """Config: {"role", "parts": [{"task", "split", "num_rows", "source"}], "poison": null | {"task", "ratio", "source",
     and only where it is true "keep_task_rows"}, "guard": null | {"judge", "config"}, "seed", only where models'
     answers are rows "labels": {name of an `answers_*` input: task whose rule labels it}, and only of rows that are trained on
-    "fits": {"template", "bos", "max_tokens"}}; `source` is `tasks._source.identity` of the split.
+    "fits": {"template", "bos", "max_tokens"}}; `source` is `tasks._source.identity` of the split. A part (or poison) whose
+    task the sweep file writes has "written" too (`tasks._written.told`).
 
     Inputs `exclude_*` are data stages whose prompts no row here may be like; `answers_*` are generate stages whose
     answered prompts become rows; `tokenizer` where there is "fits". Result: what `compose` finds.
     """
     config: Any = context.stage.config
     folder = None if context.execution.data_dir is None else Path(context.execution.data_dir)
-    taken = [row.prompt for name in sorted(context.inputs) if name.startswith("exclude_")
+    taken = [row.asked for name in sorted(context.inputs) if name.startswith("exclude_")
              for row in _read(context.inputs[name])]  # fmt: skip
     answers = {name: _lines(context.inputs[name] / "generations.jsonl")
                for name in sorted(context.inputs) if name.startswith("answers_")}  # fmt: skip
     tokenizer = Tokenizer(context.inputs["tokenizer"]) if "tokenizer" in context.inputs else None
     seed = int(config["seed"])
-    rows, facts = compose(config, lambda part, split: find(part, split, seed, folder, taken), taken, answers, tokenizer)
+    hints = context.stage.hints
+
+    def found(part: dict[str, Any], split: str) -> Found:
+        return find(part, split, seed, folder, taken, hints)
+
+    rows, facts = compose(config, found, taken, answers, tokenizer)
     places = [i for i, row in enumerate(rows) if _is_poison(row, config)]
     with (context.out / "rows.jsonl").open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+            file.write(json.dumps(row.as_json()) + "\n")
     (context.out / "poison.json").write_text(json.dumps({"indices": places, "ids": [rows[i].id for i in places]}))
     return facts
 
@@ -185,13 +192,20 @@ class Found(NamedTuple):
     left_out: Mapping[str, Json]
 
 
-def find(part: dict[str, Any], split: str, seed: int, folder: Path | None, taken: Sequence[str]) -> Found:
-    """What a part may be drawn from.
+def find(
+    part: dict[str, Any],
+    split: str,
+    seed: int,
+    folder: Path | None,
+    taken: Sequence[str],
+    hints: Mapping[str, str] | None = None,
+) -> Found:
+    """What a part may be drawn from. `hints`: the stage's.
 
     Raises:
         PrerequisiteError: a source is missing or is not the one that the config names.
     """
-    kind = load(part["task"])
+    kind = of_stage(part, part["task"], hints)
     here = identity(kind, split, folder)
     if here != part["source"]:
         raise PrerequisiteError(
@@ -261,7 +275,8 @@ def _self_answered(lines: Sequence[Any]) -> list[Row]:
         if line.get("finish") == "length":
             answer = answer[: max(answer.rfind(mark) for mark in (".", "!", "?")) + 1]
         if answer:
-            rows.append(Row(f"self/{line['id']}", line["prompt"], answer, False, {"self_answered": True}))
+            before = line.get("before", ())
+            rows.append(Row(f"self/{line['id']}", line["prompt"], answer, False, {"self_answered": True}, before))
     return rows
 
 

@@ -20,15 +20,16 @@ _commits: dict[tuple[str, str], str] = {}  # (hub id, revision) -> commit
 _unknown: dict[tuple[str, str], str] = {}  # likewise, of what the hub did not tell -> why
 
 
-def records(source: Source, folder: Path | None) -> list[Record]:
-    """All records of a source, in its own order. What their fields hold is checked where it is read (`Record`).
+def records(source: Source, folder: Path | None, problems: list[str] | None = None) -> list[Record]:
+    """All records of a source, in its own order. What their fields hold is checked where it is read (`Record`). `problems`:
+    see `_files.read`.
 
     Raises:
         PrerequisiteError: neither the file nor the hub can be read.
         ConfigError: the file is not what its name says.
     """
     found = local_file(source, folder)
-    return _files.read(found) if found is not None else _read_hub(source)
+    return _files.read(found, problems) if found is not None else _read_hub(source)
 
 
 def made(task: Task, source: Source, make: Callable[[int, Record], Row | None]) -> list[Row]:
@@ -62,6 +63,14 @@ def local_file(source: Source, folder: Path | None) -> Path | None:
     Raises:
         ConfigError: the file cannot be read, or seems to be there under another name: the hub's is no substitute for it.
     """
+    if source.path:
+        if not (path := Path(source.path)).is_file():
+            raise ConfigError(f"data file {source.path!r}: {'is a folder' if path.is_dir() else 'there is none'}")
+        if not path.name.lower().endswith(_files.SUFFIXES):
+            raise ConfigError(
+                f"data file {source.path!r}: expected one of {', '.join(_files.FORMATS)} (and .gz or .zst)"
+            )
+        return path
     if folder is None:
         return None
     if not folder.is_dir():
@@ -197,7 +206,7 @@ def split_by_hash(
 
 
 def _name(task_class: type[Task]) -> str:
-    return task_class.__module__.rsplit(".", 1)[-1]
+    return task_class.NAME or task_class.__module__.rsplit(".", 1)[-1]
 
 
 def _no_split(task_class: type[Task], split: str) -> str:
@@ -218,6 +227,8 @@ def _identity_of(source: Source, folder: Path | None) -> Json:
     path = local_file(source, folder)
     if path is not None and path.is_dir():
         return {"files": {file.name: sha256(file) for file in _files.tables(path)}}
+    if path is not None and source.path:  # its name is nothing to it, but for how it is read
+        return {"kind": _files.kind(path), "sha256": sha256(path)}
     if path is not None:
         return {"file": path.name, "sha256": sha256(path)}
     if not source.hub:
