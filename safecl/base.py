@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypeAliasType
 
 # Not a plain alias: pydantic needs a *named* recursive type, or it recurses without end while building the schema.
@@ -20,6 +20,12 @@ class Strict(BaseModel):
     """A frozen config that refuses unknown keys, so that a misspelt key is never a silent default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def later(default: Any) -> Any:
+    """The default of a setting that came after results were stored. At it the setting stays out of every dump, and so out of
+    identity: what was finished before the setting existed is still found."""
+    return Field(default, exclude_if=lambda value: value == default)
 
 
 class ConfigError(Exception):

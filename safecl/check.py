@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from safecl import methods, model_files, objective, tasks
 from safecl.base import ConfigError, PrerequisiteError, near, strictly
-from safecl.config import Lora, Method, Model, Sweep
-from safecl.grid import Cell, cells, method_entries, space_of, task_entries
+from safecl.config import Lora, Method, Model, Sweep, UserTask
+from safecl.grid import Cell, cells, for_task, grid_rows, method_entries, space_of, task_entries
 from safecl.models import wheel_file
-from safecl.search import space_check
+from safecl.space import space_check
 from safecl.store import canonical
 from safecl.sweepfile import explained
 from safecl.tasks._source import identity
@@ -79,7 +79,12 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> 
                         f"{each.split!r}"
                     )
     for i, chosen in enumerate(sweep.methods):
-        errors += _method_errors(f"methods[{i}]", chosen, attempt)
+        for used in sweep.tasks:
+            errors += _method_errors(f"methods[{i}]", chosen, used, attempt)
+        errors += _grid_errors(f"methods[{i}]", chosen, sweep)
+    if (made := sweep.align.safety_from) is not None:
+        errors += _method_errors("align.safety_from", made, sweep.tasks[0], attempt)
+        errors += ["align.safety_from: one config is expected, no search or grid"] if made.search or made.grid else []
     if not errors:
         errors += _step_errors(sweep)
     errors += _model_errors(sweep)
@@ -120,15 +125,16 @@ def _asked(sweep: Sweep) -> list[Asked]:
         where = f"tasks[{i}]"
         found.append(Asked(f"{where}.task", task.task, "user", task.num_rows, f"{where}.num_rows"))
         for split in ("validation", "test"):
-            prompts = getattr(sweep.evaluate, split)
-            count = f"evaluate.{split}.utility_rows"
-            found.append(Asked(f"{where}.task", task.task, f"utility.{split}", prompts.utility_rows, count))
+            num_rows, count = getattr(sweep.evaluate, split).utility_rows, f"evaluate.{split}.utility_rows"
+            if task.utility_rows is not None and (own := getattr(task.utility_rows, split)) is not None:
+                num_rows, count = own, f"{where}.utility_rows.{split}"
+            found.append(Asked(f"{where}.task", task.task, f"utility.{split}", num_rows, count))
     # Also without a ratio: a guard's rows keep clear of it.
     found.append(Asked("poison.task", sweep.poison.task, "poison", None, ""))
     for key, role, listed in _listed(sweep):
         for i, rows in enumerate(listed):
             where = f"{key}[{i}]"
-            found.append(Asked(f"{where}.task", rows.task, role, rows.num_rows, f"{where}.num_rows"))
+            found.append(Asked(f"{where}.task", rows.task, role, rows.total, f"{where}.num_rows"))
     return found
 
 
@@ -209,14 +215,33 @@ def _one_recipe(found: list[Cell]) -> list[str]:
     ]
 
 
-def _method_errors(where: str, chosen: Method, attempt: Callable[..., Any]) -> list[str]:
+def _method_errors(where: str, chosen: Method, task: UserTask, attempt: Callable[..., Any]) -> list[str]:
+    """What is wrong with an entry of `methods` as a user of this task has it."""
     method = attempt(where, lambda: methods.load(chosen.name))
     if method is None:
         return []
-    config = attempt(f"{where}.config", lambda: strictly(method.Config, chosen.config), chosen.config, method.Config)
-    if config is None or chosen.search is None:
-        return []
-    return [f"{where}.{text}" for text in _space_errors(method, chosen, config)]
+    errors = []
+    for row in grid_rows(chosen):
+        row = attempt(f"{where}.config", partial(for_task, row, task))
+        if row is None:
+            return []
+        config = attempt(f"{where}.config", partial(strictly, method.Config, row.config), row.config, method.Config)
+        if config is not None and row.search is not None:
+            errors += [f"{where}.{text}" for text in _space_errors(method, row, config)]
+    return list(dict.fromkeys(errors))
+
+
+def _grid_errors(where: str, chosen: Method, sweep: Sweep) -> list[str]:
+    """What cannot be enumerated, and what is told twice."""
+    errors = [f"{where}.grid.{name}: stands in `config` too" for name in chosen.grid if name in chosen.config]
+    errors += [f"{where}.grid.{name}: is searched too" for name in chosen.grid if name in (chosen.search or {})]
+    if sweep.search.sampler == "grid" and chosen.search is not None and chosen.name in methods.names():
+        ranges = [name for name, form in (space_of(chosen) or {}).items() if not isinstance(form, list)]
+        errors += [f"{where}.search.{name}: a grid is of lists of values (search.sampler: grid)" for name in ranges]
+    same = [other for other in sweep.methods if other is not chosen and chosen.label in (other.label, other.name)]
+    if chosen.label is not None and same:
+        errors.append(f"{where}.label: {chosen.label!r} names two entries of `methods`; give each its own")
+    return errors
 
 
 def _step_errors(sweep: Sweep) -> list[str]:
@@ -228,7 +253,8 @@ def _step_errors(sweep: Sweep) -> list[str]:
             try:
                 if task.num_rows is not None:  # else known where the rows are
                     num_steps = -(-round(task.num_rows * task.epochs) // task.batch_size)
-                    method(method.Config(**chosen.config)).check_steps(num_steps)
+                    for row in grid_rows(chosen):
+                        method(method.Config(**for_task(row, task).config)).check_steps(num_steps)
             except ConfigError as error:
                 errors.append(f"methods[{i}], task {task.task}: {error}")
     return errors
@@ -253,6 +279,10 @@ def _model_errors(sweep: Sweep) -> list[str]:
             errors.append(f"{where}.{problem}")
             continue
         errors += [f"{where}.source: {problem}" for problem in folder_problems(model.source)]
+        if (origin := model.aligned_from) is not None:
+            problem = source_problem(origin.source, origin.revision)
+            errors += [f"{where}.aligned_from.{problem}"] if problem else []
+            errors += [f"{where}.aligned_from.source: {told}" for told in folder_problems(origin.source)]
         for key, lora in adapters.items():
             errors += [f"{key}.{problem} ({where})" for problem in _lora_problems(model.source, lora)]
     return errors

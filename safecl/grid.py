@@ -7,14 +7,16 @@ same values, and the graphs of a sweep share what they have in common.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
 from safecl import methods
-from safecl.base import Json
+from safecl.base import ConfigError, Json
 from safecl.config import Method, Model, Sweep, UserTask
 from safecl.memo import Shared
 from safecl.plan import REFERENCES, Evidence, Graph, Recipe
@@ -30,10 +32,11 @@ class Cell:
     shared: Shared = field(repr=False)
     search_seeds: tuple[int, int]  # of a search: its own, and that of the alignment it starts from
     aligned: Cell | None = field(default=None, repr=False)  # same model and task, no finetune; None: this is it
+    num_trials: int = 0  # of a search
     _jobs: dict[tuple[str, int, str], Job] = field(default_factory=dict, init=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Cell, (self.recipe, self.space, self.shared, self.search_seeds, self.aligned)
+        return Cell, (self.recipe, self.space, self.shared, self.search_seeds, self.aligned, self.num_trials)
 
     def job(self, params: dict[str, Json], seed: int, role: str) -> Job:
         """The trial with these values; always the same object. `role`: `search` reads validation, `final` test prompts."""
@@ -150,6 +153,7 @@ def cells(sweep: Sweep, folder: Path | None = None) -> list[Cell]:
     """Every row of the sweep's tables, references first per model and task. `folder`: of local data files."""
     grid: list[Cell] = []
     shared = Shared(folder, sweep.data)
+    methods_of_rows = [row for method in sweep.methods for row in grid_rows(method)]
     method_names = _told_apart(method_entries(sweep))
     task_names = _told_apart(task_entries(sweep))
     own = sweep.search.seed
@@ -168,18 +172,63 @@ def cells(sweep: Sweep, folder: Path | None = None) -> list[Cell]:
                 )  # fmt: skip
 
             aligned = Cell(recipe(Method(name="aligned"), 0.0), None, shared, seeds)
-            grid += [Cell(recipe(Method(name="base"), 0.0), None, shared, seeds, aligned), aligned]
+            # A model that is aligned already is its own reference: what it was before is another model.
+            base = [Cell(recipe(Method(name="base"), 0.0), None, shared, seeds, aligned)] if sweep.align.train else []
+            grid += [*base, aligned]
             for ratio in sweep.poison.ratios:
-                grid += [
-                    Cell(recipe(method, ratio, name), space_of(method), shared, seeds, aligned)
-                    for method, name in zip(sweep.methods, method_names, strict=True)
-                ]
+                for method, name in zip(methods_of_rows, method_names, strict=True):
+                    own_method = for_task(method, task)
+                    space = space_of(own_method)
+                    num_trials = len(points(space)) if space and sweep.search.sampler == "grid" else sweep.search.trials
+                    grid.append(Cell(recipe(own_method, ratio, name), space, shared, seeds, aligned, num_trials))
     return grid
 
 
+def grid_rows(method: Method) -> list[Method]:
+    """The rows of the table that an entry of `methods` makes: one, or one for each combination of its `grid`."""
+    plain = method.model_copy(update={"grid": {}})
+    return [plain.model_copy(update={"config": {**method.config, **point}}) for point in points(method.grid)]
+
+
+def points(lists: Mapping[str, Any]) -> list[dict[str, Json]]:
+    """Every combination of the lists' values, the last name's fastest: of no lists the empty one."""
+    return [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
+
+
+_SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
+
+
+def for_task(method: Method, task: UserTask) -> Method:
+    """A method whose shares of the user's rows (`memory_size: 5%`) are numbers of rows, at least 1, of this task.
+
+    Raises:
+        ConfigError: a share is of a task whose number of rows is not given.
+    """
+    kind = methods.load(method.name)
+    whole = {name for name, field in kind.Config.model_fields.items() if _is_whole(field.annotation)}
+
+    def number(value: Json) -> Json:
+        if isinstance(value, list | tuple):
+            return list(dict.fromkeys(map(number, value)))
+        if isinstance(value, dict):
+            return {key: number(each) for key, each in value.items()}
+        if not isinstance(value, str) or (share := _SHARE.fullmatch(value)) is None:
+            return value
+        if task.num_rows is None:
+            raise ConfigError(f"{value} of the rows of {task.task}: how many those are is not given (num_rows: null)")
+        return max(1, round(float(share[1]) / 100 * task.num_rows))
+
+    def numbers(given: Mapping[str, Json]) -> dict[str, Json]:
+        return {name: number(value) if name in whole else value for name, value in given.items()}
+
+    search = None if method.search is None else numbers(method.search)
+    return method.model_copy(update={"config": numbers(method.config), "search": search})
+
+
 def method_entries(sweep: Sweep) -> list[tuple[str, dict[str, Json]]]:
-    """The methods of a sweep with all their settings."""
-    return [(method.name, _settings(method)) for method in sweep.methods]
+    """The methods' rows of a sweep: what each is called, with all its settings."""
+    rows = [row for method in sweep.methods for row in grid_rows(method)]
+    return [(row.label or row.name, _settings(row, sweep.tasks[0])) for row in rows]
 
 
 def task_entries(sweep: Sweep) -> list[tuple[str, dict[str, Json]]]:
@@ -187,20 +236,23 @@ def task_entries(sweep: Sweep) -> list[tuple[str, dict[str, Json]]]:
     return [(task.task, task.model_dump(mode="json")) for task in sweep.tasks]
 
 
-def _settings(method: Method) -> dict[str, Json]:
-    config: dict[str, Json] = methods.load(method.name).Config(**method.config).model_dump(mode="json")
-    return {**config, "search": space_of(method)}
+def _settings(method: Method, task: UserTask) -> dict[str, Json]:
+    """A share stays one: it is another number for every task."""
+    kind, known = methods.load(method.name), for_task(method, task)
+    config: dict[str, Json] = kind.Config(**known.config).model_dump(mode="json")
+    shares = {name: value for name, value in method.config.items() if known.config[name] != value}
+    return {**config, **shares, "search": space_of(known)}
 
 
 def _told_apart(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """For each entry (name, settings) its name with the settings that others of this name have otherwise, as in
-    `der weight=9`; nothing where the name is enough."""
+    `der weight=9`."""
     found = []
     for name, settings in entries:
         others = [other for its, other in entries if its == name and other != settings]
         differ = [key for key in settings if any(other.get(key) != settings[key] for other in others)]
         texts = [f"{key}={_short(settings[key])}" for key in differ]
-        found.append(f"{name} {', '.join(texts)}" if texts else "")
+        found.append(f"{name} {', '.join(texts)}".strip())
     return found
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safecl import methods
 from safecl.base import ConfigError, near
-from safecl.config import Model
+from safecl.config import Align, Model
 from safecl.cost import Open, cost
 from safecl.dtypes import warnings
 from safecl.grid import Job
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ADAPTERS = {
     "continue": "continue: stage two goes on training the adapter of stage one",
     "stack": "stack: stage one's adapter is folded into the base, stage two trains a fresh one on top",
+    "none": "a fresh one, on a model that is aligned already",
 }
 
 MAX_MERGE_LOSS = 0.01  # share of a finetune's KL from where it started
@@ -47,14 +48,14 @@ def plan(project: Project) -> dict[str, Any]:
             {
                 "cell": cell.label,
                 "searched": ", ".join(cell.space or ()) or "-",
-                "trials": seeds + (sweep.search.trials if cell.space is not None else 0),
+                "trials": seeds + (cell.num_trials if cell.space is not None else 0),
             }
         )
         study = project.past(cell)
         tried = study.complete() if study else []
         jobs += [cell.trial(trial.params) for trial in tried] + finals
         if not finals:
-            num_left = sweep.search.trials - len(tried)
+            num_left = cell.num_trials - len(tried)
             if not tried:  # trial 0 is the defaults, so its stages are known
                 jobs.append(cell.trial({}))
                 num_left -= 1
@@ -117,7 +118,7 @@ def status(project: Project) -> list[dict[str, str]]:
             search = "-"
         else:
             study = project.past(cell)
-            search = f"{len(study.complete()) if study else 0}/{project.sweep.search.trials}"
+            search = f"{len(study.complete()) if study else 0}/{cell.num_trials}"
         state = "done" if jobs and done == num_seeds else "searching" if note.startswith("search:") else "to do"
         state = "failed" if not jobs and note.startswith("all ") else state
         found.append({"cell": cell.label, "search": search, "final": f"{done}/{num_seeds}", "state": state})
@@ -156,7 +157,6 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
                 f"changed (KL; at most {MAX_MERGE_LOSS:.0%} expected): give this model `dtype: float32`."
             )
         notes += _served(model, [row["served"] for row in rows if row["model"] == model.name and row["served"]])
-    align = sweep.align
     return Facts(
         name=sweep.name,
         about=sweep.about,
@@ -167,17 +167,25 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
         num_prompts=_num_prompts(rows),
         guard_agreement=_agreement(project, rows),
         settings={
-            "adapter": ADAPTERS[sweep.adapter],
+            "adapter": ADAPTERS[sweep.adapter if sweep.align.train else "none"],
             "LoRA": f"rank {sweep.lora.rank}, alpha {sweep.lora.alpha}, dropout {sweep.lora.dropout}, {sweep.lora.targets}",
             "poison": "added to all task rows" if sweep.poison.keep_task_rows else "in place of as many task rows",
             "memory": sweep.memory_mix,
-            "alignment": f"{', '.join(p.task for p in align.safety)}; lr {align.learning_rate:g}, {align.epochs:g} epochs",
+            "alignment": _alignment(sweep.align),
             "macro mean": "ASR is the mean over sets of each set's share",
             "dtype": ", ".join(dict.fromkeys(model.dtype for model in sweep.models)),
             "decoding": f"greedy, at most {sweep.evaluate.max_new_tokens} tokens on attack and benign prompts",
         },
         notes=notes,
     )
+
+
+def _alignment(align: Align) -> str:
+    tasks = ", ".join(part.task for part in align.safety)
+    if align.train:
+        return f"{tasks}; lr {align.learning_rate:g}, {align.epochs:g} epochs"
+    made = f"made by {align.safety_from.name}" if align.safety_from is not None else tasks or "none"
+    return f"none: `aligned` is the model itself; safety rows: {made}"
 
 
 def _where(row: dict[str, Any]) -> str:

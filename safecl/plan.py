@@ -124,9 +124,9 @@ class Graph:
         return {"max_tokens": max_tokens, "template": text["template"], "bos": text["bos"]}
 
     def _part(self, part: Rows, split: str) -> dict[str, Json]:
+        counts: dict[str, Json] = {"num_rows": part.total, **({"kinds": dict(part.kinds)} if part.kinds else {})}
         source = self._source(part.task, split)
-        read = told(self._task(part.task))
-        return {"task": part.task, "split": split, "num_rows": part.num_rows, "source": source, **read}
+        return {"task": part.task, "split": split, **counts, "source": source, **told(self._task(part.task))}
 
     @shared(*MODEL)
     def _source(self, task: str, split: str) -> Json:
@@ -176,8 +176,20 @@ class Graph:
     @property
     @shared(*SEED)
     def safety_rows(self) -> Stage:
-        """Rows of stage one. Requests of `self_answered` sets get the base model's own answers."""
+        """Rows of stage one. Requests of `self_answered` sets get the base model's own answers.
+
+        Raises:
+            ConfigError: there is no stage one, and no rows were given in its place.
+        """
         align, inputs = self.recipe.align, dict(self._held_out)
+        if align.safety_from is not None:
+            kind = methods.load(align.safety_from.name)
+            return kind(kind.Config(**align.safety_from.config)).requires(self)["replay"]
+        if not align.safety:
+            raise ConfigError(
+                "needs safety rows, and `align: none` gives none: write align: {train: false, safety: [...]}, or "
+                "{train: false, safety_from: {name: grsap}} for rows that the model makes itself"
+            )
         for part in align.self_answered:
             asked = self.data(
                 "self_answered", "benign.train", [part], seed=self.recipe.align_seed, inputs=self._held_out
@@ -220,9 +232,16 @@ class Graph:
 
     @property
     @shared(*SEED)
-    def theta_safe(self) -> Stage:
-        """Stage one: SFT of the base model on safety rows."""
+    def theta_safe(self) -> Stage | None:
+        """Stage one: SFT of the base model on safety rows. None with `align: none`: the model itself is theta_safe."""
+        if not self.recipe.align.train:
+            return None
         return self.finetune("sft", {}, self.recipe.align, {"rows": self.safety_rows}, seed=self.recipe.align_seed)
+
+    @property
+    def _safe(self) -> dict[str, Stage]:
+        """theta_safe's adapter as an input, where it has one."""
+        return {} if self.theta_safe is None else {"safe": self.theta_safe}
 
     @shared(*SEED)
     def memory(self, num_rows: int, positions: str | None = None) -> Stage:
@@ -246,7 +265,7 @@ class Graph:
             **more,
         }
         inputs = {"model": self.base, "rows": rows}
-        return _stage("memory", config, inputs if positions is None else {**inputs, "safe": self.theta_safe})
+        return _stage("memory", config, inputs if positions is None else {**inputs, **self._safe})
 
     @shared(*SEED)
     def fisher(self, num_rows: int, labels: str) -> Stage:
@@ -255,10 +274,13 @@ class Graph:
         Raises:
             ConfigError: a fresh adapter is stacked, where the Fisher of its A is zero.
         """
-        if self.recipe.adapter == "stack":
+        safe = self.theta_safe
+        if safe is None or self.recipe.adapter == "stack":
+            which = "`align: none` trains a fresh adapter, which" if safe is None else "a fresh adapter (`stack`)"
+            needed = "an alignment by safecl" if safe is None else "`adapter: continue`"
             raise ConfigError(
-                f"method {self.recipe.method!r} needs `adapter: continue`: a fresh adapter (`stack`) starts with B = 0, so "
-                "the gradient and with it the Fisher information of its A is zero"
+                f"method {self.recipe.method!r} needs {needed}: {which} starts with B = 0, so the gradient and with it the "
+                "Fisher information of its A is zero"
             )
         config: dict[str, Json] = {
             "num_rows": num_rows,
@@ -267,7 +289,7 @@ class Graph:
             "max_tokens": self.recipe.align.max_tokens,
             **self._text_of(self._hold_conversations({"rows": self.safety_rows})),
         }
-        return _stage("fisher", config, {"model": self.base, "safe": self.theta_safe, "rows": self.safety_rows})
+        return _stage("fisher", config, {"model": self.base, "safe": safe, "rows": self.safety_rows})
 
     @shared(*SEED)
     def replay(self, config: Grsap.Config) -> Stage:
@@ -325,13 +347,17 @@ class Graph:
     def _tuned(self, method: str, params: dict[str, Json]) -> Stage:
         kind = methods.load(method)
         needed = kind(kind.Config(**params)).requires(self)
-        inputs = {"safe": self.theta_safe, "rows": self.user_rows, **needed}
+        inputs = {**self._safe, "rows": self.user_rows, **needed}
         return self.finetune(method, params, self.recipe.task, inputs)
 
     @cached_property
     def final(self) -> Stage | None:
         """What is served on top of the base model: nothing, theta_safe, the tuned adapter, or what a post-hoc method
-        makes of the two."""
+        makes of the two.
+
+        Raises:
+            ConfigError: a post-hoc method works on what the alignment changed, and that is not known.
+        """
         recipe = self.recipe
         if recipe.method == "base":
             return None
@@ -345,7 +371,16 @@ class Graph:
             "params": _resolved(kind, recipe.params),
             "dtype": recipe.model.dtype,
         }
-        return _stage("finalize", config, {"safe": self.theta_safe, "tuned": self.tuned}, kind.VERSION)
+        inputs = {**self._safe, "tuned": self.tuned}
+        if self.theta_safe is None and kind(kind.Config(**recipe.params)).needs_base:
+            if recipe.model.aligned_from is None:
+                raise ConfigError(
+                    "works on what the alignment changed, and with `align: none` that is known only where the model has "
+                    "`aligned_from: {source: BASE}`: name its base model there, or leave this method out"
+                )
+            origin = recipe.model.model_copy(update=dict(recipe.model.aligned_from))
+            inputs |= {"model": self.base, "base": model_stage(origin)}
+        return _stage("finalize", config, inputs, kind.VERSION)
 
     def finetune(
         self, method: str, params: dict[str, Json], training: Training, inputs: dict[str, Stage], **text: Json
@@ -550,7 +585,9 @@ class Graph:
                         counted = {**counted, "written": {}}
                     measures.append({"metric": metric, "set": part.task, "of": "verdict", "role": role, **counted})
         name = f"utility.{split}"
-        utility = self.data(name, name, [Rows(task=task, num_rows=prompts.utility_rows)], seed=0)
+        own = self.recipe.task.utility_rows
+        num_rows = (own and getattr(own, split)) or prompts.utility_rows
+        utility = self.data(name, name, [Rows(task=task, num_rows=num_rows)], seed=0)
         consent: dict[str, Json] = {"unsafe_code": True} if evaluate.unsafe_code and kind.RUNS_CODE else {}
         consent |= told(kind, scored=True)
         if not kind.BY_LIKELIHOOD:

@@ -36,6 +36,11 @@ def load(path: Path, settings: Sequence[str], limit: int | None = None) -> Sweep
     for setting in settings:
         _set(raw, setting)
     _place_data(raw, path.parent)
+    if raw.get("lora", {}) in (None, "none", "full"):
+        raise ConfigError(
+            "lora: full fine-tuning is not there: methods, memories and the engines' change of weights work on LoRA factors, and "
+            "each trial would store a whole model. The nearest is a high rank, for example lora: {rank: 256, alpha: 256}"
+        )
     try:
         if limit is not None:
             _limit(raw, limit)
@@ -216,11 +221,15 @@ def _limit(raw: Any, limit: int) -> None:
             _limit(item, limit)
     elif isinstance(raw, dict):
         for key, value in raw.items():
-            if key not in ("num_rows", "utility_rows"):
+            if key in ("num_harmful", "num_benign") and isinstance(value, int):
+                raw[key] = min(value, max(1, limit // 2))
+            elif key == "utility_rows" and isinstance(value, dict):
+                raw[key] = {split: min(num, limit) if isinstance(num, int) else num for split, num in value.items()}
+            elif key not in ("num_rows", "utility_rows"):
                 _limit(value, limit)
             elif value is None or isinstance(value, int):  # else it is refused as what it is
                 raw[key] = limit if value is None else min(value, limit)
-        if "task" in raw and "ratios" not in raw:
+        if "task" in raw and not raw.keys() & {"ratios", "num_harmful", "num_benign"}:
             raw.setdefault("num_rows", limit)
 
 
@@ -242,7 +251,10 @@ def _with_small_memories(sweep: Sweep, limit: int) -> Sweep:
     for method in sweep.methods:
         with suppress(ConfigError, ValidationError):  # check.py says what is wrong
             fields = methods.load(method.name).Config.model_fields
-            if "memory_size" in fields:
+            if "memory_size" in method.grid:
+                sizes = tuple(bounded(list(method.grid["memory_size"])))
+                method = method.model_copy(update={"grid": {**method.grid, "memory_size": sizes}})
+            elif "memory_size" in fields:
                 size = method.config.get("memory_size", fields["memory_size"].default)
                 space = dict(space_of(method) or {})
                 form = space["memory_size"] = bounded(space.get("memory_size", []))

@@ -118,14 +118,19 @@ def expected(cells: Sequence[Cell], seed: int, preview: Preview) -> dict[str, Tr
         graph, method = job.graph, cell.recipe.method
         if method in REFERENCES and method != "aligned":
             continue
-        tuned, own = (graph.theta_safe, graph.safety_rows) if method == "aligned" else (graph.tuned, graph.user_rows)
+        if method == "aligned" and graph.theta_safe is None:
+            continue
+        tuned = graph.theta_safe if method == "aligned" else graph.tuned
+        own = graph.safety_rows if method == "aligned" else graph.user_rows
+        assert tuned is not None
         num_memory = None if method == "aligned" else _memory(cell, seed)
         if store.has(tuned):  # its memory was made
             with suppress(Damaged):
                 if store.has(own) and "num_rows" in (facts := store.record(own)["result"]):
                     found[cell.label] = of(facts, num_memory)
             continue
-        safety = None if num_memory is None else rows(graph.safety_rows)
+        made = num_memory is None or graph.safety_rows.kind != "data"  # by the model, which has yet to make them
+        safety = None if made else rows(graph.safety_rows)
         composed = rows(own)
         stratified = graph.recipe.memory_mix == "stratified"
         unknown = stratified and graph.recipe.align.self_answered and not store.has(graph.safety_rows)

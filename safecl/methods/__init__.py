@@ -45,6 +45,12 @@ class Method:
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether `finalize` works on what the alignment changed, theta_safe - theta_0. With `align: none` that is known only
+        where the model names its base (`aligned_from`); a method that does without gets zero for it."""
+        return True
+
     def check_steps(self, num_steps: int) -> None:
         """Raise ConfigError where a finetune of so many optimizer steps is too short for this config."""
 

@@ -60,6 +60,10 @@ class Interpolate(Method):
             more = {"safe_share": {"low": 0.1, "high": 1.5, "log": False}}
         return {**cls.space, **more}
 
+    @property
+    def needs_base(self) -> bool:
+        return bool(self.config.kind != "linear")  # which is theta_safe + a U, whatever theta_safe came from
+
     def finalize(self, safe: Weights, tuned: Weights, log: dict[str, Json]) -> Iterator[tuple[str, LoRA | Dense]]:
         from safecl.training.weights import Dense, combine
 

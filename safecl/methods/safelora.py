@@ -13,7 +13,8 @@ Source: Hsu et al. 2024 (Safe LoRA), Eqs. 2-4; arXiv 2512.10150, baselines.
 Same as the reference code (IBM/SafeLoRA, model.py): cosines rounded to 5 digits, `<=`. Different: one pass (theirs computes
 the cosines of `number` mode twice); exactly `num_modules` modules are projected (their `<=` takes ties too); a module whose
 V is zero is left alone. C is no projector: its eigenvalues are sigma_i^2/|V|_F, so how much is kept depends on |V|;
-`projector: exact` is one. U is the update from theta_safe also where theta_safe's adapter was trained on (`continue`).
+`projector: exact` is one. A model that was aligned elsewhere needs `aligned_from`: V is then of whole weights, and the result
+dense. U is the update from theta_safe also where theta_safe's adapter was trained on (`continue`).
 """
 
 from __future__ import annotations
@@ -53,27 +54,38 @@ class Safelora(Method):
     def finalize(self, safe: Weights, tuned: Weights, log: dict[str, Json]) -> Iterator[tuple[str, LoRA | Dense]]:
         from safecl.training.weights import combine
 
-        found: dict[str, tuple[LoRA, LoRA, float]] = {}
+        cosines: dict[str, float] = {}
         for name, aligned in safe.items():
             update = combine([(tuned[name], 1.0), (aligned, -1.0)])
-            found[name] = (update, projected := self.project(update, aligned), cosine(projected, update))
-        order = sorted(found, key=lambda name: round(found[name][2], 5))
-        chosen = {n for n in order if round(found[n][2], 5) <= self.config.threshold}
+            cosines[name] = round(cosine(self.project(update, aligned), update), 5)
+        order = sorted(cosines, key=lambda name: cosines[name])
+        chosen = {name for name in order if cosines[name] <= self.config.threshold}
         if self.config.mode == "number":
             chosen = set(order[: self.config.num_modules])
         log["projected"] = len(chosen)
         log["modules"] = len(order)
-        log["cosines"] = [round(found[name][2], 5) for name in order]
-        for name, aligned in safe.items():
-            update, projected, _ = found[name]
-            yield name, combine([(aligned, 1.0), (projected if name in chosen else update, 1.0)])
+        log["cosines"] = [cosines[name] for name in order]
+        for name, aligned in safe.items():  # made anew: dense updates of a whole model would not fit into memory
+            update = combine([(tuned[name], 1.0), (aligned, -1.0)])
+            kept = self.project(update, aligned) if name in chosen else update
+            yield name, combine([(aligned, 1.0), (kept, 1.0)])
 
-    def project(self, update: LoRA, aligned: LoRA) -> LoRA:
-        """C U in factored form; U itself where V is zero."""
+    def project(self, update: LoRA | Dense, aligned: LoRA | Dense) -> LoRA | Dense:
+        """C U, in factored form where both are; U itself where V is zero."""
         import torch
 
-        from safecl.training.weights import LoRA
+        from safecl.training.weights import Dense, LoRA
 
+        if isinstance(update, Dense) or isinstance(aligned, Dense):  # aligned elsewhere: V is of whole weights
+            change_OI, update_OI = aligned.delta(), update.delta()
+            size = float(change_OI.norm())
+            if size == 0:
+                return update
+            if self.config.projector == "frobenius":
+                return Dense(change_OI @ (change_OI.T @ update_OI) / size)
+            left_OR, size_R, _ = torch.linalg.svd(change_OI, full_matrices=False)
+            basis_OR = left_OR[:, size_R > 1e-6 * size_R[0]]
+            return Dense(basis_OR @ (basis_OR.T @ update_OI))
         up_OR, down_RI = aligned.scale * aligned.up_OR.float(), aligned.down_RI.float()
         inner_RR = down_RI @ down_RI.T
         norm = float(((up_OR.T @ up_OR) * inner_RR).sum().clamp(min=0).sqrt())
@@ -89,8 +101,14 @@ class Safelora(Method):
         return LoRA(update.down_RI, new_OR, update.scale)
 
 
-def cosine(first: LoRA, second: LoRA) -> float:
-    """Cosine of two deltas that share `down_RI`, as vectors; 1 where one is zero (nothing to disagree about)."""
+def cosine(first: LoRA | Dense, second: LoRA | Dense) -> float:
+    """Cosine of two deltas as vectors (two low-rank ones share `down_RI`); 1 where one is zero (nothing to disagree about)."""
+    from safecl.training.weights import Dense
+
+    if isinstance(first, Dense) or isinstance(second, Dense):
+        first_OI, second_OI = first.delta().double(), second.delta().double()
+        size = float(first_OI.norm() * second_OI.norm())
+        return float((first_OI * second_OI).sum()) / size if size > 0 else 1.0
     inner_RR = second.down_RI @ second.down_RI.T
 
     def product(a: Tensor, b: Tensor) -> float:

@@ -55,7 +55,8 @@ class Fit(NamedTuple):
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Config: {"role", "parts": [{"task", "split", "num_rows", "source"}], "poison": null | {"task", "ratio", "source",
+    """Config: {"role", "parts": [{"task", "split", "num_rows", "source", and only where rows are counted by kind "kinds":
+    {"harmful", "benign": rows of each}}], "poison": null | {"task", "ratio", "source",
     and only where it is true "keep_task_rows"}, "guard": null | {"judge", "config"}, "seed", only where models'
     answers are rows "labels": {name of an `answers_*` input: task whose rule labels it}, and only of rows that are trained on
     "fits": {"template", "bos", "max_tokens"}}; `source` is `tasks._source.identity` of the split. A part (or poison) whose
@@ -106,15 +107,17 @@ def compose(
     rows: list[Row] = []
     facts: dict[str, dict[str, Json]] = {"parts": {}, "overlaps_dropped": {}, "too_long": {}, "left_out": {}}
 
-    def draw(part: dict[str, Any], split: str, num_rows: int | None) -> list[Row]:
+    def draw(part: dict[str, Any], split: str, num_rows: int | None, kind: str = "") -> list[Row]:
         usable, overlaps, left_out = found(part, split)
         facts["left_out"].update(left_out)
-        name = f"{part['task']}/{split}"
-        pool = contrasted(usable) if guard else usable
+        name = f"{part['task']}/{split} {kind}".strip()
+        of_kind = [row for row in usable if row.harmful == (kind == "harmful")] if kind else usable
+        pool = contrasted(of_kind) if guard else of_kind
         read, size = (_in_template(pool, guard), 2) if guard else (pool, 1)
         chosen, too_long = _first(read, num_rows, fit, size)
         if num_rows is not None and len(chosen) < num_rows:
-            raise ConfigError(_too_few(part["task"], split, num_rows, read, len(overlaps), too_long, fit, size))
+            asked = f"{split} {kind}".strip()
+            raise ConfigError(_too_few(part["task"], asked, num_rows, read, len(overlaps), too_long, fit, size))
         if guard:
             by_id = {row.id: row for row in pool}
             chosen = [by_id[row.id] for row in chosen]
@@ -128,7 +131,8 @@ def compose(
         return [dataclasses.replace(row, id=f"{prefix}/{row.id}") for row in chosen]
 
     for part in config["parts"]:
-        rows += draw(part, part["split"], part["num_rows"])
+        for kind, num_rows in part.get("kinds", {"": part["num_rows"]}).items():
+            rows += draw(part, part["split"], num_rows, kind)
     answered, dropped = list[Row](), 0
     if "labels" in config:
         rows += _labelled(answers, config["labels"])

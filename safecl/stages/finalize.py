@@ -1,6 +1,7 @@
 """Finalize: a post-hoc method makes the final deltas of theta_safe's and the tuned adapter. No training, no model.
 
-    in    safe, tuned (finetunes: adapter/)
+    in    safe, tuned (finetunes: adapter/). Without `safe` (`align: none`) the model is theta_safe: `model` and `base`, the one
+          it was aligned from, say what the alignment changed where the method needs that
     out   adapter/ (PEFT) where the result is low-rank, else delta/ (dense deltas); both are added to the base
 
 Config: `method`, `params`, `dtype` (in which dense deltas are stored).
@@ -15,6 +16,8 @@ from safecl.base import Json
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from torch import Tensor
 
     from safecl.store import Context
 
@@ -32,7 +35,26 @@ def finalize(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -
     from safecl.training import weights
 
     kind = methods.load(config["method"])
-    safe, tuned = weights.load(inputs["safe"] / "adapter"), weights.load(inputs["tuned"] / "adapter")
+    method = kind(kind.Config(**config["params"]))
+    like = inputs["tuned"] / "adapter"
+    tuned = weights.load(like)
     facts: dict[str, Json] = {}
-    made = kind(kind.Config(**config["params"])).finalize(safe, tuned, facts)
-    return {**weights.save(made, out, inputs["safe"] / "adapter", config["dtype"]), **facts}
+    if "safe" in inputs:
+        made = method.finalize(weights.load(inputs["safe"] / "adapter"), tuned, facts)
+    else:  # `tuned` is a change of theta_safe, and so must be what is served on it
+        safe: weights.Weights = weights.none(tuned)
+        if "base" in inputs:
+            before, after = (_modules(inputs[name], config["dtype"]) for name in ("base", "model"))
+            safe = weights.changes(before, after, tuned)
+        whole = weights.Made(tuned, lambda name: weights.combine([(safe[name], 1.0), (tuned[name], 1.0)]))
+        made = ((name, weights.combine([(delta, 1.0), (safe[name], -1.0)]))
+                for name, delta in method.finalize(safe, whole, facts))  # fmt: skip
+    return {**weights.save(made, out, like, config["dtype"]), **facts}
+
+
+def _modules(folder: Path, dtype: str) -> dict[str, Tensor]:
+    """Weights of a model's modules by name, as they are computed with."""
+    from safecl.training import model, tokens
+
+    loaded = model.load(tokens.base_folder(folder), dtype)
+    return {name: module.weight for name, module in loaded.named_modules() if hasattr(module, "weight")}

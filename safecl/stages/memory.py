@@ -1,6 +1,6 @@
 """Memory: rows with theta_safe's hidden states, made once before any fine-tuning.
 
-    in    model (HF folder), rows; safe (finetune: adapter/) where states are asked for
+    in    model (HF folder), rows; safe (finetune: adapter/) where states are asked for; without it the model is theta_safe
     out   rows.jsonl, memory.safetensors: ids_N, num_tokens_R, num_prompt_R; states-*.safetensors: one tensor a row
 
 States are the last hidden states (after the final norm) at a rule's positions (training/losses.py), in the model's own
@@ -83,7 +83,7 @@ def remember(
     num_cut = sum(row.num_cut > 0 for row in encoded)
     facts: dict[str, Json] = {"rows": len(encoded), "dropped": len(dropped), "cut_prompts": num_cut}
     if config["positions"] is not None:
-        facts |= _write_states(config, folder, inputs["safe"] / "adapter", encoded, out, device, report)
+        facts |= _write_states(config, folder, inputs.get("safe"), encoded, out, device, report)
     save_file(tensors, str(out / "memory.safetensors"))
     by_id = {row.id: row for row in rows}
     facts["harmful"] = sum(by_id[row.row_id].harmful for row in encoded)
@@ -104,7 +104,7 @@ def in_proportion(order: Sequence[int], kinds: Sequence[tuple[str, bool]]) -> li
 def _write_states(
     config: Mapping[str, Any],
     folder: Path,
-    adapter: Path,
+    safe_folder: Path | None,
     rows: Sequence[Encoded],
     out: Path,
     device: str,
@@ -119,7 +119,7 @@ def _write_states(
     if device == "cpu":
         torch.set_num_threads(1)
     base = model.load(folder, config["dtype"], device)
-    safe = model.theta_safe(base, adapter, config["adapter"])
+    safe = model.theta_safe(base, safe_folder and safe_folder / "adapter", config["adapter"])
     head = losses.head_of(base)
     held: dict[str, Tensor] = {}
     num_states, num_bytes, num_files = 0, 0, 0

@@ -273,12 +273,18 @@ class Run:
 
 
 def learning_rate(config: Training, step: int, num_steps: int) -> float:
-    """Of optimizer step `step` (from 0): linear warm-up over the first `warmup_ratio`, then a cosine to 0."""
+    """Of optimizer step `step` (from 0): linear warm-up over the first `warmup_ratio`, then as `schedule` says. With
+    `warmup_from_zero` these are Hugging Face's schedules of the same names (`constant`: its constant_with_warmup)."""
     warm = math.ceil(config.warmup_ratio * num_steps)
     if step < warm:
-        return config.learning_rate * (step + 1) / warm
+        return config.learning_rate * (step + (not config.warmup_from_zero)) / warm
     done = (step - warm) / max(1, num_steps - warm)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    if config.schedule == "constant":
+        return config.learning_rate
+    if config.schedule == "linear":
+        return config.learning_rate * (1 - done)
+    least = config.min_rate if config.schedule == "cosine_with_min_lr" else 0.0
+    return config.learning_rate * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 @dataclass(frozen=True)

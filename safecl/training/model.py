@@ -127,11 +127,12 @@ def fold(model: Any, folder: Path) -> None:
         raise ConfigError(f"adapter {folder}: adapts {sorted(odd)[0]!r}, which this model has not")
 
 
-def theta_safe(model: Any, folder: Path, adapter: str, fused: bool = True) -> HiddenStates:
+def theta_safe(model: Any, folder: Path | None, adapter: str, fused: bool = True) -> HiddenStates:
     """theta_safe in eval mode, as the finetune that starts from it computes it: the adapter beside the base
-    (`continue`) or folded into it (`stack`)."""
-    if adapter == "stack":
-        fold(model, folder)
+    (`continue`) or folded into it (`stack`); without one the model itself."""
+    if folder is None or adapter == "stack":
+        if folder is not None:
+            fold(model, folder)
         return HiddenStates(model, fused).eval()
     return HiddenStates(with_continued(model, folder), fused).eval()
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, overload
 
 import torch
 from torch import Tensor
+
+from safecl.base import ConfigError
 
 PREFIX = "base_model.model."
 SHARD_BYTES = 2**30
@@ -45,7 +47,47 @@ class Dense:
         return self.delta_OI.float()
 
 
-Weights: TypeAlias = Mapping[str, LoRA]  # by module name in the base model
+Weights: TypeAlias = Mapping[str, LoRA | Dense]  # by module name in the base model
+
+
+class Made(Weights):
+    """Deltas that are made when asked for: those of whole weights would not fit into memory beside each other."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], LoRA | Dense]) -> None:
+        self.names, self.make = tuple(names), make
+
+    def __getitem__(self, name: str) -> LoRA | Dense:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def none(like: Mapping[str, LoRA]) -> dict[str, LoRA]:
+    """No change of the modules of `like`: factors of rank 0."""
+    return {name: LoRA(delta.down_RI[:0], delta.up_OR[:, :0], 1.0) for name, delta in like.items()}
+
+
+def changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Iterable[str]) -> Made:
+    """What turned the weights of one model into another's, by module name.
+
+    Raises:
+        ConfigError: the models are of different shapes.
+    """
+    names = list(names)
+    for name in names:
+        first, second = before.get(name), after[name]
+        if first is None or first.shape != second.shape:
+            has = "has none" if first is None else f"has {list(first.shape)}"
+            raise ConfigError(
+                f"aligned_from: {name!r} of the model is {list(second.shape)}, its base {has}: is it its base?"
+            )
+    return Made(names, lambda name: Dense(after[name].float() - before[name].float()))
 
 
 def load(folder: Path) -> dict[str, LoRA]:
@@ -70,12 +112,19 @@ def load(folder: Path) -> dict[str, LoRA]:
     }
 
 
-def combine(parts: Sequence[tuple[LoRA, float]]) -> LoRA:
+@overload
+def combine(parts: Sequence[tuple[LoRA, float]]) -> LoRA: ...
+@overload
+def combine(parts: Sequence[tuple[LoRA | Dense, float]]) -> LoRA | Dense: ...
+def combine(parts: Sequence[tuple[LoRA, float]] | Sequence[tuple[LoRA | Dense, float]]) -> LoRA | Dense:
     """Sum of weight * delta, exactly, as one delta whose rank is the sum of ranks: factors are laid side by side, never
-    averaged (averaging A and B gives cross terms that no merge asked for)."""
+    averaged (averaging A and B gives cross terms that no merge asked for). Dense where one of them is."""
+    low = [(delta, weight) for delta, weight in parts if isinstance(delta, LoRA)]
+    if len(low) < len(parts):
+        return Dense(torch.stack([weight * delta.delta() for delta, weight in parts]).sum(0))
     return LoRA(
-        torch.cat([delta.down_RI.float() for delta, _ in parts]),
-        torch.cat([weight * delta.scale * delta.up_OR.float() for delta, weight in parts], 1),
+        torch.cat([delta.down_RI.float() for delta, _ in low]),
+        torch.cat([weight * delta.scale * delta.up_OR.float() for delta, weight in low], 1),
         1.0,
     )
 
