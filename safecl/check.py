@@ -164,11 +164,17 @@ def _read(kind: type[tasks.Task], split: str, folder: Path | None, source: str) 
     """How many rows a split has, and what was left out. `source`: its identity, so that a file that changed is read anew."""
     reader = kind(folder)
     rows = reader.rows(split, None, 0)
-    blank = [f"{num} records {'' if 'much like' in name else 'without '}{name.rpartition(': ')[2]} are left out of "
-             f"{name.rpartition(':')[0]}" for name, num in reader.left_out.items()]  # fmt: skip
+    blank = [_told_left_out(name, num) for name, num in reader.left_out.items()]
     system = any(row.before and row.before[0][0] == "system" for row in rows)
     turns = any(role != "system" for row in rows for role, _ in row.before)
     return _Read(len(rows), tuple(blank), (system, turns))
+
+
+def _told_left_out(name: str, num: int) -> str:
+    where, _, what = name.rpartition(": ")
+    if what.startswith("much like"):
+        return f"{num} rows of {where} are {what}: left out"
+    return f"{num} records without {what} are left out of {where}"
 
 
 def _unwritable(sweep: Sweep, each: Asked, found: _Read) -> list[str]:

@@ -324,7 +324,7 @@ def chat_template(template: Mapping[str, Any], bos: bool, bos_token: str | None)
         return (
             f"{'{{ bos_token }}' if bos else ''}{{% set system = messages[0]['role'] == 'system' %}}"
             f"{{% for m in messages[:1] if system %}}{system}{{% else %}}{{{{ {head} }}}}{{% endfor %}}"
-            f"{{% for m in messages[1:] if system else messages %}}{{% if m['role'] == 'user' %}}"
+            f"{{% set rest = messages[1:] if system else messages %}}{{% for m in rest %}}{{% if m['role'] == 'user' %}}"
             f"{{{{ ('' if loop.first else {between}) + ({user}) }}}}{{{{ {tail} if loop.last else {tail} + {lead} "
             f"if loop.revindex0 == 1 else {past} }}}}"
             f"{{% elif m['role'] == 'assistant' %}}{{{{ m['content'] + ({end} if loop.last else '') }}}}"

@@ -117,6 +117,8 @@ def identity(task_class: type[Task], split: str, folder: Path | None) -> Json:
     sources = task_class.SOURCES.get(split, ())
     if not sources:
         return {"generated": task_class.VERSION}
+    if task_class.NAME:  # the sweep file says where its rows are
+        folder = None
     return [_identity_of(source, folder) for source in sources]
 
 
@@ -292,7 +294,10 @@ def _missing(source: Source, why: str) -> str:
         where = f"accept its licence at {page} and log in to the hub" if source.gated else f"it is at {page}"
     else:
         where = f"get it from {source.page}" if source.page else "see the documentation of the task"
-    return (
-        f"data set {source.hub or source.file} cannot be read ({why}): {where}, or put {source.file} (or "
-        f"{_others(source)}) into a folder named by execution.data_dir (or `--set execution.data_dir=FOLDER`)."
+    local = (
+        f"put {source.file} (or {_others(source)}) into a folder named by execution.data_dir (or `--set "
+        "execution.data_dir=FOLDER`)."
+        if source.file
+        else "give its rows as a `file`"
     )
+    return f"data set {source.hub or source.file} cannot be read ({why}): {where}, or {local}"

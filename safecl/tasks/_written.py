@@ -104,6 +104,24 @@ def hints(kind: type[Task], name: str) -> dict[str, str]:
     return {hint_of(name): json.dumps(kind.DATA.file)}
 
 
+def notes(data: Iterable[Data], used: Iterable[str]) -> list[str]:
+    """What a reader must know of the written tasks among `used`: what utility is, and what is seen of conversations."""
+    kinds = [kind_of(each) for each in data if each.name in set(used)]
+    by_likelihood = [kind.NAME for kind in kinds if kind.BY_LIKELIHOOD and "user" in kind.SPLITS]
+    converses = [kind.NAME for kind in kinds if kind.CONVERSES]
+    found = []
+    if by_likelihood:
+        found.append(
+            f"Utility of {', '.join(by_likelihood)}: mean probability of a token of the held-out answers (1 / perplexity); no "
+            "answer is generated."
+        )
+    if converses:
+        found.append(
+            f"{', '.join(converses)}: conversations. The model sees all that was said, judges the last request and its answer."
+        )
+    return found
+
+
 class Written(Task):
     """A task of `data`. `_kind` makes a subclass of each entry."""
 
@@ -189,9 +207,7 @@ def _sources(data: Data, part: Part | None = None) -> tuple[Source, ...]:
     if part is not None and part in of_part and isinstance(own, dict):
         chosen = [p for p in chosen if PARTS.index(p) >= PARTS.index(part)]  # rows keep clear of later parts
     if data.hub is not None:
-        return tuple(
-            Source(f"{data.name}.jsonl", data.hub, str(data.revision), data.subset, of_part[p]) for p in chosen
-        )
+        return tuple(Source("", data.hub, str(data.revision), data.subset, of_part[p]) for p in chosen)
     return tuple(Source(Path(of_part[p]).name, path=of_part[p]) for p in chosen)
 
 
@@ -269,9 +285,10 @@ def _drawn(row: Row, data: Data, parts: Sequence[Part]) -> Part:
 
 
 def _everywhere(rows: Sequence[Row]) -> frozenset[str]:
-    """Words that at least half of all rows hold."""
+    """Words that at least half of all rows hold; of a handful of rows, where two alike are half of them, that all hold."""
     holding = Counter(word for row in rows for word in content_words(row.asked))
-    return frozenset(word for word, num in holding.items() if 2 * num >= len(rows))
+    least = len(rows) / 2 if len(rows) >= 10 else len(rows)
+    return frozenset(word for word, num in holding.items() if num >= least)
 
 
 class Dialogue(NamedTuple):

@@ -179,8 +179,10 @@ def test_identity_is_content_and_never_place_or_name(tmp_path: Path) -> None:
     scored = kind_of(Data(name="own", file=str(two), score="exact"))
     assert told(scored) == told(kinds[1]) == {"written": {}}
     assert told(scored, scored=True) == {"written": {"score": "exact"}}
+    # A file of that name in the data folder is not the hub's.
+    write(tmp_path / "own.jsonl", RECORDS["alpaca"])
     hub = kind_of(Data(name="own", hub="a/b", revision="0" * 40, hub_split="dev"))
-    assert identity(hub, "user", None) == [{"hub": "a/b", "config": None, "revision": "0" * 40, "split": "dev"}]
+    assert identity(hub, "user", tmp_path) == [{"hub": "a/b", "config": None, "revision": "0" * 40, "split": "dev"}]
 
 
 def test_a_worker_reads_a_task_by_its_stage_alone(tmp_path: Path) -> None:
