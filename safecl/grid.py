@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
-from safecl import methods
+from safecl import methods, registry
 from safecl.base import ConfigError, Json
 from safecl.config import Method, Model, Sweep, UserTask
 from safecl.memo import Shared
@@ -87,6 +87,8 @@ class Cell:
             "evaluate": recipe.evaluate.model_dump(mode="json", exclude={"unsafe_code"}),
             **self._written,
         }
+        if plugins := self._from_outside():
+            identity["plugins"] = plugins
         return hashlib.sha256(canonical(identity).encode()).hexdigest()
 
     @property
@@ -95,6 +97,11 @@ class Cell:
         written; nothing where it writes none."""
         data = [each.model_dump(mode="json", exclude={"file"}, exclude_defaults=True) for each in self.shared.data]
         return {"data": data, "conversation": self.recipe.model.text.conversation} if data else {}
+
+    def _from_outside(self) -> list[Json]:
+        """What plugins and installed packages this recipe uses: what a study has seen of others says nothing of these."""
+        stages = self.job({}, self.recipe.seed, "final").evidence.metrics.walk() if registry.any_outside() else []
+        return [*sorted({tag for stage in stages for tag in registry.tags(stage.version)})]
 
     @cached_property
     def defaults(self) -> dict[str, Json]:

@@ -8,6 +8,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from safecl import registry
+
 
 class Shared:
     """What the graphs of one sweep share. `folder`: of local data files; None: the hub. `data`: tasks that the sweep file
@@ -20,7 +22,12 @@ class Shared:
         self.kept: list[object] = []  # whose ids are in the keys of `made`
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Shared, (self.folder, self.data)  # another process makes its own
+        return _elsewhere, (self.folder, self.data, registry.in_use())  # another process makes its own
+
+
+def _elsewhere(folder: Path | None, data: tuple[Any, ...], plugins: tuple[registry.Plugin, ...]) -> Shared:
+    registry.add(plugins)
+    return Shared(folder, data)
 
 
 class _Graph(Protocol):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import safecl.judges as judges
 import safecl.methods as methods
 import safecl.tasks as tasks
+from safecl import registry
 from safecl.base import ConfigError, Json, Strict
 from safecl.config import Align, Evaluate, Lora, Model, Prompts, Rows, Template, Training, UserTask
 from safecl.memo import Shared, shared
@@ -114,7 +115,7 @@ class Graph:
         worded = [judges.load(str(guard["judge"])).VERSION] if guard else []
         stage = _stage("data", config, inputs, *(self._task(name).VERSION for name in used), *rules, *worded)
         places = {key: place for name in used for key, place in hints(self._task(name), name).items()}
-        return replace(stage, hints=places) if places else stage
+        return replace(stage, hints={**stage.hints, **places}) if places else stage
 
     def _task(self, name: str) -> type[tasks.Task]:
         return find(name, self.shared.data)
@@ -546,7 +547,7 @@ class Graph:
             inputs[f"utility.{task}.likelihood"] = self.likelihood(task, utility)
         hints = {"num_cpus": "1"} if kind.RUNS_CODE else {}  # other scores are done at once
         metrics = _stage("metrics", measures, inputs, version)
-        return Evidence(replace(metrics, hints=hints), tuple(judged))
+        return Evidence(replace(metrics, hints={**metrics.hints, **hints}), tuple(judged))
 
     @shared(*MODEL, "task")
     def _questions(self, split: str) -> Questions:
@@ -623,7 +624,8 @@ def _tasks_of(stage: Stage) -> list[str]:
 
 
 def _stage(kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str) -> Stage:
-    return Stage(kind, config, inputs, "+".join([_version(kind), *versions]))
+    version = "+".join([_version(kind), *versions])
+    return Stage(kind, config, inputs, version, registry.hints(version))
 
 
 @cache

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safecl import hardware
+from safecl import hardware, registry
 from safecl.base import ConfigError, Damaged, PrerequisiteError, sqlite_url
 from safecl.check import check
 from safecl.config import Model, Sweep
@@ -120,6 +120,7 @@ class Project:
 
     def __init__(self, sweep: Sweep, nodes: Sequence[Node] | None = None, reads: bool = False) -> None:
         """`nodes` and `reads`: see dtypes.auto."""
+        registry.use(sweep.plugins)
         self.store = Store(sweep.execution.root)
         if self.store.local.exists() and not self.store.local.is_dir():
             raise ConfigError(f"execution.root: {str(self.store.local)!r} is a file; expected a folder")
