@@ -297,6 +297,16 @@ def test_special_tokens_that_people_wrote_are_plain_text_anywhere_in_a_conversat
     assert ids.count(own.id_of("<|im_end|>")) == 4  # one a turn, the template's own
 
 
+def test_equal_requests_behind_other_turns_are_other_prompts(tiny_model: Path) -> None:
+    own = Tokenizer(tiny_model)
+    own.memo = {}
+    chatml = resolve(own, "chatml").template
+    template = {**chatml.model_dump(), **chatml.conversation}
+    rows = [Row("1", "q", "a"), Row("2", "q", "a", before=[("system", "Be brief.")])]
+    short, long = (len(row.ids) for row in encode(rows, own, template, False, 1 << 16)[0])
+    assert long > short
+
+
 def test_an_exported_model_speaks_as_it_was_trained(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from safecl import sandbox
-from safecl.base import ConfigError
+from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Data
 from safecl.tasks import Found, Option, Row, Task
 from safecl.tasks._source import identity
@@ -194,6 +194,14 @@ def test_a_worker_reads_a_task_by_its_stage_alone(tmp_path: Path) -> None:
     assert of_stage({}, "mini") is find("mini", [])
     with pytest.raises(ConfigError, match=r"unknown task 'ownn'\. Did you mean 'own'\?"):
         find("ownn", [kind.DATA])  # type: ignore[attr-defined]
+
+
+def test_a_hub_set_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(PrerequisiteError) as caught:
+        task(hub="no-such/set", revision="0" * 40).rows("user", None, 0)
+    assert "no-such/set" in str(caught.value) and "give its rows as a `file`" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
