@@ -20,7 +20,7 @@ from safecl.base import Damaged
 from safecl.config import Execution
 from safecl.hardware import Speed
 from safecl.store import SharedConfig, Stage, Store
-from safecl.tasks._written import of_stage
+from safecl.tasks._written import of_stage, typical_tokens
 
 # Seconds that a stage takes however small it is.
 FIXED_S = {
@@ -233,7 +233,9 @@ class Estimator:
             is_known = source is not None and source.kind in ("data", "memory")
             known = self.length(source) if is_known and source else Length(TYPICAL_ROWS, 60, 100)
             return known._replace(rows=config.get("num_rows") or known.rows)
-        typical = [of_stage(part, part["task"]).TYPICAL_TOKENS for part in parts] or [tasks.Task.TYPICAL_TOKENS]
+        typical = [typical_tokens(of_stage(part, part["task"], rows.hints)) for part in parts] or [
+            tasks.Task.TYPICAL_TOKENS
+        ]
         num_rows = sum(part["num_rows"] or TYPICAL_ROWS for part in parts)
         if any(part["num_rows"] is None for part in parts) and self.store.has(rows):
             with suppress(Damaged):

@@ -21,7 +21,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from safecl.base import ConfigError, Json, near
+from safecl.base import ConfigError, Json, PrerequisiteError, near
 from safecl.config import Data, Part, Split
 from safecl.tasks import Found, Option, Row, Source, Task, load, names
 from safecl.tasks._files import Blank, Record
@@ -131,7 +131,7 @@ class Written(Task):
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
         """Rows of a split. `meta`: "answer" where the file has one apart, "tests", and "group", the dialogue of a row."""
         check_split(self, split)
-        made = _parts(self.DATA.model_dump_json(), json.dumps(identity(type(self), split, None)))
+        made = _made(type(self), split)
         self.left_out.update(made.left_out)
         found = made.parts[part_of(split)]
         if not split.startswith(ASKED_ONLY):
@@ -156,6 +156,19 @@ class Written(Task):
         from safecl.tasks import _scores
 
         return _scores.likelihoods(found) if self.BY_LIKELIHOOD else {}
+
+
+def typical_tokens(kind: type[Task]) -> tuple[float, float]:
+    """Tokens of a prompt and of an answer, for estimates of time: of a file a fourth of its characters."""
+    if not issubclass(kind, Written) or kind.DATA.file is None:
+        return kind.TYPICAL_TOKENS
+    try:
+        made = _made(kind, kind.SPLITS[0])
+    except (ConfigError, PrerequisiteError):  # said where it is read
+        return kind.TYPICAL_TOKENS
+    rows = [row for of_part in made.parts.values() for row in of_part[:500]]
+    prompts = sum(len(row.prompt) + sum(len(text) for _, text in row.before) for row in rows)
+    return prompts / 4 / len(rows), sum(len(row.response) for row in rows) / 4 / len(rows)
 
 
 @cache
@@ -219,6 +232,13 @@ class Made(NamedTuple):
 
     parts: Mapping[Part, list[Row]]
     left_out: Mapping[str, int]
+
+
+def _made(kind: type[Written], split: str) -> Made:
+    """A file is read once, however its answers are scored."""
+    unscored = {name: Data.model_fields[name].default for name in (*_SCORED, "max_new_tokens")}
+    data = kind.DATA.model_copy(update=unscored)
+    return _parts(data.model_dump_json(), json.dumps(identity(kind, split, None)))
 
 
 @lru_cache(maxsize=16)

@@ -17,7 +17,7 @@ from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Data
 from safecl.tasks import Found, Option, Row, Task
 from safecl.tasks._source import identity
-from safecl.tasks._written import find, kind_of, of_stage, told
+from safecl.tasks._written import find, kind_of, of_stage, told, typical_tokens
 
 PAIRS = [(f"How do I reset device number {i}?", f"Hold its button for {i} seconds.") for i in range(40)]
 
@@ -219,6 +219,14 @@ def test_a_hub_set_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatc
 def test_an_entry_that_cannot_work_is_refused(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValidationError, match="(?s)" + told.replace("(", r"\(")):
         Data.model_validate({"name": "own", **settings})
+
+
+def test_estimates_know_how_long_a_files_rows_are(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "x" * 400, "response": "y" * 80} for _ in range(3)])
+    part = {"task": "own", **told(kind_of(Data(name="own", file=str(path))))}
+    assert typical_tokens(of_stage(part, "own", {"file of own": json.dumps(str(path))})) == (100, 20)
+    assert typical_tokens(of_stage(part, "own")) == Task.TYPICAL_TOKENS  # the file is not here
+    assert typical_tokens(find("advbench", [])) == find("advbench", []).TYPICAL_TOKENS
 
 
 def test_all_that_is_wrong_with_a_file_is_said_at_once_with_line_and_field(tmp_path: Path) -> None:
