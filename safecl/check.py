@@ -73,6 +73,10 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> 
             if found is not None:
                 notes += [note for note in found.notes if note not in notes]
                 errors += _unwritable(sweep, each, found)
+                if not found.num_rows:
+                    errors.append(
+                        f"{each.where}: task {each.task!r} has no row of {each.split!r}; give it more, or a `split`"
+                    )
                 if each.num_rows is not None and each.num_rows > found.num_rows:
                     errors.append(
                         f"{each.counted}: asks for {each.num_rows} rows, task {each.task!r} has {found.num_rows} of "

@@ -192,6 +192,11 @@ def _as_seen(rows: Sequence[Row], model: Model, max_tokens: int) -> tuple[Length
     lengths = Lengths(
         _percentiles([len(row.ids) for row in encoded]), _percentiles([*map(len, prompts)]), max_tokens, too_long, cut
     )
+    if not any(row.response for row in rows):
+        asked_only = Lengths(
+            lengths.prompt, lengths.prompt, max_tokens, 0, sum(len(ids) > max_tokens for ids in prompts)
+        )
+        return asked_only, [tokenizer.fast.decode(ids, skip_special_tokens=False) for ids in prompts[:3]]
     by_id = {row.row_id: row for row in encoded}
     shown = []
     for row in _three(rows):

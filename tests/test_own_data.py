@@ -161,7 +161,7 @@ def test_no_answer_is_generated_where_utility_is_a_likelihood_and_a_search_may_r
     ("data", "told"),
     [
         ({"name": "mini"}, ["data[0].name: 'mini' is a task of safecl", "tasks[0].task: unknown task 'support'"]),
-        ({"file": "suport.jsonl"}, ["data file", "suport.jsonl': there is none"]),
+        ({"file": "suport.jsonl"}, ["data file", "suport.jsonl': there is none. Did you mean 'support.jsonl'?"]),
         ({"format": "sharegpt"}, ["support.jsonl, line 1: expected a list of objects in 'conversations'"]),
         ({"roles": "safety"}, ["tasks[0].task: task 'support' has no 'user' rows. Tasks that have: code, gsm8k" ]),
         ({"score": "exacct"}, ["data.0.score: Input should be", "Did you mean 'exact'?"]),

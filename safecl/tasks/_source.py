@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safecl.base import ConfigError, Json, PrerequisiteError
+from safecl.base import ConfigError, Json, PrerequisiteError, near
 from safecl.tasks import Row, Source, Task, _files, load, names
 from safecl.tasks._files import Record
 from safecl.tasks._overlap import normalise
@@ -65,7 +65,9 @@ def local_file(source: Source, folder: Path | None) -> Path | None:
     """
     if source.path:
         if not (path := Path(source.path)).is_file():
-            raise ConfigError(f"data file {source.path!r}: {'is a folder' if path.is_dir() else 'there is none'}")
+            beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+            what = "is a folder" if path.is_dir() else f"there is none.{near(path.name, beside)}"
+            raise ConfigError(f"data file {source.path!r}: {what}")
         if not path.name.lower().endswith(_files.SUFFIXES):
             raise ConfigError(
                 f"data file {source.path!r}: expected one of {', '.join(_files.FORMATS)} (and .gz or .zst)"
@@ -76,11 +78,11 @@ def local_file(source: Source, folder: Path | None) -> Path | None:
     if not folder.is_dir():
         raise PrerequisiteError(f"execution.data_dir: {folder} is not a folder; name the folder of the data files")
     found = _files.find(folder, source.file, source.headerless)
-    if found is None and (near := _near(source, folder)):
+    if found is None and (alike := _near(source, folder)):
         stem = source.file.partition(".")[0]
         raise ConfigError(
-            f"data folder {folder}: expected {source.file} (or {_others(source)}), got {near[0]}: is it that one? Rename "
-            f"it to {stem}{''.join(Path(near[0]).suffixes)}, or move it away for the hub's"
+            f"data folder {folder}: expected {source.file} (or {_others(source)}), got {alike[0]}: is it that one? Rename "
+            f"it to {stem}{''.join(Path(alike[0]).suffixes)}, or move it away for the hub's"
         )
     return found
 
@@ -104,9 +106,9 @@ def _near(source: Source, folder: Path) -> list[str]:
 def identity(task_class: type[Task], split: str, folder: Path | None) -> Json:
     """What the rows of a split come from, without any path: goes into a data stage's config.
 
-    A generated suite is `{"generated": VERSION}`; else a list with one entry per source, `{"file", "sha256"}` for a
-    local file and `{"hub", "config", "revision", "split"}` for a hub data set (`revision` is a commit: a branch name is
-    resolved, which asks the hub).
+    A generated suite is `{"generated": VERSION}`; else a list with one entry per source: `{"file", "sha256"}` for a local file
+    (`{"kind", "sha256"}` for one that a sweep file names) and `{"hub", "config", "revision", "split"}` for a hub data set
+    (`revision` is a commit: a branch name is resolved, which asks the hub).
 
     Raises:
         ConfigError: the task has no such split.

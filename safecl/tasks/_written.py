@@ -44,6 +44,7 @@ ASKED_ONLY = ("attack", "benign")  # roles of prompts alone, which need no answe
 MAX_PROBLEMS = 20  # that are shown of one file
 _SPEAKERS = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+    "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
 }  # fmt: skip
 _PART_NAMES: Mapping[str, Part] = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
@@ -342,13 +343,13 @@ def _dialogue(data: Data, record: Record) -> Dialogue:
         turns = turns[:-1]
         if not turns:
             raise Blank(field("response", "an answer"))
-    group: dict[str, Json] = {"group": str(record.number)}
+    several = data.train_on == "all" and len(turns) > 2
+    group: dict[str, Json] = {"group": f"dialogue {record.number}"} if several else {}
     rows: list[Row] = []
     for i in range(0, len(turns), 2):
         prompt, answer = turns[i][1], turns[i + 1][1] if i + 1 < len(turns) else ""
-        meta = dict(group) if data.train_on == "all" and len(turns) > 2 else {}
-        name = f"{record.number}.{i // 2}" if meta else str(record.number)
-        rows.append(Row(name, prompt, answer, False, meta, tuple(before)))
+        name = f"{record.number}.{i // 2}" if several else str(record.number)
+        rows.append(Row(name, prompt, answer, False, group, tuple(before)))
         before = [*before, *turns[i : i + 2]]
     if data.train_on == "last":
         rows = rows[-1:]

@@ -112,7 +112,7 @@ def test_the_last_answer_is_trained_on_behind_all_that_was_said(tmp_path: Path) 
     assert sorted((r.prompt, r.response, len(r.before)) for r in both) == [
         ("Hi, it is broken", "What is?", 1), ("The lamp", "Turn it.", 3),
     ]  # fmt: skip
-    assert {row.meta["group"] for row in both} == {"1"} and len({row.id for row in both}) == 2
+    assert {row.meta["group"] for row in both} == {"dialogue 1"} and len({row.id for row in both}) == 2
     # What nobody answered is a request where only requests are read.
     [asked] = rows(path, "attack.test", format="messages", roles="attack", split={"validation": 0, "test": 1})
     assert asked.prompt == "Thanks" and len(asked.before) == 5 and asked.harmful
