@@ -353,7 +353,9 @@ def _dialogue(data: Data, record: Record) -> Dialogue:
         before = [*before, *turns[i : i + 2]]
     if data.train_on == "last":
         rows = rows[-1:]
-    meta = {name: record.text(data.columns[name]) for name in ("answer", "tests") if name in data.columns}
+    meta: dict[str, Json] = {
+        name: record.text(data.columns[name]) for name in ("answer", "tests") if name in data.columns
+    }
     if "tests" in meta:
         try:
             compile(str(meta["tests"]), "<tests>", "exec")
