@@ -12,6 +12,7 @@ import yaml
 from safecl.base import ConfigError
 from safecl.config import Sweep
 from safecl.grid import Job, cells
+from safecl.panel import decision
 from safecl.project import Project, load
 from safecl.store import Stage
 from safecl.tasks import Row
@@ -103,7 +104,7 @@ def test_files_of_ones_own_fill_every_role(tmp_path: Path) -> None:
     assert user is not None
     support = [row for row in user.rows if row.id.startswith("support/")]
     assert len(support) == 36 and all(len(row.before) == 3 for row in support)
-    guard = preview.rows(graph.guards[0].inputs["rows"])
+    guard = preview.rows(graph.guards(decision(project.sweep.evaluate.judges, "asr"))[0].inputs["rows"])
     assert guard is not None and [row.harmful for row in guard.rows] == [True, False] * 8
 
 
