@@ -96,6 +96,8 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> 
         own += _own_answers(sweep)
     errors += _model_errors(sweep)
     errors += panel.problems(sweep.evaluate.judges)
+    for i, data in panel.scorers(sweep).items():
+        attempt(f"data[{i}].judge", partial(panel.scorer, data, sweep.evaluate.judges))
     errors += objective.check(sweep.search.objective)
     errors += [] if wrong else _unknown_metrics(sweep)
     answer = max([sweep.evaluate.max_new_tokens, *own])

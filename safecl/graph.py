@@ -24,7 +24,7 @@ from safecl.base import ConfigError, Json, Strict
 from safecl.config import Align, Evaluate, Lora, Model, Prompts, Rows, Template, Training, UserTask
 from safecl.memo import Shared, shared
 from safecl.models import model_stage, tokenizer_stage
-from safecl.panel import Seat, panel, trained
+from safecl.panel import Seat, panel, scorer, trained
 from safecl.store import SharedConfig, Stage
 from safecl.tasks._source import identity
 from safecl.tasks._written import find, hints, told
@@ -351,6 +351,13 @@ class Graph:
         return panel(self.recipe.evaluate.judges)
 
     @property
+    @shared("evaluate", "model", "task")
+    def _scorer(self) -> Seat | None:
+        """The judge of the task's utility, where one decides it."""
+        written = next((data for data in self.shared.data if data.name == self.recipe.task.task), None)
+        return None if written is None or written.judge is None else scorer(written, self.recipe.evaluate.judges)
+
+    @property
     def asr_judge(self) -> Seat:
         """The judge that decides whether an answer is harmful."""
         return self._panel["attack"][0]
@@ -559,7 +566,11 @@ class Graph:
                 inputs[f"{name}.{seat.metric}"] = verdicts
         inputs[f"utility.{task}.rows"] = utility
         if not kind.BY_LIKELIHOOD:
-            inputs[f"utility.{task}.generations"] = self.generate(final, utility, kind.max_new_tokens)
+            generations = self.generate(final, utility, kind.max_new_tokens)
+            inputs[f"utility.{task}.generations"] = generations
+            if (seat := self._scorer) is not None:
+                judged.append(self.judge(seat, {"generations": generations, "rows": utility}))
+                inputs[f"utility.{task}.utility"] = judged[-1]
         if _has_likelihood(kind, split):
             inputs[f"utility.{task}.likelihood"] = self.likelihood(task, utility)
         hints = {"num_cpus": "1"} if kind.RUNS_CODE else {}  # other scores are done at once
@@ -593,7 +604,9 @@ class Graph:
         utility = self.data(name, name, [Rows(task=task, num_rows=num_rows)], seed=0)
         consent: dict[str, Json] = {"unsafe_code": True} if evaluate.unsafe_code and kind.RUNS_CODE else {}
         consent |= told(kind, scored=True)
-        if not kind.BY_LIKELIHOOD:
+        if self._scorer is not None:
+            measures.append({"metric": "utility", "set": task, "of": "verdict", "role": "utility", "written": {}})
+        elif not kind.BY_LIKELIHOOD:
             measures.append({"metric": "utility", "set": task, "of": "score", "role": "utility", **consent})
         if _has_likelihood(kind, split):
             of_task = told(kind, scored=True)

@@ -42,9 +42,6 @@ def write(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-ASKED = {"num_rows": 6}
-
-
 def sweep_file(folder: Path, **changes: Any) -> Path:
     """A sweep in which every role is filled by files of one's own."""
     write(folder / "support.jsonl", dialogues())
@@ -156,6 +153,34 @@ def test_no_answer_is_generated_where_utility_is_a_likelihood_and_a_search_may_r
     measured: Any = metrics.config["measures"]
     assert "utility.support.likelihood" in metrics.inputs and "utility.support.generations" not in metrics.inputs
     assert [one["of"] for one in measured if one["role"] == "utility"] == ["likelihood"]
+
+
+ASKED = {"template": "Q: {request}\nA: {response}\nGood or bad?", "labels": {"good": True, "bad": False},
+         "endpoint": "http://127.0.0.1:9/v1", "model": "grader"}  # fmt: skip
+
+
+def test_a_judge_may_decide_utility(tmp_path: Path) -> None:
+    file = sweep_file(tmp_path)
+    sweep = yaml.safe_load(file.read_text())
+    sweep["data"][0] |= {"score": "judge", "judge": ASKED}
+    file.write_text(yaml.safe_dump(sweep))
+    found = jobs(Project(load(file, [])).sweep)[0].evidence
+    verdicts = found.metrics.inputs["utility.support.utility"]
+    assert verdicts in found.judged and verdicts.inputs["generations"].kind == "generate"
+    config: Any = verdicts.config
+    assert config["judge"] == "written" and config["config"]["labels"] == ASKED["labels"]
+    measured: Any = found.metrics.config["measures"]
+    assert {"metric": "utility", "set": "support", "of": "verdict", "role": "utility", "written": {}} in measured
+    for wrong, told in (
+        ("llamaguard", "data[0].judge: judge 'llamaguard' reads a model's answer, and none is given"),
+        ("refusl", "data[0].judge: unknown judge 'refusl'. Did you mean 'refusal'?"),
+        (None, "score: judge and `judge` go together"),
+    ):
+        sweep["data"][0] |= {"judge": wrong}
+        file.write_text(yaml.safe_dump(sweep))
+        with pytest.raises(ConfigError) as caught:
+            Project(load(file, []))
+        assert told in str(caught.value)
 
 
 @pytest.mark.parametrize(

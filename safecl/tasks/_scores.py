@@ -4,6 +4,7 @@
     exact      the same text                          contains   the row's answer stands in it, as whole words
     number     the same number, however written       choice     it names the row's choice and no other
     regex      what `pattern` finds last is the same  code       its program passes the row's tests, in the sandbox
+    judge      a judge says so (a stage of its own)
 """
 
 from __future__ import annotations

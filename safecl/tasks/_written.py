@@ -237,7 +237,7 @@ class Made(NamedTuple):
 
 def _made(kind: type[Written], split: str) -> Made:
     """A file is read once, however its answers are scored."""
-    unscored = {name: Data.model_fields[name].default for name in (*_SCORED, "max_new_tokens")}
+    unscored = {name: Data.model_fields[name].default for name in (*_SCORED, "judge", "max_new_tokens")}
     data = kind.DATA.model_copy(update=unscored)
     return _parts(data.model_dump_json(), json.dumps(identity(kind, split, None)))
 
