@@ -21,6 +21,7 @@ from safecl.config import Method, Model, Sweep, UserTask
 from safecl.graph import REFERENCES, Evidence, Graph, Recipe
 from safecl.memo import Shared
 from safecl.store import Stage, canonical
+from safecl.tasks._written import kind_of, told
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,11 @@ class Cell:
     def _written(self) -> dict[str, Json]:
         """What the sweep file says of tasks that it writes, less the places of their files, and how conversations are
         written; nothing where it writes none."""
-        data = [each.model_dump(mode="json", exclude={"file"}, exclude_defaults=True) for each in self.shared.data]
+        kinds = [kind_of(each) for each in self.shared.data]
+        more = [each.model_dump(mode="json", include={"judge", "max_new_tokens"}) for each in self.shared.data]
+        data: list[Json] = [
+            [kind.NAME, told(kind), told(kind, scored=True), other] for kind, other in zip(kinds, more, strict=True)
+        ]
         return {"data": data, "conversation": self.recipe.model.text.conversation} if data else {}
 
     def _from_outside(self) -> list[Json]:

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
     "dtypes": {"config", "hardware", "methods", "store"},
     "panel": {"config", "judges", "store", "tasks"},
     "graph": {"registry", "config", "memo", "models", "panel", "store", "methods", "tasks", "judges"},
-    "grid": {"registry", "config", "memo", "methods", "graph", "store"},
+    "grid": {"registry", "config", "memo", "methods", "graph", "store", "tasks"},
     "estimate": {"config", "hardware", "store", "tasks"},
     "cost": {"config", "estimate", "grid", "store"},
     "labels": {"store"},

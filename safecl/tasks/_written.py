@@ -8,7 +8,7 @@
 A role's splits lie in one part each: `user`, `safety`, `poison`, `guard` and `benign.train` in train, `*.validation` in
 validation, `*.test` and `guard.heldout` in test. The part follows from a file, a field, or a hash of what a person said in
 the row; rows much like one of a later part are left out (words that half of all rows hold, an instruction, make none alike).
-A judge, the overlap with other tasks' prompts and statistics go by the last request, and by all requests of a dialogue.
+Judges see the last request of a dialogue and its answer; what is alike (overlap, statistics) is told by all its requests.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def of_stage(config: Mapping[str, Any], name: str, hints: Mapping[str, str] | No
         return load(name)
     file = json.loads((hints or {}).get(hint_of(name), '""'))
     place = {} if "hub" in config["written"] else {"file": file or "nowhere"}
-    return kind_of(Data.model_validate({"name": name, **place, **config["written"]}))
+    return kind_of(Data.model_validate({"name": name, **config["written"], **place}))
 
 
 def hint_of(name: str) -> str:
@@ -95,6 +95,8 @@ def told(kind: type[Task], scored: bool = False) -> dict[str, Json]:
     found: dict[str, Json] = kind.DATA.model_dump(mode="json", exclude_defaults=True, include=_READ | _SCORED)
     kept = _SCORED if scored else _READ
     found = {name: value for name, value in found.items() if name in kept}
+    if isinstance(kind.DATA.file, dict) and not scored:  # which part each source is of
+        found["file"] = dict.fromkeys(kind.DATA.file, "")
     return {"written": found | {"columns": {"tests": "tests"}} if found.get("score") == "code" else found}
 
 

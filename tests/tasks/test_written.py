@@ -179,6 +179,10 @@ def test_identity_is_content_and_never_place_or_name(tmp_path: Path) -> None:
     scored = kind_of(Data(name="own", file=str(two), score="exact"))
     assert told(scored) == told(kinds[1]) == {"written": {}}
     assert told(scored, scored=True) == {"written": {"score": "exact"}}
+    # Two files of other parts are other rows.
+    both = [{"train": str(one), part: str(two)} for part in ("validation", "test")]
+    assert told(kind_of(Data(name="own", file=both[0]))) != told(kind_of(Data(name="own", file=both[1])))
+    assert str(tmp_path) not in json.dumps(told(kind_of(Data(name="own", file=both[0]))))
     # A file of that name in the data folder is not the hub's.
     write(tmp_path / "own.jsonl", RECORDS["alpaca"])
     hub = kind_of(Data(name="own", hub="a/b", revision="0" * 40, hub_split="dev"))
