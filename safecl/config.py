@@ -460,7 +460,13 @@ class Data(Strict):
     `file`: one, or one a part (`{train: a.jsonl, test: b.jsonl}`); what has no file of its own is taken out of `train`.
     Places are relative to the sweep file, or to `execution.data_dir`. `columns`: the format's fields by the file's names
     (`{prompt: question, response: reply}`), and of any format `system`, `harmful`, `answer`, `tests`, `split` (train,
-    validation or test)."""
+    validation or test).
+
+    Example:
+        {name: support, file: support.jsonl, format: messages}                       `tasks: [{task: support, ...}]`
+        {name: reviews, file: reviews.csv, columns: {prompt: text, response: label}, score: choice, choices: [good, bad]}
+        {name: refusals, file: refusals.jsonl, roles: safety, columns: {harmful: is_harmful}}
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     file: Place | dict[Part, Place] | None = None
