@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from safecl import cli, registry
+from safecl.overview import readable, write_report
 from safecl.project import Project
+from safecl.report import tables
 from safecl.sweepfile import load
 from tests import made_up
 
@@ -67,11 +69,19 @@ def test_what_a_file_adds_is_everywhere(
     ]
     words = ["sweep.yaml", "--limit", "8", *(word for setting in settings for word in ("--set", setting))]
     assert "capitals / p=0.1 / my_method" in said(capsys, monkeypatch, "plan", *words)
-    made_up.finish(Project(load(Path("sweep.yaml"), settings, 8)))
-    rows = json.loads(said(capsys, monkeypatch, "report", *words, "--json"))
-    assert "over_refusal:polite" in json.dumps(rows)
-    page = (folder / "runs" / "report" / "quickstart" / "index.html").read_text()
-    assert "my_method" in page and "capitals" in page
+    project = Project(load(Path("sweep.yaml"), settings, 8))
+    made_up.finish(project)
+    rows, found = readable(project)
+    table = tables.plain(rows, found)
+    assert "my_method" in table and "capitals" in table
+    assert "over_refusal:polite" in rows[-1]["metrics"]
+
+
+@pytest.mark.slow
+def test_a_page_shows_it(folder: Path) -> None:
+    project = Project(load(folder / "sweep.yaml", ["evaluate.judges={asr: keywords}", f"execution.root={folder}"], 8))
+    made_up.finish(project)
+    assert "my_method" in write_report(project, folder / "page").read_text()
 
 
 def test_the_contracts_of_the_page_hold(folder: Path) -> None:
