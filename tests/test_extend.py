@@ -18,6 +18,7 @@ from safecl.report import tables
 from safecl.sweepfile import load
 from tests import made_up
 
+JUDGES = "evaluate.judges={asr: keywords, over_refusal: [xstest_match, polite]}"
 REPOSITORY = Path(__file__).parents[1]
 FILES = {
     name: text
@@ -63,10 +64,7 @@ def test_what_a_file_adds_is_everywhere(
         rows = json.loads(said(capsys, monkeypatch, "ls", what, "sweep.yaml", "--json"))
         [found] = [row for row in rows if row[what[:-1]] == name]
         assert found["from"] == f"my_{what[:-1]}.py"
-    settings = [
-        "methods=[{name: sft}, {name: my_method}]",
-        "evaluate.judges={asr: keywords, over_refusal: [xstest_match, polite]}",
-    ]
+    settings = ["methods=[{name: sft}, {name: my_method}]", JUDGES]
     words = ["sweep.yaml", "--limit", "8", *(word for setting in settings for word in ("--set", setting))]
     assert "capitals / p=0.1 / my_method" in said(capsys, monkeypatch, "plan", *words)
     project = Project(load(Path("sweep.yaml"), settings, 8))
@@ -79,9 +77,10 @@ def test_what_a_file_adds_is_everywhere(
 
 @pytest.mark.slow
 def test_a_page_shows_it(folder: Path) -> None:
-    project = Project(load(folder / "sweep.yaml", ["evaluate.judges={asr: keywords}", f"execution.root={folder}"], 8))
+    project = Project(load(folder / "sweep.yaml", [JUDGES, f"execution.root={folder}"], 8))
     made_up.finish(project)
-    assert "my_method" in write_report(project, folder / "page").read_text()
+    page = write_report(project, folder / "page").read_text()
+    assert "my_method" in page and "beside it polite" in page
 
 
 def test_the_contracts_of_the_page_hold(folder: Path) -> None:
