@@ -65,7 +65,7 @@ def run_stage(
                 engines=Engines(groups or {}, rank=rank),
                 place=place,
             )
-            registry.from_hints(stage.hints)
+            registry.prepare(stage.version, stage.hints)
             run = importlib.import_module(f"safecl.stages.{stage.kind}").run
             with slot or nullcontext():
                 start = time.monotonic()
