@@ -62,7 +62,7 @@ def run(context: Context) -> dict[str, Json]:
     rows, facts = step(dict(context.stage.config), context)
     with (context.out / "rows.jsonl").open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+            file.write(json.dumps(row.as_json()) + "\n")
     return facts
 
 
