@@ -16,6 +16,7 @@ from safecl.project import Project
 from safecl.report import page, plots
 from safecl.report.facts import readable
 from safecl.report.rows import curves
+from safecl.tasks._written import notes as written_notes
 from safecl.trained import notes as trained_notes
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def _plan_notes(project: Project) -> list[str]:
             where = "alignment" if is_aligned else f"{recipe.task.task} p={recipe.poison_ratio:g}"
             found.append((f"{model}{where}", 0.0 if is_aligned else recipe.poison_ratio, one._asdict()))
     told = [f"template of {model.name}: {project.template_of(model)}" for model in project.sweep.models]
+    told += written_notes(project.sweep.data, [task.task for task in project.sweep.tasks])
     num_unknown = sum(one is None for one in project.expected.values())
     if num_unknown:
         told.append(f"what {num_unknown} cells are trained on is known once their data is here, which is on the hub")

@@ -11,6 +11,7 @@ from safecl.panel import decision, trained
 from safecl.report.rows import rows as read_rows
 from safecl.report.tables import Facts
 from safecl.stats import wilson
+from safecl.tasks._written import notes as written_notes
 from safecl.trained import notes as trained_notes
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     num_cut = max((row["cut_prompts"] for row in rows), default=0)
     if num_cut:
         notes.append(f"Evaluation prompts cut to max_prompt_tokens (inside the template): up to {num_cut} of a row's.")
+    notes += written_notes(sweep.data, {row["task"].partition(" ")[0] for row in rows})
     notes += project.warnings
     for model in sweep.models:
         lost = max((row["merge_loss"] or 0 for row in rows if row["model"] == model.name), default=0)

@@ -20,16 +20,44 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safecl import metrics
-from safecl.base import ConfigError, Json
-from safecl.store import Context
-from safecl.tasks import Found, Row, load
+from safecl import labels, metrics
+from safecl.base import ConfigError, Json, json_lines
+from safecl.stages import Kind
+from safecl.store import Context, Stage
+from safecl.tasks import Found, Row
 from safecl.tasks._overlap import clusters
+from safecl.tasks._written import of_stage
+
+if TYPE_CHECKING:
+    from safecl.estimate import Estimator
 
 VERSION = "4"  # also of the rules of what is always measured
+PROGRAM_S = 2.0  # of a model-written program in its sandbox
 Outcome = dict[str, Any]
+
+
+class Metrics(Kind):
+    runs = "thread"  # one that runs programs says so in its hints
+    unit = ""
+    fixed_s = 0.1
+    reads = ()
+
+    @staticmethod
+    def seconds(stage: Stage, of: Estimator) -> float:
+        if "num_cpus" not in stage.hints:  # it runs no programs
+            return 0.0
+        sets = (rows for name, rows in stage.inputs.items() if name.startswith("utility.") and name.endswith(".rows"))
+        return PROGRAM_S * sum(of.length(rows).rows for rows in sets)
+
+    @staticmethod
+    def label(stage: Stage, models: Mapping[str, str]) -> str:
+        answers = next((other for name, other in stage.inputs.items() if name.endswith(".generations")), None)
+        if answers is None:
+            return "metrics: guard"
+        split = labels.answered(answers.inputs["rows"]).rpartition(", ")[2]
+        return f"metrics {split}: {labels.weights(answers.inputs.get('weights'), models)}"
 
 
 def run(context: Context) -> dict[str, Json]:
@@ -52,7 +80,7 @@ def _measure(measure: dict[str, Any], inputs: dict[str, Path]) -> Iterator[Outco
     metric, name, of = measure["metric"], measure["set"], measure["of"]
     prefix = name if of == "label" else f"{measure['role']}.{name}"
     label = name if of == "label" else f"{measure['role']}/{name}"
-    rows = {line["id"]: Row(**line) for line in _lines(inputs[f"{prefix}.rows"] / "rows.jsonl")}
+    rows = {line["id"]: Row(**line) for line in json_lines(inputs[f"{prefix}.rows"] / "rows.jsonl")}
     groups = dict(zip(rows, clusters(list(rows.values())), strict=True))
 
     def outcome(metric: str, id: str, value: float | None) -> Outcome:
@@ -74,7 +102,7 @@ def _measure(measure: dict[str, Any], inputs: dict[str, Path]) -> Iterator[Outco
     rules = [metrics.of(metric)] if of == "rule" else []
     if (
         "less" in measure and metrics.of(metric).question
-    ):  # with the decision on harm comes all that is always measured by rule
+    ):  # the decision on harm: with it comes all that always is by rule
         always = (rule for rule in metrics.METRICS if rule.is_always_measured and rule.of is not None)
         rules = [rule for rule in always if measure["role"] in rule.roles]
     if rules:
@@ -88,13 +116,13 @@ def _of_task(
     measure: dict[str, Any], rows: dict[str, Row], inputs: dict[str, Path], prefix: str
 ) -> dict[str, list[tuple[str, float | None]]]:
     """By metric, (row id, value) of what a task measures. Raises ConfigError for a metric that it does not declare."""
-    kind = load(measure["set"])
+    kind = of_stage(measure, measure["set"])
     task = kind(unsafe_code=measure.get("unsafe_code", False))
     if measure["of"] == "score":
-        lines = _lines(inputs[f"{prefix}.generations"] / "generations.jsonl")
+        lines = json_lines(inputs[f"{prefix}.generations"] / "generations.jsonl")
         found = task.scores([rows[line["id"]] for line in lines], [line["text"] for line in lines])
     else:
-        lines = _lines(inputs[f"{prefix}.likelihood"] / "likelihood.jsonl")
+        lines = json_lines(inputs[f"{prefix}.likelihood"] / "likelihood.jsonl")
         options = [[Found(option["logprob"], option["num_tokens"]) for option in line["options"]] for line in lines]
         found = task.likelihood_scores([rows[line["id"]] for line in lines], options)
     if undeclared := found.keys() - metrics.of_task(kind).keys():
@@ -111,9 +139,9 @@ def _asked(measure: dict[str, Any], rows: dict[str, Row], inputs: dict[str, Path
     judged = {what: _verdicts(inputs, name, what in flipped)
               for name, folder in inputs.items()
               if (what := name.removeprefix(f"{prefix}.")) != name and (folder / "verdicts.jsonl").is_file()}  # fmt: skip
-    answers = _lines(inputs[f"{prefix}.generations"] / "generations.jsonl")
+    answers = json_lines(inputs[f"{prefix}.generations"] / "generations.jsonl")
     asked = [rows[line["id"]] for line in answers]
-    return metrics.Asked(measure["set"], asked, answers, judged, measure.get("less", ()))
+    return metrics.Asked(of_stage(measure, measure["set"]), asked, answers, judged, measure.get("less", ()))
 
 
 def _by_rule(metric: metrics.Metric, asked: metrics.Asked) -> Iterator[tuple[str, float | None, Outcome]]:
@@ -159,9 +187,5 @@ def _summary(outcomes: list[Outcome], metric: str) -> dict[str, Json]:
 
 def _verdicts(inputs: dict[str, Path], name: str, inverted: bool = False) -> list[Any]:
     """`inverted`: of a judge whose True is a no to what is asked."""
-    lines = _lines(inputs[name] / "verdicts.jsonl")
+    lines = json_lines(inputs[name] / "verdicts.jsonl")
     return [_inverted(line) for line in lines] if inverted else lines
-
-
-def _lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
