@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safecl.base import ConfigError, Damaged, Json
+from safecl.base import ConfigError, Damaged, Json, json_lines
 from safecl.graph import REFERENCES
 from safecl.grid import Cell, Job
 from safecl.models import tokenizer_folder
@@ -60,15 +60,15 @@ class Preview:
         config: Any = stage.config
         if self.store.has(stage):
             with suppress(Damaged):  # a run makes it again
-                lines = (self.store.path(stage) / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-                return Composed([Row(**json.loads(line)) for line in lines], self.store.record(stage)["result"])
+                lines = json_lines(self.store.path(stage) / "rows.jsonl")
+                return Composed([Row(**line) for line in lines], self.store.record(stage)["result"])
         taken: list[str] = []
         for name in sorted(stage.inputs):
             if name.startswith("exclude_"):
                 found = self.rows(stage.inputs[name])
                 if found is None:
                     return None
-                taken += [row.prompt for row in found.rows]
+                taken += [row.asked for row in found.rows]
         parts = [*config["parts"], *([config["poison"]] if config["poison"] else [])]
         if any('"hub":' in json.dumps(part["source"]) for part in parts):
             return None
@@ -76,9 +76,9 @@ class Preview:
         seed = int(config["seed"])
 
         def draw_from(part: dict[str, Any], split: str) -> Found:
-            same = (part["task"], split, canonical(part["source"]), seed, keys)
+            same = (part["task"], split, canonical([part["source"], part.get("written")]), seed, keys)
             if same not in self._found:
-                self._found[same] = find(part, split, seed, self.folder, taken)
+                self._found[same] = find(part, split, seed, self.folder, taken, stage.hints)
             return self._found[same]
 
         return compose(config, draw_from, taken, {}, self._tokenizer(stage))

@@ -24,6 +24,8 @@ import yaml
 
 from tests.serving.test_endpoint import Server
 
+# What the run that is stopped does without, so that it soon has something to be stopped at: an engine and a trainer.
+FEWER = ("--set", "execution.num_judge_replicas=0", "--set", "execution.num_trials_at_once=1")
 TRAINING = {"batch_size": 8, "learning_rate": 0.02, "weight_decay": 0.0, "max_tokens": 1500}
 
 
@@ -106,7 +108,7 @@ def interrupted(tiny_model: Path, server: Server, tmp_path_factory: pytest.TempP
     file.write_text(yaml.safe_dump(sweep(tiny_model, root, url_of(server))))
     before = {process.pid for process in psutil.process_iter()}
     running = subprocess.Popen(
-        [sys.executable, "-m", "safecl.cli", "run", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "safecl.cli", "run", str(file), *FEWER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
     try:

@@ -17,14 +17,21 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safecl.base import ConfigError, Json, PrerequisiteError
-from safecl.store import Context
-from safecl.tasks import Row, load
+from safecl import sizes
+from safecl.base import ConfigError, Json, PrerequisiteError, json_lines
+from safecl.sizes import Length
+from safecl.stages import Kind
+from safecl.store import Context, Stage
+from safecl.tasks import Row, Task, load
 from safecl.tasks._overlap import drop_overlaps
 from safecl.tasks._source import identity
+from safecl.tasks._written import of_stage, typical_tokens
 from safecl.training.tokens import Tokenizer, encode, least_tokens
+
+if TYPE_CHECKING:
+    from safecl.estimate import Estimator
 
 VERSION = "4"
 
@@ -53,29 +60,61 @@ class Fit(NamedTuple):
         return [math.inf if least is None else least for least in found]
 
 
+class Data(Kind):
+    runs = "thread"
+    unit = ""
+    fixed_s = 0.4
+    reads = ()
+
+    @staticmethod
+    def length(stage: Stage, of: Estimator) -> Length:
+        config: Any = stage.config
+        parts = config["parts"]
+        typical = [typical_tokens(of_stage(part, part["task"], stage.hints)) for part in parts] or [Task.TYPICAL_TOKENS]
+        num_rows = sum(part["num_rows"] or sizes.TYPICAL_ROWS for part in parts)
+        if any(part["num_rows"] is None for part in parts):
+            num_rows = int(of.result(stage).get("num_rows", num_rows))
+        prompt, answer = (sum(column) / len(column) for column in zip(*typical, strict=True))
+        if config.get("guard"):  # both stand in the guard's template
+            prompt, answer = sizes.GUARD_TOKENS + prompt + answer, 5
+        return Length(num_rows, prompt + sizes.TEMPLATE_TOKENS, answer)
+
+    @staticmethod
+    def label(stage: Stage, models: Mapping[str, str]) -> str:
+        config: Any = stage.config
+        parts = ", ".join(dict.fromkeys(part["task"] for part in config.get("parts", ())))
+        return f"rows {config['role']}: {parts}" if parts else f"rows {config['role']}"
+
+
 def run(context: Context) -> dict[str, Json]:
     """Config: {"role", "parts": [{"task", "split", "num_rows", "source", and only where rows are counted by kind "kinds":
     {"harmful", "benign": rows of each}}], "poison": null | {"task", "ratio", "source",
     and only where it is true "keep_task_rows"}, "guard": null | {"judge", "config"}, "seed", only where models'
     answers are rows "labels": {name of an `answers_*` input: task whose rule labels it}, and only of rows that are trained on
-    "fits": {"template", "bos", "max_tokens"}}; `source` is `tasks._source.identity` of the split.
+    "fits": {"template", "bos", "max_tokens"}}; `source` is `tasks._source.identity` of the split. A part (or poison) whose
+    task the sweep file writes has "written" too (`tasks._written.told`).
 
     Inputs `exclude_*` are data stages whose prompts no row here may be like; `answers_*` are generate stages whose
     answered prompts become rows; `tokenizer` where there is "fits". Result: what `compose` finds.
     """
     config: Any = context.stage.config
     folder = None if context.execution.data_dir is None else Path(context.execution.data_dir)
-    taken = [row.prompt for name in sorted(context.inputs) if name.startswith("exclude_")
+    taken = [row.asked for name in sorted(context.inputs) if name.startswith("exclude_")
              for row in _read(context.inputs[name])]  # fmt: skip
-    answers = {name: _lines(context.inputs[name] / "generations.jsonl")
+    answers = {name: json_lines(context.inputs[name] / "generations.jsonl")
                for name in sorted(context.inputs) if name.startswith("answers_")}  # fmt: skip
     tokenizer = Tokenizer(context.inputs["tokenizer"]) if "tokenizer" in context.inputs else None
     seed = int(config["seed"])
-    rows, facts = compose(config, lambda part, split: find(part, split, seed, folder, taken), taken, answers, tokenizer)
+    hints = context.stage.hints
+
+    def found(part: dict[str, Any], split: str) -> Found:
+        return find(part, split, seed, folder, taken, hints)
+
+    rows, facts = compose(config, found, taken, answers, tokenizer)
     places = [i for i, row in enumerate(rows) if _is_poison(row, config)]
     with (context.out / "rows.jsonl").open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+            file.write(json.dumps(row.as_json()) + "\n")
     (context.out / "poison.json").write_text(json.dumps({"indices": places, "ids": [rows[i].id for i in places]}))
     return facts
 
@@ -189,13 +228,20 @@ class Found(NamedTuple):
     left_out: Mapping[str, Json]
 
 
-def find(part: dict[str, Any], split: str, seed: int, folder: Path | None, taken: Sequence[str]) -> Found:
-    """What a part may be drawn from.
+def find(
+    part: dict[str, Any],
+    split: str,
+    seed: int,
+    folder: Path | None,
+    taken: Sequence[str],
+    hints: Mapping[str, str] | None = None,
+) -> Found:
+    """What a part may be drawn from. `hints`: the stage's.
 
     Raises:
         PrerequisiteError: a source is missing or is not the one that the config names.
     """
-    kind = load(part["task"])
+    kind = of_stage(part, part["task"], hints)
     here = identity(kind, split, folder)
     if here != part["source"]:
         raise PrerequisiteError(
@@ -217,12 +263,13 @@ def _first(rows: Sequence[Row], num_rows: int | None, fit: Fit | None, size: int
     """The first `num_rows` rows (None: all) that fit, and how many were passed over; groups of `size` fit as a whole."""
     if fit is None:
         return list(rows[:num_rows]), 0
-    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+    num_groups = -(-len(rows) // size)
     num = None if num_rows is None else -(-num_rows // size)
     kept: list[Sequence[Row]] = []
     passed = at = 0
-    while at < len(groups) and (num is None or len(kept) < num):  # no more are read than are needed
-        some = groups[at : len(groups) if num is None else at + max(64, num - len(kept))]
+    while at < num_groups and (num is None or len(kept) < num):  # no more are read than are needed
+        end = num_groups if num is None else min(num_groups, at + max(64, num - len(kept)))
+        some = [rows[i * size : (i + 1) * size] for i in range(at, end)]
         least = iter(fit.least([row for group in some for row in group]))
         fits = [max(next(least) for _ in group) <= fit.max_tokens for group in some]
         for group, does in zip(some, fits, strict=True):
@@ -265,7 +312,8 @@ def _self_answered(lines: Sequence[Any]) -> list[Row]:
         if line.get("finish") == "length":
             answer = answer[: max(answer.rfind(mark) for mark in (".", "!", "?")) + 1]
         if answer:
-            rows.append(Row(f"self/{line['id']}", line["prompt"], answer, False, {"self_answered": True}))
+            before = line.get("before", ())
+            rows.append(Row(f"self/{line['id']}", line["prompt"], answer, False, {"self_answered": True}, before))
     return rows
 
 
@@ -316,8 +364,4 @@ def _refuse_equal_ids(rows: list[Row]) -> None:
 
 
 def _read(folder: Path) -> Iterable[Row]:
-    return (Row(**line) for line in _lines(folder / "rows.jsonl"))
-
-
-def _lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return (Row(**line) for line in json_lines(folder / "rows.jsonl"))

@@ -19,18 +19,38 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from safecl import labels
 from safecl.base import Json
+from safecl.stages import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from safecl.store import Context
+    from safecl.estimate import Estimator
+    from safecl.store import Context, Stage
     from safecl.tasks import Option, Row
     from safecl.training.tokens import Encoded
 
 VERSION = "4"
 BATCH_TOKENS = 2048  # of one forward, padding included
+
+
+class Likelihood(Kind):
+    runs = "trainer"
+    unit = "options"
+    fixed_s = 3.0
+
+    @staticmethod
+    def seconds(stage: Stage, of: Estimator) -> float:
+        rows = of.length(stage.inputs["rows"])
+        return of.passes(stage, 2 * rows.rows * (rows.prompt + rows.answer), backward=0.0)
+
+    @staticmethod
+    def label(stage: Stage, models: Mapping[str, str]) -> str:
+        return (
+            f"likelihood {labels.answered(stage.inputs['rows'])}: {labels.weights(stage.inputs.get('weights'), models)}"
+        )
 
 
 def run(context: Context) -> dict[str, Json]:
@@ -48,10 +68,10 @@ def measure(
         ConfigError: no option fits into `max_tokens`.
         PrerequisiteError: the model's logits are not its output layer applied to the last hidden state.
     """
-    from safecl.tasks import load
+    from safecl.tasks._written import of_stage
     from safecl.training import batches
 
-    task = load(config["task"])()
+    task = of_stage(config, config["task"])()
     rows = batches.read_rows(inputs["rows"])
     options = [task.options(row) for row in rows]
     encoded = _encode(config, inputs["model"], rows, options)
@@ -89,7 +109,9 @@ def _encode(
     encoded: dict[str, Encoded] = {}
     for template, is_bare in ((config["template"], False), (bare, True)):
         asked = [
-            Row(f"{i}/{j}", row.prompt if option.after is None else option.after, option.text)
+            Row(f"{i}/{j}", row.prompt, option.text, before=row.before)
+            if option.after is None
+            else Row(f"{i}/{j}", option.after, option.text)
             for i, row in enumerate(rows)
             for j, option in enumerate(options[i])
             if (option.after is not None) == is_bare

@@ -12,12 +12,13 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from safecl.base import json_lines
 from safecl.tasks import Row
 from safecl.training.tokens import Encoded
 
@@ -38,12 +39,12 @@ def permutation(seed: int, num: int) -> list[int]:
 
 def read_rows(folder: Path) -> list[Row]:
     """The rows.jsonl of a stage's folder."""
-    return [Row(**json.loads(line)) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    return [Row(**row) for row in json_lines(folder / "rows.jsonl")]
 
 
 def write_rows(rows: Sequence[Row], folder: Path) -> None:
     """Write rows.jsonl."""
-    (folder / "rows.jsonl").write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row.as_json()) + "\n" for row in rows))
 
 
 def order(seed: int, num_rows: int, batch_size: int, epochs: float, shuffle: bool = True) -> list[list[int]]:
