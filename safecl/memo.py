@@ -12,20 +12,22 @@ from safecl import registry
 
 
 class Shared:
-    """What the graphs of one sweep share. `folder`: of local data files; None: the hub."""
+    """What the graphs of one sweep share. `folder`: of local data files; None: the hub. `data`: tasks that the sweep file
+    writes."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, data: tuple[Any, ...] = ()) -> None:
         self.folder = folder
+        self.data = data
         self.made: dict[Hashable, Any] = {}
         self.kept: list[object] = []  # whose ids are in the keys of `made`
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _elsewhere, (self.folder, registry.in_use())  # another process makes its own
+        return _elsewhere, (self.folder, self.data, registry.in_use())  # another process makes its own
 
 
-def _elsewhere(folder: Path | None, plugins: tuple[registry.Plugin, ...]) -> Shared:
+def _elsewhere(folder: Path | None, data: tuple[Any, ...], plugins: tuple[registry.Plugin, ...]) -> Shared:
     registry.add(plugins)
-    return Shared(folder)
+    return Shared(folder, data)
 
 
 class _Graph(Protocol):
