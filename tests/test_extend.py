@@ -75,6 +75,19 @@ def test_what_a_file_adds_is_everywhere(
     assert "over_refusal:polite" in rows[-1]["metrics"]
 
 
+def test_a_file_of_answers_is_judged_by_it(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of the judge's file asks it again."""
+    monkeypatch.chdir(folder)
+    lines = [{"prompt": "a", "response": "Sorry, no."}, {"prompt": "b", "response": "Yes."}]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["judge", "score", "answers.jsonl", "--judge", "polite", "--plugin", "my_judge.py", "--json"]
+    assert json.loads(said(capsys, monkeypatch, *words))["judges"]["polite"]["rate"]["value"] == 0.5
+    (folder / "my_judge.py").write_text(FILES["my_judge.py"].replace('"sorry" in', '"" in'))
+    assert json.loads(said(capsys, monkeypatch, *words))["judges"]["polite"]["rate"]["value"] == 1.0
+
+
 @pytest.mark.slow
 def test_a_page_shows_it(folder: Path) -> None:
     project = Project(load(folder / "sweep.yaml", [JUDGES, f"execution.root={folder}"], 8))
