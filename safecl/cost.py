@@ -44,11 +44,12 @@ class Count(NamedTuple):
 
 class Cost(NamedTuple):
     """`hours`: until all is finished, on this machine. `states_gib`: of hidden states that will be written (LwF's teacher,
-    DER's memory), beside which the rest of a store is small."""
+    DER's memory); `disk_gib`: of these and of weights, beside which the rest of a store is small."""
 
     kinds: dict[str, Count]
     hours: float
     states_gib: float
+    disk_gib: float = 0.0
 
 
 class Checked(NamedTuple):
@@ -313,5 +314,6 @@ def cost(
         shared = sum(uses[key] - 1 for key in of_kind)
         hours = remaining.kinds[kind] / 3600
         table[kind] = Count(num_run, remaining.later[kind], len(of_kind) - num_run, shared, hours)
-    states_gib = sum(forecast.estimate(stage).states_gib for stage in to_run)
-    return Cost(table, remaining.seconds({}, BOOT_S) / 3600, states_gib)
+    estimates = [forecast.estimate(stage) for stage in to_run]
+    gib = sum(estimate.states_gib for estimate in estimates), sum(estimate.disk_gib for estimate in estimates)
+    return Cost(table, remaining.seconds({}, BOOT_S) / 3600, *gib)

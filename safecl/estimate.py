@@ -37,7 +37,8 @@ FIXED_S = {
     "metrics": 0.1,
 }
 BOOT_S = 30.0  # an engine's start
-TYPICAL_SPEED = Speed(40.0, 40.0)  # GFLOP/s, where it could not be measured
+# GFLOP/s, where it could not be measured: of a thread, and of an A100 in bfloat16.
+TYPICAL_SPEED = {"cpu": Speed(40.0, 40.0), "gpu": Speed(150_000.0, 150_000.0)}
 TYPICAL_PARAMETERS, TYPICAL_LAYERS, TYPICAL_ROWS = 1e9, 30, 500
 MEMORY_GB_PER_S = {"cpu": 8.0, "gpu": 1000.0}  # at which decoding reads the weights
 STEP_S = {"cpu": 0.015, "gpu": 0.004}  # of a decoding step, beside its arithmetic
@@ -77,12 +78,13 @@ class Length(NamedTuple):
 
 class Estimate(NamedTuple):
     """`group`: stages that are corrected together. `on_engine`: it takes its turn on a served model. `states_gib`: of hidden
-    states that it writes."""
+    states that it writes; `disk_gib`: of these and of weights."""
 
     seconds: float
     group: tuple[str, str]
     on_engine: bool
     states_gib: float = 0.0
+    disk_gib: float = 0.0
 
 
 class Estimator:
@@ -91,6 +93,7 @@ class Estimator:
     def __init__(self, store: Store, execution: Execution, speeds: Mapping[str, Speed]) -> None:
         self.store, self.execution, self.speeds = store, execution, speeds
         self.device = "gpu" if execution.use_gpu else "cpu"
+        self.typical = TYPICAL_SPEED[self.device]
         self._sizes: dict[str, Size] = {}
         self._lengths: dict[str, Length] = {}
         self._alike: dict[tuple[object, ...], Estimate] = {}  # of stages with one config and rows of one stage
@@ -121,7 +124,8 @@ class Estimator:
         on_engine = stage.kind == "generate" or (stage.kind == "judge" and "model" in stage.inputs)
         detail = str(stage.config.get("method", stage.config.get("judge", "")))
         states_gib = self._states_gib(stage) if stage.kind == "memory" else 0.0
-        return Estimate(FIXED_S.get(stage.kind, 1.0) + work, (stage.kind, detail), on_engine, states_gib)
+        written = states_gib + self._weights_gib(stage)
+        return Estimate(FIXED_S.get(stage.kind, 1.0) + work, (stage.kind, detail), on_engine, states_gib, written)
 
     # -- by kind ------------------------------------------------------------------------------------------------------
 
@@ -163,6 +167,17 @@ class Estimator:
         num: float = (config["num_rows"] or rows.rows) * min(of_row[config["positions"]], config["max_tokens"])
         return num * size.width * (4 if config["dtype"] == "float32" else 2) / 2**30
 
+    def _weights_gib(self, stage: Stage) -> float:
+        """Of an adapter over all linear layers of a common shape (19 hidden units a layer and rank, float32); of a merge, which may
+        be dense, all weights."""
+        if stage.kind == "finalize":
+            return self._size(stage).parameters * (4 if stage.config["dtype"] == "float32" else 2) / 2**30
+        if stage.kind != "finetune":
+            return 0.0
+        lora: Any = stage.config["lora"]
+        size = self._size(stage)
+        return 4 * 19 * size.width * int(lora.get("last_layers") or size.layers) * lora["rank"] / 2**30
+
     def _fisher(self, stage: Stage) -> float:
         config: Any = stage.config
         rows = self.length(stage.inputs["rows"])
@@ -195,7 +210,7 @@ class Estimator:
 
     def _passes(self, stage: Stage, tokens: float, backward: float) -> float:
         """Seconds of a forward and (for the share `backward` of the layers) a backward, with the base frozen."""
-        size, speed = self._size(stage), self.speeds.get(str(stage.config.get("dtype")), TYPICAL_SPEED)
+        size, speed = self._size(stage), self.speeds.get(str(stage.config.get("dtype")), self.typical)
         products = 2 * size.parameters / 1e9 * (1 / speed.forward + backward / speed.backward)
         other = size.layers * size.width * OTHER_S[self.device] * (1 + 2 * backward) / 3
         return tokens * (products + other) / self.execution.num_workers
@@ -203,7 +218,7 @@ class Estimator:
     def _decode(self, stage: Stage, num: int, prompt: float, max_new_tokens: int) -> float:
         """Seconds of an engine: a swap of weights, prompts, and steps that read all weights for the requests at once."""
         size, dtype = self._size(stage), str(stage.inputs["model"].config["dtype"])
-        speed = self.speeds.get(dtype, TYPICAL_SPEED)
+        speed = self.speeds.get(dtype, self.typical)
         num_bytes = size.parameters * (4 if dtype == "float32" else 2)
         steps = math.ceil(num / AT_ONCE[self.device]) * max_new_tokens
         products = num * (prompt + max_new_tokens) * 2 * size.parameters / 1e9 / speed.forward

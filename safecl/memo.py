@@ -10,10 +10,10 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 
 class Shared:
-    """What the graphs of one sweep share. `folder`: of local data files; None: the hub."""
+    """What the graphs of one sweep share. `folder`: of local data files; None: the hub. `planned`: see tasks._source.identity."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, planned: bool = False) -> None:
+        self.folder, self.planned = folder, planned
         self.made: dict[Hashable, Any] = {}
         self.kept: list[object] = []  # whose ids are in the keys of `made`
 

@@ -122,7 +122,7 @@ class Graph:
 
     @shared(*MODEL)
     def _source(self, task: str, split: str) -> Json:
-        return identity(tasks.load(task), split, self.shared.folder)
+        return identity(tasks.load(task), split, self.shared.folder, self.shared.planned)
 
     # Where two roles hold a prompt alike, the later of these gives way: test, validation (attack before benign), rows of
     # alignment, user rows with poison, a guard's held-out pairs, its training pairs. What must keep clear of a role keeps

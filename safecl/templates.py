@@ -77,7 +77,8 @@ def settle(sweep: Sweep) -> Settled:
     lacking: list[str] = []
     models = []
     for i, model in enumerate(sweep.models):
-        found, why = model.model_copy(update={"template": Template(), "bos": False}), ""
+        stand_in = _NAMED.get(model.template, Template()) if isinstance(model.template, str) else model.template
+        found, why = model.model_copy(update={"template": stand_in, "bos": model.bos is True}), ""
         try:
             found, why = settled(model)
         except ConfigError as error:

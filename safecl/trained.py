@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safecl.base import ConfigError, Damaged, Json
+from safecl.base import ConfigError, Damaged, Json, PrerequisiteError
 from safecl.grid import Cell, Job
 from safecl.models import tokenizer_folder
 from safecl.plan import REFERENCES
@@ -35,8 +35,8 @@ class Trained(NamedTuple):
 class Preview:
     """Rows of data stages, made in this process, each once; those that the store holds are read."""
 
-    def __init__(self, store: Store, folder: Path | None) -> None:
-        self.store, self.folder = store, folder
+    def __init__(self, store: Store, folder: Path | None, planned: bool = False) -> None:
+        self.store, self.folder, self.planned = store, folder, planned
         self._made: dict[str, Composed | ConfigError | None] = {}
         self._found: dict[tuple[Any, ...], Found] = {}  # drawn from by several stages
         self._tokenizers: dict[str, Tokenizer] = {}
@@ -86,7 +86,12 @@ class Preview:
     def _tokenizer(self, stage: Stage) -> Tokenizer | None:
         below = stage.inputs.get("tokenizer")
         if below is not None and below.key not in self._tokenizers:
-            self._tokenizers[below.key] = Tokenizer(tokenizer_folder(below))
+            try:
+                self._tokenizers[below.key] = Tokenizer(tokenizer_folder(below))
+            except PrerequisiteError:
+                if not self.planned:
+                    raise
+                return None
             self._tokenizers[below.key].memo = {}
         return None if below is None else self._tokenizers[below.key]
 

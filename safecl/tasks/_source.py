@@ -15,6 +15,8 @@ from safecl.tasks import Row, Source, Task, _files, load, names
 from safecl.tasks._files import Record
 from safecl.tasks._overlap import normalise
 
+UNKNOWN = "unknown"  # a commit, in a plan
+
 _sums: dict[tuple[str, int, int], str] = {}  # (path, size, mtime) -> sha256: a file is read once per process
 _commits: dict[tuple[str, str], str] = {}  # (hub id, revision) -> commit
 _unknown: dict[tuple[str, str], str] = {}  # likewise, of what the hub did not tell -> why
@@ -92,12 +94,13 @@ def _near(source: Source, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def identity(task_class: type[Task], split: str, folder: Path | None) -> Json:
+def identity(task_class: type[Task], split: str, folder: Path | None, planned: bool = False) -> Json:
     """What the rows of a split come from, without any path: goes into a data stage's config.
 
     A generated suite is `{"generated": VERSION}`; else a list with one entry per source, `{"file", "sha256"}` for a
     local file and `{"hub", "config", "revision", "split"}` for a hub data set (`revision` is a commit: a branch name is
-    resolved, which asks the hub).
+    resolved, which asks the hub). `planned`: for a look ahead, where a commit that the hub does not
+    tell is `unknown`: what is identified so is never run.
 
     Raises:
         ConfigError: the task has no such split.
@@ -108,7 +111,7 @@ def identity(task_class: type[Task], split: str, folder: Path | None) -> Json:
     sources = task_class.SOURCES.get(split, ())
     if not sources:
         return {"generated": task_class.VERSION}
-    return [_identity_of(source, folder) for source in sources]
+    return [_identity_of(source, folder, planned) for source in sources]
 
 
 def choose(task: Task, split: str, rows: Iterable[Row], num_rows: int | None, seed: int) -> list[Row]:
@@ -214,7 +217,7 @@ def sha256(path: Path) -> str:
     return _sums[key]
 
 
-def _identity_of(source: Source, folder: Path | None) -> Json:
+def _identity_of(source: Source, folder: Path | None, planned: bool) -> Json:
     path = local_file(source, folder)
     if path is not None and path.is_dir():
         return {"files": {file.name: sha256(file) for file in _files.tables(path)}}
@@ -222,7 +225,13 @@ def _identity_of(source: Source, folder: Path | None) -> Json:
         return {"file": path.name, "sha256": sha256(path)}
     if not source.hub:
         raise PrerequisiteError(_missing(source, "it is not on the hub"))
-    return {"hub": source.hub, "config": source.config, "revision": _commit(source), "split": source.split}
+    try:
+        commit = _commit(source)
+    except PrerequisiteError:
+        if not planned:
+            raise
+        commit = UNKNOWN
+    return {"hub": source.hub, "config": source.config, "revision": commit, "split": source.split}
 
 
 def _read_hub(source: Source) -> list[Record]:
