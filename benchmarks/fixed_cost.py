@@ -151,7 +151,7 @@ def waiting_trials(folder: Path, model: Any) -> dict[str, Any]:
     """Tune trials whose stages never come: processes and PSS of each."""
     import ray
 
-    from safecl import project, search
+    from safecl import project, tune
     from tests.test_end_to_end import sweep
 
     class Waits:
@@ -176,7 +176,7 @@ def waiting_trials(folder: Path, model: Any) -> dict[str, Any]:
     before = processes()
     broker = ray.remote(num_cpus=0)(Waits).remote()
     search_s = time.time()
-    thread = threading.Thread(target=search.run, args=(schedule, broker, folder / "tune", 3), daemon=True)
+    thread = threading.Thread(target=tune.run, args=(schedule, broker, folder / "tune", 3), daemon=True)
     thread.start()
 
     def new() -> dict[int, tuple[str, float]]:

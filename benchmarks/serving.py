@@ -110,7 +110,8 @@ def offline(model: str, tokenizer: Any, options: argparse.Namespace) -> Ask:
 def served(model: str, tokenizer: Any, options: argparse.Namespace) -> Ask:
     import ray
 
-    from safecl.serving.engine import Engines, deploy, ready
+    from safecl.serving.client import Engines
+    from safecl.serving.deploy import deploy, ready
     from safecl.serving.messages import Request, Sampling, Settings, WeightsRef
 
     os.chdir(os.environ["PYTHONPATH"])  # whence Ray's workers import safecl

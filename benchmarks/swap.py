@@ -181,7 +181,7 @@ def serve_engine(base: str) -> None:
 
 def compare(base: Path, scratch: Path, repeats: int) -> list[dict[str, Any]]:
     """One row for each set of targets."""
-    from safecl.serving.engine import environment
+    from safecl.serving.deploy import environment
     from safecl.serving.messages import Settings
 
     env = environment(Settings(name="bench", max_model_len=512, use_gpu=torch.cuda.is_available()))

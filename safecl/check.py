@@ -15,7 +15,7 @@ from safecl.base import ConfigError, PrerequisiteError, near, strictly
 from safecl.config import Lora, Method, Model, Sweep, UserTask
 from safecl.grid import Cell, cells, for_task, grid_rows, method_entries, space_of, task_entries
 from safecl.models import wheel_file
-from safecl.search import space_check
+from safecl.space import space_check
 from safecl.store import canonical
 from safecl.sweepfile import explained
 from safecl.tasks._source import identity

@@ -128,10 +128,10 @@ def _run(project: Project, show: Callable[[str], None], max_hours: float | None)
             _warm(broker, schedule, project)
             with _progress(schedule, broker, eta):
                 if first is not None:
-                    from safecl import search
+                    from safecl import tune
 
                     at_once = project.sweep.execution.num_trials_at_once
-                    search.run(schedule, broker, project.store.local / "tune", at_once)
+                    tune.run(schedule, broker, project.store.local / "tune", at_once)
                 try:
                     ray.get(waiting)
                 except Exception as error:

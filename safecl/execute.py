@@ -109,7 +109,7 @@ def stop(execution: Execution) -> None:
     import ray
 
     if execution.address != "local" and ray.is_initialized():
-        from safecl.serving.engine import shutdown_all
+        from safecl.serving.deploy import shutdown_all
 
         shutdown_all()
     ray.shutdown()
@@ -274,7 +274,7 @@ class Broker:
         self.groups[group] = self.groups[f"candidate-{model.key[:8]}"]
 
     async def _boot(self, group: str, role: str, model: Stage) -> None:
-        from safecl.serving.engine import deploy, ready
+        from safecl.serving.deploy import deploy, ready
         from safecl.serving.messages import Settings
         from safecl.training.tokens import base_folder
 

@@ -31,8 +31,8 @@ from safecl.templates import described, settle
 from safecl.trained import Preview, Trained, expected, recorded
 
 if TYPE_CHECKING:
-    from safecl.search import Past
     from safecl.stats import Quality
+    from safecl.study import Past
 
 
 def _entry(name: str, seeds: dict[int, list[dict[str, Any]]]) -> dict[str, Any] | None:
@@ -184,11 +184,11 @@ class Project:
 
     def study(self, cell: Cell) -> Study | None:
         """A cell's study, started or continued by this process; None where nothing is searched."""
-        from safecl import search
+        from safecl.study import open_storage, study_of
 
         if cell not in self._studies and cell.space is not None:
-            self._storage = self._storage or search.open_storage(self.study_url)
-            study = search.study_of(cell, self.sweep, self._storage)
+            self._storage = self._storage or open_storage(self.study_url)
+            study = study_of(cell, self.sweep, self._storage)
             assert study is not None
             self._studies[cell] = study
         return self._studies.get(cell)
@@ -197,21 +197,21 @@ class Project:
         """What a cell's study holds, changing nothing; None where nothing is searched or no search was started."""
         if cell.space is None or cell in self._studies:
             return self._studies.get(cell)
-        from safecl import search
+        from safecl.study import open_to_read, past_of
 
         if cell not in self._pasts:
             storage = self._storage
             if storage is None:
-                self._snapshot = self._snapshot or search.open_to_read(self.study_url)
+                self._snapshot = self._snapshot or open_to_read(self.study_url)
                 storage = self._snapshot
-            self._pasts[cell] = None if storage is None else search.past_of(cell, self.sweep, storage)
+            self._pasts[cell] = None if storage is None else past_of(cell, self.sweep, storage)
         return self._pasts[cell]
 
     def lease(self) -> Lease:
         """What a run of this sweep holds: its name, and its studies, which a sweep of another name may share."""
-        from safecl import search
+        from safecl.study import name_of
 
-        studies = [search.name_of(cell, self.sweep) for cell in self.cells if cell.space is not None]
+        studies = [name_of(cell, self.sweep) for cell in self.cells if cell.space is not None]
         return Lease(self.store, self.sweep.name, [f"sweep {self.sweep.name}", *studies])
 
     def schedule(self, on_done: Callable[[Done], None] | None = None) -> Schedule:

@@ -165,7 +165,7 @@ class Context:
     scratch: Path  # kept across attempts of this key: checkpoints
     execution: Execution
     report: Callable[[int, int, dict[str, float]], None]  # (done, total, metrics): progress, cheap, never raises
-    engines: Any = None  # serving.engine.Engines: how generate and judge stages reach a served model
+    engines: Any = None  # serving.client.Engines: how generate and judge stages reach a served model
     place: Place = field(default_factory=Place)  # of this process; several work on a finetune
 
 

@@ -298,7 +298,7 @@ def _import_what_stages_need() -> None:
     import peft  # noqa: F401
     import transformers  # noqa: F401
 
-    from safecl.serving import engine as _serving  # noqa: F401
+    from safecl.serving import client  # noqa: F401
     from safecl.training import batches, engine, loop, losses, model, tokens, weights  # noqa: F401
 
 

@@ -45,7 +45,7 @@ def run_stage(
     out = store.new_folder()
     with output_to(log) if own_process else nullcontext():
         try:
-            from safecl.serving.engine import Engines
+            from safecl.serving.client import Engines
 
             try:
                 inputs = {name: store.path(below) for name, below in stage.inputs.items()}

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several processes sl
 # goes first and stands in one line: two clusters at once would want more memory than a small machine has, and would
 # see each other's processes.
 CLUSTERS = ["test_end_to_end.py", "serving/test_engine.py", "test_trainers.py", "test_execute.py"]
-LONG = ["methods/test_contract.py", "test_sandbox.py", "test_search_study.py", "test_tracking.py"]  # before short ones
+LONG = ["methods/test_contract.py", "test_sandbox.py", "test_study.py", "test_tracking.py"]  # before short ones
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 

@@ -10,7 +10,7 @@ import pytest
 
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.project import Project, load
-from safecl.search import CellStudy
+from safecl.study import CellStudy
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 WEIGHT = "search: {weight: {low: 0.5, high: 9}}"

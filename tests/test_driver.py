@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from safecl import driver, hardware, search
+from safecl import driver, hardware, tune
 from safecl.hardware import Speed
 from safecl.project import Project, load
 from safecl.report import progress
@@ -72,7 +72,7 @@ def jobs_in_turn(monkeypatch: pytest.MonkeyPatch, pause_s: float, then_hang_afte
                     raise KeyboardInterrupt from None  # Ray raises one of its own where a signal interrupts it
             time.sleep(pause_s)
 
-    monkeypatch.setattr(search, "run", run)
+    monkeypatch.setattr(tune, "run", run)
 
 
 def test_when_the_hours_are_over_a_run_stops_says_what_is_left_and_goes_on_from_there(
@@ -102,7 +102,7 @@ def test_ctrl_c_within_the_hours_is_ctrl_c(project: Project, monkeypatch: pytest
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(search, "run", interrupted)
+    monkeypatch.setattr(tune, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         driver.run(project, lambda text: None, max_hours=1.0)
 

@@ -187,12 +187,12 @@ def test_the_searched_values_are_the_chosen_trials_and_trial_0_is_the_defaults(
 ) -> None:
     import optuna
 
-    from safecl import search
+    from safecl.study import _GHOST
 
     [study] = optuna.study.get_all_study_summaries(f"sqlite:///{finished[1] / 'study.db'}")
     trials = optuna.load_study(study_name=study.study_name, storage=f"sqlite:///{finished[1] / 'study.db'}").trials
     # The one that Ctrl-C left is asked again, by the same parameters.
-    trials = [trial for trial in trials if search._GHOST not in trial.user_attrs]
+    trials = [trial for trial in trials if _GHOST not in trial.user_attrs]
     assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE"]
     assert trials[0].params == {"weight": 1.0}
     [der] = [row for row in json.loads(finished[2])["rows"] if row["method"] == "der"]

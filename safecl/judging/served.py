@@ -100,7 +100,7 @@ class OwnEngine:
         import ray
 
         from safecl import execute
-        from safecl.serving.engine import Engines
+        from safecl.serving.client import Engines
         from safecl.serving.messages import WeightsRef
 
         store = Store(self._execution.root)

@@ -100,7 +100,7 @@ class Reach(NamedTuple):
     """How a judge's model is reached. `limit`: the longest prompt with its answer, in tokens; `end`: what ends an answer
     beside the model's own EOS tokens."""
 
-    engines: Any  # serving.engine.Engines
+    engines: Any  # serving.client.Engines
     name: str
     weights: WeightsRef
     limit: int

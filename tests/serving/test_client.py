@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from safecl.serving import engine
+from safecl.serving import client
 from safecl.serving.messages import Completion, Request, Sampling, WeightsRef
 
 WEIGHTS = WeightsRef("wanted", "/base")
@@ -29,7 +29,7 @@ def ask(
 
     handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda asked, weights, sampling, rank: Response(asked)))
     requests = [Request(f"row-{number}", [number]) for number in range(num)]
-    batch = engine._Batch("engine", WEIGHTS, requests, sampling, None, done.append, 60.0)
+    batch = client._Batch("engine", WEIGHTS, requests, sampling, None, done.append, 60.0)
     asyncio.run(batch._complete(handle, requests))
     return batch.done
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from safecl.base import PrerequisiteError
-from safecl.serving.engine import Engines, deploy, ready, shutdown
+from safecl.serving.client import Engines
+from safecl.serving.deploy import deploy, ready, shutdown
 from safecl.serving.messages import Completion, Refused, Request, Sampling, Settings, WeightsRef
 from tests.serving.adapters import change_base, make_adapter, make_deltas
 

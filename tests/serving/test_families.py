@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from safecl.config import Execution, Template
-from safecl.serving.engine import Engines, deploy, ready, shutdown
+from safecl.serving.client import Engines
+from safecl.serving.deploy import deploy, ready, shutdown
 from safecl.serving.messages import Settings
 from safecl.stages import finetune, generate
 from safecl.store import Context, Stage

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from safecl.serving.engine import Engines, deploy, ready, shutdown
+from safecl.serving.client import Engines
+from safecl.serving.deploy import deploy, ready, shutdown
 from safecl.serving.messages import Request, Sampling, Settings, WeightsRef
 
 REQUESTS = [Request(f"row-{i}", list(range(3 + i % 40, 15 + i % 40))) for i in range(600)]

@@ -13,7 +13,7 @@ import pytest
 from safecl.base import ConfigError, Json
 from safecl.config import Objective
 from safecl.objective import Trial, select
-from safecl.search import CellStudy, open_storage, space_check, study_name
+from safecl.study import CellStudy, open_storage, study_name
 
 SPACE: dict[str, Json] = {
     "weight": {"low": 0.001, "high": 10.0, "log": True},
@@ -143,7 +143,7 @@ def test_failed_trials_count_and_the_budget_is_kept(storage: object) -> None:
 
 CHILD = """
 import json, sys, time
-from safecl.search import CellStudy
+from safecl.study import CellStudy
 study = CellStudy("kill", json.loads(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[1], seed=0, trials=4)
 study.repair()
 asked = [study.ask() for _ in range(int(sys.argv[4]))]
@@ -220,36 +220,9 @@ def test_the_study_name_covers_cell_space_objective_and_seeds() -> None:
     assert len(names) == 6
 
 
-@pytest.mark.parametrize(
-    ("form", "says"),
-    [
-        ([], "empty"),
-        ([1, 2, 1], "more than once"),
-        ("1e-4", "expected a list"),
-        ({"low": 0}, "no 'high'"),
-        ({"low": 0, "high": 1, "hgih": 2}, "'hgih'"),
-        ({"low": "1e-4", "high": 1}, "expected a number"),
-        ({"low": 2, "high": 1}, "above"),
-        ({"low": 0, "high": 1, "log": True}, "low > 0"),
-        ({"low": 1, "high": 9, "log": True, "step": 2}, "both"),
-        ({"low": 0, "high": 9, "step": 2}, "does not lead"),
-        ({"low": 0, "high": 9, "step": 0}, "does not lead"),
-        ({"low": 0.5, "high": 9, "step": 1}, "an int"),
-        ({"low": float("nan"), "high": 1}, "a number"),
-    ],
-)
-def test_a_wrong_space_is_named_in_one_line(form: Json, says: str, storage: object) -> None:
-    (error,) = space_check({"weight": form})
-    assert error.startswith("search.weight: ") and says in error
+def test_a_study_of_a_wrong_space_is_not_opened(storage: object) -> None:
     with pytest.raises(ConfigError, match=r"search\.weight"):
-        CellStudy("wrong", {"weight": form}, {"weight": 1}, storage, seed=0, trials=1)
-
-
-def test_the_default_must_lie_in_the_space() -> None:
-    assert space_check(SPACE, DEFAULTS) == []
-    outside: dict[str, Json] = {"weight": 11.0, "rows": 17}
-    errors = space_check(SPACE, outside)
-    assert len(errors) == 3 and "11.0" in errors[0] and "17" in errors[1] and "no default" in errors[2]
+        CellStudy("wrong", {"weight": []}, {"weight": 1}, storage, seed=0, trials=1)
 
 
 def test_reading_a_study_changes_nothing_and_finds_what_its_driver_told(tmp_path: Path) -> None:

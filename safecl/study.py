@@ -1,6 +1,6 @@
-"""Cells -> Ray Tune + Optuna. The only file that imports optuna.
+"""One searched cell as an Optuna study, driven by ask and tell from the driver alone. The only file that imports optuna.
 
-`CellStudy` is one cell's Optuna study, driven by ask and tell from the driver alone. What it promises:
+What `CellStudy` promises:
 - trial 0 is the method's defaults; a quarter of the trials at most is random (with TPE), the rest is modelled;
 - a suggestion is a function of (recipe seed, study name, number of trials so far) and the results told, so a study
   that was reopened goes on exactly as it would have gone on, and repeats nothing;
@@ -18,17 +18,14 @@ import sqlite3
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from safecl.base import ConfigError, Json, sqlite_path
 from safecl.config import Objective, Sweep
-from safecl.execute import plain_error
-from safecl.faults import kind_of
-from safecl.grid import Cell, Job, points
+from safecl.grid import Cell, points
 from safecl.objective import Trial
-from safecl.schedule import Schedule
+from safecl.space import space_check
 from safecl.store import canonical
 
 _GHOST = "safecl:ghost"  # user attribute of a trial that died with its driver: it does not count as a trial
@@ -47,77 +44,6 @@ def name_of(cell: Cell, sweep: Sweep) -> str:
     """The study of a searched cell."""
     assert cell.space is not None
     return study_name(cell.key[:16], cell.space, sweep.search.objective, cell.search_seeds)
-
-
-def space_check(space: Mapping[str, Json], defaults: Mapping[str, Json] | None = None) -> list[str]:
-    """Every error of a search space as one line each; empty if there is none.
-
-    Forms: a list is a choice, `{low, high}` or `{low, high, log: true}` a float range, `{low, high, step}` an int range
-    (ends included), logarithmic too where step is 1. With `defaults`, every searched parameter must have one that lies in
-    the space: trial 0 runs it.
-    """
-    errors = []
-    for name, form in space.items():
-        problem = _form_problem(form)
-        if problem is None and defaults is not None:
-            if name not in defaults:
-                problem = "is searched but has no default; expected one in the method's `config`: trial 0 runs it"
-            elif not _contains(form, defaults[name]):
-                problem = (
-                    f"does not hold the default {json.dumps(defaults[name])}, which trial 0 runs; "
-                    f"widen {json.dumps(form)} or set another default in `config`"
-                )
-        if problem is not None:
-            errors.append(f"search.{name}: {problem}")
-    return errors
-
-
-def _form_problem(form: Json) -> str | None:
-    forms = "a list, {low, high}, {low, high, log: true} or {low, high, step}"
-    if isinstance(form, list | tuple):
-        texts = [canonical(choice) for choice in form]
-        if not texts:
-            return "is an empty list; expected at least one choice"
-        twice = sorted({text for text in texts if texts.count(text) > 1})
-        return f"names {', '.join(twice)} more than once" if twice else None
-    if not isinstance(form, dict):
-        return f"expected {forms}, got {json.dumps(form)}"
-    unknown = sorted(set(form) - {"low", "high", "log", "step"})
-    missing = [key for key in ("low", "high") if key not in form]
-    if unknown or missing:
-        return f"expected {forms}, got " + ", ".join([f"no {k!r}" for k in missing] + [f"{k!r}" for k in unknown])
-    numbers = ("low", "high", "step") if "step" in form else ("low", "high")
-    kind: Any = int if "step" in form else (int, float)
-    for key in numbers:
-        value = form[key]
-        if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
-            wanted = "an int (a range with `step` is of ints)" if "step" in form else "a number"
-            return f"{key} is {json.dumps(value)}; expected {wanted}"
-    low, high, step, log = form["low"], form["high"], form.get("step"), form.get("log", False)
-    if not isinstance(log, bool):
-        return f"log is {json.dumps(log)}; expected true or false"
-    if low > high:  # type: ignore[operator]
-        return f"low {low} is above high {high}"
-    if log and step not in (None, 1):
-        return f"has both `log` and `step: {step}`; expected one of them (or step: 1, a logarithmic range of ints)"
-    if log and low <= 0:  # type: ignore[operator]
-        return f"is logarithmic but low is {low}; expected low > 0"
-    if step is not None and (step < 1 or (high - low) % step):  # type: ignore[operator]
-        return f"step {step} does not lead from low {low} to high {high}; expected high = low + k * step"
-    return None
-
-
-def _contains(form: Json, value: Json) -> bool:
-    if isinstance(form, list | tuple):
-        return canonical(value) in [canonical(choice) for choice in form]
-    assert isinstance(form, dict)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    low, high, step = form["low"], form["high"], form.get("step")
-    inside = bool(low <= value <= high)  # type: ignore[operator]
-    if step is None:
-        return inside
-    return inside and isinstance(value, int) and (value - low) % step == 0  # type: ignore[operator]
 
 
 def open_storage(url: str) -> Any:
@@ -389,76 +315,3 @@ def past_of(cell: Cell, sweep: Sweep, storage: Any) -> Past | None:
         return None
     trials = storage.get_all_trials(study, deepcopy=False)
     return Past(_complete(trials, cell.space), _is_done(trials, cell.num_trials), _failures(trials))
-
-
-def trial(config: dict[str, Any], *, broker: Any, cells: Any) -> None:
-    """One Tune trial: wait until the Broker has all the evidence of a job. Costs no CPU; reports once."""
-    import ray
-    from ray import tune
-
-    [reference] = cells
-    cell: Cell = ray.get(reference)[config["cell"]]
-    job = cell.job(json.loads(config["params"]), config["seed"], config["role"])
-    wanted = [job.evidence]
-    if job.role == "search":  # bounds are relative to theta_safe on the same prompts
-        wanted.append(job.aligned.evidence)
-    error, kind = "", "infrastructure"
-    try:
-        targets = [stage for evidence in wanted for stage in evidence.targets]
-        ray.get(broker.ensure.remote(targets, rank=int(cell.space is None)))
-    except Exception as raised:  # reported to the schedule, which closes the trial and goes on with the others
-        found = plain_error(raised)
-        error, kind = f"{type(found).__name__}: {found}", kind_of(found)
-    tune.report({"error": error, "kind": kind})
-
-
-def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -> None:
-    """Drive every job of the schedule through one Tuner. Returns when all are finished."""
-    import ray
-    from ray import tune
-    from ray.tune.search import Searcher
-
-    waiting: dict[str, Job] = {}  # Tune's trial id -> job
-
-    class JobSearcher(Searcher):  # type: ignore[misc]
-        """Hands the schedule's jobs to Tune. Stateless towards Tune: what is known lies in the store and the study."""
-
-        def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-            job = schedule.next()
-            if job is None:
-                return Searcher.FINISHED if schedule.is_done else None
-            waiting[trial_id] = job
-            index = position[job.cell]
-            return {"cell": index, "params": canonical(job.params), "seed": job.seed, "role": job.role}
-
-        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-            if (job := waiting.pop(trial_id, None)) is not None:
-                if error or not result or "error" not in result:
-                    schedule.finish(job, "the trial's process died", "infrastructure")
-                else:
-                    schedule.finish(job, result["error"], result["kind"])
-
-        def __reduce__(self) -> Any:
-            return Searcher, ()  # Tune writes its own state at will; the driver's threads and files must stay out of it
-
-        def save(self, checkpoint_path: str) -> None:
-            """Nothing: Tune's own folder is never read back."""
-
-        def restore(self, checkpoint_path: str) -> None:
-            """Nothing, likewise."""
-
-    cells = [queue.cell for queue in schedule.queues]
-    position = {cell: index for index, cell in enumerate(cells)}
-    trainable = tune.with_parameters(trial, broker=broker, cells=[ray.put(cells)])
-    local = ray.cluster_resources().get("trial_slot")
-    slot = {"cpu": 0, "trial_slot": 1} if local else {"cpu": 0, "node:__internal_head__": 0.001}
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, slot),
-        tune_config=tune.TuneConfig(
-            search_alg=JobSearcher(), num_samples=-1, max_concurrent_trials=num_at_once, reuse_actors=True
-        ),
-        run_config=tune.RunConfig(
-            name=schedule.sweep.name, storage_path=str(storage_path), verbose=0, log_to_file=False
-        ),
-    )
-    tuner.fit()

@@ -1,0 +1,86 @@
+"""A schedule's jobs under Ray Tune: one trial waits for one job's evidence. The only file that imports ray.tune."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safecl.execute import plain_error
+from safecl.faults import kind_of
+from safecl.grid import Cell, Job
+from safecl.schedule import Schedule
+from safecl.store import canonical
+
+
+def trial(config: dict[str, Any], *, broker: Any, cells: Any) -> None:
+    """One Tune trial: wait until the Broker has all the evidence of a job. Costs no CPU; reports once."""
+    import ray
+    from ray import tune
+
+    [reference] = cells
+    cell: Cell = ray.get(reference)[config["cell"]]
+    job = cell.job(json.loads(config["params"]), config["seed"], config["role"])
+    wanted = [job.evidence]
+    if job.role == "search":  # bounds are relative to theta_safe on the same prompts
+        wanted.append(job.aligned.evidence)
+    error, kind = "", "infrastructure"
+    try:
+        targets = [stage for evidence in wanted for stage in evidence.targets]
+        ray.get(broker.ensure.remote(targets, rank=int(cell.space is None)))
+    except Exception as raised:  # reported to the schedule, which closes the trial and goes on with the others
+        found = plain_error(raised)
+        error, kind = f"{type(found).__name__}: {found}", kind_of(found)
+    tune.report({"error": error, "kind": kind})
+
+
+def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -> None:
+    """Drive every job of the schedule through one Tuner. Returns when all are finished."""
+    import ray
+    from ray import tune
+    from ray.tune.search import Searcher
+
+    waiting: dict[str, Job] = {}  # Tune's trial id -> job
+
+    class JobSearcher(Searcher):  # type: ignore[misc]
+        """Hands the schedule's jobs to Tune. Stateless towards Tune: what is known lies in the store and the study."""
+
+        def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+            job = schedule.next()
+            if job is None:
+                return Searcher.FINISHED if schedule.is_done else None
+            waiting[trial_id] = job
+            index = position[job.cell]
+            return {"cell": index, "params": canonical(job.params), "seed": job.seed, "role": job.role}
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            if (job := waiting.pop(trial_id, None)) is not None:
+                if error or not result or "error" not in result:
+                    schedule.finish(job, "the trial's process died", "infrastructure")
+                else:
+                    schedule.finish(job, result["error"], result["kind"])
+
+        def __reduce__(self) -> Any:
+            return Searcher, ()  # Tune writes its own state at will; the driver's threads and files must stay out of it
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing: Tune's own folder is never read back."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing, likewise."""
+
+    cells = [queue.cell for queue in schedule.queues]
+    position = {cell: index for index, cell in enumerate(cells)}
+    trainable = tune.with_parameters(trial, broker=broker, cells=[ray.put(cells)])
+    local = ray.cluster_resources().get("trial_slot")
+    slot = {"cpu": 0, "trial_slot": 1} if local else {"cpu": 0, "node:__internal_head__": 0.001}
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, slot),
+        tune_config=tune.TuneConfig(
+            search_alg=JobSearcher(), num_samples=-1, max_concurrent_trials=num_at_once, reuse_actors=True
+        ),
+        run_config=tune.RunConfig(
+            name=schedule.sweep.name, storage_path=str(storage_path), verbose=0, log_to_file=False
+        ),
+    )
+    tuner.fit()
