@@ -72,7 +72,7 @@ def warnings(sweep: Sweep, store: Store, found: Auto | None, nodes: Sequence[Nod
         if node.slowdown is not None and node.slowdown > 1.05:
             slower = f"{times(node.slowdown)} slower than float32"
             told.append(f"bfloat16 is emulated on {where}: {slower} {at} (measured); set dtype: auto")
-        elif node.native == "float32" and node.slowdown is None:
+        elif node.native == "float32" and node.slowdown is None and not node.device.startswith("no "):
             told.append(f"bfloat16 is emulated on {where} (how slow could not be measured); set dtype: auto")
     return told
 

@@ -168,8 +168,8 @@ class Estimator:
         return num * size.width * (4 if config["dtype"] == "float32" else 2) / 2**30
 
     def _weights_gib(self, stage: Stage) -> float:
-        """Of an adapter over all linear layers of a common shape (19 hidden units a layer and rank, float32); of a merge, which may
-        be dense, all weights."""
+        """Of an adapter over all linear layers of a common shape (19 hidden units a layer and rank, float32); of a merge, which
+        may be dense, all weights."""
         if stage.kind == "finalize":
             return self._size(stage).parameters * (4 if stage.config["dtype"] == "float32" else 2) / 2**30
         if stage.kind != "finetune":

@@ -15,8 +15,8 @@ from safecl.cost import Open, cost
 from safecl.dtypes import warnings
 from safecl.grid import Job
 from safecl.project import Project
-from safecl.report import page, plots
-from safecl.report.tables import Facts
+from safecl.report import page, plots, published
+from safecl.report.tables import Detail, Facts
 from safecl.trained import notes as trained_notes
 
 if TYPE_CHECKING:
@@ -162,6 +162,10 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
                 f"changed (KL; at most {MAX_MERGE_LOSS:.0%} expected): give this model `dtype: float32`."
             )
         notes += _served(model, [row["served"] for row in rows if row["model"] == model.name and row["served"]])
+    beside: dict[str, Detail] = {}
+    if (found := published.comparison(sweep, rows)) is not None:
+        beside = published.details(found, {"asr": "ASR", "over_refusal": "over-refusal"})
+        notes.append(published.note(found))
     return Facts(
         name=sweep.name,
         about=sweep.about,
@@ -182,6 +186,7 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
             "decoding": f"greedy, at most {sweep.evaluate.max_new_tokens} tokens on attack and benign prompts",
         },
         notes=notes,
+        beside=beside,
     )
 
 

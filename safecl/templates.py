@@ -64,7 +64,7 @@ class Settled(NamedTuple):
 def described(model: Model, why: str) -> str:
     """A resolved model's template in one line."""
     text = model.text
-    told = f"{text.prompt!r}, answers end with {text.end!r}"
+    told = f"{text.prompt!r}, answers end with {repr(text.end) if text.end else 'the EOS of its tokenizer'}"
     told += f" and begin with {text.lead!r}" if text.lead else ""
     told += ", BOS first" if model.bos is True else ""
     return f"{told} ({why})" if why else told

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from safecl.base import ConfigError, Strict
 from safecl.config import Sweep
+from safecl.report.tables import Detail
 from safecl.sweepfile import read_yaml
 
 _NAMES = ("table", "model", "task", "poison", "method")  # of a row; all else are its metrics
@@ -46,6 +47,14 @@ class Beside(NamedTuple):
         return self.low <= self.theirs <= self.high
 
 
+class Comparison(NamedTuple):
+    """What a report prints of published numbers: where they stand, ours beside theirs, and the settings that differ."""
+
+    source: str
+    numbers: tuple[Beside, ...]
+    differences: tuple[str, ...]
+
+
 def read(path: Path) -> Published:
     """A file of published numbers.
 
@@ -67,6 +76,18 @@ def read(path: Path) -> Published:
 
 def _is_percent(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100
+
+
+def comparison(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Comparison | None:
+    """The published numbers that a sweep names beside its rows; None where it names none.
+
+    Raises:
+        ConfigError: its file is not one of published numbers.
+    """
+    if sweep.published is None:
+        return None
+    found, models = read(Path(sweep.published.file)), sweep.published.models
+    return Comparison(found.source, tuple(beside(rows, found, models)), tuple(differences(sweep, found, models)))
 
 
 def beside(rows: Sequence[Mapping[str, Any]], published: Published, models: Mapping[str, str]) -> list[Beside]:
@@ -113,3 +134,33 @@ def _flat(value: Any, models: Mapping[str, str], where: str = "") -> dict[str, A
 
 def _name(item: Any) -> str:
     return str(getattr(item, "name", "") or getattr(item, "task", "")) if isinstance(item, Strict) else ""
+
+
+def details(found: Comparison, titles: Mapping[str, str]) -> dict[str, Detail]:
+    """A table for each model and task (`model / task`), a line a published row, two columns a metric. `titles`: what metrics are
+    called; others go by their names."""
+    tables: dict[str, dict[tuple[Any, ...], dict[str, Beside]]] = {}
+    for number in found.numbers:
+        of_task = tables.setdefault(f"{number.model} / {number.task}", {})
+        of_task.setdefault((number.method, number.poison, number.table), {})[number.metric] = number
+    made = {}
+    for where, rows in tables.items():
+        metrics = list(dict.fromkeys(metric for of_row in rows.values() for metric in of_row))
+        head = ["method", "poison", "their table"]
+        for metric in metrics:
+            head += [titles.get(metric, metric), "theirs"]
+        lines = []
+        for (method, poison, table), of_row in rows.items():
+            line = [method, f"{100 * poison:g} %", str(table)]
+            for metric in metrics:
+                one = of_row.get(metric)
+                ours = "-" if one is None else f"{100 * one.ours:.1f} [{100 * one.low:.1f}, {100 * one.high:.1f}]"
+                line += [ours, "-" if one is None else f"{100 * one.theirs:.1f}{'' if one.inside else ' *'}"]
+            lines.append(line)
+        made[where] = Detail(f"Beside {found.source} (theirs; * outside our interval)", head, lines)
+    return made
+
+
+def note(found: Comparison) -> str:
+    """A line of what differs."""
+    return f"Settings that differ from {found.source}: {'; '.join(found.differences) or 'none of those that it gives'}."
