@@ -290,7 +290,10 @@ class Estimator:
 
 def speeds(store: Store, use_gpu: bool, keep: bool = False) -> dict[str, Speed]:
     """GFLOP/s by dtype of a thread of this CPU (with `use_gpu`: of a GPU): noted in the store, else measured in about a
-    second. `keep`: note what was measured, by the device's name and what it multiplies natively."""
+    second; nothing where there is no such device. `keep`: note what was measured, by the device's name and what it multiplies
+    natively."""
+    if use_gpu and not hardware.gpus():
+        return {}
     name = f"{hardware.device(use_gpu)}, {hardware.native(use_gpu)}"
     known: dict[str, Any] = store.noted("speed") or {}
     if name not in known:

@@ -95,8 +95,8 @@ def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, li
     for members in groups.values():
         for metric in MARGINS:
             having = [i for i in members if metric in outcomes[i]]
-            sft = next((i for i in having if table[i]["method"] == "sft"), None)
-            found = contrasts(metric, [(table[i]["method"], outcomes[i][metric]) for i in having])
+            sft = next((i for i in having if _named(table[i]) == "sft"), None)
+            found = contrasts(metric, [(_named(table[i]), outcomes[i][metric]) for i in having])
             for i, of_row in zip(having, found, strict=True):
                 entry: dict[str, Any] = {
                     family: {**contrast._asdict(), "differs": contrast.differs, "alike": contrast.alike}
@@ -106,6 +106,11 @@ def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, li
                     pairs = discordant(outcomes[i][metric], outcomes[sft][metric])
                     entry["mcnemar"] = {str(seed): test for seed, test in pairs.items()}
                 table[i]["contrasts"][metric] = entry
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    """A row's method; what all are compared with is sft whatever its label."""
+    return "sft" if row.get("kind") == "sft" else str(row["method"])
 
 
 def unknown_sources(cells: Sequence[Cell]) -> list[str]:
@@ -373,6 +378,7 @@ class Project:
                     "task": cell.task,
                     "poison": None if is_reference else recipe.poison_ratio,
                     "method": cell.method,
+                    "kind": recipe.method,  # whatever it is called here
                     "params": {**cell.defaults, **params},
                     "seeds": list(per_seed),
                     "metrics": metrics,

@@ -22,10 +22,13 @@ DATA = ("advbench", "beavertails_train", "codealpaca", "directharm4", "do_not_an
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is asked of the network, as on a machine without one."""
+    """Nothing is asked of the network, and there is no GPU (to look for one takes a process with torch)."""
     import huggingface_hub.constants as constants
 
+    from safecl import hardware
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hardware, "gpus", list)
 
 
 def opened(folder: str, name: str, root: Path, *settings: str) -> Project:

@@ -14,7 +14,13 @@ from safecl.report import published
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 FILE = """
 source: a paper
-settings: {lora.rank: 8, lora.alpha: 99, tasks.mini.num_rows: 72, models.theirs.source: org/theirs, align.safety: other, tasks.sst2.epochs: 3}
+settings:
+  lora.rank: 8
+  lora.alpha: 99
+  tasks.mini.num_rows: 72
+  models.theirs.source: org/theirs
+  align.safety: other
+  tasks.sst2.epochs: 3
 rows:
   - {table: 1, model: theirs, task: mini, poison: 0.1, method: sft, asr: 70.0, utility: 25}
   - {table: 2, model: theirs, task: mini, poison: 0.1, method: sft, asr: 40.0, over_refusal: 1.0}
