@@ -261,11 +261,18 @@ def export(
 
 @app.command()
 def ls(
-    what: Annotated[str, typer.Argument(help="methods, tasks or judges")] = "methods", as_json: AsJson = False
+    what: Annotated[str, typer.Argument(help="methods, tasks or judges")] = "methods",
+    file: Annotated[Path | None, typer.Argument(help="A sweep file: its plugins are listed too")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """List methods (with their equations), tasks (with their splits) or judges (with their questions)."""
+    """List methods (with their equations), tasks (with their splits) or judges (with their questions), and where they
+    come from."""
     from safecl.overview import listing
 
+    if file is not None:
+        from safecl.sweepfile import load
+
+        load(file, [])
     rows = listing(what)
     if as_json:
         print(json.dumps(rows, indent=1))

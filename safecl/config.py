@@ -369,6 +369,9 @@ class Sweep(Strict):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     about: str = ""
     published: PublishedNumbers | None = None
+    # Python files with methods, tasks or judges of your own, relative to this file. Their content is part of the identity of
+    # what uses them. They are run like any program that you start.
+    plugins: tuple[Place, ...] = ()
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
     # Stage two goes on training theta_safe's adapter, or folds it into the base and trains a fresh one on top. The paper
     # does not say which it did; every report prints it.

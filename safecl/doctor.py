@@ -10,14 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from safecl import hardware, sandbox
+from safecl import hardware, preflight, sandbox
 from safecl.base import ConfigError, PrerequisiteError
-from safecl.config import Model
+from safecl.config import Execution, Model
 from safecl.tasks import Task, load, names
 from safecl.tasks._source import local_file
 from safecl.templates import described, settled
 
 NEEDED = ("torch", "transformers", "peft", "deepspeed", "ray", "optuna", "mlflow", "datasets")
+QUICKSTART = Execution(num_trials_at_once=5, num_judge_replicas=0)  # as its sweep file has it
 
 
 class Finding(NamedTuple):
@@ -31,10 +32,8 @@ class Finding(NamedTuple):
 
 def examine(root: Path, data_dir: Path | None) -> list[Finding]:
     """Every finding, the essential ones first."""
-    import psutil
-
     is_311 = sys.version_info[:2] == (3, 11)
-    free = psutil.virtual_memory().available / 2**30
+    free, need = preflight.free_gib(), preflight.needed_gib(QUICKSTART)
     disk = shutil.disk_usage(_existing(root)).free / 2**30
     findings = [
         Finding("Python", sys.version.split()[0], is_311, "safecl's pinned closure is for Python 3.11"),
@@ -42,7 +41,10 @@ def examine(root: Path, data_dir: Path | None) -> list[Finding]:
         Finding("CPU", hardware.cpu().name, True),
         _dtype(),
         Finding(
-            "memory free", f"{free:.1f} GiB", free >= 12, "the quickstart needs about 12 GiB; close other programs"
+            "memory free",
+            f"{free:.1f} GiB",
+            free >= need,
+            f"the quickstart needs about {need:.0f} GiB; close other programs",
         ),
         Finding(
             "disk free", f"{disk:.1f} GiB at {root}", disk >= 2, "name another folder: --set execution.root=FOLDER"

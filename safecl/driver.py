@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from safecl import dtypes, execute, hardware, sandbox, tasks
+from safecl import dtypes, execute, hardware, preflight
 from safecl.base import ConfigError, Damaged, PrerequisiteError
 from safecl.config import Sweep
 from safecl.cost import missing, slots
@@ -22,8 +21,6 @@ from safecl.project import Project
 from safecl.schedule import Done, Schedule
 from safecl.stats import as_json
 from safecl.store import Store
-
-GIB_PER_TRIAL, GIB_PER_ENGINE, GIB_PER_WORKER = 0.4, 4.0, 2.5  # measured at 135M parameters, see the README
 
 
 def open_to_run(sweep: Sweep) -> Project:
@@ -109,8 +106,7 @@ def _run(project: Project, show: Callable[[str], None], max_hours: float | None)
         if first is not None:
             schedule.give_back(first)
         project.expected  # noqa: B018  (refuses what would leave too few rows, before anything is spent)
-        _check_memory(project.sweep)
-        _check_isolation(project.sweep)
+        preflight.check(project.sweep)
         _settle_dtype(project, show)
         names = {cell.job({}, 0, "final").graph.base.key: cell.recipe.model.name for cell in project.cells}
         eta = Eta(
@@ -184,7 +180,7 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
         raise ConfigError("this sweep trains no guard: expected evaluate.judges.asr: guard and evaluate.judges.guard")
     with _alone(project):
         if not all([project.store.sound(stage) for stage in (evidence.metrics, *evidence.judged)]):
-            _check_memory(project.sweep)
+            preflight.check_memory(project.sweep.execution)
             _settle_dtype(project, show)
             with _cluster(project, show) as (broker, ray):
                 show(f"training the guard and judging held-out pairs; output is under {project.logs}")
@@ -195,17 +191,6 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
     [judged], found = evidence.judged, project.guard_quality(alone=True)
     assert found is not None, "judged above"
     return {"guard": judged.inputs["weights"].key, "verdicts": judged.key, "heldout": as_json(found)}
-
-
-def _check_isolation(sweep: Sweep) -> None:
-    if sweep.evaluate.unsafe_code or not any(tasks.load(task.task).RUNS_CODE for task in sweep.tasks):
-        return
-    lacking = sandbox.missing()
-    if lacking is not None:
-        raise PrerequisiteError(
-            f"this sweep runs programs that a model wrote, and this machine cannot isolate them: {lacking}. Or consent "
-            "to run them without isolation: --set evaluate.unsafe_code=true"
-        )
 
 
 @contextmanager
@@ -230,23 +215,6 @@ def _warm(broker: Any, schedule: Schedule, project: Project) -> None:
     }
     for (role, _), model in wanted.items():
         broker.warm.remote(role, model)
-
-
-def _check_memory(sweep: Sweep) -> None:
-    if sweep.execution.address != "local" or sweep.execution.use_gpu:
-        return
-    import psutil
-
-    execution = sweep.execution
-    engines = execution.num_candidate_engines + execution.num_judge_replicas
-    workers = slots(execution, os.cpu_count() or 1) * execution.num_workers
-    need = engines * GIB_PER_ENGINE + workers * GIB_PER_WORKER + execution.num_trials_at_once * GIB_PER_TRIAL
-    free = psutil.virtual_memory().available / 2**30
-    if free < need:
-        raise PrerequisiteError(
-            f"memory: {free:.1f} GiB are free, the sweep needs about {need:.1f} ({engines} engines, {workers} training "
-            "workers): close other programs, or lower execution.num_trials_at_once"
-        )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
-from safecl import methods
+from safecl import methods, registry
 from safecl.base import ConfigError, Json
 from safecl.config import Method, Model, Some, Sweep, UserTask
 from safecl.memo import Shared
@@ -86,7 +86,14 @@ class Cell:
             "params": {name: value for name, value in recipe.params.items() if name not in open_values},
             "evaluate": recipe.evaluate.model_dump(mode="json", exclude={"unsafe_code"}),
         }
+        if plugins := self._from_outside():
+            identity["plugins"] = plugins
         return hashlib.sha256(canonical(identity).encode()).hexdigest()
+
+    def _from_outside(self) -> list[Json]:
+        """What plugins and installed packages this recipe uses: what a study has seen of others says nothing of these."""
+        stages = self.job({}, self.recipe.seed, "final").evidence.metrics.walk() if registry.any_outside() else []
+        return [*sorted({tag for stage in stages for tag in registry.tags(stage.version)})]
 
     @cached_property
     def defaults(self) -> dict[str, Json]:

@@ -8,6 +8,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from safecl import registry
+
 
 class Shared:
     """What the graphs of one sweep share. `folder`: of local data files; None: the hub. `planned`: see tasks._source.identity."""
@@ -18,7 +20,12 @@ class Shared:
         self.kept: list[object] = []  # whose ids are in the keys of `made`
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Shared, (self.folder,)  # another process makes its own
+        return _elsewhere, (self.folder, registry.in_use())  # another process makes its own
+
+
+def _elsewhere(folder: Path | None, plugins: tuple[registry.Plugin, ...]) -> Shared:
+    registry.add(plugins)
+    return Shared(folder)
 
 
 class _Graph(Protocol):

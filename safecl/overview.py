@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safecl import methods
+from safecl import methods, registry
 from safecl.base import ConfigError, near
 from safecl.config import Align, Model
 from safecl.cost import Open, cost
@@ -344,7 +344,7 @@ def listing(what: str) -> list[dict[str, str]]:
     from safecl import judges, tasks
 
     if what == "methods":
-        return [
+        rows = [
             {
                 "method": name,
                 "equation": kind.equation,
@@ -356,15 +356,17 @@ def listing(what: str) -> list[dict[str, str]]:
             }
             for name, kind in ((name, methods.load(name)) for name in methods.names())
         ]
-    if what == "tasks":
-        return [{"task": name, "splits": ", ".join(tasks.load(name).SPLITS)} for name in tasks.names()]
-    if what == "judges":
-        return [
+    elif what == "tasks":
+        rows = [{"task": name, "splits": ", ".join(tasks.load(name).SPLITS)} for name in tasks.names()]
+    elif what == "judges":
+        rows = [
             {"judge": name, "question": kind.question, "served": "yes" if kind.served else "no"}
             for name, kind in ((name, judges.load(name)) for name in judges.names())
         ]
-    known = ("methods", "tasks", "judges")
-    raise ConfigError(f"nothing to list called {what!r}.{near(what, known)} Expected one of {', '.join(known)}")
+    else:
+        known = registry.KINDS
+        raise ConfigError(f"nothing to list called {what!r}.{near(what, known)} Expected one of {', '.join(known)}")
+    return [{**row, "from": registry.origin(what, row[what[:-1]])} for row in rows]
 
 
 def _short(value: Any) -> str:

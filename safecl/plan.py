@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import safecl.judges as judges
 import safecl.methods as methods
 import safecl.tasks as tasks
+from safecl import registry
 from safecl.base import ConfigError, Json, Strict
 from safecl.config import Align, Evaluate, Lora, Model, Prompts, Rows, Template, Training, UserTask
 from safecl.memo import Shared, shared
@@ -519,7 +520,7 @@ class Graph:
             inputs[f"utility.{task}.likelihood"] = self.likelihood(task, utility)
         hints = {"num_cpus": "1"} if kind.RUNS_CODE else {}  # other scores are done at once
         metrics = _stage("metrics", measures, inputs, version)
-        return Evidence(replace(metrics, hints=hints), tuple(judged))
+        return Evidence(replace(metrics, hints={**metrics.hints, **hints}), tuple(judged))
 
     @shared(*MODEL, "task")
     def _questions(self, split: str) -> Questions:
@@ -578,7 +579,8 @@ class Questions(NamedTuple):
 
 
 def _stage(kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str) -> Stage:
-    return Stage(kind, config, inputs, "+".join([_version(kind), *versions]))
+    version = "+".join([_version(kind), *versions])
+    return Stage(kind, config, inputs, version, registry.hints(version))
 
 
 @cache

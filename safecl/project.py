@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safecl import hardware
+from safecl import hardware, registry
 from safecl.base import ConfigError, Damaged, PrerequisiteError, sqlite_url
 from safecl.check import check
 from safecl.config import Model, Sweep
@@ -138,6 +138,7 @@ class Project:
     ) -> None:
         """`nodes` and `reads`: see dtypes.auto. `planned`: nothing will be run of it, so that what the hub alone knows (commits
         of data sets, tokenizers) may be unknown; it is said in `warnings`."""
+        registry.use(sweep.plugins)
         self.store = Store(sweep.execution.root)
         if self.store.local.exists() and not self.store.local.is_dir():
             raise ConfigError(f"execution.root: {str(self.store.local)!r} is a file; expected a folder")

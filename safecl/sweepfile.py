@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from safecl import registry
 from safecl.base import ConfigError, Strict, near, strictly
 from safecl.config import Sweep
 
@@ -29,10 +30,16 @@ _SCALARS = (
 
 
 def load(path: Path, settings: Sequence[str], limit: int | None = None) -> Sweep:
-    """Read a sweep file, apply `--set path=value` and `--limit`, and validate: all errors at once (ConfigError)."""
+    """Read a sweep file, apply `--set path=value` and `--limit`, and validate: all errors at once (ConfigError). The
+    plugins it names are known to this process from then on."""
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping with `name`, `models`, ..., got {_kind(raw)}")
+    return from_raw(raw, settings, limit, path)
+
+
+def from_raw(raw: dict[str, Any], settings: Sequence[str], limit: int | None, path: Path) -> Sweep:
+    """`load`, of what a file holds. It is changed. `path`: of the file; plugins lie relative to its folder."""
     for setting in settings:
         _set(raw, setting)
     if raw.get("lora", {}) in (None, "none", "full"):
@@ -44,6 +51,9 @@ def load(path: Path, settings: Sequence[str], limit: int | None = None) -> Sweep
         if limit is not None:
             _limit(raw, limit)
         sweep = strictly(Sweep, raw)
+        plugins = tuple(str((path.parent / plugin).absolute()) for plugin in sweep.plugins)
+        registry.use(plugins)
+        sweep = sweep.model_copy(update={"plugins": plugins})
         if sweep.published is not None:  # beside the sweep file, wherever it is run from
             file = str(path.absolute().parent / sweep.published.file)
             sweep = sweep.model_copy(update={"published": sweep.published.model_copy(update={"file": file})})

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from safecl import registry
 from safecl.base import Infrastructure
 from safecl.config import Execution
 from safecl.store import Context, Place, Stage, Store
@@ -61,6 +62,7 @@ def run_stage(
                 engines=Engines(groups or {}, rank=rank),
                 place=place,
             )
+            registry.from_hints(stage.hints)
             start = time.monotonic()
             result = importlib.import_module(f"safecl.stages.{stage.kind}").run(context)
             if place.rank == 0:

@@ -116,7 +116,7 @@ def test_a_run_says_what_auto_became_and_notes_it_before_anything_is_spent(
         raise Started
 
     monkeypatch.setattr("safecl.execute.start", start)
-    monkeypatch.setattr(driver, "_check_memory", lambda sweep: None)
+    monkeypatch.setattr(driver.preflight, "check_memory", lambda execution: None)
     said: list[str] = []
     with pytest.raises(Started):
         verb(open_(tmp_path), said.append)

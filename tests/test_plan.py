@@ -11,7 +11,6 @@ from unittest.mock import patch
 
 import pytest
 
-from safecl import driver
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Sweep
 from safecl.cost import missing
@@ -352,24 +351,3 @@ def test_consent_to_run_code_enters_no_key_but_those_of_the_code_task(monkeypatc
     refused_stage, consented_stage = (job.evidence.metrics for job in (refused, consented))
     assert refused_stage.key != consented_stage.key  # a number that was made without isolation says so
     assert {s.key for s in refused_stage.inputs.values()} == {s.key for s in consented_stage.inputs.values()}
-
-
-def test_a_sweep_that_runs_code_is_refused_before_anything_is_spent_where_nothing_isolates_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for place in ("plan", "check"):
-        monkeypatch.setattr(
-            f"safecl.{place}.identity", lambda task, split, folder: [{"hub": task.__name__, "split": split}]
-        )
-    monkeypatch.setattr("safecl.sandbox.missing", lambda: "nothing isolates here")
-    settings = [
-        "tasks.0.task=code",
-        "tasks.0.num_rows=10",
-        "execution.engine_max_tokens=768",
-        f"execution.root={tmp_path}",
-    ]
-    project = Project(load(QUICKSTART, settings))  # reports of what ran elsewhere need no isolation
-    with pytest.raises(PrerequisiteError, match=r"nothing isolates here.*evaluate\.unsafe_code"):
-        driver._check_isolation(project.sweep)
-    driver._check_isolation(load(QUICKSTART, [*settings, "evaluate.unsafe_code=true"]))
-    driver._check_isolation(load(QUICKSTART, []))  # other tasks run nothing

@@ -19,7 +19,7 @@ from safecl.stages import data, finetune
 from safecl.store import Context, Stage
 from safecl.trained import Preview, notes, recorded
 from safecl.training import batches
-from safecl.training.loop import Memory
+from safecl.training.run import Memory
 from tests.made_up import finish
 from tests.methods import contract
 from tests.methods.contract import World

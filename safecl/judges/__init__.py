@@ -10,14 +10,12 @@ guard's own output is ever parsed, so such text is no verdict; whether it sways 
 from __future__ import annotations
 
 import math
-import pkgutil
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
+from safecl import registry
 from safecl.base import Json, Strict
-from safecl.tasks import load_class
 
 # The likeliest texts of one generated token with their log-probabilities, the sampled one first.
 Likely = Sequence[tuple[str, float]]
@@ -70,6 +68,7 @@ class Judge:
     class Config(Strict):
         pass
 
+    MUST: ClassVar[tuple[str, ...]] = ("question", "rule or pieces", "rule or parse")  # what every judge declares
     VERSION: ClassVar[str] = "1"
     question: ClassVar[str] = ""
     served: ClassVar[bool] = False
@@ -109,13 +108,11 @@ class Judge:
         raise NotImplementedError
 
 
-@cache  # listing a folder takes longer than all else in a plan
 def names() -> tuple[str, ...]:
     """Names of all judges, sorted, without importing any."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
+    return registry.names("judges")
 
 
-@cache
 def load(name: str) -> type[Judge]:
     """The judge class called `name`."""
-    return load_class(__name__, name, names())
+    return registry.load("judges", name)

@@ -9,13 +9,12 @@ adapter they take, and `finalize` maps its weights.
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from safecl import registry
 from safecl.base import Json, Strict
-from safecl.tasks import Row, load_class
+from safecl.tasks import Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from safecl.plan import Graph
     from safecl.store import Stage
     from safecl.training.batches import Batch
-    from safecl.training.loop import Run
+    from safecl.training.run import Run
     from safecl.training.weights import Dense, LoRA, Weights
 
 
@@ -36,6 +35,7 @@ class Method:
     class Config(Strict):
         """Hyperparameters; subclasses replace it."""
 
+    MUST: ClassVar[tuple[str, ...]] = ("equation",)  # what every method declares
     VERSION: ClassVar[str] = "1"
     equation: ClassVar[str] = ""
     cost: ClassVar[str] = "1x"  # time of a finetune relative to SFT
@@ -94,13 +94,11 @@ class Method:
         return None
 
 
-@cache  # listing a folder takes longer than all else in a plan
 def names() -> tuple[str, ...]:
     """Names of all methods, sorted, without importing any."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
+    return registry.names("methods")
 
 
-@cache
 def load(name: str) -> type[Method]:
     """The method class called `name` (`der` -> `safecl/methods/der.py`, class `Der`)."""
-    return load_class(__name__, name, names())
+    return registry.load("methods", name)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from safecl.plan import Graph
     from safecl.store import Stage
     from safecl.training.batches import Batch
-    from safecl.training.loop import Run
+    from safecl.training.run import Run
 
 
 class Ewc(Method):

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from safecl.store import Context
     from safecl.tasks import Row
     from safecl.training.fit import Fit
-    from safecl.training.loop import Outcome, Run
+    from safecl.training.loop import Outcome
+    from safecl.training.run import Run
     from safecl.training.tokens import Encoded, Tokenizer
 
 VERSION = "3"
@@ -119,7 +120,8 @@ def make_run(
 
     from safecl import methods
     from safecl.config import Training
-    from safecl.training import batches, engine, fit, loop, losses, model, tokens
+    from safecl.training import batches, engine, fit, losses, model, tokens
+    from safecl.training.run import Memory, Run
 
     if device == "cpu":
         torch.set_num_threads(1)
@@ -129,7 +131,7 @@ def make_run(
     seed = int(config["seed"])
 
     folder = tokens.base_folder(inputs["model"])
-    memory = loop.Memory.load(inputs["memory"]) if "memory" in inputs else None
+    memory = Memory.load(inputs["memory"]) if "memory" in inputs else None
     user_rows = batches.read_rows(inputs["rows"])
     remembered = [row for name in ("memory", "replay") if name in inputs for row in batches.read_rows(inputs[name])]
     encoded, dropped = _encoded(
@@ -155,7 +157,7 @@ def make_run(
     fitted = fit.choose(base.config, config["lora"], encoded, drawn, execution, free, head.weight_VD.element_size())
     if fitted.checkpointing:
         fit.checkpoint_layers(hidden_states)
-    run = loop.Run(
+    run = Run(
         hidden_states=hidden_states,
         head=head,
         engine=engine.make(

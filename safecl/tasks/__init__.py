@@ -16,15 +16,13 @@ A split says what its rows may be used for, so that no row can serve two roles b
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from safecl.base import ConfigError, Json, near
+from safecl import registry
+from safecl.base import Json
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,7 @@ class Source:
 class Task:
     """A data set. Subclasses set the class attributes and write `rows` (and `score` if they are a utility task)."""
 
+    MUST: ClassVar[tuple[str, ...]] = ("SPLITS", "rows")  # what every task declares
     VERSION: ClassVar[str] = "1"  # of the rows
     SCORING: ClassVar[str] = "1"  # version of `scores`, `options` and `likelihood_scores`
     SPLITS: ClassVar[tuple[str, ...]] = ()
@@ -120,23 +119,11 @@ class Task:
         return {}
 
 
-@cache  # listing a folder takes longer than all else in a plan
 def names() -> tuple[str, ...]:
     """Names of all tasks, sorted, without importing any."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
+    return registry.names("tasks")
 
 
-@cache
 def load(name: str) -> type[Task]:
     """The task class called `name` (`sst2` -> `safecl/tasks/sst2.py`, class `Sst2`)."""
-    return load_class(__name__, name, names())
-
-
-def load_class(package: str, name: str, known: Sequence[str]) -> type:
-    """Class `CamelCase(name)` of module `package.name`; a ConfigError with the near miss for an unknown name."""
-    if name not in known:
-        kind = package.rsplit(".", 1)[-1][:-1]
-        raise ConfigError(f"unknown {kind} {name!r}.{near(name, known)} Available: {', '.join(known)}")
-    module = importlib.import_module(f"{package}.{name}")
-    found: type = getattr(module, "".join(part.capitalize() for part in name.split("_")))
-    return found
+    return registry.load("tasks", name)

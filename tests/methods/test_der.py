@@ -10,7 +10,7 @@ from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Template
 from safecl.stages import memory
 from safecl.training import batches, losses, model
-from safecl.training.loop import Memory
+from safecl.training.run import Memory
 from tests.methods import contract
 from tests.methods.contract import World
 

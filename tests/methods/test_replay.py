@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safecl.training import loop
+from safecl.training.run import Run
 from tests.methods import contract
 from tests.methods.contract import World
 
@@ -14,14 +14,14 @@ def test_it_trains_on_the_very_rows_that_der_draws(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: dict[str, list[list[int]]] = {}
-    draw = loop.Run.draw
+    draw = Run.draw
 
-    def watched(self: loop.Run, name: str = "memory") -> object:
+    def watched(self: Run, name: str = "memory") -> object:
         batch = draw(self, name)
         drawn[method].append(batch.indices)
         return batch
 
-    monkeypatch.setattr(loop.Run, "draw", watched)
+    monkeypatch.setattr(Run, "draw", watched)
     for method in ("replay", "der"):
         drawn[method] = []
         contract.train(world, tmp_path / method, contract.config(method))

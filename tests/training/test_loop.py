@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from safecl.config import Training
-from safecl.training import loop
+from safecl.training import checkpoints, loop
 from tests.methods import contract
 from tests.training import ranks
 
@@ -78,7 +78,7 @@ def test_a_killed_rank_ends_the_run_and_it_resumes_bit_for_bit(world: contract.W
         codes = ranks.codes(contract.train_and_die, num, world, str(killed), settings, where, 4)
         assert codes[-1] == -9 and not {0, "done"} & set(codes)
         assert not (killed / "result").exists()
-        newest = loop.newest(killed)
+        newest = checkpoints.newest(killed)
         assert newest is not None and json.loads((newest / "state.json").read_text())["step"] in (3, 4)
         # What a writer that was killed leaves behind: half a line, half a checkpoint.
         with (killed / "curves.jsonl").open("a") as file:

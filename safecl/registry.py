@@ -1,0 +1,329 @@
+"""Methods, tasks and judges by name: safecl's own files, installed packages' entry points, and files that a sweep names.
+
+    safecl's own     one file a name: `methods/der.py` holds `Der`, called `der`
+    installed        entry points of the groups `safecl.methods`, `safecl.tasks` and `safecl.judges`
+    plugins          files that a sweep names: every class in them that subclasses Method, Task or Judge, `MyMethod`
+                     called `my_method`
+
+What comes from outside carries its content in the `VERSION` of its classes (see `_stamp`), so it is in the identity of
+every stage that uses one of them and of no other. Where the file lies is no identity. A stage brings the plugins that its
+version names to the process that runs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from traceback import extract_tb
+from types import ModuleType
+from typing import Any
+
+from safecl.base import ConfigError, Strict, near
+
+KINDS = {
+    "methods": "Method",
+    "tasks": "Task",
+    "judges": "Judge",
+}  # a package of safecl, and the class that its own subclass
+VERSIONS = ("VERSION", "SCORING")  # attributes that enter the identity of stages
+HINT = "plugins"  # of a stage: the plugins it needs, as JSON
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A file of a sweep's `plugins`, as it was when it was read. `path` is for people: it is no identity."""
+
+    path: str
+    source: str
+
+    @cached_property
+    def tag(self) -> str:
+        """What stands in the `VERSION` of its classes."""
+        return f"plugin:{hashlib.sha256(self.source.encode()).hexdigest()}"
+
+
+@dataclass
+class _Process:
+    """What this process knows beside what is installed. State, as `sys.path` is: names are looked up everywhere."""
+
+    plugins: tuple[Plugin, ...] = ()
+
+
+_process = _Process()
+
+
+def use(paths: Iterable[str]) -> None:
+    """From now on this process knows the classes of these files, and those of no other file.
+
+    Raises:
+        ConfigError: a file is missing, cannot be imported, holds no class of ours or one that lacks something, or a name
+            is taken. One line each.
+    """
+    plugins, errors = [], []
+    for i, path in enumerate(paths):
+        try:
+            plugins.append(_read(path))
+            _classes(plugins[-1])
+        except ConfigError as error:
+            errors.append(f"plugins[{i}]: {error}")
+    before, _process.plugins = _process.plugins, tuple(dict.fromkeys(plugins))
+    try:
+        for kind in KINDS if not errors else ():
+            _known(kind, _process.plugins)
+    except ConfigError as error:
+        errors.append(f"plugins: {error}")
+    if errors:
+        _process.plugins = before
+        raise ConfigError("\n".join(errors))
+
+
+def add(plugins: Iterable[Plugin]) -> None:
+    """This process knows these too; of two with one name the later."""
+    new = tuple(plugin for plugin in plugins if plugin not in _process.plugins)
+    if new:
+        _process.plugins = (
+            *(old for old in _process.plugins if not _names_of(old) & set().union(*map(_names_of, new))),
+            *new,
+        )
+
+
+def in_use() -> tuple[Plugin, ...]:
+    """The plugins that this process knows."""
+    return _process.plugins
+
+
+def hints(version: str) -> dict[str, str]:
+    """What a stage of this version brings along: the plugins that it names."""
+    used = [plugin for plugin in _process.plugins if plugin.tag in version]
+    return {HINT: _text(tuple(used))} if used else {}
+
+
+def from_hints(given: Mapping[str, str]) -> None:
+    """In the process of a stage: know the plugins that it brings."""
+    if HINT in given:
+        add(Plugin(path, source) for path, source in json.loads(given[HINT]))
+
+
+def any_outside() -> bool:
+    """Whether anything is known that is not safecl's own."""
+    return bool(_process.plugins) or any(map(_installed, KINDS))
+
+
+def tags(version: str) -> list[str]:
+    """The parts of a version that say which content from outside is used."""
+    return re.findall(r"(?:plugin|installed:.+?):[0-9a-f]{64}", version)
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """Names of all of a kind (`methods`, ...), sorted, without importing what is not imported yet."""
+    return _names(kind, _process.plugins)
+
+
+def load(kind: str, name: str) -> type:
+    """The class of a kind called `name`.
+
+    Raises:
+        ConfigError: there is none (with the near miss), or it cannot be imported or lacks what it must declare.
+    """
+    return _load(kind, name, _process.plugins)
+
+
+def origin(kind: str, name: str) -> str:
+    """Where it comes from, in words: `safecl`, a package and its version, or a file."""
+    found = _known(kind, _process.plugins).get(name)
+    if isinstance(found, Plugin):
+        path = Path(found.path)
+        return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return "safecl" if found is None else _distribution(found)
+
+
+# -- how -----------------------------------------------------------------------------------------------------------------
+
+
+def _read(path: str) -> Plugin:
+    file = Path(path)
+    try:
+        return Plugin(path, file.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        hint = near(file.name, [other.name for other in file.parent.glob("*.py")])
+        raise ConfigError(f"no file {path!r}.{hint}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error.reason})") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+
+
+@cache
+def _text(plugins: tuple[Plugin, ...]) -> str:
+    return json.dumps([[plugin.path, plugin.source] for plugin in plugins])
+
+
+@cache
+def _module(plugin: Plugin) -> ModuleType:
+    """The module of a plugin's text. It is in `sys.modules`, where pydantic looks for the names in annotations."""
+    module = ModuleType(f"safecl_plugin_{plugin.tag[-16:]}_{Path(plugin.path).stem}")
+    module.__file__ = plugin.path
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(plugin.source, plugin.path, "exec"), module.__dict__)
+    except SyntaxError as error:
+        del sys.modules[module.__name__]
+        raise ConfigError(f"{plugin.path}, line {error.lineno}: {error.msg}") from None
+    except (Exception, SystemExit) as error:
+        del sys.modules[module.__name__]
+        lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == plugin.path]
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{plugin.path}, line {lines[-1] if lines else '?'}: {told}") from None
+    return module
+
+
+@cache
+def _classes(plugin: Plugin) -> dict[tuple[str, str], type]:
+    """A plugin's classes by kind and name. Those whose name begins with `_` are its own business."""
+    module = _module(plugin)
+    found: dict[tuple[str, str], type] = {}
+    for kind in KINDS:
+        base = _base(kind)
+        for value in vars(module).values():
+            if not isinstance(value, type) or not issubclass(value, base) or value.__name__.startswith("_"):
+                continue
+            if value.__module__ == module.__name__:
+                found[kind, _snake(value.__name__)] = _checked(value, base, plugin.path, plugin.tag)
+    if not found:
+        bases = ", ".join(f"safecl.{kind}.{name}" for kind, name in KINDS.items())
+        raise ConfigError(
+            f"{plugin.path} holds nothing that safecl knows; expected a class that subclasses one of {bases}"
+        )
+    return found
+
+
+def _names_of(plugin: Plugin) -> set[tuple[str, str]]:
+    return set(_classes(plugin))
+
+
+def _snake(name: str) -> str:
+    """`MyMethod` -> `my_method`, `Sst2` -> `sst2`, `MyDER` -> `my_der`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def _base(kind: str) -> Any:
+    return getattr(importlib.import_module(f"safecl.{kind}"), KINDS[kind])
+
+
+def _checked(found: type, base: Any, where: str, tag: str) -> type:
+    """The class, stamped, if it declares what one of its kind must (`MUST` of the base)."""
+    name = found.__name__
+    lacks = [need for need in base.MUST if all(_same(found, base, one) for one in need.split(" or "))]
+    if lacks:
+        raise ConfigError(
+            f"{where}: class {name} must declare {', '.join(lacks)} (see {base.__module__}.{base.__name__})"
+        )
+    config = getattr(found, "Config", Strict)
+    if not (isinstance(config, type) and issubclass(config, Strict)):
+        raise ConfigError(f"{where}: {name}.Config must subclass safecl.base.Strict")
+    _stamp(found, where, tag)
+    return found
+
+
+def _same(found: type, base: type, name: str) -> bool:
+    return bool(getattr(found, name) == getattr(base, name))
+
+
+def _stamp(found: type, where: str, tag: str) -> None:
+    """Put the content's tag behind the class's versions: whoever builds a stage from them cannot forget it. A version that
+    is inherited from a class of safecl stays in front, so a change of that one is seen too."""
+    for name in VERSIONS:
+        own = getattr(found, name, None)
+        if own is None:
+            continue
+        if not isinstance(own, str):
+            raise ConfigError(f"{where}: {found.__name__}.{name} must be text, got {own!r}")
+        if tag not in own:
+            setattr(found, name, f"{own}+{tag}")
+
+
+@cache  # listing a folder takes longer than all else in a plan
+def _own(kind: str) -> frozenset[str]:
+    package = importlib.import_module(f"safecl.{kind}")
+    return frozenset(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+@cache
+def _installed(kind: str) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=f"safecl.{kind}"))
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+
+
+@cache
+def _known(kind: str, plugins: tuple[Plugin, ...]) -> dict[str, Plugin | EntryPoint | None]:
+    """Where each name comes from; None: safecl's own. Raises ConfigError if a name is taken."""
+    known: dict[str, Plugin | EntryPoint | None] = dict.fromkeys(_own(kind))
+    for name, source in _outside(kind, plugins):
+        if name in known:
+            first, here = known[name], _told(source)
+            whose = "is safecl's own" if first is None else f"is in {_told(first)} too"
+            raise ConfigError(f"{here}: {kind[:-1]} {name!r} {whose}; give it another name")
+        known[name] = source
+    return known
+
+
+def _outside(kind: str, plugins: Sequence[Plugin]) -> Iterator[tuple[str, Plugin | EntryPoint]]:
+    for entry in _installed(kind):
+        yield entry.name, entry
+    for plugin in plugins:
+        yield from ((name, plugin) for of, name in _classes(plugin) if of == kind)
+
+
+def _told(source: Plugin | EntryPoint) -> str:
+    return source.path if isinstance(source, Plugin) else f"package {_distribution(source)}"
+
+
+@cache
+def _names(kind: str, plugins: tuple[Plugin, ...]) -> tuple[str, ...]:
+    return tuple(sorted(_known(kind, plugins)))
+
+
+@cache
+def _load(kind: str, name: str, plugins: tuple[Plugin, ...]) -> type:
+    known = _known(kind, plugins)
+    if name not in known:
+        raise ConfigError(f"unknown {kind[:-1]} {name!r}.{near(name, known)} Available: {', '.join(sorted(known))}")
+    source = known[name]
+    if isinstance(source, Plugin):
+        return _classes(source)[kind, name]
+    if source is not None:
+        return _from_package(kind, source)
+    module = importlib.import_module(f"safecl.{kind}.{name}")
+    found: type = getattr(module, "".join(part.capitalize() for part in name.split("_")))
+    return found
+
+
+def _from_package(kind: str, entry: EntryPoint) -> type:
+    """An entry point's class. Its distribution's version and its file's content are its identity."""
+    where = f"package {_distribution(entry)}, {entry.value}"
+    try:
+        found = entry.load()
+        file = inspect.getsourcefile(found)
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{where}: cannot be imported ({told})") from None
+    base = _base(kind)
+    if not (isinstance(found, type) and issubclass(found, base)) or file is None:
+        raise ConfigError(
+            f"{where}: expected a subclass of safecl.{kind}.{KINDS[kind]} in a Python file, got {found!r}"
+        )
+    content = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return _checked(found, base, where, f"installed:{_distribution(entry).replace(' ', '==')}:{content}")
