@@ -85,7 +85,7 @@ def test_a_plan_says_what_a_table_costs_and_what_only_a_run_can_know(tmp_path: P
 def test_the_small_twin_has_the_same_rows_of_a_model_that_is_here(name: str, tmp_path: Path) -> None:
     small, large = opened("small", name, tmp_path), opened("paper", "paper" if name == "small" else name, tmp_path)
     names: Any = {model.name: name for model, name in zip(small.sweep.models, [m.name for m in large.sweep.models])}  # noqa: B905
-    sizes = {"m=4": "m=50", "m=8": "m=150", "m=24": "m=250"}
+    sizes = {"m=3": "m=50", "m=5": "m=150", "m=8": "m=250"}
 
     def method(text: str) -> str:
         return next((text.replace(ours, theirs) for ours, theirs in sizes.items() if text.endswith(ours)), text)
