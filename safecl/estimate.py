@@ -176,7 +176,7 @@ class Estimator:
             return 0.0
         lora: Any = stage.config["lora"]
         size = self._size(stage)
-        return 4 * 19 * size.width * int(lora.get("last_layers") or size.layers) * lora["rank"] / 2**30
+        return float(4 * 19 * size.width * int(lora.get("last_layers") or size.layers) * lora["rank"] / 2**30)
 
     def _fisher(self, stage: Stage) -> float:
         config: Any = stage.config

@@ -362,8 +362,8 @@ def rich_tables(rows: Sequence[Row], facts: Facts, width: int | None = None) -> 
             found.append(table)
         if (beside := _beside(members, facts)) is not None:
             table = Table(*beside.header, title=beside.title, title_justify="left", box=box.SIMPLE_HEAD)
-            for line in beside.lines:
-                table.add_row(*line)
+            for texts_of_row in beside.lines:
+                table.add_row(*texts_of_row)
             found.append(table)
     if found:
         found[-1].caption = "\n".join([*caption(rows, facts), BOLD, *notes(rows)])
