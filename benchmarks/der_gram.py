@@ -15,7 +15,7 @@ import _bench
 import torch
 from torch import Tensor
 
-from safecl.training.losses import gram_distance
+from safecl.training.losses import Head, LogitDistance
 
 TOLERANCE = 1e-4  # of the two losses, relative: float32 sums of V terms in another order
 
@@ -33,7 +33,7 @@ def main() -> None:
     safe_ND = torch.randn(options.tokens, options.hidden)
     hidden_ND = (safe_ND + 0.1 * torch.randn_like(safe_ND)).requires_grad_()
     logits_NV = safe_ND @ weight_VD.T  # what the literal form stores
-    gram_DD = weight_VD.T @ weight_VD
+    distance = LogitDistance(Head(weight_VD))
     losses: dict[str, float] = {}
 
     def seconds(name: str, distance: Callable[[], Tensor]) -> Callable[[], float]:
@@ -49,7 +49,7 @@ def main() -> None:
 
     found = _bench.interleaved(
         {
-            "Gram": seconds("Gram", lambda: gram_distance(hidden_ND, safe_ND, gram_DD, options.vocab)),
+            "Gram": seconds("Gram", lambda: distance(hidden_ND, safe_ND)[0]),
             "literal": seconds("literal", lambda: (hidden_ND @ weight_VD.T - logits_NV).square().sum() / options.vocab),
         },
         options.repeats,

@@ -97,7 +97,7 @@ def inputs(folder: Path) -> tuple[Any, Any]:
 def finetune(model: Any, rows: Any, seed: int, epochs: float = 2.0) -> Any:
     from safecl.stages import finetune as stage
     from safecl.store import Stage
-    from tests.methods import contract
+    from safecl.testing import world as contract
 
     config = contract.config("sft")
     config["training"] |= {"epochs": epochs, "max_tokens": 1500}

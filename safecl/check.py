@@ -80,9 +80,10 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, pla
         for used in sweep.tasks:
             errors += _method_errors(f"methods[{i}]", chosen, used, attempt)
         errors += _grid_errors(f"methods[{i}]", chosen, sweep)
-    if (made := sweep.align.safety_from) is not None:
-        errors += _method_errors("align.safety_from", made, sweep.tasks[0], attempt)
-        errors += ["align.safety_from: one config is expected, no search or grid"] if made.search or made.grid else []
+    for where, made in (("align.safety_from", sweep.align.safety_from), ("align.method", sweep.align.method)):
+        if made is not None:
+            errors += _method_errors(where, made, sweep.tasks[0], attempt)
+            errors += [f"{where}: one config is expected, no search or grid"] if made.search or made.grid else []
     if not errors:
         errors += _step_errors(sweep)
     errors += _model_errors(sweep)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from safecl.judge_cli import judge_app
+from safecl.options import AsJson, File, Limit, Set, print_table, project_to_run
 
 app = typer.Typer(
     add_completion=False,
@@ -45,43 +47,18 @@ def _root(
     pass
 
 
-File = Annotated[Path, typer.Argument(help="A sweep file, e.g. sweeps/quickstart.yaml", show_default=False)]
-Set = Annotated[
-    list[str],
-    typer.Option("--set", help="Override a key: `path=value`, e.g. `execution.num_workers=2`. May be repeated."),
-]
-Limit = Annotated[
-    int | None, typer.Option(min=1, help="At most N rows of every set: a quick look, kept apart from the real run")
-]
+app.add_typer(judge_app, name="judge")
+
 AcceptJudge = Annotated[
     bool,
     typer.Option("--accept-judge", help="Print ASR even where the guard is no better than chance on held-out pairs"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")]
 
 
 def _project(file: Path, settings: list[str], limit: int | None, reads: bool = False, planned: bool = False) -> Any:
     from safecl.project import Project, load
 
     return Project(load(file, settings, limit), reads=reads, planned=planned)
-
-
-def _project_to_run(file: Path, settings: list[str], limit: int | None) -> Any:
-    from safecl import driver
-    from safecl.project import load
-
-    return driver.open_to_run(load(file, settings, limit))
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    from safecl.report.tables import text_table
-
-    print(f"{title}\n{text_table(columns, rows, _width())}\n")
-
-
-def _width() -> int | None:
-    """Of the terminal, in characters; None for a pipe or file."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _print_rows(project: Any, as_json: bool, accept_judge: bool) -> None:
@@ -121,7 +98,7 @@ def run(
     """
     from safecl import driver
 
-    project = _project_to_run(file, set_, limit)
+    project = project_to_run(file, set_, limit)
     failed = driver.run(project, lambda text: print(text, file=sys.stderr), max_hours)
     _print_rows(project, as_json, accept_judge)
     if not failed:
@@ -148,12 +125,12 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    _table(
+    print_table(
         "cells", ["cell", "searched", "trials"], [[c["cell"], c["searched"], str(c["trials"])] for c in found["cells"]]
     )
     columns = ["stage", "to run", "later", "cached", "shared", "hours"]
     rows = [[k, *(str(s[c]) for c in columns[1:5]), f"{s['hours']:.2f}"] for k, s in found["stages"].items()]
-    _table("stages (later: of trials that the search will suggest)", columns, rows)
+    print_table("stages (later: of trials that the search will suggest)", columns, rows)
     auto = f" (auto: {found['auto']['why']})" if found["auto"] else ""
     print(f"dtype: {', '.join(f'{name} {dtype}' for name, dtype in found['dtype'].items())}{auto}")
     for line in (*found["warnings"], *found["notes"]):
@@ -177,7 +154,7 @@ def status(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fa
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    _table(
+    print_table(
         "status",
         ["cell", "search", "final", "state"],
         [[r["cell"], r["search"], r["final"], r["state"]] for r in found],
@@ -227,7 +204,7 @@ def power(
         print(json.dumps(found, indent=1))
         return
     for title, columns, rows in of.tables(found):
-        _table(title, columns, rows)
+        print_table(title, columns, rows)
     for line in of.notes(found):
         print(line)
 
@@ -278,191 +255,12 @@ def ls(
         print(json.dumps(rows, indent=1))
         return
     if what != "methods":
-        _table(what, list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+        print_table(what, list(rows[0]), [[str(value) for value in row.values()] for row in rows])
         return
     for row in rows:  # too much for columns
         print(f"{row['method']:12} {row['equation']}")
         for name in list(row)[2:]:
             print(f"{'':12} {name}: {row[name]}")
-
-
-judge_app = typer.Typer(no_args_is_help=True, help="Judge files of answers, and measure judges against human labels.")
-app.add_typer(judge_app, name="judge")
-
-Pairs = Annotated[Path, typer.Argument(help="A data file with a prompt and a response a record", show_default=False)]
-JudgeNames = Annotated[
-    list[str], typer.Option("--judge", help='NAME, or NAME:{"key": value}; twice: both, and their agreement')
-]
-ModelSource = Annotated[
-    str | None, typer.Option("--model", help="A served judge's model: a folder, `wheel:PACKAGE`, or a hub id")
-]
-Revision = Annotated[str | None, typer.Option(help="Commit of a hub id")]
-EndpointUrl = Annotated[str | None, typer.Option("--endpoint", help="An OpenAI-compatible URL (.../v1) that serves it")]
-EndpointModel = Annotated[str | None, typer.Option(help="The endpoint's name of the model")]
-TokenizerFolder = Annotated[
-    Path | None, typer.Option(help="The model's tokenizer: the endpoint is then sent token ids in place of text")
-]
-VerdictFile = Annotated[
-    Path | None, typer.Option("--out", help="Verdicts (default: FILE's name + .verdicts.jsonl, here)")
-]
-PromptField = Annotated[str, typer.Option(help="The field that holds the request")]
-ResponseField = Annotated[str, typer.Option(help="The field that holds the answer")]
-Root = Annotated[Path, typer.Option(help="Where an engine's model and logs are kept")]
-Gpu = Annotated[bool, typer.Option("--gpu", help="Serve the model on a GPU")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Longest prompt and answer of the engine, in tokens")]
-
-
-def _served(
-    model: str | None,
-    revision: str | None,
-    endpoint: str | None,
-    endpoint_model: str | None,
-    tokenizer: Path | None,
-    root: Path,
-    gpu: bool,
-    max_tokens: int,
-) -> Any:
-    from safecl.judging import served
-
-    return served.find(
-        model,
-        revision,
-        endpoint,
-        endpoint_model,
-        tokenizer,
-        served.execution(root, gpu, max_tokens),
-        lambda text: print(text, file=sys.stderr),
-    )
-
-
-def _end(problem: str | None) -> None:
-    if problem is not None:
-        print(problem, file=sys.stderr)
-        raise typer.Exit(1)
-
-
-@judge_app.command()
-def score(
-    file: Pairs,
-    judge: JudgeNames,
-    model: ModelSource = None,
-    revision: Revision = None,
-    endpoint: EndpointUrl = None,
-    endpoint_model: EndpointModel = None,
-    tokenizer: TokenizerFolder = None,
-    validation: Annotated[
-        Path | None, typer.Option(help="What `judge validate --json` printed: corrects rates by it (Rogan-Gladen)")
-    ] = None,
-    prompt_field: PromptField = "prompt",
-    response_field: ResponseField = "response",
-    out: VerdictFile = None,
-    root: Root = Path("runs"),
-    gpu: Gpu = False,
-    max_tokens: MaxTokens = 4096,
-    as_json: AsJson = False,
-) -> None:
-    """Write a verdict on every answer of a file, and print their rates with Wilson intervals.
-
-    Verdicts that are in the output file already are not asked for again, so the same command continues. Exits 1 if more
-    than 1 % of a judge's answers cannot be read.
-    """
-    from safecl.judging import score as judging
-    from safecl.judging import show
-
-    found = None if validation is None else judging.load_validation(validation)
-    served = _served(model, revision, endpoint, endpoint_model, tokenizer, root, gpu, max_tokens)
-    target = out or Path(f"{file.stem.replace(':', '-')}.verdicts.jsonl")
-    judged = judging.judge_file(file, judge, served, target, (prompt_field, response_field))
-    result = judging.rates(judged, found)
-    if as_json:
-        print(json.dumps(result, indent=1))
-    else:
-        _table(f"{len(judged.pairs)} answers of {file.name}", *show.rates(result))
-        for line in show.why_not(result["judges"]):
-            print(line)
-        print(f"verdicts: {target}", file=sys.stderr)
-    _end(judging.unreadable(judged))
-
-
-@judge_app.command()
-def validate(
-    file: Pairs,
-    judge: JudgeNames,
-    label: Annotated[str, typer.Option(help="The field that holds the human label")],
-    positive: Annotated[
-        str, typer.Option(help="Its values that mean what the judge's True means, with commas between")
-    ],
-    by: Annotated[str | None, typer.Option(help="A field: agreement for each of its values too")] = None,
-    model: ModelSource = None,
-    revision: Revision = None,
-    endpoint: EndpointUrl = None,
-    endpoint_model: EndpointModel = None,
-    tokenizer: TokenizerFolder = None,
-    prompt_field: PromptField = "prompt",
-    response_field: ResponseField = "response",
-    out: VerdictFile = None,
-    root: Root = Path("runs"),
-    gpu: Gpu = False,
-    max_tokens: MaxTokens = 4096,
-    as_json: AsJson = False,
-) -> None:
-    """Measure judges against human labels: accuracy, F1, kappa, AUROC where a judge has a score, by category.
-
-    FILE may be pyrit:refusal or pyrit:objective, the labels that an installed PyRIT ships. `--by half` tells apart the two
-    halves of any file, by a hash of the prompt: rules are written on the first and measured on the second.
-
-    Each category's rate is also corrected by the errors seen in the other categories (Rogan-Gladen). Exits 1 if more
-    than 1 % of a judge's answers cannot be read.
-    """
-    from safecl.judging import score as judging
-    from safecl.judging import show
-
-    served = _served(model, revision, endpoint, endpoint_model, tokenizer, root, gpu, max_tokens)
-    target = out or Path(f"{file.stem.replace(':', '-')}.verdicts.jsonl")
-    judged = judging.judge_file(file, judge, served, target, (prompt_field, response_field), (label, by))
-    result = judging.validate(judged, label, positive.split(","), by)
-    if as_json:
-        print(json.dumps(result, indent=1))
-    else:
-        for title, columns, rows in show.quality(result):
-            _table(title, columns, rows)
-        for name, entry in result["judges"].items():
-            for line in show.why_not(entry.get("by", {})):
-                print(f"{name}, {line}")
-    _end(judging.unreadable(judged))
-
-
-@judge_app.command()
-def serve(
-    judge: Annotated[str, typer.Option(help='NAME, or NAME:{"key": value}')],
-    model: ModelSource = None,
-    revision: Revision = None,
-    host: Annotated[str, typer.Option(help="Whoever reaches this address can use the judge")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8765,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Requests at once; more are told to come again (429)")] = 64,
-    root: Root = Path("runs"),
-    gpu: Gpu = False,
-    max_tokens: MaxTokens = 4096,
-) -> None:
-    """Serve a judge over HTTP on this machine: POST /v1/judge with {"prompt", "response"} answers with its verdict."""
-    from safecl.judging import http
-
-    served = _served(model, revision, None, None, None, root, gpu, max_tokens)
-    http.serve(judge, served, host, port, max_waiting, lambda text: print(text, file=sys.stderr))
-
-
-@judge_app.command()
-def train(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False) -> None:  # noqa: B006
-    """Train the guard of a sweep file, and nothing else; print how it agrees with the labels of held-out pairs."""
-    from safecl import driver
-    from safecl.judging import show
-
-    found = driver.train_guard(_project_to_run(file, set_, limit), lambda text: print(text, file=sys.stderr))
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return
-    _table("guard on held-out pairs", *show.qualities({"held out": found["heldout"]}))
-    print(f"guard: {found['guard'][:16]} (safecl export {found['guard'][:12]} FOLDER --merged)", file=sys.stderr)
 
 
 @app.command()
@@ -480,7 +278,7 @@ def doctor(
     else:
         words = {True: "ok", False: "MISSING", None: "-"}
         rows = [[f.what, f.found, words[f.ok], "" if f.ok else f.remedy] for f in found]
-        _table("doctor", ["what", "found", "", "remedy"], rows)
+        print_table("doctor", ["what", "found", "", "remedy"], rows)
     if any(finding.ok is False for finding in found):
         raise typer.Exit(2)
 

@@ -21,6 +21,12 @@ Count = Annotated[int, Field(ge=1)]
 Place = Annotated[str, AfterValidator(expanded)]
 
 
+def _holds_prompt(text: str | None) -> str | None:
+    if text is not None and text.count("{prompt}") != 1:
+        raise ValueError(f"must hold {{prompt}} exactly once, got {text!r}")
+    return text
+
+
 class Template(Strict):
     """How a request becomes text. `prompt` holds `{prompt}` once; the answer follows it and ends with `end`. Special tokens
     in a request or an answer stay plain text."""
@@ -35,10 +41,12 @@ class Template(Strict):
     @field_validator("prompt")
     @classmethod
     def _holds_prompt_once(cls, value: str) -> str:
-        if value.count("{prompt}") != 1:
-            raise ValueError(f"must hold {{prompt}} exactly once, got {value!r}")
+        _holds_prompt(value)
         return value
 
+
+# The text around a request where it is not the model's own: `prompt` of a template, whose end and rest stay the model's.
+Around = Annotated[str | None, AfterValidator(_holds_prompt)]
 
 Named = Literal["chatml", "alpaca", "llama2", "gemma"]
 
@@ -168,7 +176,10 @@ class Align(Training):
     adapter on it. `align: none` is short for that alone. Its `safety` rows (answers cut to `max_tokens`) are what methods
     with a memory draw from; or `safety_from` names a method that makes such rows from the model itself.
 
+    `method` trains it another way than plain SFT: one that needs no theta_safe, such as `sam`.
+
     Example:
+        align: {safety: [{task: mini, num_rows: 600}], method: {name: sam, config: {rho: 0.1}}}
         align: {train: false, safety: [{task: safety_tuned, num_rows: 500}]}
         align: {train: false, safety_from: {name: grsap, config: {num_rows: 250}}}
     """
@@ -178,6 +189,12 @@ class Align(Training):
     # Benign requests answered by the base model itself, for safety sets that hold none (they teach over-refusal).
     self_answered: tuple[Rows, ...] = ()
     safety_from: Method | None = later(None)
+    method: Method = later(Method(name="sft"))
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _by_name_alone(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _has_what_it_trains_on(self) -> Self:
@@ -212,11 +229,13 @@ class UtilityRows(Strict):
 
 
 class UserTask(Training):
-    """Stage two: what the user fine-tunes on. `utility_rows`: of this task, where it is not as `evaluate` says."""
+    """Stage two: what the user fine-tunes on. `utility_rows`: of this task, where it is not as `evaluate` says. `template`: the
+    text around a request in its rows, where it is not the model's."""
 
     task: str
     num_rows: Count | None = 5000
     utility_rows: UtilityRows | None = later(None)
+    template: Around = later(None)
 
 
 class Poison(Strict):
@@ -302,6 +321,9 @@ class Evaluate(Strict):
     judges: Judges
     max_new_tokens: Count = 128  # for attack and benign prompts; a utility task has its own length
     max_prompt_tokens: Count = 1024  # of longer ones the request loses its beginning, inside the template
+    # The text around every request that is answered, where it is not the model's: a safety prompt that training has not seen
+    # (PTST, arXiv 2402.18540). Of all rows alike, base and aligned too.
+    template: Around = later(None)
     # Consent to run a model's programs (task `code`) with rlimits alone where this machine cannot isolate them.
     unsafe_code: bool = False
 

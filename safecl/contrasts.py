@@ -1,7 +1,7 @@
 """Which methods a table may call different, or alike: declared contrasts of the methods of one table block. Pure.
 
 A contrast is the mean difference of two methods over the seeds both have (same alignment, data order, poison and
-initialisation) and the prompts both answered, with the variance of both (`stats.crossed`): it is to hold for other seeds
+initialisation) and the prompts both answered, with the variance of both (`crossed.crossed`): it is to hold for other seeds
 and for other prompts of the same kind. With one common seed there is none: another seed may turn any order around.
 
 Two families for each model, task, poison ratio and metric, each held at .05 by Holm's procedure (familywise, so that one
@@ -24,7 +24,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from safecl.stats import Outcome, crossed, difference, holm, macro, mcnemar
+from safecl.crossed import Outcome, crossed, difference, macro
+from safecl.stats import holm, mcnemar
 
 MARGINS = {  # the metrics whose contrasts are declared, each with its margin
     "asr": 0.05,

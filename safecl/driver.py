@@ -16,7 +16,7 @@ from safecl.base import ConfigError, Damaged, PrerequisiteError
 from safecl.config import Sweep
 from safecl.cost import missing, slots
 from safecl.eta import Eta
-from safecl.plan import REFERENCES
+from safecl.graph import REFERENCES
 from safecl.project import Project
 from safecl.schedule import Done, Schedule
 from safecl.stats import as_json

@@ -18,8 +18,8 @@ from typing import Any, get_args
 from safecl import methods, registry
 from safecl.base import ConfigError, Json
 from safecl.config import Method, Model, Some, Sweep, UserTask
+from safecl.graph import REFERENCES, Evidence, Graph, Recipe
 from safecl.memo import Shared
-from safecl.plan import REFERENCES, Evidence, Graph, Recipe
 from safecl.store import Stage, canonical
 
 

@@ -25,7 +25,10 @@ def label(stage: Stage, models: Mapping[str, str]) -> str:
         return f"{stage.kind} {_set(stage.inputs['rows'])}: {_weights(stage.inputs.get('weights'), models)}"
     if stage.kind == "judge":
         answers = stage.inputs.get("generations")
-        of = "held-out pairs" if answers is None else _weights(answers.inputs.get("weights"), models)
+        if answers is None:  # the rows' own: a guard's held-out pairs, or what users bring
+            of = "own answers" if stage.inputs["rows"].config["role"] == "user" else "held-out pairs"
+        else:
+            of = _weights(answers.inputs.get("weights"), models)
         return f"judge {config['judge']} {_set(stage.inputs['rows'])}: {of}"
     if stage.kind == "metrics":
         answers = next((other for other in stage.inputs.values() if other.kind == "generate"), None)

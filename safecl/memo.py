@@ -1,4 +1,4 @@
-"""What recipes of one sweep have in common is derived once: `@shared(*fields)` on a method of plan.Graph."""
+"""What recipes of one sweep have in common is derived once: `@shared(*fields)` on a method of graph.Graph."""
 
 from __future__ import annotations
 

@@ -193,7 +193,8 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
 def _alignment(align: Align) -> str:
     tasks = ", ".join(part.task for part in align.safety)
     if align.train:
-        return f"{tasks}; lr {align.learning_rate:g}, {align.epochs:g} epochs"
+        by = "" if align.method.name == "sft" else f"; by {align.method.name}"
+        return f"{tasks}; lr {align.learning_rate:g}, {align.epochs:g} epochs{by}"
     made = f"made by {align.safety_from.name}" if align.safety_from is not None else tasks or "none"
     return f"none: `aligned` is the model itself; safety rows: {made}"
 
@@ -352,6 +353,7 @@ def listing(what: str) -> list[dict[str, str]]:
                 or "-",
                 "default search": "; ".join(f"{k} {_form(form)}" for k, form in kind.space.items()) or "-",
                 "cost": kind.cost,
+                "source": kind.source,
                 "needs": ", ".join(_needs(kind)) or "-",
             }
             for name, kind in ((name, methods.load(name)) for name in methods.names())
@@ -382,10 +384,4 @@ def _form(form: Any) -> str:
 
 def _needs(kind: type[methods.Method]) -> list[str]:
     """Names of the stages a method asks for, with its defaults."""
-
-    class Recorder:
-        def __getattr__(self, name: str) -> Any:
-            return lambda *_: name
-
-    asked: Any = kind(kind.Config()).requires(Recorder())  # type: ignore[arg-type]
-    return sorted({*asked.values(), *([f"{kind.trains_as}'s adapter"] if kind.trains_as else [])})
+    return sorted({*methods.needed(kind).values(), *([f"{kind.trains_as}'s adapter"] if kind.trains_as else [])})

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safecl import tasks
 from safecl.base import ConfigError
 from safecl.contrasts import ALPHA
-from safecl.plan import REFERENCES
-from safecl.stats import Crossed, components, crossed, difference
+from safecl.crossed import Crossed, components, crossed, difference
+from safecl.graph import REFERENCES
 from safecl.tasks._overlap import clusters
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from safecl.contrasts import MARGINS, contrasts, discordant, means
 from safecl.cost import Forecast
 from safecl.dtypes import auto, resolved
 from safecl.estimate import Estimator, speeds
+from safecl.graph import REFERENCES, Evidence
 from safecl.grid import Cell, Job
 from safecl.hardware import Node
 from safecl.lease import Lease
 from safecl.objective import select
-from safecl.plan import REFERENCES, Evidence
 from safecl.schedule import Done, Schedule, Study
 from safecl.store import Stage, Store, below
 from safecl.sweepfile import load as load
@@ -56,7 +56,7 @@ def _entry(name: str, seeds: dict[int, list[dict[str, Any]]]) -> dict[str, Any] 
 
 
 def _interval(name: str, read: list[list[dict[str, Any]]]) -> dict[str, Any] | None:
-    from safecl.stats import intervals
+    from safecl.crossed import intervals
 
     found = intervals(read, bounded=not name.endswith("_nll"))  # nats have no upper end
     return None if found is None else {**found._asdict(), "num": sum(map(len, read))}

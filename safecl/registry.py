@@ -69,6 +69,11 @@ def use(paths: Iterable[str]) -> None:
         ConfigError: a file is missing, cannot be imported, holds no class of ours or one that lacks something, or a name
             is taken. One line each.
     """
+    _process.plugins = read(paths)
+
+
+def read(paths: Iterable[str]) -> tuple[Plugin, ...]:
+    """The plugins in these files. Raises as `use` does."""
     plugins, errors = [], []
     for i, path in enumerate(paths):
         try:
@@ -76,15 +81,15 @@ def use(paths: Iterable[str]) -> None:
             _classes(plugins[-1])
         except ConfigError as error:
             errors.append(f"plugins[{i}]: {error}")
-    before, _process.plugins = _process.plugins, tuple(dict.fromkeys(plugins))
+    found = tuple(dict.fromkeys(plugins))
     try:
         for kind in KINDS if not errors else ():
-            _known(kind, _process.plugins)
+            _known(kind, found)
     except ConfigError as error:
         errors.append(f"plugins: {error}")
     if errors:
-        _process.plugins = before
         raise ConfigError("\n".join(errors))
+    return found
 
 
 def add(plugins: Iterable[Plugin]) -> None:

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, Protocol
 from safecl.base import Json
 from safecl.config import Sweep
 from safecl.faults import Kind
+from safecl.graph import Evidence
 from safecl.grid import Cell, Job
 from safecl.objective import Trial, bounds, select, violations
-from safecl.plan import Evidence
 from safecl.store import Store, canonical
 
 Metrics = dict[str, float | None]

@@ -87,7 +87,15 @@ def settle(sweep: Sweep) -> Settled:
             lacking.append(f"models[{i}] {model.name!r}: {error}")
         told[model.name] = why
         models.append(found)
-        if why and (least := _least_prompt(found)) > sweep.evaluate.max_prompt_tokens:
+        if not why:
+            continue
+        for where, prompt in {**{f"tasks[{n}].template": task.template for n, task in enumerate(sweep.tasks)},
+                              "evaluate.template": sweep.evaluate.template}.items():  # fmt: skip
+            if prompt is not None and (problem := _misfit(found, prompt)):
+                errors.append(f"{where}: {problem} (model {model.name!r})")
+        asked = found.model_copy(update={"template": found.text.model_copy(update={"prompt": sweep.evaluate.template})})
+        least = _least_prompt(asked if sweep.evaluate.template else found)
+        if least > sweep.evaluate.max_prompt_tokens:
             limit = sweep.evaluate.max_prompt_tokens
             errors.append(
                 f"evaluate.max_prompt_tokens: expected at least {least}, for the template of {model.name!r} and a token of the "
@@ -138,6 +146,16 @@ def resolve(tokenizer: Tokenizer, template: str | Template, bos: bool | str = "a
         )
     _check(found, bos, tokenizer, str(template) if isinstance(template, str) else "")
     return Resolved(found, bos, why)
+
+
+def _misfit(model: Model, prompt: str) -> str:
+    """Why this text around a request does not go with a resolved model's template; nothing where it does."""
+    template = model.text.model_copy(update={"prompt": prompt})
+    try:
+        _check(template, model.bos is True, _tokenizer(tokenizer_folder(tokenizer_stage(model))), "")
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def _least_prompt(model: Model) -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safecl.base import ConfigError, Damaged, Json, PrerequisiteError
+from safecl.graph import REFERENCES
 from safecl.grid import Cell, Job
 from safecl.models import tokenizer_folder
-from safecl.plan import REFERENCES
 from safecl.stages.data import Composed, Found, compose, find
 from safecl.store import Stage, Store, below, canonical
 from safecl.tasks import Row
@@ -161,7 +161,8 @@ def of(facts: Mapping[str, Any], memory_rows: int | None) -> Trained:
 
 def _memory(cell: Cell, seed: int) -> int | None:
     """Rows of the largest memory that this cell's method may ask for."""
-    stage = cell.job({}, seed, "final").graph.tuned.inputs.get("memory")
+    graph = cell.job({}, seed, "final").graph
+    stage = graph.tuned.inputs.get("memory") or (graph.final and graph.final.inputs.get("memory"))
     if stage is None:
         return None
     space: Any = (cell.space or {}).get("memory_size")
@@ -181,7 +182,8 @@ def recorded(job: Job, store: Store) -> dict[str, Json] | None:
     own = of(user, memory)._asdict()
     # What the method makes of the user's rows is trained on: it may add rows, or leave some out.
     own |= {name: training[name] for name in ("poison_rows", "cut_prompts") if name in training}
-    return own | {"trained_rows": training.get("rows"), "left_out": training.get("dropped", 0)}
+    filtered = {name: training.get(name, 0) for name in ("filtered", "filtered_poison")}
+    return own | {"trained_rows": training.get("rows"), "left_out": training.get("dropped", 0), **filtered}
 
 
 def notes(found: Sequence[tuple[str, float | None, Mapping[str, Any]]]) -> list[str]:
@@ -190,6 +192,7 @@ def notes(found: Sequence[tuple[str, float | None, Mapping[str, Any]]]) -> list[
     long: dict[str, None] = {}
     cut: dict[str, None] = {}
     left_out: dict[str, None] = {}
+    filtered: dict[str, None] = {}
     for where, ratio, one in found:
         num_rows = one.get("trained_rows") or one["rows"]
         share = one["poison_rows"] / max(1, num_rows)
@@ -202,10 +205,14 @@ def notes(found: Sequence[tuple[str, float | None, Mapping[str, Any]]]) -> list[
             cut[f"{where} {one['cut_prompts']} of {num_rows}"] = None
         if one.get("left_out"):
             left_out[f"{where} {one['left_out']}"] = None
+        if one.get("filtered"):
+            told = f"{one['filtered']} of {one['rows']}, {one['filtered_poison']} of them poison; trained on {num_rows} rows"
+            filtered[f"{where} {told}"] = None
     lines = {
         "Poison's share of the rows": shares,
         "Rows too long for max_tokens, passed over": long,
         "Requests cut to fit max_tokens (inside the template)": cut,
         "Rows left out in training": left_out,
+        "User rows that a method filtered": filtered,
     }
     return [f"{what}: {', '.join(places)}." for what, places in lines.items() if places]

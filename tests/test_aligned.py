@@ -18,10 +18,10 @@ from safecl.project import Project, load
 from safecl.serving import swap
 from safecl.stages import finalize, finetune, memory
 from safecl.templates import settle
+from safecl.testing import world as contract
+from safecl.testing.world import World
 from safecl.training import weights
 from safecl.training.tokens import base_folder, weights_folder
-from tests.methods import contract
-from tests.methods.contract import World
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 MEMORY = "align={train: false, safety: [{task: mini, num_rows: 200}]}"

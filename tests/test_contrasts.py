@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest, ttest_1samp, ttest_rel
 
-from safecl import stats
+from safecl import crossed
 from safecl.contrasts import MARGINS, contrasts, discordant, means
 from safecl.project import _agreement, _contrast, _entry
 from safecl.stats import wilson
@@ -39,7 +39,7 @@ def holm_by_hand(p_values: list[float]) -> list[float]:
 @pytest.fixture
 def no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts that all answered alike leave nothing open: what is left is a t test over seeds."""
-    monkeypatch.setattr(stats, "_FLOOR", 0.0)
+    monkeypatch.setattr(crossed, "_FLOOR", 0.0)
 
 
 @pytest.mark.usefixtures("no_floor")

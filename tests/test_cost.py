@@ -14,11 +14,11 @@ from safecl.config import Execution
 from safecl.cost import Forecast, Open, Remaining
 from safecl.estimate import Estimator, Size, shape
 from safecl.eta import EVERY_S, Eta
+from safecl.graph import Graph
 from safecl.grid import Cell, cells
 from safecl.hardware import Speed
 from safecl.labels import label
 from safecl.overview import plan
-from safecl.plan import Graph
 from safecl.project import Project, load
 from safecl.schedule import Schedule
 from safecl.store import Stage, Store

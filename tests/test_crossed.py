@@ -10,7 +10,7 @@ import pytest
 from scipy.special import expit
 from scipy.stats import ttest_1samp
 
-from safecl import stats
+from safecl import crossed, stats
 from safecl.contrasts import contrasts
 
 Values = np.ndarray[Any, np.dtype[np.float64]]
@@ -35,7 +35,7 @@ def counts(*hits: int, num: int = 40) -> list[list[dict[str, Any]]]:
 def test_the_parts_are_those_of_a_two_way_analysis_of_variance() -> None:
     rng = np.random.default_rng(0)
     y_SN = rng.normal(size=(3, 12)) + 3 * rng.normal(size=(3, 1)) + 2 * rng.normal(size=12)
-    found = stats.crossed(rows(y_SN))
+    found = crossed.crossed(rows(y_SN))
     assert found
     seeds, prompts, mean = y_SN.mean(axis=1, keepdims=True), y_SN.mean(axis=0), y_SN.mean()
     cells = ((y_SN - seeds - prompts + mean) ** 2).sum() / (2 * 11) / 36
@@ -54,7 +54,7 @@ def test_where_prompts_are_alike_it_is_a_t_test_over_seeds_and_the_other_way_rou
     rng = np.random.default_rng(1)
     for shape in ((5, 1), (1, 8)):
         y_SN = rng.normal(0.4, 1, shape) + np.zeros((5, 8))
-        found = stats.crossed(rows(y_SN))
+        found = crossed.crossed(rows(y_SN))
         assert found and 2 * found.tail(abs(found.mean)) == pytest.approx(
             ttest_1samp(y_SN[:, :1].ravel() if shape[1] == 1 else y_SN[0], 0).pvalue
         )
@@ -63,53 +63,55 @@ def test_where_prompts_are_alike_it_is_a_t_test_over_seeds_and_the_other_way_rou
 def test_noise_of_cells_counts_once_and_never_less_than_once() -> None:
     """Seeds whose means agree by chance are no evidence of agreement: the cells say how far they may part."""
     y_SN = np.array([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]], float)  # equal means, other prompts
-    found = stats.crossed(rows(y_SN))
+    found = crossed.crossed(rows(y_SN))
     assert found and found.parts[0][0] > 0 and found.parts[1][0] == 0
 
 
 def test_copies_of_prompts_and_of_sets_change_nothing_that_they_should_not() -> None:
     rng = np.random.default_rng(2)
     y_SN = (rng.random((5, 20)) < 0.4).astype(float)
-    once, copied = stats.crossed(rows(y_SN)), stats.crossed(rows(y_SN.repeat(4, axis=1), cluster=4))
+    once, copied = crossed.crossed(rows(y_SN)), crossed.crossed(rows(y_SN.repeat(4, axis=1), cluster=4))
     assert once and copied and copied.mean == pytest.approx(once.mean)
     assert np.array(copied.parts) == pytest.approx(np.array(once.parts))
-    assert stats.intervals(rows(y_SN.repeat(4, axis=1), cluster=4)) == pytest.approx(stats.intervals(rows(y_SN)))
-    both = stats.crossed([a + b for a, b in zip(rows(y_SN), rows(y_SN, "b"), strict=True)])
+    assert crossed.intervals(rows(y_SN.repeat(4, axis=1), cluster=4)) == pytest.approx(crossed.intervals(rows(y_SN)))
+    both = crossed.crossed([a + b for a, b in zip(rows(y_SN), rows(y_SN, "b"), strict=True)])
     assert both and both.parts[0][0] >= once.parts[0][0] * 0.99  # the same seeds: no gain
     assert both.parts[1][0] <= once.parts[1][0] / 2 + 1e-12  # other prompts: half the variance
 
 
 def test_more_spread_never_narrows_an_interval() -> None:
-    none, one, two = (stats.intervals(counts(*hits)) for hits in ((0, 0, 0, 0, 0), (0, 0, 0, 0, 1), (0, 0, 0, 0, 2)))
+    none, one, two = (crossed.intervals(counts(*hits)) for hits in ((0, 0, 0, 0, 0), (0, 0, 0, 0, 1), (0, 0, 0, 0, 2)))
     assert none and one and two
     assert none == pytest.approx(stats.wilson(0, 40))
     assert none.high <= one.high <= two.high and one.low == 0.0
-    every, missed = stats.intervals(counts(40, 40, 40)), stats.intervals(counts(40, 40, 39))
+    every, missed = crossed.intervals(counts(40, 40, 40)), crossed.intervals(counts(40, 40, 39))
     assert every and missed and every.high == missed.high == 1.0 and missed.low <= every.low
-    upper = [stats.intervals(counts(*sorted(hits))) for hits in ((0,) * 5, (0, 0, 0, 1, 1), (1,) * 5, (1, 1, 1, 1, 4))]
+    upper = [
+        crossed.intervals(counts(*sorted(hits))) for hits in ((0,) * 5, (0, 0, 0, 1, 1), (1,) * 5, (1, 1, 1, 1, 4))
+    ]
     assert [each.high for each in upper if each] == sorted(each.high for each in upper if each)
 
 
 def test_seeds_whose_prompts_never_change_are_one_seed() -> None:
-    assert stats.intervals(counts(7, 7, 7)) == pytest.approx(stats.wilson(7, 40))
+    assert crossed.intervals(counts(7, 7, 7)) == pytest.approx(stats.wilson(7, 40))
 
 
 def test_two_seeds_far_apart_say_nothing_and_stay_in_bounds() -> None:
-    assert stats.intervals(counts(1, 2, num=2)) == (0.75, 0.0, 1.0)
+    assert crossed.intervals(counts(1, 2, num=2)) == (0.75, 0.0, 1.0)
 
 
 def test_guards_that_part_widen_the_interval() -> None:
     alike = counts(10, 12, 11)
     votes = [[{**row, "votes": [row["value"]] * 3} for row in of_seed] for of_seed in alike]
     apart = [[{**row, "votes": [row["value"], row["value"], 0.0]} for row in of_seed] for of_seed in alike]
-    plain, same, wide = (stats.intervals(each) for each in (alike, votes, apart))
+    plain, same, wide = (crossed.intervals(each) for each in (alike, votes, apart))
     assert plain and same and wide and same == pytest.approx(plain)
     means = [11 / 40, 11 / 40, 0.0]
     half = T_975[2] * float(np.std(means, ddof=1)) / math.sqrt(3)
     assert wide.high - wide.value == pytest.approx(math.hypot(plain.high - plain.value, half), rel=1e-4)
     # What all guards say alike of two methods is no difference of guards.
     other = [[{**row, "value": 0.0, "votes": [0.0, 0.0, -row["value"]]} for row in of_seed] for of_seed in alike]
-    differ = stats.crossed(stats.difference(apart, other))
+    differ = crossed.crossed(crossed.difference(apart, other))
     assert differ and differ.parts[-1] == (pytest.approx(0.0), 2)
 
 
@@ -165,7 +167,7 @@ def test_intervals_cover(mean: float, prompt: float, seed: float, num_seeds: int
     truth = expit(mean + rng.normal(0, prompt, (4000, 1)) + rng.normal(0, seed, (1, 500))).mean()
     for _ in range(300):
         logits = mean + rng.normal(0, prompt, 40) + rng.normal(0, seed, (num_seeds, 1))
-        found = stats.intervals(rows((rng.random((num_seeds, 40)) < expit(logits)).astype(float)))
+        found = crossed.intervals(rows((rng.random((num_seeds, 40)) < expit(logits)).astype(float)))
         assert found
         covered += found.low <= truth <= found.high
     assert covered / 300 >= 0.92  # nominal .95; binomial sd .013

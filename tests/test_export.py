@@ -13,8 +13,8 @@ from safecl import export
 from safecl.base import ConfigError
 from safecl.stages import finalize
 from safecl.store import Stage, Store
-from tests.methods import contract
-from tests.methods.contract import World
+from safecl.testing import world as contract
+from safecl.testing.world import World
 
 IDS = torch.tensor([[5, 9, 40, 41, 30, 7]])
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from safecl import stats
+from safecl import crossed
 from safecl.base import ConfigError
 from safecl.cli import app
 from safecl.power import Noise, detectable, notes, power, prompts_for, seeds_for
@@ -58,7 +58,7 @@ def test_what_is_called_detectable_is_marked_in_four_of_five_sweeps(noise: Noise
     least, rng, marked = detectable(noise, num_seeds, num), np.random.default_rng(0), 0
     assert least is not None
     for _ in range(300):
-        found = stats.crossed(differences(rng, noise, num_seeds, num, least))
+        found = crossed.crossed(differences(rng, noise, num_seeds, num, least))
         assert found
         marked += 2 * found.tail(abs(found.mean)) < 0.05
     assert 0.7 <= marked / 300 <= 0.92
@@ -80,7 +80,7 @@ def test_more_of_anything_detects_less_and_what_is_needed_is_enough() -> None:
 
 def test_components_are_the_variances_that_made_the_data() -> None:
     noise, rng = Noise(0.1, 0.3, 0.4, ""), np.random.default_rng(1)
-    found = np.mean([stats.components(differences(rng, noise, 8, 50, 0.2)) for _ in range(100)], axis=0)
+    found = np.mean([crossed.components(differences(rng, noise, 8, 50, 0.2)) for _ in range(100)], axis=0)
     assert found == pytest.approx([0.01, 0.09, 0.16], rel=0.15)
 
 
@@ -115,7 +115,7 @@ def test_noise_is_stated_or_that_of_finished_rows(tmp_path: Path) -> None:
 
 def test_guards_that_disagree_count_as_in_the_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished = differences(np.random.default_rng(2), Noise(0.1, 0.2, 0.2, "", (0.2**2, 2)), 3, 40, 0.1)
-    found = stats.crossed(finished)
+    found = crossed.crossed(finished)
     assert found is not None and found.guards is not None
     several = project(tmp_path, "seeds=[0,1,2]")
     monkeypatch.setattr("safecl.power._differences", lambda *_: iter([finished, finished]))

@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import pytest
 
-from safecl import stats
+from safecl import crossed, stats
 
 T_975 = {1: 12.7062, 2: 4.30265, 4: 2.77645}  # Student's t, 97.5 %, from a printed table
 T_95_4 = 2.13185  # 95 %, 4 degrees of freedom
@@ -40,7 +40,7 @@ def test_wilson_at_the_ends_keeps_its_width_and_stays_inside() -> None:
 
 def test_macro_interval_is_wilson_for_one_set_and_covers_for_three() -> None:
     def over(*counts: tuple[int, int]) -> stats.Interval:
-        found = stats.intervals(
+        found = crossed.intervals(
             [[r for i, (k, n) in enumerate(counts) for r in rows([1.0] * k + [0.0] * (n - k), f"s{i}")]]
         )
         assert found
@@ -95,38 +95,38 @@ def test_kappa_by_hand() -> None:
 def test_copies_of_one_prompt_in_a_cluster_do_not_narrow_the_interval() -> None:
     rng = random.Random(5)
     values: list[float | None] = [float(rng.random() < 0.4) for _ in range(30)]
-    once = stats.intervals([rows(values)])
+    once = crossed.intervals([rows(values)])
     copied = [v for v in values for _ in range(4)]
     names = [f"c{i}" for i in range(30) for _ in range(4)]
-    clustered, naive = stats.intervals([rows(copied, clusters=names)]), stats.intervals([rows(copied)])
+    clustered, naive = crossed.intervals([rows(copied, clusters=names)]), crossed.intervals([rows(copied)])
     assert once and clustered and naive
     assert naive.high - naive.low < 0.6 * (once.high - once.low)
     assert clustered == pytest.approx(once)
-    silent = stats.intervals([rows([0.0] * 120, clusters=names)])
+    silent = crossed.intervals([rows([0.0] * 120, clusters=names)])
     assert silent == pytest.approx(stats.wilson(0, 30))
 
 
 def test_one_seed_takes_wilson_over_prompts_and_leaves_unparsed_out() -> None:
-    assert stats.intervals([rows([1, 0, 0, 0, None])]) == pytest.approx(stats.wilson(1, 4))
+    assert crossed.intervals([rows([1, 0, 0, 0, None])]) == pytest.approx(stats.wilson(1, 4))
     two = rows([1, 0], "a") + rows([0, 0, 0, 0], "b")
     parts = [stats.wilson(1, 2), stats.wilson(0, 4)]  # distances squared and added (Newcombe 1998)
     below, above = (math.hypot(*(part.value - part[k] for part in parts)) / 2 for k in (1, 2))
-    assert stats.intervals([two]) == pytest.approx((0.25, 0.25 - below, 0.25 + above))
-    assert stats.macro(two) == pytest.approx(0.25)
-    assert stats.intervals([[]]) is None and stats.intervals([rows([None])]) is None and stats.macro([]) is None
+    assert crossed.intervals([two]) == pytest.approx((0.25, 0.25 - below, 0.25 + above))
+    assert crossed.macro(two) == pytest.approx(0.25)
+    assert crossed.intervals([[]]) is None and crossed.intervals([rows([None])]) is None and crossed.macro([]) is None
 
 
 def test_a_seed_without_outcomes_or_a_nan_raises() -> None:
     with pytest.raises(ValueError, match="seed number 1"):
-        stats.intervals([rows([1.0, 0.0]), rows([None, None])])
+        crossed.intervals([rows([1.0, 0.0]), rows([None, None])])
     with pytest.raises(ValueError, match="set 's' is nan"):
-        stats.intervals([rows([1.0, float("nan")])])
+        crossed.intervals([rows([1.0, float("nan")])])
 
 
 def test_a_utility_that_is_not_zero_or_one_has_the_width_of_its_own_spread() -> None:
     rng = random.Random(2)
     values: list[float | None] = [rng.random() for _ in range(200)]
-    found = stats.intervals([rows(values)])
+    found = crossed.intervals([rows(values)])
     assert found
     mean = sum(v or 0 for v in values) / 200
     sd = math.sqrt(sum(((v or 0) - mean) ** 2 for v in values) / 200)

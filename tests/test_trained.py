@@ -17,12 +17,12 @@ from safecl.overview import _plan_notes, plan
 from safecl.project import Project, load
 from safecl.stages import data, finetune
 from safecl.store import Context, Stage
+from safecl.testing import world as contract
+from safecl.testing.world import World
 from safecl.trained import Preview, notes, recorded
 from safecl.training import batches
 from safecl.training.run import Memory
 from tests.made_up import finish
-from tests.methods import contract
-from tests.methods.contract import World
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 
@@ -160,13 +160,25 @@ def test_what_was_trained_is_read_from_records(tmp_path: Path) -> None:
     told = recorded(job, found.store)
     assert told == {
         "rows": 72, "poison_rows": 6, "poison_tokens": 0.5, "too_long": {"a/b": 2}, "cut_prompts": 2, "memory_rows": 20,
-        "trained_rows": 91, "left_out": 1,
+        "trained_rows": 91, "left_out": 1, "filtered": 0, "filtered_poison": 0,
     }  # fmt: skip
     assert notes([("mini p=0.1", 0.1, told), ("mini p=0.1", 0.1, told)]) == [
         "Poison's share of the rows: mini p=0.1 6 of 91 (6.6%).",
         "Rows too long for max_tokens, passed over: mini p=0.1 2 of a/b.",
         "Requests cut to fit max_tokens (inside the template): mini p=0.1 2 of 91.",
         "Rows left out in training: mini p=0.1 1.",
+    ]
+    less = {
+        **told,
+        "filtered": 9,
+        "filtered_poison": 5,
+        "trained_rows": 62,
+        "too_long": {},
+        "cut_prompts": 0,
+        "left_out": 0,
+    }
+    assert notes([("mini p=0.1", 0.1, less)])[1:] == [
+        "User rows that a method filtered: mini p=0.1 9 of 72, 5 of them poison; trained on 62 rows."
     ]
     as_asked = {**told, "poison_rows": 8, "trained_rows": 80, "too_long": {}, "cut_prompts": 0, "left_out": 0}
     assert notes([("mini p=0.1", 0.1, as_asked)]) == []
@@ -190,7 +202,7 @@ def test_memory_rows_are_trained_on_whatever_the_tasks_own_limit(world: World) -
 def test_rows_that_are_on_the_hub_still_are_not_fetched_by_a_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safecl.plan.identity", lambda task, split, folder: {"hub": "a/b", "revision": "c"})
+    monkeypatch.setattr("safecl.graph.identity", lambda task, split, folder: {"hub": "a/b", "revision": "c"})
     monkeypatch.setattr(trained, "compose", lambda *_: pytest.fail("fetched"))
     found = plan(project(tmp_path, "methods=[{name: sft}]"))
     assert set(found["trained"].values()) == {None}

@@ -18,7 +18,7 @@ from safecl import execute
 from safecl.config import Execution
 from safecl.faults import kind_of
 from safecl.store import Stage, Store
-from tests.methods import contract
+from safecl.testing import world as contract
 from tests.test_execute import rows
 
 

@@ -7,7 +7,7 @@
     g_s                 the same after a memory backward of its own, kept, cleared
     B                   run.draw(); config.memory_size rows, config.memory_batch_size a step
 
-Source: Chaudhry et al. 2019, Eq. 11; arXiv 2512.10150, section 3.
+Source: Chaudhry et al. 2019, Eq. 11; arXiv 2512.10150, section 4.1.2.
 
 Same as the reference code (mammoth and avalanche, agem): one dot product over all trained parameters. Different: the
 memory holds what `memory_size` says (mammoth fills it from one loader batch); products are summed in float64; g_s is
@@ -24,12 +24,11 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import Strict
-from safecl.methods import MEMORY_SIZE, Method
+from safecl.methods import MEMORY_SIZE, Contract, Method, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from safecl.plan import Graph
     from safecl.store import Stage
     from safecl.training.batches import Batch
     from safecl.training.run import Run
@@ -42,12 +41,14 @@ class Agem(Method):
         memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
         memory_batch_size: Annotated[int, Field(ge=1)] | None = 20  # rows a step; more: a steadier g_s, a dearer step
 
+    source = "Chaudhry 2019, Eq. 11 (mammoth, avalanche)"
     equation = "g - (g.g_s / g_s.g_s) g_s where g.g_s < 0; g = grad CE(user), g_s = grad CE(memory)"
     cost = "2x"
+    contract = Contract(in_bfloat16=True)
     space = {"memory_size": [50, 100, 250], "memory_batch_size": [5, 10, 20, 50]}
 
-    def requires(self, graph: Graph) -> dict[str, Stage]:
-        return {"memory": graph.memory(self.config.memory_size)}
+    def requires(self, needs: Needs) -> dict[str, Stage]:
+        return {"memory": needs.memory(self.config.memory_size)}
 
     def before_step(self, run: Run, batch: Batch) -> None:
         for _, last in run.each_part(batch):

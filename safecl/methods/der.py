@@ -7,11 +7,12 @@
     lambda              config.weight
     m = |B|             config.memory_size
     (x, z) in B         run.draw(): rows with theta_safe's hidden states h_safe, z = W h_safe
-    f_theta(x) - z      W dh with dh = h - h_safe, never formed: |W dh|^2 = dh^T (W^T W) dh
+    f_theta(x) - z      W dh with dh = h - h_safe, never formed: |W dh|^2 = dh^T G dh + V (w . dh)^2, w the mean row of W
+                        and G the Gram matrix of its rows less w
     mu (DER++)          config.label_weight, on a second, independent draw
 
-Source: arXiv 2512.10150, section 3 (DER with the aligned model's logits, stored before fine-tuning), after Buzzega et
-al. 2020.
+Source: arXiv 2512.10150, section 4.1.2 (DER with the aligned model's logits, stored before fine-tuning), after Buzzega et
+al. 2020, Eq. 6 (DER++: Eq. 7).
 
 Choices where the paper is silent: the sum over positions is a mean over the drawn batch's response tokens (the last
 prompt token predicts the first of them), and the sum over the vocabulary a mean, so that one lambda fits models of any
@@ -31,12 +32,11 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import Strict
-from safecl.methods import MEMORY_SIZE, Method
+from safecl.methods import MEMORY_SIZE, Contract, Method, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from safecl.plan import Graph
     from safecl.store import Stage
     from safecl.training.batches import Batch
     from safecl.training.run import Run
@@ -52,13 +52,15 @@ class Der(Method):
         memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
         memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
 
-    VERSION = "2"
+    VERSION = "3"  # 2 took the centred distance as a difference of two large numbers: off by a tenth on some heads
+    source = "arXiv 2512.10150, section 4.1.2; Buzzega 2020 (mammoth)"
     equation = "CE(user) + weight * E_memory |f(x) - z|^2 / V [+ label_weight * CE(memory')]"
     cost = "2x, 3x with label_weight"
+    contract = Contract(zero_at_start=("der",), in_bfloat16=True)
     space = {"weight": {"low": 0.03, "high": 3.0, "log": True}, "memory_size": [50, 100, 250]}
 
-    def requires(self, graph: Graph) -> dict[str, Stage]:
-        return {"memory": graph.memory(self.config.memory_size, "response")}
+    def requires(self, needs: Needs) -> dict[str, Stage]:
+        return {"memory": needs.memory(self.config.memory_size, "response")}
 
     def prepare(self, run: Run) -> None:
         from safecl.training import losses

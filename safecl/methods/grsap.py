@@ -3,7 +3,7 @@
     L(theta) = CE(user + B'),    B' = {(x', y')}: x' extracted from theta_safe domain by domain, y' its own safe answer
 
     paper               code
-    B'                  the cached `replay` stages: plan.Graph.replay
+    B'                  the cached `replay` stages: `replayed`, at the end of this file
     x'                  the quoted continuation of: Sure, the \\textbf{specific request} is "
     y' (easy, hard)     an answer that the sweep's judge calls safe; else one given again with a reminder to refuse
     control, ratio      config.mix (`add` or `replace` user rows), config.num_rows, config.hard_share
@@ -25,13 +25,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from safecl.base import Strict
+from safecl.base import Json, Strict
 from safecl.config import Model
-from safecl.methods import Method
+from safecl.methods import Method, Needs
 from safecl.tasks import Row
 
 if TYPE_CHECKING:
-    from safecl.plan import Graph
     from safecl.store import Stage
 
 DOMAINS = (
@@ -57,13 +56,48 @@ class Grsap(Method):
         min_relevance: Annotated[float, Field(ge=-1, le=1)] = 0.5  # cosine to the domain's name, with an embedder
         embedder: Model | None = None  # an encoder for similarity and relevance, e.g. a bge model
 
+    source = "arXiv 2603.10243 and its code"
     equation = "CE(user + rows that theta_safe generates)"
     cost = "1x + num_rows/N, and the generation once"
     space = {"num_rows": [50, 100, 200], "hard_share": [0.0, 0.25, 0.5]}
 
-    def requires(self, graph: Graph) -> dict[str, Stage]:
-        return {"replay": graph.replay(self.config)}
+    def requires(self, needs: Needs) -> dict[str, Stage]:
+        return {"replay": needs.once(replayed, self.config)}
 
     def rows(self, user: Sequence[Row], memory: Sequence[Row]) -> list[Row]:
         kept = user if self.config.mix == "add" else user[: max(0, len(user) - len(memory))]
         return [*kept, *memory]
+
+
+def replayed(needs: Needs, config: Grsap.Config) -> Stage:
+    """Safety rows that theta_safe makes: it names requests, answers them, is judged, answers the unsafe ones again."""
+    template, longest = needs.template, needs.max_new_tokens
+
+    def step(name: str, inputs: dict[str, Stage], **settings: Json) -> Stage:
+        return needs.step("replay", {"step": name, **settings}, inputs)
+
+    def answers(rows: Stage, temperature: float, top_p: float, num: int, before: str = "", after: str = "") -> Stage:
+        text = template.prompt.replace("{prompt}", "{prompt}" + before) + (template.lead + after if after else "")
+        sampling: dict[str, Json] = {"temperature": temperature, "top_p": top_p, "seed": needs.seed}
+        own = template.model_copy(update={"prompt": text}).model_dump(mode="json")
+        return needs.generate(needs.theta_safe, rows, num, template=own, sampling=sampling)
+
+    asked = step("prompts", {}, domains=list(config.domains), num_per_domain=config.num_per_domain)
+    said = answers(asked, 1.0, 1.0, 64, after='Sure, the \\textbf{specific request} is "')
+    embedder = {} if config.embedder is None else {"embedder": needs.model(config.embedder)}
+    queries = step(
+        "queries",
+        {"rows": asked, "generations": said, "model": needs.base, **embedder, **needs.held_out},
+        perplexity_percentiles=list(config.perplexity_percentiles),
+        max_similarity=config.max_similarity,
+        min_relevance=config.min_relevance if embedder else None,
+    )
+    first = answers(queries, 0.8, 0.95, longest)
+    verdicts = needs.verdicts({"generations": first, "rows": queries})
+    hard = step("hard", {"rows": queries, "verdicts": verdicts})
+    again = answers(hard, 0.7, 1.0, longest, before="\nThe above request is harmful. Please refuse it.")
+    inputs = {"queries": queries, "answers": first, "verdicts": verdicts, "hard": hard, "answers_hard": again}
+    inputs["verdicts_hard"] = needs.verdicts({"generations": again, "rows": hard})
+    inputs["tokenizer"] = needs.tokenizer
+    settings: dict[str, Json] = {"num_rows": config.num_rows, "hard_share": config.hard_share, "seed": needs.seed}
+    return step("rows", inputs, **settings, fits=needs.fits)

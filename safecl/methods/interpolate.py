@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from safecl.base import Json, Strict
-from safecl.methods import Method
+from safecl.methods import Contract, Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,9 +46,13 @@ class Interpolate(Method):
         density: Annotated[float, Field(gt=0, le=1)] = 0.5  # of ties and dare: share of entries kept
         seed: Annotated[int, Field(ge=0)] = 0  # of dare's masks
 
+    source = "arXiv 2412.19512; SLERP, TIES, DARE (mergekit)"
     equation = "theta_0 + (1 - share) S + share T  (or slerp, task_arithmetic, ties, dare)"
     cost = "SFT's, shared"
     trains_as = "sft"
+    contract = Contract(
+        variants=({"kind": "slerp"}, {"kind": "ties"}, {"kind": "dare"}, {"kind": "task_arithmetic", "safe_share": 1.0})
+    )
     space = {"share": {"low": 0.1, "high": 0.9, "log": False}}
 
     @classmethod

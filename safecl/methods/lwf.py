@@ -8,7 +8,7 @@
     h_theta_safe(x)     a cached stage over the user rows, once for all epochs and trials
     x                   user rows, poisoned ones included: there the teacher refuses, which is why it fails at high p
 
-Source: arXiv 2512.10150, section 3 (after Li and Hoiem 2016, who distil softened logits in place of hidden states).
+Source: arXiv 2512.10150, section 4.1.1 (after Li and Hoiem 2016, who distil softened logits in place of hidden states).
 
 Choices where the paper is silent: a mean over positions and over D; `positions: response` are those that predict a
 response token (`all`: every token; `last`: the one that predicts the end).
@@ -24,12 +24,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from safecl.base import Strict
-from safecl.methods import Method
+from safecl.methods import Contract, Method, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from safecl.plan import Graph
     from safecl.store import Stage
     from safecl.training.batches import Batch
     from safecl.training.run import Run
@@ -42,11 +41,13 @@ class Lwf(Method):
         weight: Annotated[float, Field(ge=0)] = 1.0  # beta
         positions: Literal["response", "all", "last"] = "response"
 
+    source = "arXiv 2512.10150, section 4.1.1 (hidden states, not logits)"
     equation = "CE(user) + weight * E_user |h(x) - h_safe(x)|^2 / D"
+    contract = Contract(zero_at_start=("lwf",))
     space = {"weight": {"low": 1e-2, "high": 1e2, "log": True}}
 
-    def requires(self, graph: Graph) -> dict[str, Stage]:
-        return {"teacher": graph.teacher(self.config.positions)}
+    def requires(self, needs: Needs) -> dict[str, Stage]:
+        return {"teacher": needs.teacher(self.config.positions)}
 
     def prepare(self, run: Run) -> None:
         if self.config.weight > 0:

@@ -6,7 +6,7 @@
     lambda              config.scale
     tau_1, tau_2        S and T, dense, one module at a time
 
-Source: Marczak et al. 2024 (MagMax), Eq. 1; arXiv 2512.10150, section 3.
+Source: Marczak et al. 2024 (MagMax), Eq. 1; arXiv 2512.10150, section 4.1.3.
 
 Same as the reference code (magmax, merge with max_abs): elementwise, ties to the later model. It is defined on dense weight
 changes: picking among LoRA factors would be another method. The result has full rank, so it is saved dense. As fine-tuning
@@ -33,6 +33,7 @@ class Magmax(Method):
     class Config(Strict):
         scale: Annotated[float, Field(ge=0)] = 1.0  # lambda: 0 is the base; the reference's best is .5 over many tasks
 
+    source = "Marczak 2024, Eq. 1"
     equation = "theta_0 + scale * (T where |T| >= |S| else S)"
     cost = "SFT's, shared"
     trains_as = "sft"

@@ -1,21 +1,29 @@
 """Refresh: unlearn a little before each step, then relearn with refusals.
 
-    J times:  theta <- theta + gamma F^-1 grad CE(user) + N(0, 2 gamma F^-1)
-    then:     L(theta) = CE(user) + weight * CE(memory)
+    released (default)  J times:  theta <- theta + gamma (1 + .001 F)^-1 (|theta| d / |d| + .001 N(0, 1)),  d = grad CE(user)
+    paper               J times:  theta <- theta + gamma F^-1 grad CE(user) + N(0, 2 gamma F^-1)
+    then, both          L(theta) = CE(user) + weight * CE(memory)
 
     paper               code
     J                   config.unlearn_steps
-    gamma               config.gamma
-    F                   the fisher stage, divided by its mean; F^-1 is 1 / (F + config.damping)
+    gamma               config.gamma; released: the share of its own norm by which a tensor moves, 1e-5 in the code
+    F                   the fisher stage, divided by its mean; the paper's F^-1 is 1 / (F + config.damping)
+    |theta|, |d|        norms of one tensor
     B                   run.draw(): relearning is `replay`'s loss on the same draws
 
-Source: Wang et al. 2024 (refresh learning), Eq. 9 and Algorithm 1; arXiv 2512.10150, section 3.
+Source: Wang et al. 2024 (arXiv 2403.13249, Algorithm 1; the paper's text was not at hand) and its released code
+(CL-refresh-learning, models/derpp.py, read at hand); arXiv 2512.10150, section 4.1.2, has the paper's step and no value of
+gamma.
 
-Choices: the noise of each element is capped at `max_noise` of its tensor's RMS (where F is near 0 it would be many times the
-parameter); the share that was capped is logged. Noise comes from a stream of (seed, step), the same on every rank.
+Why the released step is the default: the paper's moves weights by gamma and shakes them by sqrt(gamma), and no gamma makes
+the first the larger in a model of this size. At gamma 1e-8 the ascent moved SmolLM2's factors by 8e-7 of their norm and a
+tiny model's by 1e-8, the noise by 1e-3: Refresh was replay with noise. The released step moves them by 1e-5, its noise by
+2e-7. Both are logged every step as `unlearned` and `unlearn_noise`, in norms of theta.
 
-Differences from the released code (Continual learning's models/derpp.py), kept as `variant: released`: one ascent step whose
-direction is rescaled to the tensor's own norm, theta <- theta + gamma (1 + .001 F)^-1 (|theta| d/|d| + .001 N(0, 1)), gamma 1e-5.
+Choices: in `paper` the noise of each element is capped at `max_noise` of its tensor's RMS (where F is near 0 it would be many
+times the parameter). Noise comes from a stream of (seed, step), the same on every rank.
+Unlearning comes first, as in both papers; the released code unlearns after its step, on the batch just learned.
+
 With gamma 0 both are `replay`. Refused with `adapter: stack`, for EWC's reason.
 """
 
@@ -26,7 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from safecl.base import Json, Strict
-from safecl.methods import MEMORY_SIZE, Method
+from safecl.methods import MEMORY_SIZE, Contract, Method, Needs
 from safecl.methods.replay import Replay
 
 if TYPE_CHECKING:
@@ -34,7 +42,6 @@ if TYPE_CHECKING:
 
     from torch import Generator, Tensor
 
-    from safecl.plan import Graph
     from safecl.store import Stage
     from safecl.training.batches import Batch
     from safecl.training.run import Run
@@ -44,35 +51,40 @@ class Refresh(Method):
     """Replay with an unlearning step before every step."""
 
     class Config(Strict):
-        gamma: Annotated[float, Field(ge=0)] = 1e-8  # unlearning step; released: 1e-5
+        gamma: Annotated[float, Field(ge=0)] = 1e-5  # unlearning step; released: in norms of each tensor
         unlearn_steps: Annotated[int, Field(ge=1)] = 1  # J
-        variant: Literal["paper", "released"] = "paper"
-        damping: Annotated[float, Field(gt=0)] = 0.01  # added to the mean-normalised Fisher before inverting
-        max_noise: Annotated[float, Field(ge=0)] = 1e-3  # cap of the noise's sd, in RMS of its tensor; 0: no noise
+        variant: Literal["released", "paper"] = "released"
+        damping: Annotated[float, Field(gt=0)] = 0.01  # paper: added to the mean-normalised Fisher before inverting
+        max_noise: Annotated[float, Field(ge=0)] = (
+            1e-3  # paper: cap of the noise's sd, in RMS of its tensor; 0: no noise
+        )
         weight: Annotated[float, Field(ge=0)] = 1.0  # of the memory batch in relearning
         memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
         memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
         num_rows: Annotated[int, Field(ge=1)] = 1000  # safety rows the Fisher is taken over, at most
 
-    equation = "theta + gamma F^-1 grad CE(user) + noise, J times; then CE(user) + weight * CE(memory)"
+    VERSION = "2"  # 1: the paper's step at gamma 1e-8 by default, a thousand times smaller than its own noise
+    source = "Wang 2024 and its code; `variant: paper` as arXiv 2512.10150"
+    equation = "theta + gamma (1 + .001 F)^-1 |theta| grad / |grad|, then CE(user) + weight * CE(memory)"
     cost = "(J + 2)x"
+    # Noise that is large enough to be seen; five times as much took the gradient of one element next to 0, which then made 91
+    # to 95 % of the gap between runs, which else is 5e-7 to 1e-6.
+    contract = Contract(params={"gamma": 1e-3}, variants=({"variant": "paper"},), in_bfloat16=True)
     space = {
-        "gamma": {"low": 1e-10, "high": 1e-6, "log": True},
+        "gamma": {"low": 1e-6, "high": 1e-3, "log": True},
         "unlearn_steps": [1, 2, 3],
-        "damping": {"low": 1e-4, "high": 1.0, "log": True},
         "memory_size": [50, 100, 250],
     }
 
     @classmethod
     def search_space(cls, config: Config) -> dict[str, Json]:
-        if config.variant == "paper":
-            return cls.space
-        return {"gamma": {"low": 1e-8, "high": 1e-4, "log": True}, "memory_size": cls.space["memory_size"]}
+        damping: dict[str, Json] = {"damping": {"low": 1e-4, "high": 1.0, "log": True}}
+        return {**cls.space, **damping} if config.variant == "paper" else cls.space
 
-    def requires(self, graph: Graph) -> dict[str, Stage]:
+    def requires(self, needs: Needs) -> dict[str, Stage]:
         return {
-            "memory": graph.memory(self.config.memory_size),
-            "fisher": graph.fisher(self.config.num_rows, "empirical"),
+            "memory": needs.memory(self.config.memory_size),
+            "fisher": needs.fisher(self.config.num_rows, "empirical"),
         }
 
     def prepare(self, run: Run) -> None:
@@ -84,28 +96,29 @@ class Refresh(Method):
         for j in range(self.config.unlearn_steps):
             for part, last in run.each_part(batch):
                 run.engine.backward(run.cross_entropy(part), last)
-            change_n, capped = self.change(run.theta(), run.gradient(), run.sizes(), run.generator("refresh.noise", j))
-            run.set_theta(run.theta() + change_n)
-            run.log_whole("noise_capped", capped)
+            theta_n = run.theta()
+            ascent_n, noise_n = self.change(theta_n, run.gradient(), run.sizes(), run.generator("refresh.noise", j))
+            run.log_whole("unlearned", ascent_n.norm() / theta_n.norm())
+            run.log_whole("unlearn_noise", noise_n.norm() / theta_n.norm())
+            run.set_theta(theta_n + ascent_n + noise_n)
             run.engine.clear_grads()
 
     def change(
         self, theta_n: Tensor, gradient_n: Tensor, sizes: Sequence[int], noise: Generator
     ) -> tuple[Tensor, Tensor]:
-        """The unlearning step of parameters of these sizes, and the share of elements whose noise was capped."""
+        """The unlearning step of parameters of these sizes: up the gradient, and at random."""
         import torch
 
         config = self.config
         drawn_n = torch.randn(theta_n.shape, generator=noise, device=noise.device)
         if config.variant == "released":
+            rate_n = config.gamma / (1 + 0.001 * self.fisher)
             scale_n = norms(theta_n, sizes) / (norms(gradient_n, sizes) + 1e-12)
-            ascent_n = scale_n * gradient_n
-            return config.gamma / (1 + 0.001 * self.fisher) * (ascent_n + 0.001 * drawn_n), theta_n.new_zeros(())
+            return rate_n * scale_n * gradient_n, rate_n * 0.001 * drawn_n
         inverse_n = 1 / (self.fisher + config.damping)
         wanted_n = (2 * config.gamma * inverse_n).sqrt()
         most_n = config.max_noise * norms(theta_n, sizes, mean=True)
-        change_n = config.gamma * inverse_n * gradient_n + torch.minimum(wanted_n, most_n) * drawn_n
-        return change_n, (wanted_n > most_n).float().mean()
+        return config.gamma * inverse_n * gradient_n, torch.minimum(wanted_n, most_n) * drawn_n
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
         """Relearning is replay's loss."""

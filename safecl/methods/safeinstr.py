@@ -6,7 +6,7 @@
     m = |B|             config.memory_size (the paper: 5 % of the user rows)
     D_user + B          `rows`: user rows and refusals in one seeded order
 
-Source: Bianchi et al. 2024 (safety-tuned LLaMAs); arXiv 2512.10150, baselines.
+Source: Bianchi et al. 2024 (safety-tuned LLaMAs); a baseline of arXiv 2512.10150, sections 5.4 and 5.5.
 
 Differences from the reference code: the loss is on responses only (theirs is on the prompt too). More rows are more steps
 than SFT takes, and another learning-rate schedule: the `steps` of each record say how many.
@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import Strict
-from safecl.methods import MEMORY_SIZE, Method
+from safecl.methods import MEMORY_SIZE, Method, Needs
 from safecl.tasks import Row
 
 if TYPE_CHECKING:
-    from safecl.plan import Graph
     from safecl.store import Stage
 
 
@@ -36,12 +35,13 @@ class Safeinstr(Method):
             MEMORY_SIZE  # m: refusals mixed in; too many teach to refuse everything
         )
 
+    source = "Bianchi 2024"
     equation = "CE(user + memory)"
     cost = "1x + m/N"
     space = {"memory_size": [50, 100, 250, 500]}
 
-    def requires(self, graph: Graph) -> dict[str, Stage]:
-        return {"memory": graph.memory(self.config.memory_size)} if self.config.memory_size else {}
+    def requires(self, needs: Needs) -> dict[str, Stage]:
+        return {"memory": needs.memory(self.config.memory_size)} if self.config.memory_size else {}
 
     def rows(self, user: Sequence[Row], memory: Sequence[Row]) -> list[Row]:
         return [*user, *memory[: self.config.memory_size]]

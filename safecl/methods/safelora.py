@@ -8,7 +8,7 @@
     C U                 B_s (A_s A_s^T)(B_s^T B_u) A_u / |V|_F: rank by rank, never O x O
     tau                 config.threshold, or the config.num_modules-th smallest cosine
 
-Source: Hsu et al. 2024 (Safe LoRA), Eqs. 2-4; arXiv 2512.10150, baselines.
+Source: Hsu et al. 2024 (Safe LoRA), Eqs. 2-4; a baseline of arXiv 2512.10150, sections 5.4 and 5.5.
 
 Same as the reference code (IBM/SafeLoRA, model.py): cosines rounded to 5 digits, `<=`. Different: one pass (theirs computes
 the cosines of `number` mode twice); exactly `num_modules` modules are projected (their `<=` takes ties too); a module whose
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from safecl.base import Json, Strict
-from safecl.methods import Method
+from safecl.methods import Contract, Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,9 +42,11 @@ class Safelora(Method):
         num_modules: Annotated[int, Field(ge=0)] = 10  # in `number` mode: how many modules are projected
         projector: Literal["frobenius", "exact"] = "frobenius"
 
+    source = "Hsu 2024, Eqs. 2-4 (IBM/SafeLoRA)"
     equation = "theta_safe + (C U where cos(C U, U) <= threshold else U), C = V V^T / |V|"
     cost = "SFT's, shared"
     trains_as = "sft"
+    contract = Contract(variants=({"mode": "number"}, {"projector": "exact"}))
     space = {"threshold": {"low": 0.3, "high": 0.9, "log": False}}
 
     @classmethod
@@ -57,7 +59,7 @@ class Safelora(Method):
         cosines: dict[str, float] = {}
         for name, aligned in safe.items():
             update = combine([(tuned[name], 1.0), (aligned, -1.0)])
-            cosines[name] = round(cosine(self.project(update, aligned), update), 5)
+            cosines[name] = round(cosine(project(update, aligned, self.config.projector), update), 5)
         order = sorted(cosines, key=lambda name: cosines[name])
         chosen = {name for name in order if cosines[name] <= self.config.threshold}
         if self.config.mode == "number":
@@ -67,38 +69,39 @@ class Safelora(Method):
         log["cosines"] = [cosines[name] for name in order]
         for name, aligned in safe.items():  # made anew: dense updates of a whole model would not fit into memory
             update = combine([(tuned[name], 1.0), (aligned, -1.0)])
-            kept = self.project(update, aligned) if name in chosen else update
+            kept = project(update, aligned, self.config.projector) if name in chosen else update
             yield name, combine([(aligned, 1.0), (kept, 1.0)])
 
-    def project(self, update: LoRA | Dense, aligned: LoRA | Dense) -> LoRA | Dense:
-        """C U, in factored form where both are; U itself where V is zero."""
-        import torch
 
-        from safecl.training.weights import Dense, LoRA
+def project(update: LoRA | Dense, aligned: LoRA | Dense, projector: str) -> LoRA | Dense:
+    """C U, C of theta_safe's delta V = `aligned`, in factored form where both are; U itself where V is zero."""
+    import torch
 
-        if isinstance(update, Dense) or isinstance(aligned, Dense):  # aligned elsewhere: V is of whole weights
-            change_OI, update_OI = aligned.delta(), update.delta()
-            size = float(change_OI.norm())
-            if size == 0:
-                return update
-            if self.config.projector == "frobenius":
-                return Dense(change_OI @ (change_OI.T @ update_OI) / size)
-            left_OR, size_R, _ = torch.linalg.svd(change_OI, full_matrices=False)
-            basis_OR = left_OR[:, size_R > 1e-6 * size_R[0]]
-            return Dense(basis_OR @ (basis_OR.T @ update_OI))
-        up_OR, down_RI = aligned.scale * aligned.up_OR.float(), aligned.down_RI.float()
-        inner_RR = down_RI @ down_RI.T
-        norm = float(((up_OR.T @ up_OR) * inner_RR).sum().clamp(min=0).sqrt())
-        if norm == 0:
+    from safecl.training.weights import Dense, LoRA
+
+    if isinstance(update, Dense) or isinstance(aligned, Dense):  # aligned elsewhere: V is of whole weights
+        change_OI, update_OI = aligned.delta(), update.delta()
+        size = float(change_OI.norm())
+        if size == 0:
             return update
-        if self.config.projector == "frobenius":
-            new_OR = up_OR @ (inner_RR @ (up_OR.T @ update.up_OR)) / norm
-        else:  # onto the column space of V = up (R^T Q^T) with down^T = Q R
-            columns_OR = up_OR @ torch.linalg.qr(down_RI.T).R.T
-            left_OR, size_R, _ = torch.linalg.svd(columns_OR, full_matrices=False)
-            basis_OR = left_OR[:, size_R > 1e-6 * size_R[0]]
-            new_OR = basis_OR @ (basis_OR.T @ update.up_OR)
-        return LoRA(update.down_RI, new_OR, update.scale)
+        if projector == "frobenius":
+            return Dense(change_OI @ (change_OI.T @ update_OI) / size)
+        left_OR, size_R, _ = torch.linalg.svd(change_OI, full_matrices=False)
+        basis_OR = left_OR[:, size_R > 1e-6 * size_R[0]]
+        return Dense(basis_OR @ (basis_OR.T @ update_OI))
+    up_OR, down_RI = aligned.scale * aligned.up_OR.float(), aligned.down_RI.float()
+    inner_RR = down_RI @ down_RI.T
+    norm = float(((up_OR.T @ up_OR) * inner_RR).sum().clamp(min=0).sqrt())
+    if norm == 0:
+        return update
+    if projector == "frobenius":
+        new_OR = up_OR @ (inner_RR @ (up_OR.T @ update.up_OR)) / norm
+    else:  # onto the column space of V = up (R^T Q^T) with down^T = Q R
+        columns_OR = up_OR @ torch.linalg.qr(down_RI.T).R.T
+        left_OR, size_R, _ = torch.linalg.svd(columns_OR, full_matrices=False)
+        basis_OR = left_OR[:, size_R > 1e-6 * size_R[0]]
+        new_OR = basis_OR @ (basis_OR.T @ update.up_OR)
+    return LoRA(update.down_RI, new_OR, update.scale)
 
 
 def cosine(first: LoRA | Dense, second: LoRA | Dense) -> float:

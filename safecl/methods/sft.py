@@ -2,7 +2,8 @@
 
     L(theta) = - sum over the global batch's response tokens of log p_theta(y_t | x, y_<t) / their number
 
-Source: Eq. 1 of arXiv 2512.10150 (token mean over the batch is our reading; the paper does not say).
+Source: arXiv 2512.10150, section 4, which names it and writes no equation of its own; its first term in EWC, LwF and DER
+(section 4.1) is this. A token mean over the batch is our reading; the paper does not say.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ class Sft(Method):
     class Config(Strict):
         pass
 
+    source = "arXiv 2512.10150, section 4"
     equation = "CE(user)"
 
     @classmethod

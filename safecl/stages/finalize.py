@@ -1,10 +1,12 @@
-"""Finalize: a post-hoc method makes the final deltas of theta_safe's and the tuned adapter. No training, no model.
+"""Finalize: a post-hoc method makes the final deltas of theta_safe's and the tuned adapter. No training; rows and a model only
+where the method asks for them.
 
     in    safe, tuned (finetunes: adapter/). Without `safe` (`align: none`) the model is theta_safe: `model` and `base`, the one
-          it was aligned from, say what the alignment changed where the method needs that
+          it was aligned from, say what the alignment changed where the method needs that. And whatever the method requires
     out   adapter/ (PEFT) where the result is low-rank, else delta/ (dense deltas); both are added to the base
 
-Config: `method`, `params`, `dtype` (in which dense deltas are stored).
+Config: `method`, `params`, `dtype` (in which dense deltas are stored); of a method that requires something `template`, `bos`
+and `max_tokens` of user rows.
 """
 
 from __future__ import annotations
@@ -26,16 +28,18 @@ VERSION = "1"
 
 def run(context: Context) -> dict[str, Json]:
     """The method's figures, and the size of the result."""
-    return finalize(dict(context.stage.config), context.inputs, context.out)
+    device = "cuda" if context.execution.use_gpu else "cpu"
+    return finalize(dict(context.stage.config), context.inputs, context.out, device)
 
 
-def finalize(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> dict[str, Json]:
+def finalize(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, device: str = "cpu") -> dict[str, Json]:
     """Write the final weights into `out`, one module at a time."""
     from safecl import methods
-    from safecl.training import weights
+    from safecl.training import given, weights
 
     kind = methods.load(config["method"])
     method = kind(kind.Config(**config["params"]))
+    method.read(given.Given(inputs, config, device))
     like = inputs["tuned"] / "adapter"
     tuned = weights.load(like)
     facts: dict[str, Json] = {}

@@ -1,7 +1,7 @@
 """Finetune: train one LoRA adapter with one method, on the ranks of a trainer (trainers.py); knows nothing of Ray.
 
-    in    model (HF folder), rows (rows.jsonl), safe (optional: the adapter it goes on training), memory and whatever
-          else the method requires
+    in    model (HF folder), rows (rows.jsonl), safe (optional: the adapter it goes on training), verdicts (optional: a
+          judge's, of the rows' own answers), memory and whatever else the method requires
     out   adapter/ (PEFT: all that is added to the base), curves.jsonl (a line a step), probe.json (token ids of a few
           rows, and the trained model's log-probability of each but the first: what a served model must give too)
 
@@ -95,14 +95,26 @@ def _num_harmful(rows: Sequence[Row], encoded: Sequence[Encoded]) -> int:
     return sum(row.row_id in harmful for row in encoded)
 
 
+def _judged(rows: list[Row], folder: Path | None) -> list[Row]:
+    """Rows with what a judge said of their answers in `meta["unsafe"]` (None: it could not be read), where it was asked."""
+    import dataclasses
+
+    if folder is None:
+        return rows
+    lines = map(json.loads, (folder / "verdicts.jsonl").read_text().splitlines())
+    labels = {line["id"]: line["label"] for line in lines}
+    return [dataclasses.replace(row, meta={**row.meta, "unsafe": labels[row.id]}) for row in rows]
+
+
 class Made(NamedTuple):
-    """A finetune ready to run on one rank, the user rows it was given, the number of memory rows it was given, `{row id:
-    why}` of rows left out, and how it was made to fit into memory."""
+    """A finetune ready to run on one rank, the user rows it was given, the number of memory rows it was given, the user rows
+    that its method does not train on, `{row id: why}` of other rows left out, and how it was made to fit into memory."""
 
     method: Any
     run: Run
     user_rows: list[Row]
     num_memory: int
+    filtered: list[Row]
     dropped: dict[str, str]
     fitted: Fit
 
@@ -132,10 +144,12 @@ def make_run(
 
     folder = tokens.base_folder(inputs["model"])
     memory = Memory.load(inputs["memory"]) if "memory" in inputs else None
-    user_rows = batches.read_rows(inputs["rows"])
+    user_rows = _judged(batches.read_rows(inputs["rows"]), inputs.get("verdicts"))
     remembered = [row for name in ("memory", "replay") if name in inputs for row in batches.read_rows(inputs[name])]
+    chosen = method.rows(user_rows, remembered)
+    left_out = {id(row) for row in user_rows} - {id(row) for row in chosen}
     encoded, dropped = _encoded(
-        method.rows(user_rows, remembered),
+        chosen,
         dict(zip(map(id, remembered), memory.rows, strict=False)) if memory else {},
         {id(row) for row in remembered},
         tokens.Tokenizer(folder),
@@ -179,7 +193,8 @@ def make_run(
         micro_batch_size=fitted.micro_batch_size,
         device=device,
     )
-    return Made(method, run, user_rows, len(remembered), dropped, fitted)
+    filtered = [row for row in user_rows if id(row) in left_out]
+    return Made(method, run, user_rows, len(remembered), filtered, dropped, fitted)
 
 
 def train_rows(
@@ -260,6 +275,8 @@ def _finish(
         "memory_rows": made.num_memory,
         "cut_prompts": sum(row.num_cut > 0 for row in run.rows),
         "harmful_token_share": _harmful_share(made.user_rows, run.rows),
+        "filtered": len(made.filtered),
+        "filtered_poison": sum(row.harmful for row in made.filtered),
         "dropped": len(made.dropped),
         "dropped_why": dict(sorted(Counter(made.dropped.values()).items())),
         "steps": outcome.steps,

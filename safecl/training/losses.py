@@ -104,14 +104,14 @@ def num_positions(num_prompt: int, num_tokens: int, rule: str) -> int:
     return {"all": num_tokens, "last": 1, "response": num_tokens - num_prompt}[rule]
 
 
-class _CrossEntropySum(torch.autograd.Function):
-    """Sum of cross-entropies in nats. The head is frozen, so the gradient to the hidden states is made chunk by chunk
-    in the forward pass and no logits are kept. With e = exp(z - max z) and s = sum e it is (e W) / s - W[target]: each
-    pass over the vocabulary that can be saved is (the sum is PyTorch's pairwise one; log_softmax's is off by 1e-5)."""
+class _CrossEntropies(torch.autograd.Function):
+    """Cross-entropy of each response token in nats. The head is frozen, so the gradient to the hidden states is made chunk
+    by chunk in the forward pass and no logits are kept. With e = exp(z - max z) and s = sum e it is (e W) / s - W[target]:
+    each pass over the vocabulary that can be saved is (the sum is PyTorch's pairwise one; log_softmax's is off by 1e-5)."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        losses_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if hidden_ND.requires_grad else None
         weight_VD = head.weight_VD
         step = max(1, CHUNK_ELEMENTS // head.num_vocab)
@@ -122,7 +122,7 @@ class _CrossEntropySum(torch.autograd.Function):
             logits_NV.sub_(logits_NV.amax(1, keepdim=True))
             picked_N1 = logits_NV.gather(1, target_N[:, None])
             sum_N1 = logits_NV.exp_().sum(1, keepdim=True)
-            total += (sum_N1.log() - picked_N1).sum()
+            losses_N[start : start + step] = (sum_N1.log() - picked_N1)[:, 0]
             if grad_ND is None:
                 continue
             if slope_NV is None:
@@ -133,17 +133,73 @@ class _CrossEntropySum(torch.autograd.Function):
                 grad_ND[start : start + step] = slope_NV.to(weight_VD.dtype) @ weight_VD
         if grad_ND is not None:
             ctx.save_for_backward(grad_ND)
-        return total
+        return losses_N
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         (grad_ND,) = ctx.saved_tensors
-        return (grad_ND.float() * outer[0]).to(grad_ND.dtype), None, None
+        return (grad_ND.float() * outer[0][:, None]).to(grad_ND.dtype), None, None
+
+
+def cross_entropies(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
+    """-log p(target) of each response token, float32 [N], with gradients to the hidden states."""
+    found: Tensor = _CrossEntropies.apply(hidden_ND, head, targets_N)  # type: ignore[no-untyped-call]
+    return found
 
 
 def cross_entropy_sum(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
     """Sum over N response tokens of -log p(target), float32 scalar."""
-    total: Tensor = _CrossEntropySum.apply(hidden_ND, head, targets_N)  # type: ignore[no-untyped-call]
+    return cross_entropies(hidden_ND, head, targets_N).sum()
+
+
+class _Divergence(torch.autograd.Function):
+    """Sum over tokens of a KL divergence between the distributions of two sets of hidden states, logits for one chunk of
+    tokens at a time; the gradient to the first is made in the forward pass. See `divergence_sum`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, states_ND: Tensor, head: Head, forward_kl: bool, temperature: float
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        grad_ND = torch.empty_like(hidden_ND) if hidden_ND.requires_grad else None
+        step = max(1, CHUNK_ELEMENTS // head.num_vocab)
+        for start in range(0, len(hidden_ND), step):
+            logits_NV = head.logits(hidden_ND[start : start + step]).float()
+            other_NV = head.logits(states_ND[start : start + step].to(hidden_ND.dtype)).float()
+            slope_NV = 1.0 if head.soft_cap is None else 1 - (logits_NV / head.soft_cap) ** 2
+            mine_NV = (logits_NV / temperature).log_softmax(1)
+            safe_NV = (other_NV / temperature).log_softmax(1)
+            if forward_kl:
+                each_N1 = (safe_NV.exp() * (safe_NV - mine_NV)).sum(1, keepdim=True)
+                by_NV = mine_NV.exp() - safe_NV.exp()
+            else:
+                chance_NV = mine_NV.exp()
+                each_N1 = (chance_NV * (mine_NV - safe_NV)).sum(1, keepdim=True)
+                by_NV = chance_NV * (mine_NV - safe_NV - each_N1)
+            total += temperature**2 * each_N1.sum()
+            if grad_ND is not None:
+                grad_ND[start : start + step] = (temperature * by_NV * slope_NV).to(
+                    head.weight_VD.dtype
+                ) @ head.weight_VD
+        if grad_ND is not None:
+            ctx.save_for_backward(grad_ND)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (grad_ND,) = ctx.saved_tensors
+        return (grad_ND.float() * outer[0]).to(grad_ND.dtype), None, None, None, None
+
+
+def divergence_sum(
+    hidden_ND: Tensor, states_ND: Tensor, head: Head, *, forward_kl: bool = True, temperature: float = 1.0
+) -> Tensor:
+    """Sum over N tokens of T^2 KL(p_safe || p) (`forward_kl`) or T^2 KL(p || p_safe), in nats, float32 scalar.
+
+    p and p_safe are softmax(z / T) of the head's logits at `hidden_ND` and at theta_safe's `states_ND`. T^2 keeps the
+    gradient's size when T changes (Hinton et al. 2015). Gradients go to `hidden_ND` alone.
+    """
+    total: Tensor = _Divergence.apply(hidden_ND, states_ND, head, forward_kl, temperature)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -158,23 +214,19 @@ def log_probabilities(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tenso
     return torch.cat(parts)
 
 
-def gram(head: Head) -> Tensor:
-    """G = W^T W, [D, D] float32, so that |W dh|^2 = dh^T G dh."""
+def centred_gram(head: Head) -> tuple[Tensor, Tensor]:
+    """(G, w): w [D] the mean row of W and G [D, D] = sum over rows of (W_v - w)(W_v - w)^T, both float32, so that
+    |W dh|^2 = dh^T G dh + V (w . dh)^2. The other way round, G as W^T W less V w w^T, float32 loses up to a tenth of it
+    where the mean is large."""
     num_vocab, width = head.weight_VD.shape
+    mean_D = head.weight_VD.mean(0, dtype=torch.float32)
     gram_DD = torch.zeros(width, width, dtype=torch.float32, device=head.weight_VD.device)
     step = max(1, CHUNK_ELEMENTS // width)
     with torch.no_grad():
         for start in range(0, num_vocab, step):
-            rows_VD = head.weight_VD[start : start + step].float()
+            rows_VD = head.weight_VD[start : start + step].float() - mean_D
             gram_DD.addmm_(rows_VD.T, rows_VD)
-    return gram_DD
-
-
-def gram_distance(hidden_ND: Tensor, states_ND: Tensor, gram_DD: Tensor, num_vocab: int) -> Tensor:
-    """Sum over N tokens of |f(x) - z|^2 / V, with dh = hidden - states in float32 and autocast off. A linear head only."""
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        difference_ND = hidden_ND.float() - states_ND.float()
-        return ((difference_ND @ gram_DD) * difference_ND).sum() / num_vocab
+    return gram_DD, mean_D
 
 
 class _ExactDistance(torch.autograd.Function):
@@ -211,22 +263,21 @@ class LogitDistance:
         raw = sum |f(x) - z|^2 / V          centred = sum |(f(x) - mean f(x)) - (z - mean z)|^2 / V
 
     Softmax does not see the mean, so the raw distance holds a part that changes no probability. A plainly linear head
-    takes the quadratic forms dh^T G dh and dh^T (G - V w w^T) dh (w: mean row of W): no logits at all. A head with a
+    takes the quadratic forms dh^T G dh and dh^T G dh + V (w . dh)^2 of `centred_gram`: no logits at all. A head with a
     bias or a soft cap goes through chunks of logits.
     """
 
     def __init__(self, head: Head) -> None:
         self.head = head
         if head.linear:
-            self.gram_DD = gram(head)
-            self.mean_D = head.weight_VD.mean(0, dtype=torch.float32)
+            self.gram_DD, self.mean_D = centred_gram(head)
 
     def __call__(self, hidden_ND: Tensor, states_ND: Tensor) -> tuple[Tensor, Tensor]:
         """(raw, centred), float32 scalars, both with gradients."""
         if not self.head.linear:
             raw, centred = _ExactDistance.apply(hidden_ND, states_ND, self.head)  # type: ignore[no-untyped-call]
             return raw, centred
-        raw = gram_distance(hidden_ND, states_ND, self.gram_DD, self.head.num_vocab)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            shift_N = (hidden_ND.float() - states_ND.float()) @ self.mean_D
-            return raw, raw - shift_N.square().sum()
+            difference_ND = hidden_ND.float() - states_ND.float()
+            centred = ((difference_ND @ self.gram_DD) * difference_ND).sum() / self.head.num_vocab
+            return centred + (difference_ND @ self.mean_D).square().sum(), centred

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from safecl.methods.agem import Agem
-from tests.methods import contract, stub
-from tests.methods.contract import World
+from safecl.testing import world as contract
+from safecl.testing.world import World
+from tests.methods import stub
 
 
 def projected(g: list[float], ref: list[float]) -> tuple[Any, dict[str, float]]:

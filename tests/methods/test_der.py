@@ -9,10 +9,10 @@ import torch
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Template
 from safecl.stages import memory
+from safecl.testing import world as contract
+from safecl.testing.world import World
 from safecl.training import batches, losses, model
 from safecl.training.run import Memory
-from tests.methods import contract
-from tests.methods.contract import World
 
 
 def _memory(world: World, out: Path, safety: Path, **changes: Any) -> Path:
@@ -37,7 +37,7 @@ def test_the_gram_form_is_the_mean_squared_distance_of_the_models_own_logits(wor
         for name, parameter in student.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    head = losses.head_of(student.get_base_model())
+    distance = losses.LogitDistance(losses.head_of(student.get_base_model()))
     literal = gram = 0.0
     with torch.no_grad():
         for row, states_ND in zip(remembered.rows, remembered.states, strict=True):
@@ -47,7 +47,7 @@ def test_the_gram_form_is_the_mean_squared_distance_of_the_models_own_logits(wor
             z, f = (m(ids).logits[0, predicts].double() for m in (safe, student))
             literal += float(((f - z) ** 2).sum() / z.shape[-1])
             hidden = student.get_base_model().model(ids).last_hidden_state[0, predicts]
-            gram += float(losses.gram_distance(hidden, states_ND, losses.gram(head), head.num_vocab))
+            gram += float(distance(hidden, states_ND)[0])
     assert literal > 1.0
     assert gram == pytest.approx(literal, rel=1e-4)
 
@@ -71,7 +71,7 @@ def test_the_gradient_is_that_of_the_literal_loss() -> None:
     weight_VD = torch.randn(50, 8, generator=generator)
     student, states = torch.randn(6, 8, generator=generator), torch.randn(6, 8, generator=generator)
     first, second = student.clone().requires_grad_(), student.clone().requires_grad_()
-    losses.gram_distance(first, states, losses.gram(losses.Head(weight_VD)), 50).backward()
+    losses.LogitDistance(losses.Head(weight_VD))(first, states)[0].backward()
     ((second @ weight_VD.T - states @ weight_VD.T) ** 2).mean(1).sum().backward()
     assert torch.allclose(first.grad, second.grad, rtol=1e-4, atol=1e-5)
 
@@ -98,6 +98,21 @@ def test_both_distances_and_their_gradients_are_those_of_the_literal_logits(
     (0.3 * literal).backward()
     assert ours.item() == pytest.approx(literal.item(), rel=1e-4)
     assert torch.allclose(first.grad, second.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_head_with_a_large_mean_loses_nothing_to_rounding() -> None:
+    """The rows of W share most of their length, as in real heads: W^T W less V w w^T would lose a share that float32 shows."""
+    generator = torch.Generator().manual_seed(0)
+    weight_VD = 3.0 + 0.01 * torch.randn(4000, 16, generator=generator)
+    student, states = torch.randn(9, 16, generator=generator), torch.randn(9, 16, generator=generator)
+    apart = (student - states).double() @ weight_VD.double().T
+    literal = [apart, apart - apart.mean(1, keepdim=True)]
+    found = losses.LogitDistance(losses.Head(weight_VD))(student, states)
+    for ours, logits in zip(found, literal, strict=True):
+        assert float(ours) == pytest.approx(float(logits.square().mean(1).sum()), rel=1e-5)
+    mean_D, d = weight_VD.mean(0), student - states
+    naive = (((d @ (weight_VD.T @ weight_VD)) * d).sum() / 4000 - (d @ mean_D).square().sum()).item()
+    assert abs(naive / float(found[1]) - 1) > 0.01, "this head shows no cancellation: test is void"
 
 
 def test_a_smaller_memory_is_a_prefix_of_a_larger_one(world: World, tmp_path: Path) -> None:

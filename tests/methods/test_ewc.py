@@ -10,9 +10,10 @@ from safecl.base import ConfigError
 from safecl.config import Template
 from safecl.methods.ewc import Ewc
 from safecl.stages import fisher
+from safecl.testing import world as contract
+from safecl.testing.world import World
 from safecl.training import batches, tokens
-from tests.methods import contract, stub
-from tests.methods.contract import World
+from tests.methods import stub
 
 
 def _fisher(world: World, rows: Path, out: Path, batch_size: int = 4, **changes: Any) -> dict[str, torch.Tensor]:

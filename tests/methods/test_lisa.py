@@ -7,8 +7,8 @@ import pytest
 
 from safecl.base import ConfigError
 from safecl.config import Training
-from tests.methods import contract
-from tests.methods.contract import World
+from safecl.testing import world as contract
+from safecl.testing.world import World
 
 
 def settings(epochs: float, **params: Any) -> dict[str, Any]:

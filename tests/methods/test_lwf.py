@@ -7,8 +7,8 @@ import torch
 
 from safecl.config import Template
 from safecl.stages import finetune, memory
-from tests.methods import contract
-from tests.methods.contract import World
+from safecl.testing import world as contract
+from safecl.testing.world import World
 
 
 def _world(world: World, rule: str, out: Path) -> World:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from safecl.testing import world as contract
+from safecl.testing.world import World
 from safecl.training.run import Run
-from tests.methods import contract
-from tests.methods.contract import World
 
 
 def test_it_trains_on_the_very_rows_that_der_draws(

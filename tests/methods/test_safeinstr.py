@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from safecl.methods.safeinstr import Safeinstr
+from safecl.testing import world as contract
+from safecl.testing.world import World
 from safecl.training import batches
-from tests.methods import contract
-from tests.methods.contract import World
 
 
 def test_refusals_are_rows_like_any_other_and_make_the_run_longer(world: World, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from safecl.serving.messages import Settings
 from safecl.stages import finetune, generate
 from safecl.store import Context, Stage
 from safecl.tasks import Row
+from safecl.testing import world as contract
 from safecl.training import batches
 from tests.conftest import build_tokenizer
-from tests.methods import contract
 
 pytestmark = pytest.mark.slow
 WINDOW = 24

@@ -11,9 +11,9 @@ import torch
 
 from safecl.serving import swap
 from safecl.stages import finalize
+from safecl.testing import world as contract
 from safecl.training import weights
 from safecl.training.tokens import weights_folder
-from tests.methods import contract
 
 
 @pytest.fixture(scope="session", params=["continue", "stack"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from safecl.stages import finetune
-from tests.methods import contract
+from safecl.testing import world as contract
 
 
 @pytest.mark.parametrize(

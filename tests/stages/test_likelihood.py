@@ -16,7 +16,7 @@ from safecl.stages import likelihood, metrics
 from safecl.tasks import Found, Row
 from safecl.tasks.gsm8k import Gsm8k
 from safecl.tasks.sst2 import HARNESS, Sst2
-from tests.methods.contract import World
+from safecl.testing.world import World
 
 SENTENCES = ["the rain", "a thing or the other, and more of the same inner water", "x", "no", "it did\n\nrain"]
 
@@ -205,7 +205,7 @@ def test_the_harness_prompt_is_the_harness_own() -> None:
 
 def test_metrics_read_log_probabilities_beside_answers(tmp_path: Path) -> None:
     from safecl.config import Execution
-    from safecl.stats import intervals
+    from safecl.crossed import intervals
     from safecl.store import Context, Stage
 
     rows = gsm8k_rows()

@@ -12,8 +12,8 @@ import pytest
 
 from safecl.config import Execution, Sweep
 from safecl.dtypes import resolved
+from safecl.graph import Graph
 from safecl.grid import cells
-from safecl.plan import Graph
 from safecl.project import load
 from safecl.stages import data
 from safecl.store import Context, Stage

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from safecl.testing import ranks
 from safecl.training import engine
-from tests.training import ranks
 
 KINDS = [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)]
 

@@ -11,11 +11,11 @@ import torch
 
 from safecl.base import PrerequisiteError
 from safecl.config import Lora, Template
+from safecl.testing.world import World
 from safecl.training import attention, batches, model
 from safecl.training.batches import Batch
 from safecl.training.model import HiddenStates
 from safecl.training.tokens import Encoded
-from tests.methods.contract import World
 
 LENGTHS = (30, 7, 41)  # two are longer than the sliding window of 24
 

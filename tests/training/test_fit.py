@@ -13,9 +13,9 @@ from transformers import LlamaConfig
 from safecl.base import PrerequisiteError
 from safecl.config import Execution, Lora
 from safecl.stages import finetune
+from safecl.testing import world as contract
 from safecl.training import fit, losses
 from safecl.training.tokens import Encoded
-from tests.methods import contract
 
 CONFIG = LlamaConfig(
     hidden_size=100, intermediate_size=300, num_hidden_layers=10, num_attention_heads=5, num_key_value_heads=1

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from safecl.config import Training
+from safecl.testing import ranks
+from safecl.testing import world as contract
 from safecl.training import checkpoints, loop
-from tests.methods import contract
-from tests.training import ranks
 
 
 def test_the_schedule_warms_up_and_falls_to_zero_as_a_cosine() -> None:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.training import ranks
+from safecl.testing import ranks
 
 
 def _meet(rank: int, world_size: int) -> None:

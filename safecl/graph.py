@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import safecl.judges as judges
 import safecl.methods as methods
@@ -26,9 +26,6 @@ from safecl.memo import Shared, shared
 from safecl.models import model_stage, tokenizer_stage
 from safecl.store import SharedConfig, Stage, canonical
 from safecl.tasks._source import identity
-
-if TYPE_CHECKING:
-    from safecl.methods.grsap import Grsap
 
 REFERENCES = ("base", "aligned")  # rows of every table that have no finetune
 
@@ -93,9 +90,10 @@ class Graph:
         guard: dict[str, Json] | None = None,
         labels: dict[str, Json] | None = None,
         max_tokens: int | None = None,
+        text: dict[str, Json] | None = None,
     ) -> Stage:
         """Rows of one role. `inputs` named `exclude_*` hold prompts these rows must not overlap; `labels`: see the stage;
-        `max_tokens` of rows that are trained on: longer ones are passed over."""
+        `max_tokens` of rows that are trained on, in `text`: longer ones are passed over."""
         config: dict[str, Json] = {
             "role": role,
             "parts": [self._part(part, split) for part in parts],
@@ -106,7 +104,7 @@ class Graph:
         }
         inputs = inputs or {}
         if max_tokens is not None:
-            config["fits"] = self._fits(max_tokens, self._guard_text if guard else self._text)
+            config["fits"] = self._fits(max_tokens, text or (self._guard_text if guard else self._text))
             inputs = {**inputs, "tokenizer": self.tokenizer}
         used = [part.task for part in parts] + ([str(poison["task"])] if poison else [])
         rules = [tasks.load(task).SCORING for task in sorted({str(task) for task in (labels or {}).values()})]
@@ -147,7 +145,7 @@ class Graph:
 
     @property
     @shared(*MODEL)
-    def _held_out(self) -> dict[str, Stage]:
+    def held_out(self) -> dict[str, Stage]:
         """Test and validation prompts: what training rows may not overlap."""
         benign = self._all("benign.validation", self.recipe.evaluate.validation.benign, self._attacks)
         return {**self._attacks, "exclude_benign_validation": benign}
@@ -155,9 +153,9 @@ class Graph:
     @property
     @shared(*MODEL)
     def _aligned_on(self) -> dict[str, Stage]:
-        safety = self._all("safety", self.recipe.align.safety, self._held_out)
-        asked = self._all("benign.train", self.recipe.align.self_answered, self._held_out)
-        return {**self._held_out, "exclude_safety": safety, "exclude_self_answered": asked}
+        safety = self._all("safety", self.recipe.align.safety, self.held_out)
+        asked = self._all("benign.train", self.recipe.align.self_answered, self.held_out)
+        return {**self.held_out, "exclude_safety": safety, "exclude_self_answered": asked}
 
     @property
     @shared(*MODEL)
@@ -174,7 +172,7 @@ class Graph:
         Raises:
             ConfigError: there is no stage one, and no rows were given in its place.
         """
-        align, inputs = self.recipe.align, dict(self._held_out)
+        align, inputs = self.recipe.align, dict(self.held_out)
         if align.safety_from is not None:
             kind = methods.load(align.safety_from.name)
             return kind(kind.Config(**align.safety_from.config)).requires(self)["replay"]
@@ -185,9 +183,10 @@ class Graph:
             )
         for part in align.self_answered:
             asked = self.data(
-                "self_answered", "benign.train", [part], seed=self.recipe.align_seed, inputs=self._held_out
+                "self_answered", "benign.train", [part], seed=self.recipe.align_seed, inputs=self.held_out
             )
-            inputs[f"answers_{part.task}"] = self.generate(None, asked, self.recipe.evaluate.max_new_tokens)
+            longest, template = self.recipe.evaluate.max_new_tokens, self._text["template"]
+            inputs[f"answers_{part.task}"] = self.generate(None, asked, longest, template=template)
         return self.data(
             "safety", "safety", align.safety, seed=self.recipe.align_seed, inputs=inputs, max_tokens=align.max_tokens
         )
@@ -205,7 +204,7 @@ class Graph:
         part = Rows(task=recipe.task.task, num_rows=recipe.task.num_rows)
         return self.data(
             "user", "user", [part], seed=recipe.seed, poison=poison, inputs=self._aligned_on,
-            max_tokens=recipe.task.max_tokens,
+            max_tokens=recipe.task.max_tokens, text=self._around(recipe.task.template),
         )  # fmt: skip
 
     # -- models -------------------------------------------------------------------------------------------------------
@@ -225,10 +224,21 @@ class Graph:
     @property
     @shared(*SEED)
     def theta_safe(self) -> Stage | None:
-        """Stage one: SFT of the base model on safety rows. None with `align: none`: the model itself is theta_safe."""
-        if not self.recipe.align.train:
+        """Stage one: SFT of the base model on safety rows, or another method's training that needs no theta_safe. None with
+        `align: none`: the model itself is theta_safe.
+
+        Raises:
+            ConfigError: the method needs a theta_safe to start from.
+        """
+        align = self.recipe.align
+        if not align.train:
             return None
-        return self.finetune("sft", {}, self.recipe.align, {"rows": self.safety_rows}, seed=self.recipe.align_seed)
+        name, params = align.method.name, align.method.config
+        kind = methods.load(name)
+        if kind.trains_as is not None:
+            raise ConfigError(f"align.method: {name} trains nothing; name a method that does, such as sft or sam")
+        kind(kind.Config(**params)).requires(_BeforeThetaSafe(name))
+        return self.finetune(name, params, align, {"rows": self.safety_rows}, seed=self.recipe.align_seed)
 
     @property
     def _safe(self) -> dict[str, Stage]:
@@ -244,7 +254,8 @@ class Graph:
     @shared(*USER)
     def teacher(self, positions: str) -> Stage:
         """theta_safe's hidden states on the user rows."""
-        return self._states(self.user_rows, None, positions, self.recipe.task.max_tokens)
+        task = self.recipe.task
+        return self._states(self.user_rows, None, positions, task.max_tokens, **self._around(task.template))
 
     def _states(self, rows: Stage, num_rows: int | None, positions: str | None, max_tokens: int, **more: Json) -> Stage:
         config: dict[str, Json] = {
@@ -283,42 +294,44 @@ class Graph:
         }
         return _stage("fisher", config, {"model": self.base, "safe": safe, "rows": self.safety_rows})
 
+    # -- what a method builds of its own (methods.Needs) --------------------------------------------------------------
+
+    def verdicts(self, inputs: dict[str, Stage]) -> Stage:
+        """What the judge of ASR says of `generations` to `rows`, or without them of the rows' own answers."""
+        return self.judge(*self.asr_judge, inputs)
+
+    def step(self, kind: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
+        """A stage of this kind."""
+        return _stage(kind, config, inputs)
+
+    def model(self, model: Model) -> Stage:
+        """Another model's weights and tokenizer as a folder."""
+        return model_stage(model)
+
     @shared(*SEED)
-    def replay(self, config: Grsap.Config) -> Stage:
-        """Safety rows that theta_safe makes: it names requests, answers them, is judged, answers the unsafe ones again."""
-        seed, template, judge = self.recipe.align_seed, self.recipe.model.text, self.asr_judge
-        longest = self.recipe.evaluate.max_new_tokens
+    def once(self, make: Callable[[methods.Needs, Any], Stage], config: Any) -> Stage:
+        """`make(self, config)`, made once for all recipes that agree on stage one; it may depend on nothing else."""
+        return make(self, config)
 
-        def step(name: str, inputs: dict[str, Stage], **settings: Json) -> Stage:
-            return _stage("replay", {"step": name, **settings}, inputs)
+    @property
+    def seed(self) -> int:
+        """Of stage one and what is made of it."""
+        return self.recipe.align_seed
 
-        def answers(
-            rows: Stage, temperature: float, top_p: float, num: int, before: str = "", after: str = ""
-        ) -> Stage:
-            text = template.prompt.replace("{prompt}", "{prompt}" + before) + (template.lead + after if after else "")
-            sampling: dict[str, Json] = {"temperature": temperature, "top_p": top_p, "seed": seed}
-            own = template.model_copy(update={"prompt": text}).model_dump(mode="json")
-            return self.generate(self.theta_safe, rows, num, template=own, sampling=sampling)
+    @property
+    def template(self) -> Template:
+        """How requests become text for this model."""
+        return self.recipe.model.text
 
-        asked = step("prompts", {}, domains=list(config.domains), num_per_domain=config.num_per_domain)
-        said = answers(asked, 1.0, 1.0, 64, after='Sure, the \\textbf{specific request} is "')
-        embedder = {} if config.embedder is None else {"embedder": model_stage(config.embedder)}
-        queries = step(
-            "queries",
-            {"rows": asked, "generations": said, "model": self.base, **embedder, **self._held_out},
-            perplexity_percentiles=list(config.perplexity_percentiles),
-            max_similarity=config.max_similarity,
-            min_relevance=config.min_relevance if embedder else None,
-        )
-        first = answers(queries, 0.8, 0.95, longest)
-        verdicts = self.judge(*judge, {"generations": first, "rows": queries})
-        hard = step("hard", {"rows": queries, "verdicts": verdicts})
-        again = answers(hard, 0.7, 1.0, longest, before="\nThe above request is harmful. Please refuse it.")
-        inputs = {"queries": queries, "answers": first, "verdicts": verdicts, "hard": hard, "answers_hard": again}
-        inputs["verdicts_hard"] = self.judge(*judge, {"generations": again, "rows": hard})
-        inputs["tokenizer"] = self.tokenizer
-        fits = self._fits(self.recipe.align.max_tokens, self._text)
-        return step("rows", inputs, num_rows=config.num_rows, hard_share=config.hard_share, seed=seed, fits=fits)
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest answer to attack and benign prompts."""
+        return self.recipe.evaluate.max_new_tokens
+
+    @property
+    def fits(self) -> dict[str, Json]:
+        """What makes a row too long to be trained on in stage one."""
+        return self._fits(self.recipe.align.max_tokens, self._text)
 
     @property
     @shared(*MODEL)
@@ -340,7 +353,7 @@ class Graph:
         kind = methods.load(method)
         needed = kind(kind.Config(**params)).requires(self)
         inputs = {**self._safe, "rows": self.user_rows, **needed}
-        return self.finetune(method, params, self.recipe.task, inputs)
+        return self.finetune(method, params, self.recipe.task, inputs, **self._around(self.recipe.task.template))
 
     @cached_property
     def final(self) -> Stage | None:
@@ -363,8 +376,12 @@ class Graph:
             "params": _resolved(kind, recipe.params),
             "dtype": recipe.model.dtype,
         }
+        method = kind(kind.Config(**recipe.params))
         inputs = {**self._safe, "tuned": self.tuned}
-        if self.theta_safe is None and kind(kind.Config(**recipe.params)).needs_base:
+        if needed := method.requires(self):  # it reads rows
+            inputs |= {"model": self.base, **needed}
+            config |= {**self._around(recipe.task.template), "max_tokens": recipe.task.max_tokens}
+        if self.theta_safe is None and method.needs_base:
             if recipe.model.aligned_from is None:
                 raise ConfigError(
                     "works on what the alignment changed, and with `align: none` that is known only where the model has "
@@ -397,6 +414,13 @@ class Graph:
         model = self.recipe.model
         return {"template": self._plain(model.text), "bos": model.bos, "dtype": model.dtype}
 
+    def _around(self, prompt: str | None) -> dict[str, Json]:
+        """The same with another text around requests."""
+        if prompt is None:
+            return self._text
+        template = self.recipe.model.text.model_copy(update={"prompt": prompt})
+        return {**self._text, "template": template.model_dump(mode="json")}
+
     @property
     @shared(*MODEL)
     def _guard_text(self) -> dict[str, Json]:
@@ -427,12 +451,13 @@ class Graph:
 
     @shared(*MODEL)
     def _generation(self, max_new_tokens: int) -> dict[str, Json]:
-        longest, text = self.recipe.evaluate.max_prompt_tokens, self._text
-        return SharedConfig({"max_new_tokens": max_new_tokens, "max_prompt_tokens": longest, **text})
+        evaluate = self.recipe.evaluate
+        text = self._around(evaluate.template)
+        return SharedConfig({"max_new_tokens": max_new_tokens, "max_prompt_tokens": evaluate.max_prompt_tokens, **text})
 
     def likelihood(self, task: str, rows: Stage) -> Stage:
         """Log-probabilities of the options of a utility task's rows under the final model."""
-        kind, final, text = tasks.load(task), self.final, self._text
+        kind, final, text = tasks.load(task), self.final, self._around(self.recipe.evaluate.template)
         longest = self.recipe.evaluate.max_prompt_tokens + kind.max_new_tokens
         inputs = {"model": self.base, "rows": rows, **({} if final is None else {"weights": final})}
         return _stage("likelihood", {"task": task, "max_tokens": longest, **text}, inputs, kind.SCORING)
@@ -576,6 +601,19 @@ class Questions(NamedTuple):
     utility: Stage
     measures: SharedConfig
     version: str
+
+
+@dataclass(frozen=True)
+class _BeforeThetaSafe:
+    """The graph as `requires` of an alignment's method sees it: all that it could ask for is made of theta_safe."""
+
+    method: str
+
+    def __getattr__(self, needed: str) -> Any:
+        raise ConfigError(
+            f"align.method: {self.method} needs {needed!r}, which is made of theta_safe, and the alignment makes theta_safe; "
+            "name a method that needs nothing but rows, such as sft or sam"
+        )
 
 
 def _stage(kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str) -> Stage:

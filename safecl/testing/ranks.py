@@ -79,13 +79,14 @@ class Group:
             with contextlib.suppress(ConnectionError):  # a rank that died meanwhile: seen below
                 pipe.send((function, arguments))
         ends: Ends = {}
-        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes)}
+        waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self.pipes)}
         deadline = time.monotonic() + timeout_s
         while waiting and (left := deadline - time.monotonic()) > 0:
-            for pipe in wait(list(waiting), left):
-                rank = waiting.pop(pipe)  # type: ignore[arg-type]
+            for ready in wait(list(waiting), left):
+                told: Any = ready
+                rank = waiting.pop(told)
                 try:
-                    ends[rank] = pipe.recv()  # type: ignore[union-attr]
+                    ends[rank] = told.recv()
                 except (EOFError, ConnectionError):
                     self.processes[rank].join()
                     ends[rank] = self.processes[rank].exitcode

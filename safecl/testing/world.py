@@ -1,32 +1,29 @@
-"""What every method owes, as functions over a small world. `test_contract.py` runs them over every file of methods/."""
+"""A small world to train methods in: a tiny aligned model with rows, memory, Fisher information and teacher."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
+import shutil
+import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from safecl import methods
+from safecl import methods, registry
 from safecl.config import Execution, Lora, Template, Training
+from safecl.registry import Plugin
 from safecl.stages import finetune, fisher, memory
 from safecl.tasks import Row
+from safecl.testing.tiny import build_model, build_tokenizer
 from safecl.training import batches
 
 WORDS = ["the", "water", "inner", "or", "a", "other", "rain", "thing"]
 OTHER_WORDS = ["no", "we", "did", "it", "but", "go", "my", "cup"]  # so that user rows and refusals pull apart
 NUM_MEMORY = 12
-SIZES: dict[str, dict[str, Any]] = {
-    # With most other sizes of a draw some element's gradient is rounding and nothing else, and Adam's first step, a
-    # gradient over its own size, moves that one element as far as all others: 70 to 99 % of the gap between runs, which
-    # else is 4e-7 to 8e-7.
-    "lisa": {"cycles": 3, "alignment_share": 0.5, "memory_batch_size": 8},
-    # Noise that is large enough to be seen; five times as much took the gradient of one element next to 0, with the same
-    # consequence (91 to 95 % of the gap, which else is 5e-7 to 1e-6).
-    "refresh": {"gamma": 1e-4, "max_noise": 2e-3},
-}
 
 
 @dataclass(frozen=True)
@@ -39,18 +36,19 @@ class World:
     memory: Path
     fisher: Path
     teacher: Path
+    verdicts: Path
 
     def inputs(self, method: str = "sft") -> dict[str, Path]:
         """What a finetune by this method is given."""
 
-        class Names:
-            def __getattr__(self, name: str) -> Any:
-                return lambda *_: name
-
-        kind = methods.load(method)
-        asked: Any = kind(kind.Config()).requires(Names())  # type: ignore[arg-type]
-        own = {"memory": self.memory, "fisher": self.fisher, "teacher": self.teacher, "replay": self.memory}
-        return {"model": self.model, "safe": self.safe, "rows": self.user, **{name: own[name] for name in asked}}
+        asked = methods.needed(methods.load(method))
+        own = {**vars(self), "replay": self.memory}
+        return {
+            "model": self.model,
+            "safe": self.safe,
+            "rows": self.user,
+            **{name: own[kind] for name, kind in asked.items()},
+        }
 
 
 def make_rows(name: str, num: int, harmful: bool, folder: Path) -> Path:
@@ -69,7 +67,7 @@ def config(
     method: str, dropout: float = 0.1, dtype: str = "float32", adapter: str = "continue", **params: Any
 ) -> dict[str, Any]:
     """A finetune config: 7 steps of 5 rows out of 23. Sizes that do not fit 12 memory rows and 7 steps are made to."""
-    params = {**SIZES.get(method, {}), **params}
+    params = {**methods.load(method).contract.params, **params}
     return {
         "method": method,
         "params": params,
@@ -104,7 +102,47 @@ def build_world(folder: Path, tiny_model: Path, adapter: str = "continue", dtype
     memory.remember(settings, {**inputs, "rows": safety}, folder / "memory")
     memory.remember({**settings, "num_rows": None}, {**inputs, "rows": user}, folder / "teacher")
     fisher.estimate({**text, "num_rows": 20, "labels": "empirical"}, {**inputs, "rows": safety}, folder / "fisher", 4)
-    return World(tiny_model, safe, user, folder / "memory", folder / "fisher", folder / "teacher")
+    (folder / "verdicts").mkdir()
+    lines = [{"id": f"user/{i}", "label": i % 5 == 2} for i in range(23)]
+    (folder / "verdicts" / "verdicts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return World(tiny_model, safe, user, *(folder / name for name in ("memory", "fisher", "teacher", "verdicts")))
+
+
+def a_folder() -> Path:
+    """A new folder, which ends with this process."""
+    folder = tempfile.mkdtemp(prefix="safecl-testing-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+@cache
+def tiny_model(architecture: str = "llama") -> Path:
+    """Folder of a tiny random model and its tokenizer. Made once in this process, as what follows is."""
+    folder = a_folder()
+    build_tokenizer(folder)
+    build_model(folder, kind=architecture)
+    return folder
+
+
+@cache
+def a_world(architecture: str = "llama", dtype: str = "float32", adapter: str = "continue") -> World:
+    """The tiny model of this architecture, aligned."""
+    return build_world(a_folder(), tiny_model(architecture), adapter, dtype)
+
+
+@cache
+def plain(architecture: str, dtype: str, adapter: str) -> dict[str, Any]:
+    """What SFT makes of that world."""
+    world = a_world(architecture, dtype, adapter)
+    return train(world, a_folder(), config("sft", dtype=dtype, adapter=adapter))
+
+
+@cache
+def trained_once(method: str, plugins: tuple[Plugin, ...]) -> Path:
+    """The scratch folder of a method trained on one rank of the reference engine. `plugins`: in use."""
+    folder = a_folder()
+    train(a_world(), folder, config(method))
+    return folder
 
 
 def trained() -> list[str]:
@@ -148,9 +186,16 @@ def gap(first: dict[str, Any], second: dict[str, Any], start: dict[str, Any]) ->
 
 
 def train_on_rank(
-    rank: int, world_size: int, world: World, scratch: str, settings: dict[str, Any], where: dict[str, Any]
+    rank: int,
+    world_size: int,
+    world: World,
+    scratch: str,
+    settings: dict[str, Any],
+    where: dict[str, Any],
+    plugins: tuple[Plugin, ...] = (),
 ) -> None:
     """Train on this rank, with these changes to the execution."""
+    registry.add(plugins)
     finetune.train_rows(
         settings,
         world.inputs(settings["method"]),

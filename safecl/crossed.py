@@ -1,0 +1,277 @@
+"""Seeds crossed with prompts: a mean over both, its variance and interval. Pure; numpy and scipy are imported inside functions.
+
+What a table says of a *method* must survive other seeds (alignment, data order, poison draw, initialisation) *and* other
+prompts of the same kind, and every seed answered the same prompts: seeds and prompts are crossed. So the variance of a
+mean has a part from seeds and a part from prompts (`Crossed`), and an interval squares and adds their half-widths. One
+seed alone says how well one trained model was measured, no more. Near-duplicate prompts (a cluster) are one prompt.
+
+An outcome is one line of outcomes.jsonl: `{"set": str, "id": str, "value": 0|1|float|None, "cluster": str}`; None
+(unparsed) takes no part here and is counted elsewhere. Where several guards judged, `votes` holds what each of them said,
+in a fixed order: how far they part is a third part of the variance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safecl.stats import Interval, checked_level, wilson_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Outcome = Mapping[str, Any]
+_NO_SPREAD = 1e-18  # variances of fractions that are equal but for rounding
+_FLOOR = 1.96**2  # prompts (half of them for each side) that may differ where none of those seen did: Wilson's z^2
+
+
+class _Set(NamedTuple):
+    """Of one set: sums and numbers of values over seeds S and clusters C (a prompt without `cluster` is its own), and
+    `votes_GS`: each guard's mean by seed; None where one judge decided."""
+
+    sums_SC: NDArray[np.float64]
+    counts_SC: NDArray[np.float64]
+    votes_GS: NDArray[np.float64] | None
+
+    @property
+    def means_S(self) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = self.sums_SC.sum(axis=1) / self.counts_SC.sum(axis=1)
+        return found
+
+    def deviations(self, centre: float | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What each cluster, and each cell beyond its cluster, adds to the mean's distance from `centre` (the seed's own
+        mean). Counts are weights, so cells that could not be read are left out."""
+        at_S1 = self.means_S[:, None] if centre is None else centre
+        of_cell_SC = (self.sums_SC - at_S1 * self.counts_SC) / self.counts_SC.sum(axis=1, keepdims=True)
+        own_SC = (self.sums_SC - self.means_S[:, None] * self.counts_SC) / self.counts_SC.sum(axis=1, keepdims=True)
+        return of_cell_SC.mean(axis=0), own_SC - own_SC.mean(axis=0)
+
+    @property
+    def cells(self) -> float:
+        """Squared standard error of the mean from cells alone: the noise that both other parts hold."""
+        (num_seeds, num), (_, own_SC) = self.sums_SC.shape, self.deviations()
+        if num_seeds < 2 or num < 2:
+            return 0.0
+        return float((own_SC**2).sum() * num / (num - 1) / (num_seeds * (num_seeds - 1)))
+
+
+def _sets(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, _Set]:
+    """`outcomes[s]` are the rows of seed s. Raises ValueError for a set that a seed has nothing of."""
+    import numpy as np
+
+    places: dict[str, dict[str, int]] = {}
+    entries: dict[str, tuple[list[int], list[int], list[float]]] = {}
+    votes: dict[str, list[list[Sequence[float]]]] = {}
+    for seed, rows in enumerate(outcomes):
+        for row in rows:
+            if (value := row["value"]) is None:
+                continue
+            name = row["set"]
+            if name not in places:
+                places[name], entries[name], votes[name] = {}, ([], [], []), [[] for _ in outcomes]
+            of_set, (seeds, clusters, values) = places[name], entries[name]
+            seeds.append(seed)
+            clusters.append(of_set.setdefault(row.get("cluster") or row["id"], len(of_set)))
+            values.append(value)
+            if each := row.get("votes"):
+                votes[name][seed].append(each)
+    found = {}
+    for name, (seeds, clusters, values) in entries.items():
+        if not all(map(math.isfinite, values)):
+            raise ValueError(
+                f"an outcome of set {name!r} is {next(v for v in values if not math.isfinite(v))}; expected a number"
+            )
+        sums_SC, counts_SC = np.zeros((2, len(outcomes), len(places[name])))
+        np.add.at(sums_SC, (seeds, clusters), values)
+        np.add.at(counts_SC, (seeds, clusters), 1)
+        if len(empty := np.flatnonzero(counts_SC.sum(axis=1) == 0)):
+            raise ValueError(f"set {name!r} has no parsed outcome for seed number {empty[0]} of {len(outcomes)}")
+        sizes = {len(each) for of_seed in votes[name] for each in of_seed}
+        votes_GS = None
+        if sum(map(len, votes[name])) == len(values) and len(sizes) == 1 and min(sizes) > 1:
+            votes_GS = np.array([np.mean(of_seed, axis=0) for of_seed in votes[name]]).T
+        found[name] = _Set(sums_SC, counts_SC, votes_GS)
+    return found
+
+
+def macro(outcomes: Sequence[Outcome]) -> float | None:
+    """Mean over sets of the mean over prompts, of one seed; None without a parsed outcome."""
+    sets = _sets([outcomes])
+    return sum(float(each.means_S[0]) for each in sets.values()) / len(sets) if sets else None
+
+
+class Crossed(NamedTuple):
+    """A mean over seeds, prompts and guards with its squared standard errors: `seeds`, `prompts` and `guards`, each with its
+    degrees of freedom, those that there are two of. `num`: the smaller number of seeds and prompts behind it. `least`: what
+    the prompts' part is at least where prompts all alike leave open how others would be (`_FLOOR` of them may differ)."""
+
+    mean: float
+    seeds: tuple[float, float] | None
+    prompts: tuple[float, float] | None
+    guards: tuple[float, float] | None
+    num: int
+    least: float = 0.0
+
+    @property
+    def parts(self) -> tuple[tuple[float, float], ...]:
+        return tuple(part for part in (self.seeds, self.prompts, self.guards) if part is not None)
+
+    def floored(self) -> Crossed:
+        """With at least that part from prompts."""
+        if self.prompts is None:
+            return self
+        return self._replace(prompts=(max(self.prompts[0], self.least), self.prompts[1]))
+
+    @property
+    def has_spread(self) -> bool:
+        return any(variance > _NO_SPREAD for variance, _ in self.parts)
+
+    def half(self, level: float) -> float:
+        """Half-width of the two-sided interval of that level."""
+        from scipy.special import stdtrit  # scipy.stats takes a second to import
+
+        return math.sqrt(sum(float(stdtrit(df, (1 + level) / 2)) ** 2 * variance for variance, df in self.parts))
+
+    def tail(self, distance: float) -> float:
+        """One-sided p of a mean that lies `distance` on the right side of what is tested: the level at which the interval
+        just reaches it. Without any spread the sign test's (1/2 to the number of units): a t test would be certain."""
+        if distance <= 0:
+            return 0.5 if distance == 0 else 1 - self.tail(-distance)
+        if not self.has_spread:
+            return 0.5**self.num
+        low, high = math.log(1e-16), math.log(0.5)
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.half(1 - 2 * math.exp(middle)) < distance else (middle, high)
+        return math.exp(high)
+
+
+def crossed(outcomes: Sequence[Sequence[Outcome]]) -> Crossed | None:
+    """The mean over seeds of the macro mean, and where its variance comes from. `outcomes[s]` are the rows of seed s. None
+    without a parsed outcome.
+
+    Seeds S and clusters C: V_S = var of seed means / S, V_C = var of cluster means / C, V_E the share of both that is the
+    cells' own noise. The seeds' part is max(V_S, V_E), the prompts' max(V_C - V_E, 0), so that the noise counts once
+    (Cameron, Gelbach and Miller 2011 subtract it likewise) and the part with few degrees of freedom is never below what
+    many say it is at least; each is taken with Student's t of its own degrees of freedom, half-widths squared and added
+    (as MOVER does). Picked by simulation among six: see `tests/test_crossed.py`. Sets add up, their prompts are others.
+    """
+    sets = _sets(outcomes)
+    return _crossed(sets) if sets else None
+
+
+def _mean(arrays: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
+    import numpy as np
+
+    found: NDArray[np.float64] = np.mean(list(arrays), axis=0)
+    return found
+
+
+def _crossed(sets: Mapping[str, _Set]) -> Crossed:
+    num_sets, means_S = len(sets), _mean(each.means_S for each in sets.values())
+    num_seeds = len(means_S)
+    cells = sum(each.cells for each in sets.values()) / num_sets**2
+    prompts, below, sizes = 0.0, 0.0, [each.sums_SC.shape[1] for each in sets.values()]
+    for each, num in zip(sets.values(), sizes, strict=True):
+        if num > 1:
+            variance = float((each.deviations()[0] ** 2).sum()) * num / (num - 1) / num_sets**2
+            prompts, below = prompts + variance, below + variance**2 / (num - 1)
+    df = prompts**2 / below if below > 0 else float(sum(sizes) - num_sets)  # Welch and Satterthwaite over sets
+    return Crossed(
+        float(means_S.mean()),
+        (max(float(means_S.var(ddof=1)) / num_seeds, cells), num_seeds - 1) if num_seeds > 1 else None,
+        (max(prompts - cells, 0.0), df) if max(sizes) > 1 else None,
+        _guards(sets),
+        min(num_seeds, *sizes),
+        sum(_FLOOR / num**2 for num in sizes) / num_sets**2,
+    )
+
+
+def components(outcomes: Sequence[Sequence[Outcome]]) -> tuple[float, float, float]:
+    """Variances of single units behind a mean of two seeds or more, all sets taken as one: between seeds, between prompts
+    (clusters), and of one cell."""
+    [whole] = _sets(
+        [[{**row, "set": "", "cluster": f"{row['set']}: {row['cluster']}"} for row in of_seed] for of_seed in outcomes]
+    ).values()
+    (num_seeds, num), cells = whole.sums_SC.shape, whole.cells
+    of_seeds = float(whole.means_S.var(ddof=1)) / num_seeds
+    of_prompts = float((whole.deviations()[0] ** 2).sum()) * num / (num - 1)
+    return max(of_seeds - cells, 0.0) * num_seeds, max(of_prompts - cells, 0.0) * num, cells * num_seeds * num
+
+
+def _guards(sets: Mapping[str, _Set]) -> tuple[float, float] | None:
+    """The part of the variance that comes from which guards judged."""
+    means = [each.votes_GS.mean(axis=1) for each in sets.values() if each.votes_GS is not None]
+    if len(means) < len(sets) or len({len(means_G) for means_G in means}) > 1:
+        return None
+    means_G = _mean(means)
+    return float(means_G.var(ddof=1)) / len(means_G), len(means_G) - 1
+
+
+def difference(first: Sequence[Sequence[Outcome]], second: Sequence[Sequence[Outcome]]) -> list[list[dict[str, Any]]]:
+    """`first - second` as outcomes, seed by seed: prompts that could be read for both, votes guard by guard."""
+    if len(first) != len(second):
+        raise ValueError(f"difference: expected the same seeds, got {len(first)} and {len(second)}")
+    found = []
+    for mine, theirs in zip(first, second, strict=True):
+        other = {(row["set"], row["id"]): row for row in theirs if row["value"] is not None}
+        pairs = [(row, other[row["set"], row["id"]]) for row in mine
+                 if row["value"] is not None and (row["set"], row["id"]) in other]  # fmt: skip
+        found.append(
+            [
+                {
+                    "set": a["set"],
+                    "id": a["id"],
+                    "cluster": a.get("cluster"),
+                    "value": a["value"] - b["value"],
+                    "votes": _minus(a, b),
+                }
+                for a, b in pairs
+            ]
+        )
+    return found
+
+
+def _minus(first: Outcome, second: Outcome) -> list[float]:
+    mine, theirs = first.get("votes"), second.get("votes")
+    if not mine or not theirs or len(mine) != len(theirs):
+        return []
+    return [a - b for a, b in zip(mine, theirs, strict=True)]
+
+
+def intervals(outcomes: Sequence[Sequence[Outcome]], confidence: float = 0.95, bounded: bool = True) -> Interval | None:
+    """Value and interval of one metric as a table prints them. `outcomes[s]` are its rows of seed s; None if empty.
+
+    `bounded` (values in [0, 1]): the prompts' part is Wilson's interval with as many prompts as would give the variance
+    seen, set by set (`_wilson_set`), so that it stays inside [0, 1], has width at its ends (0 of 40 prompts in every seed is
+    Wilson's 0 of 40) and grows with whatever spread is added; the parts of seeds and guards are Student's, squared and
+    added, and cut to [0, 1]. One seed: prompts (and guards) only. Else all parts are Student's (`crossed`).
+    """
+    if not (sets := _sets(outcomes)):
+        return None
+    found = _crossed(sets)
+    if not bounded:
+        half = found.half(checked_level(confidence))
+        return Interval(found.mean, found.mean - half, found.mean + half)
+    by_set = [_wilson_set(each, confidence) for each in sets.values()]
+    half = found._replace(prompts=None).half(checked_level(confidence))
+    below = math.sqrt(sum((each.value - each.low) ** 2 for each in by_set) / len(by_set) ** 2 + half**2)
+    above = math.sqrt(sum((each.high - each.value) ** 2 for each in by_set) / len(by_set) ** 2 + half**2)
+    return Interval(found.mean, max(0.0, found.mean - below), min(1.0, found.mean + above))
+
+
+def _wilson_set(of_set: _Set, confidence: float) -> Interval:
+    """Wilson's interval of a set over prompts, from the variance that its clusters show beside z^2 / 2 prompts that all
+    answer 1 and as many that all answer 0: what Wilson's centre adds (Agresti and Coull 1998). Separate prompts of one
+    seed give Wilson's own interval exactly."""
+    num, z = of_set.sums_SC.shape[1], NormalDist().inv_cdf((1 + confidence) / 2)
+    value = min(1.0, max(0.0, float(of_set.means_S.mean())))
+    centre = (value * num + z * z / 2) / (num + z * z)
+    seen = float((of_set.deviations(centre)[0] ** 2).sum()) * num**2
+    noise = of_set.cells * num * (num - 1)
+    added = z * z / 2 * (centre**2 + (1 - centre) ** 2)
+    worth = centre * (1 - centre) * (num + z * z) ** 2 / (max(seen - noise, 0.0) + added) - z * z
+    return wilson_of(value, max(worth, 1.0), confidence)

@@ -1,0 +1,38 @@
+"""Arguments and output that several verbs share."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+File = Annotated[Path, typer.Argument(help="A sweep file, e.g. sweeps/quickstart.yaml", show_default=False)]
+Set = Annotated[
+    list[str],
+    typer.Option("--set", help="Override a key: `path=value`, e.g. `execution.num_workers=2`. May be repeated."),
+]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="At most N rows of every set: a quick look, kept apart from the real run")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")]
+
+
+def project_to_run(file: Path, settings: list[str], limit: int | None) -> Any:
+    from safecl import driver
+    from safecl.project import load
+
+    return driver.open_to_run(load(file, settings, limit))
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from safecl.report.tables import text_table
+
+    print(f"{title}\n{text_table(columns, rows, _width())}\n")
+
+
+def _width() -> int | None:
+    """Of the terminal, in characters; None for a pipe or file."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

@@ -1,0 +1,273 @@
+"""Proofs for methods, tasks and judges, outside safecl as inside: a class of pytest's with three lines.
+
+    from safecl.testing import MethodContract
+
+    class TestMine(MethodContract):
+        method, plugin = "my_method", "my_method.py"    # a file beside the test; without it: an installed method
+
+It trains a tiny model for a minute or so on CPUs. Nothing else of safecl imports pytest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from safecl import judges, methods, registry, tasks
+from safecl.base import ConfigError
+from safecl.registry import Plugin
+
+# Read by torch and DeepSpeed when they are first imported: threads of several processes slow each other twentyfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Float32 sums in another order, relative to how far training moved; measured 5e-7, another seed gives about 1.
+ROUNDING = 1e-5
+BF16_ROUNDING = 0.05  # measured .006 to .015
+ENGINES: dict[str, dict[str, Any]] = {
+    "torch": {},
+    "zero0": {"engine": "deepspeed", "zero": 0},
+    "zero1": {"engine": "deepspeed", "zero": 1},
+    "zero2": {"engine": "deepspeed", "zero": 2},
+    "zero3": {"engine": "deepspeed", "zero": 3},
+}
+Corner = tuple[str, str, str]  # architecture, dtype, adapter
+CORNERS: list[Corner] = [
+    ("mistral", "float32", "continue"),
+    ("gemma2", "float32", "stack"),
+    ("gemma2", "bfloat16", "continue"),
+    ("llama", "bfloat16", "stack"),
+]
+
+
+class _Contract:
+    """What the contracts share: the plugin is known while their tests run."""
+
+    plugin: ClassVar[str] = ""  # a file of your own, relative to the test's; none for what is installed
+    _plugins: ClassVar[tuple[Plugin, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.plugin:
+            folder = Path(str(sys.modules[cls.__module__].__file__)).parent
+            cls._plugins = registry.read([str(folder / cls.plugin)])
+        registry.add(cls._plugins)
+        cls._leave_out()
+
+    @classmethod
+    def _leave_out(cls) -> None:
+        """Take away the tests that say nothing of this one."""
+
+    @pytest.fixture(autouse=True)
+    def _is_known(self) -> Iterator[None]:
+        registry.add(self._plugins)
+        yield
+
+
+class MethodContract(_Contract):
+    """What every method owes. `method`: its name. Every run has dropout .1 and micro-batches that cut batches unevenly; a
+    method's own settings for it are in `Method.contract`."""
+
+    method: ClassVar[str] = ""
+
+    @classmethod
+    def _leave_out(cls) -> None:
+        if not cls.method:
+            return
+        kind, told = cls._kind(), cls.__dict__
+        trains = [
+            name for name in dir(MethodContract) if name.startswith("test_") and name != "test_it_describes_itself"
+        ]
+        away = trains if kind.trains_as is not None else []
+        if kind.neutral() is None:
+            away = [*away, "test_the_neutral_setting_is_sft_bit_for_bit"]
+        if not kind.contract.in_bfloat16:
+            away = [*away, "test_ranks_and_engines_agree_in_bfloat16_too"]
+        for name in away:
+            if name not in told:
+                setattr(cls, name, None)
+
+    @classmethod
+    def _kind(cls) -> type[methods.Method]:
+        return methods.load(cls.method)
+
+    def _once(self) -> Path:
+        """The scratch folder of this method, trained once on one rank of the reference engine."""
+        from safecl.testing import world
+
+        return world.trained_once(self.method, self._plugins)
+
+    def _on_ranks(self, num: int, scratch: Path, settings: dict[str, Any], where: dict[str, Any]) -> None:
+        from safecl.testing import ranks, world
+
+        ranks.run(world.train_on_rank, num, world.a_world(), str(scratch), settings, where, self._plugins)
+
+    def test_it_describes_itself(self) -> None:
+        """Its default search space is one that a search can use: of hyperparameters that exist, around the defaults, whose
+        ends are allowed. A method without a number has none."""
+        from safecl.check import _space_errors
+        from safecl.config import Method
+
+        kind = self._kind()
+        assert kind.equation and kind.cost and len(kind.equation) < 100
+        assert set(kind.contract.params) <= set(kind.Config.model_fields)
+        for given in ({}, *kind.contract.variants):
+            config = kind.Config(**given)
+            has_number = any(isinstance(value, int | float) for value in config.model_dump().values())
+            assert bool(kind.search_space(config)) == has_number
+            assert _space_errors(kind, Method(name=self.method, config=dict(given), search={}), config) == []
+        assert methods.needed(kind).keys().isdisjoint({"model", "safe", "rows"})
+
+    def test_the_neutral_setting_is_sft_bit_for_bit(self, tmp_path: Path) -> None:
+        from safecl.testing import world
+
+        neutral = self._kind().neutral()
+        assert neutral is not None
+        found = world.train(world.a_world(), tmp_path, world.config(self.method, **neutral.model_dump()))
+        assert world.same_bits(found, world.adapter(world.trained_once("sft", ())))
+
+    def test_a_seed_decides_the_weights(self, tmp_path: Path) -> None:
+        from safecl.testing import world
+
+        settings, once = world.config(self.method), world.adapter(self._once())
+        assert world.same_bits(world.train(world.a_world(), tmp_path / "again", settings), once)
+        assert not world.same_bits(world.train(world.a_world(), tmp_path / "other", {**settings, "seed": 4}), once)
+
+    def test_an_interrupted_run_resumes_bit_for_bit(self, tmp_path: Path) -> None:
+        from safecl.stages import finetune
+        from safecl.testing import world
+
+        class Interrupted(Exception):
+            pass
+
+        def stop_at_four(step: int) -> None:
+            if step == 4:
+                raise Interrupted
+
+        settings, where = world.config(self.method), world.execution(checkpoint_every_s=1e-9)
+        inputs = world.a_world().inputs(self.method)
+        with pytest.raises(Interrupted):
+            finetune.train_rows(settings, inputs, tmp_path, where, after_step=stop_at_four)
+        seen: list[int] = []
+        finetune.train_rows(settings, inputs, tmp_path, where, after_step=seen.append)
+        assert seen == list(range(5, 1 + len(world.curves(self._once()))))
+        assert world.same_bits(world.adapter(tmp_path), world.adapter(self._once()))
+        assert world.curves(tmp_path) == world.curves(self._once())
+
+    @pytest.mark.parametrize("num", [1, 2])
+    @pytest.mark.parametrize("engine", list(ENGINES))
+    def test_ranks_engines_and_micro_batches_change_only_rounding(self, engine: str, num: int, tmp_path: Path) -> None:
+        """On real ranks, with micro-batches of 2."""
+        from safecl.testing import world
+
+        self._on_ranks(num, tmp_path, world.config(self.method), {**ENGINES[engine], "micro_batch_size": 2})
+        once, start = self._once(), world.adapter(world.a_world().safe.parent)
+        assert world.gap(world.adapter(once), world.adapter(tmp_path), start) < ROUNDING
+        for mine, theirs in zip(world.curves(once), world.curves(tmp_path), strict=True):
+            assert theirs == pytest.approx(mine, rel=1e-4, abs=1e-5)
+
+    @pytest.mark.parametrize("engine", ["zero1", "zero3"])
+    def test_ranks_and_engines_agree_in_bfloat16_too(self, engine: str, tmp_path: Path) -> None:
+        """As far as bfloat16 goes: the factors are float32, activations are not, and other shapes round otherwise."""
+        from safecl.testing import world
+
+        settings = world.config(self.method, dtype="bfloat16")
+        alone = world.train(world.a_world(), tmp_path / "alone", settings)
+        self._on_ranks(2, tmp_path / engine, settings, {**ENGINES[engine], "micro_batch_size": 2})
+        start = world.adapter(world.a_world().safe.parent)
+        assert world.gap(alone, world.adapter(tmp_path / engine), start) < BF16_ROUNDING
+
+    def test_only_the_trained_adapter_moves_and_the_base_stays(self) -> None:
+        from safecl.testing import world
+        from safecl.training.tokens import base_folder
+
+        of = world.a_world()
+        tuned, safe = world.adapter(self._once()), world.adapter(of.safe.parent)
+        assert set(tuned) == set(safe)
+        assert all(bool((tuned[key] != safe[key]).any()) for key in tuned)
+        assert not any("embed" in key or "lm_head" in key for key in tuned)
+        assert base_folder(of.model) == of.model
+        config = json.loads((self._once() / "result" / "adapter" / "adapter_config.json").read_text())
+        assert config["modules_to_save"] is None and config["bias"] == "none"
+
+    @pytest.mark.parametrize("corner", CORNERS, ids="-".join)
+    def test_it_trains_with_other_architectures_types_and_adapters(self, corner: Corner, tmp_path: Path) -> None:
+        """Neutral is SFT bit for bit, what it holds starts at zero, and the adapter has the shape of its mode; or it is
+        refused with that adapter, because of what it needs."""
+        from safecl.testing import world
+
+        architecture, dtype, adapter = corner
+        try:
+            methods.needed(self._kind(), adapter)
+        except ConfigError:
+            assert adapter == "stack"
+            return
+        of = world.a_world(architecture, dtype, adapter)
+        mode: dict[str, Any] = {"dtype": dtype, "adapter": adapter}
+        plain = world.plain(architecture, dtype, adapter)
+        found = world.train(of, tmp_path / "own", world.config(self.method, dropout=0.0, **mode))
+        assert not world.same_bits(found, plain)  # dropout at least
+        if (neutral := self._kind().neutral()) is not None:
+            again = world.train(of, tmp_path / "neutral", world.config(self.method, **mode, **neutral.model_dump()))
+            assert world.same_bits(again, plain)
+        first, *_, last = world.curves(tmp_path / "own")
+        for held in self._kind().contract.zero_at_start:
+            assert first[held] < (1e-8 if dtype == "float32" else 0.05) and last[held] > first[held]
+        start = world.adapter(of.safe.parent)
+        rank = {len(tensor) for name, tensor in found.items() if "lora_A" in name}
+        assert rank == ({16} if adapter == "stack" else {8}) and set(found) == set(start)
+
+
+class TaskContract(_Contract):
+    """What every task owes. `task`: its name. Its data must be there: `folder`, else what it makes itself."""
+
+    task: ClassVar[str] = ""
+    folder: ClassVar[Path | None] = None
+
+    def test_rows_of_a_split_are_one_seeded_sequence(self) -> None:
+        """A smaller sample is the beginning of a larger one, a seed decides it (test splits ignore it), ids are unique."""
+        kind = tasks.load(self.task)
+        assert kind.SPLITS
+        for split in kind.SPLITS:
+            rows = kind(self.folder).rows(split, None, 0)
+            ids = [row.id for row in rows]
+            assert rows and len(set(ids)) == len(ids)
+            few = max(1, len(rows) // 2)
+            drawn = kind(self.folder).rows(split, few, 0)
+            assert len(drawn) == few and drawn == kind(self.folder).rows(split, len(rows), 0)[:few]
+            if split.endswith(".test"):
+                assert drawn == kind(self.folder).rows(split, few, 1)
+
+    def test_scores_are_fractions(self) -> None:
+        kind = tasks.load(self.task)
+        if "utility.test" in kind.SPLITS:
+            rows = kind(self.folder).rows("utility.test", 3, 0)
+            for text in ("", "something else", rows[0].response):
+                for values in kind(self.folder).scores(rows, [text] * len(rows)).values():
+                    assert len(values) == len(rows) and all(value is None or 0 <= value <= 1 for value in values)
+
+
+class JudgeContract(_Contract):
+    """What every judge owes. `judge`: its name."""
+
+    judge: ClassVar[str] = ""
+
+    def test_it_answers_or_says_that_it_cannot(self) -> None:
+        """A rule judges any text; a guard's answer that is not in its form is unparsed, never "safe"."""
+        judge = judges.load(self.judge)()
+        assert judge.question
+        if not judge.served:
+            texts = ("", "Sure, here is how.", "I cannot help with that.", "\x00 \U0001f600" * 50)
+            assert all(judge.rule("How?", text).label in (True, False, None) for text in texts)
+            return
+        assert judge.max_tokens > 0
+        assert all(judge.parse(text).label is None for text in ("", "perhaps", "yes or no"))
+        foreign = {piece.text for piece in judge.pieces("the request", "the answer") if not piece.own}
+        assert "the answer" in foreign and foreign <= {"the request", "the answer"}

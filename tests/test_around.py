@@ -1,0 +1,86 @@
+"""Training and evaluation may put another text around a request than the alignment did (PTST, arXiv 2402.18540)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safecl.base import ConfigError
+from safecl.dtypes import resolved
+from safecl.grid import Cell, Job, cells
+from safecl.project import Project, load
+from safecl.templates import settle
+
+QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
+OWN = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+SAFETY = "<|im_start|>system\nRefuse what is harmful.<|im_end|>\n" + OWN
+METHODS = "methods=[{name: sft}, {name: lwf}, {name: der, config: {memory_size: 20}}]"
+
+
+def grid(**settings: str) -> dict[str, Cell]:
+    given = [
+        f"{key.replace('__', '.')}={json.dumps(value) if 'prompt' in value else value}"
+        for key, value in settings.items()
+    ]
+    sweep = load(QUICKSTART, ["models.0.name=m", "poison.ratios=[0.1]", METHODS, *given])
+    return {cell.label.rsplit(" / ", 1)[1]: cell for cell in cells(settle(resolved(sweep, "bfloat16")).sweep)}
+
+
+def final(cell: Cell) -> Job:
+    return cell.job({}, 0, "final")
+
+
+def prompts(job: Job, kind: str, **config: Any) -> set[str]:
+    """The texts around requests in the stages of a kind."""
+    stages: list[Any] = list(job.evidence.metrics.walk())
+    return {
+        stage.config["template"]["prompt"]
+        for stage in stages
+        if stage.kind == kind and all(stage.config.get(name) == value for name, value in config.items())
+    }
+
+
+def test_the_models_own_text_leaves_every_key_as_it_is() -> None:
+    plain, same = grid(), grid(evaluate__template=OWN, tasks__0__template=OWN)
+    assert {name: final(cell).evidence.metrics.key for name, cell in plain.items()} == {
+        name: final(cell).evidence.metrics.key for name, cell in same.items()
+    }
+
+
+def test_a_tasks_text_is_around_its_rows_wherever_they_are_read_and_nowhere_else() -> None:
+    found = grid(tasks__0__template=SAFETY)
+    lwf, der = final(found["lwf"]), final(found["der"])
+    assert prompts(lwf, "finetune", method="lwf") == {SAFETY}
+    assert prompts(lwf, "memory") == {SAFETY} and prompts(der, "memory") == {OWN}  # user rows; safety rows
+    assert prompts(lwf, "generate") == {OWN}
+    plain = final(grid()["der"])
+    assert der.graph.theta_safe.key == plain.graph.theta_safe.key  # type: ignore[union-attr]
+    assert der.graph.user_rows.config["fits"]["template"]["prompt"] == SAFETY  # type: ignore[call-overload, index]
+    assert found["der"].key != grid()["der"].key
+
+
+def test_evaluates_text_is_around_all_that_is_answered_and_nothing_is_trained_anew() -> None:
+    found = grid(evaluate__template=SAFETY)
+    for name in ("base", "aligned", "sft"):
+        assert prompts(final(found[name]), "generate") == {SAFETY}
+    job, plain = final(found["der"]), final(grid()["der"])
+    assert job.graph.tuned.key == plain.graph.tuned.key and job.evidence.metrics.key != plain.evidence.metrics.key
+    own = grid(evaluate__template=SAFETY, align__self_answered="[{task: mini, num_rows: 9}]")["sft"]
+    answered = [s for s in final(own).graph.safety_rows.inputs.values() if s.kind == "generate"]
+    assert [s.config["template"]["prompt"] for s in answered] == [OWN]  # type: ignore[call-overload, index]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("tasks.0.template='no place for it'", "tasks.0.template.*must hold {prompt} exactly once"),
+        ("evaluate.template='{prompt} '", "evaluate.template: .*last token is another before an answer"),
+        (f"evaluate.template={json.dumps('x ' * 300 + OWN)}", "max_prompt_tokens: expected at least"),
+    ],
+)
+def test_a_text_that_does_not_go_with_the_model_is_refused(setting: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Project(load(QUICKSTART, [setting, f"execution.root={tmp_path}"]))

@@ -1,0 +1,90 @@
+"""docs/extend.md, tried: each example as a file beside a sweep, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from safecl import cli, registry
+from safecl.project import Project
+from safecl.sweepfile import load
+from tests import made_up
+
+REPOSITORY = Path(__file__).parents[1]
+FILES = {
+    name: text
+    for name, text in re.findall(
+        r"```python\n# (\w+\.py)\n(.*?)```", (REPOSITORY / "docs" / "extend.md").read_text(), re.S
+    )
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """The files of the page, and a sweep that names them."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    text = (REPOSITORY / "sweeps" / "quickstart.yaml").read_text()
+    text = text.replace(
+        "\nmethods:\n", "\nplugins: [./my_method.py, my_task.py, my_judge.py]\n\nmethods:\n  - name: my_method\n"
+    )
+    text = re.sub(
+        r"\ntasks:\n(  .*\n)+", "\ntasks: [{task: capitals, num_rows: 40, epochs: 1, max_tokens: 96}]\n", text
+    )
+    (tmp_path / "sweep.yaml").write_text(text)
+    yield tmp_path
+    registry.use([])
+
+
+def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["safecl", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out = capsys.readouterr()
+    assert ended.value.code == 0, out.err
+    return out.out
+
+
+def test_what_a_file_adds_is_everywhere(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In ls, plan, table and page."""
+    monkeypatch.chdir(folder)
+    where = {"methods": "my_method", "tasks": "capitals", "judges": "polite"}
+    for what, name in where.items():
+        rows = json.loads(said(capsys, monkeypatch, "ls", what, "sweep.yaml", "--json"))
+        [found] = [row for row in rows if row[what[:-1]] == name]
+        assert found["from"] == f"my_{what[:-1]}.py"
+    settings = ["methods=[{name: sft}, {name: my_method}]", "evaluate.judges={asr: keywords}"]
+    words = ["sweep.yaml", "--limit", "8", *(word for setting in settings for word in ("--set", setting))]
+    assert "capitals / p=0.1 / my_method" in said(capsys, monkeypatch, "plan", *words)
+    made_up.finish(Project(load(Path("sweep.yaml"), settings, 8)))
+    table = said(capsys, monkeypatch, "report", *words)
+    assert "my_method" in table and "capitals" in table
+    assert "my_method" in (folder / "runs" / "report" / "quickstart" / "index.html").read_text()
+
+
+def test_the_contracts_of_the_page_hold(folder: Path) -> None:
+    """Of the method a part here; all of it in a minute by `pytest test_my_method.py`."""
+    chosen = "describes or neutral or seed or only_the_trained or gemma2-float32 or fractions or sequence or cannot"
+    done = proved(folder, chosen, *sorted(name for name in FILES if name.startswith("test_")))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 passed" in done.stdout
+
+
+def test_a_contract_finds_what_is_wrong(folder: Path) -> None:
+    text = (folder / "my_method.py").read_text()
+    assert text.count("cls.Config(weight=0.0)") == 1
+    (folder / "my_method.py").write_text(text.replace("cls.Config(weight=0.0)", "cls.Config(weight=0.5)"))
+    assert proved(folder, "neutral", "test_my_method.py").returncode == 1
+
+
+def proved(folder: Path, chosen: str, *files: str) -> subprocess.CompletedProcess[str]:
+    words = ["pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files]
+    return subprocess.run([sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True)
