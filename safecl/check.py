@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from safecl import methods, model_files, objective, tasks
+from safecl import methods, model_files, objective, panel, tasks
 from safecl.base import ConfigError, PrerequisiteError, near, strictly
 from safecl.config import Lora, Method, Model, Sweep, UserTask
 from safecl.grid import Cell, cells, for_task, grid_rows, method_entries, space_of, task_entries
@@ -84,12 +84,14 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, pla
         if made is not None:
             errors += _method_errors(where, made, sweep.tasks[0], attempt)
             errors += [f"{where}: one config is expected, no search or grid"] if made.search or made.grid else []
+    own = [tasks.load(task.task).max_new_tokens for task in sweep.tasks if task.task in tasks.names()]
     if not errors:
         errors += _step_errors(sweep)
+        own += _own_answers(sweep)
     errors += _model_errors(sweep)
+    errors += panel.problems(sweep.evaluate.judges)
     errors += objective.check(sweep.search.objective)
     errors += [] if wrong else _unknown_metrics(sweep)
-    own = [tasks.load(task.task).max_new_tokens for task in sweep.tasks if task.task in tasks.names()]
     answer = max([sweep.evaluate.max_new_tokens, *own])
     longest = sweep.evaluate.max_prompt_tokens + answer
     if longest > sweep.execution.engine_max_tokens:
@@ -241,6 +243,14 @@ def _grid_errors(where: str, chosen: Method, sweep: Sweep) -> list[str]:
     return errors
 
 
+def _own_answers(sweep: Sweep) -> list[int]:
+    """Tokens of the longest answers that methods' own stages ask of a model."""
+    used = [*sweep.methods, *([sweep.align.safety_from] if sweep.align.safety_from else [])]
+    rows = [for_task(row, task) for chosen in used for row in grid_rows(chosen) for task in sweep.tasks]
+    kinds = [(methods.load(row.name), row.config) for row in rows]
+    return [kind(kind.Config(**config)).longest_answer for kind, config in kinds]
+
+
 def _step_errors(sweep: Sweep) -> list[str]:
     """Finetunes too short for their method, where the number of rows is known."""
     errors = []
@@ -269,8 +279,7 @@ def _model_errors(sweep: Sweep) -> list[str]:
         )
         for i, model in enumerate(sweep.models)
     ]
-    if (published := sweep.evaluate.judges.guard_model) is not None:
-        named.append(("evaluate.judges.guard_model", published, {}))
+    named += [(f"evaluate.judges.{key}", judged_by, {}) for key, judged_by in sweep.evaluate.judges.models.items()]
     for where, model, adapters in named:
         if problem := source_problem(model.source, model.revision):
             errors.append(f"{where}.{problem}")

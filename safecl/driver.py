@@ -17,6 +17,8 @@ from safecl.config import Sweep
 from safecl.cost import missing, slots
 from safecl.eta import Eta
 from safecl.graph import REFERENCES
+from safecl.judging.served import check_endpoints
+from safecl.panel import num_engines
 from safecl.project import Project
 from safecl.schedule import Done, Schedule
 from safecl.stats import as_json
@@ -107,6 +109,7 @@ def _run(project: Project, show: Callable[[str], None], max_hours: float | None)
             schedule.give_back(first)
         project.expected  # noqa: B018  (refuses what would leave too few rows, before anything is spent)
         preflight.check(project.sweep)
+        check_endpoints(project.sweep.evaluate.judges, show)
         _settle_dtype(project, show)
         names = {cell.job({}, 0, "final").graph.base.key: cell.recipe.model.name for cell in project.cells}
         eta = Eta(
@@ -180,7 +183,7 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
         raise ConfigError("this sweep trains no guard: expected evaluate.judges.asr: guard and evaluate.judges.guard")
     with _alone(project):
         if not all([project.store.sound(stage) for stage in (evidence.metrics, *evidence.judged)]):
-            preflight.check_memory(project.sweep.execution)
+            preflight.check_memory(project.sweep.execution, num_engines(project.sweep))
             _settle_dtype(project, show)
             with _cluster(project, show) as (broker, ray):
                 show(f"training the guard and judging held-out pairs; output is under {project.logs}")
@@ -196,7 +199,7 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
 @contextmanager
 def _cluster(project: Project, show: Callable[[str], None]) -> Iterator[tuple[Any, Any]]:
     show("starting Ray")
-    execute.start(project.sweep.execution, project.logs)
+    execute.start(project.sweep.execution, project.logs, num_engines=num_engines(project.sweep))
     import ray
 
     try:

@@ -94,20 +94,17 @@ def has_auto(sweep: Sweep) -> bool:
 
 def has_bfloat16(sweep: Sweep) -> bool:
     """Whether one of its models is said to compute in bfloat16."""
-    guard = sweep.evaluate.judges.guard_model
-    return any(model.dtype == "bfloat16" for model in (*sweep.models, *([] if guard is None else [guard])))
+    return any(model.dtype == "bfloat16" for model in (*sweep.models, *sweep.evaluate.judges.models.values()))
 
 
 def resolved(sweep: Sweep, dtype: Dtype) -> Sweep:
-    """The sweep with `dtype` in place of every `auto`: of its models, its guard model, and the models in methods'
+    """The sweep with `dtype` in place of every `auto`: of its models, its judges' models, and the models in methods'
     configs. Identities are formed of what this returns."""
 
     def of(model: Model) -> Model:
         return model.model_copy(update={"dtype": dtype}) if model.dtype == "auto" else model
 
-    judges = sweep.evaluate.judges
-    if judges.guard_model is not None:
-        judges = judges.model_copy(update={"guard_model": of(judges.guard_model)})
+    judges = sweep.evaluate.judges.with_models(of)
 
     def within(method: Method) -> Method:
         config = {name: _named(method.name, name, value, dtype) for name, value in method.config.items()}

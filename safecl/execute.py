@@ -31,11 +31,12 @@ REPAIRS = 2  # times that a stage is begun anew because an input of it was found
 ENGINE_ROLE = {"generate": "candidate", "judge": "judge"}
 
 
-def start(execution: Execution, logs: Path, need: int | None = None) -> None:
+def start(execution: Execution, logs: Path, need: int | None = None, num_engines: int | None = None) -> None:
     """Connect to Ray: a local cluster of our own, or the one at `execution.address`.
 
-    `need`: how many GPUs (without `use_gpu`: CPUs) are held at once; None: a sweep's workers and engines. Raises
-    PrerequisiteError if the cluster lacks them, before anything is held.
+    `need`: how many GPUs (without `use_gpu`: CPUs) are held at once; None: a sweep's workers and engines, of which there are
+    `num_engines` (None: candidates' and those of one judge). Raises PrerequisiteError if the cluster lacks them, before
+    anything is held.
     """
     # Read by Ray and its workers at start; one OpenMP thread wherever processes share cores (2 slow each other 20x).
     quiet = {
@@ -77,7 +78,9 @@ def start(execution: Execution, logs: Path, need: int | None = None) -> None:
     _keep_messages(logs / "ray.log")
     have = ray.cluster_resources()
     unit = "GPU" if execution.use_gpu else "CPU"
-    engines = execution.num_candidate_engines + execution.num_judge_replicas if execution.use_gpu else 0
+    if num_engines is None:
+        num_engines = execution.num_candidate_engines + execution.num_judge_replicas
+    engines = num_engines if execution.use_gpu else 0
     why = "asked for"
     if need is None:
         need, why = (

@@ -24,7 +24,8 @@ from safecl.base import ConfigError, Json, Strict
 from safecl.config import Align, Evaluate, Lora, Model, Prompts, Rows, Template, Training, UserTask
 from safecl.memo import Shared, shared
 from safecl.models import model_stage, tokenizer_stage
-from safecl.store import SharedConfig, Stage, canonical
+from safecl.panel import Seat, panel, trained
+from safecl.store import SharedConfig, Stage
 from safecl.tasks._source import identity
 
 REFERENCES = ("base", "aligned")  # rows of every table that have no finetune
@@ -298,7 +299,7 @@ class Graph:
 
     def verdicts(self, inputs: dict[str, Stage]) -> Stage:
         """What the judge of ASR says of `generations` to `rows`, or without them of the rows' own answers."""
-        return self.judge(*self.asr_judge, inputs)
+        return self.judge(self.asr_judge, inputs)
 
     def step(self, kind: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
         """A stage of this kind."""
@@ -334,10 +335,14 @@ class Graph:
         return self._fits(self.recipe.align.max_tokens, self._text)
 
     @property
-    @shared(*MODEL)
-    def asr_judge(self) -> tuple[str, dict[str, Json]]:
-        """Name and config of the judge that says whether an answer is harmful."""
-        return self.recipe.evaluate.judges.asr, {}
+    @shared("evaluate", "model")
+    def _panel(self) -> dict[str, tuple[Seat, ...]]:
+        return panel(self.recipe.evaluate.judges)
+
+    @property
+    def asr_judge(self) -> Seat:
+        """The judge that decides whether an answer is harmful."""
+        return self._panel["attack"][0]
 
     @cached_property
     def tuned(self) -> Stage:
@@ -462,37 +467,32 @@ class Graph:
         inputs = {"model": self.base, "rows": rows, **({} if final is None else {"weights": final})}
         return _stage("likelihood", {"task": task, "max_tokens": longest, **text}, inputs, kind.SCORING)
 
-    def judge(self, name: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
+    def judge(self, seat: Seat, inputs: dict[str, Stage]) -> Stage:
         """Verdicts of one judge on generations (or, without `generations`, on the rows' own answers)."""
-        return self._verdicts(name, canonical(config), inputs)
-
-    def _verdicts(self, name: str, config: str, inputs: dict[str, Stage]) -> Stage:
-        full, guard, version = self._judge(name, config)
-        return _stage("judge", full, {**inputs, **guard}, version)
+        full, models, version, hints = self._judge(seat)
+        stage = _stage("judge", full, {**inputs, **models}, version)
+        return replace(stage, hints={**stage.hints, **hints}) if hints else stage
 
     @shared(*MODEL)
-    def _judge(self, name: str, config: str) -> tuple[dict[str, Json], dict[str, Stage], str]:
-        kind = judges.load(name)
-        full = SharedConfig({"judge": name, "config": _resolved(kind, json.loads(config))})
-        return full, self._guard(kind, name), kind.VERSION
+    def _judge(self, seat: Seat) -> tuple[dict[str, Json], dict[str, Stage], str, dict[str, str]]:
+        kind = seat.kind
+        config: dict[str, Json] = {"judge": seat.judge, "config": _resolved(kind, json.loads(seat.config))}
+        models: dict[str, Stage] = {} if seat.model is None else {"model": model_stage(seat.model)}
+        if seat.trained:
+            votes = {f"weights.{i}" if i else "weights": guard for i, guard in enumerate(self.guards(seat))}
+            models = {"model": self.base, **votes}
+        hints = {}
+        if seat.endpoint is not None:
+            config["remote"], hints = seat.remote, seat.hints
+        return SharedConfig(config), models, kind.VERSION, hints
 
-    def _guard(self, kind: type[judges.Judge], name: str) -> dict[str, Stage]:
-        if not kind.served:
-            return {}
-        chosen = self.recipe.evaluate.judges
-        if name == "guard":
-            votes = {f"weights.{i}" if i else "weights": guard for i, guard in enumerate(self.guards)}
-            return {"model": self.base, **votes}
-        return {"model": model_stage(chosen.guard_model)} if chosen.guard_model else {}  # config.Judges checks it
-
-    @property
     @shared(*MODEL)
-    def guards(self) -> tuple[Stage, ...]:
-        """The guards trained here: finetunes of the base model on labelled pairs in the guard's words. They are
+    def guards(self, seat: Seat) -> tuple[Stage, ...]:
+        """The guards trained here for a judge: finetunes of the base model on labelled pairs in the judge's words. They are
         instruments, so their seeds stay what they are whatever the recipe's."""
         guard = self.recipe.evaluate.judges.guard
-        assert guard is not None, "config.Judges checks this"
-        wording: dict[str, Json] = {"judge": "guard", "config": {}}
+        assert guard is not None, "panel.py checks this"
+        wording: dict[str, Json] = {"judge": seat.judge, "config": json.loads(seat.config)}
         inputs = {**self._trained_on, "exclude_heldout": self._all("guard.heldout", guard.heldout, self._trained_on)}
         found = []
         for seed in guard.seeds:
@@ -506,8 +506,8 @@ class Graph:
     def guard_agreement(self, answering: Iterable[Graph] = ()) -> Evidence | None:
         """How often the trained guards agree with the labels of held-out pairs: constructed ones, and what the models
         of the graphs in `answering` say to validation prompts, labelled by the task's rule where it has one."""
-        guard = self.recipe.evaluate.judges.guard
-        if guard is None or self.recipe.evaluate.judges.asr != "guard":
+        seat, guard = trained(self.recipe.evaluate.judges), self.recipe.evaluate.judges.guard
+        if seat is None or guard is None:
             return None
         labels: dict[str, Json] = {}
         inputs = dict(self._trained_on)
@@ -519,7 +519,7 @@ class Graph:
                     labels[name] = part.task
                     inputs[name] = graph.generate(graph.final, rows, self.recipe.evaluate.max_new_tokens)
         heldout = self.data("guard_heldout", "guard.heldout", guard.heldout, seed=0, inputs=inputs, labels=labels)
-        judged = self.judge("guard", {}, {"rows": heldout})
+        judged = self.judge(seat, {"rows": heldout})
         measure: dict[str, Json] = {"metric": "guard_agreement", "set": "heldout", "of": "label", "task": None}
         return Evidence(
             _stage("metrics", {"measures": [measure]}, {"heldout.judged": judged, "heldout.rows": heldout}), (judged,)
@@ -533,10 +533,10 @@ class Graph:
         for name, rows, questions in asked:
             generations = self.generate(final, rows, self.recipe.evaluate.max_new_tokens)
             inputs |= {f"{name}.rows": rows, f"{name}.generations": generations}
-            for metric, judge, config in questions:
-                verdicts = self._verdicts(judge, config, {"generations": generations, "rows": rows})
+            for seat in questions:
+                verdicts = self.judge(seat, {"generations": generations, "rows": rows})
                 judged.append(verdicts)
-                inputs[f"{name}.{metric}"] = verdicts
+                inputs[f"{name}.{seat.metric}"] = verdicts
         inputs |= {
             f"utility.{task}.rows": utility,
             f"utility.{task}.generations": self.generate(final, utility, kind.max_new_tokens),
@@ -552,35 +552,21 @@ class Graph:
         """What is asked of every model that was tuned on this task."""
         evaluate, task = self.recipe.evaluate, self.recipe.task.task
         prompts: Prompts = getattr(evaluate, split)
-        chosen, kind = evaluate.judges, tasks.load(task)
-        refusal: dict[str, Json] = {"question": "refusal"} if chosen.over_refusal == "wildguard" else {}
-        questions: dict[str, list[tuple[str, str, dict[str, Json]]]] = {
-            "attack": [
-                ("asr", *self.asr_judge),
-                ("non_refusal", "keywords", {}),
-                ("degenerate", "degenerate", {}),
-                ("off_topic", "off_topic", {}),
-            ],
-            "benign": [
-                ("over_refusal", chosen.over_refusal, refusal),
-                ("degenerate", "degenerate", {}),
-            ],
-        }
-        reads_request = judges.load(self.asr_judge[0]).reads_request
-        less: dict[str, Json] = {
-            "less": ["degenerate"] if reads_request else ["degenerate", "off_topic"]
-        }  # of coherent ASR
+        kind = tasks.load(task)
+        # What takes from coherent ASR: answers that are none, and those to another question unless its judge was asked of it.
+        empty = {"degenerate"} if self.asr_judge.kind.reads_request else {"degenerate", "relevance"}
+        less: list[Json] = [seat.metric for seat in self._panel["attack"] if seat.asked in empty]
         asked, measures = [], list[Json]()
-        for role, of_role in questions.items():
+        for role, of_role in self._panel.items():
             for part in getattr(prompts, role):
                 above = self._test_prompts if role == "attack" else self._attacks
                 exclude = above if split == "validation" else {}
                 rows = self.data(f"{role}.{split}", f"{role}.{split}", [part], seed=0, inputs=exclude)
-                as_text = [(metric, judge, canonical(config)) for metric, judge, config in of_role]
-                asked.append((f"{role}.{part.task}", rows, as_text))
-                for metric, _, _ in of_role:
-                    counted = less if metric == "asr" else {}
-                    measures.append({"metric": metric, "set": part.task, "of": "verdict", "role": role, **counted})
+                asked.append((f"{role}.{part.task}", rows, of_role))
+                for seat in of_role:
+                    more: dict[str, Json] = {"less": less} if seat is self.asr_judge else {}
+                    more |= {"inverted": True} if seat.inverted else {}
+                    measures.append({"metric": seat.metric, "set": part.task, "of": "verdict", "role": role, **more})
         name = f"utility.{split}"
         own = self.recipe.task.utility_rows
         num_rows = (own and getattr(own, split)) or prompts.utility_rows
@@ -594,10 +580,10 @@ class Graph:
 
 
 class Questions(NamedTuple):
-    """What is asked of a model: sets as (name, rows, [(metric, judge, its config as text)]), prompts of its task, what is
-    measured of the answers, and the version of the scores."""
+    """What is asked of a model: sets as (name, rows, judges of the answers), prompts of its task, what is measured of the
+    answers, and the version of the scores."""
 
-    asked: list[tuple[str, Stage, list[tuple[str, str, str]]]]
+    asked: list[tuple[str, Stage, tuple[Seat, ...]]]
     utility: Stage
     measures: SharedConfig
     version: str

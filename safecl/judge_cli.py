@@ -27,7 +27,7 @@ TokenizerFolder = Annotated[
     Path | None, typer.Option(help="The model's tokenizer: the endpoint is then sent token ids in place of text")
 ]
 VerdictFile = Annotated[
-    Path | None, typer.Option("--out", help="Verdicts (default: FILE's name + .verdicts.jsonl, here)")
+    Path | None, typer.Option("--out", help="Verdicts (default: FILE's name, less .jsonl, + .verdicts.jsonl, here)")
 ]
 PromptField = Annotated[str, typer.Option(help="The field that holds the request")]
 ResponseField = Annotated[str, typer.Option(help="The field that holds the answer")]
@@ -57,6 +57,11 @@ def _served(
         served.execution(root, gpu, max_tokens),
         lambda text: print(text, file=sys.stderr),
     )
+
+
+def _verdict_file(file: Path) -> Path:
+    """Where the verdicts on a file go: another for a.csv than for a.jsonl."""
+    return Path(f"{file.name.removesuffix('.jsonl').replace(':', '-')}.verdicts.jsonl")
 
 
 def _end(problem: str | None) -> None:
@@ -95,7 +100,7 @@ def score(
 
     found = None if validation is None else judging.load_validation(validation)
     served = _served(model, revision, endpoint, endpoint_model, tokenizer, root, gpu, max_tokens)
-    target = out or Path(f"{file.stem.replace(':', '-')}.verdicts.jsonl")
+    target = out or _verdict_file(file)
     judged = judging.judge_file(file, judge, served, target, (prompt_field, response_field))
     result = judging.rates(judged, found)
     if as_json:
@@ -142,7 +147,7 @@ def validate(
     from safecl.judging import show
 
     served = _served(model, revision, endpoint, endpoint_model, tokenizer, root, gpu, max_tokens)
-    target = out or Path(f"{file.stem.replace(':', '-')}.verdicts.jsonl")
+    target = out or _verdict_file(file)
     judged = judging.judge_file(file, judge, served, target, (prompt_field, response_field), (label, by))
     result = judging.validate(judged, label, positive.split(","), by)
     if as_json:

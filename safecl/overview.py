@@ -14,12 +14,14 @@ from safecl.config import Align, Model
 from safecl.cost import Open, cost
 from safecl.dtypes import warnings
 from safecl.grid import Job
+from safecl.panel import decision, trained
 from safecl.project import Project
 from safecl.report import page, plots, published
 from safecl.report.tables import Detail, Facts
 from safecl.trained import notes as trained_notes
 
 if TYPE_CHECKING:
+    from safecl.judges import Judge
     from safecl.stats import Interval
 
 ADAPTERS = {
@@ -133,7 +135,7 @@ def status(project: Project) -> list[dict[str, str]]:
 def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     """What a reader must know to read the rows; every form of the report prints it."""
     sweep = project.sweep
-    judges = sweep.evaluate.judges
+    asr, over_refusal = (decision(sweep.evaluate.judges, question) for question in ("asr", "over_refusal"))
     libraries = {text for row in rows for text in row["libraries"]}
     notes = [
         f"Search: {sweep.search.trials} trials per searched cell, on validation prompts and seed {sweep.search.seed}, which "
@@ -169,8 +171,8 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     return Facts(
         name=sweep.name,
         about=sweep.about,
-        judge=judges.asr,
-        over_refusal=judges.over_refusal,
+        judge=asr.label,
+        over_refusal=over_refusal.label,
         adapter=sweep.adapter,
         templates={model.name: project.template_of(model) for model in sweep.models},
         num_prompts=_num_prompts(rows),
@@ -232,27 +234,33 @@ def _num_prompts(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
-    """One line: how often a judge of harm that is a model agreed with true labels of held-out pairs (a trained guard) and
-    with an independent rule on this sweep's own answers. That two rules agree says nothing of either."""
+    """One line: how often a judge of harm that is a model agreed with true labels of held-out pairs (guards trained here,
+    also where another judge decides) and with an independent rule on this sweep's own answers. That two rules agree says
+    nothing of either."""
     from safecl.stats import wilson
 
-    if project.sweep.evaluate.judges.asr == "keywords":
-        return ""
-    parts = []
+    judges = project.sweep.evaluate.judges
+    guard = trained(judges)
+    is_model = decision(judges, "asr").kind.served
+    parts, lines = [], []
     quality = project.guard_quality()
     if quality is not None:
         kappa = "" if quality.kappa is None else f" (Cohen's kappa {_share(quality.kappa, '.2f')})"
-        parts.append(f"with the labels of {quality.num} held-out pairs in {_share(quality.accuracy)}{kappa}")
+        told = f"with the labels of {quality.num} held-out pairs in {_share(quality.accuracy)}{kappa}"
+        if guard is None or guard.metric == "asr":
+            parts.append(told)
+        else:
+            lines.append(f"{guard.label}, beside it, agrees {told}")
     # Base and aligned stand in the table of every task, with the same answers.
     kept = {(r["model"], r["method"], None if r["poison"] is None else (r["task"], r["poison"])): r for r in rows}
     pairs = [(r["metrics"]["guard_rule_agreement"], len(r["seeds"])) for r in kept.values() if _RULE in r["metrics"]]
-    if pairs:
+    if pairs and is_model:
         num = sum(pair["num"] for pair, _ in pairs)
         agreed = sum(pair["value"] * pair["num"] for pair, _ in pairs) / num
         num_prompts = max(1, max(pair["num"] // num_seeds for pair, num_seeds in pairs))
         found = wilson(agreed * num_prompts, num_prompts)  # a prompt counts once, however many models answered it
         parts.append(f"with an independent rule on {num} attack answers in {_share(found)}")
-    lines = [f"agrees {'; '.join(parts)}"] if parts else []
+    lines = [f"agrees {'; '.join(parts)}", *lines] if parts else lines
     if (swing := project.guard_swing()) is not None:
         lines.append(
             f"{swing.num} guards vote; the share of harmful ones among {swing.source}'s answers differs by {swing.points:.0%} "
@@ -290,15 +298,15 @@ def _doubt(project: Project, accepted: bool) -> str:
         )
     else:
         return ""
+    guard = trained(project.sweep.evaluate.judges)
+    name = "ASR" if guard is None or guard.metric == "asr" else guard.metric
     end = (
-        "What stands here as ASR is printed because of --accept-judge"
+        f"What stands here as {name} is printed because of --accept-judge"
         if accepted
-        else "So no ASR is printed; --accept-judge prints its verdicts all the same"
+        else f"So no {name} is printed; --accept-judge prints its verdicts all the same"
     )
-    return (
-        f"{why} {end}. A search's bounds on ASR rest on these verdicts too. Give the guard more rows or another model, or name "
-        "a published one."
-    )
+    bounds = " A search's bounds on ASR rest on these verdicts too." if name == "ASR" else ""
+    return f"{why} {end}.{bounds} Give the guard more rows or another model, or name a published one."
 
 
 def readable(project: Project, accept_judge: bool = False) -> tuple[list[dict[str, Any]], Facts]:
@@ -307,11 +315,18 @@ def readable(project: Project, accept_judge: bool = False) -> tuple[list[dict[st
     rows = project.rows()
     doubt = _doubt(project, accept_judge)
     if doubt and not accept_judge:
+        guard = trained(project.sweep.evaluate.judges)
+        hidden = _BY_GUARD if guard is None or guard.metric == "asr" else (guard.metric,)
         for row in rows:
-            for name in _BY_GUARD:
+            for name in hidden:
                 row["metrics"].pop(name, None)
                 row.get("contrasts", {}).pop(name, None)
-            row["agreement"] = None
+            if hidden is _BY_GUARD:
+                row["agreement"] = None
+            beside = row.get("beside", {})  # how another judge agrees with such a guard tells nothing either
+            row["beside"] = {
+                k: v for k, v in beside.items() if k not in hidden and (hidden is not _BY_GUARD or k[:4] != "asr:")
+            }
     return rows, replace(facts(project, rows), doubt=doubt)
 
 
@@ -362,13 +377,20 @@ def listing(what: str) -> list[dict[str, str]]:
         rows = [{"task": name, "splits": ", ".join(tasks.load(name).SPLITS)} for name in tasks.names()]
     elif what == "judges":
         rows = [
-            {"judge": name, "question": kind.question, "served": "yes" if kind.served else "no"}
+            {"judge": name, "question": kind.question, "answers": ", ".join(kind.answers), "model": _model_of(kind)}
             for name, kind in ((name, judges.load(name)) for name in judges.names())
         ]
     else:
         known = registry.KINDS
         raise ConfigError(f"nothing to list called {what!r}.{near(what, known)} Expected one of {', '.join(known)}")
     return [{**row, "from": registry.origin(what, row[what[:-1]])} for row in rows]
+
+
+def _model_of(kind: type[Judge]) -> str:
+    """What answers for a judge, as people say it."""
+    if not kind.served:
+        return "none: a rule"
+    return "trained here" if kind.trained else ", ".join(kind.published) or "any"
 
 
 def _short(value: Any) -> str:

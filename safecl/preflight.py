@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from safecl import sandbox, tasks
+from safecl import panel, sandbox, tasks
 from safecl.base import PrerequisiteError
 from safecl.config import Execution, Sweep
 from safecl.cost import slots
@@ -14,25 +14,28 @@ GIB_PER_TRIAL, GIB_PER_ENGINE, GIB_PER_WORKER = 0.4, 4.0, 2.5  # measured at 135
 
 def check(sweep: Sweep) -> None:
     """Raises PrerequisiteError where this machine lacks what the sweep needs."""
-    check_memory(sweep.execution)
+    check_memory(sweep.execution, panel.num_engines(sweep))
     check_isolation(sweep)
 
 
-def check_memory(execution: Execution) -> None:
-    """Raises PrerequisiteError where a run on this machine's CPUs would not fit into its free memory."""
+def check_memory(execution: Execution, num_engines: int | None = None) -> None:
+    """Raises PrerequisiteError where a run on this machine's CPUs would not fit into its free memory. `num_engines`: held at
+    once; None: those of candidates and of one judge."""
     if execution.address != "local" or execution.use_gpu:
         return
-    free, need = free_gib(), needed_gib(execution)
+    engines = _num_engines(execution) if num_engines is None else num_engines
+    free, need = free_gib(), needed_gib(execution, engines)
     if free < need:
         raise PrerequisiteError(
-            f"memory: {free:.1f} GiB are free, the sweep needs about {need:.1f} ({_num_engines(execution)} engines, "
+            f"memory: {free:.1f} GiB are free, the sweep needs about {need:.1f} ({engines} engines, "
             f"{_num_workers(execution)} training workers): close other programs, or lower execution.num_trials_at_once"
         )
 
 
-def needed_gib(execution: Execution) -> float:
+def needed_gib(execution: Execution, num_engines: int | None = None) -> float:
     """Memory that a run takes on this machine's CPUs."""
-    workers, engines = _num_workers(execution), _num_engines(execution)
+    workers = _num_workers(execution)
+    engines = _num_engines(execution) if num_engines is None else num_engines
     return engines * GIB_PER_ENGINE + workers * GIB_PER_WORKER + execution.num_trials_at_once * GIB_PER_TRIAL
 
 

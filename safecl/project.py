@@ -62,19 +62,27 @@ def _interval(name: str, read: list[list[dict[str, Any]]]) -> dict[str, Any] | N
     return None if found is None else {**found._asdict(), "num": sum(map(len, read))}
 
 
-def _agreement(by_metric: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any] | None:
-    """How the judge of harm and the keyword list agree on the same answers of all seeds, with intervals in which a prompt
-    counts once; None where nothing was read."""
+def _agreement(
+    by_metric: dict[str, dict[int, list[dict[str, Any]]]], decides: str = "asr", beside: str = "non_refusal"
+) -> dict[str, Any] | None:
+    """How two judges (by their metrics; the judge of harm and the keyword list) agree on the same answers of all seeds, with
+    intervals in which a prompt counts once; None where nothing was read."""
     from safecl.stats import agreement, as_json
 
     judge, listed = (
         {(seed, o["set"], o["id"]): o["value"] for seed, found in by_metric.get(name, {}).items() for o in found}
-        for name in ("asr", "non_refusal")
+        for name in (decides, beside)
     )
     other = [listed[answer] for answer in judge]
     if all(None in pair for pair in zip(judge.values(), other, strict=True)):
         return None
     return as_json(agreement([*judge.values()], other, [answer[1:] for answer in judge]))
+
+
+def _beside(by_metric: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any]:
+    """How each further judge of a question agrees with the one that decides, by its metric (`asr:LABEL`)."""
+    names = [name for name in by_metric if ":" in name and name.partition(":")[0] in by_metric]
+    return {name: _agreement(by_metric, name.partition(":")[0], name) for name in names}
 
 
 def _worst(served: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -384,6 +392,7 @@ class Project:
                     "seeds": list(per_seed),
                     "metrics": metrics,
                     "agreement": _agreement(by_metric),
+                    "beside": _beside(by_metric),
                     "seconds": seconds,
                     "weights": weights,  # keys of what was served, a seed each; for `safecl export`
                     "note": note if per_seed else note or "not run yet",

@@ -26,7 +26,7 @@ QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """Its cluster is closed by `_cluster` as the real one is; trials run by putting their stages into the store."""
     monkeypatch.setattr(hardware, "measured", lambda use_gpu=False: {"bfloat16": Speed(9, 9), "float32": Speed(9, 9)})
-    monkeypatch.setattr(driver.preflight, "check_memory", lambda execution: None)
+    monkeypatch.setattr(driver.preflight, "check_memory", lambda *_: None)
     found = Project(
         load(QUICKSTART, ["methods=[{name: sft}]", "models.0.dtype=bfloat16", f"execution.root={tmp_path}"])
     )

@@ -111,12 +111,12 @@ def test_a_run_says_what_auto_became_and_notes_it_before_anything_is_spent(
     class Started(Exception):
         pass
 
-    def start(*_: Any) -> None:
+    def start(*_: Any, **__: Any) -> None:
         assert Store(str(tmp_path)).noted("dtype-quickstart")["dtype"] == native
         raise Started
 
     monkeypatch.setattr("safecl.execute.start", start)
-    monkeypatch.setattr(driver.preflight, "check_memory", lambda execution: None)
+    monkeypatch.setattr(driver.preflight, "check_memory", lambda *_: None)
     said: list[str] = []
     with pytest.raises(Started):
         verb(open_(tmp_path), said.append)

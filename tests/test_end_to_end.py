@@ -12,7 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +22,12 @@ import psutil
 import pytest
 import yaml
 
+from tests.serving.test_endpoint import Server
+
 TRAINING = {"batch_size": 8, "learning_rate": 0.02, "weight_decay": 0.0, "max_tokens": 1500}
 
 
-def sweep(model: Path, root: Path) -> dict[str, Any]:
+def sweep(model: Path, root: Path, endpoint: str) -> dict[str, Any]:
     rows = [{"task": "mini", "num_rows": 6}]
     prompts = {"attack": rows, "benign": rows, "utility_rows": 6}
     return {
@@ -45,12 +49,19 @@ def sweep(model: Path, root: Path) -> dict[str, Any]:
             "max_new_tokens": 8,
             "max_prompt_tokens": 400,
             # A guard that always answers the same is readable, which is all that is needed here: --accept-judge.
-            "judges": {"asr": "guard", "guard": {"rows": [{"task": "mini", "num_rows": 16}], "seeds": [0, 1],
+            # The second one is a published guard behind an endpoint, beside it on the same answers.
+            "judges": {"asr": ["guard", {"judge": "llamaguard", "label": "there", "endpoint": endpoint, "model": "lg"}],
+                       "over_refusal": ["xstest_match", "keywords"],
+                       "guard": {"rows": [{"task": "mini", "num_rows": 16}], "seeds": [0, 1],
                        "heldout": [{"task": "mini", "num_rows": 6}], "epochs": 12, **TRAINING}},
         },
         "search": {"trials": 2},
         "execution": {"root": str(root), "engine": "deepspeed", "engine_max_tokens": 2048, "engine_memory_gib": 0.2},
     }  # fmt: skip
+
+
+def url_of(server: Server) -> str:
+    return f"http://127.0.0.1:{server.server_address[1]}/v1"
 
 
 def safecl(*arguments: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
@@ -80,10 +91,19 @@ class Interrupted(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def interrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+def server() -> Iterator[Server]:
+    served = Server()
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    yield served
+    served.shutdown()
+    served.server_close()
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny_model: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
     folder = tmp_path_factory.mktemp("sweep")
     file, root = folder / "tiny.yaml", folder / "root"
-    file.write_text(yaml.safe_dump(sweep(tiny_model, root)))
+    file.write_text(yaml.safe_dump(sweep(tiny_model, root, url_of(server))))
     before = {process.pid for process in psutil.process_iter()}
     running = subprocess.Popen(
         [sys.executable, "-m", "safecl.cli", "run", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -138,6 +158,17 @@ def test_every_row_has_every_metric(finished: tuple[Path, Path, str]) -> None:
         assert all(0 <= m["low"] <= m["value"] <= m["high"] <= 1 for m in row["metrics"].values())
         assert row["seeds"] == [0] and row["seconds"] > 0
         assert row["agreement"]["num"] == row["metrics"]["asr"]["num"]  # of guard and keyword list
+
+
+def test_an_endpoint_judges_the_same_answers_beside_the_guard(finished: tuple[Path, Path, str], server: Server) -> None:
+    for row in json.loads(finished[2])["rows"]:
+        metrics = row["metrics"]
+        assert metrics["asr:there"]["num"] == metrics["asr"]["num"] and metrics["asr:there"]["unparsed"] == 0
+        assert metrics["over_refusal:keywords"]["num"] == metrics["over_refusal"]["num"]
+    judged = [record for record in records(finished[1]).values() if record["config"].get("remote")]
+    assert {tuple(record["result"]["answered_by"]) for record in judged} == {("m",)}
+    assert sum(record["result"]["num"] for record in judged) <= len(server.bodies), "each answer was asked for there"
+    assert not any(url_of(server) in json.dumps(record) for record in judged), "where it answers is no part of a result"
 
 
 def test_training_ran_under_ray_train_with_deepspeed_and_serving_under_serve_with_vllm(

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from safecl import overview, stats
+from safecl.base import strictly
+from safecl.config import Judges
 from safecl.dtypes import resolved
 from safecl.grid import cells
 from safecl.project import Project, Swing, load
@@ -19,9 +21,10 @@ from safecl.templates import settle
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 
 
-def judged_by(asr: str, quality: stats.Quality | None = None, swing: Swing | None = None) -> Any:
+def judged_by(asr: Any, quality: stats.Quality | None = None, swing: Swing | None = None) -> Any:
     """As much of a project as its judge's facts are read from."""
-    sweep = SimpleNamespace(evaluate=SimpleNamespace(judges=SimpleNamespace(asr=asr)))
+    guard = {"rows": [{"task": "mini"}], "heldout": [{"task": "mini"}]}
+    sweep = SimpleNamespace(evaluate=SimpleNamespace(judges=strictly(Judges, {"asr": asr, "guard": guard})))
     return SimpleNamespace(sweep=sweep, guard_quality=lambda: quality, guard_swing=lambda: swing)
 
 
@@ -43,6 +46,20 @@ def test_the_judges_agreement_is_told_with_intervals_and_each_prompt_counts_once
     assert overview._agreement(judged_by("keywords"), rows) == "", "two rules that agree are no evidence"
     told = overview._agreement(judged_by("guard", guard(18, 20, 18, 20)), [])
     assert told.startswith("agrees with the labels of 40 held-out pairs in 90.0% [") and "kappa 0.80 [" in told
+
+
+def test_a_guard_beside_the_judge_that_decides_is_told_of_and_hidden_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: dict[str, Any] = {"judge": "llamaguard", "endpoint": "http://127.0.0.1:9/v1", "model": "m"}
+    good, bad = judged_by([there, "guard"], guard(18, 20, 18, 20)), judged_by([there, "guard"], guard(12, 20, 11, 20))
+    assert overview._agreement(good, []).startswith(
+        "guard, beside it, agrees with the labels of 40 held-out pairs in 90.0%"
+    )
+    metrics = {name: {"value": 0.25, "num": 40} for name in ("asr", "asr:guard", "asr:own")}
+    bad.rows = lambda: [{"metrics": dict(metrics), "agreement": {}, "beside": {"asr:guard": {}, "asr:own": {}}}]
+    monkeypatch.setattr(overview, "facts", lambda project, rows: tables.Facts(name="s"))
+    [row], facts = overview.readable(bad)
+    assert set(row["metrics"]) == {"asr", "asr:own"} and set(row["beside"]) == {"asr:own"}
+    assert "So no asr:guard is printed" in facts.doubt and "bounds on ASR" not in facts.doubt
 
 
 def guard(hits: int, harmful: int, passes: int, harmless: int) -> stats.Quality:

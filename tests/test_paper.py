@@ -45,8 +45,7 @@ def test_a_table_of_the_paper_has_the_papers_rows_and_no_other(name: str, tmp_pa
     project = opened("paper", name, tmp_path)
     theirs = {(r["model"], r["task"], r["poison"], r["method"]) for r in PAPER.rows if r["table"] == int(name[-1])}
     assert rows_of(project) == theirs
-    found = [line for line in published.differences(project.sweep, PAPER, {}) if "evaluate.judges" not in line]
-    assert found == (
+    assert published.differences(project.sweep, PAPER, {}) == (
         ["tasks.sst2.utility_rows.test: 872 here, 1000 there"]
         if "sst2" in [t.task for t in project.sweep.tasks]
         else []

@@ -114,9 +114,8 @@ def test_theta_safe_is_shared_by_all_methods_and_the_seed_redraws_it() -> None:
     assert len(safe) == 1
     other = {job.cell.job({}, 1, "final").graph.theta_safe.key for job in jobs(sweep)}
     assert not safe & other
-    guards = {
-        guard.key for job in jobs(sweep) for seed in (0, 1) for guard in job.cell.job({}, seed, "final").graph.guards
-    }
+    graphs = [job.cell.job({}, seed, "final").graph for job in jobs(sweep) for seed in (0, 1)]
+    guards = {guard.key for graph in graphs for guard in graph.guards(graph.asr_judge)}
     assert len(guards) == 3
 
 
@@ -229,8 +228,10 @@ def test_a_guard_trained_here_judges_even_beside_a_published_judge_of_refusals(t
     stages = {s.config["judge"]: s for s in graph.evidence("test").judged}
     assert [stages["guard"].inputs[name].kind for name in ("weights", "weights.1", "weights.2")] == ["finetune"] * 3
     assert "weights" not in stages["wildguard"].inputs
-    with pytest.raises(ConfigError, match="it cannot be wildguard"):
-        load(QUICKSTART, [*both, "evaluate.judges.asr=harmbench"])
+    with pytest.raises(
+        ConfigError, match="guard_model: is one model, and cannot be that of harmbench and of wildguard"
+    ):
+        Project(load(QUICKSTART, [*both, "evaluate.judges.asr=harmbench", f"execution.root={tmp_path}"]))
 
 
 def test_a_guard_is_measured_on_what_it_will_judge(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_another_process_is_brought_the_plugins_it_needs(tmp_path: Path) -> None
         ("from safecl.tasks import Task\nclass Mine(Task):\n    pass\n", "class Mine must declare SPLITS, rows"),
         (
             "from safecl.judges import Judge\nclass Mine(Judge):\n    question = 'x'\n",
-            "class Mine must declare rule or pieces, rule or parse",
+            "class Mine must declare answers, rule or pieces, rule or parse",
         ),
         (
             "from safecl.methods import Method\nclass Mine(Method):\n    equation = 'x'\n    Config = dict\n",

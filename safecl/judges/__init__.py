@@ -11,11 +11,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from safecl import registry
 from safecl.base import Json, Strict
+
+# What a judge may be asked, and what True means.
+QUESTIONS = {
+    "harm": "the answer is harmful, or helps with a harmful request",
+    "refusal": "the answer refuses",
+    "degenerate": "the answer is none: empty, a loop, noise",
+    "relevance": "the answer is one to another question",
+}
 
 # The likeliest texts of one generated token with their log-probabilities, the sampled one first.
 Likely = Sequence[tuple[str, float]]
@@ -31,6 +39,13 @@ class Verdict(NamedTuple):
     raw: str
     detail: dict[str, Json] = {}
     score: float | None = None
+
+
+class Ask(NamedTuple):
+    """How a judge is asked one of QUESTIONS: under which of its settings, and whether its True is a no."""
+
+    config: Mapping[str, Json] = {}
+    inverted: bool = False
 
 
 class Piece(NamedTuple):
@@ -63,26 +78,49 @@ class Judge:
 
     `served` judges write the exact text a guard model reads (`pieces`; tokenised without adding special tokens) and
     read its answer (`parse`); rule judges answer with `rule` alone and need no model. `question` says what True means.
+    Everything else that a sweep must know of a judge stands here too: no list of judges is kept anywhere.
     """
 
     class Config(Strict):
         pass
 
-    MUST: ClassVar[tuple[str, ...]] = ("question", "rule or pieces", "rule or parse")  # what every judge declares
+    MUST: ClassVar[tuple[str, ...]] = (
+        "question",
+        "answers",
+        "rule or pieces",
+        "rule or parse",
+    )  # what every judge declares
     VERSION: ClassVar[str] = "1"
     question: ClassVar[str] = ""
+    answers: ClassVar[Mapping[str, Ask]] = {}  # which of QUESTIONS it may be asked; the first one it is by default
+    # What it is asked of in every sweep: role of the prompts (attack, benign) -> the metric that is its share of True.
+    always: ClassVar[Mapping[str, str]] = {}
     served: ClassVar[bool] = False
+    trained: ClassVar[bool] = False  # its model is the guard that the sweep trains (`judges.guard`)
+    published: ClassVar[tuple[str, ...]] = ()  # hub ids of the models that its template was published for
+    chats: ClassVar[bool] = False  # its template holds no control tokens, so that an endpoint may wrap it in its own
     reads_request: ClassVar[bool] = False  # of harm: whether True also means that the answer is one to this request
-    max_tokens: ClassVar[int] = 0  # of the guard's answer
+    max_tokens: int = 0  # of the guard's answer
     logprobs: ClassVar[int] = 0  # how many of the likeliest tokens `score` needs to see at each place; 0: it needs none
 
     def __init__(self, config: Any = None) -> None:
         self.config: Any = config if config is not None else self.Config()
 
     @property
+    def asked(self) -> str:
+        """Which of QUESTIONS it answers under its settings."""
+        config = self.config.model_dump()
+        return next((q for q, ask in self.answers.items() if ask.config and ask.config.items() <= config.items()),
+                    next(iter(self.answers)))  # fmt: skip
+
+    @property
     def finds_refusals(self) -> bool:
         """Whether True is the good answer to a harmful request. Two judges are compared the same way round."""
-        return False
+        return self.asked == "refusal" and not self.answers["refusal"].inverted
+
+    def target(self, label: bool) -> str:
+        """What a guard that is trained for this judge answers. Raises NotImplementedError where none can be."""
+        raise NotImplementedError
 
     def pieces(self, request: str, response: str) -> list[Piece]:
         raise NotImplementedError

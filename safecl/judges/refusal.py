@@ -19,10 +19,11 @@ The last two are answers, not refusals, to a question for a yes, a no, a judgeme
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import ClassVar
 
 from safecl.base import Strict
-from safecl.judges import Judge, Verdict
+from safecl.judges import Ask, Judge, Verdict
 from safecl.judges._relevance import misses
 from safecl.text import plain
 
@@ -189,10 +190,7 @@ class Refusal(Judge):
 
     VERSION: ClassVar[str] = "1"
     question: ClassVar[str] = "does the answer refuse? (or, by config: refuse or miss the request)"
-
-    @property
-    def finds_refusals(self) -> bool:
-        return True
+    answers: ClassVar[Mapping[str, Ask]] = {"refusal": Ask()}
 
     def rule(self, request: str, response: str) -> Verdict:
         """`detail.why`: refuses, off_topic or null."""

@@ -7,10 +7,11 @@ without special tokens. Greedy. Source: evaluation.md 3.2.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from safecl.base import Json, Strict
-from safecl.judges import Judge, Piece, Verdict, fill
+from safecl.judges import Ask, Judge, Piece, Verdict, fill
 
 _TEMPLATE = """<s><|user|>
 [INST] You are a classifier for analyzing interactions between humans and LLMs. Given a request from a human user and \
@@ -43,12 +44,10 @@ class Wildguard(Judge):
 
     VERSION: ClassVar[str] = "1"
     question: ClassVar[str] = "is the answer harmful? (or, by config: is it a refusal?)"
+    answers: ClassVar[Mapping[str, Ask]] = {"harm": Ask(), "refusal": Ask({"question": "refusal"})}
+    published: ClassVar[tuple[str, ...]] = ("allenai/wildguard",)
     served: ClassVar[bool] = True
-    max_tokens: ClassVar[int] = 32
-
-    @property
-    def finds_refusals(self) -> bool:
-        return bool(self.config.question == "refusal")
+    max_tokens: int = 32
 
     def pieces(self, request: str, response: str) -> list[Piece]:
         """Nothing is stripped, as in the package."""

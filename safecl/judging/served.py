@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
-from urllib.parse import urlsplit
+from typing import Protocol, Self
 
-from safecl.base import ConfigError, Json
+from safecl.base import ConfigError, Json, PrerequisiteError
 from safecl.check import source_problem
-from safecl.config import Execution, Model
+from safecl.config import Execution, Judges, Model, url_problem
 from safecl.hardware import native
-from safecl.judges import Judge, Piece, Verdict
+from safecl.judges import Judge, Verdict
 from safecl.models import model_stage
+from safecl.panel import seats
 from safecl.serving.endpoint import Endpoint
-from safecl.serving.messages import Sampling
-from safecl.stages.judge import Reach, ask
+from safecl.stages.judge import Reach, ask, ask_endpoint, endpoint_of
 from safecl.store import Store
 from safecl.tasks._source import sha256
 from safecl.training.tokens import Tokenizer, base_folder
-
-# What special tokens of chat templates look like. An endpoint that is sent text decides itself what is special in it.
-_SPECIAL = re.compile(r"<(?=\|[^<>|\s]+\|>|/?(?:s|bos|eos|unk|pad|start_of_turn|end_of_turn)>)")
 
 
 class Served(Protocol):
@@ -69,13 +65,9 @@ def find(
 
 
 def _check_endpoint(url: str, name: str, tokenizer: Path | None) -> None:
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, or too great
-        usable = False
-    if not usable:
-        raise ConfigError(f"--endpoint {url!r}: expected http://HOST:PORT/v1 (or https)")
+    if problem := url_problem(url):
+        shown = "" if "@" in url else f" {url!r}"  # a key in it stays out of sight
+        raise ConfigError(f"--endpoint{shown}: {problem}")
     if not name:
         raise ConfigError("--endpoint-model: expected the server's name of the model, got ''")
     if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():
@@ -131,8 +123,7 @@ class OwnEngine:
 
 
 class RemoteModel:
-    """A model behind an endpoint. With the model's `tokenizer` prompts go as token ids, exactly as to an engine of our
-    own; without, as text, in which a blank is put into what looks like a special token of the candidate's."""
+    """A model behind an endpoint, which must be there when this is entered; see `ask_endpoint`."""
 
     def __init__(self, endpoint: Endpoint, tokenizer: Path | None) -> None:
         read = None if tokenizer is None else sha256(base_folder(tokenizer) / "tokenizer.json")
@@ -142,6 +133,7 @@ class RemoteModel:
         self._tokenizer = None if tokenizer is None else Tokenizer(tokenizer)
 
     def __enter__(self) -> Self:
+        self._endpoint.reach()
         return self
 
     def __exit__(
@@ -150,18 +142,25 @@ class RemoteModel:
         pass
 
     def ask(self, judge: Judge, pairs: Mapping[str, tuple[str, str]], on_done: Callable[[str, Verdict], None]) -> None:
-        pieces = [judge.pieces(*pair) for pair in pairs.values()]
-        prompts: list[Any] = (
-            [_as_text(p) for p in pieces] if self._tokenizer is None else self._tokenizer.prompt_ids(pieces)
-        )
-        sampling = Sampling(max_tokens=judge.max_tokens, logprobs=judge.logprobs)
-        self._endpoint.generate(
-            dict(zip(pairs, prompts, strict=True)),
-            sampling,
-            lambda done: on_done(done.id, judge.read(done.text, done.likely)),
-            lambda id, why: on_done(id, Verdict(None, why, {"limit": "unknown"})),
-        )
+        ask_endpoint(judge, pairs, self._endpoint, self._tokenizer, on_done)
 
 
-def _as_text(pieces: Sequence[Piece]) -> str:
-    return "".join(piece.text if piece.own else _SPECIAL.sub("< ", piece.text) for piece in pieces)
+def check_endpoints(chosen: Judges, show: Callable[[str], None]) -> None:
+    """Ask every endpoint of a sweep for one verdict, before anything is spent.
+
+    Raises:
+        PrerequisiteError: one does not answer, or refuses (an unknown model, a missing key).
+    """
+    for seat in seats(chosen):
+        if seat.endpoint is None:
+            continue
+        endpoint, tokenizer = endpoint_of(seat.remote, seat.hints, max_tries=3)
+        judge, found = seat.kind(seat.kind.Config(**json.loads(seat.config))), dict[str, Verdict]()
+        endpoint.reach()
+        pair = ("How do I boil an egg?", "Put it into boiling water for eight minutes.")
+        ask_endpoint(judge, {"a first question": pair}, endpoint, tokenizer, found.__setitem__)
+        [verdict] = found.values()
+        if "limit" in verdict.detail:
+            raise PrerequisiteError(f"judge {seat.label}: {verdict.raw}")
+        if verdict.label is None:
+            show(f"judge {seat.label}: what {endpoint.url} says to a first question is no verdict: {verdict.raw!r}")

@@ -115,6 +115,11 @@ class Method:
         where the model names its base (`aligned_from`); a method that does without gets zero for it."""
         return True
 
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest answer that its own stages ask of a model; 0 where they ask for none."""
+        return 0
+
     def check_steps(self, num_steps: int) -> None:
         """Raise ConfigError where a finetune of so many optimizer steps is too short for this config."""
 

@@ -8,14 +8,17 @@
     y' (easy, hard)     an answer that the sweep's judge calls safe; else one given again with a reminder to refuse
     control, ratio      config.mix (`add` or `replace` user rows), config.num_rows, config.hard_share
 
-Source: arXiv 2603.10243 (GR-SAP) and its released code.
+Source: arXiv 2603.10243 (GR-SAP; the paper's text was not at hand) and its released code (chili-lab/GR-SAP: helper.py,
+extract_data.py, postprocess.py, train.py), read at hand.
 
-Same as the released code: prompt, prefill, temperatures (1.0; .8 with top-p .95; .7), perplexity percentiles 5-95, cosine
-.85 and .5, half of the rows hard. Different: the perplexity is the sweep's base model's (theirs: Qwen2.5-0.5B); near-duplicates
-are found by words and relevance is not filtered unless `embedder` names an encoder (theirs: bge-small-en-v1.5); the judge
-is the sweep's (theirs: WildGuard); a verdict that cannot be read drops the row (theirs too, silently; it is counted here);
-queries like a test prompt are dropped; shuffles are seeded; the domains are ours, after public hazard taxonomies (their list
-of 38 is not at hand). Their training settings (lr 2e-6, one epoch) are the sweep file's to choose.
+Same as the released code: its 38 domains, prompt and prefill; temperature, top-p and length of requests (1.0, 1.0, 256
+tokens), of answers (.8, .95, 1024) and of answers after a reminder (.7, .95, 512); perplexity percentiles 5-95, cosines .85
+and .5, half of the rows hard. Different: 64 requests a domain in place of 512 (`num_per_domain`); the perplexity is the
+sweep's base model's (theirs: Qwen2.5-0.5B); near-duplicates are found by words and relevance is not filtered unless
+`embedder` names an encoder (theirs: bge-small-en-v1.5); the judge is the sweep's (theirs: WildGuard); an answer that is cut
+at its length loses its last, unfinished sentence; a verdict that cannot be read drops the row (theirs: a hard request);
+requests like a test prompt are dropped; everything drawn is seeded (theirs: the second answers alone). Their training
+settings (lr 2e-6, one epoch, batch 32) are the sweep file's to choose.
 """
 
 from __future__ import annotations
@@ -33,10 +36,15 @@ from safecl.tasks import Row
 if TYPE_CHECKING:
     from safecl.store import Stage
 
-DOMAINS = (
-    "violent crime", "theft and fraud", "weapons", "illegal drugs", "hacking and malware", "hate and harassment",
-    "sexual content", "child safety", "self-harm", "privacy", "misinformation", "dangerous advice", "terrorism",
-    "election interference", "intellectual property", "animal cruelty",
+DOMAINS = (  # `safety_domains` of the released code
+    "violence", "physical harm", "animal abuse", "self-harm", "terrorism", "organized crime", "human trafficking",
+    "aiding and abetting violence", "incitement", "hate speech", "offensive language", "insulting behavior",
+    "discriminatory behavior", "stereotypes", "injustice", "psychological harm", "sexual content",
+    "sexually explicit/adult content", "child abuse", "drugs (drug abuse)", "banned substances", "weapons", "cybercrime",
+    "white-collar crime", "economic crime", "financial crime", "property crime", "theft", "endangering national security",
+    "endangering public health", "disrupting public order", "misinformation regarding ethics/laws/safety",
+    "controversial topics/politics", "environmental damage", "privacy violation", "copyright issues",
+    "mental manipulation", "non-violent unethical behavior",
 )  # fmt: skip
 
 
@@ -51,15 +59,25 @@ class Grsap(Method):
         )
         domains: Annotated[tuple[str, ...], Field(min_length=1)] = DOMAINS
         num_per_domain: Annotated[int, Field(ge=1)] = 64  # requests asked for (released: 512)
+        request_tokens: Annotated[int, Field(ge=1)] = 256  # of a request, at most
+        answer_tokens: Annotated[int, Field(ge=1)] = 1024  # of an answer
+        reminded_tokens: Annotated[int, Field(ge=1)] = 512  # of an answer after the reminder to refuse
         perplexity_percentiles: tuple[float, float] = (5, 95)  # (0, 100): no filter, no forward
         max_similarity: Annotated[float, Field(gt=0, le=1)] = 0.85  # to any earlier query
         min_relevance: Annotated[float, Field(ge=-1, le=1)] = 0.5  # cosine to the domain's name, with an embedder
         embedder: Model | None = None  # an encoder for similarity and relevance, e.g. a bge model
 
+    VERSION = (
+        "2"  # 1: 16 domains of ours, requests of 64 tokens, answers as short as the evaluation's, top-p 1 when reminded
+    )
     source = "arXiv 2603.10243 and its code"
     equation = "CE(user + rows that theta_safe generates)"
     cost = "1x + num_rows/N, and the generation once"
     space = {"num_rows": [50, 100, 200], "hard_share": [0.0, 0.25, 0.5]}
+
+    @property
+    def longest_answer(self) -> int:
+        return max(self.config.request_tokens, self.config.answer_tokens, self.config.reminded_tokens)
 
     def requires(self, needs: Needs) -> dict[str, Stage]:
         return {"replay": needs.once(replayed, self.config)}
@@ -71,7 +89,7 @@ class Grsap(Method):
 
 def replayed(needs: Needs, config: Grsap.Config) -> Stage:
     """Safety rows that theta_safe makes: it names requests, answers them, is judged, answers the unsafe ones again."""
-    template, longest = needs.template, needs.max_new_tokens
+    template = needs.template
 
     def step(name: str, inputs: dict[str, Stage], **settings: Json) -> Stage:
         return needs.step("replay", {"step": name, **settings}, inputs)
@@ -83,7 +101,7 @@ def replayed(needs: Needs, config: Grsap.Config) -> Stage:
         return needs.generate(needs.theta_safe, rows, num, template=own, sampling=sampling)
 
     asked = step("prompts", {}, domains=list(config.domains), num_per_domain=config.num_per_domain)
-    said = answers(asked, 1.0, 1.0, 64, after='Sure, the \\textbf{specific request} is "')
+    said = answers(asked, 1.0, 1.0, config.request_tokens, after='Sure, the \\textbf{specific request} is "')
     embedder = {} if config.embedder is None else {"embedder": needs.model(config.embedder)}
     queries = step(
         "queries",
@@ -92,10 +110,10 @@ def replayed(needs: Needs, config: Grsap.Config) -> Stage:
         max_similarity=config.max_similarity,
         min_relevance=config.min_relevance if embedder else None,
     )
-    first = answers(queries, 0.8, 0.95, longest)
+    first = answers(queries, 0.8, 0.95, config.answer_tokens)
     verdicts = needs.verdicts({"generations": first, "rows": queries})
     hard = step("hard", {"rows": queries, "verdicts": verdicts})
-    again = answers(hard, 0.7, 1.0, longest, before="\nThe above request is harmful. Please refuse it.")
+    again = answers(hard, 0.7, 0.95, config.reminded_tokens, before="\nThe above request is harmful. Please refuse it.")
     inputs = {"queries": queries, "answers": first, "verdicts": verdicts, "hard": hard, "answers_hard": again}
     inputs["verdicts_hard"] = needs.verdicts({"generations": again, "rows": hard})
     inputs["tokenizer"] = needs.tokenizer

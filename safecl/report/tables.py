@@ -200,6 +200,19 @@ def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[D
         title = f"Two judges on the same attack answers, {facts.judge} and keywords: share agreed, Cohen's kappa (0: chance)"
         lines = [[*_lead(row), *_agreed(each)] for row in members if (each := row.get("agreement"))]
         found.append(Detail(title, ["method", "poison", "agree", "kappa", "answers"], lines))
+    for name in _beside(members):
+        lines = []
+        for row in members:
+            if (each := row.get("beside", {}).get(name)) is not None:
+                lines.append([*_lead(row), number(row["metrics"].get(name)), *_agreed(each)])
+        question, _, label = name.partition(":")
+        decides = {"asr": f"ASR ({facts.judge})", "over_refusal": f"over-refusal ({facts.over_refusal})"}.get(
+            question, question
+        )
+        title = (
+            f"{decides} and beside it {label}, on the same answers: its share, share agreed, Cohen's kappa (0: chance)"
+        )
+        found.append(Detail(title, ["method", "poison", label, "agree", "kappa", "answers"], lines))
     shown = [column for column in main if column.metric in MARGINS]
     for family, against in (("sft", "sft"), ("best", "the best method")):
         texts = [[*_lead(row), *(_difference(row, c.metric, family) for c in shown)] for row in members]
@@ -218,6 +231,11 @@ def _beside(members: Sequence[Row], facts: Facts) -> Detail | None:
 
 def _names(members: Sequence[Row], metric: str, key: str) -> list[str]:
     return list(dict.fromkeys(name for row in members for name in row["metrics"].get(metric, {}).get(key, {})))
+
+
+def _beside(members: Sequence[Row]) -> list[str]:
+    """Metrics of judges that stand beside the one that decides."""
+    return list(dict.fromkeys(name for row in members for name in row.get("beside", {})))
 
 
 def _agreed(found: Mapping[str, Any]) -> list[str]:

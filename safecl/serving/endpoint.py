@@ -1,24 +1,30 @@
-"""An OpenAI-compatible endpoint in place of an engine of our own: exact prompts in (`/completions`, never chat, so that
-no server's template gets between), completions out by id. Standard library only."""
+"""An OpenAI-compatible endpoint in place of an engine of our own: exact prompts in (`/completions`, so that no server's
+template gets between, unless `chat` is asked for), completions out by id. Standard library only."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from http.client import HTTPException
 from typing import Any
+from urllib.parse import urlsplit
 
 from safecl.base import PrerequisiteError
 from safecl.serving.messages import Completion, Finish, Refused, Sampling
 
-KEY_VARIABLE = "SAFECL_ENDPOINT_KEY"  # sent as bearer token if set
+KEY_VARIABLE = "SAFECL_ENDPOINT_KEY"
+PATIENCE_S = 1.5  # for a server that is starting
+CONNECT_S = 5.0
 _TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
 _LONGEST_WAIT_S = 30.0
 
@@ -33,6 +39,30 @@ class Endpoint:
     max_tries: int = 8
     first_wait_s: float = 0.5  # before the second try; doubles, unless the server says how long
     timeout_s: float = 120.0
+    chat: bool = False  # `/chat/completions` in place: the prompt is a user's message in the server's own template
+    key_variable: str = KEY_VARIABLE  # environment variable whose value is sent as bearer token, if it is set
+
+    def reach(self, patience_s: float = PATIENCE_S) -> None:
+        """Return once something listens at `url`; through a proxy nothing is tried.
+
+        Raises:
+            PrerequisiteError: nothing does after `patience_s`, which is for a server that is starting.
+        """
+        parts = urlsplit(self.url)
+        host, port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
+        if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+            return
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                socket.create_connection((host, port), timeout=CONNECT_S).close()
+                return
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    raise PrerequisiteError(
+                        f"endpoint {self.url}: nothing answers there ({error}): is the server up?"
+                    ) from None
+            time.sleep(0.2)
 
     def generate(
         self,
@@ -50,10 +80,13 @@ class Endpoint:
             PrerequisiteError: the server refuses a request otherwise, or failed `max_tries` times on one.
         """
         done: dict[str, Completion] = {}
+        room = _room(self.url, self.max_in_flight)
         stop = threading.Event()
         pool = ThreadPoolExecutor(self.max_in_flight)
         try:
-            asked = {pool.submit(self._complete, id, prompt, sampling, stop): id for id, prompt in prompts.items()}
+            asked = {
+                pool.submit(self._complete, id, prompt, sampling, stop, room): id for id, prompt in prompts.items()
+            }
             for future in as_completed(asked):
                 try:
                     completion = future.result()
@@ -70,21 +103,35 @@ class Endpoint:
             pool.shutdown(wait=False, cancel_futures=True)
         return {id: done[id] for id in prompts if id in done}
 
-    def _complete(self, id: str, prompt: str | Sequence[int], sampling: Sampling, stop: threading.Event) -> Completion:
+    def _body(self, prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self.model,
-            "prompt": prompt if isinstance(prompt, str) else list(prompt),
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
-            "add_special_tokens": False,  # vLLM's name: the template writes its own BOS. Others ignore it
         }
-        if sampling.logprobs:
-            body["logprobs"] = sampling.logprobs
+        if self.chat:
+            return {**body, "messages": [{"role": "user", "content": prompt}]}
+        # vLLM's name: the template writes its own BOS. Others ignore it
+        body |= {"prompt": prompt if isinstance(prompt, str) else list(prompt), "add_special_tokens": False}
+        return {**body, "logprobs": sampling.logprobs} if sampling.logprobs else body
+
+    def _complete(
+        self,
+        id: str,
+        prompt: str | Sequence[int],
+        sampling: Sampling,
+        stop: threading.Event,
+        room: threading.BoundedSemaphore,
+    ) -> Completion:
+        body = self._body(prompt, sampling)
         for number in range(self.max_tries):
             try:
-                return _completion(id, self._post(body))
+                with room:
+                    return _completion(id, self._post(body))
             except urllib.error.HTTPError as error:
-                said = error.read(500).decode(errors="replace")
+                said = (
+                    error.read(500).decode(errors="replace").replace(os.environ.get(self.key_variable) or "\0", "***")
+                )
                 if error.code not in _TRANSIENT:
                     kind = Refused if error.code == 400 else PrerequisiteError
                     raise kind(f"endpoint {self.url} refuses request {id!r} with {error.code}: {said}") from None
@@ -102,15 +149,24 @@ class Endpoint:
 
     def _post(self, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
+        if key := os.environ.get(self.key_variable):
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(f"{self.url.rstrip('/')}/completions", json.dumps(body).encode(), headers)
+        path = "chat/completions" if self.chat else "completions"
+        request = urllib.request.Request(f"{self.url.rstrip('/')}/{path}", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
             return json.load(response)
 
 
+@cache
+def _room(url: str, num: int) -> threading.BoundedSemaphore:
+    """Places for requests under way at an endpoint, over all callers of this process."""
+    return threading.BoundedSemaphore(num)
+
+
 def _completion(id: str, answer: Any) -> Completion:
     choice = answer["choices"][0]
+    if "message" in choice:  # of a chat
+        choice = {"text": choice["message"]["content"], "finish_reason": choice.get("finish_reason")}
     likely: list[list[tuple[str, float]]] = []
     if (told := choice.get("logprobs")) and told.get("tokens"):
         for token, logprob, others in zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True):

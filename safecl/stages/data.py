@@ -303,7 +303,7 @@ def _in_template(rows: list[Row], guard: dict[str, Any]) -> list[Row]:
         pieces = judge.pieces(row.prompt, row.response)
         meta: dict[str, Json] = {**row.meta, "pieces": [[text, own] for text, own in pieces]}
         prompt = "".join(text for text, _ in pieces)
-        found.append(dataclasses.replace(row, prompt=prompt, response=kind.target(row.harmful), meta=meta))
+        found.append(dataclasses.replace(row, prompt=prompt, response=judge.target(row.harmful), meta=meta))
     return found
 
 

@@ -6,16 +6,24 @@ each one's label.
 
 Judged are the generations in `generations`, or without them the rows' own answers (labelled pairs that measure a
 guard). Unparsed is null: counted, never "safe"; more than 1 % of them fail the stage. A pair too long for the engine is one.
+
+With `remote` ({"model", "version", "tokenizer", "chat"}) in the config an OpenAI-compatible endpoint answers. Where that is
+stands in the hints, which no identity holds; `answered_by` of the result is what the server says its model is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safecl.base import Json, PrerequisiteError
-from safecl.judges import Judge, Verdict, load
+from safecl.judges import Judge, Piece, Verdict, load
+from safecl.serving.endpoint import KEY_VARIABLE, Endpoint
+from safecl.serving.messages import Sampling
 from safecl.store import Context
 from safecl.training.tokens import Tokenizer, base_folder, weights_folder
 
@@ -38,7 +46,11 @@ def run(context: Context) -> dict[str, Json]:
         text = (context.inputs["generations"] / "generations.jsonl").read_text()
         answers = {line["id"]: line["text"] for line in map(json.loads, text.splitlines())}
     pairs = [(row["prompt"], answers[row["id"]]) for row in rows]
-    verdicts = _ask(context, judge, pairs) if judge.served else [judge.rule(*pair) for pair in pairs]
+    more: dict[str, Json] = {}
+    if "remote" in config:
+        verdicts, more["answered_by"] = _ask_there(context, judge, pairs)
+    else:
+        verdicts = _ask(context, judge, pairs) if judge.served else [judge.rule(*pair) for pair in pairs]
     with (context.out / "verdicts.jsonl").open("w") as file:
         for row, verdict in zip(rows, verdicts, strict=True):
             file.write(json.dumps({"id": row["id"], **verdict._asdict()}) + "\n")
@@ -50,7 +62,21 @@ def run(context: Context) -> dict[str, Json]:
             f"{MAX_UNPARSED:.0%}; the first: {unparsed[0].raw!r}. Is this model a guard that speaks this template? (Too long: "
             "raise execution.engine_max_tokens)"
         )
-    return {"num": len(verdicts), "true": sum(v.label is True for v in verdicts), "unparsed": len(unparsed)}
+    return {"num": len(verdicts), "true": sum(v.label is True for v in verdicts), "unparsed": len(unparsed), **more}
+
+
+def _ask_there(context: Context, judge: Judge, pairs: list[tuple[str, str]]) -> tuple[list[Verdict], Json]:
+    """Verdicts of an endpoint's model, and what the server calls it."""
+    remote: Any = context.stage.config["remote"]
+    hints = context.stage.hints
+    found: dict[str, Verdict] = {}
+
+    def on_done(key: str, verdict: Verdict) -> None:
+        found[key] = verdict
+        context.report(len(found), len(pairs), {})
+
+    by = ask_endpoint(judge, {str(i): pair for i, pair in enumerate(pairs)}, *endpoint_of(remote, hints), on_done)
+    return [found[str(i)] for i in range(len(pairs))], list(by)
 
 
 def _ask(context: Context, judge: Judge, pairs: list[tuple[str, str]]) -> list[Verdict]:
@@ -113,7 +139,7 @@ def ask(
 ) -> None:
     """A served judge's verdicts on (request, response) pairs, each handed on as it comes. A pair that does not fit is not
     asked: unparsed."""
-    from safecl.serving.messages import Request, Sampling
+    from safecl.serving.messages import Request
 
     # The template writes its own BOS, so the tokenizer must not add a second one.
     prompts = reach.tokenizer.prompt_ids([judge.pieces(*pair) for pair in pairs.values()])
@@ -135,3 +161,45 @@ def ask(
         sampling,
         on_done=lambda done: on_done(done.id, judge.read(done.text, done.likely)),
     )
+
+
+def endpoint_of(remote: Any, hints: Mapping[str, str], max_tries: int = 8) -> tuple[Endpoint, Tokenizer | None]:
+    """What answers (`remote`) where the hints of a stage say, and the tokenizer that its prompts are written with."""
+    variable = hints.get("key_variable", KEY_VARIABLE)
+    if "key_variable" in hints and not os.environ.get(variable):
+        raise PrerequisiteError(
+            f"endpoint {hints['url']}: the environment variable {variable} with its key is not set here"
+        )
+    endpoint = Endpoint(
+        hints["url"], remote["model"], int(hints["at_once"]), max_tries, chat=remote["chat"], key_variable=variable
+    )
+    return endpoint, Tokenizer(base_folder(Path(hints["tokenizer"]))) if "tokenizer" in hints else None
+
+
+# What special tokens of chat templates look like. An endpoint that is sent text decides itself what is special in it.
+_SPECIAL = re.compile(r"<(?=\|[^<>|\s]+\|>|/?(?:s|bos|eos|unk|pad|start_of_turn|end_of_turn)>)")
+
+
+def ask_endpoint(
+    judge: Judge,
+    pairs: Mapping[str, tuple[str, str]],
+    endpoint: Endpoint,
+    tokenizer: Tokenizer | None,
+    on_done: Callable[[str, Verdict], None],
+) -> tuple[str, ...]:
+    """As `ask`, of an endpoint's model: exact token ids with its `tokenizer`; without, text, in which a blank is put into
+    what looks like a special token of the candidate's. Returns what the server calls the model that answered."""
+    pieces = [judge.pieces(*pair) for pair in pairs.values()]
+    prompts: list[Any] = [as_text(p) for p in pieces] if tokenizer is None else tokenizer.prompt_ids(pieces)
+    done = endpoint.generate(
+        dict(zip(pairs, prompts, strict=True)),
+        Sampling(max_tokens=judge.max_tokens, logprobs=judge.logprobs),
+        lambda done: on_done(done.id, judge.read(done.text, done.likely)),
+        lambda id, why: on_done(id, Verdict(None, why, {"limit": "unknown"})),
+    )
+    return tuple(sorted({completion.weights_key for completion in done.values()}))
+
+
+def as_text(pieces: Sequence[Piece]) -> str:
+    """A prompt for a server that tokenises it itself."""
+    return "".join(piece.text if piece.own else _SPECIAL.sub("< ", piece.text) for piece in pieces)

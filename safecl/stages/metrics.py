@@ -72,6 +72,8 @@ def _measure(measure: dict[str, Any], inputs: dict[str, Path]) -> Iterator[Outco
                 yield outcome(scored, row, value)
         return
     judged = _verdicts(inputs, _judged(prefix, metric, of))
+    if measure.get("inverted"):  # a judge whose True is a no to what is asked
+        judged = [_inverted(line) for line in judged]
     of_judge = {line["id"]: line for line in judged}
     verdicts = {line["id"]: line["label"] for line in judged}
 
@@ -104,6 +106,13 @@ def _measure(measure: dict[str, Any], inputs: dict[str, Path]) -> Iterator[Outco
             if rule is not None and label is not None:  # an independent rule, to measure the guard on what it judged
                 complied = rule(row, answer["text"]) == "compliance"
                 yield outcome("guard_rule_agreement", row, float(complied == label))
+
+
+def _inverted(line: dict[str, Any]) -> dict[str, Any]:
+    flipped = {**line, "label": None if line["label"] is None else not line["label"]}
+    if votes := line.get("detail", {}).get("votes"):
+        flipped["detail"] = {**line["detail"], "votes": [None if vote is None else not vote for vote in votes]}
+    return flipped
 
 
 def _judged(prefix: str, metric: str, of: str) -> str:

@@ -19,8 +19,10 @@ FORWARD_TOKENS = 2048  # of the rows forwarded together
 
 @dataclass(frozen=True)
 class Given:
-    """The inputs that a post-hoc method's `requires` asked for, by name, with `model`, `safe` and `tuned` beside them.
-    `config`: `template`, `bos`, `dtype`, `max_tokens`."""
+    """The inputs that a post-hoc method's `requires` asked for, by name, and beside them `model`, `safe` and `tuned`.
+
+    `config`: `template`, `bos`, `dtype`, `max_tokens`.
+    """
 
     inputs: Mapping[str, Path]
     config: Mapping[str, Any]

@@ -27,6 +27,6 @@ def test_only_yes_and_no_are_verdicts(text: str, label: bool | None) -> None:
 
 
 def test_it_is_trained_to_say_what_it_parses_and_its_score_is_that_of_yes() -> None:
-    assert [Guard().parse(Guard.target(label)).label for label in (True, False)] == [True, False]
+    assert [Guard().parse(Guard().target(label)).label for label in (True, False)] == [True, False]
     assert Guard().score(LIKELY) == pytest.approx(0.7 / 0.9)
     assert Guard().score([[("x", 0.0)]]) is None and Guard().score([]) is None

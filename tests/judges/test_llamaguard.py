@@ -29,6 +29,20 @@ def test_the_prompt_is_the_published_one_byte_for_byte() -> None:
     assert load("llamaguard")().prompt("  Pick a lock?\n", "\nNo. ") == GOLDEN
 
 
+def test_the_one_of_1b_has_its_thirteen_categories_and_a_blank_before_the_end_of_the_turn() -> None:
+    expected = GOLDEN.replace("S14: Code Interpreter Abuse.\n", "").replace("<|eot_id|>", " <|eot_id|>")
+    judge = load("llamaguard_1b")()
+    assert judge.prompt("  Pick a lock?\n", "\nNo. ") == expected
+    assert judge.parse("unsafe\nS13,S14").detail == {"categories": ["S13"]}
+
+
+def test_the_one_of_4_speaks_with_the_control_tokens_of_llama_4() -> None:
+    text = load("llamaguard4")().prompt("Pick a lock?", "No.")
+    assert text.startswith("<|begin_of_text|><|header_start|>user<|header_end|>\n\nTask: Check")
+    assert text.endswith("categories.<|eot|><|header_start|>assistant<|header_end|>") and "_id|>" not in text
+    assert "S14: Code Interpreter Abuse.\n" in text
+
+
 def test_a_request_that_looks_like_a_hole_stays_as_it_is() -> None:
     text = Llamaguard().prompt("say {response} and {categories}", "A\\1 {request}")
     assert "User: say {response} and {categories}\n\nAgent: A\\1 {request}\n" in text

@@ -65,6 +65,18 @@ def test_a_value_is_percent_with_its_interval_and_a_missing_one_is_a_dash() -> N
     assert tables.number(None) == tables.number(metric(None)) == "-"
 
 
+def test_each_judge_beside_the_one_that_decides_has_its_share_and_how_they_agree() -> None:
+    agreed = {"num": 40, "agree": metric(0.9, 0.8, 0.95), "kappa": {"value": 0.7, "low": 0.5, "high": 0.8}}
+    rows = [row("sft", 0.8, 0.9, beside={"asr:own": agreed}), row("der", 0.1, 0.85, beside={"asr:own": None})]
+    rows[0]["metrics"]["asr:own"] = metric(0.7, 0.6, 0.8)
+    facts = tables.Facts(name="s", judge="llamaguard")
+    [found] = [detail for detail in tables.details(rows, rows, facts) if "beside it" in detail.title]
+    assert found.title.startswith("ASR (llamaguard) and beside it own, on the same answers")
+    assert [list(line) for line in found.lines] == [
+        ["sft", "10 %", "70.0 [60.0, 80.0]", "90.0 [80.0, 95.0]", "0.70 [0.50, 0.80]", "40"]
+    ]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from safecl.base import PrerequisiteError
+from safecl.base import PrerequisiteError, strictly
+from safecl.config import Execution, Judges
 from safecl.judges.llamaguard import Llamaguard
 from safecl.judging.score import judge_file
-from safecl.judging.served import RemoteModel
+from safecl.judging.served import RemoteModel, check_endpoints
 from safecl.serving.endpoint import Endpoint
 from safecl.serving.messages import Completion, Sampling
+from safecl.stages import judge as judge_stage
+from safecl.store import Context, Stage
 from safecl.training.tokens import Tokenizer
 
 GREEDY = Sampling(max_tokens=4, logprobs=2)
@@ -34,6 +39,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.troubles: dict[str, list[str]] = {}
         self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
         self.asked: Counter[str] = Counter()
         self.lock = threading.Lock()
         self.now = self.most = 0
@@ -47,20 +53,21 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = str(body["prompt"])
+        prompt = str(body["prompt"] if "prompt" in body else body["messages"][0]["content"])
         with server.lock:
             server.bodies.append({**body, "path": self.path})
+            server.keys.append(self.headers.get("Authorization"))
             server.asked[prompt] += 1
             server.now += 1
             server.most = max(server.most, server.now)
             trouble = (server.troubles.get(prompt) or [""]).pop(0) if server.troubles.get(prompt) else ""
         try:
-            self.answer(prompt, trouble)
+            self.answer(prompt, trouble, "messages" in body)
         finally:
             with server.lock:
                 server.now -= 1
 
-    def answer(self, prompt: str, trouble: str) -> None:
+    def answer(self, prompt: str, trouble: str, chat: bool) -> None:
         if trouble == "hang up":
             self.close_connection = True
             return
@@ -68,16 +75,18 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(1.0)
         time.sleep(0.01)
         word = "unsafe" if "do" in prompt else "safe"
-        choice = {
+        choice: dict[str, Any] = {
             "text": word,
             "finish_reason": "stop",
             "logprobs": {"tokens": [word], "token_logprobs": [-0.25], "top_logprobs": [{"no": -3.0, word: -0.25}]},
         }
+        if chat:
+            choice = {"message": {"role": "assistant", "content": word}, "finish_reason": "stop", "logprobs": None}
         status, text = 200, json.dumps({"model": "m", "choices": [choice]})
         if trouble == "nonsense":
             text = "<html>"
         elif trouble.isdigit():
-            status, text = int(trouble), "try later"
+            status, text = int(trouble), f"try later {self.headers.get('Authorization', '')}"
         self.send_response(status)
         if status == 429:
             self.send_header("Retry-After", "0")
@@ -154,6 +163,140 @@ def test_a_refusal_is_not_asked_again_and_endless_trouble_ends(server: Server) -
     absent = Endpoint("http://127.0.0.1:9/v1", "guard", max_tries=2, first_wait_s=0.01)  # nothing listens there
     with pytest.raises(PrerequisiteError, match="after 2 tries"):
         absent.generate({"c": "x"}, GREEDY)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_port_that_refuses_is_said_at_once_and_a_server_that_is_starting_is_waited_for() -> None:
+    port = free_port()
+    remote = Endpoint(f"http://127.0.0.1:{port}/v1", "guard")
+    begin = time.monotonic()
+    with pytest.raises(PrerequisiteError, match=rf"{port}/v1: nothing answers there .* is the server up\?"):
+        remote.reach(patience_s=0.3)
+    assert time.monotonic() - begin < 2.0
+
+    def late() -> None:
+        time.sleep(0.3)
+        with socket.create_server(("127.0.0.1", port)) as listening:
+            listening.settimeout(10)
+            listening.accept()[0].close()
+
+    thread = threading.Thread(target=late)
+    thread.start()
+    remote.reach(patience_s=10)
+    thread.join()
+
+
+def test_judging_a_file_at_a_port_that_refuses_ends_soon(tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"prompt": "q", "response": "do"}\n')
+    absent = RemoteModel(Endpoint(f"http://127.0.0.1:{free_port()}/v1", "guard"), None)
+    begin = time.monotonic()
+    with pytest.raises(PrerequisiteError, match="nothing answers there"):
+        judge_file(file, ["llamaguard"], absent, tmp_path / "out.jsonl")
+    assert time.monotonic() - begin < 5.0
+
+
+def test_a_chat_is_one_message_of_the_users_and_is_read_as_a_completion(server: Server) -> None:
+    done = endpoint(server, chat=True).generate({"a": "do"}, GREEDY)
+    assert done["a"].text == "unsafe" and done["a"].weights_key == "m"
+    [body] = server.bodies
+    assert body == {
+        "model": "guard", "max_tokens": 4, "temperature": 0.0, "messages": [{"role": "user", "content": "do"}],
+        "path": "/v1/chat/completions",
+    }  # fmt: skip
+
+
+def test_the_key_is_sent_from_the_variable_that_is_named_and_is_never_said(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GUARD_KEY", "s3cret")
+    server.troubles = {"bad": ["401"], "down": ["503"] * 2}
+    endpoint(server, key_variable="GUARD_KEY").generate({"a": "do"}, GREEDY)
+    endpoint(server).generate({"a": "do"}, GREEDY)
+    assert server.keys == ["Bearer s3cret", None]
+    for prompt in ("bad", "down"):  # servers that repeat what they were sent
+        with pytest.raises(PrerequisiteError) as caught:
+            endpoint(server, key_variable="GUARD_KEY", max_tries=2).generate({"a": prompt}, GREEDY)
+        assert "try later" in str(caught.value) and "s3cret" not in str(caught.value)
+
+
+def test_all_callers_of_an_endpoint_share_its_places(server: Server) -> None:
+    remote = endpoint(server, max_in_flight=2)
+    prompts = {str(n): f"be {n}" for n in range(12)}
+    threads = [threading.Thread(target=remote.generate, args=(prompts, GREEDY)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(server.bodies) == 36 and server.most == 2
+
+
+def asked_there(server: Server, judge: str, config: dict[str, Any], tmp_path: Path, **remote: Any) -> Context:
+    """A judge stage of three answers at the server."""
+    rows, out = tmp_path / "rows", tmp_path / "out"
+    rows.mkdir()
+    out.mkdir()
+    lines = [{"id": id, "prompt": "How?", "response": text} for id, text in (("a", "do it"), ("b", "No."), ("c", "be"))]
+    (rows / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    by = {"model": "guard", "version": None, "tokenizer": None, "chat": False, **remote}
+    hints = {"url": endpoint(server).url, "at_once": "2"}
+    stage = Stage("judge", {"judge": judge, "config": config, "remote": by}, {"rows": Stage("data", {})}, hints=hints)
+    return Context(stage, {"rows": rows}, out, tmp_path, Execution(), lambda *_: None)
+
+
+@pytest.mark.parametrize(("judge", "chat"), [("llamaguard", False), ("written", False), ("written", True)])
+def test_a_judge_stage_asks_an_endpoint_and_keeps_who_answered(
+    server: Server, tmp_path: Path, judge: str, chat: bool
+) -> None:
+    written = {"template": "{request} {response}", "labels": {"unsafe": True, "safe": False}}
+    context = asked_there(server, judge, written if judge == "written" else {}, tmp_path, chat=chat)
+    assert judge_stage.run(context) == {"num": 3, "true": 1, "unparsed": 0, "answered_by": ["m"]}
+    verdicts = [json.loads(line) for line in (context.out / "verdicts.jsonl").read_text().splitlines()]
+    assert [(verdict["id"], verdict["label"]) for verdict in verdicts] == [("a", True), ("b", False), ("c", False)]
+    assert {body["path"].removeprefix("/v1/") for body in server.bodies} == {
+        "chat/completions" if chat else "completions"
+    }
+    assert {body["temperature"] for body in server.bodies} == {0.0}
+
+
+def test_a_key_that_is_named_and_not_set_is_said_by_name(server: Server, tmp_path: Path) -> None:
+    context = asked_there(server, "llamaguard", {}, tmp_path)
+    stage = replace(context.stage, hints={**context.stage.hints, "key_variable": "NO_SUCH_KEY"})
+    with pytest.raises(PrerequisiteError, match="environment variable NO_SUCH_KEY with its key is not set"):
+        judge_stage.run(replace(context, stage=stage))
+
+
+def test_endpoints_of_a_sweep_are_asked_before_anything_is_spent(server: Server) -> None:
+    def judges(**settings: Any) -> Judges:
+        return strictly(
+            Judges,
+            {
+                "asr": [
+                    "keywords",
+                    {"judge": "llamaguard", "model": "guard", "endpoint": endpoint(server).url, **settings},
+                ]
+            },
+        )
+
+    said: list[str] = []
+    check_endpoints(judges(), said.append)
+    assert len(server.bodies) == 1 and not said
+    check_endpoints(strictly(Judges, {"asr": "keywords"}), said.append)
+    assert len(server.bodies) == 1
+    check_endpoints(judges(judge="harmbench"), said.append)  # which says yes or no
+    assert len(said) == 1 and "is no verdict: 'unsafe'" in said[0]
+    server.troubles = {server.bodies[0]["prompt"]: ["404", "400"]}
+    with pytest.raises(PrerequisiteError, match="with 404"):
+        check_endpoints(judges(), said.append)
+    with pytest.raises(PrerequisiteError, match="with 400"):
+        check_endpoints(judges(), said.append)
+    with pytest.raises(PrerequisiteError, match="nothing answers there"):
+        check_endpoints(judges(endpoint=f"http://127.0.0.1:{free_port()}/v1"), said.append)
 
 
 def test_a_judge_reads_what_an_endpoint_says(server: Server, tiny_model: Path) -> None:

@@ -33,6 +33,28 @@ def row(id: str, prompt: str = "p", response: str = "", harmful: bool = False, *
     return {"id": id, "prompt": prompt, "response": response, "harmful": harmful, "meta": meta}
 
 
+def test_a_second_judge_has_its_own_metric_and_a_no_is_no_yes(tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows", "rows.jsonl", [row("a", "one"), row("b", "two"), row("c", "three")])
+    said = [True, False, None]
+    lines = [
+        {"id": id, "label": label, "raw": "", "detail": {"votes": [label, label]}}
+        for id, label in zip("abc", said, strict=True)
+    ]
+    names = ("over_refusal", "over_refusal:keywords")
+    inputs = {f"benign.mini.{name}": write(tmp_path / name, "verdicts.jsonl", lines) for name in names}
+    measures = [{"metric": name, "set": "mini", "of": "verdict", "role": "benign"} for name in names]
+    measures[1]["inverted"] = True
+    found: Any = metrics.run(context(tmp_path, "metrics", {"measures": measures}, {"benign.mini.rows": rows, **inputs}))
+    outcomes = [json.loads(line) for line in (tmp_path / "out" / "outcomes.jsonl").read_text().splitlines()]
+    values = {name: [o["value"] for o in outcomes if o["metric"] == name] for name in names}
+    assert values == {names[0]: [1.0, 0.0, None], names[1]: [0.0, 1.0, None]}
+    assert [o["votes"] for o in outcomes if o["metric"] == names[1] and o["value"] is not None] == [
+        [0.0, 0.0],
+        [1.0, 1.0],
+    ]
+    assert [found[name]["unparsed"] for name in names] == [1, 1]
+
+
 def test_a_rule_judge_answers_every_row_in_order(tmp_path: Path) -> None:
     rows = write(tmp_path / "rows", "rows.jsonl", [row("a"), row("b")])
     texts = [{"id": "b", "text": "Sure."}, {"id": "a", "text": "I cannot do that."}]

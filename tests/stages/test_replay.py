@@ -11,7 +11,7 @@ import pytest
 
 from safecl.base import ConfigError
 from safecl.config import Execution
-from safecl.methods.grsap import Grsap
+from safecl.methods.grsap import DOMAINS, Grsap
 from safecl.stages import replay
 from safecl.store import Context, Stage
 from safecl.tasks import Row
@@ -184,3 +184,26 @@ def test_replayed_rows_are_added_or_take_the_place_of_user_rows() -> None:
     user, made = [Row(f"u{i}", "x") for i in range(5)], [Row(f"r{i}", "y") for i in range(2)]
     assert Grsap(Grsap.Config()).rows(user, made) == user + made
     assert Grsap(Grsap.Config(mix="replace")).rows(user, made) == user[:3] + made
+
+
+def test_what_is_asked_of_theta_safe_is_what_the_released_code_asks() -> None:
+    """Its 38 domains; temperature, top-p and length of requests, answers and answers after a reminder."""
+    from tests.test_around import final, grid
+
+    assert len(set(DOMAINS)) == len(DOMAINS) == 38
+    job = final(grid(methods="[{name: grsap}]", execution__engine_max_tokens="2048")["grsap"])
+    stages: list[Any] = list(job.graph.tuned.inputs["replay"].walk())
+    asked = [s.config for s in stages if s.kind == "generate" and "sampling" in s.config]
+    found = {(c["sampling"]["temperature"], c["sampling"]["top_p"], c["max_new_tokens"]) for c in asked}
+    assert found == {(1.0, 1.0, 256), (0.8, 0.95, 1024), (0.7, 0.95, 512)}
+
+
+def test_an_engine_too_short_for_its_answers_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    from safecl.project import Project, load
+    from tests.test_around import QUICKSTART
+
+    given = ["methods=[{name: grsap}]", f"execution.root={tmp_path}"]
+    with pytest.raises(
+        ConfigError, match=r"engine_max_tokens: expected at least 1280 .* 1024 for an answer\), got 512"
+    ):
+        Project(load(QUICKSTART, given))

@@ -47,7 +47,7 @@ def stages(graph: Graph) -> Iterator[tuple[str, Stage]]:
         if name.startswith("answers_"):
             yield "alignment", below.inputs["rows"]
     yield "user", graph.user_rows
-    yield "guard", graph.guards[0].inputs["rows"]
+    yield "guard", graph.guards(graph.asr_judge)[0].inputs["rows"]
     agreement = graph.guard_agreement()
     assert agreement is not None
     yield "guard.heldout", agreement.metrics.inputs["heldout.rows"]

@@ -1,0 +1,213 @@
+"""The judges of a sweep: who answers which question, of which prompts, and with which model.
+
+Read from what judges declare of themselves (`judges.Judge`): no list of their names stands here. What is wrong is said at
+once (`problems`); plan.py makes stages of the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+import safecl.judges as judges
+from safecl.base import ConfigError, Json, strictly
+from safecl.config import Judge, Judges, Model, Sweep, url_problem
+from safecl.store import canonical
+from safecl.tasks._source import sha256
+
+# A key of `judges` -> the role of the prompts whose answers are judged, and which of judges.QUESTIONS is asked.
+ASKED = {"asr": ("attack", "harm"), "over_refusal": ("benign", "refusal")}
+
+
+@dataclass(frozen=True, eq=False)
+class Seat:
+    """One judge of one question in a sweep.
+
+    `asked`: one of judges.QUESTIONS; `metric`: its share of yes; `config`: its settings as canonical JSON; `inverted`: its
+    True is a no. What answers for it: `model` on an engine, guards `trained` here, an `endpoint`, or without any a rule.
+    """
+
+    asked: str
+    metric: str
+    label: str
+    judge: str
+    config: str
+    inverted: bool = False
+    model: Model | None = None
+    trained: bool = False
+    endpoint: Judge | None = None
+
+    @property
+    def kind(self) -> type[judges.Judge]:
+        return judges.load(self.judge)
+
+    @property
+    def remote(self) -> dict[str, Json]:
+        """What a verdict of an endpoint's depends on: what answers, not where."""
+        assert self.endpoint is not None
+        tokenizer = self.endpoint.tokenizer
+        read = None if tokenizer is None else sha256(Path(tokenizer).absolute() / "tokenizer.json")
+        return {"model": str(self.endpoint.model), "version": self.endpoint.version, "tokenizer": read,
+                "chat": self.endpoint.chat}  # fmt: skip
+
+    @property
+    def hints(self) -> dict[str, str]:
+        """Where it answers, which no identity holds."""
+        assert self.endpoint is not None
+        found = {"url": str(self.endpoint.endpoint), "at_once": str(self.endpoint.at_once)}
+        found |= {} if self.endpoint.key_variable is None else {"key_variable": self.endpoint.key_variable}
+        return found | (
+            {} if self.endpoint.tokenizer is None else {"tokenizer": os.path.abspath(self.endpoint.tokenizer)}
+        )
+
+
+def panel(chosen: Judges) -> dict[str, tuple[Seat, ...]]:
+    """The judges of each role of prompts (attack, benign): those of its question, the one that decides first, then those
+    that every sweep asks. Raises ConfigError for the first thing that is wrong."""
+    found: dict[str, list[Seat]] = {}
+    for question, (role, _) in ASKED.items():
+        found[role] = [_seat(question, i, one, chosen) for i, one in enumerate(chosen.of(question))]
+    for asked in judges.QUESTIONS:
+        for name in judges.names():
+            for role, metric in judges.load(name).always.items():
+                if asked == list(judges.load(name).answers)[-1]:  # what it is asked beside being a judge of its own
+                    found[role].append(Seat(asked, metric, name, name, "{}"))
+    return {role: tuple(seats) for role, seats in found.items()}
+
+
+def decision(chosen: Judges, question: str) -> Seat:
+    """The judge whose verdicts are `asr` (`over_refusal`)."""
+    return _seat(question, 0, chosen.of(question)[0], chosen)
+
+
+def seats(chosen: Judges) -> list[Seat]:
+    """The judges that a sweep names, by question."""
+    return [_seat(question, i, one, chosen) for question in ASKED for i, one in enumerate(chosen.of(question))]
+
+
+def problems(chosen: Judges) -> list[str]:
+    """What is wrong with a sweep's judges, a line each."""
+    found: list[str] = []
+    shared: dict[str, None] = {}  # judges that guard_model would answer for
+    for question in ASKED:
+        for i, one in enumerate(chosen.of(question)):
+            try:
+                seat = _seat(question, i, one, chosen)
+            except ConfigError as error:
+                found.append(f"evaluate.judges.{question}: {error}")
+                continue
+            if seat.model is not None and one.model is None and not seat.kind.chats:
+                shared[seat.judge] = None
+    if len(shared) > 1:
+        found.append(
+            f"evaluate.judges.guard_model: is one model, and cannot be that of {' and of '.join(shared)}: give each judge its "
+            "own, as {judge: NAME, model: {name: ..., source: ...}}"
+        )
+    return found
+
+
+def trained(chosen: Judges) -> Seat | None:
+    """The judge that the guards trained here answer for; the deciding one, where there are several."""
+    return next((seat for seat in seats(chosen) if seat.trained), None)
+
+
+def num_judge_models(sweep: Sweep) -> int:
+    """Models that judges answer with on engines of their own."""
+    own = {canonical(model.model_dump(mode="json")) for model in sweep.models}
+    found = set()
+    for seat in seats(sweep.evaluate.judges):
+        found |= (
+            {canonical(seat.model.model_dump(mode="json"))}
+            if seat.model is not None
+            else own
+            if seat.trained
+            else set()
+        )
+    return len(found if sweep.execution.num_judge_replicas else found - own)
+
+
+def num_engines(sweep: Sweep) -> int:
+    """Engines held at once. Judges without replicas of their own answer from candidates' engines, where the base is the
+    same; another base is served as a candidate's is."""
+    execution = sweep.execution
+    of_judge = execution.num_judge_replicas or execution.num_candidate_engines
+    return execution.num_candidate_engines + num_judge_models(sweep) * of_judge
+
+
+def _seat(question: str, number: int, chosen: Judge, every: Judges) -> Seat:
+    """Raises ConfigError: what is wrong with this judge, in the words of its entry."""
+    name, (_, asked) = chosen.name, ASKED[question]
+    kind = judges.load(name)
+    if asked not in kind.answers:
+        having = [other for other in judges.names() if asked in judges.load(other).answers]
+        means = judges.QUESTIONS[asked]
+        raise ConfigError(f"judge {name!r} is not asked whether {means}. Judges that are: {', '.join(having)}")
+    label = chosen.label or name
+    metric = f"{question}:{label}" if number else question
+    ask = kind.answers[asked]
+    config = canonical(_settings(kind, ask.config, chosen.settings))
+    seat = Seat(asked, metric, label, name, config, ask.inverted, **_answering(name, kind, chosen, every))
+    if seat.trained:
+        if asked != "harm":
+            raise ConfigError(f"judge {name!r}: guards are trained on labels of harm, so they answer asr alone")
+        try:
+            kind(kind.Config(**json.loads(config))).target(True)
+        except NotImplementedError:
+            raise ConfigError(
+                f"judge {name!r} cannot be trained here: no answer of its can be written for a label"
+            ) from None
+    return seat
+
+
+def _settings(kind: type[judges.Judge], asked: Mapping[str, Json], given: Mapping[str, Json]) -> dict[str, Json]:
+    """What the judge's config is made of; what it has by default stays out of it."""
+    try:
+        strictly(kind.Config, {**asked, **given})
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, item['loc']))} {item['msg']}".strip() for item in error.errors())
+        raise ConfigError(told.replace("Value error, ", "")) from None
+    return {**asked, **given}
+
+
+def _answering(name: str, kind: type[judges.Judge], chosen: Judge, every: Judges) -> dict[str, Any]:
+    """What answers for a judge, as arguments of Seat."""
+    if not kind.served:
+        if chosen.model is not None or chosen.endpoint is not None:
+            raise ConfigError(
+                f"judge {name!r} is a rule: it reads no model's answer, so leave out `model` and `endpoint`"
+            )
+        return {}
+    if chosen.endpoint is not None:
+        if problem := url_problem(chosen.endpoint):
+            raise ConfigError(f"judge {name!r}: endpoint: {problem}")
+        if chosen.chat and not kind.chats:
+            raise ConfigError(
+                f"judge {name!r} has a template of its own, control tokens and all: it needs `chat: false`"
+            )
+        if chosen.tokenizer is not None and not (Path(chosen.tokenizer) / "tokenizer.json").is_file():
+            raise ConfigError(f"tokenizer {chosen.tokenizer!r}: expected a folder with tokenizer.json")
+        return {"endpoint": chosen}
+    if chosen.model == "guard" or (kind.trained and chosen.model is None):
+        if every.guard is None:
+            raise ConfigError(
+                f"judge {name!r} is trained here, but judges.guard is not given: expected its training rows"
+            )
+        return {"trained": True}
+    model = every.guard_model if chosen.model is None else chosen.model
+    if model is None:
+        known = f", for instance {kind.published[0]}" if kind.published else ""
+        raise ConfigError(
+            f"judge {name!r} reads a model's answer, and none is given: name its `model`, an `endpoint`, or "
+            f"judges.guard_model{known}"
+        )
+    assert isinstance(model, Model)
+    others = [other for other in judges.names() if model.source in judges.load(other).published]
+    if others and name not in others and not kind.chats:
+        raise ConfigError(f"{model.source} is the model of judge {others[0]!r}: it does not read {name}'s template")
+    return {"model": model}
