@@ -18,7 +18,7 @@ from safecl.models import wheel_file
 from safecl.space import space_check
 from safecl.store import canonical
 from safecl.sweepfile import explained
-from safecl.tasks._source import identity
+from safecl.tasks._source import identity, is_here
 
 
 class Asked(NamedTuple):
@@ -67,8 +67,8 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, pla
             errors.append(f"{each.where}: {task}")
             continue
         source = attempt("", partial(identity, kind, each.split, folder, planned))
-        if notes is not None and source is not None and '"hub":' not in (text := canonical(source)):
-            found = attempt("", partial(_read, each.task, each.split, folder, text))
+        if notes is not None and source is not None and is_here(source):
+            found = attempt("", partial(_read, each.task, each.split, folder, canonical(source)))
             if found is not None:
                 notes += [note for note in found.notes if note not in notes]
                 if each.num_rows is not None and each.num_rows > found.num_rows:

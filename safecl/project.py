@@ -122,12 +122,12 @@ def _named(row: Mapping[str, Any]) -> str:
 
 
 def unknown_sources(cells: Sequence[Cell]) -> list[str]:
-    """Hub data sets of these cells whose commit is not known."""
+    """Data sets of these cells that are not known: by their hub id or file."""
     tops = [cell.job({}, cell.recipe.seed, "final").evidence.metrics for cell in cells]
     configs: list[Any] = [stage.config for stage in below(tops) if stage.kind == "data"]
     parts = [part for config in configs for part in (*config["parts"], config["poison"]) if part is not None]
     sources = [source for part in parts if isinstance(part["source"], list) for source in part["source"]]
-    return sorted({source["hub"] for source in sources if source.get("revision") == UNKNOWN})
+    return sorted({str(source.get("hub") or source["file"]) for source in sources if UNKNOWN in source.values()})
 
 
 class Swing(NamedTuple):
@@ -173,8 +173,8 @@ class Project:
         self.warnings += [f"not checked here, and needed to run: {line}" for line in settled.lacking]
         if planned and (unknown := unknown_sources(self.cells)):
             self.warnings.append(
-                f"commits of {len(unknown)} data sets could not be asked of the hub ({', '.join(unknown)}): counts and hours "
-                "hold, keys are not those of a run, which will ask"
+                f"{len(unknown)} data sets are not here, nor did the hub tell what they are ({', '.join(unknown)}): counts and hours "
+                "hold, keys are not those of a run"
             )
         self.logs = self.store.local / "logs"
         self.study_url = sweep.execution.study_uri or sqlite_url(self.store.local / "study.db")

@@ -16,6 +16,7 @@ from safecl.models import tokenizer_folder
 from safecl.stages.data import Composed, Found, compose, find
 from safecl.store import Stage, Store, below, canonical
 from safecl.tasks import Row
+from safecl.tasks._source import is_here
 from safecl.training.tokens import Tokenizer
 
 
@@ -70,7 +71,7 @@ class Preview:
                     return None
                 taken += [row.prompt for row in found.rows]
         parts = [*config["parts"], *([config["poison"]] if config["poison"] else [])]
-        if any('"hub":' in json.dumps(part["source"]) for part in parts):
+        if not all(is_here(part["source"]) for part in parts):
             return None
         keys = tuple(stage.inputs[name].key for name in sorted(stage.inputs) if name.startswith("exclude_"))
         seed = int(config["seed"])

@@ -15,7 +15,7 @@ from safecl.tasks import Row, Source, Task, _files, load, names
 from safecl.tasks._files import Record
 from safecl.tasks._overlap import normalise
 
-UNKNOWN = "unknown"  # a commit, in a plan
+UNKNOWN = "unknown"  # a commit or a file's content, in a plan
 
 _sums: dict[tuple[str, int, int], str] = {}  # (path, size, mtime) -> sha256: a file is read once per process
 _commits: dict[tuple[str, str], str] = {}  # (hub id, revision) -> commit
@@ -100,7 +100,7 @@ def identity(task_class: type[Task], split: str, folder: Path | None, planned: b
     A generated suite is `{"generated": VERSION}`; else a list with one entry per source, `{"file", "sha256"}` for a
     local file and `{"hub", "config", "revision", "split"}` for a hub data set (`revision` is a commit: a branch name is
     resolved, which asks the hub). `planned`: for a look ahead, where a commit that the hub does not
-    tell is `unknown`: what is identified so is never run.
+    tell, and a file that is not here, is `unknown`: what is identified so is never run.
 
     Raises:
         ConfigError: the task has no such split.
@@ -112,6 +112,13 @@ def identity(task_class: type[Task], split: str, folder: Path | None, planned: b
     if not sources:
         return {"generated": task_class.VERSION}
     return [_identity_of(source, folder, planned) for source in sources]
+
+
+def is_here(source: Json) -> bool:
+    """Whether the rows of an `identity` can be read without asking the hub."""
+    if not isinstance(source, list):  # a generated suite
+        return True
+    return not any(isinstance(each, dict) and ("hub" in each or each.get("sha256") == UNKNOWN) for each in source)
 
 
 def choose(task: Task, split: str, rows: Iterable[Row], num_rows: int | None, seed: int) -> list[Row]:
@@ -224,6 +231,8 @@ def _identity_of(source: Source, folder: Path | None, planned: bool) -> Json:
     if path is not None:
         return {"file": path.name, "sha256": sha256(path)}
     if not source.hub:
+        if planned:
+            return {"file": source.file, "sha256": UNKNOWN}
         raise PrerequisiteError(_missing(source, "it is not on the hub"))
     try:
         commit = _commit(source)
