@@ -173,8 +173,8 @@ class Project:
         self.warnings += [f"not checked here, and needed to run: {line}" for line in settled.lacking]
         if planned and (unknown := unknown_sources(self.cells)):
             self.warnings.append(
-                f"{len(unknown)} data sets are not here, nor did the hub tell what they are ({', '.join(unknown)}): counts and hours "
-                "hold, keys are not those of a run"
+                f"{len(unknown)} data sets are not here, nor did the hub tell what they are ({', '.join(unknown)}): counts and "
+                "hours hold, keys are not those of a run"
             )
         self.logs = self.store.local / "logs"
         self.study_url = sweep.execution.study_uri or sqlite_url(self.store.local / "study.db")
