@@ -16,6 +16,7 @@ from typing import Any
 
 import _bench
 
+from safecl.stages import Kind
 from safecl.store import Context, Stage
 
 
@@ -35,6 +36,9 @@ def _sleep(context: Context) -> dict[str, Any]:
 KIND = "metrics"  # the kind of a light stage: with its limit, and in the process where these run
 module = types.ModuleType("safecl.stages.metrics")
 module.run = _sleep  # type: ignore[attr-defined]
+module.Nothing = type(  # type: ignore[attr-defined]
+    "Nothing", (Kind,), {"__module__": module.__name__, "runs": "thread", "unit": "", "fixed_s": 1.0}
+)
 sys.modules["safecl.stages.metrics"] = module
 
 

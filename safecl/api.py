@@ -3,7 +3,7 @@
 >>> import safecl
 >>> plan = safecl.plan("sweeps/quickstart.yaml", set={"execution.root": folder})
 >>> plan.name, plan.trials, [cell.label for cell in plan.cells][:2]
-('quickstart', 22, ['smollm2-135m / mini / base', 'smollm2-135m / mini / aligned'])
+('quickstart', 12, ['smollm2-135m / mini / base', 'smollm2-135m / mini / aligned'])
 >>> plan.stages["finetune"].cached
 0
 

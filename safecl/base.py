@@ -58,6 +58,11 @@ def strictly(kind: type[_Config], given: Mapping[str, Any]) -> _Config:
     return kind.model_validate_json(json.dumps(given), strict=True)
 
 
+def json_lines(path: Path) -> list[Any]:
+    """The values of a JSON Lines file, one a line. Lines end with a newline alone: JSON may hold what else ends one."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def near(wrong: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` of the known name most like this one; nothing where none is like it."""
     from difflib import get_close_matches

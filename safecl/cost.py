@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from safecl.config import Execution
 from safecl.estimate import BOOT_S, Estimate, Estimator
 from safecl.grid import Cell, Job
+from safecl.stages import load, names
 from safecl.store import Stage, Store, below
 
 _LAST = 500  # stages of an engine that its pace is read from
@@ -133,19 +134,7 @@ class Forecast:
             self._engine_ratio = (busy(self._engine) + self._prior * PRIOR_S) / (estimated + PRIOR_S)
 
     def _learn_from_store(self) -> None:
-        for kind in (
-            "model",
-            "tokenizer",
-            "data",
-            "memory",
-            "fisher",
-            "finetune",
-            "finalize",
-            "generate",
-            "likelihood",
-            "judge",
-            "metrics",
-        ):
+        for kind in names():
             pairs = []
             for record in self.store.records(kind):
                 stage = self._remembered(record)
@@ -165,8 +154,8 @@ class Forecast:
     def _remembered(self, record: dict[str, Any]) -> Stage | None:
         """A stage of the store, with as much of its inputs as an estimate reads; None where those were pruned."""
         inputs = {}
-        for name in ("rows", "model", "memory", "replay", "generations", "safe"):
-            if name in record["inputs"]:
+        for name in record["inputs"]:
+            if name.partition(".")[0] in load(record["kind"]).reads:
                 found = self._input(record["inputs"][name])
                 if found is None:
                     return None
@@ -206,32 +195,55 @@ class Todo(NamedTuple):
 
 class Remaining:
     """Stages still to be run, inputs first, and trials that searches have yet to suggest, as time. `slots`: how many
-    stages compute at once."""
+    stages compute at once. `finish` and `settle` follow a run; of thousands of stages each is a matter of milliseconds."""
 
     def __init__(self, forecast: Forecast, todo: Sequence[Todo], open_cells: Sequence[Open], slots: int) -> None:
         self.forecast, self.slots = forecast, slots
+        self._items = list(todo)
+        self._at = {item.stage.key: place for place, item in enumerate(todo)}
+        at = self._at
+        self._needs = [[at[key] for key in item.needs if key in at] for item in todo]
+        self._left = [True] * len(todo)  # whether it is still to be run
+        self._estimated = [item.estimate.seconds for item in todo]
+        groups: dict[tuple[str, str, bool], int] = {}  # (kind, its part, on an engine) -> number
+        self._group = [groups.setdefault((*item.estimate.group, item.estimate.on_engine), len(groups)) for item in todo]
+        one_of = dict(zip(reversed(self._group), reversed(self._items), strict=True))
+        self._groups = [one_of[group] for group in range(len(groups))]  # an item of each
+        self.settle(open_cells)
+
+    def finish(self, keys: Iterable[str]) -> None:
+        """These are done."""
+        for key in keys:
+            if (place := self._at.get(key)) is not None:
+                self._left[place] = False
+
+    def settle(self, open_cells: Sequence[Open]) -> None:
+        """Count anew what is left, by what the forecast has learnt since."""
         self.kinds: dict[str, float] = defaultdict(float)  # seconds by kind
         self.later: Counter[str] = Counter()  # stages by kind of trials that are not suggested yet
         self._engine = 0.0  # of `kinds`, what engines do
-        self._of = {item.stage.key: item for item in todo}
-        waits: dict[str, float] = {}  # seconds of the longest chain of stages that waits for one
+        factors = [self.forecast.factor(item.estimate) for item in self._groups]
+        sums = [0.0] * len(factors)
+        waits = [0.0] * len(self._items)  # seconds of the longest chain of stages that waits for one
         chains: list[tuple[float, str]] = []  # of those that wait for none: the longest begins with one of them
-        kinds, factor, of = self.kinds, forecast.factor, self._of
-        for key in reversed(of):
-            stage, estimate, needs = of[key]
-            seconds = estimate.seconds * factor(estimate)
-            kinds[stage.kind] += seconds
-            if estimate.on_engine:
-                self._engine += seconds
-            chain = waits.get(key, 0.0) + seconds
+        left, needs, group, estimated = self._left, self._needs, self._group, self._estimated
+        for place in range(len(waits) - 1, -1, -1):
+            if not left[place]:
+                continue
+            seconds = estimated[place] * factors[group[place]]
+            sums[group[place]] += seconds
+            chain = waits[place] + seconds
             is_first = True
-            for other in needs:
-                if other in of:
+            for other in needs[place]:
+                if left[other]:
                     is_first = False
-                    if waits.get(other, 0.0) < chain:
+                    if waits[other] < chain:
                         waits[other] = chain
             if is_first:
-                chains.append((chain, key))
+                chains.append((chain, self._items[place].stage.key))
+        for item, seconds in zip(self._groups, sums, strict=True):
+            self.kinds[item.stage.kind] += seconds
+            self._engine += seconds if item.estimate.on_engine else 0.0
         self._waits, self._chains = waits, sorted(chains, reverse=True)
         self._later_s = max((self._open(cell) for cell in open_cells), default=0.0)
 
@@ -259,15 +271,17 @@ class Remaining:
         where that is known; `boot_s`: until an engine can answer."""
         engine, compute, longest = self._engine, sum(self.kinds.values()) - self._engine, 0.0
         for key, (age, left) in running.items():
-            if (item := self._of.get(key)) is None:
+            place = self._at.get(key)
+            if place is None or not self._left[place]:
                 continue
+            item = self._items[place]
             whole = self.forecast.seconds(item.stage)
             left = max(whole - age, 0.1 * whole) if left is None else max(left, 0.0)
             if item.estimate.on_engine:
                 engine -= whole - min(whole, left)  # its own pace counts the others' turns
             else:
                 compute += left - whole
-            longest = max(longest, left + self._waits.get(key, 0.0))
+            longest = max(longest, left + self._waits[place])
         longest = max(longest, next((chain for chain, key in self._chains if key not in running), 0.0))
         if self._engine:
             engine += boot_s
@@ -291,19 +305,15 @@ def cost(
     instruments: Sequence[Stage] = (),
 ) -> Cost:
     """What running these jobs and the searches still open would take, with the stages that measure the judges."""
-    uses: Counter[str] = Counter()
-    stages: dict[str, Stage] = {}
     targets: list[Stage] = list(instruments)
     tops = list(instruments[-1:])
     for job in jobs:
         targets += job.evidence.targets
         tops.append(job.evidence.metrics)
-    for top in tops:
-        needed = top.walk()
-        stages.update((stage.key, stage) for stage in needed)
-        uses.update(stage.key for stage in needed)
+    stages, uses = _uses(tops)
     to_run = missing(targets, store)
-    remaining = Remaining(forecast, forecast.todo(to_run), open_cells, slots(forecast.execution, num_devices))
+    todo = forecast.todo(to_run)
+    remaining = Remaining(forecast, todo, open_cells, slots(forecast.execution, num_devices))
     keys = {stage.key for stage in to_run}
     by_kind: dict[str, list[str]] = {}
     for key, stage in stages.items():
@@ -314,6 +324,35 @@ def cost(
         shared = sum(uses[key] - 1 for key in of_kind)
         hours = remaining.kinds[kind] / 3600
         table[kind] = Count(num_run, remaining.later[kind], len(of_kind) - num_run, shared, hours)
-    estimates = [forecast.estimate(stage) for stage in to_run]
-    gib = sum(estimate.states_gib for estimate in estimates), sum(estimate.disk_gib for estimate in estimates)
-    return Cost(table, remaining.seconds({}, BOOT_S) / 3600, *gib)
+    states_gib = sum(item.estimate.states_gib for item in todo)
+    disk_gib = states_gib + sum(item.estimate.weights_gib for item in todo)
+    return Cost(table, remaining.seconds({}, BOOT_S) / 3600, states_gib, disk_gib)
+
+
+def _uses(tops: Iterable[Stage]) -> tuple[dict[str, Stage], Counter[str]]:
+    """All stages at or below these, and for how many of them each is needed."""
+    stages: dict[str, Stage] = {}
+    uses: Counter[str] = Counter()
+    below: dict[str, frozenset[str]] = {}  # of what was met again: most of a trial is shared, and counted as a whole
+
+    def all_below(stage: Stage) -> frozenset[str]:
+        if stage.key not in below:
+            below[stage.key] = frozenset([stage.key]).union(*map(all_below, stage.inputs.values()))
+        return below[stage.key]
+
+    def visit(stage: Stage, found: set[str]) -> None:
+        if stage.key in found:
+            return
+        if stage.key in stages:
+            found |= all_below(stage)
+            return
+        for other in stage.inputs.values():
+            visit(other, found)
+        stages[stage.key] = stage
+        found.add(stage.key)
+
+    for top in tops:
+        found: set[str] = set()
+        visit(top, found)
+        uses.update(found)
+    return stages, uses

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import threading
@@ -12,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from safecl import dtypes, execute, hardware, preflight
-from safecl.base import ConfigError, Damaged, PrerequisiteError
+from safecl.base import ConfigError, Damaged, PrerequisiteError, json_lines
 from safecl.config import Sweep
 from safecl.cost import missing, slots
 from safecl.eta import Eta
@@ -21,6 +20,7 @@ from safecl.judging.served import check_endpoints
 from safecl.panel import num_engines
 from safecl.project import Project
 from safecl.schedule import Done, Schedule
+from safecl.stages import engine_of
 from safecl.stats import as_json
 from safecl.store import Store
 
@@ -212,9 +212,9 @@ def _warm(broker: Any, schedule: Schedule, project: Project) -> None:
     """Boot engines while the first adapters train: a boot takes as long as a short finetune."""
     needed = missing([stage for job in schedule.open_jobs() for stage in job.evidence.targets], project.store)
     wanted = {
-        (execute.ENGINE_ROLE[stage.kind], stage.inputs["model"].key): stage.inputs["model"]
+        (role, stage.inputs["model"].key): stage.inputs["model"]
         for stage in needed
-        if stage.kind in execute.ENGINE_ROLE and "model" in stage.inputs
+        if (role := engine_of(stage)) is not None
     }
     for (role, _), model in wanted.items():
         broker.warm.remote(role, model)
@@ -257,8 +257,7 @@ def track(tracker: Any, project: Project, done: Done) -> None:
     curves: list[dict[str, Any]] = []
     if done.job.cell.recipe.method not in REFERENCES and project.store.has(graph.tuned):
         with suppress(Damaged):
-            text = project.store.file(graph.tuned, "curves.jsonl").read_text()
-            curves = [json.loads(line) for line in text.splitlines()]
+            curves = json_lines(project.store.file(graph.tuned, "curves.jsonl"))
     metrics = {name: entry["value"] for name, entry in done.result.items() if entry["value"] is not None}
     split = "validation" if done.job.role == "search" else "test"
     tracker.trial(

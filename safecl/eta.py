@@ -9,8 +9,8 @@ from typing import Any
 from safecl.cost import Forecast, Open, Remaining, Todo, missing, slots
 from safecl.estimate import BOOT_S
 from safecl.grid import Job
-from safecl.labels import label
 from safecl.schedule import Schedule
+from safecl.stages import load
 from safecl.store import Stage, Store
 
 EVERY_S = 5.0  # at most so often is the time left counted anew
@@ -39,6 +39,7 @@ class Eta:
         self._seen: object = None  # what the last `Remaining` was made of
         self._at = 0.0  # and when
         self._remaining = Remaining(forecast, self._beside, (), self.slots)
+        self._counted: set[Job] | None = None  # jobs that it knows
 
     def state(self, schedule: Schedule, snapshot: dict[str, Any], now: float) -> dict[str, Any]:
         """What Display shows. `snapshot`: the Broker's; `now`: seconds since the epoch."""
@@ -65,6 +66,7 @@ class Eta:
     def left(self, schedule: Schedule) -> tuple[int, float]:
         """(trials, seconds) still to do after a run has stopped; the store says what was finished."""
         self._of_job.clear()
+        self._counted = None
         self._beside, self._seen = self.forecast.todo(missing(self._instruments, self.store)), None
         jobs, searching = schedule.open_jobs(), schedule.searching()
         self._update(jobs, searching, schedule.sweep.seeds, (), 0.0)
@@ -90,16 +92,28 @@ class Eta:
         self._seen, self._at, self._num_seen = seen, now, max(self._num_seen, len(finished))
         self._finished.update(key for key, _ in new)
         self.forecast.finished([(self._known[key], seconds) for key, seconds in new if key in self._known], now)
-        todo = {
-            item.stage.key: item for of_job in (self._beside, *map(self._of_job.get, jobs)) for item in of_job or ()
-        }
+        open_cells = [Open(cell, num, seeds) for cell, num in searching]
+        if self._goes_on(set(jobs)):
+            self._remaining.finish(key for key, _ in new)
+            self._remaining.settle(open_cells)
+            return
+        of_jobs = (self._beside, *(self._of_job[job] for job in jobs))
+        todo = {item.stage.key: item for of_job in of_jobs for item in of_job}
         for key in self._finished & todo.keys():
             del todo[key]
-        open_cells = [Open(cell, num, seeds) for cell, num in searching]
         self._remaining = Remaining(self.forecast, list(todo.values()), open_cells, self.slots)
+        self._counted = set(jobs)
+
+    def _goes_on(self, jobs: set[Job]) -> bool:
+        """Whether what is left is as it was counted, but for stages that were finished since: no job is new, none failed."""
+        if self._counted is None or not jobs <= self._counted:
+            return False
+        gone = self._counted - jobs
+        self._counted = jobs
+        return all(item.stage.key in self._finished for job in gone for item in self._of_job[job])
 
     def _label(self, stage: dict[str, Any]) -> str:
         key = stage["key"]
         if key not in self._labels and key in self._known:
-            self._labels[key] = label(self._known[key], self.models)
+            self._labels[key] = load(stage["kind"]).label(self._known[key], self.models)
         return self._labels.get(key, str(stage["kind"]))  # an engine has no other name

@@ -19,16 +19,13 @@ from typing import Any
 
 from safecl.base import Damaged, PrerequisiteError
 from safecl.config import Execution
+from safecl.stages import engine_of, load, names, needs_trainer
 from safecl.store import Stage, Store
 from safecl.trainers import Trainers, Turn
 from safecl.work import Hand, run_stage
 
-HEAVY = ("finetune", "memory", "fisher", "finalize", "replay", "likelihood")  # they compute: on trainers
-# next to no CPU: they wait for engines, or are done at once
-LIGHT = ("tokenizer", "data", "generate", "judge", "metrics")
 NUM_RANKS = 3  # see Broker.ensure
 REPAIRS = 2  # times that a stage is begun anew because an input of it was found damaged
-ENGINE_ROLE = {"generate": "candidate", "judge": "judge"}
 
 
 def start(execution: Execution, logs: Path, need: int | None = None, num_engines: int | None = None) -> None:
@@ -156,28 +153,25 @@ class Broker:
         if stage.key not in self.running:
             if self.store.has(stage):
                 return
-            self.running[stage.key] = asyncio.create_task(self._make(stage, turn))
+            self.running[stage.key] = asyncio.create_task(self._make(stage, needs_trainer(stage), turn))
         # Shielded: who stops waiting does not stop the stage for the others.
         await asyncio.shield(self.running[stage.key])
 
-    async def _make(self, stage: Stage, turn: Turn) -> None:
-        heavy = stage.kind in HEAVY or "num_cpus" in stage.hints
+    async def _make(self, stage: Stage, heavy: bool, turn: Turn) -> None:
         rank, number, above = turn
         self.trainers.expect(int(heavy))
         try:
             for tries_left in range(REPAIRS, -1, -1):
                 await self._all(stage.inputs.values(), (rank, number, above - 1))
                 try:
-                    await self._run(stage, heavy, turn)
+                    seconds = await self._run(stage, heavy, turn)
                     break
                 except Exception as error:
                     if not isinstance(plain_error(error), Damaged) or not tries_left:
                         raise
                     # Those that are damaged make way, and are made again.
                     await asyncio.gather(*(asyncio.to_thread(self.store.sound, s) for s in stage.inputs.values()))
-            self.finished.append(
-                {"kind": stage.kind, "key": stage.key, "seconds": time.time() - self.live[stage.key]["start"]}
-            )
+            self.finished.append({"kind": stage.kind, "key": stage.key, "seconds": seconds})
         except BaseException as error:
             self.failed[stage.key] = error
             raise
@@ -186,29 +180,33 @@ class Broker:
             self.live.pop(stage.key, None)
             self.running.pop(stage.key, None)
 
-    async def _run(self, stage: Stage, heavy: bool, turn: Turn) -> None:
+    async def _run(self, stage: Stage, heavy: bool, turn: Turn) -> float:
+        """Run a stage whose inputs are there; the seconds that it took."""
         if heavy:
             await self.trainers.run(stage, turn)
-        elif stage.kind in LIGHT:
+        elif load(stage.kind).runs == "thread":
             groups = await self._engines_for(stage)
             rank, _, _ = turn
-            async with self.light.setdefault((stage.kind, rank), asyncio.Semaphore(self.num_light)):
-                self._starts(stage)
-                await self._hand().run.remote(stage, groups, rank)
-        else:  # once a model, and large: in a process of its own, which ends with it
+            # As many again are handed over as may be at work, so that the next one begins at once (work.py: Hand).
+            async with self.light.setdefault((stage.kind, rank), asyncio.Semaphore(2 * self.num_light)):
+                seconds: float = await self._hand().run.remote(stage, groups, rank)
+                return seconds
+        else:  # in a process of its own
             self._starts(stage)
             await self._alone(stage)
+        return time.time() - float(self.live[stage.key]["start"])
 
     def _starts(self, stage: Stage) -> None:
-        self._begin(stage.kind, stage.key)
+        self._begin(stage.kind, stage.key, load(stage.kind).unit)
 
-    def _begin(self, kind: str, key: str) -> None:
+    def _begin(self, kind: str, key: str, unit: str = "") -> None:
         self.live[key] = {
             "kind": kind,
             "key": key,
             "start": time.time(),
             "done": 0,
             "total": 0,
+            "unit": unit,
             "metrics": {},
             "ends": None,
         }
@@ -217,14 +215,15 @@ class Broker:
         if self.hand is None:
             import ray
 
+            num_kinds = sum(load(name).runs == "thread" for name in names())
             # max_task_retries: of a process that died, not of a stage that raised.
             options = {
-                "max_concurrency": len(LIGHT) * self.num_light * NUM_RANKS,
+                "max_concurrency": 2 * num_kinds * self.num_light * NUM_RANKS,
                 "max_restarts": -1,
                 "max_task_retries": 1,
             }
             actor = ray.remote(num_cpus=0, scheduling_strategy=_here(), **options)(Hand)
-            self.hand = actor.remote(self.store, self.execution, self.logs, _me())
+            self.hand = actor.remote(self.store, self.execution, self.logs, _me(), self.num_light)
         return self.hand
 
     async def _alone(self, stage: Stage) -> None:
@@ -240,8 +239,8 @@ class Broker:
         return dict(self.groups)
 
     async def _engines_for(self, stage: Stage) -> dict[str, tuple[str, ...]]:
-        if stage.kind in ENGINE_ROLE and "model" in stage.inputs:
-            await self._deploy(ENGINE_ROLE[stage.kind], stage.inputs["model"])
+        if (role := engine_of(stage)) is not None:
+            await self._deploy(role, stage.inputs["model"])
         return dict(self.groups)
 
     async def _deploy(self, role: str, model: Stage) -> None:
@@ -317,6 +316,11 @@ class Broker:
     async def done(self, trainer: str, rank: int, key: str, error: Exception | None) -> None:
         """`Trainers.done`, for a trainer's workers."""
         await self.trainers.done(trainer, rank, key, error)
+
+    async def begins(self, kind: str, key: str) -> None:
+        """Called by the Hand when it is a light stage's turn; what was done before this came is no longer under way."""
+        if key in self.running:
+            self._begin(kind, key, load(kind).unit)
 
     async def progress(self, key: str, done: int, total: int, metrics: dict[str, float]) -> None:
         """Called by stages under way. `ends`: when it will be done at its pace since the first call, once that says

@@ -11,8 +11,6 @@ from typing import Any
 from safecl.base import ConfigError
 from safecl.store import Store
 
-SHARD_BYTES = 2 * 2**30
-
 
 def export(store: Store, key: str, out: Path, merged: bool) -> Path:
     """Write what the finetune or finalize stage whose key begins with `key` made into the new folder `out`: its PEFT adapter,
@@ -82,9 +80,9 @@ def _write_template(config: Any, base: Path, out: Path, merged: bool) -> None:
 
 def _write_model(base: Path, weights: Path, dtype: str, out: Path) -> None:
     import torch
-    from safetensors.torch import save_file
 
     from safecl.serving import swap
+    from safecl.training.shards import Shards
 
     swap.check(base, base, weights)
     out.mkdir(parents=True)
@@ -93,30 +91,17 @@ def _write_model(base: Path, weights: Path, dtype: str, out: Path) -> None:
             shutil.copy(file, out / file.name)
     config = json.loads((base / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2, sort_keys=True))
-    shards: list[list[str]] = []
-    held: dict[str, Any] = {}
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal held, size
-        if held:
-            save_file(held, str(out / f"shard-{len(shards)}"), metadata={"format": "pt"})
-            shards.append(list(held))
-        held, size = {}, 0
-
+    shards = Shards(out, "shard")
     for name, tensor in swap.merged(base, weights, dtype=getattr(torch, dtype)):
-        held[name] = tensor.contiguous()
-        size, total = size + tensor.numel() * tensor.element_size(), total + tensor.numel() * tensor.element_size()
-        if size >= SHARD_BYTES:
-            flush()
-    flush()
-    if len(shards) == 1:
-        (out / "shard-0").rename(out / "model.safetensors")
+        shards.add(name, tensor)
+    shards.close()
+    written = sorted(set(shards.files.values()))
+    if len(written) == 1:
+        (out / written[0]).rename(out / "model.safetensors")
         return
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards):
-        shard = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (out / f"shard-{i}").rename(out / shard)
-        weight_map |= dict.fromkeys(names, shard)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    named = {shard: f"model-{i:05d}-of-{len(written):05d}.safetensors" for i, shard in enumerate(written, 1)}
+    for shard, name in named.items():
+        (out / shard).rename(out / name)
+    weight_map = {tensor: named[shard] for tensor, shard in shards.files.items()}
+    index = {"metadata": {"total_size": shards.num_bytes}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))

@@ -22,13 +22,14 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from traceback import extract_tb
 from types import ModuleType
 from typing import Any
 
-from safecl.base import ConfigError, Strict, near
+from safecl.base import ConfigError, PrerequisiteError, Strict, near
 
 KINDS = {
     "methods": "Method",
@@ -113,10 +114,23 @@ def hints(version: str) -> dict[str, str]:
     return {HINT: _text(tuple(used))} if used else {}
 
 
-def from_hints(given: Mapping[str, str]) -> None:
-    """In the process of a stage: know the plugins that it brings."""
+def prepare(version: str, given: Mapping[str, str]) -> None:
+    """In the process of a stage of this version: know the plugins that its hints bring.
+
+    Raises:
+        PrerequisiteError: an installed package that the stage uses is missing here, or another version of it is installed.
+    """
     if HINT in given:
         add(Plugin(path, source) for path, source in json.loads(given[HINT]))
+    for package, planned in re.findall(r"installed:(.+?)==(.+?):[0-9a-f]{64}", version):
+        try:
+            here = installed_version(package)
+        except PackageNotFoundError:
+            here = "none"
+        if here != planned:
+            raise PrerequisiteError(
+                f"this node has version {here} of package {package}, and the sweep was planned with {planned}"
+            )
 
 
 def any_outside() -> bool:

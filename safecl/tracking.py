@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safecl.base import sqlite_path, sqlite_url
+from safecl.base import json_lines, sqlite_path, sqlite_url
 
 EXPERIMENT = "safecl"
 LEVELS = ("sweep", "cell", "trial")
@@ -209,7 +209,7 @@ class Tracker:
             return
         with _one_at_a_time(folder / ".sending"):
             for path in sorted(folder.glob("*.jsonl")):
-                messages = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+                messages = json_lines(path)
                 for message in messages:
                     self._send(sender, message)
                 path.unlink()

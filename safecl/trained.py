@@ -3,13 +3,12 @@ anything is spent; once they ran, their records say the same."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safecl.base import ConfigError, Damaged, Json, PrerequisiteError
+from safecl.base import ConfigError, Damaged, Json, PrerequisiteError, json_lines
 from safecl.graph import REFERENCES
 from safecl.grid import Cell, Job
 from safecl.models import tokenizer_folder
@@ -61,8 +60,8 @@ class Preview:
         config: Any = stage.config
         if self.store.has(stage):
             with suppress(Damaged):  # a run makes it again
-                lines = (self.store.path(stage) / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-                return Composed([Row(**json.loads(line)) for line in lines], self.store.record(stage)["result"])
+                lines = json_lines(self.store.path(stage) / "rows.jsonl")
+                return Composed([Row(**line) for line in lines], self.store.record(stage)["result"])
         taken: list[str] = []
         for name in sorted(stage.inputs):
             if name.startswith("exclude_"):

@@ -6,9 +6,9 @@ trainer is one Ray Train run of `num_workers` ranks, which ask for work until th
     Broker -- Trainers.run(stage) --> queue --> take <-- worker (rank 0 .. num_workers - 1), in a loop
                                                 done <-- its outcome
 
-A finetune is given to all ranks of a trainer at once; any other heavy stage needs one rank, and ranks take those one by
-one. When a worker dies, Ray Train starts its ranks anew and the stage is given out again, a finetune from its
-checkpoint; one that lost its worker `max_failures` times before fails alone.
+A stage whose kind says `all_ranks` (a finetune) is given to all ranks of a trainer at once; any other needs one rank, and
+ranks take those one by one. When a worker dies, Ray Train starts its ranks anew and the stage is given out again, a
+finetune from its checkpoint; one that lost its worker `max_failures` times before fails alone.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 from safecl.base import ConfigError, Damaged, Infrastructure, PrerequisiteError
 from safecl.config import Execution
 from safecl.faults import kind_of
+from safecl.stages import load
 from safecl.store import Place, Stage, Store
 from safecl.work import free_heap, run_stage
 
@@ -86,7 +87,7 @@ class Trainers:
     async def run(self, stage: Stage, turn: Turn = (0, 0, 0)) -> None:
         """Return when a trainer has published the stage; of those that wait, the lowest turn is next. Raises what the stage
         raised, or Infrastructure if its workers died too often."""
-        num_ranks = self.execution.num_workers if stage.kind == "finetune" else 1
+        num_ranks = self.execution.num_workers if load(stage.kind).all_ranks else 1
         work = Work(stage, num_ranks, turn, asyncio.get_running_loop().create_future())
         insort(self.queue, work, key=lambda other: other.turn)
         # What becomes ready together (all wait for one model) is handed out in turn, not as it wakes up.
@@ -123,7 +124,7 @@ class Trainers:
         trainer.work = {r: other for r, other in trainer.work.items() if other is not work}
         if error is None:
             work.done.set_result(None)
-        elif isinstance(error, REFUSALS) or work.stage.kind != "finetune":
+        elif isinstance(error, REFUSALS) or not load(work.stage.kind).runs_anew:
             work.done.set_exception(error)
         else:
             self._again(work, error)

@@ -7,10 +7,11 @@ import importlib
 import os
 import shutil
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,18 @@ def run_stage(
     rank: int = 0,
     place: Place | None = None,
     own_process: bool = True,
-) -> None:
-    """Run one stage here and publish it. A failed stage leaves nothing in the store; its output is in the logs.
+    slot: AbstractContextManager[None] | None = None,
+) -> float:
+    """Run one stage here and publish it; the seconds that its work took. A failed stage leaves nothing in the store; its
+    output is in the logs.
 
     `groups`, `rank`: see Engines. `place`: this process's among those that work on the stage together; the first one
     publishes. `own_process`: nothing else runs in this process meanwhile, so that all it prints belongs to the stage; else
-    only a traceback does.
+    only a traceback does. `slot`: held while it works.
     """
     place = place or Place()
     if place.world_size == 1 and store.has(stage):  # several ranks must all do the same
-        return
+        return 0.0
     name = f"{stage.kind}-{stage.key[:12]}" + (f"-rank{place.rank}" if place.rank else "")
     log = Path(logs) / f"{name}.log"
     out = store.new_folder()
@@ -62,11 +65,15 @@ def run_stage(
                 engines=Engines(groups or {}, rank=rank),
                 place=place,
             )
-            registry.from_hints(stage.hints)
-            start = time.monotonic()
-            result = importlib.import_module(f"safecl.stages.{stage.kind}").run(context)
+            registry.prepare(stage.version, stage.hints)
+            run = importlib.import_module(f"safecl.stages.{stage.kind}").run
+            with slot or nullcontext():
+                start = time.monotonic()
+                result = run(context)
+                seconds = time.monotonic() - start
             if place.rank == 0:
-                store.publish(stage, out, result, time.monotonic() - start)
+                store.publish(stage, out, result, seconds)
+            return seconds
         except BaseException:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("a") as file:
@@ -96,18 +103,29 @@ class Progress:
 class Hand:
     """Runs light stages, each in a thread: most of them only wait for an engine. Made a Ray actor by the Broker."""
 
-    def __init__(self, store: Store, execution: Execution, logs: str, broker: Any) -> None:
+    def __init__(self, store: Store, execution: Execution, logs: str, broker: Any, at_once: int) -> None:
         self.given = (store, execution, logs, broker)
         self.freed = time.monotonic()
+        self.broker, self.at_once = broker, at_once
+        self.slots: dict[tuple[str, int], threading.Semaphore] = {}
 
-    def run(self, stage: Stage, groups: dict[str, tuple[str, ...]], rank: int) -> None:
-        """`run_stage` in this process."""
+    def run(self, stage: Stage, groups: dict[str, tuple[str, ...]], rank: int) -> float:
+        """`run_stage` in this process; the seconds that it took. Of a kind and rank so many are at work `at_once`; others
+        are made ready, or published, meanwhile: else each slot would be empty for that long."""
         try:
-            run_stage(stage, *self.given, groups=groups, rank=rank, own_process=False)
+            return run_stage(
+                stage, *self.given, groups=groups, rank=rank, own_process=False, slot=self._slot(stage, rank)
+            )
         finally:
             if time.monotonic() - self.freed > 1.0:
                 self.freed = time.monotonic()
                 free_heap()
+
+    @contextmanager
+    def _slot(self, stage: Stage, rank: int) -> Iterator[None]:
+        with self.slots.setdefault((stage.kind, rank), threading.Semaphore(self.at_once)):
+            self.broker.begins.remote(stage.kind, stage.key)
+            yield
 
 
 def free_heap() -> None:

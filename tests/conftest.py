@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,18 @@ def world() -> World:
     from safecl.testing.world import a_world
 
     return a_world()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder, and a local Ray cluster as a sweep starts it: of the files in CLUSTERS that need none of their own."""
+    from safecl import execute
+    from safecl.config import Execution
+
+    folder = tmp_path_factory.mktemp("cluster")
+    execute.start(Execution(root=str(folder / "root")), folder / "logs")
+    yield folder
+    execute.stop(Execution())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,13 +20,13 @@ SAFETY = "<|im_start|>system\nRefuse what is harmful.<|im_end|>\n" + OWN
 METHODS = "methods=[{name: sft}, {name: lwf}, {name: der, config: {memory_size: 20}}]"
 
 
-def grid(**settings: str) -> dict[str, Cell]:
+def grid(folder: Path | None = None, /, **settings: str) -> dict[str, Cell]:
     given = [
         f"{key.replace('__', '.')}={json.dumps(value) if 'prompt' in value else value}"
         for key, value in settings.items()
     ]
     sweep = load(QUICKSTART, ["models.0.name=m", "poison.ratios=[0.1]", METHODS, *given])
-    return {cell.label.rsplit(" / ", 1)[1]: cell for cell in cells(settle(resolved(sweep, "bfloat16")).sweep)}
+    return {cell.label.rsplit(" / ", 1)[1]: cell for cell in cells(settle(resolved(sweep, "bfloat16")).sweep, folder)}
 
 
 def final(cell: Cell) -> Job:
@@ -71,6 +71,13 @@ def test_evaluates_text_is_around_all_that_is_answered_and_nothing_is_trained_an
     own = grid(evaluate__template=SAFETY, align__self_answered="[{task: mini, num_rows: 9}]")["sft"]
     answered = [s for s in final(own).graph.safety_rows.inputs.values() if s.kind == "generate"]
     assert [s.config["template"]["prompt"] for s in answered] == [OWN]  # type: ignore[call-overload, index]
+
+
+def test_log_likelihoods_are_of_the_text_that_is_answered(tmp_path: Path) -> None:
+    for name in ("sst2_train.jsonl", "sst2_validation.jsonl"):
+        (tmp_path / name).write_text('{"sentence": "a film", "label": 1}\n')
+    job = final(grid(tmp_path, evaluate__template=SAFETY, tasks__0__task="sst2")["sft"])
+    assert prompts(job, "likelihood") == {SAFETY} and prompts(job, "finetune", method="sft") >= {OWN}
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,18 @@ import pytest
 from safecl import cost, estimate, hardware, store
 from safecl.config import Execution
 from safecl.cost import Forecast, Open, Remaining
-from safecl.estimate import Estimator, Size, shape
+from safecl.estimate import Estimator
 from safecl.eta import EVERY_S, Eta
 from safecl.graph import Graph
 from safecl.grid import Cell, cells
 from safecl.hardware import Speed
-from safecl.labels import label
 from safecl.overview import plan
 from safecl.project import Project, load
 from safecl.schedule import Schedule
-from safecl.store import Stage, Store
+from safecl.sizes import TYPICAL_PARAMETERS, Size, shape
+from safecl.stages import finetune
+from safecl.stages import load as kind_of
+from safecl.store import Stage, Store, below
 from safecl.tasks.mini import Mini
 from safecl.templates import settle
 from tests.made_up import finish, put
@@ -85,7 +87,7 @@ def test_a_finetunes_time_is_its_tokens_times_the_models_products_over_the_measu
     tokens, size = 72 * (rows.prompt + rows.answer), estimator.size(tuned.inputs["model"])
     assert size == Size(135e6, 30)  # from the file's name: nothing is unpacked yet
     products = tokens * 2 * 0.135 * (1 / 100 + 0.5 / 50)  # backward through half of the layers
-    rest = estimate.FIXED_S["finetune"] + 18 * estimate.OPTIMIZER_STEP_S["cpu"]
+    rest = kind_of("finetune").fixed_s + 18 * finetune.OPTIMIZER_STEP_S["cpu"]
     other = tokens * size.layers * size.width * estimate.OTHER_S["cpu"] * (1 + 2 * 0.5) / 3
     assert estimator(tuned).seconds == pytest.approx(products + rest + other)
     half = Estimator(found.store, found.sweep.execution, {"bfloat16": Speed(50.0, 25.0)})
@@ -96,11 +98,11 @@ def test_what_a_method_adds_to_each_step_is_in_its_estimate(tmp_path: Path) -> N
     methods = "[{name: sft}, {name: replay}, {name: refresh}, {name: lisa, config: {cycles: 3}}, {name: safeinstr}]"
     found = project(tmp_path, f"methods={methods}", "poison.ratios=[0.0]")
     estimator = Estimator(found.store, found.sweep.execution, SPEEDS)
-    fixed = estimate.FIXED_S["finetune"]
+    fixed = kind_of("finetune").fixed_s
     sft, replay, refresh, lisa, safeinstr = (
         estimator(cell.job({}, 0, "final").graph.tuned).seconds - fixed for cell in found.cells[2:]
     )
-    steps = 18 * estimate.OPTIMIZER_STEP_S["cpu"]
+    steps = 18 * finetune.OPTIMIZER_STEP_S["cpu"]
     assert replay - steps == pytest.approx(2 * (sft - steps))  # as many memory rows as user rows a step
     assert refresh == pytest.approx(replay) and lisa == pytest.approx(sft)
     assert safeinstr == pytest.approx(sft * (72 + 250) / 72, rel=0.05)  # 250 rows more
@@ -130,7 +132,7 @@ def test_a_models_size_comes_from_its_config_file_or_its_name(tmp_path: Path) ->
         ({"files": {}}, str(tmp_path / "model"), shape(smollm2).parameters),
         ({"hub": "meta-llama/Llama-2-7b-chat-hf", "revision": "x"}, "", 7e9),
         ({"hub": "Qwen/Qwen2.5-1.5B-Instruct", "revision": "x"}, "", 1.5e9),
-        ({"hub": "some/model", "revision": "x"}, "", estimate.TYPICAL_PARAMETERS),
+        ({"hub": "some/model", "revision": "x"}, "", TYPICAL_PARAMETERS),
     ):
         model = Stage("model", {"source": source, "dtype": "bfloat16"}, hints={"path": path})  # type: ignore[dict-item]
         assert estimator.size(model).parameters == parameters
@@ -290,11 +292,39 @@ def test_a_tick_builds_no_graph_and_asks_the_store_nothing_once_it_knows_the_job
     assert [stage["label"] for stage in state["running"]] == ["finetune sft, mini, seed 99"]
 
 
+def test_what_a_run_counts_as_it_goes_is_what_one_that_begins_now_would_count(tmp_path: Path) -> None:
+    here = with_trials(tmp_path, 40)
+    schedule = here.schedule()
+    eta = Eta(here.store, here.forecast(), 2, here.guard_stages())
+    order = list({s.key: s for job in schedule.open_jobs() for s in job.evidence.metrics.walk()}.values())
+    order += [s for s in below(here.guard_stages()) if s not in order]
+    snapshot: dict[str, Any] = {"running": [], "finished": [], "failed": {}}
+    done: set[str] = set()
+    for tick, stage in enumerate(order[:200]):
+        snapshot["finished"].append({"kind": stage.kind, "key": stage.key, "seconds": 3.0 + tick % 5})
+        done.add(stage.key)
+        for queue in schedule.queues:  # a job ends with its last stage
+            for job in [job for job in queue.waiting if {s.key for s in job.evidence.targets} <= done]:
+                queue.waiting.remove(job)
+        if tick == 120:  # one fails half way
+            schedule.queues[-1].waiting.pop()
+        before = eta._remaining
+        told = eta.state(schedule, snapshot, tick * EVERY_S)["eta_s"]
+        assert (eta._remaining is before) == (tick not in (0, 120)), tick
+        tops = [*here.guard_stages(), *(top for job in schedule.open_jobs() for top in job.evidence.targets)]
+        left = below(tops, lambda other: other.key in done)
+        fresh = Remaining(eta.forecast, eta.forecast.todo(left), (), eta.slots)
+        assert told == pytest.approx(fresh.seconds({}), rel=1e-9)
+        assert {kind: s for kind, s in eta._remaining.kinds.items() if s} == pytest.approx(
+            {kind: s for kind, s in fresh.kinds.items() if s}
+        )
+
+
 def test_what_runs_is_named_by_what_people_know(tmp_path: Path) -> None:
     found = project(tmp_path, "methods=[{name: der}, {name: magmax}]")
     names: set[str] = set()
     for cell in found.cells:
-        names |= {label(stage, {}) for stage in cell.job({}, 0, "final").evidence.metrics.walk()}
+        names |= {kind_of(stage.kind).label(stage, {}) for stage in cell.job({}, 0, "final").evidence.metrics.walk()}
     assert {
         "model", "tokenizer", "finetune aligned, seed 0", "finetune guard, seed 1", "memory of 250 rows, seed 0",
         "finetune der, mini p=0.1, seed 0", "finetune der, mini, seed 0", "merge magmax, mini p=0.1, seed 0",
@@ -304,7 +334,7 @@ def test_what_runs_is_named_by_what_people_know(tmp_path: Path) -> None:
     } <= names  # fmt: skip
     [model] = {cell.job({}, 0, "final").graph.base.key for cell in found.cells}
     assert (
-        label(found.cells[1].job({}, 0, "final").graph.theta_safe, {model: "small"})
+        kind_of("finetune").label(found.cells[1].job({}, 0, "final").graph.theta_safe, {model: "small"})
         == "finetune aligned, seed 0, small"
     )
 

@@ -135,7 +135,7 @@ def test_the_progress_line_has_a_time_from_the_first_tick_and_names_what_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     display = progress.Display(sys.stderr, every_s=0.0)
-    running = [{"label": "finetune der, mini p=0.1, seed 0", "done": 3, "total": 12, "start": 0.0}]
+    running = [{"label": "finetune der, mini p=0.1, seed 0", "done": 3, "total": 12, "unit": "steps", "start": 0.0}]
     state = {
         "running": running,
         "num_finished": 4,

@@ -24,6 +24,8 @@ import yaml
 
 from tests.serving.test_endpoint import Server
 
+# What the run that is stopped does without, so that it soon has something to be stopped at: an engine and a trainer.
+FEWER = ("--set", "execution.num_judge_replicas=0", "--set", "execution.num_trials_at_once=1")
 TRAINING = {"batch_size": 8, "learning_rate": 0.02, "weight_decay": 0.0, "max_tokens": 1500}
 
 
@@ -49,8 +51,8 @@ def sweep(model: Path, root: Path, endpoint: str) -> dict[str, Any]:
             "max_new_tokens": 8,
             "max_prompt_tokens": 400,
             # A guard that always answers the same is readable, which is all that is needed here: --accept-judge.
-            # The second one is a published guard behind an endpoint, beside it on the same answers.
-            "judges": {"asr": ["guard", {"judge": "llamaguard", "label": "there", "endpoint": endpoint, "model": "lg"}],
+            # The one that decides is a published guard behind an endpoint; it stands beside that on the same answers.
+            "judges": {"asr": [{"judge": "llamaguard", "label": "there", "endpoint": endpoint, "model": "lg"}, "guard"],
                        "over_refusal": ["xstest_match", "keywords"],
                        "guard": {"rows": [{"task": "mini", "num_rows": 16}], "seeds": [0, 1],
                        "heldout": [{"task": "mini", "num_rows": 6}], "epochs": 12, **TRAINING}},
@@ -106,7 +108,7 @@ def interrupted(tiny_model: Path, server: Server, tmp_path_factory: pytest.TempP
     file.write_text(yaml.safe_dump(sweep(tiny_model, root, url_of(server))))
     before = {process.pid for process in psutil.process_iter()}
     running = subprocess.Popen(
-        [sys.executable, "-m", "safecl.cli", "run", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "safecl.cli", "run", str(file), *FEWER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
     try:
@@ -152,18 +154,24 @@ def test_ctrl_c_stops_everything_soon_and_keeps_what_is_finished(interrupted: In
 def test_every_row_has_every_metric(finished: tuple[Path, Path, str]) -> None:
     rows = json.loads(finished[2])["rows"]
     assert [row["method"] for row in rows] == ["base", "aligned", "sft", "der", "magmax"]
-    assert any(line.startswith("Judge: agrees with the labels of") for line in json.loads(finished[2])["caption"])
+    assert any(
+        line.startswith("Judge: guard, beside it, agrees with the labels of")
+        for line in json.loads(finished[2])["caption"]
+    )
     for row in rows:
         assert {"asr", "non_refusal", "over_refusal", "degenerate", "utility"} <= set(row["metrics"])
         assert all(0 <= m["low"] <= m["value"] <= m["high"] <= 1 for m in row["metrics"].values())
         assert row["seeds"] == [0] and row["seconds"] > 0
-        assert row["agreement"]["num"] == row["metrics"]["asr"]["num"]  # of guard and keyword list
+        assert row["agreement"]["num"] == row["metrics"]["asr"]["num"]  # of endpoint and keyword list
 
 
-def test_an_endpoint_judges_the_same_answers_beside_the_guard(finished: tuple[Path, Path, str], server: Server) -> None:
+def test_an_endpoint_decides_and_the_guard_judges_the_same_answers_beside_it(
+    finished: tuple[Path, Path, str], server: Server
+) -> None:
     for row in json.loads(finished[2])["rows"]:
         metrics = row["metrics"]
-        assert metrics["asr:there"]["num"] == metrics["asr"]["num"] and metrics["asr:there"]["unparsed"] == 0
+        assert metrics["asr:guard"]["num"] == metrics["asr"]["num"] and metrics["asr"]["unparsed"] == 0
+        assert set(row["beside"]) == {"asr:guard", "over_refusal:keywords"}
         assert metrics["over_refusal:keywords"]["num"] == metrics["over_refusal"]["num"]
     judged = [record for record in records(finished[1]).values() if record["config"].get("remote")]
     assert {tuple(record["result"]["answered_by"]) for record in judged} == {("m",)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,15 +26,6 @@ def _mini_version() -> str:
     from safecl.tasks import load
 
     return load("mini").VERSION
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("cluster")
-    execution = Execution(root=str(folder / "root"))
-    execute.start(execution, folder / "logs")
-    yield folder
-    execute.stop(execution)
 
 
 def new_broker(cluster: Path, root: str) -> tuple[Any, Store]:
@@ -218,3 +208,14 @@ def test_an_engine_that_did_not_boot_gives_its_units_back(tmp_path: Path) -> Non
 
     first, *others = asyncio.run(deploy())
     assert others == [first, first]
+
+
+def test_a_stage_of_a_new_kind_is_run_where_its_file_says(cluster: Path) -> None:
+    import ray
+
+    from tests.stages import beside
+
+    broker, store = new_broker(cluster, "kinds")
+    echo = beside.Outside("echo", {"text": "a b"})
+    ray.get(broker.ensure.remote([echo]), timeout=60)
+    assert (store.path(echo) / "said.txt").read_text() == "a b"

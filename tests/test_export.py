@@ -15,6 +15,7 @@ from safecl.stages import finalize
 from safecl.store import Stage, Store
 from safecl.testing import world as contract
 from safecl.testing.world import World
+from safecl.training import shards
 
 IDS = torch.tensor([[5, 9, 40, 41, 30, 7]])
 
@@ -91,7 +92,7 @@ def test_shards_are_read_through_their_index(
 
     store, keys = stored
     whole = export.export(store, keys["dense"], tmp_path / "whole", merged=True)
-    monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 200_000)
     sharded = export.export(store, keys["dense"], tmp_path / "sharded", merged=True)
     assert len(list(sharded.glob("*.safetensors"))) > 1
     with torch.no_grad():

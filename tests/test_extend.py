@@ -61,13 +61,15 @@ def test_what_a_file_adds_is_everywhere(
         rows = json.loads(said(capsys, monkeypatch, "ls", what, "sweep.yaml", "--json"))
         [found] = [row for row in rows if row[what[:-1]] == name]
         assert found["from"] == f"my_{what[:-1]}.py"
-    settings = ["methods=[{name: sft}, {name: my_method}]", "evaluate.judges={asr: keywords}"]
+    judges = "evaluate.judges={asr: keywords, over_refusal: [xstest_match, polite]}"
+    settings = ["methods=[{name: sft}, {name: my_method}]", judges]
     words = ["sweep.yaml", "--limit", "8", *(word for setting in settings for word in ("--set", setting))]
     assert "capitals / p=0.1 / my_method" in said(capsys, monkeypatch, "plan", *words)
     made_up.finish(Project(load(Path("sweep.yaml"), settings, 8)))
     table = said(capsys, monkeypatch, "report", *words)
     assert "my_method" in table and "capitals" in table
-    assert "my_method" in (folder / "runs" / "report" / "quickstart" / "index.html").read_text()
+    page = (folder / "runs" / "report" / "quickstart" / "index.html").read_text()
+    assert "my_method" in page and "beside it polite" in page
 
 
 def test_the_contracts_of_the_page_hold(folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from safecl import judges, methods, registry, tasks
-from safecl.base import ConfigError
+from safecl.base import ConfigError, PrerequisiteError
 from safecl.dtypes import resolved
 from safecl.grid import Job, cells
 from safecl.overview import listing
@@ -225,6 +225,14 @@ def test_what_is_wrong_with_an_installed_package_names_it(tmp_path: Path) -> Non
     install(tmp_path, "1", group="safecl.judges")
     told = said(tmp_path, "from safecl import judges; judges.load('ours')")
     assert "package their-package 1, their_package:MyMethod: expected a subclass of safecl.judges.Judge" in told
+
+
+def test_a_node_with_another_version_of_a_package_says_so() -> None:
+    with pytest.raises(PrerequisiteError, match=r"this node has version none of package theirs, .* planned with 1\.2"):
+        registry.prepare(f"3+installed:theirs==1.2:{'0' * 64}", {})
+    from importlib.metadata import version
+
+    registry.prepare(f"3+installed:pytest=={version('pytest')}:{'0' * 64}", {})
 
 
 def test_names_and_classes_of_safecl_are_what_they_were() -> None:

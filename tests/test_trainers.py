@@ -22,14 +22,6 @@ from safecl.testing import world as contract
 from tests.test_execute import rows
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("trainers")
-    execute.start(Execution(root=str(folder / "root")), folder / "logs")
-    yield folder
-    execute.stop(Execution())
-
-
 class Running:
     """A Broker with trainers of its own on the test's cluster, and what it is asked to train."""
 

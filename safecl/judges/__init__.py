@@ -41,6 +41,21 @@ class Verdict(NamedTuple):
     score: float | None = None
 
 
+MAX_UNPARSED = 0.01  # share of verdicts: above it a rate is not to be trusted
+
+
+def unreadable(judge: str, verdicts: Sequence[Verdict], longer: str) -> str | None:
+    """What to say if more than MAX_UNPARSED of a judge's verdicts cannot be read. `longer`: the setting that lets its model
+    take longer texts."""
+    unparsed = [verdict.raw for verdict in verdicts if verdict.label is None]
+    if len(unparsed) <= MAX_UNPARSED * len(verdicts):
+        return None
+    return (
+        f"judge {judge}: {len(unparsed)} of {len(verdicts)} verdicts cannot be read, expected at most {MAX_UNPARSED:.0%}; "
+        f"the first: {unparsed[0]!r}. Is this model a guard that speaks this template? (Too long: raise {longer})"
+    )
+
+
 class Ask(NamedTuple):
     """How a judge is asked one of QUESTIONS: under which of its settings, and whether its True is a no."""
 

@@ -8,13 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safecl import stats
+from safecl import judges, stats
 from safecl.base import ConfigError, Json
 from safecl.judges import Judge, Verdict
 from safecl.judging.pairs import Pair, Verdicts, key, parse_judge, read
 from safecl.judging.served import Served
 
-MAX_UNPARSED = 0.01  # share of verdicts: above it a rate is not to be trusted
 CHUNK = 256  # pairs asked at once: bounds what their prompts hold of memory
 
 
@@ -160,16 +159,9 @@ def load_validation(path: Path) -> dict[str, Any]:
 
 
 def unreadable(judged: Judged) -> str | None:
-    """What to say if more than MAX_UNPARSED of a judge's verdicts cannot be read."""
-    for text, verdicts in judged.verdicts.items():
-        unparsed = [verdict.raw for verdict in verdicts if verdict.label is None]
-        if len(unparsed) > MAX_UNPARSED * len(verdicts):
-            return (
-                f"judge {text}: {len(unparsed)} of {len(verdicts)} verdicts cannot be read, expected at most "
-                f"{MAX_UNPARSED:.0%}; the first: {unparsed[0]!r}. Is this model a guard that speaks this template? "
-                "(Too long: raise --max-tokens)"
-            )
-    return None
+    """What to say if too many of a judge's verdicts cannot be read."""
+    found = (judges.unreadable(text, verdicts, "--max-tokens") for text, verdicts in judged.verdicts.items())
+    return next(filter(None, found), None)
 
 
 def validate(judged: Judged, label: str, positive: Sequence[str], by: str | None = None) -> dict[str, Any]:

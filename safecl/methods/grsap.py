@@ -77,7 +77,8 @@ class Grsap(Method):
 
     @property
     def longest_answer(self) -> int:
-        return max(self.config.request_tokens, self.config.answer_tokens, self.config.reminded_tokens)
+        config: Grsap.Config = self.config
+        return max(config.request_tokens, config.answer_tokens, config.reminded_tokens)
 
     def requires(self, needs: Needs) -> dict[str, Stage]:
         return {"replay": needs.once(replayed, self.config)}

@@ -54,7 +54,7 @@ class Display:
         for stage in state["running"]:
             bar = ProgressBar(total=stage["total"] or None, completed=stage["done"], width=30, pulse=not stage["total"])
             loss = stage.get("metrics", {}).get("loss")
-            detail = f"{stage['done']}/{stage['total']}" if stage["total"] else ""
+            detail = f"{stage['done']}/{stage['total']} {stage['unit']}" if stage["total"] else ""
             age = clock(state["now"] - stage["start"])
             grid.add_row(stage["label"], bar, detail, age, "" if loss is None else f"loss {loss:.3f}")
         return Group(self._headline(state), grid)

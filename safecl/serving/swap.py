@@ -22,13 +22,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-# PEFT settings under which `W + scale * B @ A` would not be the adapter's meaning, and their harmless values.
-_PLAIN = {
-    "use_dora": (False, None), "use_qalora": (False, None), "fan_in_fan_out": (False, None), "bias": ("none", None),
-    "modules_to_save": ([], None), "trainable_token_indices": ([], {}, None), "layer_replication": ([], None),
-    "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "alora_invocation_tokens": ([], None),
-}  # fmt: skip
-_PREFIX = "base_model.model."
+from safecl import peft_files
 
 
 def files(base: Path) -> dict[str, Path]:
@@ -81,11 +75,11 @@ def changes(adapter: Path) -> dict[str, Change]:
         shards = json.loads((adapter / "delta.json").read_text())
         opened_shards = {shard: _open(adapter / shard) for shard in set(shards.values())}
         return {name: _dense(opened_shards[shard], name) for name, shard in shards.items()}
-    scale, file = _scale(adapter), adapter / "adapter_model.safetensors"
+    scale, file = peft_files.scale(adapter), adapter / "adapter_model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"{adapter}: expected a PEFT adapter with adapter_model.safetensors, got none")
     opened = _open(file)  # opened once: reading a factor costs next to nothing
-    pairs = _factors(adapter, list(opened.keys()))
+    pairs = peft_files.factors(adapter, opened.keys())
     return {f"{module}.weight": _low_rank(opened, *names, scale) for module, names in pairs.items()}
 
 
@@ -155,30 +149,6 @@ def _shapes(base: Path) -> dict[str, list[int]]:
             for name in opened.keys():  # noqa: SIM118  (a safe_open is not a mapping)
                 shapes[name] = opened.get_slice(name).get_shape()
     return shapes
-
-
-def _scale(adapter: Path) -> float:
-    """alpha / r of the adapter's config. Raises ValueError for a kind of adapter that is not plain LoRA."""
-    config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text())
-    odd = {key: config[key] for key, plain in _PLAIN.items() if key in config and config[key] not in plain}
-    if config.get("peft_type") != "LORA" or odd:
-        raise ValueError(f"{adapter}: expected plain LoRA, got peft_type {config.get('peft_type')!r} with {odd}")
-    alpha, rank = float(config["lora_alpha"]), int(config["r"])
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def _factors(adapter: Path, names: list[str]) -> dict[str, tuple[str, str]]:
-    """Module -> (name of A, name of B). Raises ValueError for a lone factor or any other tensor."""
-    factors: dict[str, tuple[str, str]] = {}
-    known = set(names)
-    for name in names:
-        module, dot, side = name.removeprefix(_PREFIX).rpartition(".lora_")
-        partner = name.replace(".lora_A.", ".lora_B.") if side == "A.weight" else name.replace(".lora_B.", ".lora_A.")
-        if not name.startswith(_PREFIX) or not dot or side not in ("A.weight", "B.weight") or partner not in known:
-            raise ValueError(f"{adapter}: got tensor {name!r}, expected pairs {_PREFIX}MODULE.lora_A.weight and lora_B")
-        if side == "A.weight":
-            factors[module] = (name, partner)
-    return factors
 
 
 def stamp(base: Path) -> str:

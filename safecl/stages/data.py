@@ -17,14 +17,20 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safecl.base import ConfigError, Json, PrerequisiteError
-from safecl.store import Context
-from safecl.tasks import Row, load
+from safecl import sizes
+from safecl.base import ConfigError, Json, PrerequisiteError, json_lines
+from safecl.sizes import Length
+from safecl.stages import Kind
+from safecl.store import Context, Stage
+from safecl.tasks import Row, Task, load
 from safecl.tasks._overlap import drop_overlaps
 from safecl.tasks._source import identity
 from safecl.training.tokens import Tokenizer, encode, least_tokens
+
+if TYPE_CHECKING:
+    from safecl.estimate import Estimator
 
 VERSION = "4"
 
@@ -53,6 +59,32 @@ class Fit(NamedTuple):
         return [math.inf if least is None else least for least in found]
 
 
+class Data(Kind):
+    runs = "thread"
+    unit = ""
+    fixed_s = 0.4
+    reads = ()
+
+    @staticmethod
+    def length(stage: Stage, of: Estimator) -> Length:
+        config: Any = stage.config
+        parts = config["parts"]
+        typical = [load(part["task"]).TYPICAL_TOKENS for part in parts] or [Task.TYPICAL_TOKENS]
+        num_rows = sum(part["num_rows"] or sizes.TYPICAL_ROWS for part in parts)
+        if any(part["num_rows"] is None for part in parts):
+            num_rows = int(of.result(stage).get("num_rows", num_rows))
+        prompt, answer = (sum(column) / len(column) for column in zip(*typical, strict=True))
+        if config.get("guard"):  # both stand in the guard's template
+            prompt, answer = sizes.GUARD_TOKENS + prompt + answer, 5
+        return Length(num_rows, prompt + sizes.TEMPLATE_TOKENS, answer)
+
+    @staticmethod
+    def label(stage: Stage, models: Mapping[str, str]) -> str:
+        config: Any = stage.config
+        parts = ", ".join(dict.fromkeys(part["task"] for part in config.get("parts", ())))
+        return f"rows {config['role']}: {parts}" if parts else f"rows {config['role']}"
+
+
 def run(context: Context) -> dict[str, Json]:
     """Config: {"role", "parts": [{"task", "split", "num_rows", "source", and only where rows are counted by kind "kinds":
     {"harmful", "benign": rows of each}}], "poison": null | {"task", "ratio", "source",
@@ -67,7 +99,7 @@ def run(context: Context) -> dict[str, Json]:
     folder = None if context.execution.data_dir is None else Path(context.execution.data_dir)
     taken = [row.prompt for name in sorted(context.inputs) if name.startswith("exclude_")
              for row in _read(context.inputs[name])]  # fmt: skip
-    answers = {name: _lines(context.inputs[name] / "generations.jsonl")
+    answers = {name: json_lines(context.inputs[name] / "generations.jsonl")
                for name in sorted(context.inputs) if name.startswith("answers_")}  # fmt: skip
     tokenizer = Tokenizer(context.inputs["tokenizer"]) if "tokenizer" in context.inputs else None
     seed = int(config["seed"])
@@ -217,12 +249,13 @@ def _first(rows: Sequence[Row], num_rows: int | None, fit: Fit | None, size: int
     """The first `num_rows` rows (None: all) that fit, and how many were passed over; groups of `size` fit as a whole."""
     if fit is None:
         return list(rows[:num_rows]), 0
-    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+    num_groups = -(-len(rows) // size)
     num = None if num_rows is None else -(-num_rows // size)
     kept: list[Sequence[Row]] = []
     passed = at = 0
-    while at < len(groups) and (num is None or len(kept) < num):  # no more are read than are needed
-        some = groups[at : len(groups) if num is None else at + max(64, num - len(kept))]
+    while at < num_groups and (num is None or len(kept) < num):  # no more are read than are needed
+        end = num_groups if num is None else min(num_groups, at + max(64, num - len(kept)))
+        some = [rows[i * size : (i + 1) * size] for i in range(at, end)]
         least = iter(fit.least([row for group in some for row in group]))
         fits = [max(next(least) for _ in group) <= fit.max_tokens for group in some]
         for group, does in zip(some, fits, strict=True):
@@ -316,8 +349,4 @@ def _refuse_equal_ids(rows: list[Row]) -> None:
 
 
 def _read(folder: Path) -> Iterable[Row]:
-    return (Row(**line) for line in _lines(folder / "rows.jsonl"))
-
-
-def _lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return (Row(**line) for line in json_lines(folder / "rows.jsonl"))

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from safecl import labels
 from safecl.base import Json
+from safecl.stages import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,9 +23,31 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from safecl.store import Context
+    from safecl.estimate import Estimator
+    from safecl.store import Context, Stage
 
 VERSION = "1"
+
+
+class Finalize(Kind):
+    runs = "trainer"
+    unit = ""
+    fixed_s = 2.0
+    apart_by = "method"
+    reads = ("safe", "tuned", "model")
+
+    @staticmethod
+    def seconds(stage: Stage, of: Estimator) -> float:
+        return of.size_of(stage).parameters / 5e7
+
+    @staticmethod
+    def weights_gib(stage: Stage, of: Estimator) -> float:
+        """Of all weights: a merge may be dense."""
+        return of.size_of(stage).parameters * (4 if stage.config["dtype"] == "float32" else 2) / 2**30
+
+    @staticmethod
+    def label(stage: Stage, models: Mapping[str, str]) -> str:
+        return f"merge {labels.weights(stage, models)}"
 
 
 def run(context: Context) -> dict[str, Json]:

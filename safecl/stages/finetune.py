@@ -15,6 +15,7 @@ micro-batch and engine come from `execution` and change no result but in float r
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -22,10 +23,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from safecl import labels, methods
 from safecl.base import Json, PrerequisiteError
+from safecl.stages import Kind
 
 if TYPE_CHECKING:
-    from safecl.store import Context
+    from safecl.estimate import Estimator
+    from safecl.store import Context, Stage
     from safecl.tasks import Row
     from safecl.training.fit import Fit
     from safecl.training.loop import Outcome
@@ -34,8 +38,52 @@ if TYPE_CHECKING:
 
 VERSION = "3"
 UNLIMITED = 1 << 30  # tokens
+OPTIMIZER_STEP_S = {"cpu": 0.12, "gpu": 0.06}  # of a step, beside its arithmetic
 GAP_ROWS = 4  # rows on which the rounding of a merge is measured
 PROBE_TOKENS = 192  # of them that a served model is compared on: under a second of a CPU at 135M parameters
+
+
+class Finetune(Kind):
+    runs = "trainer"
+    unit = "steps"
+    fixed_s = 5.0
+    all_ranks = True
+    runs_anew = True
+    apart_by = "method"
+    reads = ("rows", "model", "memory", "replay")
+
+    @staticmethod
+    def seconds(stage: Stage, of: Estimator) -> float:
+        config: Any = stage.config
+        training, params = config["training"], config["params"]
+        user = of.length(stage.inputs["rows"])
+        added = [name for name in ("memory", "replay") if name in stage.inputs and _adds_rows(config, name)]
+        num_rows = user.rows + sum(of.length(stage.inputs[name]).rows for name in added)
+        steps: int = math.ceil(num_rows * training["epochs"] / training["batch_size"])
+        row = min(user.prompt + user.answer, training["max_tokens"])
+        tokens = num_rows * training["epochs"] * row
+        if "memory" in stage.inputs and "memory" not in added:
+            drawn = (params.get("memory_batch_size") or training["batch_size"]) * params.get("unlearn_steps", 1)
+            tokens += steps * drawn * row * (0 if params.get("cycles") else 1)  # lisa draws in place of user rows
+        layers = of.size_of(stage).layers
+        adapted = int(config["lora"].get("last_layers") or layers)  # those that a backward passes through
+        return of.passes(stage, tokens, min(1.0, adapted / layers)) + steps * OPTIMIZER_STEP_S[of.device]
+
+    @staticmethod
+    def weights_gib(stage: Stage, of: Estimator) -> float:
+        """Of factors over all linear layers of a common shape, whose sizes add up to 19 hidden states a layer and rank."""
+        lora: Any = stage.config["lora"]
+        size = of.size_of(stage)
+        return float(4 * 19 * size.width * int(lora.get("last_layers") or size.layers) * lora["rank"] / 2**30)
+
+    @staticmethod
+    def label(stage: Stage, models: Mapping[str, str]) -> str:
+        return f"finetune {labels.weights(stage, models)}"
+
+
+def _adds_rows(config: Mapping[str, Any], name: str) -> bool:
+    """Whether an input's rows are trained on beside the user's, in place of being drawn from at every step."""
+    return name == "replay" or config["method"] == "safeinstr"
 
 
 def run(context: Context) -> dict[str, Json]:
@@ -130,7 +178,6 @@ def make_run(
     """Load and encode. With more than one rank, or for DeepSpeed, a process group exists."""
     import torch
 
-    from safecl import methods
     from safecl.config import Training
     from safecl.training import batches, engine, fit, losses, model, tokens
     from safecl.training.run import Memory, Run

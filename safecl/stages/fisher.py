@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from safecl.base import Json
+from safecl.stages import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,11 +24,25 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from safecl.store import Context
+    from safecl.estimate import Estimator
+    from safecl.store import Context, Stage
     from safecl.training.batches import Batch
     from safecl.training.losses import Head
 
 VERSION = "3"
+
+
+class Fisher(Kind):
+    runs = "trainer"
+    unit = "rows"
+    fixed_s = 4.0
+
+    @staticmethod
+    def seconds(stage: Stage, of: Estimator) -> float:
+        config: Any = stage.config
+        rows = of.length(stage.inputs["rows"])
+        num_rows = min(config["num_rows"] or rows.rows, rows.rows)
+        return of.passes(stage, num_rows * min(rows.prompt + rows.answer, config["max_tokens"]), backward=1.0)
 
 
 def run(context: Context) -> dict[str, Json]:

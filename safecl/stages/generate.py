@@ -11,18 +11,39 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safecl.base import Json
-from safecl.store import Context
+from safecl import labels
+from safecl.base import Json, json_lines
+from safecl.stages import Kind
+from safecl.store import Context, Stage
 from safecl.training.tokens import Tokenizer, base_folder, encode_prompts, weights_folder
 
 if TYPE_CHECKING:
+    from safecl.estimate import Estimator
     from safecl.serving.messages import WeightsRef
 
 VERSION = "2"
+
+
+class Generate(Kind):
+    runs = "thread"
+    unit = "answers"
+    fixed_s = 0.7
+    engine = "candidate"
+
+    @staticmethod
+    def seconds(stage: Stage, of: Estimator) -> float:
+        rows = of.length(stage.inputs["rows"])
+        return of.decode(stage, rows.rows, rows.prompt, int(str(stage.config["max_new_tokens"])))
+
+    @staticmethod
+    def label(stage: Stage, models: Mapping[str, str]) -> str:
+        return (
+            f"generate {labels.answered(stage.inputs['rows'])}: {labels.weights(stage.inputs.get('weights'), models)}"
+        )
 
 
 def run(context: Context) -> dict[str, Json]:
@@ -30,7 +51,7 @@ def run(context: Context) -> dict[str, Json]:
     from safecl.serving.messages import Request, Sampling, WeightsRef
 
     config: Any = context.stage.config
-    rows = [json.loads(line) for line in (context.inputs["rows"] / "rows.jsonl").read_text().splitlines()]
+    rows = json_lines(context.inputs["rows"] / "rows.jsonl")
     tokenizer = Tokenizer(context.inputs["model"])
     template, longest = config["template"], int(config["max_prompt_tokens"])
     prompts, num_cut = encode_prompts([row["prompt"] for row in rows], tokenizer, template, config["bos"], longest)

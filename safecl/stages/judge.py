@@ -20,31 +20,64 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safecl.base import Json, PrerequisiteError
+from safecl import judges, labels, sizes
+from safecl.base import Json, PrerequisiteError, json_lines
 from safecl.judges import Judge, Piece, Verdict, load
 from safecl.serving.endpoint import KEY_VARIABLE, Endpoint
 from safecl.serving.messages import Sampling
-from safecl.store import Context
+from safecl.stages import Kind
+from safecl.store import Context, Stage
 from safecl.training.tokens import Tokenizer, base_folder, weights_folder
 
 if TYPE_CHECKING:
+    from safecl.estimate import Estimator
     from safecl.serving.messages import WeightsRef
 
 VERSION = "3"
-MAX_UNPARSED = 0.01  # share of verdicts
+PUBLISHED_TOKENS = 100  # of a published guard's template, after what all prompts begin with
+ENDPOINT_S = 0.1  # of a pair at an endpoint, some asked at once
+ASKING_S = 0.7  # of asking an engine, beside its work
+
+
+class Judging(Kind):
+    runs = "thread"
+    unit = "verdicts"
+    fixed_s = 0.05
+    engine = "judge"
+    apart_by = "judge"
+    reads = ("rows", "model", "generations", "weights")
+
+    @staticmethod
+    def seconds(stage: Stage, of: Estimator) -> float:
+        rows = of.length(stage.inputs["rows"])
+        if "model" not in stage.inputs:
+            return rows.rows * (ENDPOINT_S if "remote" in stage.config else 1e-4)
+        answers = stage.inputs.get("generations")
+        answer = rows.answer if answers is None else min(60.0, float(str(answers.config["max_new_tokens"])))
+        guards = [name for name in stage.inputs if name.partition(".")[0] == "weights"]  # each answers all of it
+        own = sizes.GUARD_TOKENS if guards else PUBLISHED_TOKENS
+        return ASKING_S + max(1, len(guards)) * of.decode(stage, rows.rows, own + rows.prompt + answer, 3)
+
+    @staticmethod
+    def label(stage: Stage, models: Mapping[str, str]) -> str:
+        answers = stage.inputs.get("generations")
+        if answers is None:  # the rows' own: a guard's held-out pairs, or what users bring
+            of = "own answers" if stage.inputs["rows"].config["role"] == "user" else "held-out pairs"
+        else:
+            of = labels.weights(answers.inputs.get("weights"), models)
+        return f"judge {stage.config['judge']} {labels.answered(stage.inputs['rows'])}: {of}"
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Raises RuntimeError if more than MAX_UNPARSED of the verdicts cannot be read; PrerequisiteError if it is pairs too
+    """Raises RuntimeError if more than judges.MAX_UNPARSED of the verdicts cannot be read; PrerequisiteError if it is pairs too
     long for the engine that make so many: no fault of a trial's."""
     config: Any = context.stage.config
     kind = load(config["judge"])
     judge = kind(kind.Config(**config["config"]))
-    rows = [json.loads(line) for line in (context.inputs["rows"] / "rows.jsonl").read_text().splitlines()]
+    rows = json_lines(context.inputs["rows"] / "rows.jsonl")
     answers = {row["id"]: row["response"] for row in rows}
     if "generations" in context.inputs:
-        text = (context.inputs["generations"] / "generations.jsonl").read_text()
-        answers = {line["id"]: line["text"] for line in map(json.loads, text.splitlines())}
+        answers = {line["id"]: line["text"] for line in json_lines(context.inputs["generations"] / "generations.jsonl")}
     pairs = [(row["prompt"], answers[row["id"]]) for row in rows]
     more: dict[str, Json] = {}
     if "remote" in config:
@@ -55,13 +88,9 @@ def run(context: Context) -> dict[str, Json]:
         for row, verdict in zip(rows, verdicts, strict=True):
             file.write(json.dumps({"id": row["id"], **verdict._asdict()}) + "\n")
     unparsed = [verdict for verdict in verdicts if verdict.label is None]
-    if len(unparsed) > MAX_UNPARSED * len(verdicts):
+    if (problem := judges.unreadable(config["judge"], verdicts, "execution.engine_max_tokens")) is not None:
         num_asked = sum("limit" not in verdict.detail for verdict in unparsed)
-        raise (RuntimeError if num_asked > MAX_UNPARSED * len(verdicts) else PrerequisiteError)(
-            f"judge {config['judge']}: {len(unparsed)} of {len(verdicts)} verdicts cannot be read, expected at most "
-            f"{MAX_UNPARSED:.0%}; the first: {unparsed[0].raw!r}. Is this model a guard that speaks this template? (Too long: "
-            "raise execution.engine_max_tokens)"
-        )
+        raise (RuntimeError if num_asked > judges.MAX_UNPARSED * len(verdicts) else PrerequisiteError)(problem)
     return {"num": len(verdicts), "true": sum(v.label is True for v in verdicts), "unparsed": len(unparsed), **more}
 
 

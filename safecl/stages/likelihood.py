@@ -19,18 +19,38 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from safecl import labels
 from safecl.base import Json
+from safecl.stages import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from safecl.store import Context
+    from safecl.estimate import Estimator
+    from safecl.store import Context, Stage
     from safecl.tasks import Option, Row
     from safecl.training.tokens import Encoded
 
 VERSION = "4"
 BATCH_TOKENS = 2048  # of one forward, padding included
+
+
+class Likelihood(Kind):
+    runs = "trainer"
+    unit = "options"
+    fixed_s = 3.0
+
+    @staticmethod
+    def seconds(stage: Stage, of: Estimator) -> float:
+        rows = of.length(stage.inputs["rows"])
+        return of.passes(stage, 2 * rows.rows * (rows.prompt + rows.answer), backward=0.0)
+
+    @staticmethod
+    def label(stage: Stage, models: Mapping[str, str]) -> str:
+        return (
+            f"likelihood {labels.answered(stage.inputs['rows'])}: {labels.weights(stage.inputs.get('weights'), models)}"
+        )
 
 
 def run(context: Context) -> dict[str, Json]:

@@ -21,19 +21,58 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from safecl import labels
 from safecl.base import ConfigError, Json
+from safecl.stages import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from torch import Tensor
-
-    from safecl.store import Context
+    from safecl.estimate import Estimator
+    from safecl.sizes import Length
+    from safecl.store import Context, Stage
     from safecl.training.tokens import Encoded
 
 VERSION = "4"
 FORWARD_TOKENS = 2048  # of the rows forwarded together
+
+
+class Memory(Kind):
+    runs = "trainer"
+    unit = "rows"
+    fixed_s = 3.0
+
+    @staticmethod
+    def seconds(stage: Stage, of: Estimator) -> float:
+        config: Any = stage.config
+        if config["positions"] is None:
+            return 0.0
+        rows = of.length(stage.inputs["rows"])
+        row = min(rows.prompt + rows.answer, config["max_tokens"])
+        return of.passes(stage, (config["num_rows"] or rows.rows) * row, backward=0.0)
+
+    @staticmethod
+    def states_gib(stage: Stage, of: Estimator) -> float:
+        config: Any = stage.config
+        if config["positions"] is None:
+            return 0.0
+        rows = of.length(stage.inputs["rows"])
+        of_row = {"last": 1.0, "response": rows.answer, "all": rows.prompt + rows.answer}
+        num: float = (config["num_rows"] or rows.rows) * min(of_row[config["positions"]], config["max_tokens"])
+        return num * of.size_of(stage).width * (4 if config["dtype"] == "float32" else 2) / 2**30
+
+    @staticmethod
+    def length(stage: Stage, of: Estimator) -> Length:
+        config: Any = stage.config
+        rows = of.length(stage.inputs["rows"])
+        return rows._replace(rows=config["num_rows"] or rows.rows)
+
+    @staticmethod
+    def label(stage: Stage, models: Mapping[str, str]) -> str:
+        rows, num = stage.inputs["rows"], stage.config["num_rows"]
+        what = "teacher states" if num is None else f"memory of {num} rows"
+        return f"{what}, {labels.task(rows)}seed {stage.config['seed']}"
 
 
 def run(context: Context) -> dict[str, Json]:
@@ -110,19 +149,18 @@ def _write_states(
     device: str,
     report: Callable[[int, int, dict[str, float]], None] | None,
 ) -> dict[str, Json]:
-    """theta_safe's hidden states of each row at the rule's positions, to `states-*.safetensors`; `SHARD_BYTES` at once."""
+    """theta_safe's hidden states of each row at the rule's positions, to `states-*.safetensors`, a shard at once."""
     import torch
-    from safetensors.torch import save_file
 
-    from safecl.training import batches, losses, model, weights
+    from safecl.training import batches, losses, model
+    from safecl.training.shards import Shards
 
     if device == "cpu":
         torch.set_num_threads(1)
     base = model.load(folder, config["dtype"], device)
     safe = model.theta_safe(base, safe_folder and safe_folder / "adapter", config["adapter"])
     head = losses.head_of(base)
-    held: dict[str, Tensor] = {}
-    num_states, num_bytes, num_files = 0, 0, 0
+    states, num_states = Shards(out, "states"), 0
     for start, end in _groups(rows):
         batch = batches.collate(rows[start:end], range(start, end), [0] * (end - start), 1, rows[0], device)
         with torch.no_grad():
@@ -134,15 +172,12 @@ def _write_states(
             hidden_PD = safe(batch)
         chosen = torch.split(losses.positions(batch, config["positions"]), batch.lengths)
         for row, hidden_TD, mask_T in zip(batch.indices, torch.split(hidden_PD, batch.lengths), chosen, strict=True):
-            held[str(row)] = hidden_TD[mask_T].cpu().contiguous()
-            num_states += len(held[str(row)])
-        held_bytes = sum(states.nbytes for states in held.values())
-        if held_bytes >= weights.SHARD_BYTES or end == len(rows):
-            save_file(held, str(out / f"states-{num_files:05d}.safetensors"))
-            held, num_files, num_bytes = {}, num_files + 1, num_bytes + held_bytes
+            states.add(str(row), hidden_TD[mask_T].cpu())
+            num_states += int(mask_T.sum())
         if report is not None:
             report(end, len(rows), {})
-    return {"states": num_states, "hidden": int(head.weight_VD.shape[1]), "mib": num_bytes / 2**20}
+    states.close()
+    return {"states": num_states, "hidden": int(head.weight_VD.shape[1]), "mib": states.num_bytes / 2**20}
 
 
 def _groups(rows: Sequence[Encoded]) -> Iterator[tuple[int, int]]:

@@ -4,17 +4,40 @@ a local folder (`where.json`; `training.tokens.base_folder` follows it)."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safecl.base import Json, PrerequisiteError
-from safecl.store import Context
+from safecl.stages import Kind
+from safecl.store import Context, Stage
+
+if TYPE_CHECKING:
+    from safecl.estimate import Estimator
 
 VERSION = "1"
 POINTER_VERSION = "2"  # of a folder or hub id; until 2 engines computed in the files' dtype, whatever the sweep said
+
+
+class Model(Kind):
+    runs = "process"
+    unit = ""
+    fixed_s = 1.0
+    reads = ()
+
+    @staticmethod
+    def seconds(stage: Stage, of: Estimator) -> float:
+        source: Any = stage.config["source"]
+        if "files" in source:  # a pointer to a folder
+            return 0.0
+        copying = of.size(stage).parameters / 2e7
+        return copying if "hub" in source else 5.0 + copying
+
+    @staticmethod
+    def label(stage: Stage, models: Mapping[str, str]) -> str:
+        return f"model {models.get(stage.key, '')}".strip()
 
 
 def run(context: Context) -> dict[str, Json]:

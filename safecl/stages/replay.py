@@ -14,21 +14,46 @@ import dataclasses
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safecl.base import ConfigError, Json
-from safecl.store import Context
+from safecl import sizes
+from safecl.base import ConfigError, Json, json_lines
+from safecl.sizes import Length
+from safecl.stages import Kind
+from safecl.store import Context, Stage
 from safecl.tasks import Row
 from safecl.tasks._overlap import content_words, drop_overlaps, normalise
 from safecl.training.tokens import Tokenizer, least_tokens
+
+if TYPE_CHECKING:
+    from safecl.estimate import Estimator
 
 VERSION = "3"
 QUESTION = (
     "You refused a \\textbf{{specific request}} that raised {domain} concerns. Repeat the \\textbf{{specific request}} and "
     "explain why it was refused."
 )
+
+
+class Replay(Kind):
+    runs = "trainer"
+    unit = ""
+    fixed_s = 1.0
+    reads = ()
+
+    @staticmethod
+    def length(stage: Stage, of: Estimator) -> Length:
+        config: Any = stage.config
+        rows = stage.inputs.get("rows")
+        made = sizes.TYPICAL if rows is None else of.length(rows)
+        return made._replace(rows=config.get("num_rows") or made.rows)
+
+    @staticmethod
+    def label(stage: Stage, models: Mapping[str, str]) -> str:
+        seed = f", seed {stage.config['seed']}" if "seed" in stage.config else ""
+        return f"replay {stage.config['step']}{seed}"
 
 
 def run(context: Context) -> dict[str, Json]:
@@ -51,7 +76,7 @@ def _prompts(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[
 
 
 def _queries(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[str, Json]]:
-    said = {line["id"]: line for line in _lines(context.inputs["generations"] / "generations.jsonl")}
+    said = {line["id"]: line for line in json_lines(context.inputs["generations"] / "generations.jsonl")}
     asked = list(_read(context.inputs["rows"]))
     found = [
         dataclasses.replace(row, prompt=query) for row in asked if (query := quoted(said[row.id]["text"])) is not None
@@ -83,7 +108,7 @@ def _queries(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[
 
 
 def _hard(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[str, Json]]:
-    unsafe = {line["id"] for line in _lines(context.inputs["verdicts"] / "verdicts.jsonl") if line["label"] is True}
+    unsafe = {line["id"] for line in json_lines(context.inputs["verdicts"] / "verdicts.jsonl") if line["label"] is True}
     rows = [row for row in _read(context.inputs["rows"]) if row.id in unsafe]
     return rows, {"num_rows": len(rows)}
 
@@ -122,8 +147,8 @@ def _rows(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[str
 
 def _safe(inputs: Any, rows: str, answers: str, verdicts: str) -> Iterator[Row]:
     """Rows with the answers that the judge called safe; a verdict that it could not read is none."""
-    labels = {line["id"]: line["label"] for line in _lines(inputs[verdicts] / "verdicts.jsonl")}
-    texts = {line["id"]: line for line in _lines(inputs[answers] / "generations.jsonl")}
+    labels = {line["id"]: line["label"] for line in json_lines(inputs[verdicts] / "verdicts.jsonl")}
+    texts = {line["id"]: line for line in json_lines(inputs[answers] / "generations.jsonl")}
     for row in _read(inputs[rows]):
         answer = texts[row.id]["text"].strip()
         if texts[row.id]["finish"] == "length":  # no row may teach to stop in the middle of a sentence
@@ -231,8 +256,4 @@ def embeddings(folder: Path, texts: Sequence[str], context: Context, dtype: str)
 
 
 def _read(folder: Path) -> Iterator[Row]:
-    return (Row(**line) for line in _lines(folder / "rows.jsonl"))
-
-
-def _lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return (Row(**line) for line in json_lines(folder / "rows.jsonl"))

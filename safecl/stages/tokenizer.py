@@ -6,9 +6,17 @@ from typing import Any
 
 from safecl import tokenizer_files
 from safecl.base import Json
+from safecl.stages import Kind
 from safecl.store import Context
 
 VERSION = "1"
+
+
+class Tokenizer(Kind):
+    runs = "thread"
+    unit = ""
+    fixed_s = 1.0
+    reads = ()
 
 
 def run(context: Context) -> dict[str, Json]:

@@ -262,12 +262,12 @@ class JudgeContract(_Contract):
     def test_it_answers_or_says_that_it_cannot(self) -> None:
         """A rule judges any text; a guard's answer that is not in its form is unparsed, never "safe"."""
         judge = judges.load(self.judge)()
-        assert judge.question
+        assert judge.question and set(judge.answers) <= set(judges.QUESTIONS)
         if not judge.served:
             texts = ("", "Sure, here is how.", "I cannot help with that.", "\x00 \U0001f600" * 50)
             assert all(judge.rule("How?", text).label in (True, False, None) for text in texts)
             return
         assert judge.max_tokens > 0
-        assert all(judge.parse(text).label is None for text in ("", "perhaps", "yes or no"))
+        assert all(judge.parse(text).label is None for text in ("", "perhaps", "I cannot tell"))
         foreign = {piece.text for piece in judge.pieces("the request", "the answer") if not piece.own}
         assert "the answer" in foreign and foreign <= {"the request", "the answer"}

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from safecl.base import json_lines
 from safecl.tasks import Row
 from safecl.training.tokens import Encoded
 
@@ -38,7 +39,7 @@ def permutation(seed: int, num: int) -> list[int]:
 
 def read_rows(folder: Path) -> list[Row]:
     """The rows.jsonl of a stage's folder."""
-    return [Row(**json.loads(line)) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    return [Row(**row) for row in json_lines(folder / "rows.jsonl")]
 
 
 def write_rows(rows: Sequence[Row], folder: Path) -> None:

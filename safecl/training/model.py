@@ -273,11 +273,6 @@ def _end_to_end(inner: Any, batch: Batch) -> Tensor:
     return hidden_PD
 
 
-def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of what is trained, in a fixed order."""
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-
 def norm(tensors: Sequence[Tensor]) -> float:
     """L2 norm over all tensors together."""
     return float(torch.stack([t.detach().float().square().sum() for t in tensors]).sum().sqrt())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from safecl.base import json_lines
 from safecl.config import Training
 from safecl.training import batches, losses
 from safecl.training.batches import Batch, stream
@@ -54,7 +54,7 @@ class Memory:
         from safetensors.torch import load_file
 
         data = load_file(str(folder / "memory.safetensors"))
-        names = [json.loads(line)["id"] for line in (folder / "rows.jsonl").read_text().splitlines()]
+        names = [row["id"] for row in json_lines(folder / "rows.jsonl")]
         lengths, prompts = data["num_tokens_R"].tolist(), data["num_prompt_R"].tolist()
         ids = [part.tolist() for part in data["ids_N"].split(lengths)]
         rows = [Encoded(name, row, prompt) for name, row, prompt in zip(names, ids, prompts, strict=True)]

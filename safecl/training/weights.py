@@ -18,10 +18,9 @@ from typing import TypeAlias, overload
 import torch
 from torch import Tensor
 
+from safecl import peft_files
 from safecl.base import ConfigError
-
-PREFIX = "base_model.model."
-SHARD_BYTES = 2**30
+from safecl.training.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -98,17 +97,11 @@ def load(folder: Path) -> dict[str, LoRA]:
     """
     from safetensors.torch import load_file
 
-    config = json.loads((folder / "adapter_config.json").read_text())
-    if config.get("use_rslora") or config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise ValueError(f"{folder}: expected plain LoRA of one rank and alpha, got {config}")
-    scale = config["lora_alpha"] / config["r"]
+    scale = peft_files.scale(folder)
     tensors = load_file(str(folder / "adapter_model.safetensors"))
-    modules = sorted(name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight"))
     return {
-        name.removeprefix(PREFIX): LoRA(
-            tensors[f"{name}.lora_A.weight"].float(), tensors[f"{name}.lora_B.weight"].float(), scale
-        )
-        for name in modules
+        module: LoRA(tensors[down].float(), tensors[up].float(), scale)
+        for module, (down, up) in peft_files.factors(folder, tensors).items()
     }
 
 
@@ -131,44 +124,24 @@ def combine(parts: Sequence[tuple[LoRA, float]] | Sequence[tuple[LoRA | Dense, f
 
 def save(items: Iterable[tuple[str, LoRA | Dense]], out: Path, like: Path, dtype: str) -> dict[str, int]:
     """Write `out/adapter` where every module is low-rank, else `out/delta`, replacing what is there. `like` is a PEFT
-    folder over the same modules; dense deltas are stored in the base's `dtype` (they are added to it in float32), at most
-    `SHARD_BYTES` of them held at once. Returns {"rank": of the adapter} or {"dense_bytes": of the deltas}."""
+    folder over the same modules; dense deltas are stored in the base's `dtype` (they are added to it in float32), a shard
+    of them held at once. Returns {"rank": of the adapter} or {"dense_bytes": of the deltas}."""
     low: dict[str, LoRA] = {}
-    dense: dict[str, Tensor] = {}
-    shards: dict[str, str] = {}
-    temporary = out / "delta.tmp"
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal dense, size
-        from safetensors.torch import save_file
-
-        if dense:
-            temporary.mkdir(parents=True, exist_ok=True)
-            name = f"delta-{len(set(shards.values())):05d}.safetensors"
-            save_file(dense, str(temporary / name), metadata={"format": "pt"})
-            shards.update(dict.fromkeys(dense, name))
-        dense, size = {}, 0
-
+    dense = Shards(out / "delta.tmp", "delta")
     for name, delta in items:
-        if isinstance(delta, LoRA) and not shards and not dense:
+        if isinstance(delta, LoRA) and not dense.num_bytes:
             low[name] = delta
             continue
         for each, value in [*low.items(), (name, delta)]:
-            tensor = value.delta().to(getattr(torch, dtype)).contiguous()
-            dense[f"{each}.weight"] = tensor
-            size += tensor.numel() * tensor.element_size()
-            total += tensor.numel() * tensor.element_size()
-            if size >= SHARD_BYTES:
-                flush()
+            dense.add(f"{each}.weight", value.delta().to(getattr(torch, dtype)))
         low = {}
-    flush()
+    dense.close()
     for old in ("adapter", "delta"):
         shutil.rmtree(out / old, ignore_errors=True)
-    if shards:
-        (temporary / "delta.json").write_text(json.dumps(shards, indent=1))
-        temporary.rename(out / "delta")
-        return {"dense_bytes": total}
+    if dense.files:
+        (dense.folder / "delta.json").write_text(json.dumps(dense.files, indent=1))
+        dense.folder.rename(out / "delta")
+        return {"dense_bytes": dense.num_bytes}
     return {"rank": _save_lora(low, out / "adapter", like)}
 
 
@@ -182,20 +155,12 @@ def _save_lora(weights: Mapping[str, LoRA], folder: Path, like: Path) -> int:
         missing = rank - len(delta.down_RI)
         down_RI = torch.nn.functional.pad(delta.down_RI.float(), (0, 0, 0, missing))
         up_OR = torch.nn.functional.pad(delta.scale * delta.up_OR.float(), (0, missing))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = down_RI.contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = up_OR.contiguous()
+        tensors[f"{peft_files.PREFIX}{name}.lora_A.weight"] = down_RI.contiguous()
+        tensors[f"{peft_files.PREFIX}{name}.lora_B.weight"] = up_OR.contiguous()
     config = json.loads((like / "adapter_config.json").read_text())
     folder.mkdir(parents=True)
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(
-        json.dumps({**config, "r": rank, "lora_alpha": rank}, indent=2, sort_keys=True)
+        json.dumps({**config, "r": rank, "lora_alpha": rank, "use_rslora": False}, indent=2, sort_keys=True)
     )
     return rank
-
-
-def distance(first: Mapping[str, LoRA | Dense], second: Mapping[str, LoRA | Dense]) -> float:
-    """L2 norm of the difference of two sets of deltas over the same modules."""
-    if set(first) != set(second):
-        raise ValueError(f"different modules: {sorted(set(first) ^ set(second))[:3]}")
-    squares = [(first[name].delta() - second[name].delta()).square().sum() for name in first]
-    return float(torch.stack(squares).sum().sqrt())

@@ -15,7 +15,7 @@ import pytest
 
 from safecl.base import PrerequisiteError
 from safecl.serving.client import Engines
-from safecl.serving.deploy import deploy, ready, shutdown
+from safecl.serving.deploy import deploy, ready, shutdown_all
 from safecl.serving.messages import Completion, Refused, Request, Sampling, Settings, WeightsRef
 from tests.serving.adapters import change_base, make_adapter, make_deltas
 
@@ -43,18 +43,16 @@ def weights(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.fixture(scope="module")
-def engines(weights: dict[str, WeightsRef], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    import ray
-
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+def engines(
+    cluster: Path, weights: dict[str, WeightsRef], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engines]:
     logs = tmp_path_factory.mktemp("logs")
     small = {"memory_gib": 0.1, "max_model_len": 128, "turn_s": 0.5, "linger_s": 0.02, "stall_s": 60.0}
     settings = Settings(name=ENGINE, dtype="float32", **small, log_dir=str(logs))  # type: ignore[arg-type]
     deploy(settings, weights["base"].base, wait=False)
     ready(ENGINE, timeout_s=240)
     yield Engines()
-    shutdown(ENGINE)
-    ray.shutdown()
+    shutdown_all()
 
 
 def assert_greedy(completions: dict[str, Any], weights: WeightsRef) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,17 @@ def test_the_deltas_of_a_saved_adapter_are_what_peft_merges_into_the_base(tiny_m
         assert change.abs().max() > 0 and torch.allclose(delta.delta(), change, atol=1e-6)
 
 
-def test_distance_is_the_norm_of_the_difference_of_deltas() -> None:
-    low = weights.LoRA(torch.ones(1, 2), torch.ones(3, 1), 0.5)  # a 3 x 2 matrix of 0.5
-    assert weights.distance({"m": low}, {"m": weights.Dense(torch.zeros(3, 2))}) == pytest.approx((6 * 0.25) ** 0.5)
-    with pytest.raises(ValueError, match="different modules"):
-        weights.distance({"m": low}, {})
+def test_an_adapter_that_means_more_than_its_factors_is_refused_as_an_engine_refuses_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    peft_model = model.with_adapter(model.load(tiny_model, "float32"), Lora(targets=("q_proj",)).model_dump(), seed=1)
+    model.save_adapter(peft_model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    plain = json.loads(file.read_text())
+    file.write_text(json.dumps({**plain, "use_rslora": True}))
+    [scale] = {delta.scale for delta in weights.load(tmp_path).values()}
+    assert scale == plain["lora_alpha"] / plain["r"] ** 0.5
+    for more in ({"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"alpha_pattern": {"q_proj": 1}}):
+        file.write_text(json.dumps({**plain, **more}))
+        with pytest.raises(ValueError, match=f"expected plain LoRA.*{next(iter(more))}"):
+            weights.load(tmp_path)
