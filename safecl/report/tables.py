@@ -221,11 +221,11 @@ def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[D
             f"Difference from {against}, in points, with its own 95 % interval; p (differs) and p= (alike) after Holm"
         )
         found.append(Detail(title, ["method", "poison", *(c.header for c in shown)], tested))
-    found += [beside] if (beside := _beside(members, facts)) is not None else []
+    found += [beside] if (beside := _published(members, facts)) is not None else []
     return [detail for detail in found if len(detail.header) > 2 and detail.lines]
 
 
-def _beside(members: Sequence[Row], facts: Facts) -> Detail | None:
+def _published(members: Sequence[Row], facts: Facts) -> Detail | None:
     return facts.beside.get(f"{members[0]['model']} / {members[0]['task']}")
 
 
@@ -378,7 +378,7 @@ def rich_tables(rows: Sequence[Row], facts: Facts, width: int | None = None) -> 
                 section = last and members[position + 1]["method"] not in REFERENCES
                 table.add_row(*texts, style="dim" if row["method"] in REFERENCES else None, end_section=section)
             found.append(table)
-        if (beside := _beside(members, facts)) is not None:
+        if (beside := _published(members, facts)) is not None:
             table = Table(*beside.header, title=beside.title, title_justify="left", box=box.SIMPLE_HEAD)
             for texts_of_row in beside.lines:
                 table.add_row(*texts_of_row)
@@ -454,7 +454,7 @@ def plain(rows: Sequence[Row], facts: Facts) -> str:
     shown, head, lines = columns(rows, facts), header(rows, facts), [*_doubt(facts), facts.name]
     for (model, task), members in groups(rows).items():
         lines += ["", f"{model} / {task}", text_table(head, [cells(row, shown) for row in members])]
-        if (beside := _beside(members, facts)) is not None:
+        if (beside := _published(members, facts)) is not None:
             lines += ["", f"{beside.title}:", text_table(beside.header, beside.lines)]
     return "\n".join([*lines, "", *caption(rows, facts), *notes(rows)]) + "\n"
 
