@@ -25,10 +25,11 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is asked of the network, and there is no GPU (to look for one takes a process with torch)."""
     import huggingface_hub.constants as constants
 
-    from safecl import hardware
+    from safecl import dtypes, hardware
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hardware, "gpus", list)
+    for module in (hardware, dtypes):
+        monkeypatch.setattr(module, "gpus", list)
 
 
 def opened(folder: str, name: str, root: Path, *settings: str) -> Project:
