@@ -19,6 +19,7 @@ from safecl.space import space_check
 from safecl.store import canonical
 from safecl.sweepfile import explained
 from safecl.tasks._source import identity, is_here
+from safecl.tasks._written import find
 
 
 class Asked(NamedTuple):
@@ -54,23 +55,29 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, pla
             errors.extend(f"{where}.{told}" for told in explained(error, given, schema))
         return None
 
+    known = (*(data.name for data in sweep.data), *tasks.names())
     wrong: set[str] = set()  # keys of tasks that were said to be wrong: of each its first fault
     for each in _asked(sweep):
-        kind = None if each.where in wrong else attempt(each.where, partial(tasks.load, each.task))
+        kind = None if each.where in wrong else attempt(each.where, partial(find, each.task, sweep.data))
         if kind is None or each.split not in kind.SPLITS:
             wrong.add(each.where)
         if kind is None:
             continue
         if each.split not in kind.SPLITS:
-            having = [other for other in tasks.names() if each.split in tasks.load(other).SPLITS]
+            having = [other for other in known if each.split in find(other, sweep.data).SPLITS]
             task = f"task {each.task!r} has no {each.split!r} rows. Tasks that have: {', '.join(having)}"
             errors.append(f"{each.where}: {task}")
             continue
         source = attempt("", partial(identity, kind, each.split, folder, planned))
         if notes is not None and source is not None and is_here(source):
-            found = attempt("", partial(_read, each.task, each.split, folder, canonical(source)))
+            found = attempt("", partial(_read, kind, each.split, folder, canonical(source)))
             if found is not None:
                 notes += [note for note in found.notes if note not in notes]
+                errors += _unwritable(sweep, each, found)
+                if not found.num_rows:
+                    errors.append(
+                        f"{each.where}: task {each.task!r} has no row of {each.split!r}; give it more, or a `split`"
+                    )
                 if each.num_rows is not None and each.num_rows > found.num_rows:
                     errors.append(
                         f"{each.counted}: asks for {each.num_rows} rows, task {each.task!r} has {found.num_rows} of "
@@ -84,12 +91,14 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, pla
         if made is not None:
             errors += _method_errors(where, made, sweep.tasks[0], attempt)
             errors += [f"{where}: one config is expected, no search or grid"] if made.search or made.grid else []
-    own = [tasks.load(task.task).max_new_tokens for task in sweep.tasks if task.task in tasks.names()]
+    own = [find(task.task, sweep.data).max_new_tokens for task in sweep.tasks if task.task in known]
     if not errors:
         errors += _step_errors(sweep)
         own += _own_answers(sweep)
     errors += _model_errors(sweep)
     errors += panel.problems(sweep.evaluate.judges)
+    for i, data in panel.scorers(sweep).items():
+        attempt(f"data[{i}].judge", partial(panel.scorer, data, sweep.evaluate.judges))
     errors += objective.check(sweep.search.objective)
     errors += [] if wrong else _unknown_metrics(sweep)
     answer = max([sweep.evaluate.max_new_tokens, *own])
@@ -158,21 +167,47 @@ def _listed(sweep: Sweep) -> list[tuple[str, str, Any]]:
 class _Read(NamedTuple):
     num_rows: int
     notes: tuple[str, ...]
+    before: tuple[bool, bool]  # whether any row has a system prompt, or earlier turns
 
 
 @lru_cache
-def _read(task: str, split: str, folder: Path | None, source: str) -> _Read:
+def _read(kind: type[tasks.Task], split: str, folder: Path | None, source: str) -> _Read:
     """How many rows a split has, and what was left out. `source`: its identity, so that a file that changed is read anew."""
-    reader = tasks.load(task)(folder)
-    num_rows = len(reader.rows(split, None, 0))
-    blank = [f"{num} records without {name.rpartition(': ')[2]} are left out of {name.rpartition(':')[0]}"
-             for name, num in reader.left_out.items()]  # fmt: skip
-    return _Read(num_rows, tuple(blank))
+    reader = kind(folder)
+    rows = reader.rows(split, None, 0)
+    blank = [_told_left_out(name, num) for name, num in reader.left_out.items()]
+    system = any(row.before and row.before[0][0] == "system" for row in rows)
+    turns = any(role != "system" for row in rows for role, _ in row.before)
+    return _Read(len(rows), tuple(blank), (system, turns))
+
+
+def _told_left_out(name: str, num: int) -> str:
+    where, _, what = name.rpartition(": ")
+    if what.startswith("much like"):
+        return f"{num} rows of {where} are {what}: left out"
+    return f"{num} records without {what} are left out of {where}"
+
+
+def _unwritable(sweep: Sweep, each: Asked, found: _Read) -> list[str]:
+    """Models whose template cannot write what these rows hold."""
+    errors = []
+    parts = (("system", "a system prompt"), ("between", "several turns"))
+    for model in sweep.models:
+        for (name, what), is_there in zip(parts, found.before, strict=True):
+            if is_there and not model.text.conversation[name]:
+                errors.append(
+                    f"{each.where}: rows of {each.task!r} have {what}, which the template of model {model.name!r} cannot "
+                    f"write; name another template, or write it out with `{name}`"
+                )
+    return errors
 
 
 def _named_twice(sweep: Sweep) -> list[str]:
     """Entries of lists in which each may stand once."""
     errors = _twice("models", [model.name for model in sweep.models])
+    errors += _twice("data", [data.name for data in sweep.data])
+    errors += [f"data[{i}].name: {data.name!r} is a task of safecl; choose another name"
+               for i, data in enumerate(sweep.data) if data.name in tasks.names()]  # fmt: skip
     errors += _twice("poison.ratios", [f"{ratio:g}" for ratio in sweep.poison.ratios])
     errors += _twice("seeds", sweep.seeds)
     for where, _, listed in _listed(sweep):
@@ -327,8 +362,8 @@ ON_VALIDATION = ("asr", "asr_coherent", "non_refusal", "over_refusal", "degenera
 def _unknown_metrics(sweep: Sweep) -> list[str]:
     """Metrics of the objective that validation prompts do not give: unknown ones, and those that a search would have to
     read test prompts for."""
-    used = {task.task: tasks.load(task.task) for task in sweep.tasks}
-    on_test = {name for kind in used.values() for name in kind().likelihood_scores([], [])}
+    used = {task.task: find(task.task, sweep.data) for task in sweep.tasks}
+    on_test = {name for kind in used.values() if not kind.BY_LIKELIHOOD for name in kind().likelihood_scores([], [])}
     known = dict.fromkeys([*ON_VALIDATION, *(name for kind in used.values() for name in kind.SCORES)])
     wanted = {"maximise": sweep.search.objective.maximise, **{f"bounds.{m}": m for m in sweep.search.objective.bounds}}
     errors = []

@@ -267,9 +267,31 @@ def ls(
 def doctor(
     root: Annotated[Path, typer.Option(help="Where results would be stored")] = Path("runs"),
     data_dir: Annotated[Path | None, typer.Option(help="A folder of local data files to look through")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A data file of yours: what a model would see of it, and what is wrong with it")
+    ] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="Of --data: messages, sharegpt, alpaca or prompt_response")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Of --data: whose template and tokens are shown")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of a hub id")] = None,
+    template: Annotated[str, typer.Option(help="Of --model: auto, or a name as in a sweep file")] = "auto",
+    max_tokens: Annotated[int, typer.Option(min=8, help="Of --data: the longest row that is trained on")] = 512,
     as_json: AsJson = False,
 ) -> None:
-    """Say what this machine can run, and the remedy for what it cannot. Exits 2 if something essential is missing."""
+    """Say what this machine can run, and the remedy for what it cannot. Exits 2 if something essential is missing.
+
+    With --data FILE: what a model would see of that file, and all that is wrong with it; exits 2 if anything is.
+    """
+    if data is not None:
+        from safecl import datafile
+
+        chosen = None if model is None else _model(model, revision, template)
+        seen = datafile.look(data, format_, chosen, max_tokens)
+        print(json.dumps(datafile.as_json(seen), indent=1) if as_json else "\n".join(datafile.lines(seen)))
+        if seen.problems:
+            raise typer.Exit(2)
+        return
     from safecl.doctor import examine
 
     found = examine(root, data_dir)
@@ -281,6 +303,58 @@ def doctor(
         print_table("doctor", ["what", "found", "", "remedy"], rows)
     if any(finding.ok is False for finding in found):
         raise typer.Exit(2)
+
+
+def _model(source: str, revision: str | None, template: str) -> Any:
+    """A model as options name it; what is wrong with it is a ConfigError."""
+    from pydantic import ValidationError
+
+    from safecl.base import ConfigError, strictly
+    from safecl.check import folder_problems, source_problem
+    from safecl.config import Model
+    from safecl.sweepfile import explained
+
+    given = {"name": "model", "source": source, "revision": revision, "template": template}
+    try:
+        found = strictly(Model, given)
+    except ValidationError as error:
+        raise ConfigError("; ".join(f"--{line}" for line in explained(error, given, Model))) from None
+    problem = source_problem(found.source, revision)
+    if problems := [problem] if problem else folder_problems(found.source):
+        raise ConfigError("; ".join(f"--model {source!r}: {told}" for told in problems))
+    return found
+
+
+@app.command()
+def init(
+    model: Annotated[
+        str | None, typer.Option(help="`wheel:PACKAGE`, a folder, or a hub id with --revision", show_default=False)
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Rows to fine-tune on", show_default=False)] = None,
+    goal: Annotated[
+        str | None,
+        typer.Option(help="look (SFT and DER), compare (six methods) or tune (search DER)", show_default=False),
+    ] = None,
+    attack: Annotated[Path | None, typer.Option(help="Harmful requests, with answers also poison")] = None,
+    out: Annotated[Path, typer.Option(help="The sweep file to write")] = Path("sweep.yaml"),
+    revision: Annotated[str | None, typer.Option(help="Commit of a hub id")] = None,
+    template: Annotated[str, typer.Option(help="Of the model: auto, or a name as in a sweep file")] = "auto",
+) -> None:
+    """Write a small commented sweep file from a model, a data file and a goal; `safecl plan` takes it as it is.
+
+    What is not given is asked for.
+    """
+    from safecl.base import ConfigError
+    from safecl.init import sweep
+
+    model = model or typer.prompt("Model (a folder, wheel:PACKAGE, or a hub id)")
+    data = data or Path(typer.prompt("Data file to fine-tune on"))
+    goal = goal or typer.prompt("Goal (look, compare or tune)", default="look")
+    if out.exists():
+        raise ConfigError(f"--out: {str(out)!r} is there already; name a new file")
+    text = sweep(_model(model, revision, template), data, goal, attack, out)
+    out.write_text(text, encoding="utf-8")
+    print(f"{out}\nnext: safecl plan {out}")
 
 
 @app.command()

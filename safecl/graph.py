@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -24,9 +24,10 @@ from safecl.base import ConfigError, Json, Strict
 from safecl.config import Align, Evaluate, Lora, Model, Prompts, Rows, Template, Training, UserTask
 from safecl.memo import Shared, shared
 from safecl.models import model_stage, tokenizer_stage
-from safecl.panel import Seat, panel, trained
+from safecl.panel import Seat, panel, scorer, trained
 from safecl.store import SharedConfig, Stage
 from safecl.tasks._source import identity
+from safecl.tasks._written import find, hints, told
 
 REFERENCES = ("base", "aligned")  # rows of every table that have no finetune
 
@@ -104,13 +105,19 @@ class Graph:
             **({"labels": labels} if labels else {}),
         }
         inputs = inputs or {}
-        if max_tokens is not None:
-            config["fits"] = self._fits(max_tokens, text or (self._guard_text if guard else self._text))
-            inputs = {**inputs, "tokenizer": self.tokenizer}
         used = [part.task for part in parts] + ([str(poison["task"])] if poison else [])
-        rules = [tasks.load(task).SCORING for task in sorted({str(task) for task in (labels or {}).values()})]
+        if max_tokens is not None:
+            fits = self._fits(max_tokens, text or (self._guard_text if guard else self._text))
+            config["fits"] = fits if guard else self._conversing(fits, inputs, used)
+            inputs = {**inputs, "tokenizer": self.tokenizer}
+        rules = [self._task(task).SCORING for task in sorted({str(task) for task in (labels or {}).values()})]
         worded = [judges.load(str(guard["judge"])).VERSION] if guard else []
-        return _stage("data", config, inputs, *(tasks.load(name).VERSION for name in used), *rules, *worded)
+        stage = _stage("data", config, inputs, *(self._task(name).VERSION for name in used), *rules, *worded)
+        places = {key: place for name in used for key, place in hints(self._task(name), name).items()}
+        return replace(stage, hints={**stage.hints, **places}) if places else stage
+
+    def _task(self, name: str) -> type[tasks.Task]:
+        return find(name, self.shared.data)
 
     def _fits(self, max_tokens: int, text: dict[str, Json]) -> dict[str, Json]:
         """What makes a row too long to be trained on."""
@@ -118,11 +125,12 @@ class Graph:
 
     def _part(self, part: Rows, split: str) -> dict[str, Json]:
         counts: dict[str, Json] = {"num_rows": part.total, **({"kinds": dict(part.kinds)} if part.kinds else {})}
-        return {"task": part.task, "split": split, **counts, "source": self._source(part.task, split)}
+        source = self._source(part.task, split)
+        return {"task": part.task, "split": split, **counts, "source": source, **told(self._task(part.task))}
 
     @shared(*MODEL)
     def _source(self, task: str, split: str) -> Json:
-        return identity(tasks.load(task), split, self.shared.folder, self.shared.planned)
+        return identity(self._task(task), split, self.shared.folder, self.shared.planned)
 
     # Where two roles hold a prompt alike, the later of these gives way: test, validation (attack before benign), rows of
     # alignment, user rows with poison, a guard's held-out pairs, its training pairs. What must keep clear of a role keeps
@@ -201,6 +209,7 @@ class Graph:
         if recipe.poison_ratio > 0:
             source = self._source(recipe.poison_task, "poison")
             poison = {"task": recipe.poison_task, "ratio": recipe.poison_ratio, "source": source}
+            poison |= told(self._task(recipe.poison_task))
             poison |= {"keep_task_rows": True} if recipe.keep_task_rows else {}
         part = Rows(task=recipe.task.task, num_rows=recipe.task.num_rows)
         return self.data(
@@ -269,6 +278,7 @@ class Graph:
             **more,
         }
         inputs = {"model": self.base, "rows": rows}
+        config = self._conversing(config, inputs)
         return _stage("memory", config, inputs if positions is None else {**inputs, **self._safe})
 
     @shared(*SEED)
@@ -293,7 +303,8 @@ class Graph:
             "max_tokens": self.recipe.align.max_tokens,
             **self._text,
         }
-        return _stage("fisher", config, {"model": self.base, "safe": safe, "rows": self.safety_rows})
+        inputs = {"model": self.base, "safe": safe, "rows": self.safety_rows}
+        return _stage("fisher", self._conversing(config, inputs), inputs)
 
     # -- what a method builds of its own (methods.Needs) --------------------------------------------------------------
 
@@ -338,6 +349,13 @@ class Graph:
     @shared("evaluate", "model")
     def _panel(self) -> dict[str, tuple[Seat, ...]]:
         return panel(self.recipe.evaluate.judges)
+
+    @property
+    @shared("evaluate", "model", "task")
+    def _scorer(self) -> Seat | None:
+        """The judge of the task's utility, where one decides it."""
+        written = next((data for data in self.shared.data if data.name == self.recipe.task.task), None)
+        return None if written is None or written.judge is None else scorer(written, self.recipe.evaluate.judges)
 
     @property
     def asr_judge(self) -> Seat:
@@ -386,6 +404,7 @@ class Graph:
         if needed := method.requires(self):  # it reads rows
             inputs |= {"model": self.base, **needed}
             config |= {**self._around(recipe.task.template), "max_tokens": recipe.task.max_tokens}
+            config = self._conversing(config, {"rows": self.user_rows, **needed})
         if self.theta_safe is None and method.needs_base:
             if recipe.model.aligned_from is None:
                 raise ConfigError(
@@ -411,7 +430,7 @@ class Graph:
             **self._text,
             **text,
         }
-        return _stage("finetune", config, {"model": self.base, **inputs}, kind.VERSION)
+        return _stage("finetune", self._conversing(config, inputs), {"model": self.base, **inputs}, kind.VERSION)
 
     @property
     def _text(self) -> dict[str, Json]:
@@ -425,6 +444,15 @@ class Graph:
             return self._text
         template = self.recipe.model.text.model_copy(update={"prompt": prompt})
         return {**self._text, "template": template.model_dump(mode="json")}
+
+    def _conversing(
+        self, config: dict[str, Json], inputs: Mapping[str, Stage], drawn_from: Iterable[str] = ()
+    ) -> dict[str, Json]:
+        """The config of a stage; where its rows may be conversations, its template with how this model's writes those."""
+        if not self.shared.data or not any(self._task(name).CONVERSES for name in (*drawn_from, *_drawn_from(inputs))):
+            return config
+        template: Any = config["template"]
+        return {**config, "template": {**template, **self.recipe.model.text.conversation}}
 
     @property
     @shared(*MODEL)
@@ -448,11 +476,8 @@ class Graph:
         """A model's answers to rows' prompts: greedy, unless `more` says otherwise (`sampling`, another `template`)."""
         config = self._generation(max_new_tokens)
         inputs = {"model": self.base, "rows": rows}
-        return _stage(
-            "generate",
-            {**config, **more} if more else config,
-            inputs if final is None else {**inputs, "weights": final},
-        )
+        config = self._conversing({**config, **more} if more else config, inputs)
+        return _stage("generate", config, inputs if final is None else {**inputs, "weights": final})
 
     @shared(*MODEL)
     def _generation(self, max_new_tokens: int) -> dict[str, Json]:
@@ -462,10 +487,12 @@ class Graph:
 
     def likelihood(self, task: str, rows: Stage) -> Stage:
         """Log-probabilities of the options of a utility task's rows under the final model."""
-        kind, final, text = tasks.load(task), self.final, self._around(self.recipe.evaluate.template)
+        kind, final = self._task(task), self.final
+        text = self._around(self.recipe.evaluate.template)
         longest = self.recipe.evaluate.max_prompt_tokens + kind.max_new_tokens
         inputs = {"model": self.base, "rows": rows, **({} if final is None else {"weights": final})}
-        return _stage("likelihood", {"task": task, "max_tokens": longest, **text}, inputs, kind.SCORING)
+        config: dict[str, Json] = {"task": task, "max_tokens": longest, **text, **told(kind, scored=True)}
+        return _stage("likelihood", self._conversing(config, inputs), inputs, kind.SCORING)
 
     def judge(self, seat: Seat, inputs: dict[str, Stage]) -> Stage:
         """Verdicts of one judge on generations (or, without `generations`, on the rows' own answers)."""
@@ -512,7 +539,7 @@ class Graph:
         labels: dict[str, Json] = {}
         inputs = dict(self._trained_on)
         for part in self.recipe.evaluate.validation.attack:
-            if hasattr(tasks.load(part.task), "label"):
+            if hasattr(self._task(part.task), "label"):
                 rows = self.data("attack.validation", "attack.validation", [part], seed=0, inputs=self._test_prompts)
                 for graph in answering:
                     name = f"answers_{graph.recipe.method}.{part.task}"
@@ -527,7 +554,7 @@ class Graph:
 
     def evidence(self, split: str) -> Evidence:
         """Everything that is measured of this recipe on `validation` or `test` prompts."""
-        task, kind = self.recipe.task.task, tasks.load(self.recipe.task.task)
+        task, kind = self.recipe.task.task, self._task(self.recipe.task.task)
         final, inputs, judged = self.final, dict[str, Stage](), list[Stage]()
         asked, utility, measures, version = self._questions(split)
         for name, rows, questions in asked:
@@ -537,11 +564,14 @@ class Graph:
                 verdicts = self.judge(seat, {"generations": generations, "rows": rows})
                 judged.append(verdicts)
                 inputs[f"{name}.{seat.metric}"] = verdicts
-        inputs |= {
-            f"utility.{task}.rows": utility,
-            f"utility.{task}.generations": self.generate(final, utility, kind.max_new_tokens),
-        }
-        if split == "test" and kind.options is not tasks.Task.options:
+        inputs[f"utility.{task}.rows"] = utility
+        if not kind.BY_LIKELIHOOD:
+            generations = self.generate(final, utility, kind.max_new_tokens)
+            inputs[f"utility.{task}.generations"] = generations
+            if (scorer := self._scorer) is not None:
+                judged.append(self.judge(scorer, {"generations": generations, "rows": utility}))
+                inputs[f"utility.{task}.utility"] = judged[-1]
+        if _has_likelihood(kind, split):
             inputs[f"utility.{task}.likelihood"] = self.likelihood(task, utility)
         hints = {"num_cpus": "1"} if kind.RUNS_CODE else {}  # other scores are done at once
         metrics = _stage("metrics", measures, inputs, version)
@@ -552,7 +582,7 @@ class Graph:
         """What is asked of every model that was tuned on this task."""
         evaluate, task = self.recipe.evaluate, self.recipe.task.task
         prompts: Prompts = getattr(evaluate, split)
-        kind = tasks.load(task)
+        kind = self._task(task)
         # What takes from coherent ASR: answers that are none, and those to another question unless its judge was asked of it.
         empty = {"degenerate"} if self.asr_judge.kind.reads_request else {"degenerate", "relevance"}
         less: list[Json] = [seat.metric for seat in self._panel["attack"] if seat.asked in empty]
@@ -565,6 +595,7 @@ class Graph:
                 asked.append((f"{role}.{part.task}", rows, of_role))
                 for seat in of_role:
                     more: dict[str, Json] = {"less": less} if seat is self.asr_judge else {}
+                    more |= {"written": {}} if told(self._task(part.task)) else {}
                     more |= {"inverted": True} if seat.inverted else {}
                     measures.append({"metric": seat.metric, "set": part.task, "of": "verdict", "role": role, **more})
         name = f"utility.{split}"
@@ -572,10 +603,15 @@ class Graph:
         num_rows = (own and getattr(own, split)) or prompts.utility_rows
         utility = self.data(name, name, [Rows(task=task, num_rows=num_rows)], seed=0)
         consent: dict[str, Json] = {"unsafe_code": True} if evaluate.unsafe_code and kind.RUNS_CODE else {}
-        measures.append({"metric": "utility", "set": task, "of": "score", "role": "utility", **consent})
-        if split == "test" and kind.options is not tasks.Task.options:
-            measures.append({"metric": "likelihood", "set": task, "of": "likelihood", "role": "utility"})
-        versions = [tasks.load(part.task).SCORING for part in [*prompts.attack, Rows(task=task)]]
+        consent |= told(kind, scored=True)
+        if self._scorer is not None:
+            measures.append({"metric": "utility", "set": task, "of": "verdict", "role": "utility", "written": {}})
+        elif not kind.BY_LIKELIHOOD:
+            measures.append({"metric": "utility", "set": task, "of": "score", "role": "utility", **consent})
+        if _has_likelihood(kind, split):
+            of_task = told(kind, scored=True)
+            measures.append({"metric": "likelihood", "set": task, "of": "likelihood", "role": "utility", **of_task})
+        versions = [self._task(part.task).SCORING for part in [*prompts.attack, Rows(task=task)]]
         return Questions(asked, utility, SharedConfig({"measures": measures}), "+".join(versions))
 
 
@@ -587,6 +623,25 @@ class Questions(NamedTuple):
     utility: Stage
     measures: SharedConfig
     version: str
+
+
+def _has_likelihood(kind: type[tasks.Task], split: str) -> bool:
+    """Whether a task's likelihoods are measured of this split's prompts."""
+    return kind.BY_LIKELIHOOD or (split == "test" and kind.options is not tasks.Task.options)
+
+
+def _drawn_from(inputs: Mapping[str, Stage]) -> Iterator[str]:
+    """The tasks that rows among these inputs are drawn from, or answer; a guard's are pairs in its own words."""
+    for name, stage in inputs.items():
+        if name.partition("_")[0] not in ("rows", "memory", "answers"):
+            continue
+        config: Any = stage.config
+        if stage.kind != "data":
+            yield from _drawn_from(stage.inputs)
+        elif not config["guard"]:
+            parts = [*config["parts"], *([config["poison"]] if config["poison"] else [])]
+            yield from (str(part["task"]) for part in parts)
+            yield from _drawn_from(stage.inputs)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from safecl.config import Method, Model, Some, Sweep, UserTask
 from safecl.graph import REFERENCES, Evidence, Graph, Recipe
 from safecl.memo import Shared
 from safecl.store import Stage, canonical
+from safecl.tasks._written import kind_of, told
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +86,22 @@ class Cell:
             "method": recipe.method,
             "params": {name: value for name, value in recipe.params.items() if name not in open_values},
             "evaluate": recipe.evaluate.model_dump(mode="json", exclude={"unsafe_code"}),
+            **self._written,
         }
         if plugins := self._from_outside():
             identity["plugins"] = plugins
         return hashlib.sha256(canonical(identity).encode()).hexdigest()
+
+    @property
+    def _written(self) -> dict[str, Json]:
+        """What the sweep file says of tasks that it writes, less the places of their files, and how conversations are
+        written; nothing where it writes none."""
+        kinds = [kind_of(each) for each in self.shared.data]
+        more = [each.model_dump(mode="json", include={"judge", "max_new_tokens"}) for each in self.shared.data]
+        data: list[Json] = [
+            [kind.NAME, told(kind), told(kind, scored=True), other] for kind, other in zip(kinds, more, strict=True)
+        ]
+        return {"data": data, "conversation": self.recipe.model.text.conversation} if data else {}
 
     def _from_outside(self) -> list[Json]:
         """What plugins and installed packages this recipe uses: what a study has seen of others says nothing of these."""
@@ -152,7 +165,7 @@ def cells(sweep: Sweep, folder: Path | None = None, planned: bool = False) -> li
     """Every row of the sweep's tables, references first per model and task. `folder`: of local data files; `planned`: they
     are not to be run, and the hub need not tell what its data sets are."""
     grid: list[Cell] = []
-    shared = Shared(folder, planned)
+    shared = Shared(folder, sweep.data, planned)
     methods_of_rows = [row for method in sweep.methods for row in grid_rows(method)]
     method_names = _told_apart(method_entries(sweep))
     task_names = _told_apart(task_entries(sweep))

@@ -12,20 +12,21 @@ from safecl import registry
 
 
 class Shared:
-    """What the graphs of one sweep share. `folder`: of local data files; None: the hub. `planned`: see tasks._source.identity."""
+    """What the graphs of one sweep share. `folder`: of local data files; None: the hub. `data`: tasks that the sweep file
+    writes. `planned`: see tasks._source.identity."""
 
-    def __init__(self, folder: Path | None, planned: bool = False) -> None:
-        self.folder, self.planned = folder, planned
+    def __init__(self, folder: Path | None, data: tuple[Any, ...] = (), planned: bool = False) -> None:
+        self.folder, self.data, self.planned = folder, data, planned
         self.made: dict[Hashable, Any] = {}
         self.kept: list[object] = []  # whose ids are in the keys of `made`
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _elsewhere, (self.folder, registry.in_use())  # another process makes its own
+        return _elsewhere, (self.folder, self.data, registry.in_use())  # another process makes its own
 
 
-def _elsewhere(folder: Path | None, plugins: tuple[registry.Plugin, ...]) -> Shared:
+def _elsewhere(folder: Path | None, data: tuple[Any, ...], plugins: tuple[registry.Plugin, ...]) -> Shared:
     registry.add(plugins)
-    return Shared(folder)
+    return Shared(folder, data)
 
 
 class _Graph(Protocol):

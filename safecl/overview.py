@@ -18,6 +18,7 @@ from safecl.panel import decision, trained
 from safecl.project import Project
 from safecl.report import page, plots, published
 from safecl.report.tables import Detail, Facts
+from safecl.tasks._written import notes as written_notes
 from safecl.trained import notes as trained_notes
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def _plan_notes(project: Project) -> list[str]:
             where = "alignment" if is_aligned else f"{recipe.task.task} p={recipe.poison_ratio:g}"
             found.append((f"{model}{where}", 0.0 if is_aligned else recipe.poison_ratio, one._asdict()))
     told = [f"template of {model.name}: {project.template_of(model)}" for model in project.sweep.models]
+    told += written_notes(project.sweep.data, [task.task for task in project.sweep.tasks])
     num_unknown = sum(one is None for one in project.expected.values())
     if num_unknown:
         told.append(f"what {num_unknown} cells are trained on is known once their data is here, which is on the hub")
@@ -155,6 +157,7 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     num_cut = max((row["cut_prompts"] for row in rows), default=0)
     if num_cut:
         notes.append(f"Evaluation prompts cut to max_prompt_tokens (inside the template): up to {num_cut} of a row's.")
+    notes += written_notes(sweep.data, {row["task"].partition(" ")[0] for row in rows})
     notes += project.warnings
     for model in sweep.models:
         lost = max((row["merge_loss"] or 0 for row in rows if row["model"] == model.name), default=0)

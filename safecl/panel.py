@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 import safecl.judges as judges
 from safecl.base import ConfigError, Json, strictly
-from safecl.config import Judge, Judges, Model, Sweep, url_problem
+from safecl.config import Data, Judge, Judges, Model, Sweep, url_problem
 from safecl.store import canonical
 from safecl.tasks._source import sha256
 
@@ -112,6 +112,23 @@ def problems(chosen: Judges) -> list[str]:
     return found
 
 
+def scorer(data: Data, every: Judges) -> Seat:
+    """The judge of a written task's utility. Raises ConfigError for what is wrong with it."""
+    assert data.judge is not None, "config.Data checks this"
+    chosen = Judge(judge=data.judge) if isinstance(data.judge, str) else data.judge
+    kind = judges.load(chosen.name)
+    config = canonical(_settings(kind, {}, chosen.settings))
+    answering = _answering(chosen.name, kind, chosen, every)
+    if answering.get("trained"):
+        raise ConfigError(f"judge {chosen.name!r}: guards are trained on labels of harm, so they answer asr alone")
+    return Seat("utility", "utility", chosen.label or chosen.name, chosen.name, config, **answering)
+
+
+def scorers(sweep: Sweep) -> dict[int, Data]:
+    """The entries of `data` whose utility a judge decides, by place."""
+    return {i: data for i, data in enumerate(sweep.data) if data.judge is not None}
+
+
 def trained(chosen: Judges) -> Seat | None:
     """The judge that the guards trained here answer for; the deciding one, where there are several."""
     return next((seat for seat in seats(chosen) if seat.trained), None)
@@ -121,7 +138,8 @@ def num_judge_models(sweep: Sweep) -> int:
     """Models that judges answer with on engines of their own."""
     own = {canonical(model.model_dump(mode="json")) for model in sweep.models}
     found = set()
-    for seat in seats(sweep.evaluate.judges):
+    scoring = [scorer(data, sweep.evaluate.judges) for data in scorers(sweep).values()]
+    for seat in [*seats(sweep.evaluate.judges), *scoring]:
         found |= (
             {canonical(seat.model.model_dump(mode="json"))}
             if seat.model is not None

@@ -18,12 +18,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safecl import tasks
 from safecl.base import ConfigError
 from safecl.contrasts import ALPHA
 from safecl.crossed import Crossed, components, crossed, difference
 from safecl.graph import REFERENCES
 from safecl.tasks._overlap import clusters
+from safecl.tasks._written import find
 
 if TYPE_CHECKING:
     from safecl.config import Rows
@@ -131,7 +131,7 @@ def _sets(project: Project) -> Iterator[tuple[str, str | None, list[tuple[Rows, 
 
 def _num_clusters(project: Project, part: Rows, split: str) -> tuple[int, int]:
     """Prompts of a set, and groups of them that are not near-duplicates."""
-    rows = tasks.load(part.task)(project.folder).rows(split, part.num_rows, 0)
+    rows = find(part.task, project.sweep.data)(project.folder).rows(split, part.num_rows, 0)
     return len(rows), len(set(clusters(rows)))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
-from safecl import panel, sandbox, tasks
+from safecl import panel, sandbox
 from safecl.base import PrerequisiteError
 from safecl.config import Execution, Sweep
 from safecl.cost import slots
+from safecl.tasks._written import find
 
 GIB_PER_TRIAL, GIB_PER_ENGINE, GIB_PER_WORKER = 0.4, 4.0, 2.5  # measured at 135M parameters, see the README
 
@@ -56,7 +57,7 @@ def _num_workers(execution: Execution) -> int:
 
 def check_isolation(sweep: Sweep) -> None:
     """Raises PrerequisiteError where a task's programs would run without isolation, and nobody consented to that."""
-    if sweep.evaluate.unsafe_code or not any(tasks.load(task.task).RUNS_CODE for task in sweep.tasks):
+    if sweep.evaluate.unsafe_code or not any(find(task.task, sweep.data).RUNS_CODE for task in sweep.tasks):
         return
     lacking = sandbox.missing()
     if lacking is not None:

@@ -16,7 +16,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from safecl import registry
-from safecl.base import ConfigError, Strict, near, strictly
+from safecl.base import ConfigError, Strict, expanded, near, strictly
 from safecl.config import Sweep
 
 # Of a plain scalar: (tag, pattern, first characters). Anything else is text.
@@ -42,6 +42,7 @@ def from_raw(raw: dict[str, Any], settings: Sequence[str], limit: int | None, pa
     """`load`, of what a file holds. It is changed. `path`: of the file; plugins lie relative to its folder."""
     for setting in settings:
         _set(raw, setting)
+    _place_data(raw, path.parent)
     if raw.get("lora", {}) in (None, "none", "full"):
         raise ConfigError(
             "lora: full fine-tuning is not there: methods, memories and the engines' change of weights work on LoRA factors, and "
@@ -183,6 +184,26 @@ def _loader() -> Any:
     for tag, pattern, first in _SCALARS:
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
     return Loader
+
+
+def _place_data(raw: dict[str, Any], folder: Path) -> None:
+    """Files of `data` by their whole places: what is relative lies beside the sweep file, else in the data folder."""
+    execution = raw.get("execution")
+    data_dir = execution.get("data_dir") if isinstance(execution, dict) else None
+    folders = [folder, *([Path(expanded(data_dir))] if isinstance(data_dir, str) and data_dir.strip() else [])]
+
+    def placed(file: Any) -> Any:
+        if isinstance(file, dict):
+            return {part: placed(each) for part, each in file.items()}
+        if not isinstance(file, str) or not file.strip():
+            return file  # it is refused as what it is
+        places = [(each / expanded(file)).absolute() for each in folders]
+        return str(next((place for place in places if place.exists()), places[0]))
+
+    entries = raw.get("data")
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, dict) and "file" in entry:
+            entry["file"] = placed(entry["file"])
 
 
 def _set(raw: dict[str, Any], setting: str) -> None:

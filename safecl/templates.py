@@ -23,9 +23,14 @@ if TYPE_CHECKING:
 
 NAMES = get_args(Named)
 CHOICES = f"name one ({', '.join(NAMES)}) or write it: template: {{prompt: '...{{prompt}}...', end: a special token}}"
-_ASKED, _ANSWERED = "Q7xQ", "A7xA"  # stand for a request and an answer: no chat template writes them
+# These stand for a request, an answer and a system prompt: no chat template writes them.
+_ASKED, _ANSWERED, _SYSTEM = "Q7xQ", "A7xA", "S7xS"
+_TURNS = ("user", "assistant")
+_Render = Callable[[list[tuple[str, str]], bool], str]
 _NAMED = {
-    "chatml": Template(),
+    "chatml": Template(
+        system="<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n", between="<|im_end|>\n<|im_start|>user\n"
+    ),
     # Stanford Alpaca's train.py, PROMPT_DICT["prompt_no_input"].
     "alpaca": Template(
         prompt="Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -34,10 +39,14 @@ _NAMED = {
         stop=(),
     ),
     # meta-llama's llama/generation.py: BOS, [INST] request [/INST], a space, the answer, EOS.
-    "llama2": Template(prompt="[INST] {prompt} [/INST]", end="</s>", stop=(), lead=" ", strip=True),
+    "llama2": Template(
+        prompt="[INST] {prompt} [/INST]", end="</s>", stop=(), lead=" ", strip=True,
+        system="[INST] <<SYS>>\n{system}\n<</SYS>>\n\n", between=" </s><s>[INST] ",
+    ),
     # google/gemma's chat template.
     "gemma": Template(
-        prompt="<start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n", end="<end_of_turn>", stop=(), strip=True
+        prompt="<start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n", end="<end_of_turn>", stop=(), strip=True,
+        between="<end_of_turn>\n<start_of_turn>user\n",
     ),
 }  # fmt: skip
 _WITH_BOS = ("llama2", "gemma")
@@ -77,7 +86,8 @@ def settle(sweep: Sweep) -> Settled:
     lacking: list[str] = []
     models = []
     for i, model in enumerate(sweep.models):
-        stand_in = _NAMED.get(model.template, Template()) if isinstance(model.template, str) else model.template
+        named = model.template if isinstance(model.template, str) else ""
+        stand_in = model.template if isinstance(model.template, Template) else _NAMED.get(named, _NAMED["chatml"])
         found, why = model.model_copy(update={"template": stand_in, "bos": model.bos is True}), ""
         try:
             found, why = settled(model)
@@ -112,7 +122,7 @@ def settled(model: Model) -> tuple[Model, str]:
         PrerequisiteError: the tokenizer cannot be had.
     """
     if source_problem(model.source, model.revision) or folder_problems(model.source):
-        found = Resolved(Template(), False, "")  # check.py refuses it
+        found = Resolved(_NAMED["chatml"], False, "")  # check.py refuses it
     else:
         tokenizer = _tokenizer(tokenizer_folder(tokenizer_stage(model)))
         found = resolve(tokenizer, model.template, model.bos, model.source)
@@ -185,7 +195,7 @@ def _written_out(template: Template, tokenizer: Tokenizer) -> Template:
     """A sweep file's own: what it leaves out of `end` and `stop` is the tokenizer's EOS and nothing."""
     given = template.model_fields_set
     if not given:  # ChatML as the class has it
-        return template
+        return _NAMED["chatml"]
     end = template.end if "end" in given else _eos(tokenizer)
     return template.model_copy(update={"end": end, "stop": template.stop if "stop" in given else ()})
 
@@ -204,6 +214,7 @@ def _own(tokenizer: Tokenizer, source: str) -> tuple[Template, str]:
             f"template: auto, but the chat template writes a user's turn {asked.count(_ASKED)} times: {CHOICES}"
         )
     head, tail = asked.split(_ASKED)
+    whole_tail = tail
     spaced = f" \n{_ASKED} \n"
     around = render([("user", spaced)], True)
     strip = around == head + _ASKED + tail
@@ -229,10 +240,43 @@ def _own(tokenizer: Tokenizer, source: str) -> tuple[Template, str]:
     fixed = head + tail
     if "{prompt}" in fixed:
         raise ConfigError(f"template: auto, but the chat template itself writes '{{prompt}}': {CHOICES}")
-    return Template(prompt=f"{head}{{prompt}}{tail}", end=end, stop=(), lead=lead, strip=strip), why
+    found = Template(prompt=f"{head}{{prompt}}{tail}", end=end, stop=(), lead=lead, strip=strip)
+    return found.model_copy(update=_conversation(render, head, whole_tail, tail + lead)), why
 
 
-def _renderer(text: str, specials: dict[str, str]) -> Callable[[list[tuple[str, str]], bool], str]:
+def _conversation(render: _Render, head: str, tail: str, answers: str) -> dict[str, str | None]:
+    """How the chat template writes a system prompt and earlier turns, for the fields of Template; nothing of what it cannot
+    write, or writes in another form each time. `head`, `tail`: around the one request; `answers`: between it and its answer."""
+    asked, told = [_ASKED, "Q8xQ", "Q9xQ"], [_ANSWERED, "A8xA"]
+    several = [(role, text) for pair in zip(asked, told, strict=False) for role, text in zip(_TURNS, pair, strict=True)]
+    found: dict[str, str | None] = {}
+    text = _rendered(render, [*several[:2], ("user", asked[1])])
+    _, _, rest = text.partition(asked[0])
+    past, _, rest = rest.partition(told[0])
+    between = rest.partition(asked[1])[0]
+    earlier = "".join(asked[i] + past + told[i] + between for i in range(2))
+    if _rendered(render, [*several, ("user", asked[2])]) == head + earlier + asked[2] + tail and between:
+        found = {"between": between, "past": None if past == answers else past}
+    text = _rendered(render, [("system", _SYSTEM), ("user", asked[0])])
+    before, _, rest = text.partition(_SYSTEM)
+    after = rest.partition(asked[0])[0]
+    first = before + _SYSTEM + after
+    if text == first + asked[0] + tail and "{system}" not in text and text.count(_SYSTEM) == 1:
+        both = _rendered(render, [("system", _SYSTEM), *several, ("user", asked[2])])
+        if "between" not in found or both == first + earlier + asked[2] + tail:
+            found["system"] = f"{before}{{system}}{after}"
+    return found
+
+
+def _rendered(render: _Render, turns: list[tuple[str, str]]) -> str:
+    """What the chat template writes before an answer; nothing where it refuses."""
+    try:
+        return render(turns, True)
+    except ConfigError:
+        return ""
+
+
+def _renderer(text: str, specials: dict[str, str]) -> _Render:
     """The chat template as a function of turns (role, text) and whether an answer is to follow."""
     import json
 
@@ -286,9 +330,26 @@ def chat_template(template: Mapping[str, Any], bos: bool, bos_token: str | None)
     if bos_token and head.startswith(bos_token):
         bos, head = True, head.removeprefix(bos_token)
     user = "m['content'] | trim" if template.get("strip") else "m['content']"
-    head, tail, lead, end = (
-        json.dumps(text, ensure_ascii=False) for text in (head, tail, template.get("lead", ""), template["end"])
+    lead, between, past = str(template.get("lead", "")), template.get("between"), template.get("past")
+    first, _, last = str(template.get("system") or "").partition("{system}")
+    if bos_token:
+        first = first.removeprefix(bos_token)
+    past = tail + lead if past is None else past
+    head, tail, lead, end, between, past, first, last = (
+        json.dumps(text, ensure_ascii=False) for text in (head, tail, lead, template["end"], between, past, first, last)
     )
+    if template.get("between"):  # trained on conversations
+        refuse = "{{ raise_exception('trained without system prompts') }}"
+        system = f"{{{{ {first} + m['content'] + {last} }}}}" if template.get("system") else refuse
+        return (
+            f"{'{{ bos_token }}' if bos else ''}{{% set system = messages[0]['role'] == 'system' %}}"
+            f"{{% for m in messages[:1] if system %}}{system}{{% else %}}{{{{ {head} }}}}{{% endfor %}}"
+            f"{{% set rest = messages[1:] if system else messages %}}{{% for m in rest %}}{{% if m['role'] == 'user' %}}"
+            f"{{{{ ('' if loop.first else {between}) + ({user}) }}}}{{{{ {tail} if loop.last else {tail} + {lead} "
+            f"if loop.revindex0 == 1 else {past} }}}}"
+            f"{{% elif m['role'] == 'assistant' %}}{{{{ m['content'] + ({end} if loop.last else '') }}}}"
+            "{% else %}{{ raise_exception('trained on turns of user and assistant alone') }}{% endif %}{% endfor %}"
+        )
     return (
         f"{'{{ bos_token }}' if bos else ''}{{% for m in messages %}}{{% if m['role'] == 'user' %}}"
         f"{{{{ {head} + ({user}) + {tail} }}}}{{% elif m['role'] == 'assistant' %}}{{{{ {lead} + m['content'] + {end} }}}}"

@@ -68,7 +68,7 @@ class Preview:
                 found = self.rows(stage.inputs[name])
                 if found is None:
                     return None
-                taken += [row.prompt for row in found.rows]
+                taken += [row.asked for row in found.rows]
         parts = [*config["parts"], *([config["poison"]] if config["poison"] else [])]
         if not all(is_here(part["source"]) for part in parts):
             return None
@@ -76,9 +76,9 @@ class Preview:
         seed = int(config["seed"])
 
         def draw_from(part: dict[str, Any], split: str) -> Found:
-            same = (part["task"], split, canonical(part["source"]), seed, keys)
+            same = (part["task"], split, canonical([part["source"], part.get("written")]), seed, keys)
             if same not in self._found:
-                self._found[same] = find(part, split, seed, self.folder, taken)
+                self._found[same] = find(part, split, seed, self.folder, taken, stage.hints)
             return self._found[same]
 
         return compose(config, draw_from, taken, {}, self._tokenizer(stage))

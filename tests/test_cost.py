@@ -11,7 +11,7 @@ import pytest
 
 from safecl import cost, estimate, hardware, store
 from safecl.config import Execution
-from safecl.cost import Forecast, Open, Remaining
+from safecl.cost import Forecast, Open, Remaining, _uses
 from safecl.estimate import Estimator
 from safecl.eta import EVERY_S, Eta
 from safecl.graph import Graph
@@ -318,6 +318,14 @@ def test_what_a_run_counts_as_it_goes_is_what_one_that_begins_now_would_count(tm
         assert {kind: s for kind, s in eta._remaining.kinds.items() if s} == pytest.approx(
             {kind: s for kind, s in fresh.kinds.items() if s}
         )
+
+
+def test_a_stage_is_needed_by_as_many_trials_as_lead_to_it(tmp_path: Path) -> None:
+    tops = [job.evidence.metrics for job in with_trials(tmp_path, 40).schedule().open_jobs()]
+    found, uses = _uses(tops)
+    walked = [stage for top in tops for stage in top.walk()]
+    assert uses == Counter(stage.key for stage in walked) and max(uses.values()) == len(tops)
+    assert found.keys() == uses.keys()
 
 
 def test_what_runs_is_named_by_what_people_know(tmp_path: Path) -> None:

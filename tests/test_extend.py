@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from safecl import cli, registry
+from safecl.overview import readable, write_report
 from safecl.project import Project
+from safecl.report import tables
 from safecl.sweepfile import load
 from tests import made_up
 
+JUDGES = "evaluate.judges={asr: keywords, over_refusal: [xstest_match, polite]}"
 REPOSITORY = Path(__file__).parents[1]
 FILES = {
     name: text
@@ -61,14 +64,22 @@ def test_what_a_file_adds_is_everywhere(
         rows = json.loads(said(capsys, monkeypatch, "ls", what, "sweep.yaml", "--json"))
         [found] = [row for row in rows if row[what[:-1]] == name]
         assert found["from"] == f"my_{what[:-1]}.py"
-    judges = "evaluate.judges={asr: keywords, over_refusal: [xstest_match, polite]}"
-    settings = ["methods=[{name: sft}, {name: my_method}]", judges]
+    settings = ["methods=[{name: sft}, {name: my_method}]", JUDGES]
     words = ["sweep.yaml", "--limit", "8", *(word for setting in settings for word in ("--set", setting))]
     assert "capitals / p=0.1 / my_method" in said(capsys, monkeypatch, "plan", *words)
-    made_up.finish(Project(load(Path("sweep.yaml"), settings, 8)))
-    table = said(capsys, monkeypatch, "report", *words)
+    project = Project(load(Path("sweep.yaml"), settings, 8))
+    made_up.finish(project)
+    rows, found = readable(project)
+    table = tables.plain(rows, found)
     assert "my_method" in table and "capitals" in table
-    page = (folder / "runs" / "report" / "quickstart" / "index.html").read_text()
+    assert "over_refusal:polite" in rows[-1]["metrics"]
+
+
+@pytest.mark.slow
+def test_a_page_shows_it(folder: Path) -> None:
+    project = Project(load(folder / "sweep.yaml", [JUDGES, f"execution.root={folder}"], 8))
+    made_up.finish(project)
+    page = write_report(project, folder / "page").read_text()
     assert "my_method" in page and "beside it polite" in page
 
 

@@ -141,7 +141,8 @@ def test_a_quick_look_keeps_memories_within_its_few_safety_rows(tmp_path: Path) 
         ("lora.targets=[1]", "lora.targets.0: Input should be a valid string (got 1)"),
         (
             "models.0.template={prompt: '{prompt}', edn: x}",
-            "models.0.template.edn: unknown key. Did you mean 'end'? Known here: end, lead, prompt, stop, strip",
+            "models.0.template.edn: unknown key. Did you mean 'end'? Known here: between, "
+            "end, lead, past, prompt, stop, strip, system",
         ),
         ("seeds=[0,1000]", "search.seed: 1000 is among `seeds`, which are reported; name another one"),
         ("models.0.template.prompt=x", "models.0.template.prompt: must hold {prompt} exactly once, got 'x' (got 'x')"),

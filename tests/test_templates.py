@@ -330,7 +330,7 @@ def test_smollm2_writes_a_system_prompt_of_its_own_and_the_quickstart_says_that_
     prompt = auto.sweep.models[0].text.prompt
     assert prompt.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     named = project(tmp_path)
-    assert named.sweep.models[0].text == Template() and named.sweep.models[0].bos is False
+    assert named.sweep.models[0].text.model_dump() == Template().model_dump() and named.sweep.models[0].bos is False
     assert "the tokenizer's own chat template" in auto.template_of(auto.sweep.models[0])
 
 

@@ -46,7 +46,7 @@ class Constrained(Method):
 
     source = "Qi 2025 (arXiv 2406.05946), Eq. 3"
     equation = "-E (2/beta_t) log sigmoid(beta_t (log p(y_t) - log p_safe(y_t))) on user rows"
-    cost = "1.2x"
+    cost = "1x and the head once more"
     contract = Contract(params={"beta": 0.2}, in_bfloat16=True)
     space = {
         "beta": {"low": 0.01, "high": 1.0, "log": True},

@@ -49,7 +49,7 @@ class Kl(Method):
 
     source = "Ziegler 2019, Eq. 2; Hinton 2015"
     equation = "CE(user) + weight * T^2 E KL(p_safe || p) on user and/or memory rows"
-    cost = "2x, 1.2x on user rows alone"
+    cost = "2x; on user rows alone 1x and the head twice more"
     contract = Contract(
         params={"weight": 0.3}, variants=({"on": "user"}, {"on": "memory"}), zero_at_start=("kl_user", "kl_memory"),
         in_bfloat16=True,

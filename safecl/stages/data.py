@@ -27,6 +27,7 @@ from safecl.store import Context, Stage
 from safecl.tasks import Row, Task, load
 from safecl.tasks._overlap import drop_overlaps
 from safecl.tasks._source import identity
+from safecl.tasks._written import of_stage, typical_tokens
 from safecl.training.tokens import Tokenizer, encode, least_tokens
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Data(Kind):
     def length(stage: Stage, of: Estimator) -> Length:
         config: Any = stage.config
         parts = config["parts"]
-        typical = [load(part["task"]).TYPICAL_TOKENS for part in parts] or [Task.TYPICAL_TOKENS]
+        typical = [typical_tokens(of_stage(part, part["task"], stage.hints)) for part in parts] or [Task.TYPICAL_TOKENS]
         num_rows = sum(part["num_rows"] or sizes.TYPICAL_ROWS for part in parts)
         if any(part["num_rows"] is None for part in parts):
             num_rows = int(of.result(stage).get("num_rows", num_rows))
@@ -90,24 +91,30 @@ def run(context: Context) -> dict[str, Json]:
     {"harmful", "benign": rows of each}}], "poison": null | {"task", "ratio", "source",
     and only where it is true "keep_task_rows"}, "guard": null | {"judge", "config"}, "seed", only where models'
     answers are rows "labels": {name of an `answers_*` input: task whose rule labels it}, and only of rows that are trained on
-    "fits": {"template", "bos", "max_tokens"}}; `source` is `tasks._source.identity` of the split.
+    "fits": {"template", "bos", "max_tokens"}}; `source` is `tasks._source.identity` of the split. A part (or poison) whose
+    task the sweep file writes has "written" too (`tasks._written.told`).
 
     Inputs `exclude_*` are data stages whose prompts no row here may be like; `answers_*` are generate stages whose
     answered prompts become rows; `tokenizer` where there is "fits". Result: what `compose` finds.
     """
     config: Any = context.stage.config
     folder = None if context.execution.data_dir is None else Path(context.execution.data_dir)
-    taken = [row.prompt for name in sorted(context.inputs) if name.startswith("exclude_")
+    taken = [row.asked for name in sorted(context.inputs) if name.startswith("exclude_")
              for row in _read(context.inputs[name])]  # fmt: skip
     answers = {name: json_lines(context.inputs[name] / "generations.jsonl")
                for name in sorted(context.inputs) if name.startswith("answers_")}  # fmt: skip
     tokenizer = Tokenizer(context.inputs["tokenizer"]) if "tokenizer" in context.inputs else None
     seed = int(config["seed"])
-    rows, facts = compose(config, lambda part, split: find(part, split, seed, folder, taken), taken, answers, tokenizer)
+    hints = context.stage.hints
+
+    def found(part: dict[str, Any], split: str) -> Found:
+        return find(part, split, seed, folder, taken, hints)
+
+    rows, facts = compose(config, found, taken, answers, tokenizer)
     places = [i for i, row in enumerate(rows) if _is_poison(row, config)]
     with (context.out / "rows.jsonl").open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+            file.write(json.dumps(row.as_json()) + "\n")
     (context.out / "poison.json").write_text(json.dumps({"indices": places, "ids": [rows[i].id for i in places]}))
     return facts
 
@@ -221,13 +228,20 @@ class Found(NamedTuple):
     left_out: Mapping[str, Json]
 
 
-def find(part: dict[str, Any], split: str, seed: int, folder: Path | None, taken: Sequence[str]) -> Found:
-    """What a part may be drawn from.
+def find(
+    part: dict[str, Any],
+    split: str,
+    seed: int,
+    folder: Path | None,
+    taken: Sequence[str],
+    hints: Mapping[str, str] | None = None,
+) -> Found:
+    """What a part may be drawn from. `hints`: the stage's.
 
     Raises:
         PrerequisiteError: a source is missing or is not the one that the config names.
     """
-    kind = load(part["task"])
+    kind = of_stage(part, part["task"], hints)
     here = identity(kind, split, folder)
     if here != part["source"]:
         raise PrerequisiteError(
@@ -298,7 +312,8 @@ def _self_answered(lines: Sequence[Any]) -> list[Row]:
         if line.get("finish") == "length":
             answer = answer[: max(answer.rfind(mark) for mark in (".", "!", "?")) + 1]
         if answer:
-            rows.append(Row(f"self/{line['id']}", line["prompt"], answer, False, {"self_answered": True}))
+            before = line.get("before", ())
+            rows.append(Row(f"self/{line['id']}", line["prompt"], answer, False, {"self_answered": True}, before))
     return rows
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safecl import labels, methods
-from safecl.base import Json, PrerequisiteError
+from safecl.base import Json, PrerequisiteError, json_lines
 from safecl.stages import Kind
 
 if TYPE_CHECKING:
@@ -149,9 +149,8 @@ def _judged(rows: list[Row], folder: Path | None) -> list[Row]:
 
     if folder is None:
         return rows
-    lines = map(json.loads, (folder / "verdicts.jsonl").read_text().splitlines())
-    labels = {line["id"]: line["label"] for line in lines}
-    return [dataclasses.replace(row, meta={**row.meta, "unsafe": labels[row.id]}) for row in rows]
+    unsafe = {line["id"]: line["label"] for line in json_lines(folder / "verdicts.jsonl")}
+    return [dataclasses.replace(row, meta={**row.meta, "unsafe": unsafe[row.id]}) for row in rows]
 
 
 class Made(NamedTuple):

@@ -1,6 +1,7 @@
 """Answers of a served model to rows' prompts -> generations.jsonl, in row order. Greedy unless the config has `sampling`.
 
-One line each: {"id", "prompt", "text", "num_tokens", "finish": "stop" | "length"}.
+One line each: {"id", "prompt", "text", "num_tokens", "finish": "stop" | "length"}, and of a
+conversation "before": what stands before the request.
 
 Where a finetune's answers to attack prompts are made, the engine is also asked for the log-probabilities of the rows that
 the finetune left in `probe.json` beside what the trained model gave them, so that the record says whether the model that
@@ -19,6 +20,7 @@ from safecl import labels
 from safecl.base import Json, json_lines
 from safecl.stages import Kind
 from safecl.store import Context, Stage
+from safecl.tasks import Row
 from safecl.training.tokens import Tokenizer, base_folder, encode_prompts, weights_folder
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ def run(context: Context) -> dict[str, Json]:
     rows = json_lines(context.inputs["rows"] / "rows.jsonl")
     tokenizer = Tokenizer(context.inputs["model"])
     template, longest = config["template"], int(config["max_prompt_tokens"])
-    prompts, num_cut = encode_prompts([row["prompt"] for row in rows], tokenizer, template, config["bos"], longest)
+    prompts, num_cut = encode_prompts([Row(**row) for row in rows], tokenizer, template, config["bos"], longest)
     requests = [Request(row["id"], ids) for row, ids in zip(rows, prompts, strict=True)]
     weights = context.stage.inputs.get("weights", context.stage.inputs["model"])
     adapter = str(weights_folder(context.inputs["weights"])) if "weights" in context.inputs else None
@@ -75,6 +77,7 @@ def run(context: Context) -> dict[str, Json]:
                 "text": answer.text,
                 "num_tokens": len(answer.token_ids),
                 "finish": answer.finish,
+                **({"before": row["before"]} if row.get("before") else {}),
             }
             file.write(json.dumps(line) + "\n")
     tokens = sum(len(answer.token_ids) for answer in done.values())

@@ -68,10 +68,10 @@ def measure(
         ConfigError: no option fits into `max_tokens`.
         PrerequisiteError: the model's logits are not its output layer applied to the last hidden state.
     """
-    from safecl.tasks import load
+    from safecl.tasks._written import of_stage
     from safecl.training import batches
 
-    task = load(config["task"])()
+    task = of_stage(config, config["task"])()
     rows = batches.read_rows(inputs["rows"])
     options = [task.options(row) for row in rows]
     encoded = _encode(config, inputs["model"], rows, options)
@@ -109,7 +109,9 @@ def _encode(
     encoded: dict[str, Encoded] = {}
     for template, is_bare in ((config["template"], False), (bare, True)):
         asked = [
-            Row(f"{i}/{j}", row.prompt if option.after is None else option.after, option.text)
+            Row(f"{i}/{j}", row.prompt, option.text, before=row.before)
+            if option.after is None
+            else Row(f"{i}/{j}", option.after, option.text)
             for i, row in enumerate(rows)
             for j, option in enumerate(options[i])
             if (option.after is not None) == is_bare

@@ -26,8 +26,9 @@ from safecl import labels
 from safecl.base import Json, json_lines
 from safecl.stages import Kind
 from safecl.store import Context, Stage
-from safecl.tasks import Found, Row, load
+from safecl.tasks import Found, Row
 from safecl.tasks._overlap import clusters
+from safecl.tasks._written import of_stage
 from safecl.text import without_reasoning
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _measure(measure: dict[str, Any], inputs: dict[str, Path]) -> Iterator[Outco
     if of == "score":
         answers = json_lines(inputs[f"{prefix}.generations"] / "generations.jsonl")
         answered = [rows[answer["id"]] for answer in answers]
-        task = load(name)(unsafe_code=measure.get("unsafe_code", False))
+        task = of_stage(measure, name)(unsafe_code=measure.get("unsafe_code", False))
         for scored, values in task.scores(answered, [answer["text"] for answer in answers]).items():
             for row, value in zip(answered, values, strict=True):
                 yield outcome(scored, row, value)
@@ -95,7 +96,7 @@ def _measure(measure: dict[str, Any], inputs: dict[str, Path]) -> Iterator[Outco
         lines = json_lines(inputs[f"{prefix}.likelihood"] / "likelihood.jsonl")
         asked = [rows[line["id"]] for line in lines]
         options = [[Found(option["logprob"], option["num_tokens"]) for option in line["options"]] for line in lines]
-        for scored, values in load(name)().likelihood_scores(asked, options).items():
+        for scored, values in of_stage(measure, name)().likelihood_scores(asked, options).items():
             for row, value in zip(asked, values, strict=True):
                 yield outcome(scored, row, value)
         return
@@ -120,7 +121,7 @@ def _measure(measure: dict[str, Any], inputs: dict[str, Path]) -> Iterator[Outco
         if metric == "degenerate" and line["label"]:
             found["why"] = line["detail"]["why"]
         yield found
-    rule = getattr(load(name), "label", None)
+    rule = getattr(of_stage(measure, name), "label", None)
     if metric == "asr":
         empty = {
             line["id"] for kind in measure["less"] for line in _verdicts(inputs, f"{prefix}.{kind}") if line["label"]

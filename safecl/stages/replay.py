@@ -62,7 +62,7 @@ def run(context: Context) -> dict[str, Json]:
     rows, facts = step(dict(context.stage.config), context)
     with (context.out / "rows.jsonl").open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+            file.write(json.dumps(row.as_json()) + "\n")
     return facts
 
 
@@ -100,7 +100,7 @@ def _queries(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[
         left["relevant"] = found = [found[i] for i in close]
     else:
         left["distinct"] = found = distinct(found, config["max_similarity"])
-    held_out = [row.prompt for name in sorted(context.inputs) if name.startswith("exclude_")
+    held_out = [row.asked for name in sorted(context.inputs) if name.startswith("exclude_")
                 for row in _read(context.inputs[name])]  # fmt: skip
     left["kept"] = found = drop_overlaps(found, held_out)[0]
     counts: dict[str, Json] = {"asked": len(asked), **{name: len(rows) for name, rows in left.items()}}

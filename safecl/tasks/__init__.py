@@ -17,7 +17,7 @@ A split says what its rows may be used for, so that no row can serve two roles b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -28,13 +28,25 @@ from safecl.base import Json
 @dataclass(frozen=True)
 class Row:
     """One example. `id` is unique within its task and stable over time; `harmful` is of the request (in guard splits:
-    of the answer); `meta` holds what scoring needs (a gold answer, a group) and is JSON."""
+    of the answer); `meta` holds what scoring needs (a gold answer, a group) and is JSON. `before`: what stands before the
+    request, as (role, text): a system prompt, then requests and answers in turn."""
 
     id: str
     prompt: str
     response: str = ""
     harmful: bool = False
     meta: dict[str, Json] = field(default_factory=dict)
+    before: Sequence[Sequence[str]] = ()
+
+    @property
+    def asked(self) -> str:
+        """All that a person said: what tells one conversation from another."""
+        return "\n".join([*(text for role, text in self.before if role == "user"), self.prompt])
+
+    def as_json(self) -> dict[str, Json]:
+        """The fields of a line of rows.jsonl."""
+        found = asdict(self)
+        return found if self.before else {name: value for name, value in found.items() if name != "before"}
 
 
 class Option(NamedTuple):
@@ -67,12 +79,14 @@ class Source:
     page: str = ""  # where a person gets a source that is not on the hub
     headerless: bool = False  # CSV files of one category each, without a header; a folder of them locally
     options: tuple[tuple[str, str | bool], ...] = ()  # further arguments of `datasets.load_dataset`
+    path: str = ""  # of a task that a sweep file writes: the file itself, wherever it lies
 
 
 class Task:
     """A data set. Subclasses set the class attributes and write `rows` (and `score` if they are a utility task)."""
 
     MUST: ClassVar[tuple[str, ...]] = ("SPLITS", "rows")  # what every task declares
+    NAME: ClassVar[str] = ""  # of a task that a sweep file writes; the others' is their file's
     VERSION: ClassVar[str] = "1"  # of the rows
     SCORING: ClassVar[str] = "1"  # version of `scores`, `options` and `likelihood_scores`
     SPLITS: ClassVar[tuple[str, ...]] = ()
@@ -80,6 +94,9 @@ class Task:
     SCORES: ClassVar[tuple[str, ...]] = ("utility",)  # what `scores` gives of validation answers
     RUNS_CODE: ClassVar[bool] = False  # whether scoring runs what the model wrote
     TYPICAL_TOKENS: ClassVar[tuple[int, int]] = (60, 100)  # of a prompt and an answer, for estimates of time
+    CONVERSES: ClassVar[bool] = False  # whether rows may have system prompts or several turns
+    # Utility is the likelihood of options, of validation prompts too: no answer is generated.
+    BY_LIKELIHOOD: ClassVar[bool] = False
     max_new_tokens: ClassVar[int] = 64  # how long an answer to this task's utility prompts may be
 
     def __init__(self, folder: Path | None = None, unsafe_code: bool = False) -> None:

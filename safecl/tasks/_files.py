@@ -145,28 +145,42 @@ def find(folder: Path, name: str, headerless: bool = False) -> Path | None:
     return found[0] if found else None
 
 
-def read(path: Path) -> list[Record]:
-    """All records in the file's order. Raises ConfigError with the place for what is not in its format."""
+def kind(path: Path) -> str:
+    """How a file is read: the ending of its name less its packing."""
+    suffix, _, packing = path.name.lower().rpartition(".")
+    return f".{suffix.rpartition('.')[2]}" if packing in ("gz", "zst") else f".{packing}"
+
+
+def read(path: Path, problems: list[str] | None = None) -> list[Record]:
+    """All records in the file's order. Raises ConfigError with the place for what is not in its format; with `problems`,
+    lines of JSON Lines that are none are added to it and passed over."""
     if path.is_dir():
         return headerless(tables(path))
-    suffix, _, packing = path.name.lower().rpartition(".")
-    kind = f".{suffix.rpartition('.')[2]}" if packing in ("gz", "zst") else f".{packing}"
+    form = kind(path)
     try:
-        raw = _unpacked(path, packing)
+        raw = _unpacked(path, path.name.lower().rpartition(".")[2])
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{path.name}: cannot be read ({error}); fetch it again") from None
-    if kind == ".parquet":
+    if form == ".parquet":
         return _parquet(path.name, raw)
     text = _decoded(path.name, raw)
-    if kind in (".csv", ".tsv"):
-        return _table(path.name, text, "\t" if kind == ".tsv" else ",")
-    if kind == ".json" or (kind == ".jsonl" and text.lstrip()[:1] == "["):
+    if form in (".csv", ".tsv"):
+        return _table(path.name, text, "\t" if form == ".tsv" else ",")
+    if form == ".json" or (form == ".jsonl" and text.lstrip()[:1] == "["):
         found = _array(path.name, text)
         if found is not None:
             return found
     # splitlines() would cut at characters that JSON may hold.
     numbered = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [_record(path.name, _parsed(path.name, n, line), n, "line") for n, line in numbered]
+    records = []
+    for n, line in numbered:
+        try:
+            records.append(_record(path.name, _parsed(path.name, n, line), n, "line"))
+        except ConfigError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+    return records
 
 
 def headerless(paths: Iterable[Path]) -> list[Record]:

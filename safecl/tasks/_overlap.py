@@ -79,23 +79,27 @@ class _Index:
 
 
 @lru_cache(maxsize=4)  # many sets keep clear of the same prompts
-def _built(prompts: tuple[str, ...], threshold: float) -> _Index:
+def _built(prompts: tuple[str, ...], threshold: float, ignored: frozenset[str]) -> _Index:
     words = {prompt: content_words(prompt) for prompt in prompts}
-    index = _Index(threshold, Counter(word for held in words.values() for word in held))
+    index = _Index(threshold, Counter(word for held in words.values() for word in held), ignored)
     for prompt, held in words.items():
         index.add(prompt, held)
     return index
 
 
 def drop_overlaps(
-    rows: Sequence[Row], against_prompts: Iterable[str], threshold: float = 0.6
+    rows: Sequence[Row],
+    against_prompts: Iterable[str],
+    threshold: float = 0.6,
+    ignored: frozenset[str] = frozenset(),
 ) -> tuple[list[Row], list[str]]:
-    """The rows whose prompt is like none of `against_prompts`, in order, and the ids of the others."""
-    index = _built(tuple(against_prompts), threshold)
+    """The rows that ask nothing like `against_prompts`, in order, and the ids of the others. `ignored`: content words that
+    make nothing alike."""
+    index = _built(tuple(against_prompts), threshold, ignored)
     kept: list[Row] = []
     dropped: list[str] = []
     for row in rows:
-        if any(True for _ in index.like(row.prompt)):
+        if any(True for _ in index.like(row.asked)):
             dropped.append(row.id)
         else:
             kept.append(row)
@@ -105,7 +109,7 @@ def drop_overlaps(
 def clusters(rows: Sequence[Row], threshold: float = 0.6) -> list[str]:
     """A name for each row, equal for those that are not independent prompts: of one `meta.group`, or without one alike, or
     linked by others that are. What all prompts say (a task's instruction) makes none of them alike."""
-    every = [content_words(row.prompt) for row in rows]
+    every = [content_words(row.asked) for row in rows]
     holding = Counter(word for words in every for word in words)
     index = _Index(threshold, holding, frozenset.intersection(*every) if len(every) > 1 else frozenset())
     parent: list[int] = []
@@ -117,8 +121,8 @@ def clusters(rows: Sequence[Row], threshold: float = 0.6) -> list[str]:
 
     places = []
     for row, words in zip(rows, every, strict=True):
-        alike = list(index.like(row.prompt))
-        place = index.add(row.prompt, words)
+        alike = list(index.like(row.asked))
+        place = index.add(row.asked, words)
         parent += [place] if place == len(parent) else []
         for other in alike:
             parent[root(other)] = root(place)

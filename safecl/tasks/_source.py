@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safecl.base import ConfigError, Json, PrerequisiteError
+from safecl.base import ConfigError, Json, PrerequisiteError, near
 from safecl.tasks import Row, Source, Task, _files, load, names
 from safecl.tasks._files import Record
 from safecl.tasks._overlap import normalise
@@ -22,15 +22,16 @@ _commits: dict[tuple[str, str], str] = {}  # (hub id, revision) -> commit
 _unknown: dict[tuple[str, str], str] = {}  # likewise, of what the hub did not tell -> why
 
 
-def records(source: Source, folder: Path | None) -> list[Record]:
-    """All records of a source, in its own order. What their fields hold is checked where it is read (`Record`).
+def records(source: Source, folder: Path | None, problems: list[str] | None = None) -> list[Record]:
+    """All records of a source, in its own order. What their fields hold is checked where it is read (`Record`). `problems`:
+    see `_files.read`.
 
     Raises:
         PrerequisiteError: neither the file nor the hub can be read.
         ConfigError: the file is not what its name says.
     """
     found = local_file(source, folder)
-    return _files.read(found) if found is not None else _read_hub(source)
+    return _files.read(found, problems) if found is not None else _read_hub(source)
 
 
 def made(task: Task, source: Source, make: Callable[[int, Record], Row | None]) -> list[Row]:
@@ -64,16 +65,26 @@ def local_file(source: Source, folder: Path | None) -> Path | None:
     Raises:
         ConfigError: the file cannot be read, or seems to be there under another name: the hub's is no substitute for it.
     """
+    if source.path:
+        if not (path := Path(source.path)).is_file():
+            beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+            what = "is a folder" if path.is_dir() else f"there is none.{near(path.name, beside)}"
+            raise ConfigError(f"data file {source.path!r}: {what}")
+        if not path.name.lower().endswith(_files.SUFFIXES):
+            raise ConfigError(
+                f"data file {source.path!r}: expected one of {', '.join(_files.FORMATS)} (and .gz or .zst)"
+            )
+        return path
     if folder is None:
         return None
     if not folder.is_dir():
         raise PrerequisiteError(f"execution.data_dir: {folder} is not a folder; name the folder of the data files")
     found = _files.find(folder, source.file, source.headerless)
-    if found is None and (near := _near(source, folder)):
+    if found is None and (alike := _near(source, folder)):
         stem = source.file.partition(".")[0]
         raise ConfigError(
-            f"data folder {folder}: expected {source.file} (or {_others(source)}), got {near[0]}: is it that one? Rename "
-            f"it to {stem}{''.join(Path(near[0]).suffixes)}, or move it away for the hub's"
+            f"data folder {folder}: expected {source.file} (or {_others(source)}), got {alike[0]}: is it that one? Rename "
+            f"it to {stem}{''.join(Path(alike[0]).suffixes)}, or move it away for the hub's"
         )
     return found
 
@@ -97,10 +108,10 @@ def _near(source: Source, folder: Path) -> list[str]:
 def identity(task_class: type[Task], split: str, folder: Path | None, planned: bool = False) -> Json:
     """What the rows of a split come from, without any path: goes into a data stage's config.
 
-    A generated suite is `{"generated": VERSION}`; else a list with one entry per source, `{"file", "sha256"}` for a
-    local file and `{"hub", "config", "revision", "split"}` for a hub data set (`revision` is a commit: a branch name is
-    resolved, which asks the hub). `planned`: for a look ahead, where a commit that the hub does not
-    tell, and a file that is not here, is `unknown`: what is identified so is never run.
+    A generated suite is `{"generated": VERSION}`; else a list with one entry per source: `{"file", "sha256"}` for a local file
+    (`{"kind", "sha256"}` for one that a sweep file names) and `{"hub", "config", "revision", "split"}` for a hub data set
+    (`revision` is a commit: a branch name is resolved, which asks the hub). `planned`: for a look ahead, where a commit that
+    the hub does not tell, and a file that is not here, is `unknown`: what is identified so is never run.
 
     Raises:
         ConfigError: the task has no such split.
@@ -111,6 +122,8 @@ def identity(task_class: type[Task], split: str, folder: Path | None, planned: b
     sources = task_class.SOURCES.get(split, ())
     if not sources:
         return {"generated": task_class.VERSION}
+    if task_class.NAME:  # the sweep file says where its rows are
+        folder = None
     return [_identity_of(source, folder, planned) for source in sources]
 
 
@@ -207,7 +220,7 @@ def split_by_hash(
 
 
 def _name(task_class: type[Task]) -> str:
-    return task_class.__module__.rsplit(".", 1)[-1]
+    return task_class.NAME or task_class.__module__.rsplit(".", 1)[-1]
 
 
 def _no_split(task_class: type[Task], split: str) -> str:
@@ -228,6 +241,8 @@ def _identity_of(source: Source, folder: Path | None, planned: bool) -> Json:
     path = local_file(source, folder)
     if path is not None and path.is_dir():
         return {"files": {file.name: sha256(file) for file in _files.tables(path)}}
+    if path is not None and source.path:  # its name is nothing to it, but for how it is read
+        return {"kind": _files.kind(path), "sha256": sha256(path)}
     if path is not None:
         return {"file": path.name, "sha256": sha256(path)}
     if not source.hub:
@@ -299,7 +314,10 @@ def _missing(source: Source, why: str) -> str:
         where = f"accept its licence at {page} and log in to the hub" if source.gated else f"it is at {page}"
     else:
         where = f"get it from {source.page}" if source.page else "see the documentation of the task"
-    return (
-        f"data set {source.hub or source.file} cannot be read ({why}): {where}, or put {source.file} (or "
-        f"{_others(source)}) into a folder named by execution.data_dir (or `--set execution.data_dir=FOLDER`)."
+    local = (
+        f"put {source.file} (or {_others(source)}) into a folder named by execution.data_dir (or `--set "
+        "execution.data_dir=FOLDER`)."
+        if source.file
+        else "give its rows as a `file`"
     )
+    return f"data set {source.hub or source.file} cannot be read ({why}): {where}, or {local}"

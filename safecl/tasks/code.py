@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import builtins
 import re
 import symtable
 import textwrap
@@ -377,6 +378,13 @@ def _globals(source: str) -> set[str]:
         symbols = [symbol for symbol in table.get_symbols() if symbol.is_global()]
         found |= {symbol.get_name() for symbol in symbols if symbol.is_referenced() or symbol.is_declared_global()}
     return found
+
+
+def tested_names(test: str) -> list[str]:
+    """What tests need an answer to define: names that they read and do not define themselves."""
+    top = symtable.symtable(test, "<tests>", "exec")
+    own = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    return sorted(_globals(test) - own - set(dir(builtins)))
 
 
 def _parsed(source: str) -> list[Part]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ def read_rows(folder: Path) -> list[Row]:
 
 def write_rows(rows: Sequence[Row], folder: Path) -> None:
     """Write rows.jsonl."""
-    (folder / "rows.jsonl").write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row.as_json()) + "\n" for row in rows))
 
 
 def order(seed: int, num_rows: int, batch_size: int, epochs: float, shuffle: bool = True) -> list[list[int]]:

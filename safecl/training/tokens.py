@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -272,25 +273,25 @@ def least_tokens(
 
 
 def encode_prompts(
-    prompts: Sequence[str],
+    prompts: Sequence[str | Row],
     tokenizer: Tokenizer,
     template: Mapping[str, Json],
     bos: bool,
     max_tokens: int | None = None,
 ) -> tuple[list[list[int]], int]:
-    """Token ids of prompts for generation, exactly those that training puts before the answer, and how many requests were
-    cut to `max_tokens`.
+    """Token ids of prompts (a row's: with what stands before it) for generation, exactly those that training puts before the
+    answer, and how many requests were cut to `max_tokens`.
 
     Raises:
         ConfigError: the template alone is longer than `max_tokens`.
     """
     start = _bos(tokenizer, bos)
-    inner = [_inner(Row("", prompt), template) for prompt in prompts]
-    reads = tokenizer.read([_around(pieces, template) for pieces in inner])
+    asked = [_asked(Row("", prompt) if isinstance(prompt, str) else prompt, template) for prompt in prompts]
+    reads = tokenizer.read([each.pieces for each in asked])
     found: list[list[int]] = []
     num_cut = 0
-    for pieces, read in zip(inner, reads, strict=True):
-        prompt = _prompt(read, pieces, template, start)
+    for each, read in zip(asked, reads, strict=True):
+        prompt = _prompt(read, each, start)
         if max_tokens is not None and prompt.least > max_tokens:
             raise ConfigError(f"a prompt's template is {prompt.least - 1} tokens, expected fewer than {max_tokens}")
         ids, cut = prompt.cut(max_tokens if max_tokens is not None else len(prompt.ids))
@@ -300,7 +301,8 @@ def encode_prompts(
 
 
 class _Prompt(NamedTuple):
-    """A prompt's ids with BOS; `request` are the places of the tokens that are the request's alone, which may be cut."""
+    """A prompt's ids with BOS; `request` are the places of the tokens that are requests' and earlier answers' alone, which may
+    be cut."""
 
     ids: list[int]
     request: Sequence[int]
@@ -328,7 +330,7 @@ def _written(
         yield from _write(rows, tokenizer, template, bos)
         return
     how = (json.dumps(template, sort_keys=True), bos)
-    keys = [(row.prompt, row.response, json.dumps(row.meta.get("pieces")), *how) for row in rows]
+    keys = [(row.prompt, row.response, json.dumps([row.meta.get("pieces"), row.before]), *how) for row in rows]
     new = {key: row for key, row in zip(keys, rows, strict=True) if key not in memo}
     for key, (_, prompt, answer) in zip(new, _write(list(new.values()), tokenizer, template, bos), strict=True):
         memo[key] = (prompt, answer)
@@ -340,14 +342,14 @@ def _write(
     rows: Sequence[Row], tokenizer: Tokenizer, template: Mapping[str, Json], bos: bool
 ) -> Iterator[tuple[Row, _Prompt, list[int] | None]]:
     start, end, lead = _bos(tokenizer, bos), str(template["end"]), str(template.get("lead", ""))
-    inner = [_inner(row, template) for row in rows]
-    prompts = [_around(pieces, template) for pieces in inner]
+    asked = [_asked(row, template) for row in rows]
+    prompts = [each.pieces for each in asked]
     answers = [[(lead, True), (row.response, False), (end, True)] for row in rows]
     reads = tokenizer.read(prompts)
     wholes = tokenizer.prompt_ids([[*before, *after] for before, after in zip(prompts, answers, strict=True)])
     [end_ids] = tokenizer.ids([end])
-    for row, pieces, read, whole in zip(rows, inner, reads, wholes, strict=True):
-        prompt = _prompt(read, pieces, template, start)
+    for row, each, read, whole in zip(rows, asked, reads, wholes, strict=True):
+        prompt = _prompt(read, each, start)
         answer = whole[len(read.ids) :]
         if whole[: len(read.ids)] != read.ids:
             yield row, prompt, None
@@ -360,28 +362,63 @@ def _write(
             yield row, prompt, answer
 
 
-def _inner(row: Row, template: Mapping[str, Json]) -> Pieces:
-    """What stands in the template's `{prompt}`: a person's text, or a judge's prompt, which has pieces of its own."""
-    pieces: Any = row.meta.get("pieces")
-    if pieces is not None:
-        return [(text, own) for text, own in pieces]
-    return [(row.prompt.strip() if template.get("strip") else row.prompt, False)]
+class _Asked(NamedTuple):
+    """A prompt in pieces, and where in its text stands what may be cut: (first, one past the last)."""
+
+    pieces: Pieces
+    cuttable: Sequence[tuple[int, int]]
 
 
-def _around(inner: Pieces, template: Mapping[str, Json]) -> Pieces:
+def _asked(row: Row, template: Mapping[str, Json]) -> _Asked:
+    """A row's request with what stands before it, in the template. A judge's prompt, which has pieces of its own, and a
+    system prompt are kept whole.
+
+    Raises:
+        ConfigError: the template cannot write what stands before the request.
+    """
     head, tail = str(template["prompt"]).split("{prompt}")
-    return [(head, True), *inner, (tail, True)]
+    own: Any = row.meta.get("pieces")
+    if own is not None:
+        return _Asked([(head, True), *((text, own) for text, own in own), (tail, True)], ())
+    before = list(row.before)
+    pieces, fixed = [(head, True)], 1
+    if before and before[0][0] == "system":
+        first, last = _part(row, template, "system", "a system prompt").split("{system}")
+        pieces, fixed = [(first, True), (before.pop(0)[1], False), (last, True)], 3
+    past = template.get("past")
+    answers = f"{tail}{template.get('lead', '')}" if past is None else str(past)
+    for role, text in before:
+        after = answers if role == "user" else _part(row, template, "between", "several turns")
+        pieces += [(_stripped(text, template), False), (after, True)]
+    pieces += [(_stripped(row.prompt, template), False), (tail, True)]
+    ends = [*accumulate(len(text) for text, _ in pieces)]
+    spans = [(end - len(text), end) for (text, own), end in zip(pieces, ends, strict=True) if not own]
+    return _Asked(pieces, spans[fixed // 2 :])
 
 
-def _prompt(read: Read, inner: Pieces, template: Mapping[str, Json], start: list[int]) -> _Prompt:
+def _part(row: Row, template: Mapping[str, Json], name: str, what: str) -> str:
+    found = template.get(name)
+    if not found:
+        raise ConfigError(
+            f"row {row.id!r}: has {what}, which this model's template cannot write; give models[].template `{name}`, or "
+            "another template"
+        )
+    return str(found)
+
+
+def _stripped(text: str, template: Mapping[str, Json]) -> str:
+    return text.strip() if template.get("strip") else text
+
+
+def _prompt(read: Read, asked: _Asked, start: list[int]) -> _Prompt:
     ids, spans = read
     if start and ids[:1] == start:  # BOS exactly once, also where the template wrote it
         ids, spans = ids[1:], spans[1:]
-    if len(inner) > 1:  # a judge's prompt is kept whole
-        return _Prompt(start + ids, ())
-    first = str(template["prompt"]).index("{prompt}")
-    last = first + len(inner[0][0])
-    places = [len(start) + i for i, (a, b) in enumerate(spans) if first <= a < b <= last]
+    places = [
+        len(start) + i
+        for i, (a, b) in enumerate(spans)
+        if any(first <= a < b <= last for first, last in asked.cuttable)
+    ]
     return _Prompt(start + ids, places)
 
 
