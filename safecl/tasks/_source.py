@@ -129,9 +129,8 @@ def identity(task_class: type[Task], split: str, folder: Path | None, planned: b
 
 def is_here(source: Json) -> bool:
     """Whether the rows of an `identity` can be read without asking the hub."""
-    if not isinstance(source, list):  # a generated suite
-        return True
-    return not any(isinstance(each, dict) and ("hub" in each or each.get("sha256") == UNKNOWN) for each in source)
+    each_source = source if isinstance(source, list) else [source]
+    return not any(isinstance(each, dict) and ("hub" in each or each.get("sha256") == UNKNOWN) for each in each_source)
 
 
 def choose(task: Task, split: str, rows: Iterable[Row], num_rows: int | None, seed: int) -> list[Row]:
