@@ -56,7 +56,8 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
     "check": {"config", "grid", "methods", "model_files", "models", "objective", "panel", "space", "store", "sweepfile",
               "tasks"},
     "project": {"check", "config", "contrasts", "cost", "crossed", "dtypes", "estimate", "grid", "hardware", "lease",
-                "objective", "graph", "registry", "schedule", "stats", "store", "study", "sweepfile", "templates", "trained"},
+                "objective", "graph", "registry", "schedule", "stats", "store", "study", "sweepfile", "tasks", "templates",
+                "trained"},
     "driver": {"config", "cost", "dtypes", "eta", "execute", "hardware", "judging", "panel", "graph", "preflight", "project",
                "report", "schedule", "stages", "stats", "store", "tracking", "tune"},
     "overview": {"config", "cost", "dtypes", "grid", "judges", "methods", "panel", "project", "registry", "report", "stats",
@@ -80,7 +81,7 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
     "text": set(),
     "tasks": {"config", "registry", "sandbox", "text"},
     "judges": {"registry", "tasks", "text"},
-    "report": {"contrasts", "objective", "stats", "store"},
+    "report": {"config", "contrasts", "objective", "stats", "store", "sweepfile"},
 }  # fmt: skip
 HOME = {  # library -> the only files that may import it
     "deepspeed": {"training/engine.py"},
