@@ -70,6 +70,11 @@ def plan(project: Project) -> dict[str, Any]:
         "open_trials": sum(cell.num_trials + len(cell.seeds) for cell in open_cells),
         "hours": round(found_cost.hours, 4),
         "states_gib": round(found_cost.states_gib, 4),
+        "disk_gib": round(found_cost.disk_gib, 4),
+        "device_hours": round(sum(count.hours for count in found_cost.kinds.values()), 4),
+        "speed": ""
+        if forecast.estimator.speeds
+        else f", at an assumed {forecast.estimator.typical.forward / 1000:g} TFLOP/s",
         "records": {kind: checked._asdict() for kind, checked in forecast.checked.items()},
         "dtype": {model.name: model.dtype for model in sweep.models},
         "auto": None if project.auto is None else project.auto._asdict(),

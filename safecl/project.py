@@ -22,14 +22,24 @@ from safecl.hardware import Node
 from safecl.lease import Lease
 from safecl.objective import select
 from safecl.schedule import Done, Schedule, Study
-from safecl.store import Stage, Store
+from safecl.store import Stage, Store, below
 from safecl.sweepfile import load as load
+from safecl.tasks._source import UNKNOWN
 from safecl.templates import described, settle
 from safecl.trained import Preview, Trained, expected
 
 if TYPE_CHECKING:
     from safecl.stats import Quality
     from safecl.study import Past
+
+
+def unknown_sources(cells: Sequence[Cell]) -> list[str]:
+    """Data sets of these cells that are not known: by their hub id or file."""
+    tops = [cell.job({}, cell.recipe.seed, "final").evidence.metrics for cell in cells]
+    configs: list[Any] = [stage.config for stage in below(tops) if stage.kind == "data"]
+    parts = [part for config in configs for part in (*config["parts"], config["poison"]) if part is not None]
+    sources = [source for part in parts if isinstance(part["source"], list) for source in part["source"]]
+    return sorted({str(source.get("hub") or source["file"]) for source in sources if UNKNOWN in source.values()})
 
 
 class Swing(NamedTuple):
@@ -43,12 +53,16 @@ class Swing(NamedTuple):
 class Project:
     """A checked sweep with its store and paths. Opening it spends nothing."""
 
-    def __init__(self, sweep: Sweep, nodes: Sequence[Node] | None = None, reads: bool = False) -> None:
-        """`nodes` and `reads`: see dtypes.auto."""
+    def __init__(
+        self, sweep: Sweep, nodes: Sequence[Node] | None = None, reads: bool = False, planned: bool = False
+    ) -> None:
+        """`nodes` and `reads`: see dtypes.auto. `planned`: nothing will be run of it, so that what the hub alone knows (commits
+        of data sets, tokenizers) may be unknown; it is said in `warnings`."""
         registry.use(sweep.plugins)
         self.store = Store(sweep.execution.root)
         if self.store.local.exists() and not self.store.local.is_dir():
             raise ConfigError(f"execution.root: {str(self.store.local)!r} is a file; expected a folder")
+        self.planned = planned
         self.nodes, self.auto = nodes, auto(sweep, self.store, nodes, reads)
         settled = settle(sweep if self.auto is None else resolved(sweep, self.auto.dtype))
         self.sweep = sweep = settled.sweep
@@ -60,14 +74,20 @@ class Project:
                 f"execution.data_dir {str(self.folder)!r} is no folder: name one with --set execution.data_dir=FOLDER"
             )
         try:
-            self.cells = check(sweep, self.folder, None if reads else self.warnings)
+            self.cells = check(sweep, self.folder, None if reads else self.warnings, planned)
         except (ConfigError, PrerequisiteError) as error:
             kind = ConfigError if settled.errors else type(error)
             raise kind("\n".join([*settled.errors, str(error), *settled.lacking])) from None
         if settled.errors:
             raise ConfigError("\n".join(settled.errors))
-        if settled.lacking:
+        if settled.lacking and not planned:
             raise PrerequisiteError("\n".join(settled.lacking))
+        self.warnings += [f"not checked here, and needed to run: {line}" for line in settled.lacking]
+        if planned and (unknown := unknown_sources(self.cells)):
+            self.warnings.append(
+                f"{len(unknown)} data sets are not here, nor did the hub tell what they are ({', '.join(unknown)}): counts and "
+                "hours hold, keys are not those of a run"
+            )
         self.logs = self.store.local / "logs"
         self.study_url = sweep.execution.study_uri or sqlite_url(self.store.local / "study.db")
         self._storage: Any = None
@@ -82,7 +102,7 @@ class Project:
         Raises:
             ConfigError: rows, poison or memory would be fewer than asked for.
         """
-        return expected(self.cells, self.sweep.seeds[0], Preview(self.store, self.folder))
+        return expected(self.cells, self.sweep.seeds[0], Preview(self.store, self.folder, self.planned))
 
     def template_of(self, model: Model) -> str:
         """A model's template in one line, and where it comes from."""

@@ -269,7 +269,7 @@ def test_a_plugins_metric_is_measured_where_a_sweep_names_it_and_its_file_goes_a
     registry.use([])
     with pytest.raises(ConfigError, match="unknown metric 'long'"):
         metrics.of("long")
-    registry.from_hints(stage.hints)  # as in the process that runs the stage
+    registry.prepare(stage.version, stage.hints)  # as in the process that runs the stage
     assert metrics.of("long").of is not None
     (tmp_path / "long.py").write_text(METRIC.replace("50", "60"))
     assert jobs(file, named)["sft"].evidence.metrics.key != stage.key

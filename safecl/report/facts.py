@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from safecl import metrics
 from safecl.panel import decision, trained
+from safecl.report import published
 from safecl.report.rows import rows as read_rows
-from safecl.report.tables import Facts
+from safecl.report.tables import Detail, Facts
 from safecl.stats import wilson
 from safecl.tasks._written import notes as written_notes
 from safecl.trained import notes as trained_notes
@@ -67,6 +68,11 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
                 f"changed (KL; at most {MAX_MERGE_LOSS:.0%} expected): give this model `dtype: float32`."
             )
         notes += _served(model, [row["served"] for row in rows if row["model"] == model.name and row["served"]])
+    beside: dict[str, Detail] = {}
+    if (known := published.comparison(sweep, rows)) is not None:
+        titles = {metric.name: metric.title for metric in metrics.METRICS if metric.question}
+        beside = published.details(known, titles)
+        notes.append(published.note(known))
     return Facts(
         name=sweep.name,
         about=sweep.about,
@@ -87,6 +93,7 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
             "decoding": f"greedy, at most {sweep.evaluate.max_new_tokens} tokens on attack and benign prompts",
         },
         notes=notes,
+        beside=beside,
     )
 
 

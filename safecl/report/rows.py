@@ -50,6 +50,7 @@ def rows(project: Project) -> list[dict[str, Any]]:
             "task": cell.task,
             "poison": None if recipe.method in REFERENCES else recipe.poison_ratio,
             "method": cell.method,
+            "kind": recipe.method,  # whatever it is called here
             "params": {**cell.defaults, **params},
             "seeds": [job.seed for job in finished],
             "metrics": entries,
@@ -131,8 +132,8 @@ def contrast(table: list[dict[str, Any]], measured: Sequence[Mapping[str, dict[i
     for members in groups.values():
         for metric in tested:
             having = [i for i in members if metric in measured[i]]
-            sft = next((i for i in having if table[i]["method"] == "sft"), None)
-            found = contrasts(metric, [(table[i]["method"], measured[i][metric]) for i in having])
+            sft = next((i for i in having if _named(table[i]) == "sft"), None)
+            found = contrasts(metric, [(_named(table[i]), measured[i][metric]) for i in having])
             for i, of_row in zip(having, found, strict=True):
                 told: dict[str, Any] = {
                     family: {**one._asdict(), "differs": one.differs, "alike": one.alike}
@@ -142,6 +143,11 @@ def contrast(table: list[dict[str, Any]], measured: Sequence[Mapping[str, dict[i
                     pairs = discordant(measured[i][metric], measured[sft][metric])
                     told["mcnemar"] = {str(seed): test for seed, test in pairs.items()}
                 table[i]["contrasts"][metric] = told
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    """A row's method; what all are compared with is sft whatever its label."""
+    return "sft" if row.get("kind") == "sft" else str(row["method"])
 
 
 def curves(project: Project) -> dict[str, list[dict[str, Any]]]:
