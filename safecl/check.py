@@ -185,7 +185,7 @@ def _read(kind: type[tasks.Task], split: str, folder: Path | None, source: str) 
 def _told_left_out(name: str, num: int) -> str:
     where, _, what = name.rpartition(": ")
     if what.startswith("much like"):
-        return f"{num} rows of {where} are {what}: left out"
+        return f"{where}: {num} left out, {what}"
     return f"{num} records without {what} are left out of {where}"
 
 
