@@ -46,6 +46,16 @@ def test_when_a_running_stage_ends_follows_its_own_pace(tmp_path: Path, monkeypa
     assert ends == [None, None, 1160, 1110, 1090, None, None, pytest.approx(1130 + 30 * 80 / 21)]
 
 
+def test_trainers_get_what_the_engines_of_this_sweep_leave(tmp_path: Path) -> None:
+    """A sweep judged by an endpoint or by rules holds no GPU for a judge; one of two guards holds two."""
+
+    def units(num_engines: int | None) -> float:
+        broker = execute.Broker(Store(str(tmp_path)), Execution(use_gpu=True), "", 8, 4, num_engines)
+        return broker.trainers.num_units
+
+    assert [units(None), units(1), units(3)] == [2, 3, 1]
+
+
 def test_workers_run_at_the_drivers_niceness(cluster: Path) -> None:
     import ray
 
