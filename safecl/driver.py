@@ -199,11 +199,12 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
 @contextmanager
 def _cluster(project: Project, show: Callable[[str], None]) -> Iterator[tuple[Any, Any]]:
     show("starting Ray")
-    execute.start(project.sweep.execution, project.logs, num_engines=num_engines(project.sweep))
+    engines = num_engines(project.sweep)
+    execute.start(project.sweep.execution, project.logs, num_engines=engines)
     import ray
 
     try:
-        yield execute.broker(project.store, project.sweep.execution, project.logs), ray
+        yield execute.broker(project.store, project.sweep.execution, project.logs, engines), ray
     finally:
         execute.stop(project.sweep.execution)
 

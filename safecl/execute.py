@@ -75,9 +75,7 @@ def start(execution: Execution, logs: Path, need: int | None = None, num_engines
     _keep_messages(logs / "ray.log")
     have = ray.cluster_resources()
     unit = "GPU" if execution.use_gpu else "CPU"
-    if num_engines is None:
-        num_engines = execution.num_candidate_engines + execution.num_judge_replicas
-    engines = num_engines if execution.use_gpu else 0
+    engines = planned_engines(execution, num_engines) if execution.use_gpu else 0
     why = "asked for"
     if need is None:
         need, why = (
@@ -118,8 +116,17 @@ def stop(execution: Execution) -> None:
 class Broker:
     """Runs stages. Made a Ray actor by `broker()`; all methods run on one event loop."""
 
-    def __init__(self, store: Store, execution: Execution, logs: str, num_cpus: float, num_gpus: float = 0) -> None:
+    def __init__(
+        self,
+        store: Store,
+        execution: Execution,
+        logs: str,
+        num_cpus: float,
+        num_gpus: float = 0,
+        num_engines: int | None = None,
+    ) -> None:
         self.store, self.execution, self.logs = store, execution, logs
+        self.num_engines = planned_engines(execution, num_engines)
         self.running: dict[str, asyncio.Task[None]] = {}
         self.failed: dict[str, BaseException] = {}
         self.live: dict[str, dict[str, Any]] = {}
@@ -269,7 +276,7 @@ class Broker:
             chosen.num_candidate_engines if group.startswith("candidate") else chosen.num_judge_replicas
             for group in self.engines
         )
-        return max(booted, chosen.num_candidate_engines + chosen.num_judge_replicas)
+        return max(booted, self.num_engines)
 
     async def _share(self, group: str, role: str, model: Stage) -> None:
         await self._deploy("candidate", model)
@@ -345,13 +352,19 @@ class Broker:
         return {"running": list(self.live.values()), "finished": self.finished[since:], "failed": failed}
 
 
-def broker(store: Store, execution: Execution, logs: Path) -> Any:
-    """The Broker as an actor on the driver's node; it lives as long as the driver holds the handle."""
+def planned_engines(execution: Execution, num_engines: int | None = None) -> int:
+    """Engines that are held at once; unless it is said, candidates' and those of one judge."""
+    return execution.num_candidate_engines + execution.num_judge_replicas if num_engines is None else num_engines
+
+
+def broker(store: Store, execution: Execution, logs: Path, num_engines: int | None = None) -> Any:
+    """The Broker as an actor on the driver's node; it lives as long as the driver holds the handle. `num_engines`: see
+    `planned_engines`."""
     import ray
 
     actor = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=_here())(Broker)
     have = ray.cluster_resources()
-    return actor.remote(store, execution, str(logs), have.get("CPU", 1), have.get("GPU", 0))
+    return actor.remote(store, execution, str(logs), have.get("CPU", 1), have.get("GPU", 0), num_engines)
 
 
 def _here() -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from safecl import execute
 from safecl.base import PrerequisiteError
 from safecl.config import Execution
 from safecl.store import Stage, Store
+from tests.serving.test_endpoint import Server
 
 
 def rows(num_rows: int, seed: int = 0) -> Stage:
@@ -46,10 +49,41 @@ def test_when_a_running_stage_ends_follows_its_own_pace(tmp_path: Path, monkeypa
     assert ends == [None, None, 1160, 1110, 1090, None, None, pytest.approx(1130 + 30 * 80 / 21)]
 
 
+def test_trainers_get_what_the_engines_of_this_sweep_leave(tmp_path: Path) -> None:
+    """A sweep judged by an endpoint or by rules holds no GPU for a judge; one of two guards holds two."""
+
+    def units(num_engines: int | None) -> float:
+        broker = execute.Broker(Store(str(tmp_path)), Execution(use_gpu=True), "", 8, 4, num_engines)
+        return broker.trainers.num_units
+
+    assert [units(None), units(1), units(3)] == [2, 3, 1]
+
+
 def test_workers_run_at_the_drivers_niceness(cluster: Path) -> None:
     import ray
 
     assert ray.get(ray.remote(num_cpus=0)(lambda: os.nice(0)).remote(), timeout=60) == os.nice(0)
+
+
+def test_an_endpoint_judges_without_an_engine_and_its_address_is_in_no_record(cluster: Path) -> None:
+    import ray
+
+    broker, store = new_broker(cluster, "there")
+    config = {"judge": "written", "config": {"labels": {"unsafe": True, "safe": False}, "template": "{request} {response}"},
+              "remote": {"model": "guard", "version": None, "tokenizer": None, "chat": True}}  # fmt: skip
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    try:
+        judged = Stage("judge", config, {"rows": rows(5)}, hints={"url": url, "at_once": "2"})  # type: ignore[arg-type]
+        ray.get(broker.ensure.remote([judged]), timeout=120)
+    finally:
+        server.shutdown()
+        server.server_close()
+    verdicts = [json.loads(line) for line in store.file(judged, "verdicts.jsonl").read_text().splitlines()]
+    assert len(verdicts) == len(server.bodies) == 5 and {verdict["label"] for verdict in verdicts} <= {True, False}
+    assert store.record(judged)["result"]["answered_by"] == ["m"]
+    assert "127.0.0.1" not in json.dumps(store.record(judged))
 
 
 def test_two_who_need_one_stage_run_it_once_and_a_third_finds_it(cluster: Path) -> None:
