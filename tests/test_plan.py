@@ -40,7 +40,9 @@ def without_model(sweep: Sweep) -> dict[str, str]:
     """Fingerprint of each row's stages, kind, config and version, less the model stage."""
     found = {}
     for job in jobs(sweep):
-        with patch("safecl.graph.identity", lambda task, split, folder, planned=False: [task.__name__, task.VERSION, split]):
+        with patch(
+            "safecl.graph.identity", lambda task, split, folder, planned=False: [task.__name__, task.VERSION, split]
+        ):
             metrics = job.evidence.metrics
         stages = [s for s in metrics.walk() if s.kind != "model"]
         text = json.dumps([[s.kind, s.config, sorted(s.inputs), s.version] for s in stages], sort_keys=True)
