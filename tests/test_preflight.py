@@ -29,9 +29,10 @@ def test_doctor_asks_for_the_quickstarts_memory() -> None:
 def test_a_sweep_that_runs_code_is_refused_before_anything_is_spent_where_nothing_isolates_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for place in ("plan", "check"):
+    for place in ("graph", "check"):
         monkeypatch.setattr(
-            f"safecl.{place}.identity", lambda task, split, folder, planned: [{"hub": task.__name__, "split": split}]
+            f"safecl.{place}.identity",
+            lambda task, split, folder, planned=False: [{"hub": task.__name__, "split": split}],
         )
     monkeypatch.setattr("safecl.sandbox.missing", lambda: "nothing isolates here")
     settings = [
