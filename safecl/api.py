@@ -84,7 +84,7 @@ def plan(sweep: Given, *, set: Settings = (), limit: int | None = None) -> Plan:
     from safecl.project import Project
 
     opened = read(sweep, set, limit)
-    found = found_by(Project(opened))
+    found = found_by(Project(opened, planned=True))
     return Plan(
         name=opened.name,
         cells=tuple(

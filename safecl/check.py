@@ -18,7 +18,7 @@ from safecl.models import wheel_file
 from safecl.space import space_check
 from safecl.store import canonical
 from safecl.sweepfile import explained
-from safecl.tasks._source import identity
+from safecl.tasks._source import identity, is_here
 from safecl.tasks._written import find
 
 
@@ -32,9 +32,10 @@ class Asked(NamedTuple):
     counted: str
 
 
-def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> list[Cell]:
+def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, planned: bool = False) -> list[Cell]:
     """The sweep's cells, after everything that can be known to be wrong before anything is spent, all at once. Its data are
-    read only with `notes`, to which what a reader should know of them is added.
+    read only with `notes`, to which what a reader should know of them is added. `planned`: the cells are not to be run, and
+    the hub need not be asked.
 
     Raises:
         ConfigError: something is wrong with settings, data or a model; what is missing is said with it.
@@ -67,9 +68,9 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> 
             task = f"task {each.task!r} has no {each.split!r} rows. Tasks that have: {', '.join(having)}"
             errors.append(f"{each.where}: {task}")
             continue
-        source = attempt("", partial(identity, kind, each.split, folder))
-        if notes is not None and source is not None and '"hub":' not in (text := canonical(source)):
-            found = attempt("", partial(_read, kind, each.split, folder, text))
+        source = attempt("", partial(identity, kind, each.split, folder, planned))
+        if notes is not None and source is not None and is_here(source):
+            found = attempt("", partial(_read, kind, each.split, folder, canonical(source)))
             if found is not None:
                 notes += [note for note in found.notes if note not in notes]
                 errors += _unwritable(sweep, each, found)
@@ -110,13 +111,14 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None) -> 
     if (uri := sweep.execution.study_uri) is not None and not re.match(r"[a-z][a-z0-9+]*://", uri):
         errors.append(f"execution.study_uri: expected a database URL (postgresql://...), got {uri!r}")
     errors += _named_twice(sweep)
+    errors += _only_errors(sweep)
     found_cells: list[Cell] = []
     if not errors:
         entries = {"methods": method_entries(sweep), "tasks": task_entries(sweep)}
         for where, named in entries.items():
             errors += _twice(where, [canonical([name, settings]) for name, settings in named], [n for n, _ in named])
     if not errors:
-        found_cells = cells(sweep, folder)
+        found_cells = cells(sweep, folder, planned)
         for cell in found_cells:  # builds every stage: what else is missing raises here
             attempt(
                 f"method {cell.recipe.method!r}", partial(getattr, cell.job({}, sweep.seeds[0], "final"), "evidence")
@@ -211,6 +213,23 @@ def _named_twice(sweep: Sweep) -> list[str]:
     for where, _, listed in _listed(sweep):
         errors += _twice(where, [rows.task for rows in listed])
     return errors
+
+
+def _only_errors(sweep: Sweep) -> list[str]:
+    """Names in `only` that the sweep has not."""
+    known: dict[str, list[Any]] = {
+        "models": [model.name for model in sweep.models],
+        "tasks": [task.task for task in sweep.tasks],
+        "ratios": list(sweep.poison.ratios),
+        "methods": [method.label or method.name for method in sweep.methods],
+    }
+    return [
+        f"only[{i}].{key}: {name!r} is none of this sweep's: {', '.join(map(str, known[key]))}"
+        for i, some in enumerate(sweep.only)
+        for key in known
+        for name in getattr(some, key) or ()
+        if name not in known[key]
+    ]
 
 
 def _twice(where: str, entries: Sequence[Any], names: Sequence[str] = ()) -> list[str]:

@@ -55,10 +55,10 @@ AcceptJudge = Annotated[
 ]
 
 
-def _project(file: Path, settings: list[str], limit: int | None, reads: bool = False) -> Any:
+def _project(file: Path, settings: list[str], limit: int | None, reads: bool = False, planned: bool = False) -> Any:
     from safecl.project import Project, load
 
-    return Project(load(file, settings, limit), reads=reads)
+    return Project(load(file, settings, limit), reads=reads, planned=planned)
 
 
 def _print_rows(project: Any, as_json: bool, accept_judge: bool) -> None:
@@ -120,7 +120,7 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
     """
     from safecl.overview import plan as make_plan
 
-    project = _project(file, set_, limit)
+    project = _project(file, set_, limit, planned=True)
     found = make_plan(project)
     if as_json:
         print(json.dumps(found, indent=1))
@@ -135,10 +135,13 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
     print(f"dtype: {', '.join(f'{name} {dtype}' for name, dtype in found['dtype'].items())}{auto}")
     for line in (*found["warnings"], *found["notes"]):
         print(line)
-    if found["states_gib"] >= 0.05:
-        print(f"hidden states of theta_safe to be written: about {found['states_gib']:.1f} GiB")
+    if found["disk_gib"] >= 0.05:
+        print(
+            f"to be written: about {found['disk_gib']:.1f} GiB, {found['states_gib']:.1f} of them theta_safe's hidden states"
+        )
+    devices = f" ({found['device_hours']:.0f} GPU-hours{found['speed']})" if project.sweep.execution.use_gpu else ""
     print(
-        f"{found['open_trials']} more trials will be suggested by the search; about {found['hours']:.2f} hours in all"
+        f"{found['open_trials']} more trials will be suggested by the search; about {found['hours']:.2f} hours in all{devices}"
     )
 
 

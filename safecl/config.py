@@ -273,6 +273,16 @@ class Poison(Strict):
     keep_task_rows: bool = False
 
 
+class Some(Strict):
+    """Some rows of the whole grid, by the names of their models, tasks, poison ratios and methods (their labels, where they
+    have them); what is left out is all of them."""
+
+    models: tuple[str, ...] | None = None
+    tasks: tuple[str, ...] | None = None
+    ratios: tuple[Fraction, ...] | None = None
+    methods: tuple[str, ...] | None = None
+
+
 class Guard(Training):
     """A guard trained here, for machines without a published one: finetunes of `model` on labelled pairs, one a seed, which
     vote. How far they part enters every interval of what they decide. Rows come as pairs, an unsafe answer and a safe one to
@@ -607,11 +617,19 @@ class Execution(Strict):
     study_uri: Place | None = None  # null: SQLite under root
 
 
+class PublishedNumbers(Strict):
+    """Numbers that a report prints beside this sweep's: see report/published.py. `models`: what they call a model of ours."""
+
+    file: Place  # from the folder of the sweep file
+    models: dict[str, str] = {}
+
+
 class Sweep(Strict):
     """One sweep file."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     about: str = ""
+    published: PublishedNumbers | None = None
     # Python files with methods, tasks or judges of your own, relative to this file. Their content is part of the identity of
     # what uses them. They are run like any program that you start.
     plugins: tuple[Place, ...] = ()
@@ -628,6 +646,8 @@ class Sweep(Strict):
     tasks: Annotated[tuple[UserTask, ...], Field(min_length=1)]
     poison: Poison
     methods: Annotated[tuple[Method, ...], Field(min_length=1)]
+    # Rows that any of these name, in place of every model x task x ratio x method.
+    only: tuple[Some, ...] = ()
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
     evaluate: Evaluate
     search: Search = Search()

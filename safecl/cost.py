@@ -45,11 +45,12 @@ class Count(NamedTuple):
 
 class Cost(NamedTuple):
     """`hours`: until all is finished, on this machine. `states_gib`: of hidden states that will be written (LwF's teacher,
-    DER's memory), beside which the rest of a store is small."""
+    DER's memory); `disk_gib`: of these and of weights, beside which the rest of a store is small."""
 
     kinds: dict[str, Count]
     hours: float
     states_gib: float
+    disk_gib: float = 0.0
 
 
 class Checked(NamedTuple):
@@ -324,7 +325,8 @@ def cost(
         hours = remaining.kinds[kind] / 3600
         table[kind] = Count(num_run, remaining.later[kind], len(of_kind) - num_run, shared, hours)
     states_gib = sum(item.estimate.states_gib for item in todo)
-    return Cost(table, remaining.seconds({}, BOOT_S) / 3600, states_gib)
+    disk_gib = states_gib + sum(item.estimate.weights_gib for item in todo)
+    return Cost(table, remaining.seconds({}, BOOT_S) / 3600, states_gib, disk_gib)
 
 
 def _uses(tops: Iterable[Stage]) -> tuple[dict[str, Stage], Counter[str]]:

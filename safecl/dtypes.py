@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args
 from safecl import methods
 from safecl.base import ConfigError, Json
 from safecl.config import Method, Model, Sweep
-from safecl.hardware import Dtype, Node, agreed, device, native, this_node, times
+from safecl.hardware import Dtype, Node, agreed, device, gpus, native, this_node, times
 from safecl.store import Store
 
 
@@ -61,7 +61,7 @@ def warnings(sweep: Sweep, store: Store, found: Auto | None, nodes: Sequence[Nod
             f"the last run of this sweep was in {last['dtype']}, this is in {found.dtype} and shares nothing with it; to go on "
             f"with it, set dtype: {last['dtype']} for each model"
         )
-    if not has_bfloat16(sweep):
+    if not has_bfloat16(sweep) or (sweep.execution.use_gpu and sweep.execution.address == "local" and not gpus()):
         return told
     at = "there"
     if nodes is None and sweep.execution.address == "local":

@@ -24,7 +24,8 @@ from safecl.stages import engine_of, load
 from safecl.store import SharedConfig, Stage, Store
 
 BOOT_S = 30.0  # an engine's start
-TYPICAL_SPEED = Speed(40.0, 40.0)  # GFLOP/s, where it could not be measured
+# GFLOP/s, where it could not be measured: of a thread, and of an A100 in bfloat16.
+TYPICAL_SPEED = {"cpu": Speed(40.0, 40.0), "gpu": Speed(150_000.0, 150_000.0)}
 MEMORY_GB_PER_S = {"cpu": 8.0, "gpu": 1000.0}  # at which decoding reads the weights
 STEP_S = {"cpu": 0.015, "gpu": 0.004}  # of a decoding step, beside its arithmetic
 # Seconds a token, layer and hidden unit in what is no matrix product (norms, attention, loss, conversions), forward and
@@ -35,12 +36,13 @@ AT_ONCE = {"cpu": 64, "gpu": 256}  # requests that an engine decodes together
 
 class Estimate(NamedTuple):
     """`group`: stages that are corrected together. `on_engine`: it takes its turn on a served model. `states_gib`: of hidden
-    states that it writes."""
+    states that it writes; `weights_gib`: of weights."""
 
     seconds: float
     group: tuple[str, str]
     on_engine: bool
     states_gib: float = 0.0
+    weights_gib: float = 0.0
 
 
 class Estimator:
@@ -49,6 +51,7 @@ class Estimator:
     def __init__(self, store: Store, execution: Execution, speeds: Mapping[str, Speed]) -> None:
         self.store, self.execution, self.speeds = store, execution, speeds
         self.device = "gpu" if execution.use_gpu else "cpu"
+        self.typical = TYPICAL_SPEED[self.device]
         self._sizes: dict[str, Size] = {}
         self._lengths: dict[str, Length] = {}
         self._alike: dict[tuple[object, ...], Estimate] = {}  # of stages with one config and rows of one stage
@@ -70,13 +73,14 @@ class Estimator:
             (stage.kind, detail),
             engine_of(stage) is not None,
             kind.states_gib(stage, self),
+            kind.weights_gib(stage, self),
         )
 
     # -- what kinds reckon with ----------------------------------------------------------------------------------------
 
     def passes(self, stage: Stage, tokens: float, backward: float) -> float:
         """Seconds of a forward and (for the share `backward` of the layers) a backward, with the base frozen."""
-        size, speed = self.size_of(stage), self.speeds.get(str(stage.config.get("dtype")), TYPICAL_SPEED)
+        size, speed = self.size_of(stage), self.speeds.get(str(stage.config.get("dtype")), self.typical)
         products = 2 * size.parameters / 1e9 * (1 / speed.forward + backward / speed.backward)
         other = size.layers * size.width * OTHER_S[self.device] * (1 + 2 * backward) / 3
         ranks = self.execution.num_workers if load(stage.kind).all_ranks else 1
@@ -85,7 +89,7 @@ class Estimator:
     def decode(self, stage: Stage, num: int, prompt: float, max_new_tokens: int) -> float:
         """Seconds of an engine: a swap of weights, prompts, and steps that read all weights for the requests at once."""
         size, dtype = self.size_of(stage), str(stage.inputs["model"].config["dtype"])
-        speed = self.speeds.get(dtype, TYPICAL_SPEED)
+        speed = self.speeds.get(dtype, self.typical)
         num_bytes = size.parameters * (4 if dtype == "float32" else 2)
         steps = math.ceil(num / AT_ONCE[self.device]) * max_new_tokens
         products = num * (prompt + max_new_tokens) * 2 * size.parameters / 1e9 / speed.forward
@@ -138,7 +142,10 @@ class Estimator:
 
 def speeds(store: Store, use_gpu: bool, keep: bool = False) -> dict[str, Speed]:
     """GFLOP/s by dtype of a thread of this CPU (with `use_gpu`: of a GPU): noted in the store, else measured in about a
-    second. `keep`: note what was measured, by the device's name and what it multiplies natively."""
+    second; nothing where there is no such device. `keep`: note what was measured, by the device's name and what it multiplies
+    natively."""
+    if use_gpu and not hardware.gpus():
+        return {}
     name = f"{hardware.device(use_gpu)}, {hardware.native(use_gpu)}"
     known: dict[str, Any] = store.noted("speed") or {}
     if name not in known:

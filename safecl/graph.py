@@ -130,7 +130,7 @@ class Graph:
 
     @shared(*MODEL)
     def _source(self, task: str, split: str) -> Json:
-        return identity(self._task(task), split, self.shared.folder)
+        return identity(self._task(task), split, self.shared.folder, self.shared.planned)
 
     # Where two roles hold a prompt alike, the later of these gives way: test, validation (attack before benign), rows of
     # alignment, user rows with poison, a guard's held-out pairs, its training pairs. What must keep clear of a role keeps

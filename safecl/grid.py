@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from safecl import methods, registry
 from safecl.base import ConfigError, Json
-from safecl.config import Method, Model, Sweep, UserTask
+from safecl.config import Method, Model, Some, Sweep, UserTask
 from safecl.graph import REFERENCES, Evidence, Graph, Recipe
 from safecl.memo import Shared
 from safecl.store import Stage, canonical
@@ -161,10 +161,11 @@ class Job:
         return [stage for stage in self.evidence.metrics.walk() if rests_on_it(stage)]
 
 
-def cells(sweep: Sweep, folder: Path | None = None) -> list[Cell]:
-    """Every row of the sweep's tables, references first per model and task. `folder`: of local data files."""
+def cells(sweep: Sweep, folder: Path | None = None, planned: bool = False) -> list[Cell]:
+    """Every row of the sweep's tables, references first per model and task. `folder`: of local data files; `planned`: they
+    are not to be run, and the hub need not tell what its data sets are."""
     grid: list[Cell] = []
-    shared = Shared(folder, sweep.data)
+    shared = Shared(folder, sweep.data, planned)
     methods_of_rows = [row for method in sweep.methods for row in grid_rows(method)]
     method_names = _told_apart(method_entries(sweep))
     task_names = _told_apart(task_entries(sweep))
@@ -186,14 +187,31 @@ def cells(sweep: Sweep, folder: Path | None = None) -> list[Cell]:
             aligned = Cell(recipe(Method(name="aligned"), 0.0), None, shared, seeds)
             # A model that is aligned already is its own reference: what it was before is another model.
             base = [Cell(recipe(Method(name="base"), 0.0), None, shared, seeds, aligned)] if sweep.align.train else []
-            grid += [*base, aligned]
-            for ratio in sweep.poison.ratios:
-                for method, name in zip(methods_of_rows, method_names, strict=True):
-                    own_method = for_task(method, task)
-                    space = space_of(own_method)
-                    num_trials = len(points(space)) if space and sweep.search.sampler == "grid" else sweep.search.trials
-                    grid.append(Cell(recipe(own_method, ratio, name), space, shared, seeds, aligned, num_trials))
+            chosen = [
+                (ratio, method, name)
+                for ratio in sweep.poison.ratios
+                for method, name in zip(methods_of_rows, method_names, strict=True)
+                if not sweep.only or any(named(some, model, task, ratio, method) for some in sweep.only)
+            ]
+            if chosen:
+                grid += [*base, aligned]
+            for ratio, method, name in chosen:
+                own_method = for_task(method, task)
+                space = space_of(own_method)
+                num_trials = len(points(space)) if space and sweep.search.sampler == "grid" else sweep.search.trials
+                grid.append(Cell(recipe(own_method, ratio, name), space, shared, seeds, aligned, num_trials))
     return grid
+
+
+def named(some: Some, model: Model, task: UserTask, ratio: float, method: Method) -> bool:
+    """Whether `only` names this row."""
+    pairs = (
+        (some.models, model.name),
+        (some.tasks, task.task),
+        (some.ratios, ratio),
+        (some.methods, method.label or method.name),
+    )
+    return all(wanted is None or its in wanted for wanted, its in pairs)
 
 
 def grid_rows(method: Method) -> list[Method]:

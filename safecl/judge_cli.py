@@ -17,6 +17,7 @@ Pairs = Annotated[Path, typer.Argument(help="A data file with a prompt and a res
 JudgeNames = Annotated[
     list[str], typer.Option("--judge", help='NAME, or NAME:{"key": value}; twice: both, and their agreement')
 ]
+Plugins = Annotated[list[str], typer.Option("--plugin", help="A Python file with a judge of your own")]
 ModelSource = Annotated[
     str | None, typer.Option("--model", help="A served judge's model: a folder, `wheel:PACKAGE`, or a hub id")
 ]
@@ -74,6 +75,7 @@ def _end(problem: str | None) -> None:
 def score(
     file: Pairs,
     judge: JudgeNames,
+    plugin: Plugins = [],  # noqa: B006
     model: ModelSource = None,
     revision: Revision = None,
     endpoint: EndpointUrl = None,
@@ -95,9 +97,11 @@ def score(
     Verdicts that are in the output file already are not asked for again, so the same command continues. Exits 1 if more
     than 1 % of a judge's answers cannot be read.
     """
+    from safecl import registry
     from safecl.judging import score as judging
     from safecl.judging import show
 
+    registry.use(plugin)
     found = None if validation is None else judging.load_validation(validation)
     served = _served(model, revision, endpoint, endpoint_model, tokenizer, root, gpu, max_tokens)
     target = out or _verdict_file(file)
@@ -122,6 +126,7 @@ def validate(
         str, typer.Option(help="Its values that mean what the judge's True means, with commas between")
     ],
     by: Annotated[str | None, typer.Option(help="A field: agreement for each of its values too")] = None,
+    plugin: Plugins = [],  # noqa: B006
     model: ModelSource = None,
     revision: Revision = None,
     endpoint: EndpointUrl = None,
@@ -143,9 +148,11 @@ def validate(
     Each category's rate is also corrected by the errors seen in the other categories (Rogan-Gladen). Exits 1 if more
     than 1 % of a judge's answers cannot be read.
     """
+    from safecl import registry
     from safecl.judging import score as judging
     from safecl.judging import show
 
+    registry.use(plugin)
     served = _served(model, revision, endpoint, endpoint_model, tokenizer, root, gpu, max_tokens)
     target = out or _verdict_file(file)
     judged = judging.judge_file(file, judge, served, target, (prompt_field, response_field), (label, by))
@@ -164,6 +171,7 @@ def validate(
 @judge_app.command()
 def serve(
     judge: Annotated[str, typer.Option(help='NAME, or NAME:{"key": value}')],
+    plugin: Plugins = [],  # noqa: B006
     model: ModelSource = None,
     revision: Revision = None,
     host: Annotated[str, typer.Option(help="Whoever reaches this address can use the judge")] = "127.0.0.1",
@@ -174,8 +182,10 @@ def serve(
     max_tokens: MaxTokens = 4096,
 ) -> None:
     """Serve a judge over HTTP on this machine: POST /v1/judge with {"prompt", "response"} answers with its verdict."""
+    from safecl import registry
     from safecl.judging import http
 
+    registry.use(plugin)
     served = _served(model, revision, None, None, None, root, gpu, max_tokens)
     http.serve(judge, served, host, port, max_waiting, lambda text: print(text, file=sys.stderr))
 

@@ -13,11 +13,10 @@ from safecl import registry
 
 class Shared:
     """What the graphs of one sweep share. `folder`: of local data files; None: the hub. `data`: tasks that the sweep file
-    writes."""
+    writes. `planned`: see tasks._source.identity."""
 
-    def __init__(self, folder: Path | None, data: tuple[Any, ...] = ()) -> None:
-        self.folder = folder
-        self.data = data
+    def __init__(self, folder: Path | None, data: tuple[Any, ...] = (), planned: bool = False) -> None:
+        self.folder, self.data, self.planned = folder, data, planned
         self.made: dict[Hashable, Any] = {}
         self.kept: list[object] = []  # whose ids are in the keys of `made`
 

@@ -16,8 +16,8 @@ from safecl.dtypes import warnings
 from safecl.grid import Job
 from safecl.panel import decision, trained
 from safecl.project import Project
-from safecl.report import page, plots
-from safecl.report.tables import Facts
+from safecl.report import page, plots, published
+from safecl.report.tables import Detail, Facts
 from safecl.tasks._written import notes as written_notes
 from safecl.trained import notes as trained_notes
 
@@ -84,6 +84,11 @@ def plan(project: Project) -> dict[str, Any]:
         "open_trials": sum(cell.num_trials + len(cell.seeds) for cell in open_cells),
         "hours": round(found_cost.hours, 4),
         "states_gib": round(found_cost.states_gib, 4),
+        "disk_gib": round(found_cost.disk_gib, 4),
+        "device_hours": round(sum(count.hours for count in found_cost.kinds.values()), 4),
+        "speed": ""
+        if forecast.estimator.speeds
+        else f", at an assumed {forecast.estimator.typical.forward / 1000:g} TFLOP/s",
         "records": {kind: checked._asdict() for kind, checked in forecast.checked.items()},
         "dtype": {model.name: model.dtype for model in sweep.models},
         "auto": None if project.auto is None else project.auto._asdict(),
@@ -162,6 +167,10 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
                 f"changed (KL; at most {MAX_MERGE_LOSS:.0%} expected): give this model `dtype: float32`."
             )
         notes += _served(model, [row["served"] for row in rows if row["model"] == model.name and row["served"]])
+    beside: dict[str, Detail] = {}
+    if (found := published.comparison(sweep, rows)) is not None:
+        beside = published.details(found, {"asr": "ASR", "over_refusal": "over-refusal"})
+        notes.append(published.note(found))
     return Facts(
         name=sweep.name,
         about=sweep.about,
@@ -182,6 +191,7 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
             "decoding": f"greedy, at most {sweep.evaluate.max_new_tokens} tokens on attack and benign prompts",
         },
         notes=notes,
+        beside=beside,
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -90,7 +91,9 @@ def power(project: Project, noise: float | None, discordant: float | None, aim: 
         if value is not None and not 0 < value < 1:
             raise ConfigError(f"{name}: expected a fraction in (0, 1), got {value:g} (5 points are 0.05)")
     sweep = project.sweep
-    num_seeds, num_tests = len(sweep.seeds), max(1, len(sweep.methods) - 1)
+    together = Counter((cell.recipe.model.name, cell.task, cell.recipe.poison_ratio) for cell in project.cells
+                       if cell.recipe.method not in REFERENCES)  # fmt: skip
+    num_seeds, num_tests = len(sweep.seeds), max(1, max(together.values(), default=1) - 1)  # of the largest table
     found = []
     for metric, task, parts in _sets(project):
         sizes = [_num_clusters(project, part, split) for part, split in parts]

@@ -24,8 +24,9 @@ from safecl.hardware import Node
 from safecl.lease import Lease
 from safecl.objective import select
 from safecl.schedule import Done, Schedule, Study
-from safecl.store import Stage, Store
+from safecl.store import Stage, Store, below
 from safecl.sweepfile import load as load
+from safecl.tasks._source import UNKNOWN
 from safecl.templates import described, settle
 from safecl.trained import Preview, Trained, expected, recorded
 
@@ -102,8 +103,8 @@ def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, li
     for members in groups.values():
         for metric in MARGINS:
             having = [i for i in members if metric in outcomes[i]]
-            sft = next((i for i in having if table[i]["method"] == "sft"), None)
-            found = contrasts(metric, [(table[i]["method"], outcomes[i][metric]) for i in having])
+            sft = next((i for i in having if _named(table[i]) == "sft"), None)
+            found = contrasts(metric, [(_named(table[i]), outcomes[i][metric]) for i in having])
             for i, of_row in zip(having, found, strict=True):
                 entry: dict[str, Any] = {
                     family: {**contrast._asdict(), "differs": contrast.differs, "alike": contrast.alike}
@@ -113,6 +114,20 @@ def _contrast(table: list[dict[str, Any]], outcomes: list[dict[str, dict[int, li
                     pairs = discordant(outcomes[i][metric], outcomes[sft][metric])
                     entry["mcnemar"] = {str(seed): test for seed, test in pairs.items()}
                 table[i]["contrasts"][metric] = entry
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    """A row's method; what all are compared with is sft whatever its label."""
+    return "sft" if row.get("kind") == "sft" else str(row["method"])
+
+
+def unknown_sources(cells: Sequence[Cell]) -> list[str]:
+    """Data sets of these cells that are not known: by their hub id or file."""
+    tops = [cell.job({}, cell.recipe.seed, "final").evidence.metrics for cell in cells]
+    configs: list[Any] = [stage.config for stage in below(tops) if stage.kind == "data"]
+    parts = [part for config in configs for part in (*config["parts"], config["poison"]) if part is not None]
+    sources = [source for part in parts if isinstance(part["source"], list) for source in part["source"]]
+    return sorted({str(source.get("hub") or source["file"]) for source in sources if UNKNOWN in source.values()})
 
 
 class Swing(NamedTuple):
@@ -126,12 +141,16 @@ class Swing(NamedTuple):
 class Project:
     """A checked sweep with its store and paths. Opening it spends nothing."""
 
-    def __init__(self, sweep: Sweep, nodes: Sequence[Node] | None = None, reads: bool = False) -> None:
-        """`nodes` and `reads`: see dtypes.auto."""
+    def __init__(
+        self, sweep: Sweep, nodes: Sequence[Node] | None = None, reads: bool = False, planned: bool = False
+    ) -> None:
+        """`nodes` and `reads`: see dtypes.auto. `planned`: nothing will be run of it, so that what the hub alone knows (commits
+        of data sets, tokenizers) may be unknown; it is said in `warnings`."""
         registry.use(sweep.plugins)
         self.store = Store(sweep.execution.root)
         if self.store.local.exists() and not self.store.local.is_dir():
             raise ConfigError(f"execution.root: {str(self.store.local)!r} is a file; expected a folder")
+        self.planned = planned
         self.nodes, self.auto = nodes, auto(sweep, self.store, nodes, reads)
         settled = settle(sweep if self.auto is None else resolved(sweep, self.auto.dtype))
         self.sweep = sweep = settled.sweep
@@ -143,14 +162,20 @@ class Project:
                 f"execution.data_dir {str(self.folder)!r} is no folder: name one with --set execution.data_dir=FOLDER"
             )
         try:
-            self.cells = check(sweep, self.folder, None if reads else self.warnings)
+            self.cells = check(sweep, self.folder, None if reads else self.warnings, planned)
         except (ConfigError, PrerequisiteError) as error:
             kind = ConfigError if settled.errors else type(error)
             raise kind("\n".join([*settled.errors, str(error), *settled.lacking])) from None
         if settled.errors:
             raise ConfigError("\n".join(settled.errors))
-        if settled.lacking:
+        if settled.lacking and not planned:
             raise PrerequisiteError("\n".join(settled.lacking))
+        self.warnings += [f"not checked here, and needed to run: {line}" for line in settled.lacking]
+        if planned and (unknown := unknown_sources(self.cells)):
+            self.warnings.append(
+                f"{len(unknown)} data sets are not here, nor did the hub tell what they are ({', '.join(unknown)}): counts and "
+                "hours hold, keys are not those of a run"
+            )
         self.logs = self.store.local / "logs"
         self.study_url = sweep.execution.study_uri or sqlite_url(self.store.local / "study.db")
         self._storage: Any = None
@@ -165,7 +190,7 @@ class Project:
         Raises:
             ConfigError: rows, poison or memory would be fewer than asked for.
         """
-        return expected(self.cells, self.sweep.seeds[0], Preview(self.store, self.folder))
+        return expected(self.cells, self.sweep.seeds[0], Preview(self.store, self.folder, self.planned))
 
     def template_of(self, model: Model) -> str:
         """A model's template in one line, and where it comes from."""
@@ -362,6 +387,7 @@ class Project:
                     "task": cell.task,
                     "poison": None if is_reference else recipe.poison_ratio,
                     "method": cell.method,
+                    "kind": recipe.method,  # whatever it is called here
                     "params": {**cell.defaults, **params},
                     "seeds": list(per_seed),
                     "metrics": metrics,

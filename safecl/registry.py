@@ -20,11 +20,12 @@ import pkgutil
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from threading import Lock
 from traceback import extract_tb
 from types import ModuleType
 from typing import Any
@@ -58,6 +59,7 @@ class _Process:
     """What this process knows beside what is installed. State, as `sys.path` is: names are looked up everywhere."""
 
     plugins: tuple[Plugin, ...] = ()
+    lock: Lock = field(default_factory=Lock)
 
 
 _process = _Process()
@@ -95,12 +97,11 @@ def read(paths: Iterable[str]) -> tuple[Plugin, ...]:
 
 def add(plugins: Iterable[Plugin]) -> None:
     """This process knows these too; of two with one name the later."""
-    new = tuple(plugin for plugin in plugins if plugin not in _process.plugins)
-    if new:
-        _process.plugins = (
-            *(old for old in _process.plugins if not _names_of(old) & set().union(*map(_names_of, new))),
-            *new,
-        )
+    with _process.lock:  # light stages are threads of one process
+        for plugin in plugins:
+            if plugin not in _process.plugins:
+                kept = [old for old in _process.plugins if not _names_of(old) & _names_of(plugin)]
+                _process.plugins = (*kept, plugin)
 
 
 def in_use() -> tuple[Plugin, ...]:

@@ -32,7 +32,7 @@ _SCALARS = (
 def load(path: Path, settings: Sequence[str], limit: int | None = None) -> Sweep:
     """Read a sweep file, apply `--set path=value` and `--limit`, and validate: all errors at once (ConfigError). The
     plugins it names are known to this process from then on."""
-    raw = _parsed(str(path), _text(path))
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping with `name`, `models`, ..., got {_kind(raw)}")
     return from_raw(raw, settings, limit, path)
@@ -55,11 +55,19 @@ def from_raw(raw: dict[str, Any], settings: Sequence[str], limit: int | None, pa
         plugins = tuple(str((path.parent / plugin).absolute()) for plugin in sweep.plugins)
         registry.use(plugins)
         sweep = sweep.model_copy(update={"plugins": plugins})
+        if sweep.published is not None:  # beside the sweep file, wherever it is run from
+            file = str(path.absolute().parent / sweep.published.file)
+            sweep = sweep.model_copy(update={"published": sweep.published.model_copy(update={"file": file})})
         return sweep if limit is None else _with_small_memories(sweep, limit)
     except ValidationError as error:
         raise ConfigError("\n".join(explained(error, raw, Sweep))) from None
     except (TypeError, ValueError, RecursionError) as error:  # what YAML holds and JSON cannot: bytes, a date, itself
         raise ConfigError(f"{path}: expected plain values ({error})") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ConfigError: it cannot be read, or is no YAML."""
+    return _parsed(str(path), _text(path))
 
 
 def explained(error: ValidationError, given: Any, schema: type[Strict]) -> list[str]:

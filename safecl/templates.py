@@ -73,7 +73,7 @@ class Settled(NamedTuple):
 def described(model: Model, why: str) -> str:
     """A resolved model's template in one line."""
     text = model.text
-    told = f"{text.prompt!r}, answers end with {text.end!r}"
+    told = f"{text.prompt!r}, answers end with {repr(text.end) if text.end else 'the EOS of its tokenizer'}"
     told += f" and begin with {text.lead!r}" if text.lead else ""
     told += ", BOS first" if model.bos is True else ""
     return f"{told} ({why})" if why else told
@@ -86,7 +86,9 @@ def settle(sweep: Sweep) -> Settled:
     lacking: list[str] = []
     models = []
     for i, model in enumerate(sweep.models):
-        found, why = model.model_copy(update={"template": _NAMED["chatml"], "bos": False}), ""
+        named = model.template if isinstance(model.template, str) else ""
+        stand_in = model.template if isinstance(model.template, Template) else _NAMED.get(named, _NAMED["chatml"])
+        found, why = model.model_copy(update={"template": stand_in, "bos": model.bos is True}), ""
         try:
             found, why = settled(model)
         except ConfigError as error:

@@ -48,11 +48,16 @@ def write(source: Mapping[str, Any], path: str, out: Path) -> None:
 
 
 def _fetch(hub: str, revision: str) -> str:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    try:  # asked once: a download without a network would try again for half a minute
+        HfApi().model_info(hub, revision=revision, timeout=10)
+        is_there = True
+    except Exception:
+        is_there = False
     try:
-        return str(snapshot_download(hub, revision=revision, allow_patterns=list(FILES)))
+        return str(snapshot_download(hub, revision=revision, allow_patterns=list(FILES), local_files_only=not is_there))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise PrerequisiteError(
             f"the tokenizer of {hub!r} at {revision!r} cannot be fetched ({type(error).__name__}): check the network and, for "

@@ -3,19 +3,19 @@ anything is spent; once they ran, their records say the same."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safecl.base import ConfigError, Damaged, Json, json_lines
+from safecl.base import ConfigError, Damaged, Json, PrerequisiteError, json_lines
 from safecl.graph import REFERENCES
 from safecl.grid import Cell, Job
 from safecl.models import tokenizer_folder
 from safecl.stages.data import Composed, Found, compose, find
 from safecl.store import Stage, Store, below, canonical
 from safecl.tasks import Row
+from safecl.tasks._source import is_here
 from safecl.training.tokens import Tokenizer
 
 
@@ -35,8 +35,8 @@ class Trained(NamedTuple):
 class Preview:
     """Rows of data stages, made in this process, each once; those that the store holds are read."""
 
-    def __init__(self, store: Store, folder: Path | None) -> None:
-        self.store, self.folder = store, folder
+    def __init__(self, store: Store, folder: Path | None, planned: bool = False) -> None:
+        self.store, self.folder, self.planned = store, folder, planned
         self._made: dict[str, Composed | ConfigError | None] = {}
         self._found: dict[tuple[Any, ...], Found] = {}  # drawn from by several stages
         self._tokenizers: dict[str, Tokenizer] = {}
@@ -70,7 +70,7 @@ class Preview:
                     return None
                 taken += [row.asked for row in found.rows]
         parts = [*config["parts"], *([config["poison"]] if config["poison"] else [])]
-        if any('"hub":' in json.dumps(part["source"]) for part in parts):
+        if not all(is_here(part["source"]) for part in parts):
             return None
         keys = tuple(stage.inputs[name].key for name in sorted(stage.inputs) if name.startswith("exclude_"))
         seed = int(config["seed"])
@@ -86,7 +86,12 @@ class Preview:
     def _tokenizer(self, stage: Stage) -> Tokenizer | None:
         below = stage.inputs.get("tokenizer")
         if below is not None and below.key not in self._tokenizers:
-            self._tokenizers[below.key] = Tokenizer(tokenizer_folder(below))
+            try:
+                self._tokenizers[below.key] = Tokenizer(tokenizer_folder(below))
+            except PrerequisiteError:
+                if not self.planned:
+                    raise
+                return None
             self._tokenizers[below.key].memo = {}
         return None if below is None else self._tokenizers[below.key]
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safecl.search import CellStudy
 
 from safecl.base import ConfigError
 from safecl.config import Training
 from safecl.dtypes import resolved
 from safecl.grid import Cell, cells
 from safecl.project import Project, load
+from safecl.study import CellStudy
 from safecl.templates import settle
 from safecl.training import loop
 

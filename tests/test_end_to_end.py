@@ -155,7 +155,7 @@ def test_every_row_has_every_metric(finished: tuple[Path, Path, str]) -> None:
     rows = json.loads(finished[2])["rows"]
     assert [row["method"] for row in rows] == ["base", "aligned", "sft", "der", "magmax"]
     assert any(
-        line.startswith("Judge: guard, beside it, agrees with the labels of")
+        line.startswith("Judge: ") and "guard, beside it, agrees with the labels of" in line
         for line in json.loads(finished[2])["caption"]
     )
     for row in rows:

@@ -142,6 +142,36 @@ def test_light_stages_share_one_process_which_is_replaced_when_it_dies(cluster: 
     assert store.has(rows(16)) and pid not in hands()
 
 
+def test_a_plugin_is_known_to_the_process_that_runs_its_stage_and_a_changed_one_after_it(
+    cluster: Path, tmp_path: Path
+) -> None:
+    """By its text: the file is gone when the stage runs."""
+    import ray
+
+    from safecl import registry, tasks
+
+    broker, store = new_broker(cluster, "plugin")
+    for answer in ("first", "second"):
+        file = tmp_path / "mine.py"
+        file.write_text(
+            "from safecl.tasks import Row, Task\n\n\nclass Mine(Task):\n    SPLITS = ('user',)\n\n"
+            f"    def rows(self, split, num_rows, seed):\n        return [Row('0', 'ask', {answer!r})]\n"
+        )
+        registry.use([str(file)])
+        version = f"1+{tasks.load('mine').VERSION}"
+        config = {
+            **rows(1).config,
+            "parts": [
+                {"task": "mine", "split": "user", "num_rows": 1, "source": {"generated": tasks.load("mine").VERSION}}
+            ],
+        }
+        stage = Stage("data", config, version=version, hints=registry.hints(version))  # type: ignore[arg-type]
+        registry.use([])
+        file.unlink()
+        ray.get(broker.ensure.remote([stage]), timeout=60)
+        assert f'"response": "{answer}"' in (store.path(stage) / "rows.jsonl").read_text()
+
+
 def test_a_cluster_that_is_too_small_is_named_before_anything_is_held(tmp_path: Path) -> None:
     import subprocess
     import sys

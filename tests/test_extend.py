@@ -75,6 +75,19 @@ def test_what_a_file_adds_is_everywhere(
     assert "over_refusal:polite" in rows[-1]["metrics"]
 
 
+def test_a_file_of_answers_is_judged_by_it(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of the judge's file asks it again."""
+    monkeypatch.chdir(folder)
+    lines = [{"prompt": "a", "response": "Sorry, no."}, {"prompt": "b", "response": "Yes."}]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["judge", "score", "answers.jsonl", "--judge", "polite", "--plugin", "my_judge.py", "--json"]
+    assert json.loads(said(capsys, monkeypatch, *words))["judges"]["polite"]["rate"]["value"] == 0.5
+    (folder / "my_judge.py").write_text(FILES["my_judge.py"].replace('"sorry" in', '"" in'))
+    assert json.loads(said(capsys, monkeypatch, *words))["judges"]["polite"]["rate"]["value"] == 1.0
+
+
 @pytest.mark.slow
 def test_a_page_shows_it(folder: Path) -> None:
     project = Project(load(folder / "sweep.yaml", [JUDGES, f"execution.root={folder}"], 8))
@@ -84,20 +97,25 @@ def test_a_page_shows_it(folder: Path) -> None:
 
 
 def test_the_contracts_of_the_page_hold(folder: Path) -> None:
-    """Of the method a part here; all of it in a minute by `pytest test_my_method.py`."""
-    chosen = "describes or neutral or seed or only_the_trained or gemma2-float32 or fractions or sequence or cannot"
-    done = proved(folder, chosen, *sorted(name for name in FILES if name.startswith("test_")))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 passed" in done.stdout
+    """Those that train nothing."""
+    assert "4 passed" in proved(folder, "describes or fractions or sequence or cannot")
 
 
+@pytest.mark.slow
+def test_the_method_of_the_page_keeps_the_whole_contract(folder: Path) -> None:
+    assert "18 passed" in proved(folder, "TestMine")
+
+
+@pytest.mark.slow
 def test_a_contract_finds_what_is_wrong(folder: Path) -> None:
     text = (folder / "my_method.py").read_text()
     assert text.count("cls.Config(weight=0.0)") == 1
     (folder / "my_method.py").write_text(text.replace("cls.Config(weight=0.0)", "cls.Config(weight=0.5)"))
-    assert proved(folder, "neutral", "test_my_method.py").returncode == 1
+    assert "1 failed" in proved(folder, "neutral")
 
 
-def proved(folder: Path, chosen: str, *files: str) -> subprocess.CompletedProcess[str]:
-    words = ["pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files]
-    return subprocess.run([sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True)
+def proved(folder: Path, chosen: str) -> str:
+    """What pytest says at the end of the page's tests."""
+    files = sorted(name for name in FILES if name.startswith("test_"))
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files]
+    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True).stdout

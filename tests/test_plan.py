@@ -40,7 +40,7 @@ def without_model(sweep: Sweep) -> dict[str, str]:
     """Fingerprint of each row's stages, kind, config and version, less the model stage."""
     found = {}
     for job in jobs(sweep):
-        with patch("safecl.graph.identity", lambda task, split, folder: [task.__name__, task.VERSION, split]):
+        with patch("safecl.graph.identity", lambda task, split, folder, planned: [task.__name__, task.VERSION, split]):
             metrics = job.evidence.metrics
         stages = [s for s in metrics.walk() if s.kind != "model"]
         text = json.dumps([[s.kind, s.config, sorted(s.inputs), s.version] for s in stages], sort_keys=True)
@@ -343,7 +343,7 @@ def test_a_teacher_and_a_fisher_are_shared_by_every_value_of_their_weight() -> N
 
 
 def test_consent_to_run_code_enters_no_key_but_those_of_the_code_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safecl.graph.identity", lambda task, split, folder: [task.__name__, split])
+    monkeypatch.setattr("safecl.graph.identity", lambda task, split, folder, planned: [task.__name__, split])
     consent = ["evaluate.unsafe_code=true"]
     assert keys(load(QUICKSTART, consent)) == keys(load(QUICKSTART, []))
     code = ["tasks.0.task=code", "tasks.0.num_rows=10"]

@@ -31,7 +31,7 @@ def test_a_sweep_that_runs_code_is_refused_before_anything_is_spent_where_nothin
 ) -> None:
     for place in ("plan", "check"):
         monkeypatch.setattr(
-            f"safecl.{place}.identity", lambda task, split, folder: [{"hub": task.__name__, "split": split}]
+            f"safecl.{place}.identity", lambda task, split, folder, planned: [{"hub": task.__name__, "split": split}]
         )
     monkeypatch.setattr("safecl.sandbox.missing", lambda: "nothing isolates here")
     settings = [

@@ -202,7 +202,7 @@ def test_memory_rows_are_trained_on_whatever_the_tasks_own_limit(world: World) -
 def test_rows_that_are_on_the_hub_still_are_not_fetched_by_a_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safecl.graph.identity", lambda task, split, folder: {"hub": "a/b", "revision": "c"})
+    monkeypatch.setattr("safecl.graph.identity", lambda task, split, folder, planned: {"hub": "a/b", "revision": "c"})
     monkeypatch.setattr(trained, "compose", lambda *_: pytest.fail("fetched"))
     found = plan(project(tmp_path, "methods=[{name: sft}]"))
     assert set(found["trained"].values()) == {None}

@@ -47,7 +47,7 @@ class Constrained(Method):
     source = "Qi 2025 (arXiv 2406.05946), Eq. 3"
     equation = "-E (2/beta_t) log sigmoid(beta_t (log p(y_t) - log p_safe(y_t))) on user rows"
     cost = "1x and the head once more"
-    contract = Contract(params={"beta": 0.2}, in_bfloat16=True)
+    contract = Contract(params={"beta": 0.2})
     space = {
         "beta": {"low": 0.01, "high": 1.0, "log": True},
         "first_beta": {"low": 0.05, "high": 5.0, "log": True},

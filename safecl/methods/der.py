@@ -14,6 +14,8 @@
 Source: arXiv 2512.10150, section 4.1.2 (DER with the aligned model's logits, stored before fine-tuning), after Buzzega et
 al. 2020, Eq. 6 (DER++: Eq. 7).
 
+With `align: none` z is of the model itself, its adapter off, on the safety rows given.
+
 Choices where the paper is silent: the sum over positions is a mean over the drawn batch's response tokens (the last
 prompt token predicts the first of them), and the sum over the vocabulary a mean, so that one lambda fits models of any
 vocabulary. Draws are without replacement within a step; the draw is as large as the user batch by default.

@@ -17,7 +17,7 @@ Differences from the reference codes: mammoth weights a row's squared gradient b
 git-disl square gradients of whole batches, where rows cancel. `fisher: true` samples labels from the model in place of the
 data's.
 
-Refused with `adapter: stack`: a fresh adapter has B = 0, so the gradient and with it the Fisher of A is zero.
+Refused with `adapter: stack` and `align: none`: a fresh adapter has B = 0, so the gradient and with it the Fisher of A is zero.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@
 
 Source: Farn et al. 2024 (arXiv 2412.19512); SLERP after Shoemake 1985, TIES after Yadav et al. 2023, DARE after Yu et al. 2024.
 
+With `align: none` linear is theta_safe + a U and needs no base; the others need the model's `aligned_from`.
+
 All are defined on changes from the base, module by module. Linear and task arithmetic stay low-rank and exact (factors side by
 side; averaging A and B themselves is another thing, and errs). SLERP's angle is between S and T, not between whole weights,
 where every pair is parallel and SLERP is linear. TIES as in mergekit: trim each to its `density` largest entries, elect the

@@ -51,9 +51,10 @@ class Kl(Method):
     equation = "CE(user) + weight * T^2 E KL(p_safe || p) on user and/or memory rows"
     cost = "2x; on user rows alone 1x and the head twice more"
     contract = Contract(
-        params={"weight": 0.3}, variants=({"on": "user"}, {"on": "memory"}), zero_at_start=("kl_user", "kl_memory"),
-        in_bfloat16=True,
-    )  # fmt: skip
+        params={"weight": 0.3},
+        variants=({"on": "user"}, {"on": "memory"}),
+        zero_at_start=("kl_user", "kl_memory"),
+    )
     space = {"weight": {"low": 0.03, "high": 30.0, "log": True}, "memory_size": [50, 100, 250]}
 
     @classmethod

@@ -10,6 +10,8 @@
 
 Source: arXiv 2512.10150, section 4.1.1 (after Li and Hoiem 2016, who distil softened logits in place of hidden states).
 
+With `align: none` h_theta_safe is the model's own, its adapter off.
+
 Choices where the paper is silent: a mean over positions and over D; `positions: response` are those that predict a
 response token (`all`: every token; `last`: the one that predicts the end).
 

@@ -8,6 +8,8 @@
 
 Source: Marczak et al. 2024 (MagMax), Eq. 1; arXiv 2512.10150, section 4.1.3.
 
+With `align: none` S is the model less its base, which `aligned_from` names.
+
 Same as the reference code (magmax, merge with max_abs): elementwise, ties to the later model. It is defined on dense weight
 changes: picking among LoRA factors would be another method. The result has full rank, so it is saved dense. As fine-tuning
 is sequential, T = S + a small update, and MagMax mostly takes T (the share is logged).

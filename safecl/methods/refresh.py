@@ -24,7 +24,7 @@ Choices: in `paper` the noise of each element is capped at `max_noise` of its te
 times the parameter). Noise comes from a stream of (seed, step), the same on every rank.
 Unlearning comes first, as in both papers; the released code unlearns after its step, on the batch just learned.
 
-With gamma 0 both are `replay`. Refused with `adapter: stack`, for EWC's reason.
+With gamma 0 both are `replay`. Refused with `adapter: stack` and `align: none`, for EWC's reason.
 """
 
 from __future__ import annotations

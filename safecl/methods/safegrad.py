@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from safecl.base import Strict
-from safecl.methods import MEMORY_SIZE, Contract, Method, Needs
+from safecl.methods import MEMORY_SIZE, Method, Needs
 from safecl.methods.agem import dot
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ class Safegrad(Method):
     source = "Yi 2025 (arXiv 2508.07172), Eqs. 3-6"
     equation = "g_user less its part against g_align, + rho g_align; g_align = grad KL(p_safe || p) on memory"
     cost = "2x"
-    contract = Contract(in_bfloat16=True)
     space = {"rho": {"low": 0.03, "high": 30.0, "log": True}, "memory_size": [50, 100, 250]}
 
     def requires(self, needs: Needs) -> dict[str, Stage]:

@@ -11,6 +11,8 @@
 Source: Djuhera et al., SafeMERGE (ICLR 2025 workshop, arXiv 2503.17239) and its released code (aladinD/SafeMERGE, utils.py),
 read at hand: threshold .35, weights .8 and .2, cosines rounded to 5 digits, `<`.
 
+With `align: none` V is the model less its base, which `aligned_from` names.
+
 Differences: their safe model is a second adapter, tuned on safety rows on top of an aligned model; here theta_safe is both
 the aligned and the safe model, so that a merged module keeps the share `a` of its own update. They average LoRA factors
 (PEFT's `linear`), which gives cross terms that no merge asked for; here deltas are merged, exactly. A module whose V is zero

@@ -28,6 +28,15 @@ BOLD = "Bold: best value at its poison ratio, base and aligned apart. Emphasis, 
 
 
 @dataclass(frozen=True)
+class Detail:
+    """A smaller table below a block of the main one. `lines`: cells as text, method and poison first."""
+
+    title: str
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a reader must know to read the numbers. The driver fills it; every form of the report prints it."""
 
@@ -42,6 +51,7 @@ class Facts:
     guard_agreement: str = ""  # one line: how often the judge agreed with what is known
     settings: Mapping[str, str] = field(default_factory=dict)  # what the paper leaves open, and what was used
     notes: Sequence[str] = ()  # anything else, one line each (mixed library versions, missing cells)
+    beside: Mapping[str, Detail] = field(default_factory=dict)  # published numbers, by `model / task`
 
 
 @dataclass(frozen=True)
@@ -50,15 +60,6 @@ class Column:
     metric: str
     better: str  # "low", "high" or ""
     unit: str = "%"  # of what is printed; anything else is printed as it is measured
-
-
-@dataclass(frozen=True)
-class Detail:
-    """A smaller table below a block of the main one. `lines`: cells as text, method and poison first."""
-
-    title: str
-    header: Sequence[str]
-    lines: Sequence[Sequence[str]]
 
 
 def columns(rows: Sequence[Row], facts: Facts) -> list[Column]:
@@ -220,7 +221,12 @@ def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[D
             f"Difference from {against}, in points, with its own 95 % interval; p (differs) and p= (alike) after Holm"
         )
         found.append(Detail(title, ["method", "poison", *(c.header for c in shown)], tested))
+    found += [beside] if (beside := _published(members, facts)) is not None else []
     return [detail for detail in found if len(detail.header) > 2 and detail.lines]
+
+
+def _published(members: Sequence[Row], facts: Facts) -> Detail | None:
+    return facts.beside.get(f"{members[0]['model']} / {members[0]['task']}")
 
 
 def _names(members: Sequence[Row], metric: str, key: str) -> list[str]:
@@ -372,6 +378,11 @@ def rich_tables(rows: Sequence[Row], facts: Facts, width: int | None = None) -> 
                 section = last and members[position + 1]["method"] not in REFERENCES
                 table.add_row(*texts, style="dim" if row["method"] in REFERENCES else None, end_section=section)
             found.append(table)
+        if (beside := _published(members, facts)) is not None:
+            table = Table(*beside.header, title=beside.title, title_justify="left", box=box.SIMPLE_HEAD)
+            for texts_of_row in beside.lines:
+                table.add_row(*texts_of_row)
+            found.append(table)
     if found:
         found[-1].caption = "\n".join([*caption(rows, facts), BOLD, *notes(rows)])
         found[-1].caption_justify = "left"
@@ -443,6 +454,8 @@ def plain(rows: Sequence[Row], facts: Facts) -> str:
     shown, head, lines = columns(rows, facts), header(rows, facts), [*_doubt(facts), facts.name]
     for (model, task), members in groups(rows).items():
         lines += ["", f"{model} / {task}", text_table(head, [cells(row, shown) for row in members])]
+        if (beside := _published(members, facts)) is not None:
+            lines += ["", f"{beside.title}:", text_table(beside.header, beside.lines)]
     return "\n".join([*lines, "", *caption(rows, facts), *notes(rows)]) + "\n"
 
 

@@ -53,6 +53,11 @@ class Kind:
         return 0.0
 
     @staticmethod
+    def weights_gib(stage: Stage, of: Estimator) -> float:
+        """Weights that it writes, in GiB."""
+        return 0.0
+
+    @staticmethod
     def length(stage: Stage, of: Estimator) -> Length | None:
         """Rows that it gives, for the estimates of what reads them; None: it gives none."""
         return None

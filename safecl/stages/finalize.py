@@ -34,11 +34,16 @@ class Finalize(Kind):
     unit = ""
     fixed_s = 2.0
     apart_by = "method"
-    reads = ("safe", "model")
+    reads = ("safe", "tuned", "model")
 
     @staticmethod
     def seconds(stage: Stage, of: Estimator) -> float:
         return of.size_of(stage).parameters / 5e7
+
+    @staticmethod
+    def weights_gib(stage: Stage, of: Estimator) -> float:
+        """Of all weights: a merge may be dense."""
+        return of.size_of(stage).parameters * (4 if stage.config["dtype"] == "float32" else 2) / 2**30
 
     @staticmethod
     def label(stage: Stage, models: Mapping[str, str]) -> str:

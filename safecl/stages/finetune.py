@@ -70,6 +70,13 @@ class Finetune(Kind):
         return of.passes(stage, tokens, min(1.0, adapted / layers)) + steps * OPTIMIZER_STEP_S[of.device]
 
     @staticmethod
+    def weights_gib(stage: Stage, of: Estimator) -> float:
+        """Of factors over all linear layers of a common shape, whose sizes add up to 19 hidden states a layer and rank."""
+        lora: Any = stage.config["lora"]
+        size = of.size_of(stage)
+        return float(4 * 19 * size.width * int(lora.get("last_layers") or size.layers) * lora["rank"] / 2**30)
+
+    @staticmethod
     def label(stage: Stage, models: Mapping[str, str]) -> str:
         return f"finetune {labels.weights(stage, models)}"
 

@@ -15,6 +15,8 @@ from safecl.tasks import Row, Source, Task, _files, load, names
 from safecl.tasks._files import Record
 from safecl.tasks._overlap import normalise
 
+UNKNOWN = "unknown"  # a commit or a file's content, in a plan
+
 _sums: dict[tuple[str, int, int], str] = {}  # (path, size, mtime) -> sha256: a file is read once per process
 _commits: dict[tuple[str, str], str] = {}  # (hub id, revision) -> commit
 _unknown: dict[tuple[str, str], str] = {}  # likewise, of what the hub did not tell -> why
@@ -103,12 +105,13 @@ def _near(source: Source, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def identity(task_class: type[Task], split: str, folder: Path | None) -> Json:
+def identity(task_class: type[Task], split: str, folder: Path | None, planned: bool = False) -> Json:
     """What the rows of a split come from, without any path: goes into a data stage's config.
 
     A generated suite is `{"generated": VERSION}`; else a list with one entry per source: `{"file", "sha256"}` for a local file
     (`{"kind", "sha256"}` for one that a sweep file names) and `{"hub", "config", "revision", "split"}` for a hub data set
-    (`revision` is a commit: a branch name is resolved, which asks the hub).
+    (`revision` is a commit: a branch name is resolved, which asks the hub). `planned`: for a look ahead, where a commit that
+    the hub does not tell, and a file that is not here, is `unknown`: what is identified so is never run.
 
     Raises:
         ConfigError: the task has no such split.
@@ -121,7 +124,13 @@ def identity(task_class: type[Task], split: str, folder: Path | None) -> Json:
         return {"generated": task_class.VERSION}
     if task_class.NAME:  # the sweep file says where its rows are
         folder = None
-    return [_identity_of(source, folder) for source in sources]
+    return [_identity_of(source, folder, planned) for source in sources]
+
+
+def is_here(source: Json) -> bool:
+    """Whether the rows of an `identity` can be read without asking the hub."""
+    each_source = source if isinstance(source, list) else [source]
+    return not any(isinstance(each, dict) and ("hub" in each or each.get("sha256") == UNKNOWN) for each in each_source)
 
 
 def choose(task: Task, split: str, rows: Iterable[Row], num_rows: int | None, seed: int) -> list[Row]:
@@ -227,7 +236,7 @@ def sha256(path: Path) -> str:
     return _sums[key]
 
 
-def _identity_of(source: Source, folder: Path | None) -> Json:
+def _identity_of(source: Source, folder: Path | None, planned: bool) -> Json:
     path = local_file(source, folder)
     if path is not None and path.is_dir():
         return {"files": {file.name: sha256(file) for file in _files.tables(path)}}
@@ -236,8 +245,16 @@ def _identity_of(source: Source, folder: Path | None) -> Json:
     if path is not None:
         return {"file": path.name, "sha256": sha256(path)}
     if not source.hub:
+        if planned:
+            return {"file": source.file, "sha256": UNKNOWN}
         raise PrerequisiteError(_missing(source, "it is not on the hub"))
-    return {"hub": source.hub, "config": source.config, "revision": _commit(source), "split": source.split}
+    try:
+        commit = _commit(source)
+    except PrerequisiteError:
+        if not planned:
+            raise
+        commit = UNKNOWN
+    return {"hub": source.hub, "config": source.config, "revision": commit, "split": source.split}
 
 
 def _read_hub(source: Source) -> list[Record]:

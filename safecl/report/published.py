@@ -1,0 +1,166 @@
+"""Our rows beside published ones, and in which settings the two differ. The file of published numbers is data: see
+sweeps/paper/published.yaml.
+
+    source      where the numbers stand
+    settings    {dotted key of a sweep file: value}; entries of lists by their names. What is not known is left out
+    rows        [{table, model, task, poison, method, and metrics in percent}], in the names of the sweep
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safecl.base import ConfigError, Strict
+from safecl.config import Sweep
+from safecl.report.tables import Detail
+from safecl.sweepfile import read_yaml
+
+_NAMES = ("table", "model", "task", "poison", "method")  # of a row; all else are its metrics
+
+
+class Published(NamedTuple):
+    """What a file of published numbers says."""
+
+    source: str
+    settings: dict[str, Any]
+    rows: tuple[dict[str, Any], ...]
+
+
+class Beside(NamedTuple):
+    """One number of ours beside a published one, as fractions; `low` and `high` of ours. `inside`: theirs is in our interval."""
+
+    table: int
+    model: str
+    task: str
+    poison: float
+    method: str
+    metric: str
+    ours: float
+    low: float
+    high: float
+    theirs: float
+
+    @property
+    def inside(self) -> bool:
+        return self.low <= self.theirs <= self.high
+
+
+class Comparison(NamedTuple):
+    """What a report prints of published numbers: where they stand, ours beside theirs, and the settings that differ."""
+
+    source: str
+    numbers: tuple[Beside, ...]
+    differences: tuple[str, ...]
+
+
+def read(path: Path) -> Published:
+    """A file of published numbers.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found = read_yaml(path)
+    if not isinstance(found, dict) or set(found) != {"source", "settings", "rows"}:
+        raise ConfigError(f"{path}: expected a mapping with `source`, `settings` and `rows`")
+    for i, row in enumerate(found["rows"]):
+        wrong = [name for name in _NAMES if name not in row]
+        wrong += [name for name in row if name not in _NAMES and not _is_percent(row[name])]
+        if wrong:
+            raise ConfigError(
+                f"{path}: rows[{i}].{wrong[0]}: expected {'a percentage' if wrong[0] in row else 'it'}, got {row}"
+            )
+    return Published(str(found["source"]), dict(found["settings"]), tuple(found["rows"]))
+
+
+def _is_percent(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100
+
+
+def comparison(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Comparison | None:
+    """The published numbers that a sweep names beside its rows; None where it names none.
+
+    Raises:
+        ConfigError: its file is not one of published numbers.
+    """
+    if sweep.published is None:
+        return None
+    found, models = read(Path(sweep.published.file)), sweep.published.models
+    return Comparison(found.source, tuple(beside(rows, found, models)), tuple(differences(sweep, found, models)))
+
+
+def beside(rows: Sequence[Mapping[str, Any]], published: Published, models: Mapping[str, str]) -> list[Beside]:
+    """Published numbers of which these rows of ours have one too, in the published order. `models`: their name of our model,
+    where it is another. A number that stands in several published tables is found once in each."""
+    found = []
+    for theirs in published.rows:
+        for row in rows:
+            same = (models.get(row["model"], row["model"]), row["task"], row["poison"], row["method"])
+            if same != tuple(theirs[name] for name in _NAMES[1:]):
+                continue
+            for metric, value in theirs.items():
+                if metric not in _NAMES and (entry := row["metrics"].get(metric)) is not None:
+                    ours = (entry["value"], entry["low"], entry["high"])
+                    found.append(Beside(theirs["table"], row["model"], *same[1:], metric, *ours, value / 100))
+    return found
+
+
+def differences(sweep: Sweep, published: Published, models: Mapping[str, str]) -> list[str]:
+    """Settings that are published and are others here, a line each; what this sweep has not (another table's task) is none."""
+    ours = _flat(sweep, models)
+    return [
+        f"{key}: {ours[key]} here, {theirs} there"
+        for key, theirs in published.settings.items()
+        if key in ours and ours[key] != theirs
+    ]
+
+
+def _flat(value: Any, models: Mapping[str, str], where: str = "") -> dict[str, Any]:
+    """{dotted key: value} of a config. A config that has a name is that name too, its place in a list is its name, and a list of
+    such is their names as one text."""
+    if isinstance(value, tuple) and value and all(map(_name, value)):
+        found: dict[str, Any] = {where: ", ".join(map(_name, value))}
+        for item in value:
+            found |= _flat(item, models, f"{where}.{models.get(_name(item), _name(item))}")
+        return found
+    if isinstance(value, Strict):
+        found = {where: _name(value)} if _name(value) else {}
+        for key in type(value).model_fields:
+            found |= _flat(getattr(value, key), models, f"{where}.{key}" if where else key)
+        return found
+    return {where: value}
+
+
+def _name(item: Any) -> str:
+    return str(getattr(item, "name", "") or getattr(item, "task", "")) if isinstance(item, Strict) else ""
+
+
+def details(found: Comparison, titles: Mapping[str, str]) -> dict[str, Detail]:
+    """A table for each model and task (`model / task`), a line a published row, two columns a metric. `titles`: what metrics are
+    called; others go by their names."""
+    tables: dict[str, dict[tuple[Any, ...], dict[str, Beside]]] = {}
+    for number in found.numbers:
+        of_task = tables.setdefault(f"{number.model} / {number.task}", {})
+        of_task.setdefault((number.method, number.poison, number.table), {})[number.metric] = number
+    made = {}
+    for where, rows in tables.items():
+        metrics = list(dict.fromkeys(metric for of_row in rows.values() for metric in of_row))
+        head = ["method", "poison", "their table"]
+        for metric in metrics:
+            head += [titles.get(metric, metric), "theirs"]
+        lines = []
+        for (method, poison, table), of_row in rows.items():
+            line = [method, f"{100 * poison:g} %", str(table)]
+            for metric in metrics:
+                one = of_row.get(metric)
+                ours = "-" if one is None else f"{100 * one.ours:.1f} [{100 * one.low:.1f}, {100 * one.high:.1f}]"
+                line += [ours, "-" if one is None else f"{100 * one.theirs:.1f}{'' if one.inside else ' *'}"]
+            lines.append(line)
+        made[where] = Detail(f"Beside {found.source} (theirs; * outside our interval)", head, lines)
+    return made
+
+
+def note(found: Comparison) -> str:
+    """A line of what differs."""
+    return f"Settings that differ from {found.source}: {'; '.join(found.differences) or 'none of those that it gives'}."
