@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safecl import methods, registry
+from safecl.base import json_lines
 from safecl.config import Execution, Lora, Template, Training
 from safecl.registry import Plugin
 from safecl.stages import finetune, fisher, memory
@@ -163,7 +164,7 @@ def adapter(scratch: Path) -> dict[str, Any]:
 
 
 def curves(scratch: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (scratch / "result" / "curves.jsonl").read_text().splitlines()]
+    return json_lines(scratch / "result" / "curves.jsonl")
 
 
 def same_bits(first: dict[str, Any], second: dict[str, Any]) -> bool:
