@@ -1,7 +1,7 @@
 """What a notebook or program calls: the verbs of the command line, with typed answers.
 
 >>> import safecl
->>> plan = safecl.plan("sweeps/quickstart.yaml", set={"execution.root": folder})
+>>> plan = safecl.plan("sweeps/quickstart.yaml", set={"execution.root": folder}, limit=8)
 >>> plan.name, plan.trials, [cell.label for cell in plan.cells][:2]
 ('quickstart', 12, ['smollm2-135m / mini / base', 'smollm2-135m / mini / aligned'])
 >>> plan.stages["finetune"].cached

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 import safecl
-from safecl import api, cli
+from safecl import api
 from safecl.base import ConfigError
+from safecl.overview import plan as made
 
 REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = REPOSITORY / "sweeps" / "quickstart.yaml"
@@ -25,26 +26,22 @@ def test_the_example_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert doctest.testmod(api, extraglobs={"folder": str(tmp_path)}) == (0, 4)
 
 
-def test_a_plan_is_what_the_command_prints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plan_is_what_the_command_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a file is given or what it holds."""
-    root = f"execution.root={tmp_path}"
-    monkeypatch.setattr(sys, "argv", ["safecl", "plan", str(QUICKSTART), "--set", root, "--limit", "8", "--json"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    printed = json.loads(capsys.readouterr().out)
+    printed: dict[str, Any] = {}
+    monkeypatch.setattr("safecl.overview.plan", lambda project: printed.update(made(project)) or printed)
     raw = yaml.safe_load(QUICKSTART.read_text())
     before = json.dumps(raw)
-    found = safecl.plan(raw, set=[root], limit=8)
+    few = {"execution.root": str(tmp_path), "methods": [{"name": "sft"}], "evaluate.judges": {"asr": "keywords"}}
+    found = safecl.plan(raw, set=few, limit=8)
     assert json.dumps(raw) == before
     assert [cell.label for cell in found.cells] == [cell["cell"] for cell in printed["cells"]]
     assert {kind: count.to_run for kind, count in found.stages.items()} == {
         kind: count["to run"] for kind, count in printed["stages"].items()
     }
-    assert found.hours > 0 and found.trials == sum(cell["trials"] for cell in printed["cells"])
+    assert found.hours == printed["hours"] > 0 and found.trials == sum(cell["trials"] for cell in printed["cells"])
     with pytest.raises(ConfigError, match="unknown key"):
-        safecl.plan({**raw, "metods": []}, set=[root])
+        safecl.plan({**raw, "metods": []})
 
 
 def test_a_run_does_what_is_missing_and_warns_of_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
