@@ -39,7 +39,7 @@ def test_a_file_is_a_kind_with_its_estimate_its_records_its_label_and_its_count_
     store, execution = Store(str(tmp_path)), Execution(root=str(tmp_path))
     assert "echo" in stages.names()
     estimator = Estimator(store, execution, {})
-    assert estimator(echo) == (3.5, ("echo", "one two three"), False, 0.0)
+    assert estimator(echo)[:3] == (3.5, ("echo", "one two three"), False)
     forecast = Forecast(store, execution, estimator)
     planned = cost((), (), store, forecast, 2, [echo])
     assert planned.kinds["echo"][:3] == (1, 0, 0) and planned.kinds["echo"].hours == pytest.approx(3.5 / 3600)
