@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from safecl import methods, metrics, model_files, objective, panel, tasks
 from safecl.base import ConfigError, PrerequisiteError, near, strictly
 from safecl.config import Lora, Method, Model, Sweep, UserTask
+from safecl.graph import REFERENCES
 from safecl.grid import Cell, cells, for_task, grid_rows, method_entries, space_of, task_entries
 from safecl.models import wheel_file
 from safecl.space import space_check
@@ -89,8 +90,9 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, pla
         errors += _grid_errors(f"methods[{i}]", chosen, sweep)
     for where, made in (("align.safety_from", sweep.align.safety_from), ("align.method", sweep.align.method)):
         if made is not None:
-            errors += _method_errors(where, made, sweep.tasks[0], attempt)
-            errors += [f"{where}: one config is expected, no search or grid"] if made.search or made.grid else []
+            errors += _method_errors(where, made, None, attempt)
+            one = made.search is None and not made.grid
+            errors += [] if one else [f"{where}: one config is expected, no search or grid"]
     own = [find(task.task, sweep.data).max_new_tokens for task in sweep.tasks if task.task in known]
     if not errors:
         errors += _step_errors(sweep)
@@ -241,23 +243,25 @@ def _twice(where: str, entries: Sequence[Any], names: Sequence[str] = ()) -> lis
 
 
 def _one_recipe(found: list[Cell]) -> list[str]:
-    """Cells that would share studies and runs: methods that differ only in values that both search."""
+    """Cells that would share studies and runs: methods that differ only in values that both search, or in how a number is
+    written."""
     first: dict[str, Cell] = {}
     return [
-        f"methods: {other.label!r} and {cell.label!r} are one recipe: what tells them apart is searched in both"
+        f"methods: {other.label!r} and {cell.label!r} are one recipe: what tells them apart is searched in both, or is another "
+        "way to write one number of rows (5% of 1,000 is 50). Leave one of them out"
         for cell in found
         if (other := first.setdefault(cell.key, cell)) is not cell
     ]
 
 
-def _method_errors(where: str, chosen: Method, task: UserTask, attempt: Callable[..., Any]) -> list[str]:
-    """What is wrong with an entry of `methods` as a user of this task has it."""
+def _method_errors(where: str, chosen: Method, task: UserTask | None, attempt: Callable[..., Any]) -> list[str]:
+    """What is wrong with an entry of `methods` as a user of this task has it; without a task, of which nothing is a share."""
     method = attempt(where, lambda: methods.load(chosen.name))
     if method is None:
         return []
     errors = []
     for row in grid_rows(chosen):
-        row = attempt(f"{where}.config", partial(for_task, row, task))
+        row = row if task is None else attempt(f"{where}.config", partial(for_task, row, task))
         if row is None:
             return []
         config = attempt(f"{where}.config", partial(strictly, method.Config, row.config), row.config, method.Config)
@@ -273,6 +277,10 @@ def _grid_errors(where: str, chosen: Method, sweep: Sweep) -> list[str]:
     if sweep.search.sampler == "grid" and chosen.search is not None and chosen.name in methods.names():
         ranges = [name for name, form in (space_of(chosen) or {}).items() if not isinstance(form, list)]
         errors += [f"{where}.search.{name}: a grid is of lists of values (search.sampler: grid)" for name in ranges]
+    if chosen.label in REFERENCES:
+        errors.append(
+            f"{where}.label: {chosen.label!r} is what the tables call a model without a finetune; choose another"
+        )
     same = [other for other in sweep.methods if other is not chosen and chosen.label in (other.label, other.name)]
     if chosen.label is not None and same:
         errors.append(f"{where}.label: {chosen.label!r} names two entries of `methods`; give each its own")

@@ -21,6 +21,7 @@ from safecl.config import Method, Model, Some, Sweep, UserTask
 from safecl.graph import REFERENCES, Evidence, Graph, Recipe
 from safecl.memo import Shared
 from safecl.store import Stage, canonical
+from safecl.tasks._source import sha256
 from safecl.tasks._written import kind_of, told
 
 
@@ -85,7 +86,7 @@ class Cell:
             **({} if recipe.memory_mix == "refusals" else {"memory_mix": recipe.memory_mix}),
             "method": recipe.method,
             "params": {name: value for name, value in recipe.params.items() if name not in open_values},
-            "evaluate": recipe.evaluate.model_dump(mode="json", exclude={"unsafe_code"}),
+            "evaluate": _anywhere(recipe.evaluate.model_dump(mode="json", exclude={"unsafe_code"})),
             **self._written,
         }
         if plugins := self._from_outside():
@@ -97,7 +98,9 @@ class Cell:
         """What the sweep file says of tasks that it writes, less the places of their files, and how conversations are
         written; nothing where it writes none."""
         kinds = [kind_of(each) for each in self.shared.data]
-        more = [each.model_dump(mode="json", include={"judge", "max_new_tokens"}) for each in self.shared.data]
+        more = [
+            _anywhere(each.model_dump(mode="json", include={"judge", "max_new_tokens"})) for each in self.shared.data
+        ]
         data: list[Json] = [
             [kind.NAME, told(kind), told(kind, scored=True), other] for kind, other in zip(kinds, more, strict=True)
         ]
@@ -272,6 +275,20 @@ def _settings(method: Method, task: UserTask) -> dict[str, Json]:
     config: dict[str, Json] = kind.Config(**known.config).model_dump(mode="json")
     shares = {name: value for name, value in method.config.items() if known.config[name] != value}
     return {**config, **shares, "search": space_of(known)}
+
+
+def _anywhere(given: Json) -> Json:
+    """A config as JSON, less where its endpoints are and how they are asked."""
+    if isinstance(given, list):
+        return [_anywhere(each) for each in given]
+    if not isinstance(given, dict):
+        return given
+    if given.get("endpoint") is None:
+        return {name: _anywhere(each) for name, each in given.items()}
+    tokenizer = given.get("tokenizer")
+    read = None if tokenizer is None else sha256(Path(str(tokenizer)).absolute() / "tokenizer.json")
+    places = {"endpoint", "at_once", "key_variable"}
+    return {**{name: each for name, each in given.items() if name not in places}, "tokenizer": read}
 
 
 def _told_apart(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:

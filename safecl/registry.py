@@ -12,6 +12,7 @@ version names to the process that runs it.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import inspect
@@ -22,7 +23,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, packages_distributions
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from threading import Lock
@@ -84,6 +85,7 @@ def read(paths: Iterable[str]) -> tuple[Plugin, ...]:
     for i, path in enumerate(paths):
         try:
             plugins.append(_read(path))
+            _refuse_neighbours(plugins[-1])
             _classes(plugins[-1])
         except ConfigError as error:
             errors.append(f"plugins[{i}]: {error}")
@@ -216,6 +218,27 @@ def _module(plugin: Plugin) -> ModuleType:
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"{plugin.path}, line {lines[-1] if lines else '?'}: {told}") from None
     return module
+
+
+def _refuse_neighbours(plugin: Plugin) -> None:
+    """Raises ConfigError for a plugin that imports a module of its own folder, unless that is of an installed package."""
+    folder, found = Path(plugin.path).parent, set[str]()
+    try:
+        tree = ast.parse(plugin.source)
+    except SyntaxError:  # said where it is run
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    found -= {"", "safecl", *sys.stdlib_module_names}
+    found = {name for name in found if (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file()}
+    if found and (own := found - packages_distributions().keys()):
+        raise ConfigError(
+            f"{plugin.path} imports {min(own)!r}, which lies beside it: what that holds would be in no result's identity, and on "
+            "no other machine. Put both into one file, or install a package"
+        )
 
 
 @cache

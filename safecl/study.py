@@ -33,17 +33,21 @@ _REPAIRS = "safecl:repairs"  # user attribute of the queued copy: the ghost's nu
 _WHY = "safecl:why"  # user attribute of a trial that failed
 
 
-def study_name(cell: str, space: Mapping[str, Json], objective: Objective, seeds: Sequence[int]) -> str:
+def study_name(
+    cell: str, space: Mapping[str, Json], objective: Objective, seeds: Sequence[int], sampler: str = "tpe"
+) -> str:
     """`<cell>-<12 hex digits>` of (cell, space, objective, seeds): Optuna ignores or mixes changed ranges and directions of
-    a study that it reopens, so a changed search must be another study."""
-    identity: Json = [cell, dict(space), objective.model_dump(mode="json"), list(seeds)]
+    a study that it reopens, so a changed search must be another study. A grid is one too: it asks each of its points, and
+    not as many as others have left over."""
+    identity: list[Json] = [cell, dict(space), objective.model_dump(mode="json"), list(seeds)]
+    identity += ["grid"] if sampler == "grid" else []
     return f"{cell}-{hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]}"
 
 
 def name_of(cell: Cell, sweep: Sweep) -> str:
     """The study of a searched cell."""
     assert cell.space is not None
-    return study_name(cell.key[:16], cell.space, sweep.search.objective, cell.search_seeds)
+    return study_name(cell.key[:16], cell.space, sweep.search.objective, cell.search_seeds, sweep.search.sampler)
 
 
 def open_storage(url: str) -> Any:

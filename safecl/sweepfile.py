@@ -268,18 +268,19 @@ def _with_small_memories(sweep: Sweep, limit: int) -> Sweep:
     small = []
     for method in sweep.methods:
         with suppress(ConfigError, ValidationError):  # check.py says what is wrong
-            fields = methods.load(method.name).Config.model_fields
-            if "memory_size" in method.grid:
-                sizes = tuple(bounded(list(method.grid["memory_size"])))
-                method = method.model_copy(update={"grid": {**method.grid, "memory_size": sizes}})
-            elif "memory_size" in fields:
-                size = method.config.get("memory_size", fields["memory_size"].default)
+            kind = methods.load(method.name)
+            fields, key = kind.Config.model_fields, kind.memory_key
+            if key in method.grid:
+                sizes = tuple(bounded(list(method.grid[key])))
+                method = method.model_copy(update={"grid": {**method.grid, key: sizes}})
+            elif key in fields:
+                size = method.config.get(key, fields[key].default)
                 space = dict(space_of(method) or {})
-                form = space["memory_size"] = bounded(space.get("memory_size", []))
+                form = space[key] = bounded(space.get(key, []))
                 ends = {form.get("low"), form.get("high")} if isinstance(form, dict) else form
                 if isinstance(ends, list | set) and len(ends) < 2:
-                    del space["memory_size"]  # nothing is left to choose
-                config = {**method.config, "memory_size": bounded(size)}
+                    del space[key]  # nothing is left to choose
+                config = {**method.config, key: bounded(size)}
                 method = method.model_copy(update={"config": config, "search": space or None})
         small.append(method)
     return sweep.model_copy(update={"methods": tuple(small)})
