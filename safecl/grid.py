@@ -111,6 +111,11 @@ class Cell:
         stages = self.job({}, self.recipe.seed, "final").evidence.metrics.walk() if registry.any_outside() else []
         return [*sorted({tag for stage in stages for tag in registry.tags(stage.version)})]
 
+    @property
+    def memory_key(self) -> str:
+        """The hyperparameter that says how many safety rows its method keeps, where it has such a one."""
+        return methods.load(self.recipe.method).memory_key
+
     @cached_property
     def defaults(self) -> dict[str, Json]:
         """The method's hyperparameters where nothing is searched: its own defaults under the sweep file's `config`."""
@@ -231,6 +236,12 @@ def points(lists: Mapping[str, Any]) -> list[dict[str, Json]]:
 _SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
 
 
+def share_of(value: Json) -> float | None:
+    """0.05 of `5%`; None of anything else."""
+    found = _SHARE.fullmatch(value) if isinstance(value, str) else None
+    return None if found is None else float(found[1]) / 100
+
+
 def for_task(method: Method, task: UserTask) -> Method:
     """A method whose shares of the user's rows (`memory_size: 5%`) are numbers of rows, at least 1, of this task.
 
@@ -245,11 +256,11 @@ def for_task(method: Method, task: UserTask) -> Method:
             return list(dict.fromkeys(map(number, value)))
         if isinstance(value, dict):
             return {key: number(each) for key, each in value.items()}
-        if not isinstance(value, str) or (share := _SHARE.fullmatch(value)) is None:
+        if (share := share_of(value)) is None:
             return value
         if task.num_rows is None:
             raise ConfigError(f"{value} of the rows of {task.task}: how many those are is not given (num_rows: null)")
-        return max(1, round(float(share[1]) / 100 * task.num_rows))
+        return max(1, round(share * task.num_rows))
 
     def numbers(given: Mapping[str, Json]) -> dict[str, Json]:
         return {name: number(value) if name in whole else value for name, value in given.items()}
