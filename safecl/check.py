@@ -86,13 +86,13 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, pla
                     )
     for i, chosen in enumerate(sweep.methods):
         for used in sweep.tasks:
-            errors += _method_errors(f"methods[{i}]", chosen, used, attempt)
+            errors += _method_errors(f"methods[{i}]", chosen, used, attempt, sweep.search.sampler)
         errors += _grid_errors(f"methods[{i}]", chosen, sweep)
     for where, made in (("align.safety_from", sweep.align.safety_from), ("align.method", sweep.align.method)):
         if made is not None:
             errors += _method_errors(where, made, None, attempt)
-            one = made.search is None and not made.grid
-            errors += [] if one else [f"{where}: one config is expected, no search or grid"]
+            one = made.search is None and not made.grid and made.label is None
+            errors += [] if one else [f"{where}: one config is expected, no search, grid or label"]
     own = [find(task.task, sweep.data).max_new_tokens for task in sweep.tasks if task.task in known]
     if not errors:
         errors += _step_errors(sweep)
@@ -126,7 +126,7 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, pla
             attempt(
                 f"method {cell.recipe.method!r}", partial(getattr, cell.job({}, sweep.seeds[0], "final"), "evidence")
             )
-        errors += _one_recipe(found_cells)
+        errors += [] if errors or lacking else _one_recipe(found_cells)
     problems = list(dict.fromkeys([*errors, *lacking]))
     if problems:
         raise (ConfigError if errors else PrerequisiteError)("\n".join(problems))
@@ -254,7 +254,9 @@ def _one_recipe(found: list[Cell]) -> list[str]:
     ]
 
 
-def _method_errors(where: str, chosen: Method, task: UserTask | None, attempt: Callable[..., Any]) -> list[str]:
+def _method_errors(
+    where: str, chosen: Method, task: UserTask | None, attempt: Callable[..., Any], sampler: str = "tpe"
+) -> list[str]:
     """What is wrong with an entry of `methods` as a user of this task has it; without a task, of which nothing is a share."""
     method = attempt(where, lambda: methods.load(chosen.name))
     if method is None:
@@ -266,7 +268,7 @@ def _method_errors(where: str, chosen: Method, task: UserTask | None, attempt: C
             return []
         config = attempt(f"{where}.config", partial(strictly, method.Config, row.config), row.config, method.Config)
         if config is not None and row.search is not None:
-            errors += [f"{where}.{text}" for text in _space_errors(method, row, config)]
+            errors += [f"{where}.{text}" for text in _space_errors(method, row, config, sampler)]
     return list(dict.fromkeys(errors))
 
 
@@ -388,7 +390,7 @@ def _unknown_metrics(sweep: Sweep, measured: Sequence[metrics.Metric]) -> list[s
     return errors
 
 
-def _space_errors(method: type[methods.Method], chosen: Method, config: Any) -> list[str]:
+def _space_errors(method: type[methods.Method], chosen: Method, config: Any, sampler: str = "tpe") -> list[str]:
     space = space_of(chosen) or {}
     known = method.Config.model_fields
     unknown = [name for name in space if name not in known]
@@ -398,7 +400,7 @@ def _space_errors(method: type[methods.Method], chosen: Method, config: Any) -> 
             f"search.{name}: is no hyperparameter of {chosen.name}.{near(name, known)} It has: {names}"
             for name in unknown
         ]
-    errors = space_check(space, config.model_dump(mode="json"))
+    errors = space_check(space, None if sampler == "grid" else config.model_dump(mode="json"))  # no trial of its own
     for name, form in space.items() if not errors else ():
         ends = form if isinstance(form, list) else [form["low"], form["high"]]  # type: ignore[index]
         for value in ends:

@@ -307,6 +307,13 @@ class Guard(Training):
     )  # of rows and initialisation; odd numbers never tie
     lora: Lora = Lora()
 
+    @field_validator("rows")
+    @classmethod
+    def _come_in_pairs(cls, value: tuple[Rows, ...]) -> tuple[Rows, ...]:
+        if any(part.kinds for part in value):
+            raise ValueError("a guard's rows come in pairs of both labels: give `num_rows`")
+        return value
+
     @field_validator("seeds")
     @classmethod
     def _are_different(cls, value: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safecl import methods
 from safecl.base import ConfigError, Damaged, Json, PrerequisiteError, json_lines
 from safecl.graph import REFERENCES, Graph
 from safecl.grid import Cell, Job
 from safecl.models import tokenizer_folder
 from safecl.stages.data import Composed, Found, compose, find
+from safecl.stages.finetune import REMEMBERED
 from safecl.store import Stage, Store, below, canonical
 from safecl.tasks import Row
 from safecl.tasks._source import is_here
@@ -141,7 +141,7 @@ def expected(cells: Sequence[Cell], seed: int, preview: Preview) -> dict[str, Tr
             what = "rows" if graph.recipe.memory_mix == "stratified" else "refusals"
             errors.append(
                 f"{cell.label}: a memory of {num_memory} rows is asked for, the safety rows hold {usable} {what}; lower "
-                f"{methods.load(method).memory_key} or give more safety rows"
+                f"{cell.memory_key} or give more safety rows"
             )
         found[cell.label] = None if composed is None else of(composed.facts, num_memory)
     if errors:
@@ -173,9 +173,9 @@ def _memory(cell: Cell, seed: int) -> int | None:
     stage = graph.tuned.inputs.get("memory") or (graph.final and graph.final.inputs.get("memory"))
     if stage is None:
         return None
-    space: Any = (cell.space or {}).get(methods.load(cell.recipe.method).memory_key)
+    space: Any = (cell.space or {}).get(cell.memory_key)
     searched = space if isinstance(space, list) else [space["high"]] if isinstance(space, dict) else []
-    return max(int(str(stage.config["num_rows"])), *searched) if searched else int(str(stage.config["num_rows"]))
+    return max(searched, default=int(str(stage.config["num_rows"])))
 
 
 def recorded(job: Job, store: Store) -> dict[str, Json] | None:
@@ -186,7 +186,7 @@ def recorded(job: Job, store: Store) -> dict[str, Json] | None:
     training, user = store.record(graph.tuned)["result"], store.record(graph.user_rows)["result"]
     if "num_rows" not in user:
         return None
-    memory = training.get("memory_rows") if graph.tuned.inputs.keys() & {"memory", "replay"} else None
+    memory = training.get("memory_rows") if graph.tuned.inputs.keys() & set(REMEMBERED) else None
     own = of(user, memory)._asdict()
     # What the method makes of the user's rows is trained on: it may add rows, or leave some out.
     own |= {name: training[name] for name in ("poison_rows", "cut_prompts") if name in training}

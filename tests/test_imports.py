@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
     "init": {"config", "datafile", "tasks"},
     "sweepfile": {"config", "grid", "methods", "registry"},
     "model_files": {"config"},
-    "check": {"config", "grid", "methods", "metrics", "model_files", "models", "objective", "panel", "space", "store",
+    "check": {"config", "graph", "grid", "methods", "metrics", "model_files", "models", "objective", "panel", "space", "store",
               "sweepfile", "tasks"},
     "project": {"check", "config", "cost", "dtypes", "estimate", "grid", "hardware", "lease",
                 "objective", "graph", "registry", "schedule", "stats", "store", "study", "sweepfile", "tasks", "templates",
