@@ -231,7 +231,7 @@ def _refuse_neighbours(plugin: Plugin) -> None:
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add((node.module or "").partition(".")[0])
+            found |= {node.module.partition(".")[0]} if node.module else {alias.name for alias in node.names}
     found -= {"", "safecl", *sys.stdlib_module_names}
     found = {name for name in found if (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file()}
     if found and (own := found - packages_distributions().keys()):
@@ -252,7 +252,9 @@ def _classes(plugin: Plugin) -> dict[tuple[str, str], type]:
             if not isinstance(value, type) or not issubclass(value, base) or value.__name__.startswith("_"):
                 continue
             if value.__module__ == module.__name__:
-                found[kind, _snake(value.__name__)] = _checked(value, base, plugin.path, plugin.tag)
+                if found.get(name := (kind, _snake(value.__name__)), value) is not value:
+                    raise ConfigError(f"{plugin.path} holds two {kind} called {name[1]!r}; give one another name")
+                found[name] = _checked(value, base, plugin.path, plugin.tag)
     if not found and not _metrics_of(plugin):
         bases = ", ".join(f"safecl.{kind}.{name}" for kind, name in KINDS.items())
         raise ConfigError(
