@@ -151,11 +151,8 @@ def test_a_grid_is_searched_point_by_point_whatever_dies(tmp_path: Path) -> None
         Project(load(QUICKSTART, [f"execution.root={tmp_path}", far, "search.sampler=grid", "poison.ratios=[0.1]"]))
     )
     tuned = found["stages"]["finetune"]
-    assert (tuned["to run"], tuned["later"], found["cells"][-1]["trials"]) == (
-        2 + 3 + 4,
-        1,
-        4 + 1,
-    )  # alignments, guards, points
+    counts = (tuned["to run"], tuned["later"], found["cells"][-1]["trials"])
+    assert counts == (1 + 3 + 4, 1, 4 + 1)  # the alignment, guards and points; a final trial; points and final
     assert "does not hold the default" in refused(tmp_path, far)
     said = refused(tmp_path, "methods=[{name: der, search: {}}]", "search.sampler=grid")
     assert "methods[0].search.weight: a grid is of lists of values (search.sampler: grid)" in said
