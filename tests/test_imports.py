@@ -64,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
                  "tasks", "trained"},
     "judging": {"check", "config", "execute", "hardware", "judges", "models", "panel", "graph", "serving", "stages", "stats",
                 "store", "tasks", "training"},
-    "export": {"serving", "store", "templates", "training"},
+    "export": {"serving", "stages", "store", "templates", "training"},
     "power": {"config", "contrasts", "crossed", "graph", "metrics", "project", "stats", "tasks"},
     "cli": {"check", "config", "datafile", "doctor", "driver", "export", "init", "judge_cli", "judging", "options", "overview",
             "power", "project", "report", "store", "sweepfile"},

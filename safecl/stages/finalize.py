@@ -35,6 +35,7 @@ class Finalize(Kind):
     unit = ""
     fixed_s = 2.0
     apart_by = "method"
+    holds_weights = True
     reads = ("safe", "tuned", "model")
 
     @staticmethod

@@ -51,6 +51,7 @@ class Finetune(Kind):
     fixed_s = 5.0
     all_ranks = True
     runs_anew = True
+    holds_weights = True
     apart_by = "method"
     reads = ("rows", "model", *REMEMBERED)
 
