@@ -14,8 +14,7 @@ from tests.methods import reference
 
 def test_it_trains_to_what_a_plain_loop_gives(world: World, tmp_path: Path) -> None:
     """Qi et al., Eq. 3, token by token from two whole models, and its gradient by autograd."""
-    settings = contract.config("constrained", dropout=0.0)
-    later = settings["params"]["beta"]
+    settings = contract.config("constrained", dropout=0.0, beta=0.1)
     teacher = contract.theta_safe(world)
 
     def backward(model: Any, rows: dict[str, reference.Rows], _: object) -> None:
@@ -25,7 +24,7 @@ def test_it_trains_to_what_a_plain_loop_gives(world: World, tmp_path: Path) -> N
         mine = reference.log_probabilities(model, rows["user"])
         for p, q, wanted in zip(mine, safe, reference.targets(rows["user"]), strict=True):
             for t, token in enumerate(wanted, start=1):
-                beta = 0.5 if t == 1 else 2.0 if t <= 5 else later
+                beta = 0.5 if t == 1 else 2.0 if t <= 5 else 0.1
                 ratio = p[t - 1, token] - q[t - 1, token]
                 total = total - 2 / beta * torch.log(torch.sigmoid(beta * ratio))
                 num += 1
