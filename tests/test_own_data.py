@@ -12,7 +12,7 @@ import yaml
 from safecl.base import ConfigError
 from safecl.config import Sweep
 from safecl.grid import Job, cells
-from safecl.panel import decision
+from safecl.panel import all_seats, decision
 from safecl.project import Project, load
 from safecl.store import Stage
 from safecl.tasks import Row
@@ -171,6 +171,8 @@ def test_a_judge_may_decide_utility(tmp_path: Path) -> None:
     assert config["judge"] == "written" and config["config"]["labels"] == ASKED["labels"]
     measured: Any = found.metrics.config["measures"]
     assert {"metric": "utility", "set": "support", "of": "verdict", "role": "utility", "written": {}} in measured
+    # It is asked for a first verdict with the others.
+    assert [seat.metric for seat in all_seats(load(file, [])) if seat.endpoint is not None] == ["utility"]
     for wrong, told in (
         ("llamaguard", "data[0].judge: judge 'llamaguard' reads a model's answer, and none is given"),
         ("refusl", "data[0].judge: unknown judge 'refusl'. Did you mean 'refusal'?"),
@@ -191,6 +193,9 @@ def test_a_judge_may_decide_utility(tmp_path: Path) -> None:
         ({"format": "sharegpt"}, ["support.jsonl, line 1: expected a list of objects in 'conversations'"]),
         ({"roles": "safety"}, ["tasks[0].task: task 'support' has no 'user' rows. Tasks that have: code, gsm8k" ]),
         ({"score": "exacct"}, ["data.0.score: Input should be", "Did you mean 'exact'?"]),
+        ({"file": "$NO_SUCH/x.jsonl"}, ["data.0.file: the environment variable NO_SUCH is not set"]),
+        ({"file": "a" * 300 + ".jsonl"}, [".jsonl': there is none"]),
+        ({"score": "number"}, ["data 'support': ", "held-out rows cannot be scored"]),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_before_anything_is_spent(data: dict[str, Any], told: list[str], tmp_path: Path) -> None:
