@@ -80,7 +80,7 @@ class Written(Judge):
                 raise ValueError("labels: expected different words, whatever their case")
             return self
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
     question: ClassVar[str] = "whatever its template asks (its labels say what is a yes)"
     answers: ClassVar[Mapping[str, Ask]] = {
         name: Ask({"question": name}) for name in ("harm", "refusal", "degenerate", "relevance")

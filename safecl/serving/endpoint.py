@@ -141,7 +141,7 @@ class Endpoint:
                     kind = Refused if error.code == 400 else PrerequisiteError
                     raise kind(f"endpoint {self.url} refuses request {id!r} with {error.code}: {said}") from None
                 problem, asked_s = f"{error.code}: {said}", error.headers.get("Retry-After", "")
-            except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+            except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
                 problem, asked_s = self._hidden(f"{type(error).__name__}: {error}"), ""
             if number + 1 < self.max_tries:
                 # Spread out, or all that were turned away together come back together.
@@ -206,8 +206,11 @@ def _completion(id: str, answer: Any) -> Completion:
         choice = {"text": choice["message"]["content"], "finish_reason": choice.get("finish_reason")}
     likely: list[list[tuple[str, float]]] = []
     if (told := choice.get("logprobs")) and told.get("tokens"):
-        for token, logprob, others in zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True):
-            likely.append([(token, logprob), *((text, value) for text, value in others.items() if text != token)])
+        tokens = told["tokens"]
+        tops = told.get("top_logprobs") or [None] * len(tokens)
+        for token, logprob, others in zip(tokens, told["token_logprobs"], tops, strict=True):
+            rest = (others or {}).items()
+            likely.append([(token, logprob), *((text, value) for text, value in rest if text != token)])
     if not isinstance(choice["text"], str):
         raise ValueError(f"expected choices[0].text, got {choice['text']!r}")
     finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"

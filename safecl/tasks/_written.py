@@ -54,6 +54,7 @@ _PART_NAMES: Mapping[str, Part] = {
 # no stage's config, so that a new field changes none.
 _READ = {"hub", "revision", "subset", "hub_split", "format", "columns", "roles", "train_on", "harmful_values", "split"}
 _SCORED = {"score", "choices", "pattern"}
+_FIELDS = ("prompt", "response", "instruction", "input", "output", "messages", "conversations")  # of formats
 
 
 def find(name: str, data: Iterable[Data]) -> type[Task]:
@@ -92,7 +93,13 @@ def told(kind: type[Task], scored: bool = False) -> dict[str, Json]:
     a task of the package."""
     if not issubclass(kind, Written):
         return {}
-    found: dict[str, Json] = kind.DATA.model_dump(mode="json", exclude_defaults=True, include=_READ | _SCORED)
+    data = kind.DATA
+    roles = sorted(set(data.used_as))  # in whatever order, and a field under its own name, they mean the same
+    columns = {own: name for own, name in data.columns.items() if own != name or own not in _FIELDS}
+    alike = {"roles": roles[0] if len(roles) == 1 else tuple(roles), "columns": columns}
+    found: dict[str, Json] = data.model_copy(update=alike).model_dump(
+        mode="json", exclude_defaults=True, include=_READ | _SCORED
+    )
     kept = _SCORED if scored else _READ
     found = {name: value for name, value in found.items() if name in kept}
     if isinstance(kind.DATA.file, dict) and not scored:  # which part each source is of

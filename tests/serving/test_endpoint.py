@@ -29,6 +29,8 @@ from safecl.store import Context, Stage
 from safecl.training.tokens import Tokenizer
 
 GREEDY = Sampling(max_tokens=4, logprobs=2)
+ODD = {"nonsense": "<html>", "a list": "[]", "a word": '{"choices": ["safe"]}', "none": '{"choices": []}',
+       "no text": '{"choices": [{"text": null}]}', "logprobs": '{"choices": [{"text": "a", "logprobs": [1]}]}'}  # fmt: skip
 
 
 class Server(ThreadingHTTPServer):
@@ -88,8 +90,8 @@ class Handler(BaseHTTPRequestHandler):
         if chat:
             choice = {"message": {"role": "assistant", "content": word}, "finish_reason": "stop", "logprobs": None}
         status, text = 200, json.dumps({"model": "m", "choices": [choice]})
-        if trouble == "nonsense":
-            text = "<html>"
+        if trouble in ODD:
+            text = ODD[trouble]
         elif trouble.isdigit():
             status, text = int(trouble), f"try later {self.headers.get('Authorization', '')}"
         self.send_response(status)
@@ -123,7 +125,7 @@ def test_every_prompt_is_answered_once_whatever_fails_in_between(server: Server)
     server.troubles = {
         "do 0": ["429", "429"],
         "be 1": ["503", "hang up", "500"],
-        "be 2": ["nonsense"],
+        "be 2": [*ODD],
     }
     seen: list[Completion] = []
     done = endpoint(server).generate(prompts, GREEDY, seen.append)
@@ -133,7 +135,7 @@ def test_every_prompt_is_answered_once_whatever_fails_in_between(server: Server)
     }
     assert Counter(c.id for c in seen) == Counter(prompts.keys())
     assert done["id-0"].likely == [[("unsafe", -0.25), ("no", -3.0)]]
-    tries = {"do 0": 3, "be 1": 4, "be 2": 2}
+    tries = {"do 0": 3, "be 1": 4, "be 2": 1 + len(ODD)}
     assert server.asked == Counter({prompt: tries.get(prompt, 1) for prompt in prompts.values()})
     assert 1 < server.most <= 4
 

@@ -180,6 +180,21 @@ def test_identity_is_content_and_never_place_or_name(tmp_path: Path) -> None:
     scored = kind_of(Data(name="own", file=str(two), score="exact"))
     assert told(scored) == told(kinds[1]) == {"written": {}}
     assert told(scored, scored=True) == {"written": {"score": "exact"}}
+    # Nor does another way to say the same.
+    same = [
+        {"roles": ("user",)},
+        {"columns": {"prompt": "prompt"}},
+        {"format": "prompt_response"},
+        {"train_on": "last"},
+    ]
+    assert all(told(kind_of(Data(name="own", file=str(two), **way))) == {"written": {}} for way in same)
+    roles = [
+        told(kind_of(Data(name="own", file=str(two), roles=pair))) for pair in (("user", "safety"), ("safety", "user"))
+    ]
+    assert roles[0] == roles[1]
+    other = [{"columns": {"answer": "response"}}, {"split": {"seed": 1}}, {"roles": ("user", "safety")}, {"train_on": "all"},
+             {"columns": {"harmful": "harmful"}}, {"format": "alpaca"}]  # fmt: skip
+    assert len({json.dumps(told(kind_of(Data(name="own", file=str(two), **way)))) for way in other}) == len(other)
     # Two files of other parts are other rows.
     both = [{"train": str(one), part: str(two)} for part in ("validation", "test")]
     assert told(kind_of(Data(name="own", file=both[0]))) != told(kind_of(Data(name="own", file=both[1])))
