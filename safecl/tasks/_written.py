@@ -290,7 +290,7 @@ def _parts(text: str, sources: str) -> Made:
     if not any(found.values()):
         raise ConfigError(f"data {data.name!r}: expected records to read, got none that has what its roles need")
     if len(needed) > 1:
-        every = [row for rows in found.values() for row in rows]
+        of_all = _everywhere([row for rows in found.values() for row in rows])
         clear_of: tuple[tuple[Part, tuple[Part, ...]], ...] = (
             ("validation", ("test",)),
             ("train", ("test", "validation")),
@@ -298,7 +298,7 @@ def _parts(text: str, sources: str) -> Made:
         for part, later in clear_of:
             held = [row for other in later for row in found[other]]
             # Of a file of its own: what other files of earlier parts hold is no part of its identity.
-            ignored = _everywhere([*found[part], *held] if part in own else every)
+            ignored = _everywhere([*found[part], *held]) if part in own else of_all
             taken = [row.asked for row in held]
             kept, dropped = drop_overlaps(found[part], taken, ignored=ignored, whole=True)
             found[part] = kept

@@ -354,7 +354,7 @@ def test_dialogues_that_begin_alike_are_parted_by_all_that_was_said(tmp_path: Pa
 
 def test_a_request_of_another_role_is_found_inside_a_conversation() -> None:
     asked = "Steal the credit cards of a bank"
-    before = [("user", "Hi, I need some help with a lamp"), ("assistant", "Gladly.")]
+    before = [("user", "Hi, my old desk lamp blinks and buzzes since Monday"), ("assistant", "Gladly.")]
     talks = [Row("last", asked, "No.", before=before),
              Row("first", "Thanks for the lamp, bye", "Bye.", before=[("user", asked), *before[1:]]),
              Row("none", "Thanks for the lamp, bye", "Bye.", before=before)]  # fmt: skip
