@@ -220,6 +220,25 @@ def test_a_template_that_cannot_write_a_system_prompt_says_so(tmp_path: Path) ->
     assert "have several turns, which the template of model 'm' cannot write" in str(caught.value)
 
 
+def test_another_text_around_requests_goes_with_no_system_prompt_and_with_turns_that_end_alike(tmp_path: Path) -> None:
+    file = sweep_file(tmp_path)
+    sweep = yaml.safe_load(file.read_text())
+    plain = "Q: {prompt}\nA:"
+    sweep["tasks"][0]["template"] = sweep["evaluate"]["template"] = plain
+    file.write_text(yaml.safe_dump(sweep))
+    with pytest.raises(ConfigError) as caught:
+        Project(load(file, []))
+    for key in ("tasks[0].template", "evaluate.template"):
+        assert f"{key}: rows of 'support' have system prompts, which would take the place" in str(caught.value)
+        assert f"{key}: rows of 'support' have several turns, which it would write in two forms" in str(caught.value)
+    assert "'attacks'" not in str(caught.value)
+    write(tmp_path / "support.jsonl", [{"messages": each["messages"][1:]} for each in dialogues()])
+    safe = "<|im_start|>system\nBe safe.<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    sweep["tasks"][0]["template"] = sweep["evaluate"]["template"] = safe
+    file.write_text(yaml.safe_dump(sweep))
+    assert Project(load(file, [])).cells
+
+
 # -- conversations -----------------------------------------------------------------------------------------------------
 
 TALK = [

@@ -70,7 +70,7 @@ def local_file(source: Source, folder: Path | None) -> Path | None:
         path = Path(source.path)
         if not os.path.isfile(path):  # false also of names that no file can have
             beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-            what = "is a folder" if path.is_dir() else f"there is none.{near(path.name, beside)}"
+            what = "is a folder" if os.path.isdir(path) else f"there is none.{near(path.name, beside)}"
             raise ConfigError(f"data file {source.path!r}: {what}")
         if not path.name.lower().endswith(_files.SUFFIXES):
             raise ConfigError(

@@ -379,10 +379,11 @@ def _dialogue(data: Data, record: Record) -> Dialogue:
         before = [*before, *turns[i : i + 2]]
     if data.train_on == "last":
         rows = rows[-1:]
-    meta: dict[str, Json] = {
-        name: record.text(data.columns[name]) for name in ("answer", "tests") if name in data.columns
-    }
-    if "tests" in meta:
+    meta: dict[str, Json] = {}
+    if "answer" in data.columns:  # a whole number is one too
+        meta["answer"] = record.label(data.columns["answer"]) or record.text(data.columns["answer"])
+    if "tests" in data.columns:
+        meta["tests"] = record.text(data.columns["tests"])
         try:
             compile(str(meta["tests"]), "<tests>", "exec")
         except (SyntaxError, ValueError):

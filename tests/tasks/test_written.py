@@ -91,6 +91,14 @@ def test_columns_name_the_fields_of_a_file(tmp_path: Path) -> None:
         rows(path, "safety", roles="safety", columns=columns)
 
 
+def test_an_answer_of_its_own_may_be_a_whole_number(tmp_path: Path) -> None:
+    records = [{"prompt": f"word{i} thing{i}", "response": f"So it is {i}.", "gold": i} for i in range(1, 40)]
+    settings: dict[str, Any] = {"score": "number", "columns": {"answer": "gold"}}
+    own = task(write(tmp_path / "a.jsonl", records), **settings)
+    held = own.rows("utility.test", None, 0)
+    assert held and own.scores(held, [row.response for row in held])["utility"] == [1.0] * len(held)
+
+
 def test_alpacas_input_follows_its_instruction(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"instruction": "Sum up.", "input": "Rain.", "output": "Wet."}])
     assert [row.prompt for row in rows(path, "safety", format="alpaca", roles="safety")] == ["Sum up.\nRain."]
