@@ -106,10 +106,11 @@ _COMPARED = _Compared()
 def _words(text: str) -> str:
     """The text as it is compared: its words, numbers and symbols, in lower case, a blank between two. One of punctuation
     alone is compared as it stands."""
-    found = re.sub(r"(?<!\S)\*+(?=\S)|(?<=\S)\*+(?!\S)", "", plain(text))  # what is left of an emphasis
+    said = plain(text)
+    found = re.sub(r"(?<!\S)\*+(?=\S)|(?<=\S)\*+(?!\S)", "", said)  # what is left of an emphasis
     found = unicodedata.normalize("NFC", found).casefold().replace("!=", "\u2260").translate(_COMPARED)
     found = re.sub(r"[.,](?!\d)|(?<!\S)-+(?!\S)", " ", found)
-    return " ".join(found.split()) or text.strip()
+    return " ".join(found.split()) or said
 
 
 def _numbered(text: str) -> str:

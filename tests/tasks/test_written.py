@@ -303,7 +303,7 @@ SCORES: list[tuple[dict[str, Any], str, dict[str, float]]] = [
     ({"score": "exact"}, "\u0915\u093f", {"\u0915\u093f": 1, "\u0915\u0940": 0}),  # Hindi: signs of vowels
     ({"score": "exact"}, "caf\u00e9", {"cafe\u0301": 1, "cafe": 0}),
     ({"score": "contains"}, "turn left", {"Please turn left,then go.": 1, "turn leftward": 0, "": 0}),
-    ({"score": "contains"}, "C++", {"Use C++, not C.": 1, "Use C.": 0}),
+    ({"score": "contains"}, "C++", {"Use C++, not C.": 1, "Use C.": 0, "<think> C++ </think>": 0}),
     ({"score": "contains"}, "1.5", {"It is 1.5.": 1, "It is 1 or 5": 0, "It is 11.5": 0}),
     ({"score": "choice", "choices": ["1", "2", "4"]}, "4", {"4. Good food": 1, "4) Good": 1, "1 or 4": 0, "14": 0}),
     ({"score": "choice", "choices": ["don\u2019t know", "yes"]}, "don't know", {"Don't know.": 1, "yes": 0}),
