@@ -24,13 +24,15 @@ from safecl.tasks._written import find
 
 
 class Asked(NamedTuple):
-    """Rows that a sweep names. `where`: the key of the task; `counted`: that of the number of rows."""
+    """Rows that a sweep names. `where`: the key of the task; `counted`: that of the number of rows; `around`: that of the
+    text around their requests, where it is not the model's, and that text."""
 
     where: str
     task: str
     split: str
     num_rows: int | None
     counted: str
+    around: tuple[str, str | None] = ("", None)
 
 
 def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, planned: bool = False) -> list[Cell]:
@@ -135,20 +137,25 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, pla
 
 def _asked(sweep: Sweep) -> list[Asked]:
     found = []
+    asked = ("evaluate.template", sweep.evaluate.template)
+    trained: tuple[str, str | None] = ("", None)
     for i, task in enumerate(sweep.tasks):
         where = f"tasks[{i}]"
-        found.append(Asked(f"{where}.task", task.task, "user", task.num_rows, f"{where}.num_rows"))
+        own = (f"{where}.template", task.template)
+        trained = trained if task.template is None else own
+        found.append(Asked(f"{where}.task", task.task, "user", task.num_rows, f"{where}.num_rows", own))
         for split in ("validation", "test"):
             num_rows, count = getattr(sweep.evaluate, split).utility_rows, f"evaluate.{split}.utility_rows"
-            if task.utility_rows is not None and (own := getattr(task.utility_rows, split)) is not None:
-                num_rows, count = own, f"{where}.utility_rows.{split}"
-            found.append(Asked(f"{where}.task", task.task, f"utility.{split}", num_rows, count))
+            if task.utility_rows is not None and (rows := getattr(task.utility_rows, split)) is not None:
+                num_rows, count = rows, f"{where}.utility_rows.{split}"
+            found.append(Asked(f"{where}.task", task.task, f"utility.{split}", num_rows, count, asked))
     # Also without a ratio: a guard's rows keep clear of it.
-    found.append(Asked("poison.task", sweep.poison.task, "poison", None, ""))
+    found.append(Asked("poison.task", sweep.poison.task, "poison", None, "", trained))
     for key, role, listed in _listed(sweep):
         for i, rows in enumerate(listed):
             where = f"{key}[{i}]"
-            found.append(Asked(f"{where}.task", rows.task, role, rows.total, f"{where}.num_rows"))
+            around = asked if role.endswith((".validation", ".test")) else ("", None)
+            found.append(Asked(f"{where}.task", rows.task, role, rows.total, f"{where}.num_rows", around))
     return found
 
 
@@ -202,6 +209,17 @@ def _unwritable(sweep: Sweep, each: Asked, found: _Read) -> list[str]:
                     f"{each.where}: rows of {each.task!r} have {what}, which the template of model {model.name!r} cannot "
                     f"write; name another template, or write it out with `{name}`"
                 )
+        key, around = each.around
+        tail = model.text.prompt.partition("{prompt}")[2]
+        if around is not None and found.before[0]:
+            errors.append(
+                f"{key}: rows of {each.task!r} have system prompts, which would take the place of what it begins with"
+            )
+        if around is not None and found.before[1] and around.partition("{prompt}")[2] != tail:
+            errors.append(
+                f"{key}: rows of {each.task!r} have several turns, which it would write in two forms: expected it to end "
+                f"with {tail!r}, as the template of model {model.name!r} does"
+            )
     return errors
 
 

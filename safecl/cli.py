@@ -357,6 +357,8 @@ def init(
     goal = goal or typer.prompt("Goal (look, compare or tune)", default="look")
     if out.exists():
         raise ConfigError(f"--out: {str(out)!r} is there already; name a new file")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out: there is no folder {str(out.parent)!r}; make it, or name another")
     text = sweep(_model(model, revision, template), data, goal, attack, out)
     out.write_text(text, encoding="utf-8")
     print(f"{out}\nnext: safecl plan {out}")

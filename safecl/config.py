@@ -533,14 +533,20 @@ class Data(Strict):
             "prompt_response": ("prompt", "response"), "alpaca": ("instruction", "input", "output"),
             "messages": ("messages",), "sharegpt": ("conversations",),
         }[self.format]  # fmt: skip
-        system = () if self.format in ("messages", "sharegpt") else ("system",)
-        known = (*own, *system, "harmful", "answer", "tests", "split")
+        known = (*own, "system", "harmful", "answer", "tests", "split")
         if unknown := [name for name in self.columns if name not in known]:
             raise ValueError(f"columns: {self.format} has no {', '.join(unknown)}; expected {', '.join(known)}")
         if "guard" in self.used_as and "harmful" not in self.columns:
             raise ValueError("role guard: expected the field of its labels, `columns: {harmful: FIELD}`")
         if (self.score == "choice") != bool(self.choices):
             raise ValueError("score: choice and `choices` go together")
+        plain = [choice.strip().casefold() for choice in self.choices]
+        if "" in plain or len(set(plain)) < len(plain) or len(plain) == 1:
+            raise ValueError(f"choices: expected two or more different words, got {list(self.choices)}")
+        if isinstance(given, dict) and "split" in self.columns:
+            raise ValueError(
+                "columns: `split` goes with one file; files of parts say by themselves which part they are"
+            )
         if (self.score == "regex") != bool(self.pattern):
             raise ValueError("score: regex and `pattern` go together")
         if (self.score == "judge") != (self.judge is not None):

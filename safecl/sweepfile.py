@@ -6,6 +6,7 @@ number is written as in JSON (`010`, `1:30`, `0x10` and `1_000` are words, which
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -190,15 +191,20 @@ def _place_data(raw: dict[str, Any], folder: Path) -> None:
     """Files of `data` by their whole places: what is relative lies beside the sweep file, else in the data folder."""
     execution = raw.get("execution")
     data_dir = execution.get("data_dir") if isinstance(execution, dict) else None
-    folders = [folder, *([Path(expanded(data_dir))] if isinstance(data_dir, str) and data_dir.strip() else [])]
+    folders = [folder]
+    with suppress(ValueError):  # it is refused as what it is
+        folders += [Path(expanded(data_dir))] if isinstance(data_dir, str) else []
 
     def placed(file: Any) -> Any:
         if isinstance(file, dict):
             return {part: placed(each) for part, each in file.items()}
-        if not isinstance(file, str) or not file.strip():
-            return file  # it is refused as what it is
-        places = [(each / expanded(file)).absolute() for each in folders]
-        return str(next((place for place in places if place.exists()), places[0]))
+        try:
+            places = [(each / expanded(file)).absolute() for each in folders] if isinstance(file, str) else []
+        except ValueError:
+            places = []
+        if not places:
+            return file  # likewise
+        return str(next((place for place in places if os.path.exists(place)), places[0]))
 
     entries = raw.get("data")
     for entry in entries if isinstance(entries, list) else []:

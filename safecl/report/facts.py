@@ -60,6 +60,7 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     if num_cut:
         notes.append(f"Evaluation prompts cut to max_prompt_tokens (inside the template): up to {num_cut} of a row's.")
     notes += written_notes(sweep.data, {row["task"].partition(" ")[0] for row in rows})
+    notes += answered_otherwise(project)
     notes += project.warnings
     for model in sweep.models:
         lost = max((row["merge_loss"] or 0 for row in rows if row["model"] == model.name), default=0)
@@ -117,6 +118,23 @@ def _alignment(align: Align) -> str:
 
 def _where(row: dict[str, Any]) -> str:
     return f"{row['task']} p={row['poison']:g}"
+
+
+def answered_otherwise(project: Project) -> list[str]:
+    """A line for each judge behind an endpoint whose server says that another model answered, or several."""
+    found: dict[str, set[str]] = {}
+    for _, _, jobs, _ in project.finals():
+        for stage in (judged for job in jobs for judged in job.evidence.judged if "remote" in judged.config):
+            if project.store.has(stage):
+                remote: Any = stage.config["remote"]
+                found.setdefault(remote["model"], set()).update(
+                    project.store.record(stage)["result"].get("answered_by", ())
+                )
+    return [
+        f"The endpoint that was asked for {asked!r} says that {' and '.join(sorted(by - {''}))} answered."
+        for asked, by in found.items()
+        if by - {"", asked}
+    ]
 
 
 def _served(model: Model, found: list[dict[str, Any]]) -> list[str]:
