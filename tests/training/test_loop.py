@@ -62,7 +62,8 @@ def test_fewer_rows_than_ranks_do_not_hang(method: str, world: contract.World, t
     settings["training"] = {**settings["training"], "batch_size": 1, "epochs": 0.2}
     start, one = contract.adapter(world.safe.parent), contract.train(world, tmp_path / "one", settings)
     engines: dict[str, dict[str, Any]] = {"torch": {}}
-    engines |= {f"zero{zero}": {"engine": "deepspeed", "zero": zero} for zero in (1, 2, 3)}
+    zeros = (1, 2, 3) if method == "der" else (3,)  # the one whose ranks must all run every forward
+    engines |= {f"zero{zero}": {"engine": "deepspeed", "zero": zero} for zero in zeros}
     for name, where in engines.items():
         ranks.run(contract.train_on_rank, 2, world, str(tmp_path / name), settings, where)
         alone = one
