@@ -147,6 +147,12 @@ class Training(Strict):
     max_tokens: Annotated[int, Field(ge=8)] = 512  # prompt + answer; see `stages/data.py` for what is longer
     shuffle: bool = True  # a new order each epoch; false keeps the rows' own
 
+    @model_validator(mode="after")
+    def _has_a_schedule_that_ends_there(self) -> Self:
+        if self.min_rate != 0.1 and self.schedule != "cosine_with_min_lr":
+            raise ValueError(f"min_rate goes with `schedule: cosine_with_min_lr`; {self.schedule} would not look at it")
+        return self
+
 
 class Rows(Strict):
     """So many rows of a task; `num_rows: null` takes all there are. The split follows from where it stands.
@@ -300,6 +306,13 @@ class Guard(Training):
         2,
     )  # of rows and initialisation; odd numbers never tie
     lora: Lora = Lora()
+
+    @field_validator("rows")
+    @classmethod
+    def _come_in_pairs(cls, value: tuple[Rows, ...]) -> tuple[Rows, ...]:
+        if any(part.kinds for part in value):
+            raise ValueError("a guard's rows come in pairs of both labels: give `num_rows`")
+        return value
 
     @field_validator("seeds")
     @classmethod

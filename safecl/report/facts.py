@@ -16,7 +16,7 @@ from safecl.tasks._written import notes as written_notes
 from safecl.trained import notes as trained_notes
 
 if TYPE_CHECKING:
-    from safecl.config import Align, Model
+    from safecl.config import Align, Model, Sweep
     from safecl.project import Project
     from safecl.stats import Interval
 
@@ -40,9 +40,10 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     sweep = project.sweep
     asr, over_refusal = (decision(sweep.evaluate.judges, question) for question in ("asr", "over_refusal"))
     libraries = {text for row in rows for text in row["libraries"]}
+    trials = "every combination" if sweep.search.sampler == "grid" else f"{sweep.search.trials} trials"
     notes = [
-        f"Search: {sweep.search.trials} trials per searched cell, on validation prompts and seed {sweep.search.seed}, which "
-        f"no row reports{'' if sweep.search.realign else f'; from the alignment of seed {sweep.seeds[0]}'}."
+        f"Search: {trials} per searched cell, on validation prompts and seed {sweep.search.seed}, which no row reports"
+        f"{'' if sweep.search.realign else f'; from the alignment of seed {sweep.seeds[0]}'}."
     ]
     if len(libraries) > 1:
         notes.append(f"Rows were made with {len(libraries)} different sets of library versions (`safecl show KEY`).")
@@ -91,11 +92,19 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
             "alignment": _alignment(sweep.align),
             "macro mean": "ASR is the mean over sets of each set's share",
             "dtype": ", ".join(dict.fromkeys(model.dtype for model in sweep.models)),
+            **_texts(sweep),
             "decoding": f"greedy, at most {sweep.evaluate.max_new_tokens} tokens on attack and benign prompts",
         },
         notes=notes,
         beside=beside,
     )
+
+
+def _texts(sweep: Sweep) -> dict[str, str]:
+    """The texts around requests that are not the models' own."""
+    found = {f"text around requests of {task.task} in training": task.template for task in sweep.tasks}
+    found["text around requests in evaluation"] = sweep.evaluate.template
+    return {where: repr(text) for where, text in found.items() if text is not None}
 
 
 def _alignment(align: Align) -> str:
