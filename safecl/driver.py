@@ -16,7 +16,7 @@ from safecl.config import Sweep
 from safecl.cost import missing, slots
 from safecl.eta import Eta
 from safecl.graph import REFERENCES
-from safecl.judging.served import check_endpoints
+from safecl.judging.served import check_endpoints, key_variables
 from safecl.panel import all_seats, num_engines
 from safecl.project import Project
 from safecl.schedule import Done, Schedule
@@ -123,6 +123,11 @@ def _run(project: Project, show: Callable[[str], None], max_hours: float | None)
             if project.sweep.execution.address != "local":
                 unit = "GPU" if project.sweep.execution.use_gpu else "CPU"
                 eta.slots = slots(project.sweep.execution, int(ray.cluster_resources().get(unit, 1)))
+                if unset := ray.get(broker.unset.remote(key_variables(all_seats(project.sweep)))):
+                    raise PrerequisiteError(
+                        f"the Ray cluster that runs has no environment variable {' and '.join(unset)}, where endpoints' keys "
+                        "are read: start it with them set"
+                    )
             waiting = [broker.ensure.remote(guard, rank=2)] if guard else []
             _warm(broker, schedule, project)
             with _progress(schedule, broker, eta):

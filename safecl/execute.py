@@ -141,6 +141,10 @@ class Broker:
         units = num_gpus if execution.use_gpu else num_cpus
         self.trainers = Trainers(store, execution, logs, units - self._engine_units(), self._starts)
 
+    def unset(self, variables: Sequence[str]) -> list[str]:
+        """Those of these environment variables that are not set where stages run."""
+        return [name for name in variables if not os.environ.get(name)]
+
     async def ensure(self, stages: Sequence[Stage], rank: int = 0) -> None:
         """Return when all are in the store. Raises a stage's failure as soon as it is known.
 

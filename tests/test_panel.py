@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from safecl import panel, registry
+from safecl import execute, panel, registry
 from safecl.base import ConfigError, strictly
-from safecl.config import Judges
+from safecl.config import Execution, Judges
 from safecl.dtypes import resolved
 from safecl.graph import Evidence
 from safecl.grid import cells
+from safecl.judging.served import key_variables
 from safecl.overview import listing
 from safecl.project import Project, load
-from safecl.store import Stage
+from safecl.store import Stage, Store
 from safecl.templates import settle
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
@@ -82,6 +83,22 @@ def test_where_an_endpoint_is_enters_no_verdict_and_what_answers_does(tiny_model
     assert len({key(), *others}) == 4
     stage = verdicts(evidence(asr={"judge": "llamaguard", **THERE}))["attack.mini.asr"]
     assert "model" not in stage.inputs and stage.hints["url"] == THERE["endpoint"], "no engine is booted for it"
+
+
+def test_keys_of_endpoints_are_looked_for_where_stages_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asr = [
+        "keywords",
+        {"judge": "llamaguard", **THERE},
+        {"judge": "llamaguard", **THERE, "label": "b", "key_variable": "KEY_B"},
+    ]
+    sweep = load(QUICKSTART, settings({"asr": asr}))
+    monkeypatch.delenv("SAFECL_ENDPOINT_KEY", raising=False)
+    assert key_variables(panel.all_seats(sweep)) == ["KEY_B"]
+    monkeypatch.setenv("SAFECL_ENDPOINT_KEY", "s3cret")
+    assert key_variables(panel.all_seats(sweep)) == ["KEY_B", "SAFECL_ENDPOINT_KEY"]
+    assert key_variables(panel.all_seats(load(QUICKSTART, []))) == []
+    broker = execute.Broker(Store(str(tmp_path)), Execution(), "", 2)
+    assert broker.unset(key_variables(panel.all_seats(sweep))) == ["KEY_B"]
 
 
 def test_a_guard_is_trained_in_the_words_of_a_judge_written_here() -> None:

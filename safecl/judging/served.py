@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,7 @@ from safecl.hardware import native
 from safecl.judges import Judge, Verdict
 from safecl.models import model_stage
 from safecl.panel import Seat
-from safecl.serving.endpoint import Endpoint
+from safecl.serving.endpoint import KEY_VARIABLE, Endpoint
 from safecl.stages.judge import Reach, ask, ask_endpoint, endpoint_of
 from safecl.store import Store
 from safecl.tasks._source import sha256
@@ -143,6 +144,13 @@ class RemoteModel:
 
     def ask(self, judge: Judge, pairs: Mapping[str, tuple[str, str]], on_done: Callable[[str, Verdict], None]) -> None:
         ask_endpoint(judge, pairs, self._endpoint, self._tokenizer, on_done)
+
+
+def key_variables(asked: Iterable[Seat]) -> list[str]:
+    """Environment variables whose keys these judges' endpoints are sent."""
+    ends = [seat.endpoint for seat in asked if seat.endpoint is not None]
+    default = KEY_VARIABLE if os.environ.get(KEY_VARIABLE) else None  # sent where it is set
+    return sorted({name for end in ends if (name := end.key_variable or default) is not None})
 
 
 def check_endpoints(asked: Iterable[Seat], show: Callable[[str], None]) -> None:

@@ -411,7 +411,12 @@ def _turns(data: Data, record: Record) -> list[tuple[str, str]]:
         name, who, what = ("messages", "role", "content")
         if data.format == "sharegpt":
             name, who, what = ("conversations", "from", "value")
-        said = _checked(record, field(name), [_turn(part, who, what) for part in record.parts(field(name))])
+        parts = record.parts(field(name))
+        said = _checked(record, field(name), [_turn(part, who, what) for part in parts])
+        answers = [part for part in parts if SPEAKERS[part[who]] == "assistant"]
+        for part in answers if data.train_on == "all" else answers[-1:]:
+            if part.get("weight", 1) != 1:  # OpenAI's: 0 for an answer that is no example
+                raise part.problem("weight", "1 (`train_on` says which answers are trained on)")
         if turns and said[0][0] == "system":
             raise record.problem(data.columns["system"], f"nothing, as {field(name)} begins with a system prompt,")
         return [*turns, *said]

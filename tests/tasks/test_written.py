@@ -383,6 +383,17 @@ def test_a_files_rows_follow_from_nothing_that_its_identity_leaves_out(tmp_path:
     assert found[0] == found[1]
 
 
+def test_an_answer_that_is_no_example_is_not_trained_on_by_mistake(tmp_path: Path) -> None:
+    weighed = [{**turn, "weight": 0} if i == 2 else turn for i, turn in enumerate(DIALOGUE)]
+    path = write(tmp_path / "w.jsonl", [{"messages": weighed}])
+    settings: dict[str, Any] = {"format": "messages", "roles": "safety"}
+    assert rows(path, "safety", **settings)[0].response == "Turn it."
+    with pytest.raises(
+        ConfigError, match=r"messages\[2\]: expected 1 \(`train_on` says which .* in 'weight', got a number: 0"
+    ):
+        rows(path, "safety", **settings, train_on="all")
+
+
 def test_a_field_of_system_prompts_goes_with_conversations(tmp_path: Path) -> None:
     talk = RECORDS["sharegpt"][0]["conversations"]
     path = write(tmp_path / "s.jsonl", [{"conversations": talk, "system": "Be kind."}])
