@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from safecl.judge_cli import judge_app
-from safecl.options import AsJson, File, Limit, Set, print_table, project_to_run
+from safecl.options import AsJson, File, Limit, Set, print_hanging, print_table, project_to_run
 
 app = typer.Typer(
     add_completion=False,
@@ -23,9 +23,15 @@ One sweep file goes in; a table with intervals, an MLflow experiment and a page 
 
 **First steps**
 
-    safecl plan sweeps/quickstart.yaml       # what it would do, and for how long
-    safecl run sweeps/quickstart.yaml        # do it; the same command continues after a crash or Ctrl-C
-    safecl report sweeps/quickstart.yaml     # the table again, and a page with plots
+    safecl plan sweeps/quickstart.yaml     # what it would do, and for how long
+    safecl run sweeps/quickstart.yaml      # do it; the same command continues
+    safecl report sweeps/quickstart.yaml   # the table again, a page with plots
+
+**Your own model and data**
+
+    safecl doctor --data ROWS.jsonl --model MODEL     # what a model sees of it
+    safecl init --data ROWS.jsonl --model MODEL       # writes sweep.yaml
+    safecl plan sweep.yaml
 """,
 )
 
@@ -170,7 +176,7 @@ def report(
     limit: Limit = None,
     as_json: AsJson = False,
     out: Annotated[
-        Path | None, typer.Option(help="Where to write page and plots (default: <root>/report/NAME)")
+        Path | None, typer.Option(help="Where to write page and plots (default: report/NAME under execution.root)")
     ] = None,
     accept_judge: AcceptJudge = False,
     as_markdown: Annotated[
@@ -247,8 +253,8 @@ def ls(
     file: Annotated[Path | None, typer.Argument(help="A sweep file: its plugins are listed too")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List methods (with their equations), tasks (with their splits), judges (with their questions) or metrics (with what
-    they are measured of), and where they come from."""
+    """List methods (with their equations), tasks (what they are, and their splits), judges (with their questions) or
+    metrics (with what they are measured of), and where they come from."""
     from safecl.overview import listing
 
     if file is not None:
@@ -259,13 +265,14 @@ def ls(
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    if what != "methods":
-        print_table(what, list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+    if what == "metrics":
+        print_table(what, list(rows[0]), [list(row.values()) for row in rows])
         return
     for row in rows:  # too much for columns
-        print(f"{row['method']:12} {row['equation']}")
-        for name in list(row)[2:]:
-            print(f"{'':12} {name}: {row[name]}")
+        (_, name), (_, first), *others = row.items()
+        print_hanging(f"{name:13} ", first, indent=16)
+        for key, value in others:
+            print_hanging(f"{'':13} {key}: ", value, indent=16)
 
 
 @app.command()
@@ -288,6 +295,8 @@ def doctor(
 
     With --data FILE: what a model would see of that file, and all that is wrong with it; exits 2 if anything is.
     """
+    from safecl.base import ConfigError
+
     if data is not None:
         from safecl import datafile
 
@@ -297,6 +306,10 @@ def doctor(
         if seen.problems:
             raise typer.Exit(2)
         return
+    if of_data := [
+        name for name, value in (("--format", format_), ("--model", model), ("--revision", revision)) if value
+    ]:
+        raise ConfigError(f"{of_data[0]} is of a data file: name one with --data")
     from safecl.doctor import examine
 
     found = examine(root, data_dir)
@@ -341,6 +354,9 @@ def init(
         typer.Option(help="look (SFT and DER), compare (six methods) or tune (search DER)", show_default=False),
     ] = None,
     attack: Annotated[Path | None, typer.Option(help="Harmful requests, with answers also poison")] = None,
+    aligned: Annotated[
+        bool, typer.Option("--aligned", help="The model is aligned already: start from it as it is (`align: none`)")
+    ] = False,
     out: Annotated[Path, typer.Option(help="The sweep file to write")] = Path("sweep.yaml"),
     revision: Annotated[str | None, typer.Option(help="Commit of a hub id")] = None,
     template: Annotated[str, typer.Option(help="Of the model: auto, or a name as in a sweep file")] = "auto",
@@ -357,7 +373,7 @@ def init(
     goal = goal or typer.prompt("Goal (look, compare or tune)", default="look")
     if out.exists():
         raise ConfigError(f"--out: {str(out)!r} is there already; name a new file")
-    text = sweep(_model(model, revision, template), data, goal, attack, out)
+    text = sweep(_model(model, revision, template), data, goal, attack, out, aligned)
     out.write_text(text, encoding="utf-8")
     print(f"{out}\nnext: safecl plan {out}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +164,10 @@ def listing(what: str) -> list[dict[str, str]]:
             for name, kind in ((name, methods.load(name)) for name in methods.names())
         ]
     elif what == "tasks":
-        rows = [{"task": name, "splits": ", ".join(tasks.load(name).SPLITS)} for name in tasks.names()]
+        rows = [
+            {"task": name, "about": _about(kind), "splits": ", ".join(kind.SPLITS)}
+            for name, kind in ((name, tasks.load(name)) for name in tasks.names())
+        ]
     elif what == "judges":
         rows = [
             {"judge": name, "question": kind.question, "answers": ", ".join(kind.answers), "model": _model_of(kind)}
@@ -191,6 +195,12 @@ def listing(what: str) -> list[dict[str, str]]:
         known = (*registry.KINDS, "metrics")
         raise ConfigError(f"nothing to list called {what!r}.{near(what, known)} Expected one of {', '.join(known)}")
     return [{**row, "from": registry.origin(what, row[what[:-1]])} for row in rows]
+
+
+def _about(kind: type) -> str:
+    """What a class says of itself, or else its file: the first paragraph."""
+    told = vars(kind).get("__doc__") or sys.modules[kind.__module__].__doc__ or "-"
+    return " ".join(told.partition("\n\n")[0].split())
 
 
 def _model_of(kind: type[Judge]) -> str:

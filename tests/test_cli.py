@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import typer
 
-from safecl import cli
+from safecl import cli, options
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 QUICKSTART = str(SWEEPS / "quickstart.yaml")
@@ -190,3 +190,29 @@ def test_json_is_json_wherever_it_is_offered(
     monkeypatch.chdir(tmp_path)
     code, out, _ = said(capsys, monkeypatch, *verb.split(), *lines[verb], "--json")
     assert json.loads(out) and code == 0
+
+
+@pytest.mark.parametrize("what", ["methods", "tasks", "judges", "metrics"])
+def test_what_there_is_fits_a_terminal_of_80_columns(
+    what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "_width", lambda: 80)
+    code, out, _ = said(capsys, monkeypatch, "ls", what)
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+
+
+def test_tasks_say_what_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, out, _ = said(capsys, monkeypatch, "ls", "tasks", "--json")
+    assert all(len(row["about"]) > 20 for row in json.loads(out))
+
+
+def test_help_names_where_the_page_goes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, out, _ = said(capsys, monkeypatch, "report", "--help")
+    assert "report/NAME under execution.root" in " ".join(out.replace("\u2502", " ").split())
+
+
+def test_the_first_help_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = said(capsys, monkeypatch, "--help")
+    typed = [line.strip() for line in out.splitlines() if line.startswith("  safecl ")]
+    assert len(typed) == 6 and typed[0].endswith("for how long"), typed

