@@ -127,6 +127,7 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
     Hours are estimates (tokens x parameters / this machine's speed), corrected by what past stages of the store took.
     """
     from safecl.overview import plan as make_plan
+    from safecl.report.tables import duration
 
     project = _project(file, set_, limit, planned=True)
     found = make_plan(project)
@@ -136,37 +137,39 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
     print_table(
         "cells", ["cell", "searched", "trials"], [[c["cell"], c["searched"], str(c["trials"])] for c in found["cells"]]
     )
-    columns = ["stage", "to run", "later", "cached", "shared", "hours"]
-    rows = [[k, *(str(s[c]) for c in columns[1:5]), f"{s['hours']:.2f}"] for k, s in found["stages"].items()]
+    columns = ["stage", "to run", "later", "cached", "shared", "time"]
+    rows = [
+        [kind, *(str(count[name]) for name in columns[1:5]), duration(3600 * count["hours"])]
+        for kind, count in found["stages"].items()
+    ]
     print_table("stages (later: of trials that the search will suggest)", columns, rows)
     auto = f" (auto: {found['auto']['why']})" if found["auto"] else ""
-    print(f"dtype: {', '.join(f'{name} {dtype}' for name, dtype in found['dtype'].items())}{auto}")
-    for line in (*found["warnings"], *found["notes"]):
-        print(line)
+    told = [f"dtype: {', '.join(f'{name} {dtype}' for name, dtype in found['dtype'].items())}{auto}"]
+    told += [*found["warnings"], *found["notes"]]
     if found["disk_gib"] >= 0.05:
-        print(
+        told.append(
             f"to be written: about {found['disk_gib']:.1f} GiB, {found['states_gib']:.1f} of them theta_safe's hidden states"
         )
     devices = f" ({found['device_hours']:.0f} GPU-hours{found['speed']})" if project.sweep.execution.use_gpu else ""
-    print(
-        f"{found['open_trials']} more trials will be suggested by the search; about {found['hours']:.2f} hours in all{devices}"
-    )
+    searched = f"{found['open_trials']} more trials will be suggested by the search; " if found["open_trials"] else ""
+    told.append(f"{searched}about {duration(3600 * found['hours'])} in all{devices}")
+    for line in told:
+        print_hanging("", line, indent=2)
 
 
 @app.command()
 def status(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False) -> None:  # noqa: B006
-    """One table: how far each cell of a sweep is. Reads the store only, so it works beside a running sweep."""
+    """One table: how far each cell of a sweep is. Reads the store only, so it works beside a running sweep.
+
+    `weights`: the key of a row's weights (first seed), for `safecl export` and `safecl show`.
+    """
     from safecl.overview import status as read_status
 
     found = read_status(_project(file, set_, limit, reads=True))
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    print_table(
-        "status",
-        ["cell", "search", "final", "state"],
-        [[r["cell"], r["search"], r["final"], r["state"]] for r in found],
-    )
+    print_table("status", list(found[0]), [list(row.values()) for row in found])
 
 
 @app.command()
@@ -217,7 +220,7 @@ def power(
     for title, columns, rows in of.tables(found):
         print_table(title, columns, rows)
     for line in of.notes(found):
-        print(line)
+        print_hanging("", line, indent=2)
 
 
 @app.command()
@@ -235,7 +238,7 @@ def show(key: Annotated[str, typer.Argument(help="The beginning of a stage's key
 
 @app.command()
 def export(
-    key: Annotated[str, typer.Argument(help="The beginning of the key of a row's weights (`run --json` prints it)")],
+    key: Annotated[str, typer.Argument(help="The beginning of the key of a row's weights (`safecl status` prints it)")],
     out: Annotated[Path, typer.Argument(help="A new folder")],
     merged: Annotated[bool, typer.Option(help="The whole model, not the adapter alone")] = False,
     root: str = "runs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from safecl import methods
 from safecl.base import ConfigError, near
 from safecl.config import Data, Model
 from safecl.datafile import Seen, labels, look
+from safecl.sizes import shape
 from safecl.tasks._written import kind_of, shown
 
 
@@ -68,6 +70,7 @@ align:
   safety: [{task: mini, num_rows: 400}]
   max_tokens: 128
 """
+SMALL = 5e8  # parameters
 NUM_ROWS = 200  # of the user's rows, at most
 NUM_PROMPTS = 40  # of every evaluation set, at most
 
@@ -135,12 +138,22 @@ def _flow(value: object) -> str:
     return str(value) if is_word else json.dumps(value, ensure_ascii=False)
 
 
+def _is_small(source: str) -> bool:
+    """Whether a model has so few parameters that it learns at higher rates. Of a hub id it is not known here."""
+    config = Path(source) / "config.json"
+    with suppress(KeyError):  # a layout of its own
+        return source.startswith("wheel:") or (
+            config.is_file() and shape(json.loads(config.read_text())).parameters < SMALL
+        )
+    return False
+
+
 def _method(entry: str, aligned: bool) -> str:
     """A line of `methods`; one that needs more than a model that is aligned already is a comment with what it needs."""
     found = re.search(r"name: (\w+)", entry)
     assert found is not None
     kind = methods.load(found[1])
-    lacks_base = aligned and kind(kind.Config()).needs_base
+    lacks_base = aligned and kind.trains_as is not None and kind(kind.Config()).needs_base
     return f"  # - {entry}  # needs `aligned_from: {{source: BASE}}` on the model" if lacks_base else f"  - {entry}"
 
 
@@ -159,7 +172,7 @@ def _text(model: Model, own: Data, seen: Seen, bad: Data | None, goal: Goal, out
     assert seen.lengths is not None
     own_file = (out.absolute().parent / str(own.file)).absolute()
     num = _counts(own, own_file, ("user", "utility.validation", "utility.test"))
-    small = model.source.startswith("wheel:")
+    small = _is_small(model.source)
     rates = ("8.0e-3", "4.0e-3") if small else ("2.0e-4", "2.0e-4")
     longest = max(64, -(-seen.lengths.all[2] // 32) * 32)
     room = max(256, -(-seen.lengths.prompt[3] // 64) * 64)

@@ -105,7 +105,7 @@ def _plan_notes(project: Project) -> list[str]:
 
 
 def status(project: Project) -> list[dict[str, str]]:
-    """How far each cell is, from the store and the studies alone."""
+    """How far each cell is, from the store and the studies alone; `weights`: of its first finished seed, for `safecl export`."""
     found = []
     for cell, _, jobs, note in project.finals():
         done = sum(project.store.has(job.evidence.metrics) for job in jobs)
@@ -117,7 +117,17 @@ def status(project: Project) -> list[dict[str, str]]:
             search = f"{len(study.complete()) if study else 0}/{cell.num_trials}"
         state = "done" if jobs and done == num_seeds else "searching" if note.startswith("search:") else "to do"
         state = "failed" if not jobs and note.startswith("all ") else state
-        found.append({"cell": cell.label, "search": search, "final": f"{done}/{num_seeds}", "state": state})
+        ready = [job.graph.final for job in jobs if project.store.has(job.evidence.metrics)]
+        weights = next((final.key[:12] for final in ready if final is not None), "-")
+        found.append(
+            {
+                "cell": cell.label,
+                "search": search,
+                "final": f"{done}/{num_seeds}",
+                "state": state,
+                "weights": weights,
+            }
+        )
     return found
 
 

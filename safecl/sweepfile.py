@@ -92,7 +92,7 @@ def explained(error: ValidationError, given: Any, schema: type[Strict]) -> list[
                 "ctx": {"expected": names},
             }
             within = [{**kinds[0], **merged, "loc": place}]
-        told += [_explained({**item, "loc": (*place, *item["loc"][len(place) + 1 :])}, schema) for item in within]
+        told += [_explained({**item, "loc": _own_place(given, item)}, schema) for item in within]
     return list(dict.fromkeys(told))
 
 
@@ -106,6 +106,17 @@ def _place_in(given: Any, item: Any) -> tuple[Any, ...]:
         elif item["type"] != "missing" or i < len(place) - 1:
             return tuple(place[:i])
     return tuple(place)
+
+
+def _own_place(given: Any, item: Any) -> tuple[Any, ...]:
+    """The keys that a person wrote on the way to an error, without pydantic's names for kinds; a missing key is the last."""
+    at, place = given, []
+    for part in item["loc"]:
+        is_there = part in at if isinstance(at, dict) else isinstance(at, list) and part in range(len(at))
+        if is_there:
+            at = at[part]
+            place.append(part)
+    return (*place, item["loc"][-1]) if item["type"] == "missing" else tuple(place)
 
 
 def _explained(item: Any, schema: type[Strict]) -> str:

@@ -145,3 +145,10 @@ def test_labels_are_scored_as_choices_and_what_is_wrong_is_said(tmp_path: Path) 
         "init", *SMOLLM2, "--data", str(tmp_path / "few.jsonl"), "--goal", "look", "--out", str(tmp_path / "t.yaml")
     )
     assert "too few rows" in str(few.exception) and not (tmp_path / "t.yaml").exists()
+
+
+def test_a_small_model_in_a_folder_gets_the_rates_of_small_ones(tmp_path: Path, tiny_model: Path) -> None:
+    write(tmp_path / "support.jsonl", dialogues(160))
+    own = ("--model", str(tiny_model), "--template", "chatml", "--data", str(tmp_path / "support.jsonl"))
+    done = invoke("init", *own, "--goal", "look", "--out", str(tmp_path / "s.yaml"))
+    assert done.exit_code == 0 and load(tmp_path / "s.yaml", []).tasks[0].learning_rate == 4e-3
