@@ -90,7 +90,9 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, pla
     for where, made in (("align.safety_from", sweep.align.safety_from), ("align.method", sweep.align.method)):
         if made is not None:
             errors += _method_errors(where, made, sweep.tasks[0], attempt)
-            errors += [f"{where}: one config is expected, no search or grid"] if made.search or made.grid else []
+            errors += (
+                [f"{where}: one config is expected, no search or grid"] if made.search is not None or made.grid else []
+            )
     own = [find(task.task, sweep.data).max_new_tokens for task in sweep.tasks if task.task in known]
     if not errors:
         errors += _step_errors(sweep)

@@ -15,13 +15,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
-from safecl import methods, registry
+from safecl import methods
 from safecl.base import ConfigError, Json
 from safecl.config import Method, Model, Some, Sweep, UserTask
 from safecl.graph import REFERENCES, Evidence, Graph, Recipe
 from safecl.memo import Shared
 from safecl.store import Stage, canonical
-from safecl.tasks._written import kind_of, told
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +70,7 @@ class Cell:
 
     @cached_property
     def key(self) -> str:
-        """Hash of the recipe minus seed and searched values; names the cell's study and MLflow run."""
+        """Hash of the recipe minus seed and searched values: tells the cells of a sweep apart."""
         recipe = self.recipe
         open_values = set(self.space or {})
         identity: dict[str, Json] = {
@@ -86,27 +85,8 @@ class Cell:
             "method": recipe.method,
             "params": {name: value for name, value in recipe.params.items() if name not in open_values},
             "evaluate": recipe.evaluate.model_dump(mode="json", exclude={"unsafe_code"}),
-            **self._written,
         }
-        if plugins := self._from_outside():
-            identity["plugins"] = plugins
         return hashlib.sha256(canonical(identity).encode()).hexdigest()
-
-    @property
-    def _written(self) -> dict[str, Json]:
-        """What the sweep file says of tasks that it writes, less the places of their files, and how conversations are
-        written; nothing where it writes none."""
-        kinds = [kind_of(each) for each in self.shared.data]
-        more = [each.model_dump(mode="json", include={"judge", "max_new_tokens"}) for each in self.shared.data]
-        data: list[Json] = [
-            [kind.NAME, told(kind), told(kind, scored=True), other] for kind, other in zip(kinds, more, strict=True)
-        ]
-        return {"data": data, "conversation": self.recipe.model.text.conversation} if data else {}
-
-    def _from_outside(self) -> list[Json]:
-        """What plugins and installed packages this recipe uses: what a study has seen of others says nothing of these."""
-        stages = self.job({}, self.recipe.seed, "final").evidence.metrics.walk() if registry.any_outside() else []
-        return [*sorted({tag for stage in stages for tag in registry.tags(stage.version)})]
 
     @cached_property
     def defaults(self) -> dict[str, Json]:

@@ -146,7 +146,7 @@ def metrics() -> dict[str, Metric]:
 
 def any_outside() -> bool:
     """Whether anything is known that is not safecl's own."""
-    return bool(_process.plugins) or any(map(_installed, KINDS))
+    return bool(_process.plugins) or any(map(_installed, (*KINDS, "metrics")))
 
 
 def tags(version: str) -> list[str]:

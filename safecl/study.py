@@ -41,9 +41,13 @@ def study_name(cell: str, space: Mapping[str, Json], objective: Objective, seeds
 
 
 def name_of(cell: Cell, sweep: Sweep) -> str:
-    """The study of a searched cell."""
+    """The study of a searched cell. Its trials rest on the code and data of today: a new VERSION, an edited plugin or an
+    edited file of rows makes another study, so that no old number chooses a value."""
     assert cell.space is not None
-    return study_name(cell.key[:16], cell.space, sweep.search.objective, cell.search_seeds)
+    metrics = cell.trial({}).evidence.metrics
+    below: Json = {name: stage.key for name, stage in metrics.inputs.items()}
+    rests_on = hashlib.sha256(canonical([cell.key, metrics.version, below]).encode()).hexdigest()
+    return study_name(rests_on[:16], cell.space, sweep.search.objective, cell.search_seeds)
 
 
 def open_storage(url: str) -> Any:

@@ -123,7 +123,7 @@ def chat(stacked: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     safety = stacked.safe.parent.parent / "safety"
     memory.remember(settings, {"model": model, "rows": safety}, folder / "memory")
     memory.remember({**settings, "num_rows": None}, {"model": model, "rows": stacked.user}, folder / "teacher")
-    return World(model, Path(), stacked.user, folder / "memory", Path(), folder / "teacher")
+    return World(model, Path(), stacked.user, folder / "memory", Path(), folder / "teacher", stacked.verdicts)
 
 
 def tune(world: World, method: str, scratch: Path) -> Path:

@@ -37,7 +37,8 @@ def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def open_(root: Path, *settings: str, nodes: list[Node] | None = None, reads: bool = False) -> Project:
-    return Project(load(QUICKSTART, [f"execution.root={root}", *settings]), nodes, reads)
+    long = "execution.engine_max_tokens=2048"  # for GR-SAP's answers
+    return Project(load(QUICKSTART, [f"execution.root={root}", long, *settings]), nodes, reads)
 
 
 def identities(project: Project) -> tuple[list[str], list[str]]:

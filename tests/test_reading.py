@@ -19,7 +19,7 @@ from safecl.store import below
 from tests.made_up import finish, put
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
-WRITING = {"run", "judge"}  # and all that `judge` has
+WRITING = {"run", "judge", "init"}  # and all that `judge` has
 OWN: dict[str, list[str]] = {  # what a verb takes, where it is not a sweep file
     "ls": [],
     "show": ["KEY", "--root", "ROOT"],

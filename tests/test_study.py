@@ -10,10 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from safecl import graph
 from safecl.base import ConfigError, Json
 from safecl.config import Objective
+from safecl.dtypes import resolved
+from safecl.grid import cells
 from safecl.objective import Trial, select
-from safecl.study import CellStudy, open_storage, study_name
+from safecl.study import CellStudy, name_of, open_storage, study_name
+from safecl.sweepfile import load
+from safecl.templates import settle
+
+SWEEPS = Path(__file__).parents[1] / "sweeps"
 
 SPACE: dict[str, Json] = {
     "weight": {"low": 0.001, "high": 10.0, "log": True},
@@ -201,6 +208,23 @@ def test_a_repaired_default_is_still_the_default_when_its_parameters_were_never_
     again = CellStudy("early", SPACE, DEFAULTS, url(tmp_path), seed=0, trials=2)
     assert again.repair() == 1
     assert again.ask()[1] == {k: DEFAULTS[k] for k in SPACE}
+
+
+@pytest.mark.parametrize("changed", ["safecl.methods.der.Der", "safecl.tasks.mini.Mini", "safecl.stages.generate"])
+def test_trials_of_other_code_choose_no_value(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new VERSION of a method, of a task's rows or of a stage begins a new study; consent to run programs does not."""
+
+    def name(*settings: str) -> str:
+        sweep = settle(resolved(load(SWEEPS / "quickstart.yaml", list(settings)), "bfloat16")).sweep
+        return name_of(next(cell for cell in cells(sweep) if cell.space is not None), sweep)
+
+    before = name()
+    assert before == name() == name("evaluate.unsafe_code=true", "execution.num_workers=2")
+    monkeypatch.setattr(f"{changed}.VERSION", "another")
+    graph._version.cache_clear()
+    assert name() != before
+    monkeypatch.undo()
+    graph._version.cache_clear()
 
 
 def test_the_study_name_covers_cell_space_objective_and_seeds() -> None:

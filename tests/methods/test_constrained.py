@@ -14,7 +14,7 @@ from tests.methods import reference
 
 def test_it_trains_to_what_a_plain_loop_gives(world: World, tmp_path: Path) -> None:
     """Qi et al., Eq. 3, token by token from two whole models, and its gradient by autograd."""
-    settings = contract.config("constrained", dropout=0.0)
+    settings = contract.config("constrained", dropout=0.0, beta=0.1)
     teacher = contract.theta_safe(world)
 
     def backward(model: Any, rows: dict[str, reference.Rows], _: object) -> None:

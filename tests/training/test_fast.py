@@ -83,7 +83,7 @@ def test_rows_end_to_end_are_each_row_alone_in_eager_attention(kind: str, tiny_m
         theirs.get_base_model().set_attn_implementation("sdpa")
         with torch.no_grad():
             uncapped = theirs.get_base_model().model(input_ids=torch.tensor([_rows()[0].ids])).last_hidden_state[0]
-        assert (uncapped - hidden[0]).norm() > 1e-3 * hidden[0].norm()  # so the cap was reached
+        assert (uncapped - hidden[0]).norm() > 5e-4 * hidden[0].norm()  # so the cap was reached
 
 
 def _unregistered(monkeypatch: pytest.MonkeyPatch) -> None:
