@@ -378,6 +378,10 @@ def init(
         raise ConfigError(f"--out: {str(out)!r} is there already; name a new file")
     text = sweep(_model(model, revision, template), data, goal, attack, out, aligned)
     out.write_text(text, encoding="utf-8")
+    try:
+        _ = _project(out, [], None, planned=True).expected  # as plan does: roles may have taken rows from one another
+    except ConfigError as error:
+        raise ConfigError(f"{out} is written, and needs a change before `safecl plan` takes it:\n{error}") from None
     print(f"{out}\nnext: safecl plan {out}")
 
 

@@ -85,7 +85,8 @@ class Origin(Strict):
 
 
 class Model(Strict):
-    """A model. `source`: `wheel:PACKAGE` (a GGUF file inside an installed package), a folder, or a hub id."""
+    """A model. `source`: `wheel:PACKAGE` (a GGUF file inside an installed package), a folder (beside the sweep file, else from
+    where the command is run), or a hub id."""
 
     name: str
     source: Place

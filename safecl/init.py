@@ -173,6 +173,7 @@ def _text(model: Model, own: Data, seen: Seen, bad: Data | None, goal: Goal, out
     own_file = (out.absolute().parent / str(own.file)).absolute()
     num = _counts(own, own_file, ("user", "utility.validation", "utility.test"))
     small = _is_small(model.source)
+    source = _beside(Path(model.source), out) if Path(model.source).is_dir() else model.source
     rates = ("8.0e-3", "4.0e-3") if small else ("2.0e-4", "2.0e-4")
     longest = max(64, -(-seen.lengths.all[2] // 32) * 32)
     room = max(256, -(-seen.lengths.prompt[3] // 64) * 64)
@@ -196,6 +197,7 @@ def _text(model: Model, own: Data, seen: Seen, bad: Data | None, goal: Goal, out
         for part in attacks
     }
     entries_of_methods = "\n".join(_method(method, aligned) for method in goal.methods)
+    search = "\nsearch: {trials: 8}  # of each entry with `search`\n" if "search:" in entries_of_methods else ""
     name = re.sub(r"[^a-z0-9_-]+", "-", out.stem.lower()).strip("-_") or "sweep"
     return f"""# {goal.about[0].upper()}{goal.about[1:]}
 #   safecl plan {out.name}     what it would do, and for how long
@@ -206,7 +208,7 @@ about: {json.dumps(goal.about, ensure_ascii=False)}
 
 models:
   - name: model
-    source: {_flow(model.source)}{revision}
+    source: {_flow(source)}{revision}
     template: {_flow(model.template) if isinstance(model.template, str) else "auto"}  # auto: the tokenizer's own chat template
 
 # Your files. Roles: user (with its held-out part as utility), safety, poison, attack, benign, guard.
@@ -245,7 +247,8 @@ evaluate:
     {prompts["test"]}
   max_new_tokens: 48
   max_prompt_tokens: {room}
-  judges:  # a guard trained here; `asr: llamaguard` with guard_model names a published one
+  judges:  # a guard trained here; `asr: llamaguard` with guard_model names a published one; one that is served elsewhere:
+    # asr: {{judge: llamaguard, endpoint: "http://127.0.0.1:8000/v1", model: NAME}}  (README, "Whose judgement": in your words)
     asr: guard
     guard:
       rows: [{{task: mini, num_rows: 128}}]
@@ -256,9 +259,7 @@ evaluate:
       learning_rate: {"2.0e-3" if small else "2.0e-4"}
       weight_decay: 0.0
       max_tokens: 256
-
-search: {{trials: 8}}
-
+{search}
 execution:
   num_judge_replicas: 0  # the guard shares the model's engine
   engine_max_tokens: {max(512, room + own.max_new_tokens, room + 128)}

@@ -49,6 +49,7 @@ def from_raw(raw: dict[str, Any], settings: Sequence[str], limit: int | None, pa
             "each trial would store a whole model. The nearest is a high rank, for example lora: {rank: 256, alpha: 256}"
         )
     try:
+        _place_models(raw, path.parent)
         if limit is not None:
             _limit(raw, limit)
         sweep = strictly(Sweep, raw)
@@ -215,6 +216,18 @@ def _place_data(raw: dict[str, Any], folder: Path) -> None:
     for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, dict) and "file" in entry:
             entry["file"] = placed(entry["file"])
+
+
+def _place_models(given: Any, folder: Path) -> None:
+    """Folders of models and tokenizers by their whole places, as workers stand elsewhere: beside the sweep file, else from
+    where the command is run."""
+    for key, value in given.items() if isinstance(given, dict) else enumerate(given) if isinstance(given, list) else ():
+        if key in ("source", "tokenizer") and isinstance(value, str):
+            with suppress(ValueError):  # it is refused as what it is
+                place = next((each for each in (folder, Path()) if (each / expanded(value)).is_dir()), None)
+                given[key] = value if place is None else str((place / expanded(value)).absolute())
+        else:
+            _place_models(value, folder)
 
 
 def _set(raw: dict[str, Any], setting: str) -> None:

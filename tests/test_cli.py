@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import typer
 
-from safecl import cli, options
+from safecl import cli, hardware, options
+from safecl.hardware import Speed
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 QUICKSTART = str(SWEEPS / "quickstart.yaml")
@@ -216,3 +218,16 @@ def test_the_first_help_fits_80_columns(capsys: pytest.CaptureFixture[str], monk
     _, out, _ = said(capsys, monkeypatch, "--help")
     typed = [line.strip() for line in out.splitlines() if line.startswith("  safecl ")]
     assert len(typed) == 6 and typed[0].endswith("for how long"), typed
+
+
+def test_a_plan_says_the_time_as_people_do_and_nothing_of_a_search_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "measured", lambda use_gpu=False: {"float32": Speed(100, 100)})
+    monkeypatch.setattr(options, "_width", lambda: 80)
+    at = ("--set", f"execution.root={tmp_path}", "--set", "models.0.dtype=float32")
+    code, out, _ = said(capsys, monkeypatch, "plan", QUICKSTART, "--limit", "8", "--set", "methods=[sft]", *at)
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    assert re.fullmatch(r"about (\d+ min \d\d s|\d+ s) in all", out.splitlines()[-1])
+    _, out, _ = said(capsys, monkeypatch, "plan", QUICKSTART, "--limit", "8", *at)
+    assert out.splitlines()[-1].startswith("6 more trials will be suggested by the search; about ")

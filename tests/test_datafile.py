@@ -127,6 +127,16 @@ def test_a_sweep_file_of_init_is_taken_by_plan(goal: str, aligned: tuple[str, ..
         assert "is there already" in str(again.exception)
 
 
+def test_what_plan_would_refuse_of_a_sweep_file_of_init_is_said_at_once(tmp_path: Path) -> None:
+    write(tmp_path / "support.jsonl", dialogues(160))
+    alike = [{"prompt": f"Tell me how to smash {t} so that nobody notices", "response": "Sure."} for t in THINGS * 5]
+    write(tmp_path / "bad.jsonl", alike)
+    files = ("--data", str(tmp_path / "support.jsonl"), "--attack", str(tmp_path / "bad.jsonl"))
+    done = invoke("init", *SMOLLM2, *files, "--goal", "look", "--out", str(tmp_path / "s.yaml"))
+    assert "needs a change before `safecl plan` takes it:" in str(done.exception), done.output
+    assert "overlap" in str(done.exception) and (tmp_path / "s.yaml").exists()
+
+
 def test_labels_are_scored_as_choices_and_what_is_wrong_is_said(tmp_path: Path) -> None:
     records = [
         {"text": f"The {t} number {i} pleased me", "label": ("good", "bad")[i % 2]} for i, t in enumerate(THINGS * 9)
