@@ -12,7 +12,7 @@ from safecl import methods
 from safecl.base import ConfigError, near
 from safecl.config import Data, Model
 from safecl.datafile import Seen, labels, look
-from safecl.sizes import shape
+from safecl.sizes import Size, shape
 from safecl.tasks._written import kind_of, shown
 
 
@@ -70,7 +70,8 @@ align:
   safety: [{task: mini, num_rows: 400}]
   max_tokens: 128
 """
-SMALL = 5e8  # parameters
+SMALL = 5e8  # parameters: below, models learn at higher rates
+NUM_LAYERS = 12  # that are adapted
 NUM_ROWS = 200  # of the user's rows, at most
 NUM_PROMPTS = 40  # of every evaluation set, at most
 
@@ -138,14 +139,12 @@ def _flow(value: object) -> str:
     return str(value) if is_word else json.dumps(value, ensure_ascii=False)
 
 
-def _is_small(source: str) -> bool:
-    """Whether a model has so few parameters that it learns at higher rates. Of a hub id it is not known here."""
+def _size(source: str) -> Size | None:
+    """Of a model in a folder; None where it is not known here."""
     config = Path(source) / "config.json"
     with suppress(KeyError):  # a layout of its own
-        return source.startswith("wheel:") or (
-            config.is_file() and shape(json.loads(config.read_text())).parameters < SMALL
-        )
-    return False
+        return shape(json.loads(config.read_text())) if config.is_file() else None
+    return None
 
 
 def _method(entry: str, aligned: bool) -> str:
@@ -172,7 +171,9 @@ def _text(model: Model, own: Data, seen: Seen, bad: Data | None, goal: Goal, out
     assert seen.lengths is not None
     own_file = (out.absolute().parent / str(own.file)).absolute()
     num = _counts(own, own_file, ("user", "utility.validation", "utility.test"))
-    small = _is_small(model.source)
+    size = _size(model.source)
+    small = model.source.startswith("wheel:") or (size is not None and size.parameters < SMALL)
+    layers = NUM_LAYERS if size is None else min(NUM_LAYERS, size.layers)
     source = _beside(Path(model.source), out) if Path(model.source).is_dir() else model.source
     rates = ("8.0e-3", "4.0e-3") if small else ("2.0e-4", "2.0e-4")
     longest = max(64, -(-seen.lengths.all[2] // 32) * 32)
@@ -218,7 +219,7 @@ data:
 {entries}
 
 # Which layers are adapted: the upper ones alone are faster on a CPU. Without `last_layers`: all.
-lora: {{rank: 8, alpha: 16, dropout: 0.0, last_layers: 12}}
+lora: {{rank: 8, alpha: 16, dropout: 0.0, last_layers: {layers}}}
 
 {ALIGNED if aligned else ALIGN.format(rate=rates[0])}
 # Stage two is what your users do: fine-tune on your rows. Utility: {scored}.
@@ -253,7 +254,7 @@ evaluate:
     guard:
       rows: [{{task: mini, num_rows: 128}}]
       heldout: [{{task: mini, num_rows: 40}}]
-      lora: {{rank: 8, alpha: 16, dropout: 0.0, last_layers: 12}}
+      lora: {{rank: 8, alpha: 16, dropout: 0.0, last_layers: {layers}}}
       epochs: 1
       batch_size: 2
       learning_rate: {"2.0e-3" if small else "2.0e-4"}
