@@ -110,6 +110,8 @@ def run(
     failed = driver.run(project, lambda text: print(text, file=sys.stderr), max_hours)
     _print_rows(project, as_json, accept_judge)
     if not failed:
+        options = " with the same options" if set_ or limit else ""
+        print(f"for a page with plots: safecl report {file}{options}", file=sys.stderr)
         return
     for line in failed:
         print(f"missing: {line}", file=sys.stderr)
@@ -253,18 +255,15 @@ def export(
 @app.command()
 def ls(
     what: Annotated[str, typer.Argument(help="methods, tasks, judges or metrics")] = "methods",
-    file: Annotated[Path | None, typer.Argument(help="A sweep file: its plugins are listed too")] = None,
+    file: Annotated[Path | None, typer.Argument(help="A sweep file: its plugins and data are listed too")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List methods (with their equations), tasks (what they are, and their splits), judges (with their questions) or
     metrics (with what they are measured of), and where they come from."""
     from safecl.overview import listing
+    from safecl.sweepfile import load
 
-    if file is not None:
-        from safecl.sweepfile import load
-
-        load(file, [])
-    rows = listing(what)
+    rows = listing(what, () if file is None else load(file, []).data)
     if as_json:
         print(json.dumps(rows, indent=1))
         return

@@ -37,7 +37,9 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def print_hanging(lead: str, text: str, indent: int) -> None:
     """A line; on a terminal that is too narrow it goes on below, behind so many blanks."""
     width = _width() or sys.maxsize
-    print(textwrap.fill(text, width, initial_indent=lead, subsequent_indent=" " * indent, break_on_hyphens=False))
+    print(
+        textwrap.fill(text or "-", width, initial_indent=lead, subsequent_indent=" " * indent, break_on_hyphens=False)
+    )
 
 
 def _width() -> int | None:

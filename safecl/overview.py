@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,12 @@ from safecl.project import Project
 from safecl.report import page, plots
 from safecl.report.facts import readable
 from safecl.report.rows import curves
+from safecl.tasks._written import kind_of
 from safecl.tasks._written import notes as written_notes
 from safecl.trained import notes as trained_notes
 
 if TYPE_CHECKING:
+    from safecl.config import Data
     from safecl.judges import Judge
 
 
@@ -155,8 +158,8 @@ def write_report(project: Project, out: Path | None, accept_judge: bool = False)
     return page.write(folder / "index.html", rows, found, figures)
 
 
-def listing(what: str) -> list[dict[str, str]]:
-    """Methods, tasks, judges or metrics as rows for `safecl ls`."""
+def listing(what: str, data: Sequence[Data] = ()) -> list[dict[str, str]]:
+    """Methods, tasks, judges or metrics as rows for `safecl ls`; `data`: tasks that a sweep file writes."""
     from safecl import judges, metrics, tasks
 
     if what == "methods":
@@ -204,7 +207,15 @@ def listing(what: str) -> list[dict[str, str]]:
     else:
         known = (*registry.KINDS, "metrics")
         raise ConfigError(f"nothing to list called {what!r}.{near(what, known)} Expected one of {', '.join(known)}")
-    return [{**row, "from": registry.origin(what, row[what[:-1]])} for row in rows]
+    found = [{**row, "from": registry.origin(what, row[what[:-1]])} for row in rows]
+    return found + [_written_task(each) for each in data if what == "tasks"]
+
+
+def _written_task(data: Data) -> dict[str, str]:
+    files = data.file.values() if isinstance(data.file, dict) else [data.file or data.hub]
+    about = f"{', '.join(Path(str(file)).name for file in files)}, format {data.format}"
+    splits = ", ".join(kind_of(data).SPLITS)
+    return {"task": data.name, "about": about, "splits": splits, "from": "data of the sweep file"}
 
 
 def _about(kind: type) -> str:

@@ -13,6 +13,7 @@ from safecl import datafile
 from safecl.base import ConfigError
 from safecl.cli import app
 from safecl.config import Model
+from safecl.options import print_hanging
 from safecl.project import Project, load
 from tests.test_own_data import THINGS, dialogues, write
 
@@ -162,3 +163,24 @@ def test_a_small_model_in_a_folder_gets_the_rates_of_small_ones(tmp_path: Path, 
     own = ("--model", str(tiny_model), "--template", "chatml", "--data", str(tmp_path / "support.jsonl"))
     done = invoke("init", *own, "--goal", "look", "--out", str(tmp_path / "s.yaml"))
     assert done.exit_code == 0 and load(tmp_path / "s.yaml", []).tasks[0].learning_rate == 4e-3
+
+
+def test_tasks_of_a_sweep_file_are_listed(tmp_path: Path) -> None:
+    write(tmp_path / "support.jsonl", dialogues(3))
+    quickstart = (Path(__file__).parents[1] / "sweeps" / "quickstart.yaml").read_text()
+    (tmp_path / "s.yaml").write_text(
+        f"{quickstart}\ndata: [{{name: support, file: support.jsonl, format: messages}}]\n"
+    )
+    rows = json.loads(invoke("ls", "tasks", str(tmp_path / "s.yaml"), "--json").stdout)
+    assert rows[-1] == {
+        "task": "support",
+        "about": "support.jsonl, format messages",
+        "splits": "user, utility.validation, utility.test",
+        "from": "data of the sweep file",
+    }
+    assert "support" not in invoke("ls", "tasks", "--json").stdout
+
+
+def test_what_a_plugin_leaves_out_is_a_dash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_hanging("source: ", "", indent=2)
+    assert capsys.readouterr().out == "source: -\n"
