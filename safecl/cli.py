@@ -370,9 +370,14 @@ def init(
     from safecl.base import ConfigError
     from safecl.init import sweep
 
-    model = model or typer.prompt("Model (a folder, wheel:PACKAGE, or a hub id)")
-    data = data or Path(typer.prompt("Data file to fine-tune on"))
-    goal = goal or typer.prompt("Goal (look, compare or tune)", default="look")
+    try:
+        model = model or typer.prompt("Model (a folder, wheel:PACKAGE, or a hub id)")
+        data = data or Path(typer.prompt("Data file to fine-tune on"))
+        goal = goal or typer.prompt("Goal (look, compare or tune)", default="look")
+    except typer.Abort:
+        if sys.stdin.isatty():  # Ctrl-C
+            raise
+        raise ConfigError("nobody is here to be asked: name --model, --data and --goal") from None
     if out.exists():
         raise ConfigError(f"--out: {str(out)!r} is there already; name a new file")
     text = sweep(_model(model, revision, template), data, goal, attack, out, aligned)

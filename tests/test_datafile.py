@@ -184,3 +184,7 @@ def test_tasks_of_a_sweep_file_are_listed(tmp_path: Path) -> None:
 def test_what_a_plugin_leaves_out_is_a_dash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_hanging("source: ", "", indent=2)
     assert capsys.readouterr().out == "source: -\n"
+
+
+def test_init_without_anybody_to_ask_says_what_it_needs() -> None:
+    assert "name --model, --data and --goal" in str(CliRunner().invoke(app, ["init"], input="").exception)
