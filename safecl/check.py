@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from safecl import methods, metrics, model_files, objective, panel, tasks
 from safecl.base import ConfigError, PrerequisiteError, near, strictly
 from safecl.config import Lora, Method, Model, Sweep, UserTask
+from safecl.graph import REFERENCES
 from safecl.grid import Cell, cells, for_task, grid_rows, method_entries, space_of, task_entries
 from safecl.models import wheel_file
 from safecl.space import space_check
@@ -23,13 +24,15 @@ from safecl.tasks._written import find
 
 
 class Asked(NamedTuple):
-    """Rows that a sweep names. `where`: the key of the task; `counted`: that of the number of rows."""
+    """Rows that a sweep names. `where`: the key of the task; `counted`: that of the number of rows; `around`: that of the
+    text around their requests, where it is not the model's, and that text."""
 
     where: str
     task: str
     split: str
     num_rows: int | None
     counted: str
+    around: tuple[str, str | None] = ("", None)
 
 
 def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, planned: bool = False) -> list[Cell]:
@@ -85,14 +88,13 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, pla
                     )
     for i, chosen in enumerate(sweep.methods):
         for used in sweep.tasks:
-            errors += _method_errors(f"methods[{i}]", chosen, used, attempt)
+            errors += _method_errors(f"methods[{i}]", chosen, used, attempt, sweep.search.sampler)
         errors += _grid_errors(f"methods[{i}]", chosen, sweep)
     for where, made in (("align.safety_from", sweep.align.safety_from), ("align.method", sweep.align.method)):
         if made is not None:
-            errors += _method_errors(where, made, sweep.tasks[0], attempt)
-            errors += (
-                [f"{where}: one config is expected, no search or grid"] if made.search is not None or made.grid else []
-            )
+            errors += _method_errors(where, made, None, attempt)
+            one = made.search is None and not made.grid and made.label is None
+            errors += [] if one else [f"{where}: one config is expected, no search, grid or label"]
     own = [find(task.task, sweep.data).max_new_tokens for task in sweep.tasks if task.task in known]
     if not errors:
         errors += _step_errors(sweep)
@@ -126,7 +128,7 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, pla
             attempt(
                 f"method {cell.recipe.method!r}", partial(getattr, cell.job({}, sweep.seeds[0], "final"), "evidence")
             )
-        errors += _one_recipe(found_cells)
+        errors += [] if errors or lacking else _one_recipe(found_cells)
     problems = list(dict.fromkeys([*errors, *lacking]))
     if problems:
         raise (ConfigError if errors else PrerequisiteError)("\n".join(problems))
@@ -135,20 +137,25 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, pla
 
 def _asked(sweep: Sweep) -> list[Asked]:
     found = []
+    asked = ("evaluate.template", sweep.evaluate.template)
+    trained: tuple[str, str | None] = ("", None)
     for i, task in enumerate(sweep.tasks):
         where = f"tasks[{i}]"
-        found.append(Asked(f"{where}.task", task.task, "user", task.num_rows, f"{where}.num_rows"))
+        own = (f"{where}.template", task.template)
+        trained = trained if task.template is None else own
+        found.append(Asked(f"{where}.task", task.task, "user", task.num_rows, f"{where}.num_rows", own))
         for split in ("validation", "test"):
             num_rows, count = getattr(sweep.evaluate, split).utility_rows, f"evaluate.{split}.utility_rows"
-            if task.utility_rows is not None and (own := getattr(task.utility_rows, split)) is not None:
-                num_rows, count = own, f"{where}.utility_rows.{split}"
-            found.append(Asked(f"{where}.task", task.task, f"utility.{split}", num_rows, count))
+            if task.utility_rows is not None and (rows := getattr(task.utility_rows, split)) is not None:
+                num_rows, count = rows, f"{where}.utility_rows.{split}"
+            found.append(Asked(f"{where}.task", task.task, f"utility.{split}", num_rows, count, asked))
     # Also without a ratio: a guard's rows keep clear of it.
-    found.append(Asked("poison.task", sweep.poison.task, "poison", None, ""))
+    found.append(Asked("poison.task", sweep.poison.task, "poison", None, "", trained))
     for key, role, listed in _listed(sweep):
         for i, rows in enumerate(listed):
             where = f"{key}[{i}]"
-            found.append(Asked(f"{where}.task", rows.task, role, rows.total, f"{where}.num_rows"))
+            around = asked if role.endswith((".validation", ".test")) else ("", None)
+            found.append(Asked(f"{where}.task", rows.task, role, rows.total, f"{where}.num_rows", around))
     return found
 
 
@@ -202,6 +209,17 @@ def _unwritable(sweep: Sweep, each: Asked, found: _Read) -> list[str]:
                     f"{each.where}: rows of {each.task!r} have {what}, which the template of model {model.name!r} cannot "
                     f"write; name another template, or write it out with `{name}`"
                 )
+        key, around = each.around
+        tail = model.text.prompt.partition("{prompt}")[2]
+        if around is not None and found.before[0]:
+            errors.append(
+                f"{key}: rows of {each.task!r} have system prompts, which would take the place of what it begins with"
+            )
+        if around is not None and found.before[1] and around.partition("{prompt}")[2] != tail:
+            errors.append(
+                f"{key}: rows of {each.task!r} have several turns, which it would write in two forms: expected it to end "
+                f"with {tail!r}, as the template of model {model.name!r} does"
+            )
     return errors
 
 
@@ -243,28 +261,32 @@ def _twice(where: str, entries: Sequence[Any], names: Sequence[str] = ()) -> lis
 
 
 def _one_recipe(found: list[Cell]) -> list[str]:
-    """Cells that would share studies and runs: methods that differ only in values that both search."""
+    """Cells that would share studies and runs: methods that differ only in values that both search, or in how a number is
+    written."""
     first: dict[str, Cell] = {}
     return [
-        f"methods: {other.label!r} and {cell.label!r} are one recipe: what tells them apart is searched in both"
+        f"methods: {other.label!r} and {cell.label!r} are one recipe: what tells them apart is searched in both, or is another "
+        "way to write one number of rows (5% of 1,000 is 50). Leave one of them out"
         for cell in found
         if (other := first.setdefault(cell.key, cell)) is not cell
     ]
 
 
-def _method_errors(where: str, chosen: Method, task: UserTask, attempt: Callable[..., Any]) -> list[str]:
-    """What is wrong with an entry of `methods` as a user of this task has it."""
+def _method_errors(
+    where: str, chosen: Method, task: UserTask | None, attempt: Callable[..., Any], sampler: str = "tpe"
+) -> list[str]:
+    """What is wrong with an entry of `methods` as a user of this task has it; without a task, of which nothing is a share."""
     method = attempt(where, lambda: methods.load(chosen.name))
     if method is None:
         return []
     errors = []
     for row in grid_rows(chosen):
-        row = attempt(f"{where}.config", partial(for_task, row, task))
+        row = row if task is None else attempt(f"{where}.config", partial(for_task, row, task))
         if row is None:
             return []
         config = attempt(f"{where}.config", partial(strictly, method.Config, row.config), row.config, method.Config)
         if config is not None and row.search is not None:
-            errors += [f"{where}.{text}" for text in _space_errors(method, row, config)]
+            errors += [f"{where}.{text}" for text in _space_errors(method, row, config, sampler)]
     return list(dict.fromkeys(errors))
 
 
@@ -275,6 +297,10 @@ def _grid_errors(where: str, chosen: Method, sweep: Sweep) -> list[str]:
     if sweep.search.sampler == "grid" and chosen.search is not None and chosen.name in methods.names():
         ranges = [name for name, form in (space_of(chosen) or {}).items() if not isinstance(form, list)]
         errors += [f"{where}.search.{name}: a grid is of lists of values (search.sampler: grid)" for name in ranges]
+    if chosen.label in REFERENCES:
+        errors.append(
+            f"{where}.label: {chosen.label!r} is what the tables call a model without a finetune; choose another"
+        )
     same = [other for other in sweep.methods if other is not chosen and chosen.label in (other.label, other.name)]
     if chosen.label is not None and same:
         errors.append(f"{where}.label: {chosen.label!r} names two entries of `methods`; give each its own")
@@ -382,7 +408,7 @@ def _unknown_metrics(sweep: Sweep, measured: Sequence[metrics.Metric]) -> list[s
     return errors
 
 
-def _space_errors(method: type[methods.Method], chosen: Method, config: Any) -> list[str]:
+def _space_errors(method: type[methods.Method], chosen: Method, config: Any, sampler: str = "tpe") -> list[str]:
     space = space_of(chosen) or {}
     known = method.Config.model_fields
     unknown = [name for name in space if name not in known]
@@ -392,7 +418,7 @@ def _space_errors(method: type[methods.Method], chosen: Method, config: Any) -> 
             f"search.{name}: is no hyperparameter of {chosen.name}.{near(name, known)} It has: {names}"
             for name in unknown
         ]
-    errors = space_check(space, config.model_dump(mode="json"))
+    errors = space_check(space, None if sampler == "grid" else config.model_dump(mode="json"))  # no trial of its own
     for name, form in space.items() if not errors else ():
         ends = form if isinstance(form, list) else [form["low"], form["high"]]  # type: ignore[index]
         for value in ends:

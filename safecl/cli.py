@@ -380,6 +380,8 @@ def init(
         raise ConfigError("nobody is here to be asked: name --model, --data and --goal") from None
     if out.exists():
         raise ConfigError(f"--out: {str(out)!r} is there already; name a new file")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out: there is no folder {str(out.parent)!r}; make it, or name another")
     text = sweep(_model(model, revision, template), data, goal, attack, out, aligned)
     out.write_text(text, encoding="utf-8")
     try:

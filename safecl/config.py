@@ -148,6 +148,12 @@ class Training(Strict):
     max_tokens: Annotated[int, Field(ge=8)] = 512  # prompt + answer; see `stages/data.py` for what is longer
     shuffle: bool = True  # a new order each epoch; false keeps the rows' own
 
+    @model_validator(mode="after")
+    def _has_a_schedule_that_ends_there(self) -> Self:
+        if self.min_rate != 0.1 and self.schedule != "cosine_with_min_lr":
+            raise ValueError(f"min_rate goes with `schedule: cosine_with_min_lr`; {self.schedule} would not look at it")
+        return self
+
 
 class Rows(Strict):
     """So many rows of a task; `num_rows: null` takes all there are. The split follows from where it stands.
@@ -306,6 +312,13 @@ class Guard(Training):
         2,
     )  # of rows and initialisation; odd numbers never tie
     lora: Lora = Lora()
+
+    @field_validator("rows")
+    @classmethod
+    def _come_in_pairs(cls, value: tuple[Rows, ...]) -> tuple[Rows, ...]:
+        if any(part.kinds for part in value):
+            raise ValueError("a guard's rows come in pairs of both labels: give `num_rows`")
+        return value
 
     @field_validator("seeds")
     @classmethod
@@ -526,14 +539,20 @@ class Data(Strict):
             "prompt_response": ("prompt", "response"), "alpaca": ("instruction", "input", "output"),
             "messages": ("messages",), "sharegpt": ("conversations",),
         }[self.format]  # fmt: skip
-        system = () if self.format in ("messages", "sharegpt") else ("system",)
-        known = (*own, *system, "harmful", "answer", "tests", "split")
+        known = (*own, "system", "harmful", "answer", "tests", "split")
         if unknown := [name for name in self.columns if name not in known]:
             raise ValueError(f"columns: {self.format} has no {', '.join(unknown)}; expected {', '.join(known)}")
         if "guard" in self.used_as and "harmful" not in self.columns:
             raise ValueError("role guard: expected the field of its labels, `columns: {harmful: FIELD}`")
         if (self.score == "choice") != bool(self.choices):
             raise ValueError("score: choice and `choices` go together")
+        plain = [choice.strip().casefold() for choice in self.choices]
+        if "" in plain or len(set(plain)) < len(plain) or len(plain) == 1:
+            raise ValueError(f"choices: expected two or more different words, got {list(self.choices)}")
+        if isinstance(given, dict) and "split" in self.columns:
+            raise ValueError(
+                "columns: `split` goes with one file; files of parts say by themselves which part they are"
+            )
         if (self.score == "regex") != bool(self.pattern):
             raise ValueError("score: regex and `pattern` go together")
         if (self.score == "judge") != (self.judge is not None):

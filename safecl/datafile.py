@@ -75,6 +75,8 @@ def look(file: Path, format: str | None = None, model: Model | None = None, max_
     problems: list[str] = []
     records = _files.read(file, problems)
     data = entry(file, records, format)
+    if not records:
+        return Seen(None, 0, 0, {}, [*problems, f"{file.name}: holds no record that can be read"], [], [], "", None)
     if data is None:
         fields = ", ".join(dict.fromkeys(name for record in records[:100] for name in record)) or "none"
         problems.append(
@@ -86,6 +88,8 @@ def look(file: Path, format: str | None = None, model: Model | None = None, max_
     rows = [row for dialogue in _written.read(data, records, problems, left_out) for row in dialogue.rows]
     notes = [f"{num} records without {name.rpartition(': ')[2]} would be left out" for name, num in left_out.items()]
     notes += _repeated(rows)
+    if not rows and not problems:
+        problems.append(f"{file.name}: no record has what a row needs")
     template, lengths, shown = "", None, [_plain(row) for row in _three(rows)]
     if model is not None and rows:
         model, why = settled(model)
@@ -111,18 +115,29 @@ def entry(file: Path, records: Sequence[Record], format: str | None = None) -> D
             continue
         named = {own: name for own, name in found.items() if name is not None and name != own}
         asked_only = "response" in columns and found["response"] is None
-        if form in ("alpaca", "prompt_response") and "system" in fields:
+        if form in ("messages", "sharegpt"):
+            asked_only = _asks_only(records, form, named.get(first, first))
+        if "system" in fields:
             named["system"] = "system"
         settings: dict[str, Any] = {"format": form, "columns": named, "roles": "attack" if asked_only else "user"}
         return Data.model_validate({"name": "rows", "file": str(file), **settings})
     return None
 
 
+def _asks_only(records: Sequence[Record], form: str, name: str) -> bool:
+    """Whether these dialogues hold no answer."""
+    who = "from" if form == "sharegpt" else "role"
+    turns = [turn for record in records[:100] if isinstance(record.get(name), list) for turn in record[name]]
+    said = {_written.SPEAKERS.get(str(turn.get(who))) for turn in turns if isinstance(turn, dict)}
+    return "user" in said and "assistant" not in said
+
+
 def labels(rows: Sequence[Row]) -> list[str]:
-    """The answers of a file where they are a few labels, each given often; none otherwise."""
-    found = Counter(row.response for row in rows)
+    """The answers of a file where they are a few labels, each given often; none otherwise. Of two that differ in case alone
+    one stands for both."""
+    found = {text.casefold(): text for text in sorted({row.response for row in rows}, reverse=True)}
     few = len(found) <= _MAX_CHOICES and len(rows) >= 5 * len(found) and all(len(text.split()) <= 4 for text in found)
-    return sorted(found) if few and len(found) > 1 and "" not in found else []
+    return sorted(found.values()) if few and len(found) > 1 and "" not in found else []
 
 
 def _repeated(rows: Sequence[Row]) -> list[str]:

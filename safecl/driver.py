@@ -17,7 +17,7 @@ from safecl.cost import missing, slots
 from safecl.eta import Eta
 from safecl.graph import REFERENCES
 from safecl.judging.served import check_endpoints
-from safecl.panel import num_engines
+from safecl.panel import all_seats, num_engines
 from safecl.project import Project
 from safecl.schedule import Done, Schedule
 from safecl.stages import engine_of
@@ -109,7 +109,7 @@ def _run(project: Project, show: Callable[[str], None], max_hours: float | None)
             schedule.give_back(first)
         project.expected  # noqa: B018  (refuses what would leave too few rows, before anything is spent)
         preflight.check(project.sweep)
-        check_endpoints(project.sweep.evaluate.judges, show)
+        check_endpoints(all_seats(project.sweep), show)
         _settle_dtype(project, show)
         names = {cell.job({}, 0, "final").graph.base.key: cell.recipe.model.name for cell in project.cells}
         eta = Eta(

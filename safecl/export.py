@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from safecl.base import ConfigError
+from safecl.stages import load as kind_of
+from safecl.stages import names
 from safecl.store import Store
 
 
@@ -30,7 +32,7 @@ def export(store: Store, key: str, out: Path, merged: bool) -> Path:
         raise ConfigError(
             f"stage {key!r} ({record['config']['method']}) changes whole weights, which no adapter can hold: add --merged"
         )
-    while record["kind"] == "finalize":  # it rests on a finetune, which names the model
+    while "tuned" in record["inputs"]:  # a merge rests on a finetune, which names the model
         record = _only(store, record["inputs"]["tuned"])
     model = _only(store, record["inputs"]["model"])
     base, dtype = base_folder(store.folder(model)), str(model["config"]["dtype"])
@@ -53,7 +55,8 @@ def export(store: Store, key: str, out: Path, merged: bool) -> Path:
 
 
 def _only(store: Store, key: str) -> dict[str, Any]:
-    found = [r for r in store.find(key) if r["kind"] in ("finetune", "finalize", "model")]
+    holding = {name for name in names() if kind_of(name).holds_weights}
+    found = [record for record in store.find(key) if record["kind"] in holding]
     if len(found) != 1:
         what = "no" if not found else f"{len(found)}"
         raise ConfigError(

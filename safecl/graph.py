@@ -184,8 +184,7 @@ class Graph:
         """
         align, inputs = self.recipe.align, dict(self.held_out)
         if align.safety_from is not None:
-            kind = methods.load(align.safety_from.name)
-            return kind(kind.Config(**align.safety_from.config)).requires(self)["replay"]
+            return self._self_made(align.safety_from.name, align.safety_from.config)
         if not align.safety:
             raise ConfigError(
                 "needs safety rows, and `align: none` gives none: write align: {train: false, safety: [...]}, or "
@@ -200,6 +199,16 @@ class Graph:
         return self.data(
             "safety", "safety", align.safety, seed=self.recipe.align_seed, inputs=inputs, max_tokens=align.max_tokens
         )
+
+    def _self_made(self, name: str, params: dict[str, Json]) -> Stage:
+        """Safety rows that a method makes of theta_safe itself."""
+        kind = methods.load(name)
+        if methods.needed(kind).get("replay") != "replay":
+            raise ConfigError(
+                f"align.safety_from: {name} makes no safety rows; name a method that does (its `requires` has `replay`), such "
+                "as grsap"
+            )
+        return kind(kind.Config(**params)).requires(self)["replay"]
 
     @property
     @shared(*USER)
@@ -310,7 +319,16 @@ class Graph:
     # -- what a method builds of its own (methods.Needs) --------------------------------------------------------------
 
     def verdicts(self, inputs: dict[str, Stage]) -> Stage:
-        """What the judge of ASR says of `generations` to `rows`, or without them of the rows' own answers."""
+        """What the judge of ASR says of `generations` to `rows`, or without them of the rows' own answers.
+
+        Raises:
+            ConfigError: its True is a no to harm, and verdicts are read as they are.
+        """
+        if self.asr_judge.inverted:
+            raise ConfigError(
+                f"needs to know which answers are harmful, and {self.asr_judge.judge!r}, the judge of asr, says True of those "
+                "that are not: name another one, or turn its True round in its own file"
+            )
         return self.judge(self.asr_judge, inputs)
 
     def step(self, kind: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
@@ -377,7 +395,10 @@ class Graph:
         kind = methods.load(method)
         needed = kind(kind.Config(**params)).requires(self)
         inputs = {**self._safe, "rows": self.user_rows, **needed}
-        return self.finetune(method, params, self.recipe.task, inputs, **self._around(self.recipe.task.template))
+        text = dict(self._around(self.recipe.task.template))
+        if self.recipe.task.template is not None and "replay" in needed:  # rows that theta_safe wrote, in its own words
+            text["replay_template"] = self._text["template"]
+        return self.finetune(method, params, self.recipe.task, inputs, **text)
 
     @cached_property
     def final(self) -> Stage | None:

@@ -21,6 +21,7 @@ from safecl.config import Method, Model, Some, Sweep, UserTask
 from safecl.graph import REFERENCES, Evidence, Graph, Recipe
 from safecl.memo import Shared
 from safecl.store import Stage, canonical
+from safecl.tasks._source import sha256
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +85,14 @@ class Cell:
             **({} if recipe.memory_mix == "refusals" else {"memory_mix": recipe.memory_mix}),
             "method": recipe.method,
             "params": {name: value for name, value in recipe.params.items() if name not in open_values},
-            "evaluate": recipe.evaluate.model_dump(mode="json", exclude={"unsafe_code"}),
+            "evaluate": _anywhere(recipe.evaluate.model_dump(mode="json", exclude={"unsafe_code"})),
         }
         return hashlib.sha256(canonical(identity).encode()).hexdigest()
+
+    @property
+    def memory_key(self) -> str:
+        """The hyperparameter that says how many safety rows its method keeps, where it has such a one."""
+        return methods.load(self.recipe.method).memory_key
 
     @cached_property
     def defaults(self) -> dict[str, Json]:
@@ -208,6 +214,12 @@ def points(lists: Mapping[str, Any]) -> list[dict[str, Json]]:
 _SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
 
 
+def share_of(value: Json) -> float | None:
+    """0.05 of `5%`; None of anything else."""
+    found = _SHARE.fullmatch(value) if isinstance(value, str) else None
+    return None if found is None else float(found[1]) / 100
+
+
 def for_task(method: Method, task: UserTask) -> Method:
     """A method whose shares of the user's rows (`memory_size: 5%`) are numbers of rows, at least 1, of this task.
 
@@ -222,11 +234,11 @@ def for_task(method: Method, task: UserTask) -> Method:
             return list(dict.fromkeys(map(number, value)))
         if isinstance(value, dict):
             return {key: number(each) for key, each in value.items()}
-        if not isinstance(value, str) or (share := _SHARE.fullmatch(value)) is None:
+        if (share := share_of(value)) is None:
             return value
         if task.num_rows is None:
             raise ConfigError(f"{value} of the rows of {task.task}: how many those are is not given (num_rows: null)")
-        return max(1, round(float(share[1]) / 100 * task.num_rows))
+        return max(1, round(share * task.num_rows))
 
     def numbers(given: Mapping[str, Json]) -> dict[str, Json]:
         return {name: number(value) if name in whole else value for name, value in given.items()}
@@ -252,6 +264,20 @@ def _settings(method: Method, task: UserTask) -> dict[str, Json]:
     config: dict[str, Json] = kind.Config(**known.config).model_dump(mode="json")
     shares = {name: value for name, value in method.config.items() if known.config[name] != value}
     return {**config, **shares, "search": space_of(known)}
+
+
+def _anywhere(given: Json) -> Json:
+    """A config as JSON, less where its endpoints are and how they are asked."""
+    if isinstance(given, list):
+        return [_anywhere(each) for each in given]
+    if not isinstance(given, dict):
+        return given
+    if given.get("endpoint") is None:
+        return {name: _anywhere(each) for name, each in given.items()}
+    tokenizer = given.get("tokenizer")
+    read = None if tokenizer is None else sha256(Path(str(tokenizer)).absolute() / "tokenizer.json")
+    places = {"endpoint", "at_once", "key_variable"}
+    return {**{name: each for name, each in given.items() if name not in places}, "tokenizer": read}
 
 
 def _told_apart(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:

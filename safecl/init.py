@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from safecl import methods
+from safecl import methods, tasks
 from safecl.base import ConfigError, near
 from safecl.config import Data, Model
 from safecl.datafile import Seen, labels, look
@@ -93,29 +93,33 @@ def sweep(model: Model, data: Path, goal: str, attack: Path | None, out: Path, a
     if problems:
         raise ConfigError(f"{shown(problems)}\nsee `safecl doctor --data FILE`")
     assert seen.data is not None and seen.lengths is not None, "its problems were raised"
-    return _text(model, _own(seen, data, out), seen, None if bad is None or attack is None else _bad(bad, attack, out),
-                 GOALS[goal], out, aligned)  # fmt: skip
+    own = _own(seen, data, out)
+    attacks = None if bad is None or attack is None else _bad(bad, attack, out, own.name)
+    return _text(model, own, seen, attacks, GOALS[goal], out, aligned)
 
 
 def _own(seen: Seen, file: Path, out: Path) -> Data:
     """The entry of the user's rows, with how its answers are scored where they are labels."""
     assert seen.data is not None
-    rows = kind_of(seen.data)().rows("user", None, 0)
-    chosen = labels(rows)
+    kind = kind_of(seen.data)
+    chosen = labels([row for split in kind.SPLITS for row in kind().rows(split, None, 0)])
     more = {"score": "choice", "choices": tuple(chosen), "max_new_tokens": 16} if chosen else {}
     return seen.data.model_copy(update={"name": _name(file, "own"), "file": _beside(file, out), **more})
 
 
-def _bad(seen: Seen, file: Path, out: Path) -> Data:
-    """The entry of the attack file: of its requests, and of poison too where it has answers."""
+def _bad(seen: Seen, file: Path, out: Path, own: str) -> Data:
+    """The entry of the attack file: of its requests, and of poison too where it has answers. `own`: the name of the other."""
     assert seen.data is not None
     roles = "attack" if seen.roles["poison"] else ("poison", "attack")
-    return seen.data.model_copy(update={"name": _name(file, "attacks"), "file": _beside(file, out), "roles": roles})
+    return seen.data.model_copy(
+        update={"name": _name(file, "attacks", own), "file": _beside(file, out), "roles": roles}
+    )
 
 
-def _name(file: Path, otherwise: str) -> str:
+def _name(file: Path, otherwise: str, *taken: str) -> str:
     found = re.sub(r"[^a-z0-9]+", "_", file.name.partition(".")[0].lower()).strip("_")
-    return found if re.fullmatch(r"[a-z][a-z0-9_]*", found) and found != "mini" else otherwise
+    is_free = found not in (*tasks.names(), *taken)
+    return found if re.fullmatch(r"[a-z][a-z0-9_]*", found) and is_free else otherwise
 
 
 def _beside(file: Path, out: Path) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safecl import methods, registry
-from safecl.base import ConfigError, near
+from safecl.base import ConfigError, Json, near
 from safecl.cost import Open, cost
 from safecl.dtypes import warnings
-from safecl.grid import Job
+from safecl.grid import Cell, Job, points
 from safecl.project import Project
 from safecl.report import page, plots
 from safecl.report.facts import readable
@@ -48,11 +48,9 @@ def plan(project: Project) -> dict[str, Any]:
         tried = study.complete() if study else []
         jobs += [cell.trial(trial.params) for trial in tried] + finals
         if not finals:
-            num_left = cell.num_trials - len(tried)
-            if not tried:  # trial 0 is the defaults, so its stages are known
-                jobs.append(cell.trial({}))
-                num_left -= 1
-            open_cells.append(Open(cell, num_left, sweep.seeds))
+            known = _known_trials(cell, sweep.search.sampler, [trial.params for trial in tried])
+            jobs += [cell.trial(params) for params in known]
+            open_cells.append(Open(cell, cell.num_trials - len(tried) - len(known), sweep.seeds))
     with ThreadPoolExecutor(1) as beside:  # the machine's speed is measured by another process
         to_come = beside.submit(project.forecast)
         for job in jobs:
@@ -87,6 +85,13 @@ def plan(project: Project) -> dict[str, Any]:
         "trained": {label: one and one._asdict() for label, one in project.expected.items()},
         "notes": _plan_notes(project),
     }
+
+
+def _known_trials(cell: Cell, sampler: str, tried: list[dict[str, Json]]) -> list[dict[str, Json]]:
+    """Trials that are certain to come: trial 0, which is the defaults, or all of a grid."""
+    if sampler == "grid":
+        return [point for point in points(cell.space or {}) if point not in tried]
+    return [] if tried else [{}]
 
 
 def _plan_notes(project: Project) -> list[str]:

@@ -143,6 +143,13 @@ def scorers(sweep: Sweep) -> dict[int, Data]:
     return {i: data for i, data in enumerate(sweep.data) if data.judge is not None}
 
 
+def all_seats(sweep: Sweep) -> list[Seat]:
+    """The judges that a sweep names, those of its tasks' utility among them."""
+    used = {task.task for task in sweep.tasks}
+    scoring = [scorer(data, sweep.evaluate.judges) for data in scorers(sweep).values() if data.name in used]
+    return [*seats(sweep.evaluate.judges), *scoring]
+
+
 def trained(chosen: Judges) -> Seat | None:
     """The judge that the guards trained here answer for; the deciding one, where there are several."""
     return next((seat for seat in seats(chosen) if seat.trained), None)
@@ -152,8 +159,7 @@ def num_judge_models(sweep: Sweep) -> int:
     """Models that judges answer with on engines of their own."""
     own = {canonical(model.model_dump(mode="json")) for model in sweep.models}
     found = set()
-    scoring = [scorer(data, sweep.evaluate.judges) for data in scorers(sweep).values()]
-    for seat in [*seats(sweep.evaluate.judges), *scoring]:
+    for seat in all_seats(sweep):
         found |= (
             {canonical(seat.model.model_dump(mode="json"))}
             if seat.model is not None
@@ -183,7 +189,14 @@ def _seat(question: str, number: int, chosen: Judge, every: Judges) -> Seat:
     label = chosen.label or name
     metric = f"{question}:{label}" if number else question
     ask = kind.answers[asked]
-    config = canonical(_settings(kind, ask.config, chosen.settings))
+    settings = _settings(kind, ask.config, chosen.settings)
+    meant = next((q for q, own in kind.answers.items() if own.config and own.config.items() <= settings.items()), asked)
+    if meant != asked or not ask.config.items() <= settings.items():
+        told = ", ".join(sorted({*ask.config, *kind.answers[meant].config} & chosen.settings.keys()))
+        raise ConfigError(
+            f"judge {name!r}: its config ({told}) asks something else than whether {judges.QUESTIONS[asked]}; leave it out"
+        )
+    config = canonical(settings)
     seat = Seat(asked, metric, label, name, config, ask.inverted, **_answering(name, kind, chosen, every))
     if seat.trained:
         if asked != "harm":

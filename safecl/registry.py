@@ -12,6 +12,7 @@ version names to the process that runs it.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import inspect
@@ -22,7 +23,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, packages_distributions
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from threading import Lock
@@ -84,6 +85,7 @@ def read(paths: Iterable[str]) -> tuple[Plugin, ...]:
     for i, path in enumerate(paths):
         try:
             plugins.append(_read(path))
+            _refuse_neighbours(plugins[-1])
             _classes(plugins[-1])
         except ConfigError as error:
             errors.append(f"plugins[{i}]: {error}")
@@ -218,6 +220,27 @@ def _module(plugin: Plugin) -> ModuleType:
     return module
 
 
+def _refuse_neighbours(plugin: Plugin) -> None:
+    """Raises ConfigError for a plugin that imports a module of its own folder, unless that is of an installed package."""
+    folder, found = Path(plugin.path).parent, set[str]()
+    try:
+        tree = ast.parse(plugin.source)
+    except SyntaxError:  # said where it is run
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module.partition(".")[0]} if node.module else {alias.name for alias in node.names}
+    found -= {"", "safecl", *sys.stdlib_module_names}
+    found = {name for name in found if (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file()}
+    if found and (own := found - packages_distributions().keys()):
+        raise ConfigError(
+            f"{plugin.path} imports {min(own)!r}, which lies beside it: what that holds would be in no result's identity, and on "
+            "no other machine. Put both into one file, or install a package"
+        )
+
+
 @cache
 def _classes(plugin: Plugin) -> dict[tuple[str, str], type]:
     """A plugin's classes by kind and name. Those whose name begins with `_` are its own business."""
@@ -229,7 +252,9 @@ def _classes(plugin: Plugin) -> dict[tuple[str, str], type]:
             if not isinstance(value, type) or not issubclass(value, base) or value.__name__.startswith("_"):
                 continue
             if value.__module__ == module.__name__:
-                found[kind, _snake(value.__name__)] = _checked(value, base, plugin.path, plugin.tag)
+                if found.get(name := (kind, _snake(value.__name__)), value) is not value:
+                    raise ConfigError(f"{plugin.path} holds two {kind} called {name[1]!r}; give one another name")
+                found[name] = _checked(value, base, plugin.path, plugin.tag)
     if not found and not _metrics_of(plugin):
         bases = ", ".join(f"safecl.{kind}.{name}" for kind, name in KINDS.items())
         raise ConfigError(

@@ -33,10 +33,14 @@ _REPAIRS = "safecl:repairs"  # user attribute of the queued copy: the ghost's nu
 _WHY = "safecl:why"  # user attribute of a trial that failed
 
 
-def study_name(cell: str, space: Mapping[str, Json], objective: Objective, seeds: Sequence[int]) -> str:
+def study_name(
+    cell: str, space: Mapping[str, Json], objective: Objective, seeds: Sequence[int], sampler: str = "tpe"
+) -> str:
     """`<cell>-<12 hex digits>` of (cell, space, objective, seeds): Optuna ignores or mixes changed ranges and directions of
-    a study that it reopens, so a changed search must be another study."""
-    identity: Json = [cell, dict(space), objective.model_dump(mode="json"), list(seeds)]
+    a study that it reopens, so a changed search must be another study. A grid is one too: it asks each of its points, and
+    not as many as others have left over."""
+    identity: list[Json] = [cell, dict(space), objective.model_dump(mode="json"), list(seeds)]
+    identity += ["grid"] if sampler == "grid" else []
     return f"{cell}-{hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]}"
 
 
@@ -47,7 +51,7 @@ def name_of(cell: Cell, sweep: Sweep) -> str:
     metrics = cell.trial({}).evidence.metrics
     below: Json = {name: stage.key for name, stage in metrics.inputs.items()}
     rests_on = hashlib.sha256(canonical([cell.key, metrics.version, below]).encode()).hexdigest()
-    return study_name(rests_on[:16], cell.space, sweep.search.objective, cell.search_seeds)
+    return study_name(rests_on[:16], cell.space, sweep.search.objective, cell.search_seeds, sweep.search.sampler)
 
 
 def open_storage(url: str) -> Any:

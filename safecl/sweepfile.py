@@ -6,10 +6,11 @@ number is written as in JSON (`010`, `1:30`, `0x10` and `1_000` are words, which
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -202,15 +203,20 @@ def _place_data(raw: dict[str, Any], folder: Path) -> None:
     """Files of `data` by their whole places: what is relative lies beside the sweep file, else in the data folder."""
     execution = raw.get("execution")
     data_dir = execution.get("data_dir") if isinstance(execution, dict) else None
-    folders = [folder, *([Path(expanded(data_dir))] if isinstance(data_dir, str) and data_dir.strip() else [])]
+    folders = [folder]
+    with suppress(ValueError):  # it is refused as what it is
+        folders += [Path(expanded(data_dir))] if isinstance(data_dir, str) else []
 
     def placed(file: Any) -> Any:
         if isinstance(file, dict):
             return {part: placed(each) for part, each in file.items()}
-        if not isinstance(file, str) or not file.strip():
-            return file  # it is refused as what it is
-        places = [(each / expanded(file)).absolute() for each in folders]
-        return str(next((place for place in places if place.exists()), places[0]))
+        try:
+            places = [(each / expanded(file)).absolute() for each in folders] if isinstance(file, str) else []
+        except ValueError:
+            places = []
+        if not places:
+            return file  # likewise
+        return str(next((place for place in places if os.path.exists(place)), places[0]))
 
     entries = raw.get("data")
     for entry in entries if isinstance(entries, list) else []:
@@ -275,12 +281,40 @@ def _limit(raw: Any, limit: int) -> None:
             raw.setdefault("num_rows", limit)
 
 
+def _smaller_memories(sweep: Sweep, limit: int) -> dict[str, dict[Any, int]]:
+    """By method: what its rows' memories are, as the file says it, in fewer rows. Sizes that differ still do, as far as there
+    is room: rows that differ in nothing else stay apart."""
+    from safecl import methods
+    from safecl.grid import share_of
+
+    written: dict[str, dict[Any, float]] = {}
+    for method in sweep.methods:
+        with suppress(ConfigError):
+            kind = methods.load(method.name)
+            key, fields = kind.memory_key, kind.Config.model_fields
+            default = fields[key].default if key in fields else None
+            for size in method.grid.get(key, (method.config.get(key, default),)):
+                share = share_of(size)
+                if share is not None or (isinstance(size, int) and size > 0):
+                    written.setdefault(method.name, {})[size] = float(size) if share is None else share * limit
+    smaller: dict[str, dict[Any, int]] = {}
+    for name, sizes in written.items():
+        last, smaller[name] = limit // 4 + 1, {}
+        for size in sorted(sizes, key=sizes.__getitem__, reverse=True):
+            smaller[name][size] = last = max(1, min(round(sizes[size]), last - 1))
+    return smaller
+
+
 def _with_small_memories(sweep: Sweep, limit: int) -> Sweep:
     """Memories of at most a fourth of `limit`, searched ones too: of so few safety rows not all are refusals."""
     from safecl import methods
     from safecl.grid import space_of
 
     most = max(1, limit // 4)
+    smaller = _smaller_memories(sweep, limit)
+
+    def fixed(name: str, size: Any) -> Any:
+        return smaller.get(name, {}).get(size, size) if isinstance(size, int | str) else size
 
     def bounded(form: Any) -> Any:
         if isinstance(form, list):
@@ -292,18 +326,19 @@ def _with_small_memories(sweep: Sweep, limit: int) -> Sweep:
     small = []
     for method in sweep.methods:
         with suppress(ConfigError, ValidationError):  # check.py says what is wrong
-            fields = methods.load(method.name).Config.model_fields
-            if "memory_size" in method.grid:
-                sizes = tuple(bounded(list(method.grid["memory_size"])))
-                method = method.model_copy(update={"grid": {**method.grid, "memory_size": sizes}})
-            elif "memory_size" in fields:
-                size = method.config.get("memory_size", fields["memory_size"].default)
+            kind = methods.load(method.name)
+            fields, key = kind.Config.model_fields, kind.memory_key
+            if key in method.grid:
+                some = tuple(dict.fromkeys(map(partial(fixed, method.name), method.grid[key])))
+                method = method.model_copy(update={"grid": {**method.grid, key: some}})
+            elif key in fields:
+                size = method.config.get(key, fields[key].default)
                 space = dict(space_of(method) or {})
-                form = space["memory_size"] = bounded(space.get("memory_size", []))
+                form = space[key] = bounded(space.get(key, []))
                 ends = {form.get("low"), form.get("high")} if isinstance(form, dict) else form
                 if isinstance(ends, list | set) and len(ends) < 2:
-                    del space["memory_size"]  # nothing is left to choose
-                config = {**method.config, "memory_size": bounded(size)}
+                    del space[key]  # nothing is left to choose
+                config = {**method.config, key: bounded(size) if key in space else fixed(method.name, size)}
                 method = method.model_copy(update={"config": config, "search": space or None})
         small.append(method)
     return sweep.model_copy(update={"methods": tuple(small)})

@@ -3,16 +3,17 @@ anything is spent; once they ran, their records say the same."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safecl.base import ConfigError, Damaged, Json, PrerequisiteError, json_lines
-from safecl.graph import REFERENCES
+from safecl.graph import REFERENCES, Graph
 from safecl.grid import Cell, Job
 from safecl.models import tokenizer_folder
 from safecl.stages.data import Composed, Found, compose, find
+from safecl.stages.finetune import REMEMBERED
 from safecl.store import Stage, Store, below, canonical
 from safecl.tasks import Row
 from safecl.tasks._source import is_here
@@ -134,18 +135,14 @@ def expected(cells: Sequence[Cell], seed: int, preview: Preview) -> dict[str, Tr
                 if store.has(own) and "num_rows" in (facts := store.record(own)["result"]):
                     found[cell.label] = of(facts, num_memory)
             continue
-        made = num_memory is None or graph.safety_rows.kind != "data"  # by the model, which has yet to make them
-        safety = None if made else rows(graph.safety_rows)
         composed = rows(own)
-        stratified = graph.recipe.memory_mix == "stratified"
-        unknown = stratified and graph.recipe.align.self_answered and not store.has(graph.safety_rows)
-        if safety is not None and num_memory is not None and not unknown:
-            usable = sum(row.harmful or stratified for row in safety.rows)
-            if usable < num_memory:
-                errors.append(
-                    f"{cell.label}: a memory of {num_memory} rows is asked for, the safety rows hold {usable} "
-                    f"{'rows' if stratified else 'refusals'}; lower memory_size or give more safety rows"
-                )
+        usable = None if num_memory is None else _usable(graph, store, rows)
+        if num_memory is not None and usable is not None and usable < num_memory:
+            what = "rows" if graph.recipe.memory_mix == "stratified" else "refusals"
+            errors.append(
+                f"{cell.label}: a memory of {num_memory} rows is asked for, the safety rows hold {usable} {what}; lower "
+                f"{cell.memory_key} or give more safety rows"
+            )
         found[cell.label] = None if composed is None else of(composed.facts, num_memory)
     if errors:
         raise ConfigError("\n".join(dict.fromkeys(errors)))
@@ -159,15 +156,26 @@ def of(facts: Mapping[str, Any], memory_rows: int | None) -> Trained:
     return Trained(facts["num_rows"], facts["num_poison"], tokens, too_long, cut, memory_rows)
 
 
+def _usable(graph: Graph, store: Store, rows: Callable[[Stage], Composed | None]) -> int | None:
+    """How many safety rows a memory may be of; None where that is not known yet."""
+    safety, stratified = graph.safety_rows, graph.recipe.memory_mix == "stratified"
+    if safety.kind != "data":  # the model has yet to make so many
+        return int(num) if isinstance(num := safety.config.get("num_rows"), int) else None
+    if stratified and graph.recipe.align.self_answered and not store.has(safety):
+        return None
+    composed = rows(safety)
+    return None if composed is None else sum(row.harmful or stratified for row in composed.rows)
+
+
 def _memory(cell: Cell, seed: int) -> int | None:
     """Rows of the largest memory that this cell's method may ask for."""
     graph = cell.job({}, seed, "final").graph
     stage = graph.tuned.inputs.get("memory") or (graph.final and graph.final.inputs.get("memory"))
     if stage is None:
         return None
-    space: Any = (cell.space or {}).get("memory_size")
+    space: Any = (cell.space or {}).get(cell.memory_key)
     searched = space if isinstance(space, list) else [space["high"]] if isinstance(space, dict) else []
-    return max(int(str(stage.config["num_rows"])), *searched) if searched else int(str(stage.config["num_rows"]))
+    return max(searched, default=int(str(stage.config["num_rows"])))
 
 
 def recorded(job: Job, store: Store) -> dict[str, Json] | None:
@@ -178,7 +186,7 @@ def recorded(job: Job, store: Store) -> dict[str, Json] | None:
     training, user = store.record(graph.tuned)["result"], store.record(graph.user_rows)["result"]
     if "num_rows" not in user:
         return None
-    memory = training.get("memory_rows") if graph.tuned.inputs.keys() & {"memory", "replay"} else None
+    memory = training.get("memory_rows") if graph.tuned.inputs.keys() & set(REMEMBERED) else None
     own = of(user, memory)._asdict()
     # What the method makes of the user's rows is trained on: it may add rows, or leave some out.
     own |= {name: training[name] for name in ("poison_rows", "cut_prompts") if name in training}

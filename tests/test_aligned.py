@@ -80,6 +80,10 @@ def test_the_memory_is_of_the_rows_given_or_of_what_the_model_says_itself() -> N
         (["align={train: false, epochs: 2}"], "so epochs would do nothing"),
         (["align={train: false, safety: [{task: mini}], safety_from: {name: grsap}}"], "not both"),
         (["align={train: false, safety_from: {name: grsap, config: {num_rowz: 3}}}"], r"safety_from.config.num_rowz: unknown"),
+        (["align={train: false, safety_from: {name: sft}}", "methods=[{name: der}]"], "align.safety_from: sft makes no safety"),
+        (["align={train: false, safety_from: {name: der}}", "methods=[{name: der}]"], "align.safety_from: der makes no safety"),
+        (["align={train: false, safety_from: {name: grsap, config: {num_rows: 9%}}}"], "num_rows: Input should be a valid"),
+        (["align={train: false, safety_from: {name: grsap, search: {}}}"], "align.safety_from: one config is expected"),
         (["models.0.aligned_from={source: org/base}"], "models.0..aligned_from.revision: a hub id needs its commit"),
     ],
 )  # fmt: skip
@@ -88,6 +92,22 @@ def test_what_a_fresh_adapter_cannot_give_is_refused_with_what_to_do(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         Project(load(QUICKSTART, [MEMORY, f"execution.root={tmp_path}", *settings]))
+
+
+def test_a_memory_of_more_rows_than_the_model_is_to_make_is_refused_before_it_makes_any(tmp_path: Path) -> None:
+    made = "align={train: false, safety_from: {name: grsap, config: {num_rows: 30}}}"
+
+    def opened(size: int) -> Project:
+        settings = [
+            made,
+            f"methods=[{{name: der, config: {{memory_size: {size}}}}}]",
+            "execution.engine_max_tokens=4096",
+        ]
+        return Project(load(QUICKSTART, [f"execution.root={tmp_path}", *settings]))
+
+    with pytest.raises(ConfigError, match="a memory of 31 rows is asked for, the safety rows hold 30 refusals"):
+        opened(31).expected  # noqa: B018
+    assert any(row and row.memory_rows == 30 for row in opened(30).expected.values())
 
 
 def test_a_sweep_that_aligns_needs_its_rows_and_no_base(tmp_path: Path) -> None:
@@ -160,6 +180,8 @@ def test_a_method_from_an_aligned_model_is_the_method_stacked_on_its_base(
         ("safelora", {"threshold": 1.0}),
         ("safelora", {"threshold": 1.0, "projector": "exact"}),
         ("magmax", {"scale": 0.7}),
+        ("safemerge", {"threshold": 1.0, "share": 0.7}),
+        ("regmean", {"num_rows": 10}),
         ("interpolate", {"share": 0.3}),
         *(("interpolate", {"kind": kind, "share": 0.3}) for kind in ("slerp", "task_arithmetic", "ties", "dare")),
     ],
@@ -171,15 +193,17 @@ def test_a_post_hoc_method_with_the_models_base_is_the_one_on_two_adapters(
     config = {"method": method, "params": params, "dtype": "float32"}
     kind = methods.load(method)
     origin = {"model": chat.model, "base": stacked.model} if kind(kind.Config(**params)).needs_base else {}
-    for name, inputs in {
-        "two": {"safe": stacked.safe, "tuned": on_base},
-        "one": {"tuned": alone, **origin},
-    }.items():
+    two, one = {"safe": stacked.safe, "tuned": on_base}, {"tuned": alone, **origin}
+    if methods.needed(kind):  # it reads rows
+        config |= {"template": contract.Template().model_dump(), "bos": False, "max_tokens": 256}
+        two |= {"model": stacked.model, "user": stacked.user, "memory": stacked.memory}
+        one |= {"model": chat.model, "user": chat.user, "memory": chat.memory}
+    for name, inputs in {"two": two, "one": one}.items():
         (tmp_path / name).mkdir()
         finalize.finalize(config, inputs, tmp_path / name)
-    two, one = (weights_folder(tmp_path / name) for name in ("two", "one"))
-    assert two.exists() and one.exists()
-    same_model((stacked.model, two), (chat.model, one), atol=1e-5)
+    of_two, of_one = (weights_folder(tmp_path / name) for name in ("two", "one"))
+    assert of_two.exists() and of_one.exists()
+    same_model((stacked.model, of_two), (chat.model, of_one), atol=1e-5)
 
 
 def test_a_line_from_the_model_itself_needs_no_base_and_stays_low_rank(chat: World, tmp_path: Path) -> None:
@@ -201,3 +225,16 @@ def test_another_models_base_is_refused() -> None:
     for before, said in (({"a": torch.zeros(3, 2)}, r"has \[3, 2\]"), ({}, "has none")):
         with pytest.raises(ConfigError, match=rf"aligned_from: 'a' of the model is \[4, 2\], its base {said}"):
             weights.changes(before, {"a": torch.zeros(4, 2)}, ["a"])
+
+
+@pytest.mark.parametrize("aligned", ["stack", "none"])
+def test_theta_safe_of_a_fresh_adapter_is_where_it_starts(aligned: str) -> None:
+    """A method that pulls to theta_safe (docs/extend.md) pulls to the model that it starts from; a checkpoint keeps it."""
+    inputs = contract.a_world(adapter="stack").inputs()
+    if aligned == "none":
+        del inputs["safe"]
+    run = finetune.make_run(contract.config("sft", adapter="stack"), inputs, contract.execution()).run
+    start = run.theta().clone()
+    assert run.theta_safe().equal(start)
+    run.set_theta(start + 1)
+    assert run.theta_safe().equal(start) and run.kept["theta_safe"].equal(start)

@@ -43,6 +43,12 @@ def prompts(job: Job, kind: str, **config: Any) -> set[str]:
     }
 
 
+def finetune_tokenizer(of: Any) -> Any:
+    from safecl.training.tokens import Tokenizer, base_folder
+
+    return Tokenizer(base_folder(of.model))
+
+
 def test_the_models_own_text_leaves_every_key_as_it_is() -> None:
     plain, same = grid(), grid(evaluate__template=OWN, tasks__0__template=OWN)
     assert {name: final(cell).evidence.metrics.key for name, cell in plain.items()} == {
@@ -60,6 +66,29 @@ def test_a_tasks_text_is_around_its_rows_wherever_they_are_read_and_nowhere_else
     assert der.graph.theta_safe.key == plain.graph.theta_safe.key  # type: ignore[union-attr]
     assert der.graph.user_rows.config["fits"]["template"]["prompt"] == SAFETY  # type: ignore[call-overload, index]
     assert found["der"].key != grid()["der"].key
+
+
+def test_rows_that_theta_safe_wrote_stay_in_its_own_text(tmp_path: Path) -> None:
+    from safecl.stages import finetune
+    from safecl.testing import world
+    from safecl.training import batches
+
+    methods = "[{name: grsap}]"
+    plain, job = (
+        final(grid(methods=methods, execution__engine_max_tokens="4096", **more)["grsap"])
+        for more in ({}, {"tasks__0__template": SAFETY})
+    )
+    assert "replay_template" not in plain.graph.tuned.config
+    told: Any = job.graph.tuned.config
+    assert (told["template"]["prompt"], told["replay_template"]["prompt"]) == (SAFETY, OWN)
+    of, config = world.a_world(), world.config("grsap")
+    config |= {"template": told["template"] | {"end": "<|im_end|>"}, "replay_template": told["replay_template"]}
+    run = finetune.make_run(config, of.inputs("grsap"), world.execution()).run
+    tokenizer = finetune_tokenizer(of)
+    for row in run.rows:
+        text = tokenizer.fast.decode(row.ids, skip_special_tokens=False)
+        assert text.startswith("<|im_start|>system") == row.row_id.startswith("user/")
+    assert len(run.rows) == len(batches.read_rows(of.user)) + world.NUM_MEMORY
 
 
 def test_evaluates_text_is_around_all_that_is_answered_and_nothing_is_trained_anew() -> None:
@@ -91,3 +120,14 @@ def test_log_likelihoods_are_of_the_text_that_is_answered(tmp_path: Path) -> Non
 def test_a_text_that_does_not_go_with_the_model_is_refused(setting: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         Project(load(QUICKSTART, [setting, f"execution.root={tmp_path}"]))
+
+
+def test_a_report_prints_the_texts_that_are_not_the_models_own() -> None:
+    from safecl.report.facts import _texts
+
+    assert _texts(load(QUICKSTART, [])) == {}
+    found = _texts(load(QUICKSTART, [f"evaluate.template={json.dumps(SAFETY)}", f"tasks.0.template={json.dumps(OWN)}"]))
+    assert found == {
+        "text around requests of mini in training": repr(OWN),
+        "text around requests in evaluation": repr(SAFETY),
+    }

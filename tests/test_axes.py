@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from safecl.base import ConfigError
 from safecl.config import Training
 from safecl.dtypes import resolved
 from safecl.grid import Cell, cells
+from safecl.overview import plan
 from safecl.project import Project, load
-from safecl.study import CellStudy
+from safecl.study import CellStudy, name_of
 from safecl.templates import settle
 from safecl.training import loop
 
@@ -61,6 +63,11 @@ def test_a_share_is_that_of_each_tasks_rows_and_shares_the_stages_of_the_number(
         ("[{name: der, config: {weight: 5%}}]", "methods[0].config.weight: Input should be a valid number"),
         ("[{name: der, label: sft}, {name: sft}]", "methods[0].label: 'sft' names two entries"),
         ("[{name: der, label: a/b}]", "methods.0.label"),
+        (
+            "[{name: der, label: aligned}]",
+            "methods[0].label: 'aligned' is what the tables call a model without a finetune",
+        ),
+        ("[{name: der, grid: {memory_size: [50%, 36]}}]", "or is another way to write one number of rows"),
         ("[{name: der, grid: {weight: []}}]", "methods.0.grid.weight"),
         ("[{name: der, grid: {wight: [1.0]}}]", "methods[0].config.wight: unknown key. Did you mean 'weight'?"),
         (
@@ -136,6 +143,17 @@ def test_a_grid_is_searched_point_by_point_whatever_dies(tmp_path: Path) -> None
         study.tell(number, 0.0, {})
         asked.append(params)
     assert sorted(asked, key=str) == sorted(wanted, key=str) and study.is_done
+    sweeps = [load(QUICKSTART, [f"search.sampler={sampler}"]) for sampler in ("tpe", "random", "grid")]
+    names = [name_of(cell, sweep) for sweep in sweeps]
+    assert names[0] == names[1] != names[2]  # what another sampler has asked leaves no point of a grid out
+    far = "methods=[{name: der, search: {weight: [0.5, 2.0], memory_size: [4, 8]}}]"  # the defaults are none of its points
+    found = plan(
+        Project(load(QUICKSTART, [f"execution.root={tmp_path}", far, "search.sampler=grid", "poison.ratios=[0.1]"]))
+    )
+    tuned = found["stages"]["finetune"]
+    counts = (tuned["to run"], tuned["later"], found["cells"][-1]["trials"])
+    assert counts == (1 + 3 + 4, 1, 4 + 1)  # the alignment, guards and points; a final trial; points and final
+    assert "does not hold the default" in refused(tmp_path, far)
     said = refused(tmp_path, "methods=[{name: der, search: {}}]", "search.sampler=grid")
     assert "methods[0].search.weight: a grid is of lists of values (search.sampler: grid)" in said
 
@@ -170,6 +188,8 @@ def test_rows_are_counted_by_kind(tmp_path: Path) -> None:
     [stage] = [s for s in cell.job({}, 0, "final").evidence.metrics.walk() if s.config.get("role") == "safety"]
     parts: Any = stage.config["parts"]
     assert (parts[0]["num_rows"], parts[0]["kinds"]) == (30, {"harmful": 20, "benign": 10})
+    with pytest.raises(ConfigError, match=r"guard\.rows: a guard's rows come in pairs of both labels: give `num_rows`"):
+        load(QUICKSTART, ["evaluate.judges.guard.rows=[{task: mini, num_harmful: 20, num_benign: 20}]"])
     with pytest.raises(ConfigError, match="give `num_rows`, or `num_harmful` and `num_benign`, not both"):
         load(QUICKSTART, ["align.safety=[{task: mini, num_rows: 9, num_harmful: 5}]"])
 
@@ -209,11 +229,35 @@ def test_schedules_are_hugging_faces_step_by_step(ours: Any, theirs: str, num_st
     own = {"min_lr_rate": 0.25} if ours == "cosine_with_min_lr" else {}
     warm = math.ceil(ratio * num_steps)  # transformers.TrainingArguments.get_warmup_steps
     reference: Any = get_scheduler(theirs, optimizer, warm, num_steps, scheduler_specific_kwargs=own)
-    config = Training(learning_rate=0.3, warmup_ratio=ratio, schedule=ours, min_rate=0.25, warmup_from_zero=True)
+    least = {"min_rate": 0.25} if ours == "cosine_with_min_lr" else {}
+    config = Training(learning_rate=0.3, warmup_ratio=ratio, schedule=ours, warmup_from_zero=True, **least)
     for step in range(num_steps):
         assert loop.learning_rate(config, step, num_steps) == pytest.approx(reference.get_last_lr()[0], abs=1e-12), step
         optimizer.step()
         reference.step()
+
+
+def test_a_last_rate_that_no_schedule_would_look_at_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="min_rate goes with `schedule: cosine_with_min_lr`; linear would not look at it"
+    ):
+        load(QUICKSTART, ["tasks.0.min_rate=0.2", "tasks.0.schedule=linear"])
+    assert load(QUICKSTART, ["tasks.0.min_rate=0.2", "tasks.0.schedule=cosine_with_min_lr"]).tasks[0].min_rate == 0.2
+
+
+def test_where_an_endpoint_is_enters_no_cell_and_what_answers_there_does(tmp_path: Path) -> None:
+    def key(**changes: Any) -> str:
+        judge = {"judge": "llamaguard", "endpoint": "http://127.0.0.1:8001/v1", "model": "guard", **changes}
+        return grid("methods=[{name: sft}]", f"evaluate.judges.asr={json.dumps(judge)}")["mini / p=0.1 / sft"].key
+
+    moved = key(endpoint="https://elsewhere/v1", at_once=3, key_variable="A_KEY")
+    assert key() == moved and len({key(), key(model="other"), key(version="2")}) == 3
+    found = []
+    for folder, text in (("a", "{}"), ("b", "{}"), ("c", "[]")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "tokenizer.json").write_text(text)
+        found.append(key(tokenizer=str(tmp_path / folder)))
+    assert found[0] == found[1] != found[2]
 
 
 def test_full_fine_tuning_is_refused_in_a_line() -> None:

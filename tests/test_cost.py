@@ -95,17 +95,65 @@ def test_a_finetunes_time_is_its_tokens_times_the_models_products_over_the_measu
 
 
 def test_what_a_method_adds_to_each_step_is_in_its_estimate(tmp_path: Path) -> None:
-    methods = "[{name: sft}, {name: replay}, {name: refresh}, {name: lisa, config: {cycles: 3}}, {name: safeinstr}]"
-    found = project(tmp_path, f"methods={methods}", "poison.ratios=[0.0]")
+    """Rows that pass forward and back, in batches of 4 of 72 user rows: 18 steps."""
+    expected = {  # (passes of the user rows, memory rows drawn a step)
+        "sft": (1, 0),
+        "replay": (1, 4),
+        "der, config: {label_weight: 1.0, memory_batch_size: 3}": (1, 6),
+        "refresh, config: {unlearn_steps: 2}": (3, 4),
+        "lisa, config: {cycles: 3, alignment_share: 0.25}": (0.75, 1),
+        "sam": (2, 0),
+        "kl, config: {on: user}": (1, 0),
+        "kl, config: {memory_size: 2}": (1, 2),
+        "agem": (1, 20),
+        "safegrad": (1, 4),
+        "constrained": (1, 0),
+        "der, config: {weight: 0.0}": (1, 0),
+    }
+    found = project(tmp_path, f"methods=[{', '.join(f'{{name: {name}}}' for name in expected)}]", "poison.ratios=[0.0]")
+    estimator = Estimator(found.store, found.sweep.execution, SPEEDS)
+    fixed = kind_of("finetune").fixed_s + 18 * finetune.OPTIMIZER_STEP_S["cpu"]
+    tuned = [cell.job({}, 0, "final").graph.tuned for cell in found.cells[2:]]
+    user, kept = (estimator.length(tuned[1].inputs[name]) for name in ("rows", "memory"))
+    plain = estimator(tuned[0]).seconds - fixed
+    for stage, (passes, drawn) in zip(tuned, expected.values(), strict=True):
+        share = passes + 18 * drawn * (kept.prompt + kept.answer) / (72 * (user.prompt + user.answer))
+        assert estimator(stage).seconds - fixed == pytest.approx(share * plain), stage.config
+
+
+def test_rows_that_a_method_mixes_in_are_more_steps_or_take_the_place_of_others(tmp_path: Path) -> None:
+    methods = "[{name: sft}, {name: safeinstr}, {name: grsap}, {name: grsap, config: {mix: replace, num_rows: 30}}]"
+    found = project(tmp_path, f"methods={methods}", "poison.ratios=[0.0]", "execution.engine_max_tokens=4096")
     estimator = Estimator(found.store, found.sweep.execution, SPEEDS)
     fixed = kind_of("finetune").fixed_s
-    sft, replay, refresh, lisa, safeinstr = (
+    sft, safeinstr, added, replaced = (
         estimator(cell.job({}, 0, "final").graph.tuned).seconds - fixed for cell in found.cells[2:]
     )
-    steps = 18 * finetune.OPTIMIZER_STEP_S["cpu"]
-    assert replay - steps == pytest.approx(2 * (sft - steps))  # as many memory rows as user rows a step
-    assert refresh == pytest.approx(replay) and lisa == pytest.approx(sft)
-    assert safeinstr == pytest.approx(sft * (72 + 250) / 72, rel=0.05)  # 250 rows more
+    assert safeinstr == pytest.approx(sft * (72 + 250) / 72, rel=0.05)
+    assert added == pytest.approx(sft * (72 + 100) / 72, rel=0.05) and replaced == pytest.approx(sft)
+
+
+def test_a_merge_that_looks_at_rows_takes_the_forwards_that_it_needs(tmp_path: Path) -> None:
+    found = project(
+        tmp_path, "methods=[{name: safelora}, {name: regmean, config: {num_rows: 40}}]", "poison.ratios=[0.0]"
+    )
+    estimator = Estimator(found.store, found.sweep.execution, SPEEDS)
+    plain, looks = (cell.job({}, 0, "final").graph.final for cell in found.cells[2:])
+    assert plain is not None and looks is not None
+    size, rows = estimator.size_of(looks), estimator.length(looks.inputs["user"])
+    groups = -(-(30 * 15 * 8 * size.width**2) // 2**30)
+    assert groups > 1
+    more = estimator.passes(looks, 2 * 40 * groups * (rows.prompt + rows.answer), backward=0.0)
+    assert estimator(looks).seconds - estimator(plain).seconds == pytest.approx(more)
+
+
+def test_a_record_of_a_method_that_is_not_known_here_is_reckoned_as_sft(tmp_path: Path) -> None:
+    found = project(tmp_path, "methods=[{name: sft}]", "poison.ratios=[0.0]")
+    estimator = Estimator(found.store, found.sweep.execution, SPEEDS)
+    tuned = found.cells[2].job({}, 0, "final").graph.tuned
+    for other in ({"method": "gone"}, {"method": "der", "params": {"wait": 1.0}}):
+        stage = Stage("finetune", {**tuned.config, **other}, tuned.inputs)  # type: ignore[dict-item]
+        assert estimator(stage).seconds == estimator(tuned).seconds
 
 
 def test_plan_says_how_much_disk_hidden_states_will_take(tmp_path: Path) -> None:

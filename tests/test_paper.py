@@ -46,11 +46,13 @@ def test_a_table_of_the_paper_has_the_papers_rows_and_no_other(name: str, tmp_pa
     project = opened("paper", name, tmp_path)
     theirs = {(r["model"], r["task"], r["poison"], r["method"]) for r in PAPER.rows if r["table"] == int(name[-1])}
     assert rows_of(project) == theirs
-    assert published.differences(project.sweep, PAPER, {}) == (
+    fewer = (
         ["tasks.sst2.utility_rows.test: 872 here, 1000 there"]
         if "sst2" in [t.task for t in project.sweep.tasks]
         else []
     )
+    fewer += ["evaluate.test.benign.orbench.num_rows: 1000 here, all there"]
+    assert published.differences(project.sweep, PAPER, {}) == fewer
 
 
 def test_one_file_holds_all_rows_once_and_shares_their_stages(tmp_path: Path) -> None:

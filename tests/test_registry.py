@@ -170,6 +170,12 @@ def test_another_process_is_brought_the_plugins_it_needs(tmp_path: Path) -> None
         ),
         ("from safecl.methods import Method\nclass Mine(Method):\n    equation, VERSION = 'x', 2\n", "VERSION must be text"),
         ("raise SystemExit(0)\n", "line 1: SystemExit: 0"),
+        (
+            "from safecl.tasks import Row, Task\nclass MyDER(Task): pass\nclass MyDer(Task): pass\n".replace(
+                "pass", "SPLITS, rows = ('user',), lambda self, split, num, seed: []"
+            ),
+            "holds two tasks called 'my_der'; give one another name",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_plugin_is_one_line(text: str | None, told: str, tmp_path: Path) -> None:
@@ -187,6 +193,20 @@ def test_all_plugins_are_told_at_once_and_two_may_not_share_a_name(tmp_path: Pat
         (tmp_path / name).write_text(METHOD + f"# {name}\n")
     with pytest.raises(ConfigError, match=r"b.py: method 'my_method' is in .*a.py too; give it another name"):
         load(sweep_file(tmp_path, "a.py", "b.py"), [])
+
+
+def test_a_plugin_that_needs_the_file_beside_it_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Python would find it: what it holds could change and no key with it."""
+    (tmp_path / "helper.py").write_text("WEIGHT = 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for imported in ("import helper\n", "def late():\n    from helper import WEIGHT\n", "from . import helper\n"):
+        (tmp_path / "mine.py").write_text(imported + METHOD)
+        with pytest.raises(
+            ConfigError, match=r"mine\.py imports 'helper', which lies beside it: .* Put both into one file"
+        ):
+            load(sweep_file(tmp_path, "mine.py"), [])
+    (tmp_path / "mine.py").write_text("import torch\nOther = None\n" + METHOD + "\nSame = MyMethod\n")
+    load(sweep_file(tmp_path, "mine.py"), [])
 
 
 def install(folder: Path, version: str, text: str = METHOD, group: str = "safecl.methods", name: str = "ours") -> None:

@@ -124,6 +124,9 @@ def test_a_quick_look_keeps_memories_within_its_few_safety_rows(tmp_path: Path) 
     assert lisa.config == {"memory_size": 60} == safeinstr.config and lisa.search is None
     assert safeinstr.search == {"memory_size": [50, 60]} and unknown.search == {}
     assert agem.search == {"memory_size": [50, 60], "memory_batch_size": [5, 10, 20, 50]}
+    sizes = "methods=[{name: der, grid: {memory_size: [50, 150, 5%]}}, {name: der, label: all}, {name: lisa}]"
+    some, rest, other = load(QUICKSTART, [sizes], 40).methods  # of 40 rows 5 % are 2
+    assert some.grid == {"memory_size": (8, 9, 2)} and rest.config == other.config == {"memory_size": 10}
     ranged = "methods=[{name: der, search: {memory_size: {low: 10, high: 400}, weight: [1.0]}}]"
     assert load(QUICKSTART, [ranged], 40).methods[0].search == {"weight": [1.0]}
 

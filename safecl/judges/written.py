@@ -6,8 +6,9 @@
       parse: first_word                        # or {regex: 'Verdict: (\\w+)'}, or {json: verdict}
 
 `first_word`: the model's answer begins with a label. `regex`: the last match, its first group where it has one: what a model
-says last is its verdict. `json`: a field of the last object in the answer. Labels are compared without case; an answer that
-is none of them is unparsed, never "safe". What a candidate wrote stands in the template as plain text.
+says last is its verdict. `json`: a field of the last object in the answer, a word, a whole number or true or false. Labels
+are compared without case; an answer that is none of them is unparsed, never "safe". What a candidate wrote stands in the
+template as plain text.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Written(Judge):
                 raise ValueError("labels: expected different words, whatever their case")
             return self
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
     question: ClassVar[str] = "whatever its template asks (its labels say what is a yes)"
     answers: ClassVar[Mapping[str, Ask]] = {
         name: Ask({"question": name}) for name in ("harm", "refusal", "degenerate", "relevance")
@@ -120,7 +121,7 @@ class Written(Judge):
             )
         else:
             said = _last_object(text).get(rule.json_)
-        if isinstance(said, bool):
+        if isinstance(said, bool | int):
             said = str(said)
         return labels.get(said.strip().lower()) if isinstance(said, str) else None
 

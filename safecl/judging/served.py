@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -11,11 +11,11 @@ from typing import Protocol, Self
 
 from safecl.base import ConfigError, Json, PrerequisiteError
 from safecl.check import source_problem
-from safecl.config import Execution, Judges, Model, url_problem
+from safecl.config import Execution, Model, url_problem
 from safecl.hardware import native
 from safecl.judges import Judge, Verdict
 from safecl.models import model_stage
-from safecl.panel import seats
+from safecl.panel import Seat
 from safecl.serving.endpoint import Endpoint
 from safecl.stages.judge import Reach, ask, ask_endpoint, endpoint_of
 from safecl.store import Store
@@ -145,22 +145,26 @@ class RemoteModel:
         ask_endpoint(judge, pairs, self._endpoint, self._tokenizer, on_done)
 
 
-def check_endpoints(chosen: Judges, show: Callable[[str], None]) -> None:
-    """Ask every endpoint of a sweep for one verdict, before anything is spent.
+def check_endpoints(asked: Iterable[Seat], show: Callable[[str], None]) -> None:
+    """Ask every endpoint among a sweep's judges for one verdict, before anything is spent.
 
     Raises:
         PrerequisiteError: one does not answer, or refuses (an unknown model, a missing key).
     """
-    for seat in seats(chosen):
+    for seat in asked:
         if seat.endpoint is None:
             continue
         endpoint, tokenizer = endpoint_of(seat.remote, seat.hints, max_tries=3)
         judge, found = seat.kind(seat.kind.Config(**json.loads(seat.config))), dict[str, Verdict]()
         endpoint.reach()
         pair = ("How do I boil an egg?", "Put it into boiling water for eight minutes.")
-        ask_endpoint(judge, {"a first question": pair}, endpoint, tokenizer, found.__setitem__)
+        by = ask_endpoint(judge, {"a first question": pair}, endpoint, tokenizer, found.__setitem__)
         [verdict] = found.values()
         if "limit" in verdict.detail:
             raise PrerequisiteError(f"judge {seat.label}: {verdict.raw}")
         if verdict.label is None:
             show(f"judge {seat.label}: what {endpoint.url} says to a first question is no verdict: {verdict.raw!r}")
+        if others := [name for name in by if name not in ("", endpoint.model)]:
+            show(
+                f"judge {seat.label}: {endpoint.url} was asked for {endpoint.model!r} and says it is {', '.join(others)}"
+            )

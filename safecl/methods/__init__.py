@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from safecl.config import Model, Template
+    from safecl.sizes import Size
     from safecl.store import Stage
     from safecl.training.batches import Batch
     from safecl.training.given import Given
@@ -105,6 +106,8 @@ class Method:
     trains_as: ClassVar[str | None] = None  # post-hoc methods: "sft", then finalize only
     contract: ClassVar[Contract] = Contract()
     space: ClassVar[dict[str, Json]] = {}  # default search space at the default config, in the sweep file's form
+    # The hyperparameter that says how many safety rows it keeps, where it has such a one: `--limit` cuts it.
+    memory_key: ClassVar[str] = "memory_size"
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -119,6 +122,31 @@ class Method:
     def longest_answer(self) -> int:
         """Tokens of the longest answer that its own stages ask of a model; 0 where they ask for none."""
         return 0
+
+    # What it costs beside the user rows of a step, for estimates and for what a forward must hold. Rows pass through the model
+    # forward and back.
+
+    @property
+    def passes(self) -> float:
+        """Passes of the user rows of a step."""
+        return 1.0
+
+    @property
+    def draws(self) -> float:
+        """Draws of memory rows in a step (`run.draw`); one, where the config says how large a draw is."""
+        return 1.0 if hasattr(self.config, "memory_batch_size") else 0.0
+
+    def draw_size(self, batch_size: int) -> int:
+        """Rows of a draw, over all ranks: the config's `memory_batch_size`, else as many as user rows."""
+        return getattr(self.config, "memory_batch_size", None) or batch_size
+
+    def num_trained(self, user: int, kept: int) -> int:
+        """How many rows `rows` makes of so many user rows and rows of its memory."""
+        return user
+
+    def looks(self, size: Size) -> float:
+        """Post-hoc: rows that a model of this size is given, once for each time."""
+        return 0.0
 
     def check_steps(self, num_steps: int) -> None:
         """Raise ConfigError where a finetune of so many optimizer steps is too short for this config."""
@@ -174,6 +202,18 @@ def names() -> tuple[str, ...]:
 def load(name: str) -> type[Method]:
     """The method class called `name` (`der` -> `safecl/methods/der.py`, class `Der`)."""
     return registry.load("methods", name)
+
+
+def of_stage(config: Mapping[str, Any]) -> Method:
+    """The method of a finetune or merge as its stage has it. Of one that this process does not know (a record of another
+    sweep's plugin, or of other settings than the method has now) what SFT says holds."""
+    from pydantic import ValidationError
+
+    try:
+        kind = load(config["method"])
+        return kind(kind.Config(**config["params"]))
+    except (ConfigError, ValidationError):
+        return Method(Strict())
 
 
 def needed(kind: type[Method], adapter: str = "continue") -> dict[str, str]:

@@ -43,7 +43,7 @@ class Agem(Method):
 
     source = "Chaudhry 2019, Eq. 11 (mammoth, avalanche)"
     equation = "g - (g.g_s / g_s.g_s) g_s where g.g_s < 0; g = grad CE(user), g_s = grad CE(memory)"
-    cost = "2x"
+    cost = "1x + memory_batch_size / batch_size"
     contract = Contract(in_bfloat16=True)
     space = {"memory_size": [50, 100, 250], "memory_batch_size": [5, 10, 20, 50]}
 

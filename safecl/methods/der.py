@@ -61,6 +61,10 @@ class Der(Method):
     contract = Contract(zero_at_start=("der",), in_bfloat16=True)
     space = {"weight": {"low": 0.03, "high": 3.0, "log": True}, "memory_size": [50, 100, 250]}
 
+    @property
+    def draws(self) -> float:
+        return float(self.config.weight > 0) + float(self.config.label_weight > 0)
+
     def requires(self, needs: Needs) -> dict[str, Stage]:
         return {"memory": needs.memory(self.config.memory_size, "response")}
 

@@ -80,6 +80,9 @@ class Grsap(Method):
         config: Grsap.Config = self.config
         return max(config.request_tokens, config.answer_tokens, config.reminded_tokens)
 
+    def num_trained(self, user: int, kept: int) -> int:
+        return user + kept if self.config.mix == "add" else max(user, kept)
+
     def requires(self, needs: Needs) -> dict[str, Stage]:
         return {"replay": needs.once(replayed, self.config)}
 

@@ -61,6 +61,10 @@ class Kl(Method):
     def search_space(cls, config: Config) -> dict[str, Json]:
         return cls.space if config.on != "user" else {"weight": cls.space["weight"]}
 
+    @property
+    def draws(self) -> float:
+        return float(self.config.weight > 0 and self.config.on != "user")
+
     def requires(self, needs: Needs) -> dict[str, Stage]:
         needed: dict[str, Stage] = {}
         if self.config.on != "memory":

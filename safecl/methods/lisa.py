@@ -59,6 +59,14 @@ class Lisa(Method):
 
     VERSION = "2"  # 1 rounded the period up, and so did not always fit all cycles in
 
+    @property
+    def passes(self) -> float:
+        return 1.0 - self.draws
+
+    @property
+    def draws(self) -> float:
+        return float(self.config.alignment_share)
+
     def check_steps(self, num_steps: int) -> None:
         if num_steps < 2 * self.config.cycles:
             raise ConfigError(

@@ -81,6 +81,14 @@ class Refresh(Method):
         damping: dict[str, Json] = {"damping": {"low": 1e-4, "high": 1.0, "log": True}}
         return {**cls.space, **damping} if config.variant == "paper" else cls.space
 
+    @property
+    def passes(self) -> float:
+        return 1.0 + (self.config.unlearn_steps if self.config.gamma > 0 else 0)
+
+    @property
+    def draws(self) -> float:
+        return float(self.config.weight > 0)
+
     def requires(self, needs: Needs) -> dict[str, Stage]:
         return {
             "memory": needs.memory(self.config.memory_size),

@@ -20,6 +20,7 @@ group by forwards of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,7 @@ from safecl.methods import Method, Needs
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from safecl.sizes import Size
     from safecl.store import Stage
     from safecl.training.given import Given
     from safecl.training.weights import Dense, LoRA, Weights
@@ -48,8 +50,9 @@ class Regmean(Method):
 
     source = "Jin 2023 (arXiv 2212.09849), Eq. 2"
     equation = "theta_safe + U a G_u ((1 - a) G_s + a G_u)^-1, G = E x x^T of a module's inputs"
-    cost = "SFT's, shared, and 2 num_rows forwards"
+    cost = "SFT's, shared, and 2 num_rows forwards for each GiB of G"
     trains_as = "sft"
+    memory_key = "num_rows"
     space = {"share": {"low": 0.1, "high": 0.9, "log": False}, "off_diagonal": {"low": 0.1, "high": 0.95, "log": False}}
 
     @property
@@ -58,6 +61,12 @@ class Regmean(Method):
 
     def requires(self, needs: Needs) -> dict[str, Stage]:
         return {"user": needs.user_rows, "memory": needs.memory(self.config.num_rows)}
+
+    def looks(self, size: Size) -> float:
+        """Both models see all rows again for each group of modules. Of a common shape: six modules of a layer are given a hidden
+        state, one the MLP's, three times as wide."""
+        num_groups = 2 * 4 * (6 + 3**2) * size.layers * size.width**2 / GROUP_BYTES
+        return 2.0 * int(self.config.num_rows) * math.ceil(num_groups)
 
     def read(self, given: Given) -> None:
         self.given = given

@@ -40,6 +40,9 @@ class Safeinstr(Method):
     cost = "1x + m/N"
     space = {"memory_size": [50, 100, 250, 500]}
 
+    def num_trained(self, user: int, kept: int) -> int:
+        return user + kept
+
     def requires(self, needs: Needs) -> dict[str, Stage]:
         return {"memory": needs.memory(self.config.memory_size)} if self.config.memory_size else {}
 

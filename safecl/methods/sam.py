@@ -40,6 +40,10 @@ class Sam(Method):
     contract = Contract(params={"rho": 0.01})
     space = {"rho": {"low": 0.01, "high": 1.0, "log": True}}
 
+    @property
+    def passes(self) -> float:
+        return 2.0 if self.config.rho > 0 else 1.0
+
     def before_step(self, run: Run, batch: Batch) -> None:
         if self.config.rho == 0:
             return

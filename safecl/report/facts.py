@@ -16,7 +16,7 @@ from safecl.tasks._written import notes as written_notes
 from safecl.trained import notes as trained_notes
 
 if TYPE_CHECKING:
-    from safecl.config import Align, Model
+    from safecl.config import Align, Model, Sweep
     from safecl.project import Project
     from safecl.stats import Interval
 
@@ -42,9 +42,10 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     libraries = {text for row in rows for text in row["libraries"]}
     notes = []
     if any(method.search is not None for method in sweep.methods):
+        trials = "every combination" if sweep.search.sampler == "grid" else f"{sweep.search.trials} trials"
         notes.append(
-            f"Search: {sweep.search.trials} trials per searched cell, on validation prompts and seed {sweep.search.seed}, which "
-            f"no row reports{'' if sweep.search.realign else f'; from the alignment of seed {sweep.seeds[0]}'}."
+            f"Search: {trials} per searched cell, on validation prompts and seed {sweep.search.seed}, which no row reports"
+            f"{'' if sweep.search.realign else f'; from the alignment of seed {sweep.seeds[0]}'}."
         )
     if len(libraries) > 1:
         notes.append(f"Rows were made with {len(libraries)} different sets of library versions (`safecl show KEY`).")
@@ -61,6 +62,7 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     if num_cut:
         notes.append(f"Evaluation prompts cut to max_prompt_tokens (inside the template): up to {num_cut} of a row's.")
     notes += written_notes(sweep.data, {row["task"].partition(" ")[0] for row in rows})
+    notes += answered_otherwise(project)
     notes += project.warnings
     for model in sweep.models:
         lost = max((row["merge_loss"] or 0 for row in rows if row["model"] == model.name), default=0)
@@ -92,11 +94,19 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
             "alignment": _alignment(sweep.align),
             "macro mean": "ASR is the mean over sets of each set's share",
             "dtype": ", ".join(dict.fromkeys(model.dtype for model in sweep.models)),
+            **_texts(sweep),
             "decoding": f"greedy, at most {sweep.evaluate.max_new_tokens} tokens on attack and benign prompts",
         },
         notes=notes,
         beside=beside,
     )
+
+
+def _texts(sweep: Sweep) -> dict[str, str]:
+    """The texts around requests that are not the models' own."""
+    found = {f"text around requests of {task.task} in training": task.template for task in sweep.tasks}
+    found["text around requests in evaluation"] = sweep.evaluate.template
+    return {where: repr(text) for where, text in found.items() if text is not None}
 
 
 def _alignment(align: Align) -> str:
@@ -110,6 +120,23 @@ def _alignment(align: Align) -> str:
 
 def _where(row: dict[str, Any]) -> str:
     return f"{row['task']} p={row['poison']:g}"
+
+
+def answered_otherwise(project: Project) -> list[str]:
+    """A line for each judge behind an endpoint whose server says that another model answered, or several."""
+    found: dict[str, set[str]] = {}
+    for _, _, jobs, _ in project.finals():
+        for stage in (judged for job in jobs for judged in job.evidence.judged if "remote" in judged.config):
+            if project.store.has(stage):
+                remote: Any = stage.config["remote"]
+                found.setdefault(remote["model"], set()).update(
+                    project.store.record(stage)["result"].get("answered_by", ())
+                )
+    return [
+        f"The endpoint that was asked for {asked!r} says that {' and '.join(sorted(by - {''}))} answered."
+        for asked, by in found.items()
+        if by - {"", asked}
+    ]
 
 
 def _served(model: Model, found: list[dict[str, Any]]) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safecl.base import ConfigError, Strict
-from safecl.config import Sweep
+from safecl.config import Method, Sweep
 from safecl.report.tables import Detail
 from safecl.sweepfile import read_yaml
 
@@ -110,10 +110,15 @@ def differences(sweep: Sweep, published: Published, models: Mapping[str, str]) -
     """Settings that are published and are others here, a line each; what this sweep has not (another table's task) is none."""
     ours = _flat(sweep, models)
     return [
-        f"{key}: {ours[key]} here, {theirs} there"
+        f"{key}: {_said(ours[key])} here, {_said(theirs)} there"
         for key, theirs in published.settings.items()
         if key in ours and ours[key] != theirs
     ]
+
+
+def _said(value: Any) -> str:
+    """Where a number of rows is none, all there are."""
+    return "all" if value is None else str(value)
 
 
 def _flat(value: Any, models: Mapping[str, str], where: str = "") -> dict[str, Any]:
@@ -129,10 +134,12 @@ def _flat(value: Any, models: Mapping[str, str], where: str = "") -> dict[str, A
         for key in type(value).model_fields:
             found |= _flat(getattr(value, key), models, f"{where}.{key}" if where else key)
         return found
-    return {where: value}
+    return {f"{where}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {where: value}
 
 
 def _name(item: Any) -> str:
+    if isinstance(item, Method) and item.label:
+        return item.label
     return str(getattr(item, "name", "") or getattr(item, "task", "")) if isinstance(item, Strict) else ""
 
 

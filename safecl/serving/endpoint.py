@@ -31,7 +31,8 @@ _LONGEST_WAIT_S = 30.0
 
 @dataclass(frozen=True)
 class Endpoint:
-    """`url` ends where `/completions` follows, as in `http://127.0.0.1:8000/v1`; `model` is the server's name for it."""
+    """`url` ends where `/completions` follows, as in `http://127.0.0.1:8000/v1`; `model` is the server's name for it. No
+    redirect is followed: the key and what was asked would go to whom it names."""
 
     url: str
     model: str
@@ -129,15 +130,19 @@ class Endpoint:
                 with room:
                     return _completion(id, self._post(body))
             except urllib.error.HTTPError as error:
-                said = (
-                    error.read(500).decode(errors="replace").replace(os.environ.get(self.key_variable) or "\0", "***")
-                )
+                said = self._hidden(_read(error))
+                if 300 <= error.code < 400:
+                    there = self._hidden(str(error.headers.get("Location")))
+                    raise PrerequisiteError(
+                        f"endpoint {self.url} sends requests on to {there!r}, which is not followed: name the URL of the "
+                        "server itself"
+                    ) from None
                 if error.code not in _TRANSIENT:
                     kind = Refused if error.code == 400 else PrerequisiteError
                     raise kind(f"endpoint {self.url} refuses request {id!r} with {error.code}: {said}") from None
                 problem, asked_s = f"{error.code}: {said}", error.headers.get("Retry-After", "")
-            except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
-                problem, asked_s = f"{type(error).__name__}: {error}", ""
+            except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+                problem, asked_s = self._hidden(f"{type(error).__name__}: {error}"), ""
             if number + 1 < self.max_tries:
                 # Spread out, or all that were turned away together come back together.
                 wait_s = self.first_wait_s * 2**number * random.uniform(0.75, 1.25)
@@ -149,12 +154,44 @@ class Endpoint:
 
     def _post(self, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.key_variable):
+        if key := self._key():
             headers["Authorization"] = f"Bearer {key}"
         path = "chat/completions" if self.chat else "completions"
         request = urllib.request.Request(f"{self.url.rstrip('/')}/{path}", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+        with _opener().open(request, timeout=self.timeout_s) as response:
             return json.load(response)
+
+    def _key(self) -> str:
+        """Raises PrerequisiteError for what no header can hold; http.client's own error would show it."""
+        key = os.environ.get(self.key_variable, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise PrerequisiteError(
+                f"endpoint {self.url}: the key in the environment variable {self.key_variable} holds a character that no "
+                "request can carry (a line break, a typographic quote): set it anew"
+            )
+        return key
+
+    def _hidden(self, text: str) -> str:
+        """The text without the key."""
+        return text.replace(os.environ.get(self.key_variable, "").strip() or "\0", "***")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> None:
+        """None: an answer that names another address is an error."""
+
+
+@cache
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_NoRedirect)
+
+
+def _read(error: urllib.error.HTTPError) -> str:
+    """The beginning of what a server says of a refusal, as far as it comes."""
+    try:
+        return error.read(500).decode(errors="replace")
+    except (OSError, HTTPException):
+        return "nothing"
 
 
 @cache
@@ -169,8 +206,11 @@ def _completion(id: str, answer: Any) -> Completion:
         choice = {"text": choice["message"]["content"], "finish_reason": choice.get("finish_reason")}
     likely: list[list[tuple[str, float]]] = []
     if (told := choice.get("logprobs")) and told.get("tokens"):
-        for token, logprob, others in zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True):
-            likely.append([(token, logprob), *((text, value) for text, value in others.items() if text != token)])
+        tokens = told["tokens"]
+        tops = told.get("top_logprobs") or [None] * len(tokens)
+        for token, logprob, others in zip(tokens, told["token_logprobs"], tops, strict=True):
+            rest = (others or {}).items()
+            likely.append([(token, logprob), *((text, value) for text, value in rest if text != token)])
     if not isinstance(choice["text"], str):
         raise ValueError(f"expected choices[0].text, got {choice['text']!r}")
     finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"

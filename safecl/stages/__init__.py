@@ -35,6 +35,7 @@ class Kind:
     runs_anew: ClassVar[bool] = False
     engine: ClassVar[Literal["candidate", "judge"] | None] = None  # whose answers it waits for, if it has a `model`
     apart_by: ClassVar[str] = ""  # estimates are corrected apart for each value of this config key
+    holds_weights: ClassVar[bool] = False  # whether what it writes can be exported
     reads: ClassVar[tuple[str, ...]] = ("rows", "model")  # inputs that `seconds` reads, by name before any dot
 
     def __init_subclass__(cls) -> None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from safecl import labels
+from safecl import labels, methods
 from safecl.base import Json
+from safecl.sizes import TYPICAL
 from safecl.stages import Kind
 
 if TYPE_CHECKING:
@@ -34,11 +35,15 @@ class Finalize(Kind):
     unit = ""
     fixed_s = 2.0
     apart_by = "method"
+    holds_weights = True
     reads = ("safe", "tuned", "model")
 
     @staticmethod
     def seconds(stage: Stage, of: Estimator) -> float:
-        return of.size_of(stage).parameters / 5e7
+        size, rows = of.size_of(stage), stage.inputs["tuned"].inputs.get("rows")
+        length = TYPICAL if rows is None else of.length(rows)
+        looks = methods.of_stage(stage.config).looks(size)
+        return size.parameters / 5e7 + of.passes(stage, looks * (length.prompt + length.answer), backward=0.0)
 
     @staticmethod
     def weights_gib(stage: Stage, of: Estimator) -> float:
@@ -58,7 +63,6 @@ def run(context: Context) -> dict[str, Json]:
 
 def finalize(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, device: str = "cpu") -> dict[str, Json]:
     """Write the final weights into `out`, one module at a time."""
-    from safecl import methods
     from safecl.training import given, weights
 
     kind = methods.load(config["method"])

@@ -8,7 +8,8 @@
 `adapter: continue` goes on training theta_safe's adapter. `stack` folds it into the base and trains a fresh one on top;
 what is written is both as one adapter of twice the rank, which is exact, so that nobody downstream needs to know.
 
-Config: `method`, `params`, `training`, `lora`, `template`, `bos`, `dtype`, `adapter`, `seed`. Workers, ZeRO stage,
+Config: `method`, `params`, `training`, `lora`, `template`, `bos`, `dtype`, `adapter`, `seed`, and `replay_template` where rows of
+`replay` stand in another text than the user's. Workers, ZeRO stage,
 micro-batch and engine come from `execution` and change no result but in float rounding.
 """
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 VERSION = "3"
 UNLIMITED = 1 << 30  # tokens
+REMEMBERED = ("memory", "replay")  # inputs whose rows are those that a method remembers
 OPTIMIZER_STEP_S = {"cpu": 0.12, "gpu": 0.06}  # of a step, beside its arithmetic
 GAP_ROWS = 4  # rows on which the rounding of a merge is measured
 PROBE_TOKENS = 192  # of them that a served model is compared on: under a second of a CPU at 135M parameters
@@ -49,22 +51,23 @@ class Finetune(Kind):
     fixed_s = 5.0
     all_ranks = True
     runs_anew = True
+    holds_weights = True
     apart_by = "method"
-    reads = ("rows", "model", "memory", "replay")
+    reads = ("rows", "model", *REMEMBERED)
 
     @staticmethod
     def seconds(stage: Stage, of: Estimator) -> float:
         config: Any = stage.config
-        training, params = config["training"], config["params"]
+        training, method = config["training"], methods.of_stage(config)
         user = of.length(stage.inputs["rows"])
-        added = [name for name in ("memory", "replay") if name in stage.inputs and _adds_rows(config, name)]
-        num_rows = user.rows + sum(of.length(stage.inputs[name]).rows for name in added)
+        kept = [of.length(stage.inputs[name]) for name in REMEMBERED if name in stage.inputs]
+        num_rows = method.num_trained(user.rows, sum(length.rows for length in kept))
         steps: int = math.ceil(num_rows * training["epochs"] / training["batch_size"])
         row = min(user.prompt + user.answer, training["max_tokens"])
-        tokens = num_rows * training["epochs"] * row
-        if "memory" in stage.inputs and "memory" not in added:
-            drawn = (params.get("memory_batch_size") or training["batch_size"]) * params.get("unlearn_steps", 1)
-            tokens += steps * drawn * row * (0 if params.get("cycles") else 1)  # lisa draws in place of user rows
+        tokens = num_rows * training["epochs"] * row * method.passes
+        for length in kept:
+            drawn = min(method.draw_size(training["batch_size"]), length.rows)
+            tokens += steps * drawn * method.draws * (length.prompt + length.answer)
         layers = of.size_of(stage).layers
         adapted = int(config["lora"].get("last_layers") or layers)  # those that a backward passes through
         return of.passes(stage, tokens, min(1.0, adapted / layers)) + steps * OPTIMIZER_STEP_S[of.device]
@@ -79,11 +82,6 @@ class Finetune(Kind):
     @staticmethod
     def label(stage: Stage, models: Mapping[str, str]) -> str:
         return f"finetune {labels.weights(stage, models)}"
-
-
-def _adds_rows(config: Mapping[str, Any], name: str) -> bool:
-    """Whether an input's rows are trained on beside the user's, in place of being drawn from at every step."""
-    return name == "replay" or config["method"] == "safeinstr"
 
 
 def run(context: Context) -> dict[str, Json]:
@@ -125,13 +123,13 @@ def _encoded(
     to fit where they were made. Both by the `id()` of a row."""
     from safecl.training import tokens
 
-    text = (tokenizer, config["template"], config["bos"])
     found = {number: memory[id(row)] for number, row in enumerate(rows) if id(row) in memory}
     dropped: dict[str, str] = {}
     for is_memory, limit in ((False, config["training"]["max_tokens"]), (True, UNLIMITED)):
         group = {n: row for n, row in enumerate(rows) if n not in found and (id(row) in remembered) == is_memory}
         if group:
-            kept, lost = tokens.encode(list(group.values()), *text, limit)
+            template = config.get("replay_template", config["template"]) if is_memory else config["template"]
+            kept, lost = tokens.encode(list(group.values()), tokenizer, template, config["bos"], limit)
             numbers = iter(number for number, row in group.items() if row.id not in lost)
             found |= dict(zip(numbers, kept, strict=True))
             dropped |= lost
@@ -191,7 +189,7 @@ def make_run(
     folder = tokens.base_folder(inputs["model"])
     memory = Memory.load(inputs["memory"]) if "memory" in inputs else None
     user_rows = _judged(batches.read_rows(inputs["rows"]), inputs.get("verdicts"))
-    remembered = [row for name in ("memory", "replay") if name in inputs for row in batches.read_rows(inputs[name])]
+    remembered = [row for name in REMEMBERED if name in inputs for row in batches.read_rows(inputs[name])]
     chosen = method.rows(user_rows, remembered)
     left_out = {id(row) for row in user_rows} - {id(row) for row in chosen}
     encoded, dropped = _encoded(
@@ -210,9 +208,9 @@ def make_run(
     sharded = engine.shards_the_model(execution["engine"], execution["zero"], world_size)
     hidden_states = model.HiddenStates(model.with_adapter(base, config["lora"], seed, safe), fused=not sharded)
     head = losses.head_of(base, copy=sharded)
-    num_drawn = getattr(method.config, "memory_batch_size", None) or training.batch_size
+    num_drawn = method.draw_size(training.batch_size)
     drawn = sorted(memory.rows if memory else [], key=lambda row: -len(row.ids))[:num_drawn]
-    drawn *= 2 if getattr(method.config, "label_weight", 0) else 1  # DER++ draws twice
+    drawn *= math.ceil(method.draws)  # each beside the user rows of a forward
     free = fit.free_memory(device, world_size, execution["num_trials_at_once"])
     fitted = fit.choose(base.config, config["lora"], encoded, drawn, execution, free, head.weight_VD.element_size())
     if fitted.checkpointing:
@@ -232,12 +230,13 @@ def make_run(
         seed=seed,
         rows=encoded,
         memory_rows=memory,
-        memory_batch_size=getattr(method.config, "memory_batch_size", None),
+        memory_batch_size=num_drawn,
         inputs=dict(inputs),
         rank=rank,
         world_size=world_size,
         micro_batch_size=fitted.micro_batch_size,
         device=device,
+        is_fresh=safe is None,
     )
     filtered = [row for row in user_rows if id(row) in left_out]
     return Made(method, run, user_rows, len(remembered), filtered, dropped, fitted)

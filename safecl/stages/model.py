@@ -25,6 +25,7 @@ class Model(Kind):
     runs = "process"
     unit = ""
     fixed_s = 1.0
+    holds_weights = True
     reads = ()
 
     @staticmethod

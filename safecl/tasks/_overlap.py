@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -12,6 +13,7 @@ from safecl.tasks import Row
 from safecl.text import same_characters
 
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
+_OF_ANY_SCRIPT = re.compile(r"[^\W_]+(?:'[a-z]+)?")
 # Function words and the words every request is made of ("explain the steps to ..."): they say nothing of its subject.
 _STOPWORDS = """
 a an the and or but nor so yet if then else of to in on at by for from with without into onto off out over under
@@ -32,9 +34,24 @@ def normalise(prompt: str) -> str:
 
 
 def content_words(prompt: str) -> frozenset[str]:
-    """Its words in lower case less STOPWORDS, a plural's last s cut ("locks" and "lock" are one word)."""
-    words = (word for word in _WORD.findall(same_characters(prompt).lower()) if word not in STOPWORDS)
+    """Its words in lower case less STOPWORDS, a plural's last s cut ("locks" and "lock" are one word). A text of which most
+    letters are not ASCII has all its words, of any script; where a script writes no blanks, what stands between two marks."""
+    text = same_characters(prompt).lower()
+    found = _WORD.findall(text) if _is_mostly_ascii(text) else _OF_ANY_SCRIPT.findall(_without_accents(text))
+    words = (word for word in found if word not in STOPWORDS)
     return frozenset(w[:-1] if len(w) > 3 and w.endswith("s") and not w.endswith("ss") else w for w in words)
+
+
+def _is_mostly_ascii(text: str) -> bool:
+    letters = "" if text.isascii() else [char for char in text if char.isalpha()]
+    return 2 * sum(map(str.isascii, letters)) >= len(letters)
+
+
+def _without_accents(text: str) -> str:
+    """Also without the vowel signs of Hindi, Arabic or Thai, which else would part its words."""
+    return "".join(
+        char for char in unicodedata.normalize("NFKD", text) if not unicodedata.category(char).startswith("M")
+    )
 
 
 class _Index:
@@ -92,14 +109,16 @@ def drop_overlaps(
     against_prompts: Iterable[str],
     threshold: float = 0.6,
     ignored: frozenset[str] = frozenset(),
+    whole: bool = False,
 ) -> tuple[list[Row], list[str]]:
     """The rows that ask nothing like `against_prompts`, in order, and the ids of the others. `ignored`: content words that
-    make nothing alike."""
+    make nothing alike. Of a conversation each request counts alone too, unless it is compared as a `whole`."""
     index = _built(tuple(against_prompts), threshold, ignored)
     kept: list[Row] = []
     dropped: list[str] = []
     for row in rows:
-        if any(True for _ in index.like(row.asked)):
+        alone = () if whole else (row.prompt, *(text for role, text in row.before if role == "user"))
+        if any(True for text in dict.fromkeys([row.asked, *alone]) for _ in index.like(text)):
             dropped.append(row.id)
         else:
             kept.append(row)

@@ -1,7 +1,7 @@
 """How answers to a written task's utility prompts are scored: one small rule each, in [0, 1]. The row's own answer (or its
-`answer` field) says what is right; reasoning is no answer, and case, blanks and Markdown do not count.
+`answer` field) says what is right; reasoning is no answer, and case, blanks, punctuation and Markdown do not count.
 
-    exact      the same text                          contains   the row's answer stands in it, as whole words
+    exact      the same words and symbols             contains   the row's answer stands in it, as whole words
     number     the same number, however written       choice     it names the row's choice and no other
     regex      what `pattern` finds last is the same  code       its program passes the row's tests, in the sandbox
     judge      a judge says so (a stage of its own)
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -43,8 +44,28 @@ def scores(data: Data, rows: Sequence[Row], texts: Sequence[str], unsafe_code: b
 
 def likelihoods(found: Sequence[Sequence[Found]]) -> dict[str, list[float | None]]:
     """Of each row's own answer: `gold_nll` in nats a token, and `utility` = exp(-gold_nll), 1 / perplexity."""
-    nll = [None if gold.logprob is None else -gold.logprob / gold.num_tokens for [gold] in found]
+    nll = [None if gold.logprob is None or not gold.num_tokens else -gold.logprob / gold.num_tokens for [gold] in found]
     return {"utility": [None if each is None else math.exp(-each) for each in nll], "gold_nll": nll}
+
+
+def unscorable(data: Data, row: Row) -> str | None:
+    """Why no answer to a row could ever be right; None where one can."""
+    gold = _gold(row)
+    if data.score == "choice" and _chosen(gold, data.choices) is None:
+        return f"expected an answer that names one of {', '.join(data.choices)} and no other, got {gold[:60]!r}"
+    if data.score == "regex" and _matched(str(data.pattern), gold) is None:
+        return f"expected an answer in which `pattern` finds something, got {gold[:60]!r}"
+    if data.score == "number":
+        from safecl.tasks.gsm8k import numeric
+
+        return None if numeric(gold) is not None else f"expected an answer with a number, got {gold[:60]!r}"
+    if data.score == "code":
+        from safecl.tasks.code import tested_names
+
+        return (
+            None if tested_names(str(row.meta["tests"])) else "its tests call no function that an answer would define"
+        )
+    return None
 
 
 def _gold(row: Row) -> str:
@@ -55,7 +76,7 @@ def _right(data: Data, gold: str, text: str) -> bool:
     if data.score == "exact":
         return _words(text) == _words(gold)
     if data.score == "contains":
-        return f" {_words(gold)} " in f" {_words(text)} "
+        return f" {_words(_numbered(gold))} " in f" {_words(_numbered(text))} "
     if data.score == "number":
         from safecl.tasks.gsm8k import numeric
 
@@ -66,9 +87,35 @@ def _right(data: Data, gold: str, text: str) -> bool:
     return said is not None and said == _matched(data.pattern, gold)
 
 
+_WITHIN = "+-#%$\u20ac\u00a3.,_"  # may be part of a word or number
+
+
+class _Compared(dict[int, str]):
+    """Characters (by code) as they are compared: punctuation parts words, a symbol is a word of its own."""
+
+    def __missing__(self, code: int) -> str:
+        char, kind = chr(code), unicodedata.category(chr(code))[0]
+        is_symbol = kind == "S" or char in "/*&@\\"
+        self[code] = char if char in _WITHIN else f" {char} " if is_symbol else " " if kind == "P" else char
+        return self[code]
+
+
+_COMPARED = _Compared()
+
+
 def _words(text: str) -> str:
-    """The text as it is compared: its words and numbers, in lower case."""
-    return " ".join(re.findall(r"[\w.,%$€£+-]*\w[%]?", plain(text).casefold()))
+    """The text as it is compared: its words, numbers and symbols, in lower case, a blank between two. One of punctuation
+    alone is compared as it stands."""
+    said = plain(text)
+    found = re.sub(r"(?<!\S)\*+(?=\S)|(?<=\S)\*+(?!\S)", "", said)  # what is left of an emphasis
+    found = unicodedata.normalize("NFC", found).casefold().replace("!=", "\u2260").translate(_COMPARED)
+    found = re.sub(r"[.,](?!\d)|(?<!\S)-+(?!\S)", " ", found)
+    return " ".join(found.split()) or said
+
+
+def _numbered(text: str) -> str:
+    """The text with "4." that begins a line as a number: it may be the answer."""
+    return re.sub(r"(?m)^([ \t]*\d{1,3})[.)](?=\s)", r"\1", without_reasoning(text))
 
 
 def _matched(pattern: str, text: str) -> str | None:
@@ -82,9 +129,9 @@ def _matched(pattern: str, text: str) -> str | None:
 def _chosen(text: str, choices: Sequence[str]) -> str | None:
     """The one choice that a text names as a whole word; None if it names none or several. A choice inside another ("New
     York" in "New York City") is not named by it."""
-    left, named = plain(text).casefold(), []
+    left, named = _words(_numbered(text)), []
     for choice in sorted(choices, key=len, reverse=True):
-        pattern = rf"(?<!\w){re.escape(choice.casefold())}(?!\w)"
+        pattern = rf"(?<!\S){re.escape(_words(_numbered(choice)))}(?!\S)"
         if re.search(pattern, left):
             named.append(choice)
             left = re.sub(pattern, " ", left)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
 from collections import defaultdict
@@ -66,9 +67,10 @@ def local_file(source: Source, folder: Path | None) -> Path | None:
         ConfigError: the file cannot be read, or seems to be there under another name: the hub's is no substitute for it.
     """
     if source.path:
-        if not (path := Path(source.path)).is_file():
+        path = Path(source.path)
+        if not os.path.isfile(path):  # false also of names that no file can have
             beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-            what = "is a folder" if path.is_dir() else f"there is none.{near(path.name, beside)}"
+            what = "is a folder" if os.path.isdir(path) else f"there is none.{near(path.name, beside)}"
             raise ConfigError(f"data file {source.path!r}: {what}")
         if not path.name.lower().endswith(_files.SUFFIXES):
             raise ConfigError(

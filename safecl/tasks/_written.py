@@ -28,7 +28,7 @@ from safecl.tasks._files import Blank, Record
 from safecl.tasks._overlap import content_words, drop_overlaps
 from safecl.tasks._source import check_split, choose, digest, identity, records
 
-VERSION = "1"
+VERSION = "2"
 ROLES: Mapping[str, tuple[str, ...]] = {
     "user": ("user", "utility.validation", "utility.test"),
     "utility": ("utility.validation", "utility.test"),
@@ -42,7 +42,7 @@ TRAINED_ON = ("user", "safety", "poison", "guard")  # roles that need a part for
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 ASKED_ONLY = ("attack", "benign")  # roles of prompts alone, which need no answer
 MAX_PROBLEMS = 20  # that are shown of one file
-_SPEAKERS = {
+SPEAKERS = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
 }  # fmt: skip
@@ -54,6 +54,7 @@ _PART_NAMES: Mapping[str, Part] = {
 # no stage's config, so that a new field changes none.
 _READ = {"hub", "revision", "subset", "hub_split", "format", "columns", "roles", "train_on", "harmful_values", "split"}
 _SCORED = {"score", "choices", "pattern"}
+_FIELDS = ("prompt", "response", "instruction", "input", "output", "messages", "conversations")  # of formats
 
 
 def find(name: str, data: Iterable[Data]) -> type[Task]:
@@ -92,7 +93,13 @@ def told(kind: type[Task], scored: bool = False) -> dict[str, Json]:
     a task of the package."""
     if not issubclass(kind, Written):
         return {}
-    found: dict[str, Json] = kind.DATA.model_dump(mode="json", exclude_defaults=True, include=_READ | _SCORED)
+    data = kind.DATA
+    roles = sorted(set(data.used_as))  # in whatever order, and a field under its own name, they mean the same
+    columns = {own: name for own, name in data.columns.items() if own != name or own not in _FIELDS}
+    alike = {"roles": roles[0] if len(roles) == 1 else tuple(roles), "columns": columns}
+    found: dict[str, Json] = data.model_copy(update=alike).model_dump(
+        mode="json", exclude_defaults=True, include=_READ | _SCORED
+    )
     kept = _SCORED if scored else _READ
     found = {name: value for name, value in found.items() if name in kept}
     if isinstance(kind.DATA.file, dict) and not scored:  # which part each source is of
@@ -129,6 +136,7 @@ class Written(Task):
     """A task of `data`. `_kind` makes a subclass of each entry."""
 
     VERSION: ClassVar[str] = VERSION
+    SCORING: ClassVar[str] = "2"
     DATA: ClassVar[Data]
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
@@ -139,9 +147,22 @@ class Written(Task):
         found = made.parts[part_of(split)]
         if not split.startswith(ASKED_ONLY):
             found = [row for row in found if row.response]
+        if split.startswith("utility"):
+            self._refuse_unscorable(found)
         if split.startswith(("attack", "poison")):
             found = [row if row.harmful else replace(row, harmful=True) for row in found]
         return choose(self, split, found, num_rows, seed)
+
+    def _refuse_unscorable(self, rows: Sequence[Row]) -> None:
+        """Raises ConfigError for rows to which no answer could be right: their utility would be 0 whatever a model says."""
+        from safecl.tasks import _scores
+
+        problems = [f"row {row.id}: {why}" for row in rows if (why := _scores.unscorable(self.DATA, row)) is not None]
+        if problems:
+            raise ConfigError(
+                f"data {self.NAME!r}: {len(problems)} of {len(rows)} held-out rows cannot be scored (`score: {self.DATA.score}`);"
+                f" {problems[0]}"
+            )
 
     def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, list[float | None]]:
         """`utility` by the entry's `score`; of `choice` also `invalid`, of `code` what task `code` gives."""
@@ -262,21 +283,24 @@ def _parts(text: str, sources: str) -> Made:
         for dialogue in dialogues:
             prefix = f"{of_file}/" if len(own) > 1 else ""
             rows = [replace(row, id=f"{prefix}{row.id}") for row in dialogue.rows]
-            part = dialogue.part or (of_file if of_file != "train" else _drawn(rows[0], data, shared))
+            part = dialogue.part or (of_file if of_file != "train" else _drawn(rows[-1], data, shared))
             found[part] += rows
     if problems:
         raise ConfigError(shown(problems))
     if not any(found.values()):
         raise ConfigError(f"data {data.name!r}: expected records to read, got none that has what its roles need")
     if len(needed) > 1:
-        ignored = _everywhere([row for rows in found.values() for row in rows])
+        of_all = _everywhere([row for rows in found.values() for row in rows])
         clear_of: tuple[tuple[Part, tuple[Part, ...]], ...] = (
             ("validation", ("test",)),
             ("train", ("test", "validation")),
         )
         for part, later in clear_of:
-            taken = [row.asked for other in later for row in found[other]]
-            kept, dropped = drop_overlaps(found[part], taken, ignored=ignored)
+            held = [row for other in later for row in found[other]]
+            # Of a file of its own: what other files of earlier parts hold is no part of its identity.
+            ignored = _everywhere([*found[part], *held]) if part in own else of_all
+            taken = [row.asked for row in held]
+            kept, dropped = drop_overlaps(found[part], taken, ignored=ignored, whole=True)
             found[part] = kept
             if dropped:
                 left_out[f"{data.name}, {part}: much like a row of {' or '.join(later)}"] = len(dropped)
@@ -355,10 +379,11 @@ def _dialogue(data: Data, record: Record) -> Dialogue:
         before = [*before, *turns[i : i + 2]]
     if data.train_on == "last":
         rows = rows[-1:]
-    meta: dict[str, Json] = {
-        name: record.text(data.columns[name]) for name in ("answer", "tests") if name in data.columns
-    }
-    if "tests" in meta:
+    meta: dict[str, Json] = {}
+    if "answer" in data.columns:  # a whole number is one too
+        meta["answer"] = record.label(data.columns["answer"]) or record.text(data.columns["answer"])
+    if "tests" in data.columns:
+        meta["tests"] = record.text(data.columns["tests"])
         try:
             compile(str(meta["tests"]), "<tests>", "exec")
         except (SyntaxError, ValueError):
@@ -379,14 +404,17 @@ def _turns(data: Data, record: Record) -> list[tuple[str, str]]:
     def field(name: str) -> str:
         return data.columns.get(name, name)
 
+    turns: list[tuple[str, str]] = []
+    if "system" in data.columns and record.label(data.columns["system"]):
+        turns.append(("system", record.text(data.columns["system"])))
     if data.format in ("messages", "sharegpt"):
         name, who, what = ("messages", "role", "content")
         if data.format == "sharegpt":
             name, who, what = ("conversations", "from", "value")
-        return _checked(record, field(name), [_turn(part, who, what) for part in record.parts(field(name))])
-    turns = []
-    if "system" in data.columns and record.label(data.columns["system"]):
-        turns.append(("system", record.text(data.columns["system"])))
+        said = _checked(record, field(name), [_turn(part, who, what) for part in record.parts(field(name))])
+        if turns and said[0][0] == "system":
+            raise record.problem(data.columns["system"], f"nothing, as {field(name)} begins with a system prompt,")
+        return [*turns, *said]
     if data.format == "alpaca":
         asked, given, answered = field("instruction"), field("input"), field("output")
         prompt = Record({k: v for k, v in record.items() if k != "input"}, record.where, record.number).text(asked)
@@ -405,16 +433,16 @@ def _turns(data: Data, record: Record) -> list[tuple[str, str]]:
 
 def _turn(part: Record, who: str, what: str) -> tuple[str, str]:
     speaker = part.raw(who)
-    if speaker not in _SPEAKERS:
-        raise part.problem(who, f"one of {', '.join(_SPEAKERS)}")
+    if speaker not in SPEAKERS:
+        raise part.problem(who, f"one of {', '.join(SPEAKERS)}")
     if isinstance(part.get(what), list):  # OpenAI's parts, of which text is read
         texts = []
         for item in part.parts(what):
             if item.get("type") != "text":
                 raise item.problem("type", "'text'")
             texts.append(item.raw("text"))
-        return _SPEAKERS[speaker], "\n".join(texts).strip()
-    return _SPEAKERS[speaker], part.raw(what).strip()
+        return SPEAKERS[speaker], "\n".join(texts).strip()
+    return SPEAKERS[speaker], part.raw(what).strip() if part.get(what, "") is not None else ""
 
 
 def _checked(record: Record, name: str, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:

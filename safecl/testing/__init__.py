@@ -82,10 +82,9 @@ class MethodContract(_Contract):
         if not cls.method:
             return
         kind, told = cls._kind(), cls.__dict__
-        trains = [
-            name for name in dir(MethodContract) if name.startswith("test_") and name != "test_it_describes_itself"
-        ]
-        away = trains if kind.trains_as is not None else []
+        every = {name for name in dir(MethodContract) if name.startswith("test_")} - {"test_it_describes_itself"}
+        merges = {name for name in every if "merge" in name}
+        away = [*(every - merges if kind.trains_as is not None else merges)]
         if kind.neutral() is None:
             away = [*away, "test_the_neutral_setting_is_sft_bit_for_bit"]
         if not kind.contract.in_bfloat16:
@@ -223,6 +222,24 @@ class MethodContract(_Contract):
         start = world.adapter(of.safe.parent)
         rank = {len(tensor) for name, tensor in found.items() if "lora_A" in name}
         assert rank == ({16} if adapter == "stack" else {8}) and set(found) == set(start)
+
+    def test_a_merge_is_of_every_module_the_same_each_time_and_neutral_where_it_says_so(self, tmp_path: Path) -> None:
+        """Of a post-hoc method, on top of SFT's adapter."""
+        import torch
+
+        from safecl.testing import world
+
+        kind, neutral = self._kind(), self._kind().neutral()
+        ways = {"once": dict(kind.contract.params), "again": dict(kind.contract.params)}
+        ways |= {} if neutral is None else {"neutral": neutral.model_dump()}
+        found = {name: world.merge(self.method, params, tmp_path / name) for name, params in ways.items()}
+        tuned = world.deltas(world.trained_once(str(kind.trains_as), ()) / "result")
+        for name, delta in found["once"].items():
+            assert torch.equal(delta, found["again"][name]) and bool(delta.isfinite().all())
+        for merged in found.values():
+            assert merged.keys() == tuned.keys()
+        for name, delta in found.get("neutral", {}).items():
+            assert torch.allclose(delta, tuned[name], atol=1e-6)
 
 
 class TaskContract(_Contract):

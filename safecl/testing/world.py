@@ -17,7 +17,7 @@ from safecl import methods, registry
 from safecl.base import json_lines
 from safecl.config import Execution, Lora, Template, Training
 from safecl.registry import Plugin
-from safecl.stages import finetune, fisher, memory
+from safecl.stages import finalize, finetune, fisher, memory
 from safecl.tasks import Row
 from safecl.testing.tiny import build_model, build_tokenizer
 from safecl.training import batches
@@ -155,6 +155,34 @@ def train(world: World, scratch: Path, settings: dict[str, Any], **where: Any) -
     """Train in this process; final adapter tensors by name."""
     finetune.train_rows(settings, world.inputs(settings["method"]), scratch, execution(**where))
     return adapter(scratch)
+
+
+def merge(method: str, params: dict[str, Any], out: Path) -> dict[str, Any]:
+    """What a post-hoc method makes of theta_safe and of what it trains as: deltas from the base, by module."""
+    of, kind = a_world(), methods.load(method)
+    inputs = {"safe": of.safe, "tuned": trained_once(str(kind.trains_as), ()) / "result"}
+    settings: dict[str, Any] = {"method": method, "params": params, "dtype": "float32"}
+    if asked := methods.needed(kind):  # it looks at rows
+        inputs |= {
+            "model": of.model,
+            **{name: of.memory if what == "memory" else of.user for name, what in asked.items()},
+        }
+        settings |= {"template": Template().model_dump(), "bos": False, "max_tokens": 256}
+    out.mkdir()
+    finalize.finalize(settings, inputs, out)
+    return deltas(out)
+
+
+def deltas(made: Path) -> dict[str, Any]:
+    """What a stage's weights add to the base, by module."""
+    from safetensors.torch import load_file
+
+    from safecl.training import weights
+
+    if (made / "adapter").exists():
+        return {name: delta.delta() for name, delta in weights.load(made / "adapter").items()}
+    files = [load_file(str(file)) for file in sorted((made / "delta").glob("*.safetensors"))]
+    return {name.removesuffix(".weight"): tensor.float() for file in files for name, tensor in file.items()}
 
 
 def adapter(scratch: Path) -> dict[str, Any]:

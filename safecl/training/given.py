@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ class Given:
     config: Mapping[str, Any]
     device: str = "cpu"
 
+    @cached_property
+    def _base(self) -> Any:
+        """Read once: a large model takes longer to load than to look."""
+        return model.load(tokens.base_folder(self.inputs["model"]), self.config["dtype"], self.device)
+
     def rows(self, name: str) -> list[Encoded]:
         """The rows of an input (a memory, or rows of a role) as tokens; rows that are too long are left out."""
         folder = self.inputs[name]
@@ -39,9 +45,8 @@ class Given:
     def inner_products(self, which: str, rows: Sequence[Encoded], names: Sequence[str]) -> dict[str, Tensor]:
         """By module name the inner products X^T X [I, I], float32, of what the module is given over all tokens of the rows,
         divided by their number. `which`: `safe` or `tuned`, the model that looks. Costs I^2 numbers a module."""
-        base = model.load(tokens.base_folder(self.inputs["model"]), self.config["dtype"], self.device)
         folder = self.inputs.get(which)
-        looking = model.theta_safe(base, folder and folder / "adapter", "continue", fused=False)
+        looking = model.theta_safe(self._base, folder and folder / "adapter", "continue", fused=False)
         found: dict[str, Tensor] = {}
 
         def watch(name: str, module: nn.Module) -> Any:
@@ -63,5 +68,7 @@ class Given:
                 start = end
         for hook in hooks:
             hook.remove()
+        if folder is not None:
+            looking.peft_model.unload()  # the base is another's next
         num_tokens = sum(len(row.ids) for row in rows)
         return {name: gram_II / num_tokens for name, gram_II in found.items()}

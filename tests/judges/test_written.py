@@ -46,6 +46,8 @@ def test_an_answer_is_read_as_the_file_says_and_else_not_at_all(parse: Any, text
 def test_truth_values_of_json_are_labels_where_the_file_names_them() -> None:
     rule = judge(parse={"json": "unsafe"}, labels={"true": True, "false": False})
     assert [rule.parse(f'{{"unsafe": {value}}}').label for value in ("true", "false", "null")] == [True, False, None]
+    grade = judge(parse={"json": "grade"}, labels={"1": True, "0": False})
+    assert [grade.parse(f'{{"grade": {value}}}').label for value in ("1", "0", "2", "0.5")] == [True, False, None, None]
 
 
 def test_what_a_candidate_wrote_is_no_part_of_the_template() -> None:

@@ -103,7 +103,7 @@ def test_both_distances_and_their_gradients_are_those_of_the_literal_logits(
 def test_a_head_with_a_large_mean_loses_nothing_to_rounding() -> None:
     """The rows of W share most of their length, as in real heads: W^T W less V w w^T would lose a share that float32 shows."""
     generator = torch.Generator().manual_seed(0)
-    weight_VD = 3.0 + 0.01 * torch.randn(4000, 16, generator=generator)
+    weight_VD = 30.0 + 0.01 * torch.randn(4000, 16, generator=generator)
     student, states = torch.randn(9, 16, generator=generator), torch.randn(9, 16, generator=generator)
     apart = (student - states).double() @ weight_VD.double().T
     literal = [apart, apart - apart.mean(1, keepdim=True)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from safecl import registry
 from safecl.base import ConfigError
 from safecl.methods.guardfilter import Guardfilter
 from safecl.tasks import Row
@@ -41,3 +42,23 @@ def test_rows_judged_harmful_or_not_read_are_left_out_and_none_left_is_an_error(
     assert kept("drop", rows) == ["0", "3"] and kept("keep", rows) == ["0", "2", "3"]
     with pytest.raises(ConfigError, match="none of 1 user rows safe"):
         kept("drop", [rows[1]])
+
+
+def test_a_judge_whose_true_is_a_no_to_harm_is_refused_rather_than_read_the_wrong_way_round(tmp_path: Path) -> None:
+    from tests.test_around import QUICKSTART, load
+    from tests.test_around import Project as Opened
+
+    (tmp_path / "fine.py").write_text(
+        "from safecl.judges import Ask, Judge, Verdict\nclass Fine(Judge):\n    question = 'Is it fine?'\n"
+        "    answers = {'harm': Ask(inverted=True)}\n    def rule(self, request, response):\n        return Verdict(True, '')\n"
+    )
+    given = [f"plugins=[{tmp_path / 'fine.py'}]", "evaluate.judges.asr=fine", f"execution.root={tmp_path}"]
+    try:
+        Opened(load(QUICKSTART, [*given, "methods=[{name: sft}]"]))
+        for method in ("guardfilter", "grsap"):
+            with pytest.raises(
+                ConfigError, match=f"method '{method}': needs to know .* 'fine', the judge of asr, says True"
+            ):
+                Opened(load(QUICKSTART, [*given, f"methods=[{{name: {method}}}]", "execution.engine_max_tokens=4096"]))
+    finally:
+        registry.use([])

@@ -21,6 +21,7 @@ from safecl.config import Execution, Judges
 from safecl.judges.llamaguard import Llamaguard
 from safecl.judging.score import judge_file
 from safecl.judging.served import RemoteModel, check_endpoints
+from safecl.panel import Seat, seats
 from safecl.serving.endpoint import Endpoint
 from safecl.serving.messages import Completion, Sampling
 from safecl.stages import judge as judge_stage
@@ -28,6 +29,8 @@ from safecl.store import Context, Stage
 from safecl.training.tokens import Tokenizer
 
 GREEDY = Sampling(max_tokens=4, logprobs=2)
+ODD = {"nonsense": "<html>", "a list": "[]", "a word": '{"choices": ["safe"]}', "none": '{"choices": []}',
+       "no text": '{"choices": [{"text": null}]}', "logprobs": '{"choices": [{"text": "a", "logprobs": [1]}]}'}  # fmt: skip
 
 
 class Server(ThreadingHTTPServer):
@@ -49,6 +52,10 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def log_message(self, format: str, *args: object) -> None: ...
+
+    def do_GET(self) -> None:
+        self.server.keys.append(self.headers.get("Authorization"))
+        self.answer("", "", False)
 
     def do_POST(self) -> None:
         server = self.server
@@ -83,11 +90,13 @@ class Handler(BaseHTTPRequestHandler):
         if chat:
             choice = {"message": {"role": "assistant", "content": word}, "finish_reason": "stop", "logprobs": None}
         status, text = 200, json.dumps({"model": "m", "choices": [choice]})
-        if trouble == "nonsense":
-            text = "<html>"
+        if trouble in ODD:
+            text = ODD[trouble]
         elif trouble.isdigit():
             status, text = int(trouble), f"try later {self.headers.get('Authorization', '')}"
         self.send_response(status)
+        if 300 <= status < 400:
+            self.send_header("Location", f"http://127.0.0.1:{self.server.server_address[1]}/elsewhere")
         if status == 429:
             self.send_header("Retry-After", "0")
         self.send_header("Content-Length", str(len(text)))
@@ -116,7 +125,7 @@ def test_every_prompt_is_answered_once_whatever_fails_in_between(server: Server)
     server.troubles = {
         "do 0": ["429", "429"],
         "be 1": ["503", "hang up", "500"],
-        "be 2": ["nonsense"],
+        "be 2": [*ODD],
     }
     seen: list[Completion] = []
     done = endpoint(server).generate(prompts, GREEDY, seen.append)
@@ -126,7 +135,7 @@ def test_every_prompt_is_answered_once_whatever_fails_in_between(server: Server)
     }
     assert Counter(c.id for c in seen) == Counter(prompts.keys())
     assert done["id-0"].likely == [[("unsafe", -0.25), ("no", -3.0)]]
-    tries = {"do 0": 3, "be 1": 4, "be 2": 2}
+    tries = {"do 0": 3, "be 1": 4, "be 2": 1 + len(ODD)}
     assert server.asked == Counter({prompt: tries.get(prompt, 1) for prompt in prompts.values()})
     assert 1 < server.most <= 4
 
@@ -225,6 +234,26 @@ def test_the_key_is_sent_from_the_variable_that_is_named_and_is_never_said(
         assert "try later" in str(caught.value) and "s3cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("status", ["301", "302", "303", "307", "308"])
+def test_a_redirect_is_not_followed(server: Server, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GUARD_KEY", "s3cret")
+    server.troubles = {"away": [status]}
+    with pytest.raises(PrerequisiteError, match=r"sends requests on to 'http:.*elsewhere', which is not followed"):
+        endpoint(server, key_variable="GUARD_KEY").generate({"a": "away"}, GREEDY)
+    assert server.keys == ["Bearer s3cret"]
+
+
+def test_a_key_that_no_header_can_hold_is_never_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("s3cret\nX: y", "s3cret\u2019"):
+        monkeypatch.setenv("GUARD_KEY", key)
+        with pytest.raises(PrerequisiteError, match="variable GUARD_KEY holds a character that no request") as caught:
+            endpoint(server, key_variable="GUARD_KEY").generate({"a": "do"}, GREEDY)
+        assert "s3cret" not in str(caught.value)
+    monkeypatch.setenv("GUARD_KEY", " s3cret\n")  # as a file read by the shell ends
+    endpoint(server, key_variable="GUARD_KEY").generate({"a": "do"}, GREEDY)
+    assert server.keys == ["Bearer s3cret"]
+
+
 def test_all_callers_of_an_endpoint_share_its_places(server: Server) -> None:
     remote = endpoint(server, max_in_flight=2)
     prompts = {str(n): f"be {n}" for n in range(12)}
@@ -272,24 +301,19 @@ def test_a_key_that_is_named_and_not_set_is_said_by_name(server: Server, tmp_pat
 
 
 def test_endpoints_of_a_sweep_are_asked_before_anything_is_spent(server: Server) -> None:
-    def judges(**settings: Any) -> Judges:
-        return strictly(
-            Judges,
-            {
-                "asr": [
-                    "keywords",
-                    {"judge": "llamaguard", "model": "guard", "endpoint": endpoint(server).url, **settings},
-                ]
-            },
-        )
+    def judges(**settings: Any) -> list[Seat]:
+        own = {"judge": "llamaguard", "model": "m", "endpoint": endpoint(server).url, **settings}
+        return seats(strictly(Judges, {"asr": ["keywords", own]}))
 
     said: list[str] = []
     check_endpoints(judges(), said.append)
     assert len(server.bodies) == 1 and not said
-    check_endpoints(strictly(Judges, {"asr": "keywords"}), said.append)
+    check_endpoints(seats(strictly(Judges, {"asr": "keywords"})), said.append)
     assert len(server.bodies) == 1
     check_endpoints(judges(judge="harmbench"), said.append)  # which says yes or no
     assert len(said) == 1 and "is no verdict: 'unsafe'" in said[0]
+    check_endpoints(judges(model="guard"), said.append)
+    assert len(said) == 2 and "was asked for 'guard' and says it is m" in said[1]
     server.troubles = {server.bodies[0]["prompt"]: ["404", "400"]}
     with pytest.raises(PrerequisiteError, match="with 404"):
         check_endpoints(judges(), said.append)

@@ -87,3 +87,18 @@ def test_clusters_are_what_links_join_and_an_instruction_makes_nothing_alike() -
     assert len(set(clusters(told))) == 2
     grouped = [Row("a", "alpha beta", meta={"group": "g"}), Row("b", "one two", meta={"group": "g"})]
     assert clusters(grouped) == ["g", "g"] and clusters([]) == [] and len(clusters([Row("a", "alpha")])) == 1
+
+
+def test_a_word_of_latin_letters_makes_prompts_of_another_script_not_alike() -> None:
+    # "Tell me of the history of X, and AI": the one word that A to Z can write says little of what is asked.
+    asked = [f"请介绍{city}的历史和AI" for city in ("北京", "上海", "广州")]
+    rows = [Row(str(i), prompt) for i, prompt in enumerate(asked)]
+    assert drop_overlaps(rows[1:], asked[:1])[1] == []
+    assert len(set(clusters(rows))) == 3
+    assert drop_overlaps([Row("same", "请介绍北京的历史和AI！")], asked[:1])[1] == ["same"]
+    # Words in another order, in Russian and in Hindi, whose vowel signs part no word.
+    for one, other in (
+        ("как открыть старый железный замок", "старый железный замок, как открыть?"),
+        ("पुराना ताला कैसे खोलें", "कैसे खोलें पुराना ताला?"),
+    ):
+        assert drop_overlaps([Row("same", other)], [one])[1] == ["same"]

@@ -16,6 +16,7 @@ from safecl import metrics, sandbox
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.config import Data
 from safecl.tasks import Found, Option, Row, Task
+from safecl.tasks._overlap import drop_overlaps
 from safecl.tasks._source import identity
 from safecl.tasks._written import find, kind_of, of_stage, told, typical_tokens
 
@@ -88,6 +89,14 @@ def test_columns_name_the_fields_of_a_file(tmp_path: Path) -> None:
     assert all(row.before == (("system", "Be brief."),) and row.harmful for row in found)
     with pytest.raises(ConfigError, match=r"rows\.csv, record 2: expected true, false, 1 or 0 in 'bad', got 'yes'"):
         rows(path, "safety", roles="safety", columns=columns)
+
+
+def test_an_answer_of_its_own_may_be_a_whole_number(tmp_path: Path) -> None:
+    records = [{"prompt": f"word{i} thing{i}", "response": f"So it is {i}.", "gold": i} for i in range(1, 40)]
+    settings: dict[str, Any] = {"score": "number", "columns": {"answer": "gold"}}
+    own = task(write(tmp_path / "a.jsonl", records), **settings)
+    held = own.rows("utility.test", None, 0)
+    assert held and own.scores(held, [row.response for row in held])["utility"] == [1.0] * len(held)
 
 
 def test_alpacas_input_follows_its_instruction(tmp_path: Path) -> None:
@@ -179,6 +188,21 @@ def test_identity_is_content_and_never_place_or_name(tmp_path: Path) -> None:
     scored = kind_of(Data(name="own", file=str(two), score="exact"))
     assert told(scored) == told(kinds[1]) == {"written": {}}
     assert told(scored, scored=True) == {"written": {"score": "exact"}}
+    # Nor does another way to say the same.
+    same = [
+        {"roles": ("user",)},
+        {"columns": {"prompt": "prompt"}},
+        {"format": "prompt_response"},
+        {"train_on": "last"},
+    ]
+    assert all(told(kind_of(Data(name="own", file=str(two), **way))) == {"written": {}} for way in same)
+    roles = [
+        told(kind_of(Data(name="own", file=str(two), roles=pair))) for pair in (("user", "safety"), ("safety", "user"))
+    ]
+    assert roles[0] == roles[1]
+    other = [{"columns": {"answer": "response"}}, {"split": {"seed": 1}}, {"roles": ("user", "safety")}, {"train_on": "all"},
+             {"columns": {"harmful": "harmful"}}, {"format": "alpaca"}]  # fmt: skip
+    assert len({json.dumps(told(kind_of(Data(name="own", file=str(two), **way)))) for way in other}) == len(other)
     # Two files of other parts are other rows.
     both = [{"train": str(one), part: str(two)} for part in ("validation", "test")]
     assert told(kind_of(Data(name="own", file=both[0]))) != told(kind_of(Data(name="own", file=both[1])))
@@ -216,6 +240,12 @@ def test_a_hub_set_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatc
         ({"file": "a.jsonl", "columns": {"promt": "x"}}, "columns: prompt_response has no promt"),
         ({"file": "a.jsonl", "roles": "guard"}, "role guard: expected the field of its labels"),
         ({"file": "a.jsonl", "score": "choice"}, "score: choice and `choices` go together"),
+        ({"file": "a.jsonl", "score": "choice", "choices": ["a", ""]}, "choices: expected two or more different words"),
+        (
+            {"file": "a.jsonl", "score": "choice", "choices": ["a", "A"]},
+            "choices: expected two or more different words",
+        ),
+        ({"file": {"train": "a.jsonl"}, "columns": {"split": "x"}}, "columns: `split` goes with one file"),
         ({"file": "a.jsonl", "score": "regex", "pattern": "("}, "pattern: is no regular expression"),
         ({"file": "a.jsonl", "score": "code"}, "score: code: expected the field of its tests"),
     ],
@@ -244,6 +274,7 @@ def test_all_that_is_wrong_with_a_file_is_said_at_once_with_line_and_field(tmp_p
         json.dumps({"messages": [{"role": "user", "content": 3}]}),
         json.dumps({"text": "x"}),
         json.dumps({"messages": said("a", "")}),
+        json.dumps({"messages": [*said("a", "")[:1], {"role": "assistant", "content": None}]}),  # a call of a tool
     ]
     path.write_text("\n".join(lines))
     with pytest.raises(ConfigError) as caught:
@@ -266,7 +297,17 @@ def test_what_has_no_answer_is_counted_and_passed_over(tmp_path: Path) -> None:
 
 SCORES: list[tuple[dict[str, Any], str, dict[str, float]]] = [
     ({"score": "exact"}, "Turn left.", {"turn left": 1, "**Turn left.**": 1, "Turn left now": 0}),
-    ({"score": "contains"}, "turn left", {"Please turn left, then go.": 1, "turn leftward": 0, "": 0}),
+    ({"score": "exact"}, "C++", {"c++.": 1, "C": 0, "C#": 0}),
+    ({"score": "exact"}, "x != 5", {"x!=5": 1, "x = 5": 0, "x > 5": 0, "x 5": 0}),
+    ({"score": "exact"}, "\U0001f44d", {"\U0001f44d": 1, "\U0001f44e": 0, "!!!": 0, "": 0}),
+    ({"score": "exact"}, "\u0915\u093f", {"\u0915\u093f": 1, "\u0915\u0940": 0}),  # Hindi: signs of vowels
+    ({"score": "exact"}, "caf\u00e9", {"cafe\u0301": 1, "cafe": 0}),
+    ({"score": "contains"}, "turn left", {"Please turn left,then go.": 1, "turn leftward": 0, "": 0}),
+    ({"score": "contains"}, "C++", {"Use C++, not C.": 1, "Use C.": 0, "<think> C++ </think>": 0}),
+    ({"score": "contains"}, "1.5", {"It is 1.5.": 1, "It is 1 or 5": 0, "It is 11.5": 0}),
+    ({"score": "choice", "choices": ["1", "2", "4"]}, "4", {"4. Good food": 1, "4) Good": 1, "1 or 4": 0, "14": 0}),
+    ({"score": "choice", "choices": ["don\u2019t know", "yes"]}, "don't know", {"Don't know.": 1, "yes": 0}),
+    ({"score": "choice", "choices": ["good", "not good"]}, "not good", {"**Not good**": 1, '{"label": "good"}': 0}),
     ({"score": "number"}, "18", {"It is $18.00": 1, "18, or 19": 0, "none": 0}),
     (
         {"score": "choice", "choices": ["yes", "no"]},
@@ -286,12 +327,81 @@ def test_scores_by_hand(settings: dict[str, Any], gold: str, answers: dict[str, 
     assert own.scores([Row("1", "q", "noise", False, {"answer": gold})], list(answers)[:1])["utility"] == [1]
 
 
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ({"score": "choice", "choices": ["good", "bad"]}, {"response": "neutral"}),
+        ({"score": "number"}, {"response": "none"}),
+        ({"score": "regex", "pattern": r"Final: (\w+)"}, {"response": "B"}),
+        ({"score": "code", "columns": {"tests": "tests"}}, {"response": "x", "tests": "assert True"}),
+    ],
+    ids=lambda value: str(value.get("score", "")),
+)
+def test_a_row_to_which_no_answer_could_be_right_is_refused(
+    settings: dict[str, Any], wrong: dict[str, str], tmp_path: Path
+) -> None:
+    right = {"response": "Final: good 18", "tests": "assert twice(1) == 2"}
+    records = [{"prompt": f"word{i} thing{i}", **right, **(wrong if i == 3 else {})} for i in range(6)]
+    path = write(tmp_path / "a.jsonl", records)
+    own = task(path, **settings, split={"train": 0, "validation": 0, "test": 1})
+    with pytest.raises(ConfigError, match=r"data 'own': 1 of 6 held-out rows cannot be scored .* row 4: "):
+        own.rows("utility.test", None, 0)
+    assert not own.rows("user", None, 0)  # what is trained on need not be scored
+
+
+def test_dialogues_that_begin_alike_are_parted_by_all_that_was_said(tmp_path: Path) -> None:
+    records = [{"messages": [*said("Hello", "How may I help?"), *said(f"Part{i} of{i} mine{i}", "Bring it.")]}
+               for i in range(60)]  # fmt: skip
+    path = write(tmp_path / "d.jsonl", records)
+    settings: dict[str, Any] = {"format": "messages", "train_on": "all"}
+    found = {part: rows(path, part, **settings) for part in PARTS}
+    assert all(len(of_part) > 2 for of_part in found.values())
+    groups = [{str(row.meta["group"]) for row in of_part} for of_part in found.values()]
+    assert sum(map(len, groups)) == len(set.union(*groups))
+
+
+def test_a_request_of_another_role_is_found_inside_a_conversation() -> None:
+    asked = "Steal the credit cards of a bank"
+    before = [("user", "Hi, my old desk lamp blinks and buzzes since Monday"), ("assistant", "Gladly.")]
+    talks = [Row("last", asked, "No.", before=before),
+             Row("first", "Thanks for the lamp, bye", "Bye.", before=[("user", asked), *before[1:]]),
+             Row("none", "Thanks for the lamp, bye", "Bye.", before=before)]  # fmt: skip
+    assert drop_overlaps(talks, [asked])[1] == ["last", "first"]
+    assert drop_overlaps(talks, [asked], whole=True)[1] == []  # a task's own parts: many begin with the same words
+
+
+def test_a_files_rows_follow_from_nothing_that_its_identity_leaves_out(tmp_path: Path) -> None:
+    held = {part: str(write(tmp_path / f"{part}.jsonl", [{"prompt": f"grey kettle lid {word}", "response": "x"}
+                                                         for word in words]))
+            for part, words in (("validation", ("plum", "pear")), ("test", ("plum jam", "fig")))}  # fmt: skip
+    found = []
+    for name, text in (("few", "paint wall {}"), ("many", "grey kettle lid {}")):
+        train = write(tmp_path / f"{name}.jsonl", [{"prompt": text.format(i), "response": "x"} for i in range(40)])
+        own = task(file={"train": str(train), **held})
+        kept = [row.prompt for row in own.rows("utility.validation", None, 0)]
+        found.append((identity(type(own), "utility.validation", None), kept))
+    assert found[0] == found[1]
+
+
+def test_a_field_of_system_prompts_goes_with_conversations(tmp_path: Path) -> None:
+    talk = RECORDS["sharegpt"][0]["conversations"]
+    path = write(tmp_path / "s.jsonl", [{"conversations": talk, "system": "Be kind."}])
+    settings: dict[str, Any] = {"format": "sharegpt", "roles": "safety", "columns": {"system": "system"}}
+    assert rows(path, "safety", **settings)[0].before == (("system", "Be kind."),)
+    write(path, [{"conversations": [{"from": "system", "value": "No."}, *talk], "system": "Be kind."}])
+    with pytest.raises(
+        ConfigError, match="expected nothing, as conversations begins with a system prompt, in 'system'"
+    ):
+        rows(path, "safety", **settings)
+
+
 def test_without_a_score_utility_is_the_chance_of_a_token_of_the_held_out_answer() -> None:
     own = task(Path("rows.jsonl"))
     assert own.options(Row("1", "q", "an answer")) == [Option("an answer")]
-    found = own.likelihood_scores([Row("1", "q", "a"), Row("2", "q", "b")], [[Found(-3.0, 2)], [Found(None, 0)]])
-    assert found["gold_nll"] == [1.5, None]
-    assert found["utility"] == [pytest.approx(2.718281828459045**-1.5), None]
+    told = [Found(-3.0, 2), Found(None, 0), Found(0.0, 0)]  # the last: of characters that the tokenizer leaves out
+    found = own.likelihood_scores([Row(name, "q", name) for name in "abc"], [[each] for each in told])
+    assert found["gold_nll"] == [1.5, None, None]
+    assert found["utility"] == [pytest.approx(2.718281828459045**-1.5), None, None]
     assert own.BY_LIKELIHOOD and set(metrics.of_task(own)) == set(found)
 
 

@@ -55,19 +55,21 @@ def test_what_decay_takes_off_is_reported(world: contract.World, tmp_path: Path)
     assert facts["norm_lost"] > 0 and facts["rows"] == 23 and facts["steps"] == 7
 
 
-def test_fewer_rows_than_ranks_do_not_hang(world: contract.World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["der", "kl", "safegrad"])
+def test_fewer_rows_than_ranks_do_not_hang(method: str, world: contract.World, tmp_path: Path) -> None:
     """Batches of one row and a memory of one row on two ranks: one of them always has nothing to do."""
-    settings = contract.config("der", memory_batch_size=1)
+    settings = contract.config(method, memory_batch_size=1)
     settings["training"] = {**settings["training"], "batch_size": 1, "epochs": 0.2}
-    jobs: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-        (str(tmp_path / f"zero{zero}"), settings, {"engine": "deepspeed", "zero": zero}) for zero in (1, 2)
-    ] + [(str(tmp_path / "torch"), settings, {})]
-    for job in jobs:
-        ranks.run(contract.train_on_rank, 2, world, *job)
-    one = contract.train(world, tmp_path / "one", settings)
-    start = contract.adapter(world.safe.parent)
-    for scratch, _, _ in jobs:
-        assert contract.gap(one, contract.adapter(Path(scratch)), start) < 1e-5
+    start, one = contract.adapter(world.safe.parent), contract.train(world, tmp_path / "one", settings)
+    engines: dict[str, dict[str, Any]] = {"torch": {}}
+    engines |= {f"zero{zero}": {"engine": "deepspeed", "zero": zero} for zero in (1, 2, 3)}
+    for name, where in engines.items():
+        ranks.run(contract.train_on_rank, 2, world, str(tmp_path / name), settings, where)
+        alone = one
+        if name == "zero3":  # its layers are not fused: of elements whose gradient is next to 0 the first steps differ
+            ranks.run(contract.train_on_rank, 1, world, str(tmp_path / "alone"), settings, where)
+            alone = contract.adapter(tmp_path / "alone")
+        assert contract.gap(alone, contract.adapter(tmp_path / name), start) < 1e-5
 
 
 def test_a_killed_rank_ends_the_run_and_it_resumes_bit_for_bit(world: contract.World, tmp_path: Path) -> None:
