@@ -14,6 +14,7 @@ from safecl.base import ConfigError, Json, near
 from safecl.cost import Open, cost
 from safecl.dtypes import warnings
 from safecl.grid import Cell, Job, points
+from safecl.preflight import lacking_judges
 from safecl.project import Project
 from safecl.report import page, plots
 from safecl.report.facts import readable
@@ -31,6 +32,7 @@ def plan(project: Project) -> dict[str, Any]:
     """Cells, trials, stages by kind, hours and dtypes, as plain data; and estimates against the records of past stages."""
     sweep = project.sweep
     project.expected  # noqa: B018  (refuses what would leave too few rows)
+    project.warnings += [f"not checked here, and needed to run: {line}" for line in lacking_judges(sweep)]
     project.warnings += warnings(sweep, project.store, project.auto, project.nodes)
     found: list[dict[str, Any]] = []
     jobs: list[Job] = []
