@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from safecl.judge_cli import judge_app
-from safecl.options import AsJson, File, Limit, Set, print_table, project_to_run
+from safecl.options import AsJson, File, Limit, Set, print_hanging, print_table, project_to_run
 
 app = typer.Typer(
     add_completion=False,
@@ -23,9 +23,15 @@ One sweep file goes in; a table with intervals, an MLflow experiment and a page 
 
 **First steps**
 
-    safecl plan sweeps/quickstart.yaml       # what it would do, and for how long
-    safecl run sweeps/quickstart.yaml        # do it; the same command continues after a crash or Ctrl-C
-    safecl report sweeps/quickstart.yaml     # the table again, and a page with plots
+    safecl plan sweeps/quickstart.yaml     # what it would do, and for how long
+    safecl run sweeps/quickstart.yaml      # do it; the same command continues
+    safecl report sweeps/quickstart.yaml   # the table again, a page with plots
+
+**Your own model and data**
+
+    safecl doctor --data ROWS.jsonl --model MODEL     # what a model sees of it
+    safecl init --data ROWS.jsonl --model MODEL       # writes sweep.yaml
+    safecl plan sweep.yaml
 """,
 )
 
@@ -104,6 +110,8 @@ def run(
     failed = driver.run(project, lambda text: print(text, file=sys.stderr), max_hours)
     _print_rows(project, as_json, accept_judge)
     if not failed:
+        options = " with the same options" if set_ or limit else ""
+        print(f"for a page with plots: safecl report {file}{options}", file=sys.stderr)
         return
     for line in failed:
         print(f"missing: {line}", file=sys.stderr)
@@ -121,6 +129,7 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
     Hours are estimates (tokens x parameters / this machine's speed), corrected by what past stages of the store took.
     """
     from safecl.overview import plan as make_plan
+    from safecl.report.tables import duration
 
     project = _project(file, set_, limit, planned=True)
     found = make_plan(project)
@@ -130,37 +139,39 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
     print_table(
         "cells", ["cell", "searched", "trials"], [[c["cell"], c["searched"], str(c["trials"])] for c in found["cells"]]
     )
-    columns = ["stage", "to run", "later", "cached", "shared", "hours"]
-    rows = [[k, *(str(s[c]) for c in columns[1:5]), f"{s['hours']:.2f}"] for k, s in found["stages"].items()]
+    columns = ["stage", "to run", "later", "cached", "shared", "time"]
+    rows = [
+        [kind, *(str(count[name]) for name in columns[1:5]), duration(3600 * count["hours"])]
+        for kind, count in found["stages"].items()
+    ]
     print_table("stages (later: of trials that the search will suggest)", columns, rows)
     auto = f" (auto: {found['auto']['why']})" if found["auto"] else ""
-    print(f"dtype: {', '.join(f'{name} {dtype}' for name, dtype in found['dtype'].items())}{auto}")
-    for line in (*found["warnings"], *found["notes"]):
-        print(line)
+    told = [f"dtype: {', '.join(f'{name} {dtype}' for name, dtype in found['dtype'].items())}{auto}"]
+    told += [*found["warnings"], *found["notes"]]
     if found["disk_gib"] >= 0.05:
-        print(
+        told.append(
             f"to be written: about {found['disk_gib']:.1f} GiB, {found['states_gib']:.1f} of them theta_safe's hidden states"
         )
     devices = f" ({found['device_hours']:.0f} GPU-hours{found['speed']})" if project.sweep.execution.use_gpu else ""
-    print(
-        f"{found['open_trials']} more trials will be suggested by the search; about {found['hours']:.2f} hours in all{devices}"
-    )
+    searched = f"{found['open_trials']} more trials will be suggested by the search; " if found["open_trials"] else ""
+    told.append(f"{searched}about {duration(3600 * found['hours'])} in all{devices}")
+    for line in told:
+        print_hanging("", line, indent=2)
 
 
 @app.command()
 def status(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False) -> None:  # noqa: B006
-    """One table: how far each cell of a sweep is. Reads the store only, so it works beside a running sweep."""
+    """One table: how far each cell of a sweep is. Reads the store only, so it works beside a running sweep.
+
+    `weights`: the key of a row's weights (first seed), for `safecl export` and `safecl show`.
+    """
     from safecl.overview import status as read_status
 
     found = read_status(_project(file, set_, limit, reads=True))
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    print_table(
-        "status",
-        ["cell", "search", "final", "state"],
-        [[r["cell"], r["search"], r["final"], r["state"]] for r in found],
-    )
+    print_table("status", list(found[0]), [list(row.values()) for row in found])
 
 
 @app.command()
@@ -170,7 +181,7 @@ def report(
     limit: Limit = None,
     as_json: AsJson = False,
     out: Annotated[
-        Path | None, typer.Option(help="Where to write page and plots (default: <root>/report/NAME)")
+        Path | None, typer.Option(help="Where to write page and plots (default: report/NAME under execution.root)")
     ] = None,
     accept_judge: AcceptJudge = False,
     as_markdown: Annotated[
@@ -211,7 +222,7 @@ def power(
     for title, columns, rows in of.tables(found):
         print_table(title, columns, rows)
     for line in of.notes(found):
-        print(line)
+        print_hanging("", line, indent=2)
 
 
 @app.command()
@@ -229,7 +240,7 @@ def show(key: Annotated[str, typer.Argument(help="The beginning of a stage's key
 
 @app.command()
 def export(
-    key: Annotated[str, typer.Argument(help="The beginning of the key of a row's weights (`run --json` prints it)")],
+    key: Annotated[str, typer.Argument(help="The beginning of the key of a row's weights (`safecl status` prints it)")],
     out: Annotated[Path, typer.Argument(help="A new folder")],
     merged: Annotated[bool, typer.Option(help="The whole model, not the adapter alone")] = False,
     root: str = "runs",
@@ -244,28 +255,26 @@ def export(
 @app.command()
 def ls(
     what: Annotated[str, typer.Argument(help="methods, tasks, judges or metrics")] = "methods",
-    file: Annotated[Path | None, typer.Argument(help="A sweep file: its plugins are listed too")] = None,
+    file: Annotated[Path | None, typer.Argument(help="A sweep file: its plugins and data are listed too")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List methods (with their equations), tasks (with their splits), judges (with their questions) or metrics (with what
-    they are measured of), and where they come from."""
+    """List methods (with their equations), tasks (what they are, and their splits), judges (with their questions) or
+    metrics (with what they are measured of), and where they come from."""
     from safecl.overview import listing
+    from safecl.sweepfile import load
 
-    if file is not None:
-        from safecl.sweepfile import load
-
-        load(file, [])
-    rows = listing(what)
+    rows = listing(what, () if file is None else load(file, []).data)
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    if what != "methods":
-        print_table(what, list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+    if what == "metrics":
+        print_table(what, list(rows[0]), [list(row.values()) for row in rows])
         return
     for row in rows:  # too much for columns
-        print(f"{row['method']:12} {row['equation']}")
-        for name in list(row)[2:]:
-            print(f"{'':12} {name}: {row[name]}")
+        (_, name), (_, first), *others = row.items()
+        print_hanging(f"{name:13} ", first, indent=16)
+        for key, value in others:
+            print_hanging(f"{'':13} {key}: ", value, indent=16)
 
 
 @app.command()
@@ -288,6 +297,8 @@ def doctor(
 
     With --data FILE: what a model would see of that file, and all that is wrong with it; exits 2 if anything is.
     """
+    from safecl.base import ConfigError
+
     if data is not None:
         from safecl import datafile
 
@@ -297,6 +308,10 @@ def doctor(
         if seen.problems:
             raise typer.Exit(2)
         return
+    if of_data := [
+        name for name, value in (("--format", format_), ("--model", model), ("--revision", revision)) if value
+    ]:
+        raise ConfigError(f"{of_data[0]} is of a data file: name one with --data")
     from safecl.doctor import examine
 
     found = examine(root, data_dir)
@@ -341,6 +356,9 @@ def init(
         typer.Option(help="look (SFT and DER), compare (six methods) or tune (search DER)", show_default=False),
     ] = None,
     attack: Annotated[Path | None, typer.Option(help="Harmful requests, with answers also poison")] = None,
+    aligned: Annotated[
+        bool, typer.Option("--aligned", help="The model is aligned already: start from it as it is (`align: none`)")
+    ] = False,
     out: Annotated[Path, typer.Option(help="The sweep file to write")] = Path("sweep.yaml"),
     revision: Annotated[str | None, typer.Option(help="Commit of a hub id")] = None,
     template: Annotated[str, typer.Option(help="Of the model: auto, or a name as in a sweep file")] = "auto",
@@ -352,15 +370,24 @@ def init(
     from safecl.base import ConfigError
     from safecl.init import sweep
 
-    model = model or typer.prompt("Model (a folder, wheel:PACKAGE, or a hub id)")
-    data = data or Path(typer.prompt("Data file to fine-tune on"))
-    goal = goal or typer.prompt("Goal (look, compare or tune)", default="look")
+    try:
+        model = model or typer.prompt("Model (a folder, wheel:PACKAGE, or a hub id)")
+        data = data or Path(typer.prompt("Data file to fine-tune on"))
+        goal = goal or typer.prompt("Goal (look, compare or tune)", default="look")
+    except typer.Abort:
+        if sys.stdin.isatty():  # Ctrl-C
+            raise
+        raise ConfigError("nobody is here to be asked: name --model, --data and --goal") from None
     if out.exists():
         raise ConfigError(f"--out: {str(out)!r} is there already; name a new file")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out: there is no folder {str(out.parent)!r}; make it, or name another")
-    text = sweep(_model(model, revision, template), data, goal, attack, out)
+    text = sweep(_model(model, revision, template), data, goal, attack, out, aligned)
     out.write_text(text, encoding="utf-8")
+    try:
+        _ = _project(out, [], None, planned=True).expected  # as plan does: roles may have taken rows from one another
+    except ConfigError as error:
+        raise ConfigError(f"{out} is written, and needs a change before `safecl plan` takes it:\n{error}") from None
     print(f"{out}\nnext: safecl plan {out}")
 
 

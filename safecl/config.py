@@ -85,7 +85,8 @@ class Origin(Strict):
 
 
 class Model(Strict):
-    """A model. `source`: `wheel:PACKAGE` (a GGUF file inside an installed package), a folder, or a hub id."""
+    """A model. `source`: `wheel:PACKAGE` (a GGUF file inside an installed package), a folder (beside the sweep file, else from
+    where the command is run), or a hub id."""
 
     name: str
     source: Place
@@ -191,6 +192,7 @@ class Method(Strict):
 
     Example:
         {name: der, label: DER, config: {memory_size: 5%}, grid: {weight: [0.3, 1.0, 3.0]}}     three rows
+        sft                                                                        short for {name: sft}
     """
 
     name: str
@@ -199,6 +201,15 @@ class Method(Strict):
     grid: dict[str, Annotated[tuple[Json, ...], Field(min_length=1)]] = later({})
     # What tables call it; two entries of one method with other settings are told apart by those without one.
     label: Annotated[str, Field(pattern=r"^[^/\n]+$")] | None = later(None)
+
+
+class _OrName:
+    """Lets a name alone stand for an entry without settings."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        named = core_schema.no_info_after_validator_function(lambda name: source(name=name), core_schema.str_schema())
+        tagged = {"name": named, "entry": handler(source)}
+        return core_schema.tagged_union_schema(tagged, lambda given: "name" if isinstance(given, str) else "entry")
 
 
 class Align(Training):
@@ -221,12 +232,7 @@ class Align(Training):
     # Benign requests answered by the base model itself, for safety sets that hold none (they teach over-refusal).
     self_answered: tuple[Rows, ...] = ()
     safety_from: Method | None = later(None)
-    method: Method = later(Method(name="sft"))
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _by_name_alone(cls, value: object) -> object:
-        return {"name": value} if isinstance(value, str) else value
+    method: Annotated[Method, _OrName()] = later(Method(name="sft"))
 
     @model_validator(mode="after")
     def _has_what_it_trains_on(self) -> Self:
@@ -665,7 +671,7 @@ class Sweep(Strict):
     memory_mix: Literal["refusals", "stratified"] = "refusals"
     tasks: Annotated[tuple[UserTask, ...], Field(min_length=1)]
     poison: Poison
-    methods: Annotated[tuple[Method, ...], Field(min_length=1)]
+    methods: Annotated[tuple[Annotated[Method, _OrName()], ...], Field(min_length=1)]
     # Rows that any of these name, in place of every model x task x ratio x method.
     only: tuple[Some, ...] = ()
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2, 3, 4)

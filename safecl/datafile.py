@@ -13,6 +13,7 @@ from safecl.config import Data, Model
 from safecl.models import tokenizer_folder, tokenizer_stage
 from safecl.tasks import Row, _files, _written
 from safecl.tasks._files import Record
+from safecl.tasks._written import MAX_PROBLEMS
 from safecl.templates import settled
 from safecl.training.tokens import Tokenizer, encode, encode_prompts, least_tokens
 
@@ -60,7 +61,8 @@ def look(file: Path, format: str | None = None, model: Model | None = None, max_
     """Look through a file. What is wrong with it is in `problems`, a line each.
 
     Raises:
-        ConfigError: there is no such file, it cannot be read at all, or the model's template does not go with its tokenizer.
+        ConfigError: there is no such file or format, the file cannot be read at all, or the model's template does not go
+            with its tokenizer.
         PrerequisiteError: the model's tokenizer cannot be had.
     """
     if not file.is_file() or not file.name.lower().endswith(_files.SUFFIXES):
@@ -253,7 +255,9 @@ def lines(seen: Seen) -> list[str]:
         told.append("tokens: name a model (--model) to count them and to see its template")
     told += [f"role {role}: {lacks or 'yes'}" for role, lacks in seen.roles.items()]
     told += [f"note: {note}" for note in seen.notes]
-    told += [f"wrong: {problem}" for problem in seen.problems] or ["nothing is wrong with it"]
+    told += [f"wrong: {problem}" for problem in seen.problems[:MAX_PROBLEMS]] or ["nothing is wrong with it"]
+    if (more := len(seen.problems) - MAX_PROBLEMS) > 0:
+        told.append(f"... and {more} more like these; --json lists all")
     return told
 
 

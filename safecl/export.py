@@ -60,18 +60,19 @@ def _only(store: Store, key: str) -> dict[str, Any]:
     if len(found) != 1:
         what = "no" if not found else f"{len(found)}"
         raise ConfigError(
-            f"{what} stages that hold weights have a key that begins with {key!r}, expected one; `safecl run FILE --json` "
-            "gives the key of each row's weights"
+            f"{what} stages that hold weights have a key that begins with {key!r}, expected one; `safecl status FILE` "
+            "prints the key of each row's weights, and --root names the store"
         )
     return found[0]
 
 
 def _write_template(config: Any, base: Path, out: Path, merged: bool) -> None:
     """So that who serves it asks as it was trained, and stops where its answers end."""
-    from safecl.templates import chat_template
+    from safecl.templates import chat_template, whole
     from safecl.training.tokens import Tokenizer
 
-    tokenizer, template = Tokenizer(base), config["template"]
+    tokenizer = Tokenizer(base)
+    template = whole(config["template"], tokenizer)
     text = chat_template(template, config["bos"], tokenizer.special_texts.get("bos_token"))
     (out / "chat_template.jinja").write_text(text, encoding="utf-8")
     if merged:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,14 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from safecl.report.tables import text_table
 
     print(f"{title}\n{text_table(columns, rows, _width())}\n")
+
+
+def print_hanging(lead: str, text: str, indent: int) -> None:
+    """A line; on a terminal that is too narrow it goes on below, behind so many blanks."""
+    width = _width() or sys.maxsize
+    print(
+        textwrap.fill(text or "-", width, initial_indent=lead, subsequent_indent=" " * indent, break_on_hyphens=False)
+    )
 
 
 def _width() -> int | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +14,17 @@ from safecl.base import ConfigError, Json, near
 from safecl.cost import Open, cost
 from safecl.dtypes import warnings
 from safecl.grid import Cell, Job, points
+from safecl.preflight import lacking_judges
 from safecl.project import Project
 from safecl.report import page, plots
 from safecl.report.facts import readable
 from safecl.report.rows import curves
+from safecl.tasks._written import kind_of
 from safecl.tasks._written import notes as written_notes
 from safecl.trained import notes as trained_notes
 
 if TYPE_CHECKING:
+    from safecl.config import Data
     from safecl.judges import Judge
 
 
@@ -27,6 +32,7 @@ def plan(project: Project) -> dict[str, Any]:
     """Cells, trials, stages by kind, hours and dtypes, as plain data; and estimates against the records of past stages."""
     sweep = project.sweep
     project.expected  # noqa: B018  (refuses what would leave too few rows)
+    project.warnings += [f"not checked here, and needed to run: {line}" for line in lacking_judges(sweep)]
     project.warnings += warnings(sweep, project.store, project.auto, project.nodes)
     found: list[dict[str, Any]] = []
     jobs: list[Job] = []
@@ -109,7 +115,7 @@ def _plan_notes(project: Project) -> list[str]:
 
 
 def status(project: Project) -> list[dict[str, str]]:
-    """How far each cell is, from the store and the studies alone."""
+    """How far each cell is, from the store and the studies alone; `weights`: of its first finished seed, for `safecl export`."""
     found = []
     for cell, _, jobs, note in project.finals():
         done = sum(project.store.has(job.evidence.metrics) for job in jobs)
@@ -121,7 +127,17 @@ def status(project: Project) -> list[dict[str, str]]:
             search = f"{len(study.complete()) if study else 0}/{cell.num_trials}"
         state = "done" if jobs and done == num_seeds else "searching" if note.startswith("search:") else "to do"
         state = "failed" if not jobs and note.startswith("all ") else state
-        found.append({"cell": cell.label, "search": search, "final": f"{done}/{num_seeds}", "state": state})
+        ready = [job.graph.final for job in jobs if project.store.has(job.evidence.metrics)]
+        weights = next((final.key[:12] for final in ready if final is not None), "-")
+        found.append(
+            {
+                "cell": cell.label,
+                "search": search,
+                "final": f"{done}/{num_seeds}",
+                "state": state,
+                "weights": weights,
+            }
+        )
     return found
 
 
@@ -149,8 +165,8 @@ def write_report(project: Project, out: Path | None, accept_judge: bool = False)
     return page.write(folder / "index.html", rows, found, figures)
 
 
-def listing(what: str) -> list[dict[str, str]]:
-    """Methods, tasks, judges or metrics as rows for `safecl ls`."""
+def listing(what: str, data: Sequence[Data] = ()) -> list[dict[str, str]]:
+    """Methods, tasks, judges or metrics as rows for `safecl ls`; `data`: tasks that a sweep file writes."""
     from safecl import judges, metrics, tasks
 
     if what == "methods":
@@ -168,7 +184,10 @@ def listing(what: str) -> list[dict[str, str]]:
             for name, kind in ((name, methods.load(name)) for name in methods.names())
         ]
     elif what == "tasks":
-        rows = [{"task": name, "splits": ", ".join(tasks.load(name).SPLITS)} for name in tasks.names()]
+        rows = [
+            {"task": name, "about": _about(kind), "splits": ", ".join(kind.SPLITS)}
+            for name, kind in ((name, tasks.load(name)) for name in tasks.names())
+        ]
     elif what == "judges":
         rows = [
             {"judge": name, "question": kind.question, "answers": ", ".join(kind.answers), "model": _model_of(kind)}
@@ -195,7 +214,21 @@ def listing(what: str) -> list[dict[str, str]]:
     else:
         known = (*registry.KINDS, "metrics")
         raise ConfigError(f"nothing to list called {what!r}.{near(what, known)} Expected one of {', '.join(known)}")
-    return [{**row, "from": registry.origin(what, row[what[:-1]])} for row in rows]
+    found = [{**row, "from": registry.origin(what, row[what[:-1]])} for row in rows]
+    return found + [_written_task(each) for each in data if what == "tasks"]
+
+
+def _written_task(data: Data) -> dict[str, str]:
+    files = data.file.values() if isinstance(data.file, dict) else [data.file or data.hub]
+    about = f"{', '.join(Path(str(file)).name for file in files)}, format {data.format}"
+    splits = ", ".join(kind_of(data).SPLITS)
+    return {"task": data.name, "about": about, "splits": splits, "from": "data of the sweep file"}
+
+
+def _about(kind: type) -> str:
+    """What a class says of itself, or else its file: the first paragraph."""
+    told = vars(kind).get("__doc__") or sys.modules[kind.__module__].__doc__ or "-"
+    return " ".join(told.partition("\n\n")[0].split())
 
 
 def _model_of(kind: type[Judge]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from safecl import panel, sandbox
 from safecl.base import PrerequisiteError
 from safecl.config import Execution, Sweep
 from safecl.cost import slots
+from safecl.models import tokenizer_folder, tokenizer_stage
 from safecl.tasks._written import find
 
 GIB_PER_TRIAL, GIB_PER_ENGINE, GIB_PER_WORKER = 0.4, 4.0, 2.5  # measured at 135M parameters, see the README
@@ -17,6 +19,25 @@ def check(sweep: Sweep) -> None:
     """Raises PrerequisiteError where this machine lacks what the sweep needs."""
     check_memory(sweep.execution, panel.num_engines(sweep))
     check_isolation(sweep)
+    if lacking := lacking_judges(sweep):
+        raise PrerequisiteError("\n".join(lacking))
+
+
+def lacking_judges(sweep: Sweep) -> list[str]:
+    """Models of judges on the hub that cannot be had, a line each: found out before hours are spent on what they would judge."""
+    found: dict[str, str] = {}
+    for seat in panel.all_seats(sweep):
+        if seat.model is None:
+            continue
+        tokenizer = tokenizer_stage(seat.model)
+        source: Any = tokenizer.config["source"]
+        if "hub" not in source:  # check.py has looked at the files
+            continue
+        try:
+            tokenizer_folder(tokenizer)
+        except PrerequisiteError as error:
+            found[seat.model.name] = f"evaluate.judges, {seat.judge}, model {seat.model.name!r}: {error}"
+    return list(found.values())
 
 
 def check_memory(execution: Execution, num_engines: int | None = None) -> None:

@@ -50,6 +50,7 @@ def from_raw(raw: dict[str, Any], settings: Sequence[str], limit: int | None, pa
             "each trial would store a whole model. The nearest is a high rank, for example lora: {rank: 256, alpha: 256}"
         )
     try:
+        _place_models(raw, path.parent)
         if limit is not None:
             _limit(raw, limit)
         sweep = strictly(Sweep, raw)
@@ -93,7 +94,7 @@ def explained(error: ValidationError, given: Any, schema: type[Strict]) -> list[
                 "ctx": {"expected": names},
             }
             within = [{**kinds[0], **merged, "loc": place}]
-        told += [_explained({**item, "loc": (*place, *item["loc"][len(place) + 1 :])}, schema) for item in within]
+        told += [_explained({**item, "loc": _own_place(given, item)}, schema) for item in within]
     return list(dict.fromkeys(told))
 
 
@@ -107,6 +108,17 @@ def _place_in(given: Any, item: Any) -> tuple[Any, ...]:
         elif item["type"] != "missing" or i < len(place) - 1:
             return tuple(place[:i])
     return tuple(place)
+
+
+def _own_place(given: Any, item: Any) -> tuple[Any, ...]:
+    """The keys that a person wrote on the way to an error, without pydantic's names for kinds; a missing key is the last."""
+    at, place = given, []
+    for part in item["loc"]:
+        is_there = part in at if isinstance(at, dict) else isinstance(at, list) and part in range(len(at))
+        if is_there:
+            at = at[part]
+            place.append(part)
+    return (*place, item["loc"][-1]) if item["type"] == "missing" else tuple(place)
 
 
 def _explained(item: Any, schema: type[Strict]) -> str:
@@ -210,6 +222,18 @@ def _place_data(raw: dict[str, Any], folder: Path) -> None:
     for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, dict) and "file" in entry:
             entry["file"] = placed(entry["file"])
+
+
+def _place_models(given: Any, folder: Path) -> None:
+    """Folders of models and tokenizers by their whole places, as workers stand elsewhere: beside the sweep file, else from
+    where the command is run."""
+    for key, value in given.items() if isinstance(given, dict) else enumerate(given) if isinstance(given, list) else ():
+        if key in ("source", "tokenizer") and isinstance(value, str):
+            with suppress(ValueError):  # it is refused as what it is
+                place = next((each for each in (folder, Path()) if (each / expanded(value)).is_dir()), None)
+                given[key] = value if place is None else str((place / expanded(value)).absolute())
+        else:
+            _place_models(value, folder)
 
 
 def _set(raw: dict[str, Any], setting: str) -> None:

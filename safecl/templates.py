@@ -8,6 +8,7 @@ rendering it (in Jinja's sandbox, without a clock: a template that writes today'
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -319,6 +320,21 @@ def _renderer(text: str, specials: dict[str, str]) -> _Render:
             ) from None
 
     return render
+
+
+def whole(template: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """A stage's template with how it writes system prompts and several turns, also where its rows had none: as the named
+    template or the tokenizer's own that it is. One that a sweep file wrote out stays as it is."""
+    if template.get("between"):
+        return dict(template)
+    known = list(_NAMED.values())
+    with suppress(ConfigError):  # a base model has none
+        known.append(_own(tokenizer, "")[0])
+    written = {"lead": "", "strip": False, **template}
+    for found in known:
+        if all(written[key] == getattr(found, key) for key in ("prompt", "end", "lead", "strip")):
+            return {**template, **found.conversation}
+    return dict(template)
 
 
 def chat_template(template: Mapping[str, Any], bos: bool, bos_token: str | None) -> str:

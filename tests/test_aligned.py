@@ -225,3 +225,16 @@ def test_another_models_base_is_refused() -> None:
     for before, said in (({"a": torch.zeros(3, 2)}, r"has \[3, 2\]"), ({}, "has none")):
         with pytest.raises(ConfigError, match=rf"aligned_from: 'a' of the model is \[4, 2\], its base {said}"):
             weights.changes(before, {"a": torch.zeros(4, 2)}, ["a"])
+
+
+@pytest.mark.parametrize("aligned", ["stack", "none"])
+def test_theta_safe_of_a_fresh_adapter_is_where_it_starts(aligned: str) -> None:
+    """A method that pulls to theta_safe (docs/extend.md) pulls to the model that it starts from; a checkpoint keeps it."""
+    inputs = contract.a_world(adapter="stack").inputs()
+    if aligned == "none":
+        del inputs["safe"]
+    run = finetune.make_run(contract.config("sft", adapter="stack"), inputs, contract.execution()).run
+    start = run.theta().clone()
+    assert run.theta_safe().equal(start)
+    run.set_theta(start + 1)
+    assert run.theta_safe().equal(start) and run.kept["theta_safe"].equal(start)

@@ -264,3 +264,8 @@ def test_full_fine_tuning_is_refused_in_a_line() -> None:
     for given in ("full", "none", "null"):
         with pytest.raises(ConfigError, match=r"lora: full fine-tuning is not there: .*The nearest is a high rank"):
             load(QUICKSTART, [f"lora={given}"])
+
+
+def test_a_method_may_be_a_name_alone() -> None:
+    named, whole = (load(QUICKSTART, [f"methods=[{one}, {{name: der}}]"]) for one in ("sft", "{name: sft}"))
+    assert named == whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import typer
 
-from safecl import cli
+from safecl import cli, hardware, options
+from safecl.hardware import Speed
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 QUICKSTART = str(SWEEPS / "quickstart.yaml")
@@ -190,3 +192,42 @@ def test_json_is_json_wherever_it_is_offered(
     monkeypatch.chdir(tmp_path)
     code, out, _ = said(capsys, monkeypatch, *verb.split(), *lines[verb], "--json")
     assert json.loads(out) and code == 0
+
+
+@pytest.mark.parametrize("what", ["methods", "tasks", "judges", "metrics"])
+def test_what_there_is_fits_a_terminal_of_80_columns(
+    what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "_width", lambda: 80)
+    code, out, _ = said(capsys, monkeypatch, "ls", what)
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+
+
+def test_tasks_say_what_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, out, _ = said(capsys, monkeypatch, "ls", "tasks", "--json")
+    assert all(len(row["about"]) > 20 for row in json.loads(out))
+
+
+def test_help_names_where_the_page_goes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, out, _ = said(capsys, monkeypatch, "report", "--help")
+    assert "report/NAME under execution.root" in " ".join(out.replace("\u2502", " ").split())
+
+
+def test_the_first_help_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = said(capsys, monkeypatch, "--help")
+    typed = [line.strip() for line in out.splitlines() if line.startswith("  safecl ")]
+    assert len(typed) == 6 and typed[0].endswith("for how long"), typed
+
+
+def test_a_plan_says_the_time_as_people_do_and_nothing_of_a_search_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "measured", lambda use_gpu=False: {"float32": Speed(100, 100)})
+    monkeypatch.setattr(options, "_width", lambda: 80)
+    at = ("--set", f"execution.root={tmp_path}", "--set", "models.0.dtype=float32")
+    code, out, _ = said(capsys, monkeypatch, "plan", QUICKSTART, "--limit", "8", "--set", "methods=[sft]", *at)
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    assert re.fullmatch(r"about (\d+ min \d\d s|\d+ s) in all", out.splitlines()[-1])
+    _, out, _ = said(capsys, monkeypatch, "plan", QUICKSTART, "--limit", "8", *at)
+    assert out.splitlines()[-1].startswith("6 more trials will be suggested by the search; about ")

@@ -13,6 +13,7 @@ from safecl import datafile
 from safecl.base import ConfigError
 from safecl.cli import app
 from safecl.config import Model
+from safecl.options import print_hanging
 from safecl.project import Project, load
 from tests.test_own_data import THINGS, dialogues, write
 
@@ -81,6 +82,23 @@ def test_all_problems_stand_there_with_line_and_field_and_it_exits_2(tmp_path: P
     assert len(as_json["problems"]) == 3 and as_json["data"]["format"] == "messages"
 
 
+def test_a_file_that_is_wrong_all_over_does_not_fill_the_screen(tmp_path: Path) -> None:
+    write(tmp_path / "d.jsonl", [{"messages": i} for i in range(3000)])
+    done = invoke("doctor", "--data", str(tmp_path / "d.jsonl"))
+    assert done.exit_code == 2 and done.stdout.count("\n") < 40
+    assert done.stdout.endswith("... and 2980 more like these; --json lists all\n")
+    assert len(json.loads(invoke("doctor", "--data", str(tmp_path / "d.jsonl"), "--json").stdout)["problems"]) == 3000
+    new = ("--goal", "look", "--out", str(tmp_path / "s.yaml"))
+    assert "2980 more" in str(invoke("init", *SMOLLM2, "--data", str(tmp_path / "d.jsonl"), *new).exception)
+
+
+def test_options_of_a_data_file_are_checked(tmp_path: Path) -> None:
+    write(tmp_path / "d.jsonl", dialogues(3))
+    wrong = invoke("doctor", "--data", str(tmp_path / "d.jsonl"), "--format", "message").exception
+    assert "--format 'message' is unknown. Did you mean 'messages'?" in str(wrong)
+    assert "--model is of a data file: name one with --data" in str(invoke("doctor", *SMOLLM2).exception)
+
+
 def test_a_file_without_rows_is_wrong_and_says_why(tmp_path: Path) -> None:
     for name, text, told in (
         ("a.jsonl", "", "a.jsonl: holds no record that can be read"),
@@ -111,22 +129,34 @@ def test_a_template_that_cannot_write_the_rows_is_a_problem(tmp_path: Path) -> N
         datafile.look(tmp_path / "nope.jsonl")
 
 
+@pytest.mark.parametrize("aligned", [(), ("--aligned",)])
 @pytest.mark.parametrize("goal", ["look", "compare", "tune"])
-def test_a_sweep_file_of_init_is_taken_by_plan(goal: str, tmp_path: Path) -> None:
+def test_a_sweep_file_of_init_is_taken_by_plan(goal: str, aligned: tuple[str, ...], tmp_path: Path) -> None:
     write(tmp_path / "support.jsonl", dialogues(160))
     write(tmp_path / "Bad ones.jsonl", [{"prompt": f"Smash {t}{i} at gate{i}", "response": "Sure."}
                                         for i, t in enumerate(THINGS * 10)])  # fmt: skip
     out = tmp_path / "sweeps" / "first.yaml"
     out.parent.mkdir()
     files = ("--data", str(tmp_path / "support.jsonl"), "--attack", str(tmp_path / "Bad ones.jsonl"))
-    done = invoke("init", *SMOLLM2, *files, "--goal", goal, "--out", str(out))
+    done = invoke("init", *SMOLLM2, *files, "--goal", goal, *aligned, "--out", str(out))
     assert done.exit_code == 0, (done.output, done.exception)
     project = Project(load(out, [f"execution.root={tmp_path / 'runs'}"]))
     assert [data.name for data in project.sweep.data] == ["support", "bad_ones"]
     assert project.expected and out.read_text().count("#") > 10
+    assert project.sweep.align.train == (not aligned)
     if goal == "look":
         again = invoke("init", *SMOLLM2, *files, "--goal", goal, "--out", str(out))
         assert "is there already" in str(again.exception)
+
+
+def test_what_plan_would_refuse_of_a_sweep_file_of_init_is_said_at_once(tmp_path: Path) -> None:
+    write(tmp_path / "support.jsonl", dialogues(160))
+    alike = [{"prompt": f"Tell me how to smash {t} so that nobody notices", "response": "Sure."} for t in THINGS * 5]
+    write(tmp_path / "bad.jsonl", alike)
+    files = ("--data", str(tmp_path / "support.jsonl"), "--attack", str(tmp_path / "bad.jsonl"))
+    done = invoke("init", *SMOLLM2, *files, "--goal", "look", "--out", str(tmp_path / "s.yaml"))
+    assert "needs a change before `safecl plan` takes it:" in str(done.exception), done.output
+    assert "overlap" in str(done.exception) and (tmp_path / "s.yaml").exists()
 
 
 def test_names_that_are_taken_are_not_given_again(tmp_path: Path) -> None:
@@ -162,3 +192,35 @@ def test_labels_are_scored_as_choices_and_what_is_wrong_is_said(tmp_path: Path) 
         "init", *SMOLLM2, "--data", str(tmp_path / "few.jsonl"), "--goal", "look", "--out", str(tmp_path / "t.yaml")
     )
     assert "too few rows" in str(few.exception) and not (tmp_path / "t.yaml").exists()
+
+
+def test_a_small_model_in_a_folder_gets_the_rates_of_small_ones(tmp_path: Path, tiny_model: Path) -> None:
+    write(tmp_path / "support.jsonl", dialogues(160))
+    own = ("--model", str(tiny_model), "--template", "chatml", "--data", str(tmp_path / "support.jsonl"))
+    done = invoke("init", *own, "--goal", "look", "--out", str(tmp_path / "s.yaml"))
+    assert done.exit_code == 0 and load(tmp_path / "s.yaml", []).tasks[0].learning_rate == 4e-3
+
+
+def test_tasks_of_a_sweep_file_are_listed(tmp_path: Path) -> None:
+    write(tmp_path / "support.jsonl", dialogues(3))
+    quickstart = (Path(__file__).parents[1] / "sweeps" / "quickstart.yaml").read_text()
+    (tmp_path / "s.yaml").write_text(
+        f"{quickstart}\ndata: [{{name: support, file: support.jsonl, format: messages}}]\n"
+    )
+    rows = json.loads(invoke("ls", "tasks", str(tmp_path / "s.yaml"), "--json").stdout)
+    assert rows[-1] == {
+        "task": "support",
+        "about": "support.jsonl, format messages",
+        "splits": "user, utility.validation, utility.test",
+        "from": "data of the sweep file",
+    }
+    assert "support" not in invoke("ls", "tasks", "--json").stdout
+
+
+def test_what_a_plugin_leaves_out_is_a_dash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_hanging("source: ", "", indent=2)
+    assert capsys.readouterr().out == "source: -\n"
+
+
+def test_init_without_anybody_to_ask_says_what_it_needs() -> None:
+    assert "name --model, --data and --goal" in str(CliRunner().invoke(app, ["init"], input="").exception)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import safecl
-from safecl import frames
+from safecl import frames, overview
 from safecl.project import Project, load
 from safecl.report import facts
 from safecl.report.rows import rows
@@ -66,6 +66,20 @@ def test_results_hold_each_trial_and_each_cell_with_the_tables_numbers(sweep: Pa
     [key] = {keys["weights"] for keys in trials[(trials.method == "sft") & (trials.seed == 1)]["keys"]}
     assert key == table["sft"]["weights"][1]
     assert frame[frame.method == "aligned"].poison.isna().all() and (frame[frame.method == "sft"].poison == 0.1).all()
+
+
+def test_status_prints_the_keys_that_export_asks_for(sweep: Path) -> None:
+    project = Project(load(sweep, []), reads=True)
+    table = {row["method"]: row for row in rows(project)}
+    shown = {row["cell"].rpartition(" / ")[2]: row["weights"] for row in overview.status(project)}
+    assert shown == {"base": "-", **{name: table[name]["weights"][0][:12] for name in ("aligned", "sft")}}
+
+
+def test_a_sweep_without_a_search_says_nothing_of_one(sweep: Path) -> None:
+    project = Project(load(sweep, []), reads=True)
+    assert not any("Search" in note for note in facts.facts(project, rows(project)).notes)
+    searched = Project(load(sweep, ["methods=[{name: ewc, search: {}}]"]), reads=True)
+    assert any("Search: 3 trials" in note for note in facts.facts(searched, rows(searched)).notes)
 
 
 def test_searched_trials_are_there_on_request_with_what_they_tried(tmp_path: Path) -> None:

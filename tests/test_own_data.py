@@ -16,7 +16,7 @@ from safecl.panel import all_seats, decision
 from safecl.project import Project, load
 from safecl.store import Stage
 from safecl.tasks import Row
-from safecl.templates import chat_template, resolve
+from safecl.templates import chat_template, resolve, whole
 from safecl.trained import Preview
 from safecl.training.tokens import Tokenizer, encode, encode_prompts
 from tests.test_templates import CHATML, GEMMA, LLAMA2, LLAMA3, MAKERS, THINKS, WITH_SYSTEM, build
@@ -355,6 +355,24 @@ def test_equal_requests_behind_other_turns_are_other_prompts(tiny_model: Path) -
     rows = [Row("1", "q", "a"), Row("2", "q", "a", before=[("system", "Be brief.")])]
     short, long = (len(row.ids) for row in encode(rows, own, template, False, 1 << 16)[0])
     assert long > short
+
+
+def test_a_model_exported_after_single_turns_takes_system_prompts_and_several(tiny_model: Path) -> None:
+    """As its named template writes them, also where BOS is the token that begins each turn, as in SmolLM2."""
+    import jinja2
+
+    own = Tokenizer(tiny_model)
+    chatml = resolve(own, "chatml").template
+    template = whole(chatml.model_dump(), own)
+    assert {**chatml.model_dump(), **chatml.conversation} == template
+    turns = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]
+    told = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+    for bos in ("<s>", "<|im_start|>"):
+        text = chat_template(template, False, bos)
+        for start in (0, 1):
+            rendered = jinja2.Template(text).render(messages=turns[start:], bos_token=bos)
+            assert rendered == told[told.index("<|im_start|>", start) :] + "<|im_start|>assistant\n"
+    assert whole({"prompt": "{prompt}:", "end": "</s>"}, own) == {"prompt": "{prompt}:", "end": "</s>"}
 
 
 def test_an_exported_model_speaks_as_it_was_trained(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from safecl import preflight
 from safecl.base import PrerequisiteError
 from safecl.overview import plan
 from safecl.project import Project, load
@@ -97,3 +98,17 @@ def test_the_small_twin_has_the_same_rows_of_a_model_that_is_here(name: str, tmp
     if name != "small":
         assert mine == rows_of(large)
     assert {row[1:] for row in mine if "m=" not in row[3]} == {row[1:] for row in rows_of(large) if "m=" not in row[3]}
+
+
+def test_models_of_judges_that_cannot_be_had_are_said_before_anything_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(stage: Any) -> Path:
+        raise PrerequisiteError("cannot be fetched")
+
+    monkeypatch.setattr(preflight, "tokenizer_folder", refused)
+    monkeypatch.setattr(preflight, "check_isolation", lambda sweep: None)
+    sweep = load(SWEEPS / "paper" / "table1.yaml", [])
+    lacking = preflight.lacking_judges(sweep)
+    assert ["llama-guard-3-8b" in lacking[0], "wildguard-7b" in lacking[1]] == [True, True]
+    with pytest.raises(PrerequisiteError, match="wildguard"):
+        preflight.check(sweep)
+    assert preflight.lacking_judges(load(SWEEPS / "quickstart.yaml", [])) == []

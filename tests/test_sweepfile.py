@@ -164,3 +164,21 @@ def test_what_yaml_cannot_make_of_a_tag_is_said() -> None:
             load(QUICKSTART, [f"seeds={value}"])
     with pytest.raises(ConfigError, match="expected plain values"):
         load(QUICKSTART, ["about=&a [*a]"], 20)
+
+
+def test_folders_of_models_are_whole_places_beside_the_sweep_file_or_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers stand elsewhere: a relative place would be taken for a hub id there."""
+    (tmp_path / "sweeps" / "mine").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "sweeps" / "s.yaml"
+    file.write_text((SWEEPS / "quickstart.yaml").read_text())
+    for given, found in (("./mine", "sweeps/mine"), ("here", "here")):
+        model = load(file, [f"models.0.source={given}"]).models[0]
+        assert Path(model.source) == tmp_path / found and Path(model.source).is_absolute()
+    assert load(file, ["models.0.source=org/name"]).models[0].source == "org/name"
+    judge = "{judge: llamaguard, endpoint: 'http://127.0.0.1:8000/v1', model: m, tokenizer: ./mine}"
+    asr = load(file, [f"evaluate.judges.asr={judge}"]).evaluate.judges.asr
+    assert asr.tokenizer == str(tmp_path / "sweeps" / "mine")  # type: ignore[union-attr]

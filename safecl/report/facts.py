@@ -40,11 +40,13 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     sweep = project.sweep
     asr, over_refusal = (decision(sweep.evaluate.judges, question) for question in ("asr", "over_refusal"))
     libraries = {text for row in rows for text in row["libraries"]}
-    trials = "every combination" if sweep.search.sampler == "grid" else f"{sweep.search.trials} trials"
-    notes = [
-        f"Search: {trials} per searched cell, on validation prompts and seed {sweep.search.seed}, which no row reports"
-        f"{'' if sweep.search.realign else f'; from the alignment of seed {sweep.seeds[0]}'}."
-    ]
+    notes = []
+    if any(method.search is not None for method in sweep.methods):
+        trials = "every combination" if sweep.search.sampler == "grid" else f"{sweep.search.trials} trials"
+        notes.append(
+            f"Search: {trials} per searched cell, on validation prompts and seed {sweep.search.seed}, which no row reports"
+            f"{'' if sweep.search.realign else f'; from the alignment of seed {sweep.seeds[0]}'}."
+        )
     if len(libraries) > 1:
         notes.append(f"Rows were made with {len(libraries)} different sets of library versions (`safecl show KEY`).")
     shares: dict[str, list[float]] = {}

@@ -182,7 +182,7 @@ def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[D
     for metric in named:
         found += _by_set(members, metric) if metric.question == "asr" or metric.name.startswith("asr:") else []
         found += _by_kind(members, metric) if metric.has_kinds else []
-    if facts.judge != "keywords":
+    if facts.judge != "keywords" and "asr:keywords" not in _beside(members):
         title = f"Two judges on the same attack answers, {facts.judge} and keywords: share agreed, Cohen's kappa (0: chance)"
         lines = [[*_lead(row), *_agreed(each)] for row in members if (each := row.get("agreement"))]
         found.append(Detail(title, ["method", "poison", "agree", "kappa", "answers"], lines))
@@ -306,7 +306,7 @@ def caption(rows: Sequence[Row], facts: Facts) -> list[str]:
 
 
 def _seeds(rows: Sequence[Row]) -> str:
-    sets = {tuple(row["seeds"]) for row in rows}
+    sets = {tuple(row["seeds"]) for row in rows if row["seeds"]}
     if not sets:
         return "Seeds: none."
     if all(len(seeds) == 1 for seeds in sets):

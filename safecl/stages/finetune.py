@@ -236,6 +236,7 @@ def make_run(
         world_size=world_size,
         micro_batch_size=fitted.micro_batch_size,
         device=device,
+        is_fresh=safe is None,
     )
     filtered = [row for row in user_rows if id(row) in left_out]
     return Made(method, run, user_rows, len(remembered), filtered, dropped, fitted)

@@ -78,6 +78,7 @@ class Run:
     world_size: int = 1
     micro_batch_size: int = 8
     device: str = "cpu"
+    is_fresh: bool = False  # the adapter does not go on from theta_safe's
     indices: list[int] = field(default_factory=list)  # of the global batch under way, into `rows`
     kept: dict[str, Tensor] = field(
         default_factory=dict
@@ -194,9 +195,12 @@ class Run:
         return torch.cat([tensors[name].flatten() for name in self.parameters()]).to(self.device)
 
     def theta_safe(self) -> Tensor:
-        """theta_safe's factors, [n] (`adapter: continue`)."""
+        """theta_safe in the factors that are trained, [n]; to be asked for in `prepare`. A fresh adapter (`adapter: stack`,
+        `align: none`) starts there: its B is 0, so that the model is theta_safe."""
         from safetensors.torch import load_file
 
+        if self.is_fresh:
+            return self.kept.setdefault("theta_safe", self.theta().clone())
         return self.flat(load_file(str(self.inputs["safe"] / "adapter" / "adapter_model.safetensors")))
 
     def fisher(self, normalise: str) -> Tensor:

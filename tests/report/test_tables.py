@@ -77,6 +77,19 @@ def test_each_judge_beside_the_one_that_decides_has_its_share_and_how_they_agree
     ]
 
 
+def test_the_keyword_list_as_a_judge_of_ones_own_is_compared_once() -> None:
+    agreed = {"num": 40, "agree": metric(0.9, 0.8, 0.95), "kappa": None}
+    for beside, titles in (
+        ({}, "Two judges on the same"),
+        ({"asr:keywords": agreed}, "ASR (mine) and beside it keywords"),
+    ):
+        rows = [row("sft", 0.8, 0.9, agreement=agreed, beside=beside)]
+        found = [
+            each.title for each in tables.details(rows, rows, Facts(name="s", judge="mine")) if "kappa" in each.title
+        ]
+        assert len(found) == 1 and found[0].startswith(titles)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
@@ -307,6 +320,7 @@ def test_many_crowded_methods_and_an_empty_table_still_draw(tmp_path: Path) -> N
     for made in (plots.tradeoff([], FACTS, tmp_path / "a.png"), plots.bars([], FACTS, tmp_path / "b.png")):
         assert (pixels(made) == 255).all()
     assert tables.rich_tables([], FACTS) == [] and "Seeds: none." in tables.plain([], FACTS)
+    assert "Seeds: none." in tables.plain([row("sft", None, 0.5, seeds=[])], FACTS)
 
 
 def test_training_curves_skip_what_is_not_a_number(tmp_path: Path) -> None:
