@@ -46,11 +46,12 @@ def study_name(
 
 def name_of(cell: Cell, sweep: Sweep) -> str:
     """The study of a searched cell. Its trials rest on the code and data of today: a new VERSION, an edited plugin or an
-    edited file of rows makes another study, so that no old number chooses a value."""
+    edited file of rows makes another study, so that no old number chooses a value. What only the tables read (test
+    prompts) is none of its business."""
     assert cell.space is not None
     metrics = cell.trial({}).evidence.metrics
     below: Json = {name: stage.key for name, stage in metrics.inputs.items()}
-    rests_on = hashlib.sha256(canonical([cell.key, metrics.version, below]).encode()).hexdigest()
+    rests_on = hashlib.sha256(canonical([metrics.version, below]).encode()).hexdigest()
     return study_name(rests_on[:16], cell.space, sweep.search.objective, cell.search_seeds, sweep.search.sampler)
 
 
