@@ -207,7 +207,7 @@ def _text(model: Model, own: Data, seen: Seen, bad: Data | None, goal: Goal, out
     return f"""# {goal.about[0].upper()}{goal.about[1:]}
 #   safecl plan {out.name}     what it would do, and for how long
 #   safecl run {out.name}      do it; the same command continues
-# Small on purpose. Every key is in safecl/config.py with its default; errors name what was meant.
+# Small on purpose. Every key is in safecl/config/ with its default; errors name what was meant.
 name: {name}
 about: {json.dumps(goal.about, ensure_ascii=False)}
 
