@@ -68,14 +68,16 @@ class Handler(BaseHTTPRequestHandler):
             server.now += 1
             server.most = max(server.most, server.now)
             trouble = (server.troubles.get(prompt) or [""]).pop(0) if server.troubles.get(prompt) else ""
-        try:
-            self.answer(prompt, trouble, "messages" in body)
-        finally:
-            with server.lock:
-                server.now -= 1
+        self.answer(prompt, trouble, "messages" in body)
+
+    def leave(self) -> None:
+        """Before the last byte is sent: with it the client may ask anew."""
+        with self.server.lock:
+            self.server.now -= self.command == "POST"
 
     def answer(self, prompt: str, trouble: str, chat: bool) -> None:
         if trouble == "hang up":
+            self.leave()
             self.close_connection = True
             return
         if trouble == "slow":
@@ -100,6 +102,7 @@ class Handler(BaseHTTPRequestHandler):
         if status == 429:
             self.send_header("Retry-After", "0")
         self.send_header("Content-Length", str(len(text)))
+        self.leave()
         with contextlib.suppress(ConnectionError):  # the client has given up
             self.end_headers()
             self.wfile.write(text.encode())
