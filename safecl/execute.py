@@ -113,6 +113,12 @@ def stop(execution: Execution) -> None:
     ray.shutdown()
 
 
+def _deeper(turn: Turn) -> Turn:
+    """Of what a stage with this turn waits for."""
+    rank, number, above = turn
+    return rank, number, above - 1
+
+
 class Broker:
     """Runs stages. Made a Ray actor by `broker()`; all methods run on one event loop."""
 
@@ -128,6 +134,7 @@ class Broker:
         self.store, self.execution, self.logs = store, execution, logs
         self.num_engines = planned_engines(execution, num_engines)
         self.running: dict[str, asyncio.Task[None]] = {}
+        self.turns: dict[str, Turn] = {}  # of what is running: the lowest of those who wait for it
         self.failed: dict[str, BaseException] = {}
         self.live: dict[str, dict[str, Any]] = {}
         self.finished: list[dict[str, Any]] = []
@@ -164,18 +171,28 @@ class Broker:
         if stage.key not in self.running:
             if self.store.has(stage):
                 return
-            self.running[stage.key] = asyncio.create_task(self._make(stage, needs_trainer(stage), turn))
+            self.turns[stage.key] = turn
+            self.running[stage.key] = asyncio.create_task(self._make(stage, needs_trainer(stage)))
+        else:
+            self._hurry(stage, turn)
         # Shielded: who stops waiting does not stop the stage for the others.
         await asyncio.shield(self.running[stage.key])
 
-    async def _make(self, stage: Stage, heavy: bool, turn: Turn) -> None:
-        rank, number, above = turn
+    def _hurry(self, stage: Stage, turn: Turn) -> None:
+        """Who goes first waits for a stage of someone who does not: it and what it waits for go first too."""
+        if stage.key in self.turns and turn[0] < self.turns[stage.key][0]:
+            self.turns[stage.key] = turn
+            self.trainers.hurry(stage, turn)
+            for below in stage.inputs.values():
+                self._hurry(below, _deeper(turn))
+
+    async def _make(self, stage: Stage, heavy: bool) -> None:
         self.trainers.expect(int(heavy))
         try:
             for tries_left in range(REPAIRS, -1, -1):
-                await self._all(stage.inputs.values(), (rank, number, above - 1))
+                await self._all(stage.inputs.values(), _deeper(self.turns[stage.key]))
                 try:
-                    seconds = await self._run(stage, heavy, turn)
+                    seconds = await self._run(stage, heavy)
                     break
                 except Exception as error:
                     if not isinstance(plain_error(error), Damaged) or not tries_left:
@@ -190,14 +207,15 @@ class Broker:
             self.trainers.expect(-int(heavy))
             self.live.pop(stage.key, None)
             self.running.pop(stage.key, None)
+            self.turns.pop(stage.key, None)
 
-    async def _run(self, stage: Stage, heavy: bool, turn: Turn) -> float:
+    async def _run(self, stage: Stage, heavy: bool) -> float:
         """Run a stage whose inputs are there; the seconds that it took."""
         if heavy:
-            await self.trainers.run(stage, turn)
+            await self.trainers.run(stage, self.turns[stage.key])
         elif load(stage.kind).runs == "thread":
             groups = await self._engines_for(stage)
-            rank, _, _ = turn
+            rank, _, _ = self.turns[stage.key]
             # As many again are handed over as may be at work, so that the next one begins at once (work.py: Hand).
             async with self.light.setdefault((stage.kind, rank), asyncio.Semaphore(2 * self.num_light)):
                 seconds: float = await self._hand().run.remote(stage, groups, rank)

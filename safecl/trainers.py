@@ -84,6 +84,13 @@ class Trainers:
         self.expected += num
         self._grow()
 
+    def hurry(self, stage: Stage, turn: Turn) -> None:
+        """Give a stage that waits for a trainer another turn."""
+        for work in [work for work in self.queue if work.stage.key == stage.key]:
+            self.queue.remove(work)
+            work.turn = turn
+            insort(self.queue, work, key=lambda other: other.turn)
+
     async def run(self, stage: Stage, turn: Turn = (0, 0, 0)) -> None:
         """Return when a trainer has published the stage; of those that wait, the lowest turn is next. Raises what the stage
         raised, or Infrastructure if its workers died too often."""

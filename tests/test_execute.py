@@ -17,6 +17,7 @@ from safecl import execute
 from safecl.base import PrerequisiteError
 from safecl.config import Execution
 from safecl.store import Stage, Store
+from safecl.trainers import Work
 from tests.serving.test_endpoint import Server
 
 
@@ -216,6 +217,37 @@ def test_a_cluster_that_is_too_small_is_named_before_anything_is_held(tmp_path: 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "PrerequisiteError" in done.stderr and "execution.num_workers 10000" in done.stderr
+
+
+def test_what_a_search_waits_for_goes_first_though_a_row_asked_for_it_before(tmp_path: Path) -> None:
+    """The guard's held-out answers (rank 2) want theta_safe's answers, which a search (rank 0) measures its bounds from."""
+    seen: list[tuple[str, int]] = []
+    below = rows(20)
+    above = Stage("generate", {}, {"rows": below})
+
+    async def scenario() -> None:
+        may_go = asyncio.Event()
+
+        class Told(execute.Broker):
+            async def _run(self, stage: Stage, heavy: bool) -> float:
+                await may_go.wait()
+                seen.append((stage.kind, self.turns[stage.key][0]))
+                return 0.0
+
+        broker = Told(Store(str(tmp_path)), Execution(root=str(tmp_path)), "", 2)
+        works = [Work(stage, 1, (2, 1, 0), asyncio.get_running_loop().create_future()) for stage in (rows(21), below)]
+        broker.trainers.queue.extend(works)  # as if it waited for a trainer
+        asked = [asyncio.create_task(broker.ensure([above], rank=2))]
+        await asyncio.sleep(0.01)
+        asked.append(asyncio.create_task(broker.ensure([above], rank=0)))
+        await asyncio.sleep(0.01)
+        assert list(broker.trainers.queue) == works[::-1]
+        may_go.set()
+        await asyncio.gather(*asked)
+        assert not broker.turns and not broker.running
+
+    asyncio.run(scenario())
+    assert seen == [("data", 0), ("generate", 0)]
 
 
 class Booting(execute.Broker):
