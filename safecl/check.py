@@ -286,7 +286,7 @@ def _method_errors(
             return []
         config = attempt(f"{where}.config", partial(strictly, method.Config, row.config), row.config, method.Config)
         if config is not None and row.search is not None:
-            errors += [f"{where}.{text}" for text in _space_errors(method, row, config, sampler)]
+            errors += [f"{where}.{text}" for text in space_errors(method, row, config, sampler)]
     return list(dict.fromkeys(errors))
 
 
@@ -349,7 +349,9 @@ def _model_errors(sweep: Sweep) -> list[str]:
             errors.append(f"{where}.{problem}")
             continue
         errors += [f"{where}.source: {problem}" for problem in folder_problems(model.source)]
-        if (origin := model.aligned_from) is not None:
+        if (origin := model.aligned_from) is not None and where.startswith("evaluate."):
+            errors.append(f"{where}.aligned_from: is read of models that are trained, not of a judge's; leave it out")
+        elif origin is not None:
             problem = source_problem(origin.source, origin.revision)
             errors += [f"{where}.aligned_from.{problem}"] if problem else []
             errors += [f"{where}.aligned_from.source: {told}" for told in folder_problems(origin.source)]
@@ -408,7 +410,7 @@ def _unknown_metrics(sweep: Sweep, measured: Sequence[metrics.Metric]) -> list[s
     return errors
 
 
-def _space_errors(method: type[methods.Method], chosen: Method, config: Any, sampler: str = "tpe") -> list[str]:
+def space_errors(method: type[methods.Method], chosen: Method, config: Any, sampler: str = "tpe") -> list[str]:
     space = space_of(chosen) or {}
     known = method.Config.model_fields
     unknown = [name for name in space if name not in known]

