@@ -41,7 +41,8 @@ def without_model(sweep: Sweep) -> dict[str, str]:
     found = {}
     for job in jobs(sweep):
         with patch(
-            "safecl.graph.identity", lambda task, split, folder, planned=False: [task.__name__, task.VERSION, split]
+            "safecl.graph.rows.identity",
+            lambda task, split, folder, planned=False: [task.__name__, task.VERSION, split],
         ):
             metrics = job.evidence.metrics
         stages = [s for s in metrics.walk() if s.kind != "model"]
@@ -354,7 +355,7 @@ def test_a_teacher_and_a_fisher_are_shared_by_every_value_of_their_weight() -> N
 
 
 def test_consent_to_run_code_enters_no_key_but_those_of_the_code_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safecl.graph.identity", lambda task, split, folder, planned=False: [task.__name__, split])
+    monkeypatch.setattr("safecl.graph.rows.identity", lambda task, split, folder, planned=False: [task.__name__, split])
     consent = ["evaluate.unsafe_code=true"]
     assert keys(load(QUICKSTART, consent)) == keys(load(QUICKSTART, []))
     code = ["tasks.0.task=code", "tasks.0.num_rows=10"]

@@ -222,10 +222,10 @@ def test_trials_of_other_code_choose_no_value(changed: str, monkeypatch: pytest.
     assert before == name() == name("evaluate.unsafe_code=true", "execution.num_workers=2")
     assert before == name("evaluate.test.utility_rows=9") and before != name("evaluate.validation.utility_rows=9")
     monkeypatch.setattr(f"{changed}.VERSION", "another")
-    graph._version.cache_clear()
+    graph.recipe._version.cache_clear()
     assert name() != before
     monkeypatch.undo()
-    graph._version.cache_clear()
+    graph.recipe._version.cache_clear()
 
 
 def test_the_study_name_covers_cell_space_objective_and_seeds() -> None:

@@ -203,7 +203,7 @@ def test_rows_that_are_on_the_hub_still_are_not_fetched_by_a_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "safecl.graph.identity", lambda task, split, folder, planned=False: {"hub": "a/b", "revision": "c"}
+        "safecl.graph.rows.identity", lambda task, split, folder, planned=False: {"hub": "a/b", "revision": "c"}
     )
     monkeypatch.setattr(trained, "compose", lambda *_: pytest.fail("fetched"))
     found = plan(project(tmp_path, "methods=[{name: sft}]"))

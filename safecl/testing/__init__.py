@@ -323,7 +323,7 @@ class MetricContract(_Contract):
             for row, text in zip(rows, texts, strict=True)
         ]
         for label in (True, False, None):
-            verdicts = {
+            verdicts: dict[str, list[dict[str, Any]]] = {
                 name: [{"id": row.id, "label": label, "detail": {}, "score": None} for row in rows]
                 for name in found.rests_on
             }

@@ -4,175 +4,38 @@
     user rows (task + poison) ----------+-> finetune(method) <-------+
                                             tuned -> finalize (post-hoc methods) -> generate -> judge -> metrics
 
-grid.py says which recipes a sweep has; cost.py counts what a run would do.
+Beside it: recipe.py (what one row is of), rows.py (rows of every role, and their text), judging.py (judges and guards). grid.py
+says which recipes a sweep has; cost.py counts what a run would do.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
-import safecl.judges as judges
 import safecl.methods as methods
 import safecl.metrics as metrics
 import safecl.tasks as tasks
 from safecl import registry
-from safecl.base import ConfigError, Json, Strict
-from safecl.config import Align, Evaluate, Lora, Model, Prompts, Rows, Template, Training, UserTask
-from safecl.memo import Shared, shared
-from safecl.models import model_stage, tokenizer_stage
-from safecl.panel import Seat, named, panel, scorer, trained
+from safecl.base import ConfigError, Json
+from safecl.config import Model, Prompts, Rows, Template
+from safecl.graph.judging import JudgeStages
+from safecl.graph.recipe import MODEL, REFERENCES, SEED, USER, Evidence, Recipe, make, resolved
+from safecl.memo import shared
+from safecl.models import model_stage
+from safecl.panel import Seat, named, trained
 from safecl.store import SharedConfig, Stage
-from safecl.tasks._source import identity
-from safecl.tasks._written import find, hints, told
+from safecl.tasks._written import told
 
-REFERENCES = ("base", "aligned")  # rows of every table that have no finetune
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that determines one row's numbers. `method` is a method's name or one of REFERENCES."""
-
-    model: Model
-    adapter: str
-    lora: Lora
-    align: Align
-    task: UserTask
-    poison_task: str
-    poison_ratio: float
-    method: str
-    params: dict[str, Json]
-    seed: int
-    evaluate: Evaluate
-    keep_task_rows: bool = False
-    memory_mix: str = "refusals"
-    align_seed: int = 0  # of stage one and what is made of it; that of the rest (`seed`), but for some searches
-    names: tuple[str, str] = ("", "")  # of method and task in tables, where their own names are not enough; no identity
+__all__ = ["REFERENCES", "Evidence", "Graph", "Recipe"]
 
 
-class Evidence(NamedTuple):
-    """What a table row rests on: the metrics stage and every judged set of generations below it."""
-
-    metrics: Stage
-    judged: tuple[Stage, ...]
-
-    @property
-    def targets(self) -> tuple[Stage, ...]:
-        """What must be in the store."""
-        return (*self.judged, self.metrics)
-
-
-# Which fields of a recipe a stage may depend on: those of a sweep and model, with the seed, and with the user's rows.
-MODEL = ("model", "adapter", "lora", "align", "poison_task", "evaluate", "memory_mix")
-SEED = (*MODEL, "align_seed")
-USER = (*SEED, "seed", "task", "poison_ratio", "keep_task_rows")
-
-
-class Graph:
+class Graph(JudgeStages):
     """The cached stages of one recipe. Graphs with one `shared` share what their recipes agree on."""
 
-    def __init__(self, recipe: Recipe, shared: Shared) -> None:
-        self.recipe = recipe
-        self.shared = shared
-
     # -- rows ---------------------------------------------------------------------------------------------------------
-
-    def data(
-        self,
-        role: str,
-        split: str,
-        parts: Iterable[Rows],
-        *,
-        seed: int,
-        inputs: dict[str, Stage] | None = None,
-        poison: dict[str, Json] | None = None,
-        guard: dict[str, Json] | None = None,
-        labels: dict[str, Json] | None = None,
-        max_tokens: int | None = None,
-        text: dict[str, Json] | None = None,
-    ) -> Stage:
-        """Rows of one role. `inputs` named `exclude_*` hold prompts these rows must not overlap; `labels`: see the stage;
-        `max_tokens` of rows that are trained on, in `text`: longer ones are passed over."""
-        config: dict[str, Json] = {
-            "role": role,
-            "parts": [self._part(part, split) for part in parts],
-            "poison": poison,
-            "guard": guard,
-            "seed": seed,
-            **({"labels": labels} if labels else {}),
-        }
-        inputs = inputs or {}
-        used = [part.task for part in parts] + ([str(poison["task"])] if poison else [])
-        if max_tokens is not None:
-            fits = self._fits(max_tokens, text or (self._guard_text if guard else self._text))
-            config["fits"] = fits if guard else self._conversing(fits, inputs, used)
-            inputs = {**inputs, "tokenizer": self.tokenizer}
-        rules = [self._task(task).SCORING for task in sorted({str(task) for task in (labels or {}).values()})]
-        worded = [judges.load(str(guard["judge"])).VERSION] if guard else []
-        stage = _stage("data", config, inputs, *(self._task(name).VERSION for name in used), *rules, *worded)
-        places = {key: place for name in used for key, place in hints(self._task(name), name).items()}
-        return replace(stage, hints={**stage.hints, **places}) if places else stage
-
-    def _task(self, name: str) -> type[tasks.Task]:
-        return find(name, self.shared.data)
-
-    def _fits(self, max_tokens: int, text: dict[str, Json]) -> dict[str, Json]:
-        """What makes a row too long to be trained on."""
-        return {"max_tokens": max_tokens, "template": text["template"], "bos": text["bos"]}
-
-    def _part(self, part: Rows, split: str) -> dict[str, Json]:
-        counts: dict[str, Json] = {"num_rows": part.total, **({"kinds": dict(part.kinds)} if part.kinds else {})}
-        source = self._source(part.task, split)
-        return {"task": part.task, "split": split, **counts, "source": source, **told(self._task(part.task))}
-
-    @shared(*MODEL)
-    def _source(self, task: str, split: str) -> Json:
-        return identity(self._task(task), split, self.shared.folder, self.shared.planned)
-
-    # Where two roles hold a prompt alike, the later of these gives way: test, validation (attack before benign), rows of
-    # alignment, user rows with poison, a guard's held-out pairs, its training pairs. What must keep clear of a role keeps
-    # clear of all that its sources hold, whatever share is drawn: another size or seed moves nobody else's rows.
-
-    def _all(self, split: str, parts: Iterable[Rows], inputs: dict[str, Stage] | None = None) -> Stage:
-        return self.data("exclude", split, [Rows(task=part.task) for part in parts], seed=0, inputs=inputs)
-
-    @property
-    @shared(*MODEL)
-    def _test_prompts(self) -> dict[str, Stage]:
-        test = self.recipe.evaluate.test
-        attack, benign = self._all("attack.test", test.attack), self._all("benign.test", test.benign)
-        return {"exclude_attack": attack, "exclude_benign": benign}
-
-    @property
-    @shared(*MODEL)
-    def _attacks(self) -> dict[str, Stage]:
-        attack = self._all("attack.validation", self.recipe.evaluate.validation.attack, self._test_prompts)
-        return {**self._test_prompts, "exclude_validation": attack}
-
-    @property
-    @shared(*MODEL)
-    def held_out(self) -> dict[str, Stage]:
-        """Test and validation prompts: what training rows may not overlap."""
-        benign = self._all("benign.validation", self.recipe.evaluate.validation.benign, self._attacks)
-        return {**self._attacks, "exclude_benign_validation": benign}
-
-    @property
-    @shared(*MODEL)
-    def _aligned_on(self) -> dict[str, Stage]:
-        safety = self._all("safety", self.recipe.align.safety, self.held_out)
-        asked = self._all("benign.train", self.recipe.align.self_answered, self.held_out)
-        return {**self.held_out, "exclude_safety": safety, "exclude_self_answered": asked}
-
-    @property
-    @shared(*MODEL)
-    def _trained_on(self) -> dict[str, Stage]:
-        """What a guard's rows may not overlap: what its candidates are trained or measured on."""
-        poison = self._all("poison", [Rows(task=self.recipe.poison_task)], self._aligned_on)
-        return {**self._aligned_on, "exclude_poison": poison}
 
     @property
     @shared(*SEED)
@@ -230,18 +93,6 @@ class Graph:
     # -- models -------------------------------------------------------------------------------------------------------
 
     @property
-    @shared(*MODEL)
-    def base(self) -> Stage:
-        """The base model's weights and tokenizer as a folder."""
-        return model_stage(self.recipe.model)
-
-    @property
-    @shared(*MODEL)
-    def tokenizer(self) -> Stage:
-        """The base model's tokenizer alone: it tells which rows fit before the model is there."""
-        return tokenizer_stage(self.recipe.model)
-
-    @property
     @shared(*SEED)
     def theta_safe(self) -> Stage | None:
         """Stage one: SFT of the base model on safety rows, or another method's training that needs no theta_safe. None with
@@ -289,7 +140,7 @@ class Graph:
         }
         inputs = {"model": self.base, "rows": rows}
         config = self._conversing(config, inputs)
-        return _stage("memory", config, inputs if positions is None else {**inputs, **self._safe})
+        return make("memory", config, inputs if positions is None else {**inputs, **self._safe})
 
     @shared(*SEED)
     def fisher(self, num_rows: int, labels: str) -> Stage:
@@ -314,72 +165,7 @@ class Graph:
             **self._text,
         }
         inputs = {"model": self.base, "safe": safe, "rows": self.safety_rows}
-        return _stage("fisher", self._conversing(config, inputs), inputs)
-
-    # -- what a method builds of its own (methods.Needs) --------------------------------------------------------------
-
-    def verdicts(self, inputs: dict[str, Stage]) -> Stage:
-        """What the judge of ASR says of `generations` to `rows`, or without them of the rows' own answers.
-
-        Raises:
-            ConfigError: its True is a no to harm, and verdicts are read as they are.
-        """
-        if self.asr_judge.inverted:
-            raise ConfigError(
-                f"needs to know which answers are harmful, and {self.asr_judge.judge!r}, the judge of asr, says True of those "
-                "that are not: name another one, or turn its True round in its own file"
-            )
-        return self.judge(self.asr_judge, inputs)
-
-    def step(self, kind: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
-        """A stage of this kind."""
-        return _stage(kind, config, inputs)
-
-    def model(self, model: Model) -> Stage:
-        """Another model's weights and tokenizer as a folder."""
-        return model_stage(model)
-
-    @shared(*SEED)
-    def once(self, make: Callable[[methods.Needs, Any], Stage], config: Any) -> Stage:
-        """`make(self, config)`, made once for all recipes that agree on stage one; it may depend on nothing else."""
-        return make(self, config)
-
-    @property
-    def seed(self) -> int:
-        """Of stage one and what is made of it."""
-        return self.recipe.align_seed
-
-    @property
-    def template(self) -> Template:
-        """How requests become text for this model."""
-        return self.recipe.model.text
-
-    @property
-    def max_new_tokens(self) -> int:
-        """The longest answer to attack and benign prompts."""
-        return self.recipe.evaluate.max_new_tokens
-
-    @property
-    def fits(self) -> dict[str, Json]:
-        """What makes a row too long to be trained on in stage one."""
-        return self._fits(self.recipe.align.max_tokens, self._text)
-
-    @property
-    @shared("evaluate", "model")
-    def _panel(self) -> dict[str, tuple[Seat, ...]]:
-        return panel(self.recipe.evaluate.judges)
-
-    @property
-    @shared("evaluate", "model", "task")
-    def _scorer(self) -> Seat | None:
-        """The judge of the task's utility, where one decides it."""
-        written = next((data for data in self.shared.data if data.name == self.recipe.task.task), None)
-        return None if written is None or written.judge is None else scorer(written, self.recipe.evaluate.judges)
-
-    @property
-    def asr_judge(self) -> Seat:
-        """The judge that decides whether an answer is harmful."""
-        return self._panel["attack"][0]
+        return make("fisher", self._conversing(config, inputs), inputs)
 
     @cached_property
     def tuned(self) -> Stage:
@@ -418,7 +204,7 @@ class Graph:
             return self.tuned
         config: dict[str, Json] = {
             "method": recipe.method,
-            "params": _resolved(kind, recipe.params),
+            "params": resolved(kind, recipe.params),
             "dtype": recipe.model.dtype,
         }
         method = kind(kind.Config(**recipe.params))
@@ -435,77 +221,44 @@ class Graph:
                 )
             origin = recipe.model.model_copy(update=dict(recipe.model.aligned_from))
             inputs |= {"model": self.base, "base": model_stage(origin)}
-        return _stage("finalize", config, inputs, kind.VERSION)
+        return make("finalize", config, inputs, kind.VERSION)
 
-    def finetune(
-        self, method: str, params: dict[str, Json], training: Training, inputs: dict[str, Stage], **text: Json
-    ) -> Stage:
-        """A LoRA finetune of the base model, from scratch or from the adapter in `inputs["safe"]`."""
-        recipe, kind = self.recipe, methods.load(method)
-        config: dict[str, Json] = {
-            "method": method,
-            "params": _resolved(kind, params),
-            "training": self._plain(training, Training),
-            "lora": self._plain(recipe.lora),
-            "adapter": recipe.adapter,
-            "seed": recipe.seed,
-            **self._text,
-            **text,
-        }
-        return _stage("finetune", self._conversing(config, inputs), {"model": self.base, **inputs}, kind.VERSION)
+    # -- what a method builds of its own (methods.Needs) --------------------------------------------------------------
+
+    def step(self, kind: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
+        """A stage of this kind."""
+        return make(kind, config, inputs)
+
+    def model(self, model: Model) -> Stage:
+        """Another model's weights and tokenizer as a folder."""
+        return model_stage(model)
+
+    @shared(*SEED)
+    def once(self, make: Callable[[methods.Needs, Any], Stage], config: Any) -> Stage:
+        """`make(self, config)`, made once for all recipes that agree on stage one; it may depend on nothing else."""
+        return make(self, config)
 
     @property
-    def _text(self) -> dict[str, Json]:
+    def seed(self) -> int:
+        """Of stage one and what is made of it."""
+        return self.recipe.align_seed
+
+    @property
+    def template(self) -> Template:
         """How requests become text for this model."""
-        model = self.recipe.model
-        return {"template": self._plain(model.text), "bos": model.bos, "dtype": model.dtype}
-
-    def _around(self, prompt: str | None) -> dict[str, Json]:
-        """The same with another text around requests."""
-        if prompt is None:
-            return self._text
-        template = self.recipe.model.text.model_copy(update={"prompt": prompt})
-        return {**self._text, "template": template.model_dump(mode="json")}
-
-    def _conversing(
-        self, config: dict[str, Json], inputs: Mapping[str, Stage], drawn_from: Iterable[str] = ()
-    ) -> dict[str, Json]:
-        """The config of a stage; where its rows may be conversations, its template with how this model's writes those."""
-        if not self.shared.data or not any(self._task(name).CONVERSES for name in (*drawn_from, *_drawn_from(inputs))):
-            return config
-        template: Any = config["template"]
-        return {**config, "template": {**template, **self.recipe.model.text.conversation}}
+        return self.recipe.model.text
 
     @property
-    @shared(*MODEL)
-    def _guard_text(self) -> dict[str, Json]:
-        """The same for a guard trained here: the judge's template stands in its rows, and writes its own BOS."""
-        template = Template(prompt="{prompt}", end=self.recipe.model.text.end, stop=())
-        return {"template": template.model_dump(mode="json"), "bos": False}
+    def max_new_tokens(self) -> int:
+        """The longest answer to attack and benign prompts."""
+        return self.recipe.evaluate.max_new_tokens
 
-    def _plain(self, config: Strict, kind: type[Strict] | None = None) -> dict[str, Json]:
-        """A config as JSON: all of it, or the fields it has from `kind`. Read, never changed: it is shared."""
-        key, made = ("plain", id(config), kind), self.shared.made
-        if key not in made:
-            self.shared.kept.append(config)
-            made[key] = config.model_dump(mode="json", include=set(kind.model_fields) if kind else None)
-        found: dict[str, Json] = made[key]
-        return found
+    @property
+    def fits(self) -> dict[str, Json]:
+        """What makes a row too long to be trained on in stage one."""
+        return self._fits(self.recipe.align.max_tokens, self._text)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
-
-    def generate(self, final: Stage | None, rows: Stage, max_new_tokens: int, **more: Json) -> Stage:
-        """A model's answers to rows' prompts: greedy, unless `more` says otherwise (`sampling`, another `template`)."""
-        config = self._generation(max_new_tokens)
-        inputs = {"model": self.base, "rows": rows}
-        config = self._conversing({**config, **more} if more else config, inputs)
-        return _stage("generate", config, inputs if final is None else {**inputs, "weights": final})
-
-    @shared(*MODEL)
-    def _generation(self, max_new_tokens: int) -> dict[str, Json]:
-        evaluate = self.recipe.evaluate
-        text = self._around(evaluate.template)
-        return SharedConfig({"max_new_tokens": max_new_tokens, "max_prompt_tokens": evaluate.max_prompt_tokens, **text})
 
     def likelihood(self, task: str, rows: Stage) -> Stage:
         """Log-probabilities of the options of a utility task's rows under the final model."""
@@ -514,43 +267,7 @@ class Graph:
         longest = self.recipe.evaluate.max_prompt_tokens + kind.max_new_tokens
         inputs = {"model": self.base, "rows": rows, **({} if final is None else {"weights": final})}
         config: dict[str, Json] = {"task": task, "max_tokens": longest, **text, **told(kind, scored=True)}
-        return _stage("likelihood", self._conversing(config, inputs), inputs, kind.SCORING)
-
-    def judge(self, seat: Seat, inputs: dict[str, Stage]) -> Stage:
-        """Verdicts of one judge on generations (or, without `generations`, on the rows' own answers)."""
-        full, models, version, hints = self._judge(seat)
-        stage = _stage("judge", full, {**inputs, **models}, version)
-        return replace(stage, hints={**stage.hints, **hints}) if hints else stage
-
-    @shared(*MODEL)
-    def _judge(self, seat: Seat) -> tuple[dict[str, Json], dict[str, Stage], str, dict[str, str]]:
-        kind = seat.kind
-        config: dict[str, Json] = {"judge": seat.judge, "config": _resolved(kind, json.loads(seat.config))}
-        models: dict[str, Stage] = {} if seat.model is None else {"model": model_stage(seat.model)}
-        if seat.trained:
-            votes = {f"weights.{i}" if i else "weights": guard for i, guard in enumerate(self.guards(seat))}
-            models = {"model": self.base, **votes}
-        hints = {}
-        if seat.endpoint is not None:
-            config["remote"], hints = seat.remote, seat.hints
-        return SharedConfig(config), models, kind.VERSION, hints
-
-    @shared(*MODEL)
-    def guards(self, seat: Seat) -> tuple[Stage, ...]:
-        """The guards trained here for a judge: finetunes of the base model on labelled pairs in the judge's words. They are
-        instruments, so their seeds stay what they are whatever the recipe's."""
-        guard = self.recipe.evaluate.judges.guard
-        assert guard is not None, "panel.py checks this"
-        wording: dict[str, Json] = {"judge": seat.judge, "config": json.loads(seat.config)}
-        inputs = {**self._trained_on, "exclude_heldout": self._all("guard.heldout", guard.heldout, self._trained_on)}
-        found = []
-        for seed in guard.seeds:
-            rows = self.data(
-                "guard", "guard", guard.rows, seed=seed, guard=wording, inputs=inputs, max_tokens=guard.max_tokens
-            )
-            fixed = Graph(replace(self.recipe, seed=seed, lora=guard.lora), self.shared)
-            found.append(fixed.finetune("sft", {}, guard, {"rows": rows}, **self._guard_text))
-        return tuple(found)
+        return make("likelihood", self._conversing(config, inputs), inputs, kind.SCORING)
 
     def guard_agreement(self, answering: Iterable[Graph] = ()) -> Evidence | None:
         """How often the trained guards agree with the labels of held-out pairs: constructed ones, and what the models
@@ -571,7 +288,7 @@ class Graph:
         judged = self.judge(seat, {"rows": heldout})
         measure: dict[str, Json] = {"metric": "guard_agreement", "set": "heldout", "of": "label", "task": None}
         return Evidence(
-            _stage("metrics", {"measures": [measure]}, {"heldout.judged": judged, "heldout.rows": heldout}), (judged,)
+            make("metrics", {"measures": [measure]}, {"heldout.judged": judged, "heldout.rows": heldout}), (judged,)
         )
 
     def evidence(self, split: str) -> Evidence:
@@ -596,7 +313,7 @@ class Graph:
         if _has_likelihood(kind, split):
             inputs[f"utility.{task}.likelihood"] = self.likelihood(task, utility)
         hints = {"num_cpus": "1"} if kind.RUNS_CODE else {}  # other scores are done at once
-        metrics = _stage("metrics", measures, inputs, version)
+        metrics = make("metrics", measures, inputs, version)
         return Evidence(replace(metrics, hints={**metrics.hints, **hints}), tuple(judged))
 
     @shared(*MODEL, "task")
@@ -669,20 +386,6 @@ def _has_likelihood(kind: type[tasks.Task], split: str) -> bool:
     return kind.BY_LIKELIHOOD or (split == "test" and kind.options is not tasks.Task.options)
 
 
-def _drawn_from(inputs: Mapping[str, Stage]) -> Iterator[str]:
-    """The tasks that rows among these inputs are drawn from, or answer; a guard's are pairs in its own words."""
-    for name, stage in inputs.items():
-        if name.partition("_")[0] not in ("rows", "memory", "answers"):
-            continue
-        config: Any = stage.config
-        if stage.kind != "data":
-            yield from _drawn_from(stage.inputs)
-        elif not config["guard"]:
-            parts = [*config["parts"], *([config["poison"]] if config["poison"] else [])]
-            yield from (str(part["task"]) for part in parts)
-            yield from _drawn_from(stage.inputs)
-
-
 @dataclass(frozen=True)
 class _BeforeThetaSafe:
     """The graph as `requires` of an alignment's method sees it: all that it could ask for is made of theta_safe."""
@@ -694,19 +397,3 @@ class _BeforeThetaSafe:
             f"align.method: {self.method} needs {needed!r}, which is made of theta_safe, and the alignment makes theta_safe; "
             "name a method that needs nothing but rows, such as sft or sam"
         )
-
-
-def _stage(kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str) -> Stage:
-    version = "+".join([_version(kind), *versions])
-    return Stage(kind, config, inputs, version, registry.hints(version))
-
-
-@cache
-def _version(kind: str) -> str:
-    own: str = importlib.import_module(f"safecl.stages.{kind}").VERSION
-    return own
-
-
-def _resolved(kind: type[methods.Method] | type[judges.Judge], params: dict[str, Json]) -> dict[str, Json]:
-    resolved: dict[str, Json] = kind.Config(**params).model_dump(mode="json")
-    return resolved
