@@ -15,6 +15,7 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
     "config": set(),
     "registry": set(),
     "lease": set(),
+    "devices": set(),
     "records": set(),
     "faults": set(),
     "store": {"config", "lease", "records"},
