@@ -1,0 +1,45 @@
+"""What tests/cluster.py promises: nodes with folders of their own, that see no other's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tests.cluster import nodes
+
+
+def _look(path: str) -> tuple[str, str]:
+    try:
+        return os.environ["SAFECL_CACHE"], Path(path).read_text()
+    except PermissionError as error:
+        return os.environ["SAFECL_CACHE"], str(error)
+
+
+def test_each_node_has_its_own_folder_and_sees_no_other(tmp_path: Path) -> None:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text("rows")
+    with nodes(tmp_path / "cluster", {}, {"num_gpus": 1}, hidden=(tmp_path / "data",)) as cluster:
+        ray.init(address=cluster.address, log_to_driver=False)
+        head, other = cluster.made
+        (other / "file").write_text("its own")
+        look: Any = ray.remote(num_cpus=0)(_look)
+
+        def on(node: Path, path: Path) -> Any:
+            there = NodeAffinitySchedulingStrategy(cluster.node_id(node), soft=False)
+            return ray.get(look.options(scheduling_strategy=there).remote(str(path)))
+
+        assert on(other, other / "file") == (str(other), "its own")
+        assert not cluster.strays
+        assert on(head, other / "file") == (str(head), f"{other / 'file'} is another node's")
+        assert on(other, tmp_path / "data" / "rows.jsonl")[1].endswith("is another node's")
+        assert len(cluster.strays) == 2
+        assert ray.cluster_resources()["GPU"] == 1
+        assert os.environ["SAFECL_CACHE"] == str(head)  # the driver's machine is the head's
+        cluster.kill(other)
+        third = cluster.add(num_cpus=1)
+        (third / "file").write_text("a new one's")
+        assert on(third, third / "file") == (str(third), "a new one's")
