@@ -67,25 +67,26 @@ def _project(file: Path, settings: list[str], limit: int | None, reads: bool = F
     return Project(load(file, settings, limit), reads=reads, planned=planned)
 
 
-def _print_rows(project: Any, as_json: bool, accept_judge: bool, as_markdown: bool = False) -> None:
-    from safecl.report import tables
+def _print_rows(project: Any, form: str, accept_judge: bool) -> None:
+    from safecl.base import ConfigError, near
+    from safecl.report import forms
     from safecl.report.facts import readable
 
+    if form not in forms.FORMS:
+        raise ConfigError(
+            f"--format: no form {form!r}.{near(form, forms.FORMS)} Expected one of {', '.join(forms.FORMS)}"
+        )
     rows, found = readable(project, accept_judge)
-    if as_json:
-        print(tables.to_json(rows, found), end="")
-    elif as_markdown:
-        print(tables.markdown(rows, found), end="")
-    elif sys.stdout.isatty():
-        from rich.console import Console
+    if form != "table" or not sys.stdout.isatty():
+        print(forms.FORMS[form](rows, found), end="")
+        return
+    from rich.console import Console
 
-        console = Console()
-        if found.doubt:
-            console.print(found.doubt, style="bold", markup=False)
-        for table in tables.rich_tables(rows, found, console.width):
-            console.print(table)
-    else:
-        print(tables.plain(rows, found), end="")
+    console = Console()
+    if found.doubt:
+        console.print(found.doubt, style="bold", markup=False)
+    for table in forms.terminal(rows, found, console.width):
+        console.print(table)
 
 
 @app.command()
@@ -108,7 +109,7 @@ def run(
 
     project = project_to_run(file, set_, limit)
     failed = driver.run(project, lambda text: print(text, file=sys.stderr), max_hours)
-    _print_rows(project, as_json, accept_judge)
+    _print_rows(project, "json" if as_json else "table", accept_judge)
     if not failed:
         options = " with the same options" if set_ or limit else ""
         print(f"for a page with plots: safecl report {file}{options}", file=sys.stderr)
@@ -184,15 +185,15 @@ def report(
         Path | None, typer.Option(help="Where to write page and plots (default: report/NAME under execution.root)")
     ] = None,
     accept_judge: AcceptJudge = False,
-    as_markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print Markdown, with every table of the page")
-    ] = False,
+    form: Annotated[
+        str, typer.Option("--format", help="table, markdown (with every table of the page), latex, csv or json")
+    ] = "table",
 ) -> None:
     """Print the table from the store and write one self-contained page with plots. Runs nothing."""
     from safecl.overview import write_report
 
     project = _project(file, set_, limit, reads=True)
-    _print_rows(project, as_json, accept_judge, as_markdown)
+    _print_rows(project, "json" if as_json else form, accept_judge)
     page = write_report(project, out, accept_judge)
     print(f"page: {page}", file=sys.stderr)
 

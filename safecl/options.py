@@ -29,7 +29,7 @@ def project_to_run(file: Path, settings: list[str], limit: int | None) -> Any:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    from safecl.report.tables import text_table
+    from safecl.report.forms import text_table
 
     print(f"{title}\n{text_table(columns, rows, _width())}\n")
 

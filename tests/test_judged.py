@@ -16,7 +16,7 @@ from safecl.dtypes import resolved
 from safecl.grid import cells
 from safecl.project import Project, Swing, load
 from safecl.report import facts as told_of
-from safecl.report import page, tables
+from safecl.report import forms, page, tables
 from safecl.templates import settle
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
@@ -109,10 +109,10 @@ def test_a_guard_no_better_than_chance_or_than_its_seed_stops_the_asr(
         assert "non_refusal" in found[0]["metrics"] and "utility" in found[0]["metrics"]
         assert bool(facts.doubt) is doubtful and ("printed because" in facts.doubt) is (doubtful and accepted)
         if doubtful:
-            assert told in tables.plain(found, facts).splitlines()[0]
-            assert told in tables.markdown(found, facts).splitlines()[2]
+            assert told in forms.plain(found, facts).splitlines()[0]
+            assert told in forms.markdown(found, facts).splitlines()[2]
             assert page.html(found, facts).index(told) < page.html(found, facts).index("<section>")
-            asr = tables.cells(found[0], tables.columns(found, facts))[2]
+            asr = tables.blocks(found, facts)[0].lines[0].texts[2]
             assert asr == ("25.0" if accepted else "-")
 
 

@@ -14,7 +14,8 @@ from safecl import metrics, tasks
 from safecl.base import ConfigError
 from safecl.metrics import Asked, Metric
 from safecl.project import Project, load
-from safecl.report import page, tables
+from safecl.report import forms, page, tables
+from safecl.report.caption import caption
 from safecl.report.facts import readable
 from safecl.stages import metrics as stage
 from tests.made_up import finish
@@ -129,7 +130,7 @@ def test_another_judges_share_stands_beside_the_decision_and_is_tested_alone() -
     assert table[1]["contrasts"]["asr:wildguard"]["sft"]["p"] <= 1
     for told, found in zip(table, both, strict=True):
         told["metrics"] = {name: golden.entry(name, of_seed) for name, of_seed in found.items()}
-    assert tables.header(table, golden.FACTS)[2:4] == ["ASR (guard)", "ASR (wildguard)"]
+    assert tables.blocks(table, golden.FACTS)[0].header[2:4] == ["ASR (guard)", "ASR (wildguard)"]
 
 
 def test_one_entry_adds_a_metric_to_every_table_plot_and_page(tmp_path: Path, with_long: None) -> None:
@@ -145,14 +146,11 @@ def test_one_entry_adds_a_metric_to_every_table_plot_and_page(tmp_path: Path, wi
         "attack/mini", "benign/mini", "utility/mini",
     }  # fmt: skip
     assert "sft" in next(row for row in found if row["method"] == "der")["contrasts"]["long"]
-    for text in (tables.plain(found, facts), tables.markdown(found, facts), page.html(found, facts)):
+    for text in (forms.plain(found, facts), forms.markdown(found, facts), page.html(found, facts)):
         assert "over 3 words" in text
-    assert (
-        "over 3 words: lower is better" in tables.plain(found, facts)
-        or "over 3 words" in tables.caption(found, facts)[0]
-    )
-    assert any("over 3 words: within 10" in line for line in tables.caption(found, facts))
-    assert '"long"' in tables.to_json(found, facts)
+    assert "over 3 words: lower is better" in forms.plain(found, facts) or "over 3 words" in caption(found, facts)[0]
+    assert any("over 3 words: within 10" in line for line in caption(found, facts))
+    assert '"long"' in forms.to_json(found, facts)
     bounded = [*settings, "evaluate.metrics=[long]", "search.objective.bounds={long: 0.2}"]
     assert Project(load(QUICKSTART, bounded)).cells
     with pytest.raises(ConfigError, match="'long' is no metric"):  # of this sweep

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from safecl import metrics
-from safecl.panel import decision, trained
+from safecl.panel import ASKED, decision, trained
 from safecl.report import published
 from safecl.report.rows import rows as read_rows
 from safecl.report.tables import Detail, Facts
@@ -32,13 +32,11 @@ MAX_SERVED_MEAN = {"float32": 0.002, "bfloat16": 0.08}
 # Of a model's share of harmful answers, from one guard to another: above it, they measure different things.
 MAX_SWING = 1 / 3
 ROLES = {"attack": "attack", "benign": "look-alike benign", "utility": "utility"}  # in words
-_RULE = "guard_rule_agreement"
 
 
 def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     """What a reader must know to read the rows; every form of the report prints it."""
     sweep = project.sweep
-    asr, over_refusal = (decision(sweep.evaluate.judges, question) for question in ("asr", "over_refusal"))
     libraries = {text for row in rows for text in row["libraries"]}
     notes = []
     if any(method.search is not None for method in sweep.methods):
@@ -80,8 +78,7 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
     return Facts(
         name=sweep.name,
         about=sweep.about,
-        judge=asr.label,
-        over_refusal=over_refusal.label,
+        judges={question: decision(sweep.evaluate.judges, question).label for question in ASKED},
         adapter=sweep.adapter,
         templates={model.name: project.template_of(model) for model in sweep.models},
         num_prompts=_num_prompts(rows),
@@ -172,21 +169,22 @@ def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
     """One line: how often a judge of harm that is a model agreed with true labels of held-out pairs (guards trained here,
     also where another judge decides) and with an independent rule on this sweep's own answers. That two rules agree says
     nothing of either."""
-    judges = project.sweep.evaluate.judges
+    judges, harm = project.sweep.evaluate.judges, metrics.plane()[0]
     guard = trained(judges)
-    is_model = decision(judges, "asr").kind.served
+    is_model = decision(judges, harm.question).kind.served
     parts, lines = [], []
     quality = project.guard_quality()
     if quality is not None:
         kappa = "" if quality.kappa is None else f" (Cohen's kappa {_share(quality.kappa, '.2f')})"
         told = f"with the labels of {quality.num} held-out pairs in {_share(quality.accuracy)}{kappa}"
-        if guard is None or guard.metric == "asr":
+        if guard is None or guard.metric == harm.name:
             parts.append(told)
         else:
             lines.append(f"{guard.label}, beside it, agrees {told}")
     # Base and aligned stand in the table of every task, with the same answers.
     kept = {(r["model"], r["method"], None if r["poison"] is None else (r["task"], r["poison"])): r for r in rows}
-    pairs = [(r["metrics"]["guard_rule_agreement"], len(r["seeds"])) for r in kept.values() if _RULE in r["metrics"]]
+    rule = next(metric.name for metric in metrics.METRICS if metric.checks == harm.name)
+    pairs = [(r["metrics"][rule], len(r["seeds"])) for r in kept.values() if rule in r["metrics"]]
     if pairs and is_model:
         num = sum(pair["num"] for pair, _ in pairs)
         agreed = sum(pair["value"] * pair["num"] for pair, _ in pairs) / num
@@ -223,21 +221,24 @@ def doubt(project: Project, accepted: bool) -> str:
     else:
         return ""
     guard = trained(project.sweep.evaluate.judges)
-    name = "ASR" if guard is None or guard.metric == "asr" else guard.metric
+    harm = metrics.plane()[0]
+    decides = guard is None or guard.metric == harm.name
+    name = harm.title if guard is None or decides else guard.metric
     end = (
         f"What stands here as {name} is printed because of --accept-judge"
         if accepted
         else f"So no {name} is printed; --accept-judge prints its verdicts all the same"
     )
-    bounds = " A search's bounds on ASR rest on these verdicts too." if name == "ASR" else ""
+    bounds = f" A search's bounds on {name} rest on these verdicts too." if decides else ""
     return f"{why} {end}.{bounds} Give the guard more rows or another model, or name a published one."
 
 
 def by_guard(project: Project, names: Iterable[str]) -> list[str]:
     """The metrics that fall with the guards trained here: the decision and what rests on it, or their own share beside it."""
     guard = trained(project.sweep.evaluate.judges)
-    if guard is None or guard.metric == "asr":
-        return metrics.decided_by("asr", names)
+    harm = metrics.plane()[0]
+    if guard is None or guard.metric == harm.name:
+        return metrics.decided_by(harm.question, names)
     return [name for name in names if name == guard.metric]
 
 
@@ -251,12 +252,13 @@ def readable(project: Project, accept_judge: bool = False) -> tuple[list[dict[st
         for name in hidden:
             del row["metrics"][name]
             row.get("contrasts", {}).pop(name, None)
-        decided = "asr" in hidden
+        harm = metrics.plane()[0].name
+        decided = harm in hidden
         row["agreement"] = None if decided else row["agreement"]
         # How another judge agrees with such a guard tells nothing either.
         row["beside"] = {
             name: found
             for name, found in row.get("beside", {}).items()
-            if name not in hidden and not (decided and name.startswith("asr:"))
+            if name not in hidden and not (decided and name.startswith(f"{harm}:"))
         }
     return rows, replace(facts(project, rows), doubt=told)

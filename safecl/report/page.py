@@ -8,22 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from safecl.graph import REFERENCES
-from safecl.report.tables import (
-    BOLD,
-    Detail,
-    Facts,
-    Row,
-    best,
-    caption,
-    cells,
-    columns,
-    details,
-    groups,
-    header,
-    notes,
-    params,
-)
+from safecl.report.caption import BOLD, caption, notes, params
+from safecl.report.tables import Block, Detail, Facts, Row, blocks
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -74,9 +60,9 @@ def html(rows: Sequence[Row], facts: Facts, figures: Sequence[Figure] = ()) -> s
         parts.append(f'<p class="doubt">{escape(facts.doubt)}</p>')
     if facts.about:
         parts.append(f'<p class="about">{escape(facts.about)}</p>')
-    for (model, task), members in groups(rows).items():
-        parts.append(f"<section><h3>{escape(model)} / {escape(task)}</h3>{_table(members, rows, facts)}")
-        parts += [_detail(detail) for detail in details(members, rows, facts)]
+    for block in blocks(rows, facts):
+        parts.append(f"<section><h3>{escape(block.title)}</h3>{_table(block)}")
+        parts += [_detail(detail) for detail in block.details]
         parts.append("</section>")
     lines = [*caption(rows, facts), BOLD, *notes(rows)]
     parts.append('<section><h3>How to read it</h3><ul class="caption">')
@@ -104,24 +90,24 @@ def write(path: Path, rows: Sequence[Row], facts: Facts, figures: Sequence[Figur
     return path
 
 
-def _table(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> str:
-    shown = columns(rows, facts)
-    tops = [best(members, column) for column in shown]
+def _table(block: Block) -> str:
     lines = ['<div class="wide"><table><thead><tr>']
-    lines += [f"<th>{escape(name)}</th>" for name in header(rows, facts)]
+    lines += [f"<th>{escape(name)}</th>" for name in block.header]
     lines.append("</tr></thead><tbody>")
-    for position, row in enumerate(members):
-        reference = row["method"] in REFERENCES
-        ends = reference and position + 1 < len(members) and members[position + 1]["method"] not in REFERENCES
-        kinds = " ".join(name for name, on in (("reference", reference), ("last", ends)) if on)
+    for position, line in enumerate(block.lines):
+        kinds = " ".join(
+            name for name, on in (("reference", line.is_reference), ("last", block.ends_references(position))) if on
+        )
         lines.append(f'<tr class="{kinds}">' if kinds else "<tr>")
-        for index, text in enumerate(cells(row, shown)):
+        best = {2 + i for i, cell in enumerate(line.cells) if cell.is_best}
+        for index, text in enumerate(line.texts):
             value, bracket, rest = text.partition(" [")
             interval, _, marks = rest.partition("]")
-            is_best = 2 <= index < 2 + len(shown) and position in tops[index - 2]
-            shown_value = f"<b>{escape(value)}</b>" if is_best else escape(value)
+            shown_value = f"<b>{escape(value)}</b>" if index in best else escape(value)
             small = f" <small>[{escape(interval)}]</small>{escape(marks)}" if bracket else ""
-            lines.append(f'<td class="best">{shown_value}{small}</td>' if is_best else f"<td>{shown_value}{small}</td>")
+            lines.append(
+                f'<td class="best">{shown_value}{small}</td>' if index in best else f"<td>{shown_value}{small}</td>"
+            )
         lines.append("</tr>")
     return "".join([*lines, "</tbody></table></div>"])
 

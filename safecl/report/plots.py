@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safecl import metrics
 from safecl.graph import REFERENCES
 from safecl.objective import pareto_front
 from safecl.report.tables import Column, Facts, Row, columns, groups
@@ -62,8 +63,9 @@ def tradeoff(rows: Sequence[Row], facts: Facts, path: Path) -> Path:
             drawn.append((axis, points, hollow))
             axis.set_title(f"{model} / {task}, {100 * ratio:g} % poison", fontsize=10, loc="left", color=_INK)
             said = "; hollow: coherent ASR" if hollow else ""
-            axis.set_xlabel(f"ASR ({facts.judge}), %   (left is safer{said})")
-            axis.set_ylabel("utility, %   (up is more useful)")
+            harm, use = metrics.plane()
+            axis.set_xlabel(f"{harm.header(facts.judges)}, %   (left is safer{said})")
+            axis.set_ylabel(f"{use.header(facts.judges)}, %   (up is more useful)")
     figure.draw_without_rendering()  # fixes the layout: only then is it known which names would cover what
     for axis, points, hollow in drawn:
         _label(axis, points, hollow, colour)
@@ -76,7 +78,7 @@ def _tradeoff_panel(
     """Draws; (method, x, y) of its points, and x, y of hollow marks."""
     points, hollow = [], []
     for row in members:
-        x, y = _read(row, "asr"), _read(row, "utility")
+        x, y = (_read(row, metric.name) for metric in metrics.plane())
         if x is None or y is None:
             continue
         method = str(row["method"])
@@ -85,7 +87,9 @@ def _tradeoff_panel(
             fmt=_MARKERS.get(method, "o"), color=colour[method], markersize=7, elinewidth=1.1, alpha=0.9, zorder=3,
         )  # fmt: skip
         points.append((method, x[0], y[0]))
-        coherent = _read(row, "asr_coherent")
+        coherent = next(
+            (_read(row, m.name) for m in metrics.METRICS if m.where_differ == (metrics.plane()[0].name, m.name)), None
+        )
         if coherent is not None and coherent[0] != x[0]:
             hollow.append((coherent[0], y[0]))
             axis.plot([coherent[0], x[0]], [y[0]] * 2, color=colour[method], linewidth=1.1, linestyle=":", zorder=2)

@@ -8,12 +8,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+from safecl.report import forms as written
 from safecl.report import page, tables
 from safecl.report.rows import agreement, contrast, entry
 
 FOLDER = Path(__file__).parents[1] / "data" / "report"
 FACTS = tables.Facts(
-    name="golden", about="Made-up numbers.", judge="guard", templates={"smol": "'{prompt}', answers end with '</s>'"},
+    name="golden", about="Made-up numbers.",
+    judges={"asr": "guard", "over_refusal": "xstest_match"}, templates={"smol": "'{prompt}', answers end with '</s>'"},
     num_prompts={"attack": 24, "utility": 20}, guard_agreement="agrees in 97.5 %", settings={"LoRA": "rank 8"},
     notes=["Search: none."],
 )  # fmt: skip
@@ -89,9 +91,11 @@ def forms() -> dict[str, str]:
     """File name -> text."""
     found = rows()
     return {
-        "rows.json": json.dumps(rounded(json.loads(tables.to_json(found, FACTS))), separators=(",", ":")) + "\n",
-        "table.txt": tables.plain(found, FACTS),
-        "table.md": tables.markdown(found, FACTS),
+        "rows.json": json.dumps(rounded(json.loads(written.to_json(found, FACTS))), separators=(",", ":")) + "\n",
+        "table.txt": written.plain(found, FACTS),
+        "table.md": written.markdown(found, FACTS),
+        "table.tex": written.latex(found, FACTS),
+        "table.csv": written.to_csv([{**row, "metrics": rounded(row["metrics"])} for row in found], FACTS),
         "page.html": page.html(found, FACTS),
     }
 

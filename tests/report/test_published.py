@@ -84,21 +84,21 @@ def test_a_file_of_something_else_is_refused(change: tuple[str, str], message: s
 def test_every_form_of_a_report_prints_them_below_their_table() -> None:
     from dataclasses import replace
 
-    from safecl.report import page, tables
+    from safecl.report import forms, page
     from tests.report.test_tables import FACTS, ROWS
 
     number = published.Beside(2, "smol", "mini", 0.1, "sft", "asr", 0.8, 0.4, 1.0, 0.767)
     found = published.Comparison("a paper", (number,), ())
     facts = replace(FACTS, beside=published.details(found, {"asr": "ASR"}))
     title = "Beside a paper (theirs; * outside our interval)"
-    plain, without = tables.plain(ROWS, facts), tables.plain(ROWS, FACTS)
+    plain, without = forms.plain(ROWS, facts), forms.plain(ROWS, FACTS)
     assert title not in without
     head, body = (line.split() for i, line in enumerate(plain.partition(f"{title}:\n")[2].splitlines()) if i in (0, 2))
     assert head == ["method", "poison", "their", "table", "ASR", "theirs"]
     assert body == ["sft", "10", "%", "2", "80.0", "[40.0,", "100.0]", "76.7"]
-    assert f"{title}:" in tables.markdown(
+    assert f"{title}:" in forms.markdown(
         ROWS, facts
-    ) and "| sft | 10 % | 2 | 80.0 [40.0, 100.0] | 76.7 |" in tables.markdown(ROWS, facts)
+    ) and "| sft | 10 % | 2 | 80.0 [40.0, 100.0] | 76.7 |" in forms.markdown(ROWS, facts)
     assert f"<summary>{title}</summary>" in page.html(ROWS, facts)
-    assert [table.title for table in tables.rich_tables(ROWS, facts)] == ["smol / mini", title]
+    assert [table.title for table in forms.terminal(ROWS, facts)] == ["smol / mini", title]
     assert published.note(found) == "Settings that differ from a paper: none of those that it gives."
