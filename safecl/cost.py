@@ -248,7 +248,7 @@ class Remaining:
         self._later_s = max((self._open(cell) for cell in open_cells), default=0.0)
 
     def _open(self, cell: Open) -> float:
-        """Adds a cell's trials to come; gives the seconds of the chain they make: one after the other, then the finals."""
+        """Adds a cell's trials to come; gives the seconds of the chain they make: batch after batch, then the finals."""
         first = cell.cell.trial({}).own
         finals = [cell.cell.job({}, seed, "final").own for seed in cell.seeds]
         for stages, num in ((first, cell.num_trials), *((own, 1) for own in finals)):
@@ -257,7 +257,7 @@ class Remaining:
                 self.kinds[stage.kind] += seconds
                 self._engine += seconds if self.forecast.estimate(stage).on_engine else 0.0
                 self.later[stage.kind] += num
-        return cell.num_trials * self._chain(first) + max(map(self._chain, finals))
+        return rounds(cell, self.forecast.execution) * self._chain(first) + max(map(self._chain, finals))
 
     def _chain(self, stages: Sequence[Stage]) -> float:
         ends: dict[str, float] = {}
@@ -288,6 +288,12 @@ class Remaining:
         local_cpu = not self.forecast.execution.use_gpu and self.forecast.execution.address == "local"
         shared = compute + (engine if local_cpu else 0.0)  # there the engine computes on the same cores
         return max(longest + self._later_s, engine, shared / self.slots, 0.0)
+
+
+def rounds(cell: Open, execution: Execution) -> int:
+    """How many of a cell's trials to come wait for one another. Those that fill a batch begun run beside it."""
+    at_once, num = min(cell.cell.at_once, execution.num_trials_at_once), cell.cell.num_trials
+    return -(-num // at_once) - -(-(num - cell.num_trials) // at_once)
 
 
 def slots(execution: Execution, num_devices: int) -> int:

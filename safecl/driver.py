@@ -141,6 +141,8 @@ def _run(project: Project, show: Callable[[str], None], max_hours: float | None)
                 except Exception as error:
                     problems.append(f"the guard on held-out pairs: {execute.plain_error(error)}")
     finally:
+        with suppress(Exception):  # what cannot be said now, the next run finds
+            schedule.close()
         if not tracker.close(timeout_s=30.0):
             show(f"tracking: {tracker.problem}; what was not sent is kept, and sent by the next run")
     return [*schedule.missing(), *problems]

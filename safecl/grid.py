@@ -34,10 +34,19 @@ class Cell:
     search_seeds: tuple[int, int]  # of a search: its own, and that of the alignment it starts from
     aligned: Cell | None = field(default=None, repr=False)  # same model and task, no finetune; None: this is it
     num_trials: int = 0  # of a search
+    at_once: int = 1  # of them
     _jobs: dict[tuple[str, int, str], Job] = field(default_factory=dict, init=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Cell, (self.recipe, self.space, self.shared, self.search_seeds, self.aligned, self.num_trials)
+        return Cell, (
+            self.recipe,
+            self.space,
+            self.shared,
+            self.search_seeds,
+            self.aligned,
+            self.num_trials,
+            self.at_once,
+        )
 
     def job(self, params: dict[str, Json], seed: int, role: str) -> Job:
         """The trial with these values; always the same object. `role`: `search` reads validation, `final` test prompts."""
@@ -185,7 +194,11 @@ def cells(sweep: Sweep, folder: Path | None = None, planned: bool = False) -> li
                 own_method = for_task(method, task)
                 space = space_of(own_method)
                 num_trials = len(points(space)) if space and sweep.search.sampler == "grid" else sweep.search.trials
-                grid.append(Cell(recipe(own_method, ratio, name), space, shared, seeds, aligned, num_trials))
+                grid.append(
+                    Cell(
+                        recipe(own_method, ratio, name), space, shared, seeds, aligned, num_trials, sweep.search.at_once
+                    )
+                )
     return grid
 
 

@@ -3,9 +3,10 @@
 The same object serves a run (Ray Tune asks it), a rerun (everything is in the store: no Ray is started) and a report
 (nothing may be asked). A job whose evidence lies in the store is finished from there, whoever made it.
 
-A searched trial that failed for a fault of its own counts, and is never suggested from. One that the machine or the
-configuration failed does not: it is asked again, with its parameters, by the next run, and its search waits until then
-(others would be suggested without its result).
+Of a search as many trials run at once as its study gives out (`search.at_once`, study.py). A searched trial that failed for
+a fault of its own counts, and is never suggested from. One that the machine or the configuration failed does not: it is
+asked again, with its parameters, by the next run, and its search waits until then (others would be suggested without its
+result); trials of the same search that are under way are finished and told.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ Metrics = dict[str, float | None]
 
 
 class Study(Protocol):
-    """What a schedule needs of search.CellStudy."""
+    """What a schedule needs of study.CellStudy."""
 
     @property
     def remaining(self) -> int: ...
+    @property
+    def ready(self) -> bool: ...
     @property
     def is_done(self) -> bool: ...
     @property
@@ -56,7 +59,8 @@ class _Queue:
     cell: Cell
     study: Study | None
     waiting: deque[Job] = field(default_factory=deque)  # jobs that are known and not yet given out
-    asked: dict[str, int] = field(default_factory=dict)  # metrics key of a searched trial under way -> its number
+    # Metrics key of a searched job under way -> its trials' numbers: two trials of a batch may be one configuration.
+    asked: dict[str, list[int]] = field(default_factory=dict)
     under_way: list[Job] = field(default_factory=list)
     chosen: Trial | None = None
     finals_given: bool = False
@@ -107,8 +111,8 @@ class Schedule:
         queue.under_way.remove(job)
         metrics_stage = job.evidence.metrics
         result = None if error else self.store.record(metrics_stage)["result"]
-        number = queue.asked.pop(metrics_stage.key, None)
-        if number is not None and queue.study is not None:
+        for number in queue.asked.pop(metrics_stage.key, ()):
+            assert queue.study is not None
             if result is not None:
                 error, kind = self._tell(queue.study, number, job, values(result))
             if error and kind == "trial":
@@ -142,7 +146,8 @@ class Schedule:
         for queue in self.queues:
             errors: dict[str, list[str]] = {}
             for done in self.done:
-                if done.job.cell is queue.cell and done.error and (queue.stalled or done.job.role == "final"):
+                is_missed = done.job.role == "final" or (queue.stalled and done.kind != "trial")
+                if done.job.cell is queue.cell and done.error and is_missed:
                     at = (
                         f"seed {done.job.seed}" if done.job.role == "final" else f"search, {canonical(done.job.params)}"
                     )
@@ -152,6 +157,15 @@ class Schedule:
                 errors[failures[-1]] = [f"all {len(failures)} trials of its search failed, the last"]
             found += [f"{queue.cell.label} ({', '.join(where)}): {error}" for error, where in errors.items()]
         return found
+
+    def close(self) -> None:
+        """The run is over: searched trials that are still under way are asked again by the next one."""
+        for queue in self.queues:
+            for numbers in queue.asked.values():
+                for number in numbers:
+                    assert queue.study is not None
+                    queue.study.release(number)
+            queue.asked.clear()
 
     def give_back(self, job: Job) -> None:
         """Undo `next`: the job is given out again, first in its cell."""
@@ -174,13 +188,16 @@ class Schedule:
     def _take(self, queue: _Queue) -> Job | None:
         if queue.waiting:
             return queue.waiting.popleft()
-        if queue.finals_given or queue.stalled or queue.study is None or queue.under_way:
-            return None  # one trial of a study at a time: each suggestion knows all results before it
-        if queue.study.remaining:
+        if queue.finals_given or queue.stalled or queue.study is None:
+            return None
+        while queue.study.remaining and queue.study.ready:
             number, params = queue.study.ask()
             job = queue.cell.trial(params)
-            queue.asked[job.evidence.metrics.key] = number
-            return job
+            queue.asked.setdefault(job.evidence.metrics.key, []).append(number)
+            if job not in queue.under_way:
+                return job
+        if not queue.study.is_done:
+            return None  # what is under way decides what comes next
         finished = queue.study.complete()
         if not finished:
             queue.finals_given = True  # every trial failed: there is nothing to report but the failures

@@ -1,9 +1,10 @@
-"""One searched cell as an Optuna study, driven by ask and tell from the driver alone. The only file that imports optuna.
+"""One searched cell as an Optuna study, driven by ask and tell from the driver alone. With suggest.py the only file that
+imports optuna.
 
 What `CellStudy` promises:
 - trial 0 is the method's defaults; a quarter of the trials at most is random (with TPE), the rest is modelled;
-- a suggestion is a function of (recipe seed, study name, number of trials so far) and the results told, so a study
-  that was reopened goes on exactly as it would have gone on, and repeats nothing;
+- a suggestion is a function of recipe seed, study name, place among the trials, and what was told of the batches before
+  (suggest.py): whatever was killed, and in whatever order results came, a study asks what it would have asked;
 - a crash loses nothing: `repair` puts what was running back into the queue, then closes the ghost;
 - nor does a fault of the machine: `release` does so with one trial.
 """
@@ -27,6 +28,7 @@ from safecl.grid import Cell, points
 from safecl.objective import Trial
 from safecl.space import space_check
 from safecl.store import canonical
+from safecl.suggest import Sampling, known_params
 
 _GHOST = "safecl:ghost"  # user attribute of a trial that died with its driver: it does not count as a trial
 _REPAIRS = "safecl:repairs"  # user attribute of the queued copy: the ghost's number
@@ -34,13 +36,19 @@ _WHY = "safecl:why"  # user attribute of a trial that failed
 
 
 def study_name(
-    cell: str, space: Mapping[str, Json], objective: Objective, seeds: Sequence[int], sampler: str = "tpe"
+    cell: str,
+    space: Mapping[str, Json],
+    objective: Objective,
+    seeds: Sequence[int],
+    sampler: str = "tpe",
+    at_once: int = 1,
 ) -> str:
     """`<cell>-<12 hex digits>` of (cell, space, objective, seeds): Optuna ignores or mixes changed ranges and directions of
     a study that it reopens, so a changed search must be another study. A grid is one too: it asks each of its points, and
-    not as many as others have left over."""
+    not as many as others have left over. So are batches of TPE, whose trials know less of one another."""
     identity: list[Json] = [cell, dict(space), objective.model_dump(mode="json"), list(seeds)]
     identity += ["grid"] if sampler == "grid" else []
+    identity += ["at_once", at_once] if sampler == "tpe" and at_once > 1 else []
     return f"{cell}-{hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]}"
 
 
@@ -52,7 +60,8 @@ def name_of(cell: Cell, sweep: Sweep) -> str:
     metrics = cell.trial({}).evidence.metrics
     below: Json = {name: stage.key for name, stage in metrics.inputs.items()}
     rests_on = hashlib.sha256(canonical([metrics.version, below]).encode()).hexdigest()
-    return study_name(rests_on[:16], cell.space, sweep.search.objective, cell.search_seeds, sweep.search.sampler)
+    search = sweep.search
+    return study_name(rests_on[:16], cell.space, search.objective, cell.search_seeds, search.sampler, search.at_once)
 
 
 def open_storage(url: str) -> Any:
@@ -98,8 +107,10 @@ class CellStudy:
     """One searched cell: `ask`, then `tell` or `fail`. Driver only, one object per study at a time.
 
     `space`: see `space_check`; `defaults`: at least the searched parameters; `storage`: a database URL or what
-    `open_storage` gave; `trials`: how many may count; `sampler`: "tpe", "random" or "grid" (of lists). Opening creates or
-    continues.
+    `open_storage` gave; `trials`: how many may count; `sampler`: "tpe", "random" or "grid" (of lists); `at_once`: how many
+    may run. Opening creates or continues.
+
+    A trial's place is its number, less what ghosts took: a ghost's copy stands at the ghost's place.
     """
 
     def __init__(
@@ -111,38 +122,51 @@ class CellStudy:
         seed: int,
         trials: int,
         sampler: str = "tpe",
+        at_once: int = 1,
     ) -> None:
         import optuna
 
         errors = space_check(space, None if sampler == "grid" else defaults)
         if sampler not in ("tpe", "random", "grid"):
             errors.append(f"search.sampler: expected 'tpe', 'random' or 'grid', got {sampler!r}")
-        if trials < 1:
-            errors.append(f"search.trials: expected at least 1, got {trials}")
+        errors += [f"search.{what}: expected at least 1, got {number}"
+                   for what, number in (("trials", trials), ("at_once", at_once)) if number < 1]  # fmt: skip
         if errors:
             raise ConfigError("\n".join(errors))
-        self.name, self.seed, self.trials, self.sampler = name, seed, trials, sampler
+        self.name, self.trials = name, trials
         self.space = {key: space[key] for key in sorted(space)}
-        self._distributions = {key: _distribution(form) for key, form in self.space.items()}
+        distributions = {key: _distribution(form) for key, form in self.space.items()}
+        num_random = max(1, trials // 4)
+        self._sampling = Sampling(name, seed, sampler, at_once, num_random, ("maximize",), distributions)
         self._live: dict[int, Any] = {}
         self._known: list[Any] | None = None  # the study's trials, until something is written: only this object writes
         self._study = optuna.create_study(
             study_name=name,
             storage=open_storage(storage) if isinstance(storage, str) else storage,
-            direction="maximize",
+            directions=self._sampling.directions,
             load_if_exists=True,
+            sampler=optuna.samplers.RandomSampler(seed=0),  # of no use: each trial is stored with all its parameters
         )
         # Of a grid all points are queued at once, and asked in their order. (Optuna's GridSampler deals them out by trial
         # number, so that a trial that died and is queued again would cost another point.)
         first = points(self.space) if sampler == "grid" else [{key: defaults[key] for key in self.space}]
         for queued in map(self._encode, first[len(self._trials()) :]):
-            self._study.enqueue_trial(queued)
-            self._known = None
+            self._enqueue(queued)
 
     @property
     def remaining(self) -> int:
         """How many trials may still be asked: `trials` less those finished, failed or running (ghosts do not count)."""
-        return max(0, self.trials - len(_counted(self._trials())))
+        return max(0, self.trials - len(_asked(self._trials())))
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next trial may be asked now: with TPE all of the batches before its own must be told, else fewer than
+        `at_once` be running."""
+        places = _places(self._trials())
+        if self._sampling.sampler != "tpe":
+            return sum(trial.state.name == "RUNNING" for trial in places) < self._sampling.at_once
+        next_one = next((place for place, t in enumerate(places) if t.state.name == "WAITING"), len(places))
+        return bool(all(trial.state.is_finished() for trial in places[: self._sampling.begins(next_one)]))
 
     @property
     def is_done(self) -> bool:
@@ -150,11 +174,15 @@ class CellStudy:
         return _is_done(self._trials(), self.trials)
 
     def ask(self) -> tuple[int, dict[str, Json]]:
-        """(trial number, parameters) of the next trial. Raises RuntimeError when none remains."""
+        """(trial number, parameters) of the next trial. Raises RuntimeError when none remains or may be asked yet."""
         if self.remaining == 0:
             raise RuntimeError(f"study {self.name}: all {self.trials} trials were asked; look at `remaining` first")
-        self._study.sampler = self._new_sampler()
-        trial = self._study.ask(self._distributions)
+        if not self.ready:
+            raise RuntimeError(f"study {self.name}: the trials before the next one are not told; look at `ready` first")
+        places = _places(self._trials())
+        if not any(trial.state.name == "WAITING" for trial in places):
+            self._enqueue(self._sampling.suggest(len(places), places))
+        trial = self._study.ask(self._sampling.distributions)
         self._known = None
         self._live[trial.number] = trial
         return trial.number, _decode(trial.params, self.space)
@@ -203,25 +231,30 @@ class CellStudy:
     def _again(self, ghosts: Sequence[Any]) -> None:
         import optuna
 
+        self._known = None  # who lost its lease is no longer alone
         trials = self._trials()
         queued = {t.user_attrs[_REPAIRS] for t in trials if _REPAIRS in t.user_attrs}
-        for ghost in ghosts:
+        places = _places(trials)
+        for ghost in (trials[ghost.number] for ghost in ghosts):
+            if ghost.state.is_finished():
+                continue
             if ghost.number not in queued:
-                # A driver may die between creating a trial and storing its parameters: those that were fixed for it
-                # are in `fixed_params`, and what is still open is suggested when the copy is asked.
-                known = {**ghost.system_attrs.get("fixed_params", {}), **ghost.params}
-                self._study.enqueue_trial(known, user_attrs={_REPAIRS: ghost.number})
+                known = known_params(ghost)
+                if len(known) < len(self.space):  # only drivers of older versions left such a one
+                    place = places.index(ghost)
+                    known = {**self._sampling.suggest(place, places[:place]), **known}
+                self._enqueue(known, {_REPAIRS: ghost.number})
             self._study._storage.set_trial_user_attr(ghost._trial_id, _GHOST, True)
             self._study.tell(ghost.number, state=optuna.trial.TrialState.FAIL)
             self._known = None
 
     @property
     def failures(self) -> list[str]:
-        """Why trials failed for a fault of their own, by number."""
+        """Why trials failed for a fault of their own, by place."""
         return _failures(self._trials())
 
     def complete(self) -> list[Trial]:
-        """Finished trials by number."""
+        """Finished trials by place."""
         return _complete(self._trials(), self.space)
 
     def _trials(self) -> list[Any]:
@@ -234,17 +267,9 @@ class CellStudy:
             raise ValueError(f"study {self.name}: trial {number} is not running here; running: {sorted(self._live)}")
         return self._live[number]
 
-    def _new_sampler(self) -> Any:
-        """A fresh sampler per trial: one kept over many asks would repeat its sequence when the study is reopened."""
-        import optuna
-
-        num_asked = sum(t.state.name != "WAITING" for t in self._trials())
-        text = canonical([self.seed, self.name, num_asked])
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-        if self.sampler != "tpe":
-            return optuna.samplers.RandomSampler(seed=seed)
-        startup = max(1, self.trials // 4)
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True)
+    def _enqueue(self, params: Mapping[str, Any], user_attrs: dict[str, Any] | None = None) -> None:
+        self._study.enqueue_trial(dict(params), user_attrs=user_attrs)
+        self._known = None
 
     # Choices travel through Optuna as JSON text: it compares them with ==, under which 1, 1.0 and True are one choice.
     def _encode(self, params: Mapping[str, Json]) -> dict[str, Any]:
@@ -263,23 +288,38 @@ class Past(NamedTuple):
         return self.finished
 
 
-def _counted(trials: Sequence[Any]) -> list[Any]:
-    return [t for t in trials if t.state.name != "WAITING" and _GHOST not in t.user_attrs]
+def _places(trials: Sequence[Any]) -> list[Any]:
+    """The trial at each place, in order: a ghost's copy takes the ghost's."""
+    found: list[Any] = []
+    place_of: dict[int, int] = {}
+    for trial in trials:
+        place = place_of.get(trial.user_attrs.get(_REPAIRS), len(found))
+        found[place : place + 1] = [trial]
+        place_of[trial.number] = place
+    return found
+
+
+def _asked(trials: Sequence[Any]) -> list[Any]:
+    return [trial for trial in _places(trials) if trial.state.name != "WAITING"]
 
 
 def _is_done(trials: Sequence[Any], num: int) -> bool:
-    counted = _counted(trials)
-    return len(counted) >= num and all(t.state.name != "RUNNING" for t in counted)
+    asked = _asked(trials)
+    return len(asked) >= num and all(trial.state.is_finished() for trial in asked)
 
 
 def _failures(trials: Sequence[Any]) -> list[str]:
-    failed = (t for t in _counted(trials) if t.state.name == "FAIL")
+    failed = (t for t in _asked(trials) if t.state.name == "FAIL")
     return [str(t.user_attrs.get(_WHY, "for a reason that was not kept")) for t in failed]
 
 
 def _complete(trials: Sequence[Any], space: Mapping[str, Json]) -> list[Trial]:
-    finished = (t for t in trials if t.state.name == "COMPLETE")
-    return [Trial(t.number, _decode(t.params, space), float(t.value), dict(t.constraints)) for t in finished]
+    """The number of a trial is its place: that of a copy would tell of the ghost."""
+    return [
+        Trial(place, _decode(t.params, space), float(t.value), dict(t.constraints))
+        for place, t in enumerate(_places(trials))
+        if t.state.name == "COMPLETE"
+    ]
 
 
 def _decode(params: Mapping[str, Any], space: Mapping[str, Json]) -> dict[str, Json]:
@@ -309,6 +349,7 @@ def study_of(cell: Cell, sweep: Sweep, storage: Any) -> CellStudy | None:
         cell.recipe.seed,
         cell.num_trials,
         sweep.search.sampler,
+        sweep.search.at_once,
     )
     study.repair()
     return study

@@ -11,7 +11,7 @@ import pytest
 
 from safecl import cost, estimate, hardware, store
 from safecl.config import Execution
-from safecl.cost import Forecast, Open, Remaining, _uses
+from safecl.cost import Forecast, Open, Remaining, _uses, rounds
 from safecl.estimate import Estimator
 from safecl.eta import EVERY_S, Eta
 from safecl.graph import Graph
@@ -76,6 +76,25 @@ def test_every_kind_has_hours_on_an_empty_store_and_trials_that_are_not_suggeste
         more["hours"] + 16 * one, rel=0.01
     )
     assert list(tmp_path.iterdir()) == []  # reading verbs write nothing
+
+
+def test_trials_that_run_at_once_take_as_many_rounds_as_batches(tmp_path: Path) -> None:
+    for at_once, expected in ((1, 7), (3, 2), (4, 1), (8, 0)):  # trials 1 to 7; trial 0 is under way
+        found = project(tmp_path, "search.trials=8", f"search.at_once={at_once}")
+        searched = next(cell for cell in found.cells if cell.space is not None)
+        assert rounds(Open(searched, 7, (0,)), Execution(num_trials_at_once=64)) == expected
+        assert rounds(Open(searched, 7, (0,)), Execution(num_trials_at_once=2)) == (expected if at_once == 1 else 3)
+        assert rounds(Open(searched, 8, (0,)), Execution(num_trials_at_once=64)) == expected + 1
+    # On as many devices as it likes, what a search takes is its rounds and the finals.
+    alone = forecast(tmp_path, num_trials_at_once=64)
+
+    def seconds(at_once: int) -> float:
+        found = project(tmp_path, "search.trials=8", f"search.at_once={at_once}")
+        searched = next(cell for cell in found.cells if cell.space is not None)
+        return Remaining(alone, (), [Open(searched, 8, (0,))], 10**6)._later_s
+
+    one, four, eight = map(seconds, (1, 4, 8))
+    assert one - four == pytest.approx(6 * (four - eight)) and four > eight
 
 
 def test_a_finetunes_time_is_its_tokens_times_the_models_products_over_the_measured_speed(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
     "trainers": {"config", "faults", "serving", "stages", "store", "training", "work"},
     "execute": {"config", "serving", "stages", "store", "trainers", "training", "work"},
     "space": {"store"},
-    "study": {"config", "grid", "objective", "space", "store"},
+    "study": {"config", "grid", "objective", "space", "store", "suggest"},
+    "suggest": {"store"},
     "tune": {"execute", "faults", "grid", "schedule", "store"},
     "tracking": {"store", "stats", "objective"},
     "inside": set(),
@@ -94,7 +95,7 @@ HOME = {  # library -> the only files that may import it
     "vllm": {"serving/engine.py", "serving/swap.py"},
     "ray.serve": {"serving/client.py", "serving/deploy.py"},
     "pandas": {"frames.py"},
-    "optuna": {"study.py"},
+    "optuna": {"study.py", "suggest.py"},
 }
 
 

@@ -87,7 +87,7 @@ def test_later_suggestions_change_when_earlier_results_change(tmp_path: Path) ->
 
 def test_seed_and_study_name_change_the_suggestions(storage: object) -> None:
     def second(name: str, seed: int) -> dict[str, Json]:
-        study = CellStudy(name, SPACE, DEFAULTS, storage, seed=seed, trials=4, sampler="random")
+        study = CellStudy(name, SPACE, DEFAULTS, storage, seed=seed, trials=4, sampler="random", at_once=2)
         study.ask()
         return study.ask()[1]
 
@@ -136,7 +136,7 @@ def test_nan_raises_by_name_and_leaves_the_trial_running(storage: object) -> Non
 
 
 def test_failed_trials_count_and_the_budget_is_kept(storage: object) -> None:
-    study = CellStudy("budget", SPACE, DEFAULTS, storage, seed=0, trials=3)
+    study = CellStudy("budget", SPACE, DEFAULTS, storage, seed=0, trials=3, at_once=3)
     numbers = [study.ask()[0] for _ in range(3)]
     assert numbers == [0, 1, 2] and study.remaining == 0 and not study.is_done
     with pytest.raises(RuntimeError, match="all 3 trials"):
@@ -151,7 +151,7 @@ def test_failed_trials_count_and_the_budget_is_kept(storage: object) -> None:
 CHILD = """
 import json, sys, time
 from safecl.study import CellStudy
-study = CellStudy("kill", json.loads(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[1], seed=0, trials=4)
+study = CellStudy("kill", json.loads(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[1], seed=0, trials=4, at_once=4)
 study.repair()
 asked = [study.ask() for _ in range(int(sys.argv[4]))]
 study.tell(asked[0][0], 0.5, {})
@@ -175,7 +175,7 @@ def test_what_ran_in_a_killed_driver_is_asked_again_with_its_parameters(tmp_path
     first = killed_driver(tmp_path, 3)  # trial 0 told, 1 and 2 left running
     second = killed_driver(tmp_path, 1)  # repairs; takes the copy of 1 and finishes it; dies
     assert second[0][1] == first[1][1]
-    study = CellStudy("kill", SPACE, DEFAULTS, url(tmp_path), seed=0, trials=4)
+    study = CellStudy("kill", SPACE, DEFAULTS, url(tmp_path), seed=0, trials=4, at_once=4)
     assert study.repair() == 0 and study.remaining == 2  # the copy of 2 waits in the queue
     number, params = study.ask()
     assert params == first[2][1]
@@ -188,13 +188,13 @@ def test_what_ran_in_a_killed_driver_is_asked_again_with_its_parameters(tmp_path
 
 
 def test_a_driver_killed_inside_repair_or_inside_ask_loses_and_doubles_nothing(tmp_path: Path) -> None:
-    study = CellStudy("half", SPACE, DEFAULTS, url(tmp_path), seed=0, trials=3)
+    study = CellStudy("half", SPACE, DEFAULTS, url(tmp_path), seed=0, trials=3, at_once=3)
     asked = [study.ask()[1] for _ in range(2)]
     # As after a death between the queueing and the closing of ghost 1 ...
     study._study.enqueue_trial(study._encode(asked[1]), user_attrs={"safecl:repairs": 1})
     # ... and after one that had created a third trial and stored nothing of it.
     study._study._storage.create_new_trial(study._study._study_id)
-    again = CellStudy("half", SPACE, DEFAULTS, url(tmp_path), seed=0, trials=3)
+    again = CellStudy("half", SPACE, DEFAULTS, url(tmp_path), seed=0, trials=3, at_once=3)
     assert again.repair() == 3 and again.repair() == 0 and again.remaining == 3
     params = [again.ask()[1] for _ in range(3)]
     assert params[0] == asked[1] and params[1] == asked[0]
@@ -208,6 +208,160 @@ def test_a_repaired_default_is_still_the_default_when_its_parameters_were_never_
     again = CellStudy("early", SPACE, DEFAULTS, url(tmp_path), seed=0, trials=2)
     assert again.repair() == 1
     assert again.ask()[1] == {k: DEFAULTS[k] for k in SPACE}
+
+
+def test_one_at_a_time_a_study_asks_what_optuna_itself_asks(storage: object) -> None:
+    """Searches that were made before trials ran at once go on as they began."""
+    import hashlib
+
+    import optuna
+
+    study = CellStudy("plain", SPACE, DEFAULTS, storage, seed=3, trials=12)
+    plain = optuna.create_study(direction="maximize")
+    plain.enqueue_trial(study._encode({name: DEFAULTS[name] for name in SPACE}))
+    for place in range(12):
+        seed = int.from_bytes(hashlib.sha256(f'[3,"plain",{place}]'.encode()).digest()[:4], "big")
+        plain.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=3, multivariate=True)
+        trial = plain.ask({name: study._sampling.distributions[name] for name in sorted(SPACE)})
+        number, params = study.ask()
+        assert study._encode(params) == trial.params
+        if place % 5 == 4:
+            plain.tell(trial, state=optuna.trial.TrialState.FAIL)
+            study.fail(number, "its own")
+            continue
+        value, asr = measured(params)
+        trial.set_constraint("asr", asr)
+        plain.tell(trial, value)
+        study.tell(number, value, {"asr": asr})
+
+
+def measured(params: dict[str, Json]) -> tuple[float, float]:
+    """(value, violation) of a made-up trial."""
+    weight, rows = float(str(params["weight"])), int(str(params["rows"]))
+    return 1 - abs(np.log10(weight) - 0.5) / 4 - 0.1 * (params["centre"] is None), 0.02 * weight - rows / 640
+
+
+def in_order(study: CellStudy) -> list[tuple[int, dict[str, Json], float]]:
+    return [(trial.number, trial.params, trial.value) for trial in study.complete()]
+
+
+def undisturbed(sampler: str, at_once: int, trials: int) -> list[tuple[int, dict[str, Json], float]]:
+    study = CellStudy("b", SPACE, DEFAULTS, "sqlite://", 0, trials, sampler, at_once)
+    while study.remaining:
+        asked = []
+        while study.remaining and study.ready:
+            asked.append(study.ask())
+        assert len(asked) <= at_once
+        for number, params in asked:
+            value, asr = measured(params)
+            study.tell(number, value, {"asr": asr})
+    return in_order(study)
+
+
+def driver_that_dies(storage: str, sampler: str, at_once: int, trials: int, seed: int) -> None:
+    """Drives a study in an order of its own, and dies by SIGKILL in one of its next 25 writes; exits 0 when all is told."""
+    import random
+
+    from optuna.storages import RDBStorage
+
+    chance = random.Random(seed)
+    left = chance.randint(1, 25)
+
+    def mortal(write):  # type: ignore[no-untyped-def]
+        def wrapped(*given, **named):  # type: ignore[no-untyped-def]
+            nonlocal left
+            left -= 1
+            if left == 0 and chance.random() < 0.5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            found = write(*given, **named)
+            if left <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return found
+
+        return wrapped
+
+    writes = [
+        "create_new_trial",
+        "set_trial_param",
+        "set_trial_state_values",
+        "set_trial_user_attr",
+        "set_trial_system_attr",
+    ]
+    for name in writes:
+        setattr(RDBStorage, name, mortal(getattr(RDBStorage, name)))
+    study = CellStudy("b", SPACE, DEFAULTS, storage, 0, trials, sampler, at_once)
+    study.repair()
+    running: dict[int, dict[str, Json]] = {}
+    while not study.is_done:
+        if study.remaining and study.ready and (not running or chance.random() < 0.6):
+            number, params = study.ask()
+            running[number] = params
+            assert len(running) <= at_once
+            continue
+        number = chance.choice(sorted(running))
+        params = running.pop(number)
+        if chance.random() < 0.15:
+            study.release(number)
+        else:
+            value, asr = measured(params)
+            study.tell(number, value, {"asr": asr})
+    os._exit(0)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_whatever_order_results_come_in_and_whoever_is_killed_a_study_asks_the_same(
+    tmp_path: Path, sampler: str
+) -> None:
+    import multiprocessing
+
+    forked = multiprocessing.get_context("fork")
+    expected = undisturbed(sampler, 4, 14)
+    assert [number for number, *_ in expected] == list(range(14))
+    deaths = 0
+    CellStudy("b", SPACE, DEFAULTS, url(tmp_path), 0, 14, sampler, 4)  # the tables: made once, by a driver that lived
+    for seed in range(200):
+        driver = forked.Process(target=driver_that_dies, args=(url(tmp_path), sampler, 4, 14, seed))
+        driver.start()
+        driver.join(60)
+        assert driver.exitcode in (0, -signal.SIGKILL), driver.exitcode
+        if driver.exitcode == 0:
+            break
+        deaths += 1
+    found = CellStudy("b", SPACE, DEFAULTS, url(tmp_path), 0, 14, sampler, 4)
+    assert deaths >= 3 and found.is_done and in_order(found) == expected
+    assert {trial.state.name for trial in found._study.trials} == {"COMPLETE", "FAIL"}  # FAIL: ghosts
+
+
+def test_batches_know_the_batches_before_them_and_spread_out() -> None:
+    space: dict[str, Json] = {"x": {"low": 0.0, "high": 1.0}}
+
+    def asked(name: str, at_once: int, worst: bool) -> list[float]:
+        study, xs = CellStudy(name, space, {"x": 0.5}, "sqlite://", 0, 24, at_once=at_once), []
+        while study.remaining:
+            batch = []
+            while study.remaining and study.ready:
+                batch.append(study.ask())
+            assert len(batch) == at_once
+            for number, params in batch:
+                x = float(str(params["x"]))
+                xs.append(x)
+                study.tell(number, -abs(x - 0.7) * (-1 if worst and len(xs) <= at_once else 1), {})
+        return xs
+
+    first, other = asked("batches", 8, False), asked("batches", 8, True)
+    assert first[:8] == other[:8] and first[8:16] != other[8:16]
+    assert len(set(first)) == 24
+    assert np.mean(np.abs(np.array(first[16:]) - 0.7)) < np.mean(np.abs(np.array(first[:8]) - 0.7))
+
+
+def test_another_size_of_batch_is_another_study_of_tpe_alone() -> None:
+    objective = Objective()
+
+    def names(sampler: str) -> set[str]:
+        return {study_name("cell", SPACE, objective, (1000, 0), sampler, at_once) for at_once in (1, 4, 8)}
+
+    assert len(names("tpe")) == 3 and len(names("random")) == len(names("grid")) == 1
+    assert study_name("cell", SPACE, objective, (1000, 0)) in names("tpe")
 
 
 @pytest.mark.parametrize("changed", ["safecl.methods.der.Der", "safecl.tasks.mini.Mini", "safecl.stages.generate"])
@@ -254,7 +408,7 @@ def test_reading_a_study_changes_nothing_and_finds_what_its_driver_told(tmp_path
     from safecl.project import Project, load
 
     file = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
-    settings = ["models.0.dtype=bfloat16", "poison.ratios=[0.1]", f"execution.root={tmp_path}"]
+    settings = ["models.0.dtype=bfloat16", "poison.ratios=[0.1]", "search.at_once=3", f"execution.root={tmp_path}"]
     reader = Project(load(file, settings))
     searched = [cell for cell in reader.cells if cell.space is not None]
     assert [reader.past(cell) for cell in searched] == [None] and not list(tmp_path.iterdir())

@@ -207,6 +207,9 @@ class Search(Strict):
     realign: bool = True
     # `grid`: every combination of lists, which all that is searched must then be; `trials` does not count there.
     sampler: Literal["tpe", "random", "grid"] = "tpe"
+    # Trials of one study that run beside one another: so many times less waiting. With `tpe` they are suggested in batches,
+    # and those of one batch know nothing of one another's results: a somewhat worse choice (docs/search.md has it measured).
+    at_once: Count = 1
     objective: Objective = Objective()
 
 
