@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -23,6 +20,7 @@ from safecl.schedule import Done, Schedule
 from safecl.stages import engine_of
 from safecl.stats import as_json
 from safecl.store import Store
+from safecl.watch import watched
 
 
 def open_to_run(sweep: Sweep) -> Project:
@@ -130,7 +128,7 @@ def _run(project: Project, show: Callable[[str], None], max_hours: float | None)
                     )
             waiting = [broker.ensure.remote(guard, rank=2)] if guard else []
             _warm(broker, schedule, project)
-            with _progress(schedule, broker, eta):
+            with watched(schedule, broker, eta, project.store):
                 if first is not None:
                     from safecl import tune
 
@@ -226,35 +224,6 @@ def _warm(broker: Any, schedule: Schedule, project: Project) -> None:
     }
     for (role, _), model in wanted.items():
         broker.warm.remote(role, model)
-
-
-@contextmanager
-def _progress(schedule: Schedule, broker: Any, eta: Eta) -> Iterator[None]:
-    from safecl.report.progress import Display
-
-    stop = threading.Event()
-    display = Display(sys.stderr)
-
-    def watch() -> None:
-        import ray
-
-        finished: list[dict[str, Any]] = []
-        while not stop.wait(1.0):
-            try:
-                snapshot = ray.get(broker.snapshot.remote(len(finished)), timeout=5)
-            except Exception:  # the display is a courtesy; the run says what is wrong
-                continue
-            finished += snapshot["finished"]
-            display.show(eta.state(schedule, {**snapshot, "finished": finished}, time.time()))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(timeout=6)
-        display.close()
 
 
 def track(tracker: Any, project: Project, done: Done) -> None:

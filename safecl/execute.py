@@ -21,6 +21,7 @@ from safecl.base import Damaged, PrerequisiteError
 from safecl.config import Execution
 from safecl.stages import engine_of, load, names, needs_trainer
 from safecl.store import Stage, Store
+from safecl.times import Times, queue
 from safecl.trainers import Trainers, Turn
 from safecl.work import Hand, run_stage
 
@@ -138,6 +139,7 @@ class Broker:
         self.failed: dict[str, BaseException] = {}
         self.live: dict[str, dict[str, Any]] = {}
         self.finished: list[dict[str, Any]] = []
+        self.times = Times()
         self.engines: dict[str, asyncio.Task[None]] = {}
         self.groups: dict[str, tuple[str, ...]] = {}
         # An engine takes the weights of those who wait in turn; the more wait, the longer until each has an answer.
@@ -172,6 +174,7 @@ class Broker:
             if self.store.has(stage):
                 return
             self.turns[stage.key] = turn
+            self.times.asked(stage, turn[0])
             self.running[stage.key] = asyncio.create_task(self._make(stage, needs_trainer(stage)))
         else:
             self._hurry(stage, turn)
@@ -200,8 +203,10 @@ class Broker:
                     # Those that are damaged make way, and are made again.
                     await asyncio.gather(*(asyncio.to_thread(self.store.sound, s) for s in stage.inputs.values()))
             self.finished.append({"kind": stage.kind, "key": stage.key, "seconds": seconds})
+            self.times.ends(stage.key)
         except BaseException as error:
             self.failed[stage.key] = error
+            self.times.ends(stage.key, plain_error(error))
             raise
         finally:
             self.trainers.expect(-int(heavy))
@@ -211,6 +216,7 @@ class Broker:
 
     async def _run(self, stage: Stage, heavy: bool) -> float:
         """Run a stage whose inputs are there; the seconds that it took."""
+        self.times.ready(stage.key)
         if heavy:
             await self.trainers.run(stage, self.turns[stage.key])
         elif load(stage.kind).runs == "thread":
@@ -239,6 +245,7 @@ class Broker:
             "metrics": {},
             "ends": None,
         }
+        self.times.begins(key, kind)
 
     def _hand(self) -> Any:
         if self.hand is None:
@@ -336,6 +343,7 @@ class Broker:
                 await asyncio.to_thread(ready, name)
         finally:
             self.live.pop(group, None)
+            self.times.ends(group)
         self.groups[group] = tuple(names)
 
     async def take(self, trainer: str, rank: int, worker: str) -> tuple[Stage, int] | None:
@@ -367,11 +375,23 @@ class Broker:
         """The process that this Broker runs in."""
         return os.getpid()
 
-    async def snapshot(self, since: int = 0) -> dict[str, Any]:
-        """What runs and what failed in this run, and what was finished but for the first `since` stages."""
+    async def works(self, key: str, where: dict[str, Any]) -> None:
+        """Called by the process that works on a stage (times.py: here)."""
+        self.times.works(key, where)
+
+    async def snapshot(self, since: int = 0, told: int = 0) -> dict[str, Any]:
+        """What runs and what failed in this run, what was finished but for the first `since` stages, and the times of what
+        ended but for the first `told`."""
         plain = {key: plain_error(error) for key, error in self.failed.items()}
         failed = {key: f"{type(error).__name__}: {error}" for key, error in plain.items()}
-        return {"running": list(self.live.values()), "finished": self.finished[since:], "failed": failed}
+        return {
+            "broker": self.times.id,
+            "running": list(self.live.values()),
+            "finished": self.finished[since:],
+            "failed": failed,
+            "queue": queue(self.times.under_way()),
+            "times": self.times.closed[told:],
+        }
 
 
 def planned_engines(execution: Execution, num_engines: int | None = None) -> int:

@@ -19,6 +19,7 @@ from safecl import registry
 from safecl.base import Infrastructure
 from safecl.config import Execution
 from safecl.store import Context, Place, Stage, Store
+from safecl.times import here
 
 
 def run_stage(
@@ -48,6 +49,8 @@ def run_stage(
     log = Path(logs) / f"{name}.log"
     out = store.new_folder()
     with output_to(log) if own_process else nullcontext():
+        progress = Progress(broker, stage.key)
+        progress.begins(place)
         try:
             from safecl.serving.client import Engines
 
@@ -61,7 +64,7 @@ def run_stage(
                 out=out,
                 scratch=store.scratch(stage) if own_process else out,  # light stages keep no checkpoints
                 execution=execution,
-                report=Progress(broker, stage.key),
+                report=progress,
                 engines=Engines(groups or {}, rank=rank),
                 place=place,
             )
@@ -88,6 +91,11 @@ class Progress:
 
     def __init__(self, broker: Any, key: str) -> None:
         self.broker, self.key, self.last = broker, key, 0.0
+
+    def begins(self, place: Place) -> None:
+        """Say which process works on it."""
+        with suppress(Exception):
+            self.broker.works.remote(self.key, here(place))
 
     def __call__(self, done: int, total: int, metrics: dict[str, float]) -> None:
         now = time.monotonic()

@@ -44,7 +44,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
         yield
 
     monkeypatch.setattr(driver, "_cluster", cluster)
-    monkeypatch.setattr(driver, "_progress", no_display)
+    monkeypatch.setattr(driver, "watched", no_display)
     monkeypatch.setattr(
         "safecl.tracking.Tracker", lambda *_: SimpleNamespace(trial=_nothing, cell=_nothing, close=lambda **_: True)
     )

@@ -98,6 +98,9 @@ def test_two_who_need_one_stage_run_it_once_and_a_third_finds_it(cluster: Path) 
     [second] = ray.get(broker.snapshot.remote(1))["finished"]  # who has seen the first is not told again
     assert second["key"] == finished[1]
     assert len((store.path(rows(5)) / "rows.jsonl").read_text().splitlines()) == 5
+    for found in ray.get(broker.snapshot.remote())["times"]:  # who did it, where and when
+        assert found["asked"] <= found["ready"] <= found["start"] <= found["end"]
+        assert found["node"] == ray.get_runtime_context().get_node_id()[:8] and found["pid"] != os.getpid()
 
 
 def test_a_failed_stage_reaches_everyone_above_it_at_once_and_is_not_cached(cluster: Path) -> None:
