@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from safecl import ops_cli
 from safecl.judge_cli import judge_app
 from safecl.options import AsJson, File, Limit, Set, print_hanging, print_table, project_to_run
 
@@ -54,6 +55,7 @@ def _root(
 
 
 app.add_typer(judge_app, name="judge")
+ops_cli.add_to(app)
 
 AcceptJudge = Annotated[
     bool,
@@ -161,18 +163,42 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
 
 
 @app.command()
-def status(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False) -> None:  # noqa: B006
-    """One table: how far each cell of a sweep is. Reads the store only, so it works beside a running sweep.
+def status(
+    file: File,
+    set_: Set = [],  # noqa: B006
+    limit: Limit = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print it anew every 10 s until the run ends")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """How far a sweep is: its cells, and its run, live and afterwards. Reads the store only, from any terminal that reaches it.
 
-    `weights`: the key of a row's weights (first seed), for `safecl export` and `safecl show`.
+    `weights`: the key of a row's weights (first seed), for `safecl export` and `safecl show`. Of the run: stages that wait
+    for inputs, for their turn (`ready`), run and are done, by kind; what of the cluster is held; the time left; money so
+    far (`execution.device_price`); failures with their cause, node and log.
     """
+    import time
+
+    from safecl import live
     from safecl.overview import status as read_status
 
-    found = read_status(_project(file, set_, limit, reads=True))
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return
-    print_table("status", list(found[0]), [list(row.values()) for row in found])
+    while True:
+        project = _project(file, set_, limit, reads=True)
+        run = live.state(project.store, project.sweep.name, project.sweep.execution)
+        cells = read_status(project, run["cells"] if run else ())
+        if as_json:
+            print(json.dumps({"cells": cells, "run": run}, indent=1), flush=True)
+        else:
+            print_table("status", list(cells[0]), [list(row.values()) for row in cells])
+            if run is not None and run["stages"]:
+                states = ("waiting", "ready", "running", "done")
+                rows = [[kind, *(str(nums.get(name, 0)) for name in states)] for kind, nums in run["stages"].items()]
+                print_table("stages of its runs", ["stage", *states], rows)
+            for line in live.lines(run):
+                print_hanging("", line, indent=2)
+        if not follow or run is None or run["how"] != "under way":
+            return
+        time.sleep(10.0)
+        print(flush=True)
 
 
 @app.command()
@@ -390,21 +416,6 @@ def init(
     except ConfigError as error:
         raise ConfigError(f"{out} is written, and needs a change before `safecl plan` takes it:\n{error}") from None
     print(f"{out}\nnext: safecl plan {out}")
-
-
-@app.command()
-def logs(
-    root: Annotated[Path, typer.Option(help="The store")] = Path("runs"),
-    num: Annotated[int, typer.Option(min=1, help="How many")] = 20,
-) -> None:
-    """List the log files of stages and engines, the newest last."""
-    from safecl.base import ConfigError
-
-    files = sorted((root / "logs").glob("*.log"), key=lambda file: file.stat().st_mtime)
-    if not files:
-        raise ConfigError(f"no log files under {str(root / 'logs')!r}; name the store with --root")
-    for file in files[-num:]:
-        print(f"{file}  {file.stat().st_size} bytes")
 
 
 def main() -> None:

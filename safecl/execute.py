@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safecl import nodes
 from safecl.base import Damaged, PrerequisiteError
 from safecl.config import Execution
 from safecl.stages import engine_of, load, names, needs_trainer
@@ -72,7 +73,7 @@ def start(execution: Execution, logs: Path, need: int | None = None, num_engines
             logging_level="ERROR",
         )
     else:
-        ray.init(address=execution.address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+        join(execution.address, quiet)
     _keep_messages(logs / "ray.log")
     have = ray.cluster_resources()
     unit = "GPU" if execution.use_gpu else "CPU"
@@ -89,6 +90,31 @@ def start(execution: Execution, logs: Path, need: int | None = None, num_engines
             f"this cluster has {have.get(unit, 0):g} {unit}s, {need} are needed at once ({why}): lower that, or join a larger "
             "cluster with execution.address"
         )
+
+
+def join(address: str, settings: dict[str, str]) -> None:
+    """Connect to a cluster that runs; its processes of this run get these settings as environment variables.
+
+    Raises:
+        PrerequisiteError: it cannot be joined, or its nodes are not alike.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        try:
+            ray.init(
+                address=address,
+                runtime_env={"env_vars": nodes.environment(settings)},
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        except Exception as error:
+            raise nodes.refused(address, error) from None
+    try:
+        nodes.check(ray)
+    except PrerequisiteError:
+        ray.shutdown()
+        raise
 
 
 def _keep_messages(path: Path) -> None:

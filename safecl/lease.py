@@ -33,6 +33,7 @@ BEAT_S = 5.0
 DEAD_AFTER = 3  # beats that another machine's driver may miss
 FORGOTTEN_AFTER = 60  # beats that stood still while a driver beside it ran: nobody waits for it, so there is time
 NOTE = "lease-"
+CANCEL = "cancel-"  # a note of this name and a driver's asks that driver to stop (safecl cancel)
 _NAME = re.compile(r"([0-9a-f]{10})-(\d+)-(\d+)")
 
 
@@ -128,6 +129,7 @@ class Lease:
         self._stop.set()
         self._thread.join()
         self.store.forget(self.name)
+        self.store.forget(CANCEL + self.store.owner)
 
     def _write(self) -> None:
         with self._lock:
@@ -192,6 +194,9 @@ class Lease:
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
                 self._forget_still()
+                if self._told["held"] and self.store.noted(CANCEL + self.store.owner) is not None:
+                    self.store.forget(CANCEL + self.store.owner)
+                    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _refusal(other: dict[str, Any]) -> str:

@@ -114,8 +114,9 @@ def _plan_notes(project: Project) -> list[str]:
     return told + trained_notes(found)
 
 
-def status(project: Project) -> list[dict[str, str]]:
-    """How far each cell is, from the store and the studies alone; `weights`: of its first finished seed, for `safecl export`."""
+def status(project: Project, under_way: Sequence[str] = ()) -> list[dict[str, str]]:
+    """How far each cell is, from the store and the studies alone; `weights`: of its first finished seed, for `safecl export`.
+    `under_way`: labels of cells that a run works on now."""
     found = []
     for cell, _, jobs, note in project.finals():
         done = sum(project.store.has(job.evidence.metrics) for job in jobs)
@@ -127,6 +128,7 @@ def status(project: Project) -> list[dict[str, str]]:
             search = f"{len(study.complete()) if study else 0}/{cell.num_trials}"
         state = "done" if jobs and done == num_seeds else "searching" if note.startswith("search:") else "to do"
         state = "failed" if not jobs and note.startswith("all ") else state
+        state = "under way" if state == "to do" and cell.label in under_way else state
         ready = [job.graph.final for job in jobs if project.store.has(job.evidence.metrics)]
         weights = next((final.key[:12] for final in ready if final is not None), "-")
         found.append(

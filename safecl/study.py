@@ -278,11 +278,12 @@ class CellStudy:
 
 class Past(NamedTuple):
     """A cell's study as it was when it was read: finished trials by number, whether nothing was left to ask or running,
-    and why others failed for a fault of their own."""
+    why others failed for a fault of their own; and the parameters of those that are not finished, as far as they are set."""
 
     finished: list[Trial]
     is_done: bool
     failures: list[str]
+    others: list[dict[str, Json]] = []
 
     def complete(self) -> list[Trial]:
         return self.finished
@@ -364,4 +365,8 @@ def past_of(cell: Cell, sweep: Sweep, storage: Any) -> Past | None:
     except KeyError:
         return None
     trials = storage.get_all_trials(study, deepcopy=False)
-    return Past(_complete(trials, cell.space), _is_done(trials, cell.num_trials), _failures(trials))
+    space = cell.space
+    others = [
+        _decode(t.params, space) for t in trials if t.state.name != "COMPLETE" and t.params.keys() == space.keys()
+    ]
+    return Past(_complete(trials, space), _is_done(trials, cell.num_trials), _failures(trials), others)

@@ -39,6 +39,14 @@ def load(path: Path, settings: Sequence[str], limit: int | None = None) -> Sweep
     return from_raw(raw, settings, limit, path)
 
 
+def raw_of(path: Path, settings: Sequence[str]) -> dict[str, Any]:
+    """What a sweep file that can be loaded holds, with `--set`: places in it are as they were written."""
+    raw: dict[str, Any] = read_yaml(path)
+    for setting in settings:
+        _set(raw, setting)
+    return raw
+
+
 def from_raw(raw: dict[str, Any], settings: Sequence[str], limit: int | None, path: Path) -> Sweep:
     """`load`, of what a file holds. It is changed. `path`: of the file; plugins lie relative to its folder."""
     for setting in settings:

@@ -121,7 +121,7 @@ class Notes:
         with suppress(Exception):
             self._cluster = cluster(self.eta.forecast.execution.use_gpu)
         while self._unsaved:
-            chunk = self.times[self._written : self._written + CHUNK]
+            chunk: Any = self.times[self._written : self._written + CHUNK]
             self.store.note(f"{TRACE}{self.run}-{self._written // CHUNK:05d}", chunk)
             if len(chunk) < CHUNK:
                 self._unsaved = False

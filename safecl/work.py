@@ -18,6 +18,7 @@ from typing import Any
 from safecl import registry
 from safecl.base import Infrastructure
 from safecl.config import Execution
+from safecl.nodes import check_here
 from safecl.store import Context, Place, Stage, Store
 from safecl.times import here
 
@@ -52,6 +53,7 @@ def run_stage(
         progress = Progress(broker, stage.key)
         progress.begins(place)
         try:
+            check_here()
             from safecl.serving.client import Engines
 
             try:

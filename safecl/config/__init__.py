@@ -238,6 +238,9 @@ class Execution(Strict):
     # Answers that do not depend on what else is decoded at the time, to the bit; on a CPU one request after the other.
     batch_invariant: bool = False
     use_gpu: bool = False
+    device_price: Annotated[float, Field(ge=0)] | None = (
+        None  # of a GPU-hour (without use_gpu: CPU-hour): `status` adds it up
+    )
     tracking_uri: Place | None = None  # null: SQLite under root
     study_uri: Place | None = None  # null: SQLite under root
 

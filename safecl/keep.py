@@ -1,0 +1,167 @@
+"""What a store holds, and what of it no given sweep needs any more: `safecl du` and `safecl gc`.
+
+A sweep needs every stage at or below what its rows and its search's trials rest on, finished or not: nothing that could be
+used again is ever taken. Beside stages there is what dead processes left: half-written folders, checkpoints of stages
+that nobody needs, damaged stages, Ray Tune's folders.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safecl import lease
+from safecl.base import ConfigError
+from safecl.store import Stage, Store, below
+
+if TYPE_CHECKING:
+    from safecl.project import Project
+
+
+class Held(NamedTuple):
+    """A stage that lies in a store: `kind`, `key`, its size; or a leftover: `kind` says what, `key` is its local path."""
+
+    kind: str
+    key: str
+    bytes: int
+
+
+def stages(store: Store) -> list[Held]:
+    """Every stage of a store, half-removed ones included."""
+    if store._remote is not None:
+        sizes: dict[tuple[str, str], int] = defaultdict(int)
+        base = f"{store._base}/store/".lstrip("/")
+        for path, facts in store._remote.find(f"{store._base}/store", detail=True).items():
+            kind, key, *_ = path.lstrip("/").removeprefix(base).split("/")
+            sizes[kind, key] += int(facts["size"] or 0)
+        return [Held(*name, size) for name, size in sorted(sizes.items())]
+    return [
+        Held(folder.parent.name, folder.name, size_of(folder)) for folder in sorted((store.local / "store").glob("*/*"))
+    ]
+
+
+def leftovers(store: Store, needed: frozenset[str] | set[str]) -> list[Held]:
+    """What processes that are gone have left on this machine, and nobody needs."""
+    found = []
+    for folder in sorted((store.local / "tmp").glob("*")):
+        if not store.is_alive(folder.name.partition(".")[0]):
+            found.append(Held("half-written", str(folder), size_of(folder)))
+    for folder in sorted((store.local / "scratch").glob("*/*")):
+        if folder.parent.name not in needed and not store.is_alive(folder.name):
+            found.append(Held("checkpoints", str(folder), size_of(folder)))
+    found += [Held("damaged", str(folder), size_of(folder)) for folder in sorted((store.local / "damaged").glob("*"))]
+    if not live(store):
+        found += [
+            Held("Ray Tune's own", str(folder), size_of(folder)) for folder in sorted((store.local / "tune").glob("*"))
+        ]
+    return found
+
+
+def live(store: Store) -> list[dict[str, Any]]:
+    """Leases of drivers that are at work in a store."""
+    return [told for name, told in store.notes(lease.NOTE).items() if store.is_alive(name.removeprefix(lease.NOTE))]
+
+
+def needed(projects: Iterable[Project]) -> set[str]:
+    """Keys of all stages that these sweeps rest on or will rest on."""
+    tops: list[Stage] = []
+    for project in projects:
+        tops += project.guard_stages()
+        for cell, _, finals, _ in project.finals():
+            past = project.past(cell)
+            tried = [trial.params for trial in past.complete()] if past else []
+            tried += getattr(past, "others", [])
+            if cell.space is not None:
+                finals = [
+                    *finals,
+                    *(cell.job(params, seed, "final") for params in ({}, *tried) for seed in project.sweep.seeds),
+                ]
+                finals += [cell.trial(params) for params in ({}, *tried)]
+                finals += [job.aligned for job in finals]
+            for job in finals:
+                tops += job.evidence.targets
+    return {stage.key for stage in below(tops)}
+
+
+def one_store(projects: Sequence[Project]) -> Store:
+    """The store of all these sweeps. Raises ConfigError where they have several."""
+    first = projects[0]
+    for project in projects[1:]:
+        if project.sweep.execution.root != first.sweep.execution.root:
+            raise ConfigError(
+                f"execution.root: {project.sweep.name!r} has {project.sweep.execution.root!r}, {first.sweep.name!r} has "
+                f"{first.sweep.execution.root!r}; expected sweeps of one store"
+            )
+    return first.store
+
+
+def remove(store: Store, held: Held) -> None:
+    """Take a stage away: from one moment to the next it does not exist; or a leftover."""
+    if os.path.isabs(held.key):
+        shutil.rmtree(held.key, ignore_errors=True)
+        with suppress(OSError):
+            Path(held.key).parent.rmdir()  # of a key's checkpoints, once all are gone
+        return
+    if store._remote is not None:
+        url = f"{store._base}/store/{held.kind}/{held.key}"
+        with suppress(FileNotFoundError):
+            store._remote.rm_file(f"{url}/record.json")
+        with suppress(FileNotFoundError):
+            store._remote.rm(url, recursive=True)
+    folder = store.local / "store" / held.kind / held.key
+    gone = store.local / "tmp" / f"{store.owner}.{uuid.uuid4().hex}"
+    gone.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):
+        os.rename(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    for log in (store.local / "logs").glob(f"{held.kind}-{held.key[:12]}*.log"):
+        log.unlink(missing_ok=True)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder; what vanishes meanwhile does not count."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(root, name)).st_size
+    return total
+
+
+def readable(num_bytes: int) -> str:
+    """`1536` -> `1.5 KiB`."""
+    size, units = float(num_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def table(store: Store, needed_keys: set[str] | None) -> list[dict[str, Any]]:
+    """A row for each kind of stage, then for what else lies there: number and bytes; with `needed_keys` also of how much."""
+    rows: dict[str, dict[str, Any]] = {}
+    for held in stages(store):
+        row = rows.setdefault(held.kind, {"what": held.kind, "num": 0, "bytes": 0})
+        row["num"] += 1
+        row["bytes"] += held.bytes
+        if needed_keys is not None:
+            row.setdefault("unneeded_num", 0)
+            row.setdefault("unneeded_bytes", 0)
+            if held.key not in needed_keys:
+                row["unneeded_num"] += 1
+                row["unneeded_bytes"] += held.bytes
+    found = sorted(rows.values(), key=lambda row: -int(row["bytes"]))
+    for name in ("logs", "scratch", "damaged", "tmp", "tune", "report", "notes"):
+        folder = store.local / name
+        if folder.is_dir() and (size := size_of(folder)):
+            found.append({"what": f"{name}/", "num": sum(1 for _ in folder.iterdir()), "bytes": size})
+    for name in ("study.db", "mlflow.db"):
+        if (store.local / name).is_file():
+            found.append({"what": name, "num": 1, "bytes": (store.local / name).stat().st_size})
+    return found

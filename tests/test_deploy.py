@@ -1,0 +1,78 @@
+"""Files of deploy/ and ray_cluster.yaml, as far as they can be read without a cloud."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+import yaml
+
+from safecl.sweepfile import load
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_cluster_file_is_what_rays_launcher_takes_and_nothing_is_installed_at_start() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    raw = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    jsonschema.validate(raw, schema)
+    filled = prepare_config(raw)
+    validate_config(filled)
+    commands = [*filled["setup_commands"], *filled["head_setup_commands"], *filled["worker_setup_commands"]]
+    assert commands == []  # Ray's own would install another Ray
+    gpu = filled["available_node_types"]["gpu"]
+    assert gpu["resources"]["GPU"] >= 1 and 1 <= gpu["min_workers"] <= gpu["max_workers"] <= filled["max_workers"]
+    assert "RAY_AUTH_MODE=token" in " ".join(filled["docker"]["run_options"])
+
+
+def pinned(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text().splitlines()
+    return dict(line.partition(" ")[0].split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_the_images_closure_is_pinned_and_has_all_that_the_package_names() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = {
+        name.lower().replace("_", "-").partition("[")[0]: number
+        for name, number in pinned("requirements-gpu.txt").items()
+    }
+    for named in [*project["dependencies"], *project["optional-dependencies"]["gpu"]]:
+        name = named.partition(";")[0].partition("[")[0]
+        for sign in ("==", ">=", "<", ","):
+            name = name.partition(sign)[0]
+        assert name in found, named
+    assert found["ray"] == pinned("requirements-cpu.txt")["ray"].partition(" ")[0]
+    assert "boto3" in found and "s3fs" in found  # the head's autoscaler, and the store
+    kube = yaml.safe_load((ROOT / "deploy" / "rayjob.yaml").read_text())
+    assert kube["spec"]["rayClusterSpec"]["rayVersion"] == found["ray"]
+
+
+def given(command: str) -> tuple[list[str], list[str]]:
+    """(words, settings) of a `safecl run` in a file."""
+    words = shlex.split(command)
+    return words, [words[at + 1] for at, word in enumerate(words) if word == "--set"]
+
+
+def test_the_commands_in_the_files_are_ones_that_safecl_takes() -> None:
+    kube: Any = yaml.safe_load((ROOT / "deploy" / "rayjob.yaml").read_text())
+    sky: Any = yaml.safe_load((ROOT / "deploy" / "skypilot.yaml").read_text())
+    [of_sky] = [line for line in sky["run"].splitlines() if line.startswith("safecl run")]
+    for command in (kube["spec"]["entrypoint"], of_sky):
+        words, settings = given(command)
+        assert words[:2] == ["safecl", "run"]
+        sweep = load(ROOT / "sweeps" / "quickstart.yaml", [s.replace("$ROOT", "s3://b/x") for s in settings])
+        assert sweep.execution.use_gpu and sweep.execution.address != "local"
+
+
+@pytest.mark.parametrize("file", ["deploy/slurm.sh"])
+def test_a_script_is_one_that_bash_reads(file: str) -> None:
+    subprocess.run(["bash", "-n", ROOT / file], check=True)

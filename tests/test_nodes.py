@@ -1,0 +1,61 @@
+"""Nodes that differ, and clusters that let nobody in: what is said."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from safecl import nodes
+from safecl.base import PrerequisiteError
+
+OURS = {"python": "3.11", "torch": "2.14.0", "ray": "2.60.0", "vllm": "0.33.0"}
+
+
+def test_nodes_that_differ_are_named_library_by_library() -> None:
+    theirs = {
+        "a": OURS,
+        "b": {**OURS, "torch": "2.13.0"},
+        "c": {**OURS, "torch": "2.13.0", "ray": "2.59.0"},
+        "head": {name: number for name, number in OURS.items() if name != "vllm"},  # without a device it serves nothing
+    }
+    assert nodes.differences(OURS, theirs) == [
+        "ray is 2.60.0 here, 2.59.0 on c",
+        "torch is 2.14.0 here, 2.13.0 on b, c",
+    ]
+    assert nodes.differences(OURS, {"d": {"python": "3.11"}}) == ["ray is 2.60.0 here, absent on d"]
+
+
+def test_a_node_that_comes_later_compares_itself_before_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes.check_here()  # told nothing
+    monkeypatch.setenv(nodes.VERSIONS, json.dumps(nodes.versions()))
+    nodes.check_here()
+    monkeypatch.setenv(nodes.VERSIONS, json.dumps({**nodes.versions(), "ray": "1.0"}))
+    with pytest.raises(PrerequisiteError, match=r"ray .*, the driver has 1\.0"):
+        nodes.check_here()
+
+
+def test_every_process_of_a_run_is_told_what_this_terminal_says_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINE", "this terminal's")
+    told = nodes.environment({"MINE": "a default", "OTHER": "1"})
+    assert (told["MINE"], told["OTHER"]) == ("this terminal's", "1") and json.loads(told[nodes.VERSIONS])["ray"]
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({}, "none is here"),
+        ({"RAY_AUTH_TOKEN": "x"}, "RAY_AUTH_MODE is not set, so none was shown"),
+        ({"RAY_AUTH_TOKEN": "x", "RAY_AUTH_MODE": "token"}, "the one in RAY_AUTH_TOKEN is not the cluster's"),
+    ],
+)
+def test_what_is_wrong_with_a_token_is_said_with_the_remedy(
+    env: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", f"{tmp_path}/none")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    told = nodes.token_help()
+    assert says in told and "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH" in told
