@@ -72,14 +72,19 @@ def near(wrong: str, known: Iterable[str]) -> str:
 
 
 def expanded(path: str) -> str:
-    """A path as a shell reads it: `~` and `$NAME` for what they stand for. Raises ValueError for a variable that is not set,
-    and for an empty path."""
+    """A path as a shell reads it: `~` and `$NAME` for what they stand for, `$$` for a `$`. Raises ValueError for a variable
+    that is not set, and for an empty path."""
     if not path.strip():
         raise ValueError("is empty; expected a path")
-    found = os.path.expanduser(os.path.expandvars(path))
-    if unset := re.search(r"\$\{?([A-Za-z_]\w*)", found):
-        raise ValueError(f"the environment variable {unset[1]} is not set")
-    return found
+    parts = [os.path.expandvars(part) for part in path.split("$$")]
+    if unset := next(filter(None, (re.search(r"\$\{?([A-Za-z_]\w*)", part) for part in parts)), None):
+        raise ValueError(f"the environment variable {unset[1]} is not set; a $ of the name itself is written $$")
+    return os.path.expanduser("$".join(parts))
+
+
+def literal(path: str) -> str:
+    """What `expanded` makes this very path of."""
+    return path.replace("$", "$$")
 
 
 def sqlite_url(path: Path) -> str:

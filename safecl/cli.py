@@ -346,8 +346,10 @@ def doctor(
         print(json.dumps([finding._asdict() for finding in found], indent=1))
     else:
         words = {True: "ok", False: "MISSING", None: "-"}
-        rows = [[f.what, f.found, words[f.ok], "" if f.ok else f.remedy] for f in found]
-        print_table("doctor", ["what", "found", "", "remedy"], rows)
+        for finding in found:
+            print_hanging(f"{words[finding.ok]:8} {finding.what:15} ", finding.found, indent=25)
+            if not finding.ok and finding.remedy:
+                print_hanging(f"{'':8} {'':15} remedy: ", finding.remedy, indent=25)
     if any(finding.ok is False for finding in found):
         raise typer.Exit(2)
 
@@ -356,12 +358,13 @@ def _model(source: str, revision: str | None, template: str) -> Any:
     """A model as options name it; what is wrong with it is a ConfigError."""
     from pydantic import ValidationError
 
-    from safecl.base import ConfigError, strictly
+    from safecl.base import ConfigError, literal, strictly
     from safecl.check import folder_problems, source_problem
     from safecl.config import Model
     from safecl.sweepfile import explained
 
-    given = {"name": "model", "source": source, "revision": revision, "template": template}
+    written = literal(source) if Path(source).exists() else source  # a $ that the shell has left is of the name
+    given = {"name": "model", "source": written, "revision": revision, "template": template}
     try:
         found = strictly(Model, given)
     except ValidationError as error:

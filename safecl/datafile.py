@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safecl.base import ConfigError, Json, near
+from safecl.base import ConfigError, Json, literal, near
 from safecl.config import Data, Model
 from safecl.models import tokenizer_folder, tokenizer_stage
 from safecl.tasks import Row, _files, _written
@@ -120,7 +120,7 @@ def entry(file: Path, records: Sequence[Record], format: str | None = None) -> D
         if "system" in fields:
             named["system"] = "system"
         settings: dict[str, Any] = {"format": form, "columns": named, "roles": "attack" if asked_only else "user"}
-        return Data.model_validate({"name": "rows", "file": str(file), **settings})
+        return Data.model_validate({"name": "rows", "file": literal(str(file)), **settings})
     return None
 
 

@@ -115,7 +115,7 @@ def _run(project: Project, show: Callable[[str], None], max_hours: float | None)
             project.forecast(keep=True),
             project.num_devices(),
             project.guard_stages(),
-            names if len(names) > 1 else {},
+            (names if len(names) > 1 else {}) | ({} if project.sweep.align.train else {"": "aligned"}),
         )
         with _at_most(max_hours, lambda: show(_left(eta, schedule))), _cluster(project, show) as (broker, ray):
             if project.sweep.execution.address != "local":

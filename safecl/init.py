@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safecl import methods, tasks
-from safecl.base import ConfigError, near
+from safecl.base import ConfigError, literal, near
 from safecl.config import Data, Model
 from safecl.datafile import Seen, labels, look
 from safecl.sizes import Size, shape
@@ -178,7 +178,7 @@ def _text(model: Model, own: Data, seen: Seen, bad: Data | None, goal: Goal, out
     size = _size(model.source)
     small = model.source.startswith("wheel:") or (size is not None and size.parameters < SMALL)
     layers = NUM_LAYERS if size is None else min(NUM_LAYERS, size.layers)
-    source = _beside(Path(model.source), out) if Path(model.source).is_dir() else model.source
+    source = literal(_beside(Path(model.source), out) if Path(model.source).is_dir() else model.source)
     rates = ("8.0e-3", "4.0e-3") if small else ("2.0e-4", "2.0e-4")
     longest = max(64, -(-seen.lengths.all[2] // 32) * 32)
     room = max(256, -(-seen.lengths.prompt[3] // 64) * 64)

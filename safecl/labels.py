@@ -11,9 +11,10 @@ from safecl.store import Stage
 
 
 def weights(stage: Stage | None, models: Mapping[str, str]) -> str:
-    """What was trained: `aligned, seed 0`, `guard`, `der, mini p=0.1, seed 0`; `base` without any."""
+    """What was trained: `aligned, seed 0`, `guard`, `der, mini p=0.1, seed 0`. Without any: what `models` calls it by an
+    empty key, else `base`."""
     if stage is None:
-        return "base"
+        return models.get("", "base")
     config: Any = stage.config
     if "tuned" in stage.inputs:  # what a post-hoc method made of it
         tuned = weights(stage.inputs["tuned"], models)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import socket
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -118,14 +119,27 @@ def _some(nodes: Sequence[str]) -> str:
 
 
 def refused(address: str, error: BaseException) -> PrerequisiteError:
-    """Why a cluster was not joined, and what to do."""
+    """Why a cluster was not joined, and what to do. Ray says of a wrong token what it says of a port without a cluster: that
+    it cannot connect."""
     told = " ".join(str(error).split())
-    if type(error).__name__ == "AuthenticationError" or "nauthenticated" in told or "auth token" in told.lower():
-        return PrerequisiteError(f"the Ray cluster at {address!r} takes only who knows its token: {token_help()}")
+    place = re.search(r"([\w.-]+|\[[0-9a-f:]+\]):(\d+)", told) or re.search(r"([\w.-]+|\[[0-9a-f:]+\]):(\d+)$", address)
+    if type(error).__name__ == "AuthenticationError":
+        return PrerequisiteError(f"the Ray cluster at {address!r} was not joined: {token_help()}")
+    if isinstance(error, ConnectionError) and place is not None and _answers(place[1].strip("[]"), int(place[2])):
+        return PrerequisiteError(
+            f"the Ray cluster at {address!r} ({place[0]}) answers, and does not let this process in. Its token? {token_help()}"
+        )
     return PrerequisiteError(
-        f"no Ray cluster was joined at {address!r} ({told[:300]}). Is it running (`ray status`)? Does it take only who knows "
-        f"a token? Then: {token_help()}"
+        f"no Ray cluster was joined at {address!r} ({told[:300]}): is it running (`ray status`), and is execution.address right?"
     )
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def token_help() -> str:
@@ -134,9 +148,9 @@ def token_help() -> str:
     file = place or os.path.expanduser("~/.ray/auth_token")
     has = bool(os.environ.get("RAY_AUTH_TOKEN")) or os.path.isfile(file)
     if not has:
-        wrong = f"none is here (RAY_AUTH_TOKEN is not set, and {file} is not there)"
+        wrong = f"there is none here (RAY_AUTH_TOKEN is not set, and no file {file})"
     elif mode != "token":
-        wrong = f"RAY_AUTH_MODE is {mode or 'not set'}, so none was shown"
+        wrong = f"RAY_AUTH_MODE is {mode or 'not set'}, so none is shown"
     else:
         wrong = f"the one in {'RAY_AUTH_TOKEN' if os.environ.get('RAY_AUTH_TOKEN') else file} is not the cluster's"
     return (

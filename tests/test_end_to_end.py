@@ -259,7 +259,13 @@ def test_report_status_plan_show_and_logs_work_on_the_finished_sweep(finished: t
     page = root / "report" / "tiny" / "index.html"
     assert page.stat().st_size > 10_000 and "http" not in page.read_text().split("<body>")[1].split("base64")[0]
     status = json.loads(safecl("status", str(file), "--json", timeout_s=60).stdout)
-    assert {row["state"] for row in status} == {"done"}
+    assert {row["state"] for row in status["cells"]} == {"done"}
+    assert status["run"]["how"] == "ended" and status["run"]["stages"]["finetune"]["done"] > 0
+    traced = safecl("trace", str(file), "--out", str(file.parent / "trace.json"), "--json", timeout_s=60)
+    kinds = {e.get("cat") for e in json.loads((file.parent / "trace.json").read_text())["traceEvents"]}
+    assert "trainer" in kinds and any(
+        line.startswith("the end waited for: ") for line in json.loads(traced.stdout)["summary"]
+    )
     plan = json.loads(safecl("plan", str(file), "--json", timeout_s=60).stdout)
     assert {counts["to run"] for counts in plan["stages"].values()} == {0} and plan["open_trials"] == 0
     key = next(iter(records(root)))

@@ -44,8 +44,8 @@ def test_every_process_of_a_run_is_told_what_this_terminal_says_first(monkeypatc
 @pytest.mark.parametrize(
     ("env", "says"),
     [
-        ({}, "none is here"),
-        ({"RAY_AUTH_TOKEN": "x"}, "RAY_AUTH_MODE is not set, so none was shown"),
+        ({}, "there is none here"),
+        ({"RAY_AUTH_TOKEN": "x"}, "RAY_AUTH_MODE is not set, so none is shown"),
         ({"RAY_AUTH_TOKEN": "x", "RAY_AUTH_MODE": "token"}, "the one in RAY_AUTH_TOKEN is not the cluster's"),
     ],
 )

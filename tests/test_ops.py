@@ -160,6 +160,8 @@ def test_trace_says_which_rows_of_the_table_need_a_stage(
     [found] = [e for e in json.loads(out.read_text())["traceEvents"] if e["ph"] == "X"]
     assert found["args"]["cells"] == [mine.cells[-1].label]
     assert "worked on: finetune 100%" in capsys.readouterr().out
+    cli.app(["trace", str(QUICKSTART), *settings, "--out", str(out), "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["stages"] == 1
 
 
 def removed(root: Path, *words: str) -> None:

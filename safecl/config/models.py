@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, PlainSerializer, field_validator, model_validator
 
-from safecl.base import Json, Strict, expanded, later
+from safecl.base import Json, Strict, expanded, later, literal
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
-# A path or URL: `~` and `$NAME` stand for what they do in a shell.
-Place = Annotated[str, AfterValidator(expanded)]
+# A path or URL: `~` and `$NAME` stand for what they do in a shell; what is dumped is read again as what it was.
+Place = Annotated[str, AfterValidator(expanded), PlainSerializer(literal)]
 
 
 def _holds_prompt(text: str | None) -> str | None:

@@ -111,7 +111,7 @@ def hints(kind: type[Task], name: str) -> dict[str, str]:
     """Where its file lies on this machine; no part of an identity."""
     if not issubclass(kind, Written) or kind.DATA.file is None:
         return {}
-    return {hint_of(name): json.dumps(kind.DATA.file)}
+    return {hint_of(name): json.dumps(kind.DATA.model_dump(mode="json")["file"])}  # as a sweep file writes it
 
 
 def notes(data: Iterable[Data], used: Iterable[str]) -> list[str]:
