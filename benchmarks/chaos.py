@@ -1,0 +1,509 @@
+"""Nothing is lost, whatever is killed: python benchmarks/chaos.py --folder FOLDER
+
+A small real sweep (training, engines, search, tracking) runs again and again, each round in a new store, while every few
+seconds a random process of it is killed with -9, the tracker stops answering for a while, and the disk is full for a
+while. A round is over when the command has ended by itself; it is begun again as a person would, by the same command.
+After each round: the table is that of an undisturbed run, no finished stage was made again, and nothing is left of the
+processes, leases, claims, half-written files, trials under way or runs under way.
+
+Only processes that this program started are killed. It may be stopped and started: kills are counted over its runs, and the
+figures are written once there are `--kills` of them. What is wrong ends it, with the store kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import _bench
+import psutil
+
+KINDS = {  # what is killed: how its command begins or what it holds, and how often it is chosen
+    "driver": ("", 0.6),
+    "raylet, with its object store": ("/raylet/raylet ", 0.4),
+    "head's server (GCS)": ("/gcs/gcs_server ", 0.4),
+    "training worker": ("ray::RayTrainWorker", 2.0),
+    "training controller": ("ray::TrainController", 1.5),
+    "Broker": ("ray::Broker", 1.0),
+    "Serve replica": ("ray::ServeReplica", 1.5),
+    "Serve controller": ("ray::ServeController", 1.0),
+    "engine core": ("VLLM::EngineCore", 1.5),
+    "process of light stages": ("ray::Hand", 1.0),
+    "trial": ("ray::ImplicitFunc", 1.0),
+}
+WORKING = {"training worker", "Serve replica", "engine core"}
+AT_ONCE = 4  # so many kills may come before a stage is finished: else nothing would ever get on
+LIMIT_S = 3600.0  # of a round
+ORPHAN_S = 120.0  # Ray's agents take up to a minute and a half to see that all is gone
+
+
+def sweep(model: Path, root: Path, tracker: str | None) -> dict[str, Any]:
+    """Methods of every kind of stage, with a search, on a random model that trains in seconds."""
+    training = {"batch_size": 4, "learning_rate": 0.02, "weight_decay": 0.0, "max_tokens": 400}
+    rows = [{"task": "mini", "num_rows": 8}]
+    prompts = {"attack": rows, "benign": rows, "utility_rows": 8}
+    return {
+        "name": "chaos",
+        "models": [{"name": "tiny", "source": str(model), "dtype": "float32", "template": "chatml"}],
+        "lora": {"rank": 8, "alpha": 16, "dropout": 0.0},
+        "align": {"safety": [{"task": "mini", "num_rows": 60}], "epochs": 1, **training},
+        "tasks": [{"task": "mini", "num_rows": 60, "epochs": 2, **training}],
+        "poison": {"task": "mini", "ratios": [0.1]},
+        "methods": [
+            {"name": "sft"},
+            {"name": "der", "config": {"memory_size": 8}, "search": {"weight": {"low": 0.1, "high": 9.0, "log": True}}},
+            {"name": "ewc"},
+            {"name": "magmax"},
+        ],
+        "seeds": [0],
+        "evaluate": {
+            "validation": prompts, "test": prompts, "max_new_tokens": 12, "max_prompt_tokens": 400,
+            "judges": {"asr": "keywords", "over_refusal": "keywords"},
+        },
+        "search": {"trials": 3},
+        "execution": {
+            "root": str(root), "engine_max_tokens": 1024, "engine_memory_gib": 0.1, "num_judge_replicas": 0,
+            "checkpoint_every_s": 1.0, **({"tracking_uri": tracker} if tracker else {}),
+        },
+    }  # fmt: skip
+
+
+class Sweep:
+    """One store, and the command that fills it."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.root = folder, folder / "root"
+        self.process: subprocess.Popen[str] | None = None
+        self.seen: dict[
+            int, tuple[float, str]
+        ] = {}  # every process that this sweep ever had: when it began, what it is
+
+    def start(self, model: Path, tracker: str | None) -> None:
+        import yaml
+
+        file = self.folder / "chaos.yaml"
+        file.write_text(yaml.safe_dump(sweep(model, self.root, tracker)))
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        with (self.folder / "out.txt").open("w") as out, (self.folder / "err.txt").open("a") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "safecl.cli", "run", str(file), "--json"],
+                stdout=out, stderr=err, text=True, env=environment, start_new_session=True,
+            )  # fmt: skip
+
+    def end(self) -> None:
+        """Whatever is left of it."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(30)
+        for process in self.processes():
+            with suppress(psutil.Error):
+                process.kill()
+
+    def processes(self) -> list[psutil.Process]:
+        """Those that live, the driver first."""
+        if self.process is None:
+            return []
+        found = []
+        with suppress(psutil.Error):
+            driver = psutil.Process(self.process.pid)
+            found = [driver, *driver.children(recursive=True)]
+        for one in found:
+            with suppress(psutil.Error):
+                self.seen.setdefault(one.pid, (one.create_time(), " ".join(one.cmdline())[:80]))
+        return found
+
+    def orphaned(self) -> None:
+        """The driver is gone: what it had is to end by itself."""
+        self.orphans.append((time.monotonic(), self.seen))
+        self.seen = {}
+
+    def left(self, after_s: float) -> list[str]:
+        """What lives though its driver is gone for so long."""
+        found = []
+        for since, processes in self.orphans:
+            for pid, (began, what) in processes.items() if time.monotonic() - since >= after_s else ():
+                with suppress(psutil.Error):
+                    one = psutil.Process(pid)
+                    if one.create_time() == began and one.status() != psutil.STATUS_ZOMBIE:
+                        found.append(f"{pid} {what}")
+        return found
+
+    def records(self) -> dict[str, tuple[int, int]]:
+        """(inode, time of writing) of each finished stage's record, by key."""
+        found = {}
+        for path in (self.root / "store").glob("*/*/record.json"):
+            with suppress(FileNotFoundError):
+                about = path.stat()
+                found[path.parent.name] = about.st_ino, about.st_mtime_ns
+        return found
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table it printed, without what a stage took."""
+        table = json.loads((self.folder / "out.txt").read_text())
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in table["rows"]]
+
+
+def kind_of(process: psutil.Process, driver: int) -> str | None:
+    if process.pid == driver:
+        return "driver"
+    command = " ".join(process.cmdline())
+    return next((kind for kind, (mark, _) in KINDS.items() if mark and mark in command), None)
+
+
+class Round:
+    """One sweep under fire."""
+
+    def __init__(self, of: Sweep, dice: random.Random, every: tuple[float, float], log: Any) -> None:
+        self.of, self.dice, self.every, self.log = of, dice, every, log
+        self.known = of.records()
+        self.since_finished = 0  # kills since a stage was finished
+        self.killed = time.monotonic()  # when the last one was
+        self.wrong: list[str] = []
+
+    def look(self) -> None:
+        """Finished stages stay as they are, and nobody makes them again."""
+        self.wrong += [f"a process is left: {what}" for what in self.of.left(ORPHAN_S)]
+        now = self.of.records()
+        for key, about in self.known.items():
+            if now.get(key, about) != about:
+                self.wrong.append(f"the record of {key[:12]} was written again")
+            if key not in now:
+                self.wrong.append(f"the record of {key[:12]} is gone")
+        if now.keys() - self.known.keys():
+            self.since_finished = 0
+        old = {key[:24] for key, (_, written) in self.known.items() if time.time() - written / 1e9 > 5}
+        for note in (self.of.root / "notes").glob("claims-*.json"):
+            with suppress(OSError, ValueError):
+                held = json.loads(note.read_text())["held"]
+                if time.time() - note.stat().st_mtime < 2 and (again := old & set(held)):
+                    self.wrong.append(f"made again though finished: {sorted(again)}")
+        self.known = now
+
+    def kill_one(self) -> None:
+        assert self.of.process is not None
+        by_kind: dict[str, list[psutil.Process]] = {}
+        for process in self.of.processes():
+            with suppress(psutil.Error):
+                if (kind := kind_of(process, self.of.process.pid)) is not None:
+                    by_kind.setdefault(kind, []).append(process)
+        if not by_kind.keys() & WORKING and time.monotonic() - self.killed < 60:  # let it get to work
+            return
+        names = sorted(by_kind)
+        kind = self.dice.choices(names, [KINDS[name][1] for name in names])[0]
+        victim = self.dice.choice(by_kind[kind])
+        with suppress(psutil.Error):
+            victim.send_signal(signal.SIGKILL)
+            self.killed = time.monotonic()
+            self.since_finished += 1
+            self.log({"what": "kill", "kind": kind, "pid": victim.pid, "finished": len(self.known)})
+
+    def run(self, model: Path, tracker: str | None, until: float, faults: list[Any]) -> bool:
+        """To the end of the sweep; False if the time is over before."""
+        began = time.monotonic()
+        due = began + 20
+        pending = list(faults)
+        while True:
+            self.of.start(model, tracker)
+            assert self.of.process is not None
+            while self.of.process.poll() is None:
+                time.sleep(0.25)
+                self.of.processes()
+                self.look()
+                now = time.monotonic()
+                if now > until or now - began > LIMIT_S:
+                    self.of.process.send_signal(signal.SIGTERM)
+                    if (code := self.of.process.wait(60)) not in (143, 0):
+                        self.wrong.append(f"exit code {code} after SIGTERM")
+                    self.gone()
+                    self.log({"what": "SIGTERM", "code": code})
+                    if now - began > LIMIT_S:
+                        self.wrong.append(f"not done in {LIMIT_S:.0f} s")
+                    return False
+                if now > due and self.since_finished < AT_ONCE:
+                    if pending and len(self.known) > 10:
+                        pending.pop(0)(self.log)
+                    self.kill_one()
+                    due = time.monotonic() + self.dice.uniform(*self.every)
+            code = self.of.process.returncode
+            self.of.orphaned()
+            self.log({"what": "end", "code": code, "finished": len(self.known)})
+            if code == 0:
+                self.gone()
+                return True
+            full = shutil.disk_usage(self.of.folder).free < 2**31
+            # 1: rows that the machine failed; 2: a run is not begun on a full disk. The same command tries again.
+            if code not in (-9, 1) and not (code == 2 and full):
+                self.wrong.append(f"exit code {code}")
+            time.sleep(2 if full else 0)
+
+    def gone(self) -> None:
+        """At the end of a round, what its drivers have left ends by itself."""
+        self.of.orphaned()
+        deadline = time.monotonic() + ORPHAN_S
+        while self.of.left(0.0) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        self.wrong += [f"a process is left: {what}" for what in self.of.left(0.0)]
+
+    def check(self, expected: list[dict[str, Any]], tracker: str | None) -> None:
+        """What must hold at the end."""
+        root = self.of.root
+        for log in (root / "logs").glob("*-*.log"):
+            whole = next((key for key in self.known if key[:12] == log.stem.rpartition("-")[2]), None)
+            for line in log.read_text(errors="replace").splitlines() if whole else ():
+                if line.startswith("began "):
+                    began = datetime.fromisoformat(line.split()[1]).timestamp()
+                    if began * 1e9 > self.known[str(whole)][1]:
+                        self.wrong.append(f"{log.stem} was begun though it was finished")
+        if self.of.rows() != expected:
+            self.wrong.append("the table is not that of the undisturbed run")
+        for pattern in (
+            "notes/lease-*",
+            "notes/claims-*",
+            "tmp/*",
+            "scratch/*",
+            "spool/*",
+            "damaged/*",
+            "tune/*",
+            "logs/train/*",
+        ):
+            if left := [str(path.relative_to(root)) for path in root.glob(pattern)]:
+                self.wrong.append(f"left behind: {left[:5]}")
+        import mlflow
+        import optuna
+
+        storage = f"sqlite:///{root / 'study.db'}"
+        for study in optuna.study.get_all_study_summaries(storage):
+            trials = optuna.load_study(study_name=study.study_name, storage=storage).trials
+            states = Counter(t.state.name for t in trials if "safecl:ghost" not in t.user_attrs)
+            if states != {"COMPLETE": 3}:
+                self.wrong.append(f"trials: {dict(states)}")
+        client = mlflow.MlflowClient(tracker or f"sqlite:///{root / 'mlflow.db'}")
+        for experiment in client.search_experiments():
+            runs = client.search_runs([experiment.experiment_id], max_results=1000)
+            if unfinished := [run.info.run_name for run in runs if run.info.status != "FINISHED"]:
+                self.wrong.append(f"MLflow runs not finished: {unfinished}")
+            names = Counter(run.data.tags.get("safecl.trial") for run in runs if "safecl.trial" in run.data.tags)
+            if doubled := [name for name, num in names.items() if num > 1]:
+                self.wrong.append(f"MLflow runs twice: {doubled}")
+
+
+@contextmanager
+def small_disk(image: Path, at: Path, gib: float) -> Iterator[bool]:
+    """A file system of that size in a file, mounted at `at`, where this process may; else a plain folder, and False."""
+    at.mkdir(parents=True, exist_ok=True)
+    made: Any = image.exists()
+    if not made:
+        with image.open("wb") as file:
+            file.truncate(int(gib * 2**30))
+        made = shutil.which("mkfs.ext4") and subprocess.run(["mkfs.ext4", "-q", "-F", str(image)]).returncode == 0
+    mounted = (
+        bool(made) and subprocess.run(["mount", "-o", "loop", str(image), str(at)], capture_output=True).returncode == 0
+    )
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(at)])
+
+
+def fill(at: Path, seconds: float) -> Any:
+    """A fault: the disk of `at` is full for so long."""
+
+    def fault(log: Any) -> None:
+        filler = at / "filler"
+        with suppress(OSError), filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(at).free - 2**16)
+        with suppress(OSError), filler.open("ab") as file:
+            while True:
+                file.write(b"0" * 4096)
+                file.flush()
+        log({"what": "disk full", "seconds": seconds, "free": shutil.disk_usage(at).free})
+        threading.Timer(seconds, lambda: filler.unlink(missing_ok=True)).start()
+
+    return fault
+
+
+def silence(process: subprocess.Popen[bytes], seconds: float) -> Any:
+    """A fault: a server and its children stop for so long."""
+
+    def fault(log: Any) -> None:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for one in family:
+            one.suspend()
+        log({"what": "tracker stopped", "seconds": seconds})
+
+        def wake() -> None:
+            for one in family:
+                with suppress(psutil.Error):
+                    one.resume()
+
+        threading.Timer(seconds, wake).start()
+
+    return fault
+
+
+@contextmanager
+def mlflow_server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    where = [
+        "--backend-store-uri",
+        f"sqlite:///{folder / 'tracker.db'}",
+        "--artifacts-destination",
+        str(folder / "files"),
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        *where,
+    ]
+    quiet = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (folder / "server.txt").open("wb") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=out, env=quiet, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while server.poll() is None and time.monotonic() < deadline:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}", server
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="what is kept between runs of this program")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="stop after so long; started again, it goes on")
+    parser.add_argument("--every", type=float, nargs=2, default=(3.0, 9.0), help="seconds between kills, from and to")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--server", action="store_true", help="track to an MLflow server, which stops for a while each round"
+    )
+    parser.add_argument(
+        "--disk", action="store_true", help="rounds on a disk of 3 GiB, which is full for a while (needs root)"
+    )
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # told to end, it ends what it started
+    from safecl.testing.world import tiny_model
+
+    until = time.monotonic() + arguments.seconds
+    folder: Path = arguments.folder.absolute()
+    model = folder / "model"
+    if not model.exists():
+        shutil.copytree(tiny_model("llama"), model)
+    calm, table, told = folder / "undisturbed", folder / "undisturbed.json", folder / "told.jsonl"
+    if not table.exists():
+        shutil.rmtree(calm, ignore_errors=True)
+        of = Sweep(calm)
+        began = time.monotonic()
+        of.start(model, None)
+        assert of.process is not None
+        if of.process.wait(max(1.0, until - time.monotonic())) != 0:
+            raise SystemExit(f"undisturbed, the sweep ended with {of.process.returncode}: see {calm}/err.txt")
+        table.write_text(json.dumps({"seconds": time.monotonic() - began, "rows": of.rows()}))
+        shutil.rmtree(calm)
+    undisturbed = json.loads(table.read_text())
+
+    def lines() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
+
+    def log(line: dict[str, Any]) -> None:
+        line = {"at": round(time.time(), 1), "round": number, **line}
+        print(line, flush=True)
+        with told.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    while time.monotonic() < until - 60 and sum(line["what"] == "kill" for line in lines()) < arguments.kills:
+        number = sum(line["what"] == "round" for line in lines())  # one that was not finished goes on
+        met = {line["what"] for line in lines() if line["round"] == number}
+        place = folder / f"round-{number}"
+        with places(arguments, place, met) as (of, tracker, faults):
+            one = Round(of, random.Random(f"{arguments.seed}/{len(lines())}"), tuple(arguments.every), log)
+            log({"what": "begin", "finished": len(one.known)})
+            if complete := one.run(model, tracker, until, faults):
+                one.check(undisturbed["rows"], tracker)
+            log({"what": "round" if complete else "pause", "finished": len(one.known), "wrong": one.wrong})
+            if one.wrong:
+                raise SystemExit(f"round {number}, see {place}: " + "; ".join(one.wrong))
+        if complete:
+            shutil.rmtree(place)
+    write(lines(), undisturbed, arguments.kills)
+
+
+@contextmanager
+def places(arguments: Any, place: Path, met: set[str]) -> Iterator[tuple[Sweep, str | None, list[Any]]]:
+    """A round's store, its tracker, and the faults that both can still have (`met`: those it had)."""
+    place.mkdir(parents=True, exist_ok=True)
+    faults, tracker = [], None
+    with ExitStack() as stack:
+        at = place / "disk"
+        if arguments.disk and stack.enter_context(small_disk(place / "disk.img", at, 3.0)) and "disk full" not in met:
+            faults.append(fill(at, 10.0))
+        if arguments.server:
+            tracker, server = stack.enter_context(mlflow_server(place / "tracker"))
+            if "tracker stopped" not in met:
+                faults.append(silence(server, 20.0))
+        of = Sweep(at)
+        stack.callback(of.end)
+        yield of, tracker, faults
+
+
+def write(lines: list[dict[str, Any]], undisturbed: dict[str, Any], wanted: int) -> None:
+    kills = Counter(line["kind"] for line in lines if line["what"] == "kill")
+    rounds = [line for line in lines if line["what"] == "round"]
+    print(f"{kills.total()} kills: {dict(kills)}; {sum(line['complete'] for line in rounds)} rounds complete")
+    if kills.total() < wanted:
+        return
+    spent = sum(b["at"] - a["at"] for a, b in pairwise(lines) if a["round"] == b["round"])
+    numbers = {
+        "killed with -9": [{"what": kind, "times": kills[kind]} for kind in KINDS if kills[kind]],
+        "beside that": [
+            {"what": what, "times": sum(line["what"] == what for line in lines)}
+            for what in ("disk full", "tracker stopped", "SIGTERM")
+        ],
+        "what came of it": {
+            "rounds": len(rounds),
+            "stages finished": sum(line["finished"] for line in rounds),
+            "results lost": 0,
+            "finished stages made again": 0,
+            "seconds undisturbed": round(undisturbed["seconds"]),
+            "seconds a round under fire": round(spent / max(1, len(rounds))),
+        },
+    }
+    print(_bench.write("chaos", numbers))
+
+
+if __name__ == "__main__":
+    main()
