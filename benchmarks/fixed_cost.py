@@ -72,7 +72,7 @@ def measure(folder: Path, num_warm: int, idle_s: float) -> dict[str, Any]:
     ray.get(long)
     numbers["control plane, idle"] = share(idle_s)
     numbers["waiting trial"] = waiting_trials(folder, model)
-    execute.stop(execution)
+    execute.stop(execution, "")
     return numbers
 
 

@@ -110,7 +110,7 @@ def run(
     from safecl import driver
 
     project = project_to_run(file, set_, limit)
-    failed = driver.run(project, lambda text: print(text, file=sys.stderr), max_hours)
+    failed = driver.run(project, lambda text: print(text, file=sys.stderr), max_hours, _run_again)
     _print_rows(project, "json" if as_json else "table", accept_judge)
     if not failed:
         options = " with the same options" if set_ or limit else ""
@@ -421,19 +421,35 @@ def init(
     print(f"{out}\nnext: safecl plan {out}")
 
 
+def _run_again() -> None:
+    """Become the same command anew; return if that was done a few times within minutes, and does not help."""
+    import os
+    import time
+
+    num, last = (float(part) for part in os.environ.get("SAFECL_BEGUN_ANEW", "0 0").split())
+    num = 1 if time.time() - last > 600 else num + 1
+    if num > 5:
+        return
+    os.environ["SAFECL_BEGUN_ANEW"] = f"{num} {time.time()}"
+    print("the local Ray cluster was lost: starting it again", file=sys.stderr, flush=True)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def main() -> None:
-    """Entry point: errors that a person can mend print without a traceback and exit 2; Ctrl-C exits 130."""
+    """Entry point: errors that a person can mend print without a traceback and exit 2; Ctrl-C exits 130, SIGTERM 143."""
     try:
         # Without its standalone mode typer returns the code of an Exit, and 130 for Ctrl-C, in place of raising it.
         code = app(standalone_mode=False, prog_name="safecl") or 0
     except (KeyboardInterrupt, typer.Abort):  # before or after typer's own
         code = 130
+    except SystemExit as ended:  # SIGTERM
+        code = ended.code
     except Exception as error:
         if (told := _mendable(error)) is None:
             raise
         print(told, file=sys.stderr)
         sys.exit(2)
-    if code == 130:
+    if code in (130, 143):
         print("stopped; run the same command to continue from what is finished", file=sys.stderr)
     sys.exit(code)
 

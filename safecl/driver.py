@@ -1,26 +1,36 @@
-"""Run a project: store, Broker, engines, search, progress and tracker wired together."""
+"""Run a project: store, Broker, engines, search, progress and tracker wired together.
+
+A run ends early by Ctrl-C, SIGTERM, the end of its hours or a lost cluster. Each lets finetunes under way write a checkpoint
+where they still can, takes its engines down, and leaves a state that the same command continues.
+"""
 
 from __future__ import annotations
 
+import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from safecl import dtypes, execute, hardware, preflight
-from safecl.base import ConfigError, Damaged, PrerequisiteError, json_lines
+from safecl import claims, dtypes, execute, hardware, preflight, trainers
+from safecl.base import ConfigError, Damaged, Infrastructure, PrerequisiteError, json_lines
 from safecl.config import Sweep
 from safecl.cost import missing, slots
 from safecl.eta import Eta
+from safecl.faults import CLUSTER, DRIVER, Journal
 from safecl.graph import REFERENCES
 from safecl.judging.served import check_endpoints, key_variables
+from safecl.lease import owners
 from safecl.panel import all_seats, num_engines
 from safecl.project import Project
 from safecl.schedule import Done, Schedule
 from safecl.stages import engine_of
 from safecl.stats import as_json
-from safecl.store import Store
+from safecl.store import Store, short_of
 from safecl.watch import watched
+
+SAVE_S = 15.0  # for checkpoints, when a run is told to end: who sends SIGTERM often kills half a minute later
 
 
 def open_to_run(sweep: Sweep) -> Project:
@@ -52,44 +62,95 @@ def _settle_dtype(project: Project, show: Callable[[str], None]) -> None:
     dtypes.remember(project.sweep, project.store, project.auto)
 
 
-def run(project: Project, show: Callable[[str], None], max_hours: float | None = None) -> list[str]:
+class Lost(Infrastructure):
+    """The local Ray cluster is gone."""
+
+
+class Terminated(SystemExit):
+    """The run was ended by SIGTERM, as a scheduler or a machine that is taken back sends it: exit code 143."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+def run(
+    project: Project,
+    show: Callable[[str], None],
+    max_hours: float | None = None,
+    again: Callable[[], None] | None = None,
+) -> list[str]:
     """Run what is missing, for at most `max_hours`. Returns a line for each row that is not complete for a failure. The end
     of the hours, Ctrl-C and crashes leave everything resumable by the same command.
 
+    `again`: called, in another thread, when the local cluster is lost, to begin the process anew: then it does not return.
+
     Raises:
         PrerequisiteError: another live driver runs this sweep, or took it over from this one.
+        Terminated: SIGTERM came.
+        Lost: the local cluster was lost, and `again` did not begin anew.
     """
-    with _alone(project):
-        return _run(project, show, max_hours)
+    with _alone(project) as journal:
+        return _run(project, show, max_hours, journal, again)
 
 
 @contextmanager
-def _alone(project: Project) -> Iterator[None]:
+def _alone(project: Project) -> Iterator[Journal]:
     """One driver a sweep."""
     project.store.check_writable(needed_gib=2.0)
-    lease = project.lease()
+    lease, journal = project.lease(), Journal(project.logs)
+    terminated = False
 
-    def end(*_: object) -> None:
-        if lease.lost:
+    def end(number: int, *_: object) -> None:
+        nonlocal terminated
+        terminated = terminated or number == signal.SIGTERM
+        if number == signal.SIGTERM or lease.lost:
             raise KeyboardInterrupt
 
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # a script's job in the background: Ctrl-C is not meant for it
-        signal.signal(signal.SIGINT, end)
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, end)  # a script's job in the background: Ctrl-C is not meant for it
+    before = signal.signal(signal.SIGTERM, end) if in_main else None
     try:
         with lease:
-            project.store.sweep_temporary()
-            yield
-    except KeyboardInterrupt:
+            for _ in range(lease.num_dead):
+                journal.add(DRIVER)
+            _tidy(project)
+            try:
+                yield journal
+            finally:
+                _tidy(project)
+    except (KeyboardInterrupt, SystemExit) as error:
         if lease.lost:
             raise PrerequisiteError(
                 f"sweep {project.sweep.name!r}: this run gave no sign of life for so long that another one took over"
             ) from None
+        if terminated or getattr(error, "code", None) == signal.SIGTERM:  # the second: while Ray starts
+            raise Terminated from None
         raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
-def _run(project: Project, show: Callable[[str], None], max_hours: float | None) -> list[str]:
+def _tidy(project: Project) -> None:
+    """Remove what this driver and dead ones left under way. Nothing of this one may be."""
+    store = project.store
+    store.sweep_temporary()
+    claims.forget_dead(store)
+    others = {owner for owner in owners(store) if owner != store.owner and store.is_alive(owner)}
+    trainers.tidy(project.logs, {short_of(owner) for owner in others})
+    shutil.rmtree(store.local / "tune" / project.sweep.name, ignore_errors=True)
+    with suppress(OSError):
+        (store.local / "tune").rmdir()
+
+
+def _run(
+    project: Project,
+    show: Callable[[str], None],
+    max_hours: float | None,
+    journal: Journal,
+    again: Callable[[], None] | None,
+) -> list[str]:
     from safecl.tracking import Tracker
 
     problems: list[str] = []
@@ -117,7 +178,11 @@ def _run(project: Project, show: Callable[[str], None], max_hours: float | None)
             project.guard_stages(),
             (names if len(names) > 1 else {}) | ({} if project.sweep.align.train else {"": "aligned"}),
         )
-        with _at_most(max_hours, lambda: show(_left(eta, schedule))), _cluster(project, show) as (broker, ray):
+        with (
+            _at_most(max_hours, lambda: show(_left(eta, schedule))),
+            _cluster(project, show) as (broker, ray),
+            _guarded(project, journal, again),
+        ):
             if project.sweep.execution.address != "local":
                 unit = "GPU" if project.sweep.execution.use_gpu else "CPU"
                 eta.slots = slots(project.sweep.execution, int(ray.cluster_resources().get(unit, 1)))
@@ -128,7 +193,7 @@ def _run(project: Project, show: Callable[[str], None], max_hours: float | None)
                     )
             waiting = [broker.ensure.remote(guard, rank=2)] if guard else []
             _warm(broker, schedule, project)
-            with watched(schedule, broker, eta, project.store):
+            with _saved(broker, ray), watched(schedule, broker, eta, project.store):
                 if first is not None:
                     from safecl import tune
 
@@ -143,7 +208,60 @@ def _run(project: Project, show: Callable[[str], None], max_hours: float | None)
             schedule.close()
         if not tracker.close(timeout_s=30.0):
             show(f"tracking: {tracker.problem}; what was not sent is kept, and sent by the next run")
+        for line in (met := journal.told()):
+            show(line)
+        if met:
+            with suppress(OSError):
+                project.store.note(f"faults-{project.sweep.name}", dict(journal.counts()))
     return [*schedule.missing(), *problems]
+
+
+@contextmanager
+def _saved(broker: Any, ray: Any) -> Iterator[None]:
+    """Whatever interrupts the block lets finetunes under way write a checkpoint before their workers end. A second Ctrl-C
+    does without."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        with suppress(Exception):
+            ray.get(broker.wind_down.remote(SAVE_S), timeout=SAVE_S + 5)
+        raise
+
+
+@contextmanager
+def _guarded(project: Project, journal: Journal, again: Callable[[], None] | None) -> Iterator[None]:
+    """Sees to it that a local cluster that lost its raylet or its head's server is missed within a second: calls under way
+    would wait for minutes, and then end this process."""
+    if project.sweep.execution.address != "local":
+        yield
+        return
+    parts = execute.local_processes()
+    stop, lost = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            if all(part.poll() is None for part in parts):
+                continue
+            lost.set()
+            journal.add(CLUSTER)
+            execute.end_local()
+            if again is not None:
+                again()
+            if callable(signal.getsignal(signal.SIGTERM)):  # `_alone`'s: Ctrl-C may be ignored
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            return
+
+    thread = threading.Thread(target=watch, name="safecl-cluster", daemon=True)
+    thread.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if lost.is_set():
+            raise Lost("the local Ray cluster was lost; the same command continues from the store") from None
+        raise
+    finally:
+        stop.set()
+        thread.join(timeout=5)
 
 
 @contextmanager
@@ -190,7 +308,7 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
         if not all([project.store.sound(stage) for stage in (evidence.metrics, *evidence.judged)]):
             preflight.check_memory(project.sweep.execution, num_engines(project.sweep))
             _settle_dtype(project, show)
-            with _cluster(project, show) as (broker, ray):
+            with _cluster(project, show) as (broker, ray), _saved(broker, ray):
                 show(f"training the guard and judging held-out pairs; output is under {project.logs}")
                 try:
                     ray.get(broker.ensure.remote([evidence.metrics, *evidence.judged]))
@@ -208,10 +326,15 @@ def _cluster(project: Project, show: Callable[[str], None]) -> Iterator[tuple[An
     execute.start(project.sweep.execution, project.logs, num_engines=engines)
     import ray
 
+    lost = False
     try:
         yield execute.broker(project.store, project.sweep.execution, project.logs, engines), ray
+    except Lost:
+        lost = True  # nobody is there to take leave of
+        raise
     finally:
-        execute.stop(project.sweep.execution)
+        if not lost:
+            execute.stop(project.sweep.execution, project.store.short)
 
 
 def _warm(broker: Any, schedule: Schedule, project: Project) -> None:

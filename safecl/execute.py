@@ -1,8 +1,9 @@
 """The Broker: runs every missing stage once, on Ray, and tells everyone who waits.
 
 One zero-CPU actor held by the driver: key -> running task. Trials only await stages, so a trial that stops takes nobody
-else's stage with it, and two trials that need one stage run it once. The store is the truth: when Broker or driver die,
-the same command continues from what is finished and from checkpoints.
+else's stage with it, and two trials that need one stage run it once; so do two drivers of one store (claims.py). The store
+is the truth: a Broker that dies is replaced, and asked again by those who waited; when the driver dies, the same command
+continues from what is finished and from checkpoints.
 
 Who does the work (work.py: run_stage): heavy stages run on trainers, one after the other (trainers.py); light ones, which
 mostly wait for engines, as threads of one process. So neither a stage nor a trial that waits has a process of its own.
@@ -11,15 +12,21 @@ mostly wait for engines, as threads of one process. So neither a stage nor a tri
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safecl import nodes
+from safecl import nodes, reclaim
 from safecl.base import Damaged, PrerequisiteError
+from safecl.claims import Claims
 from safecl.config import Execution
+from safecl.faults import BROKER, MEMORY, NODE, PATIENCE_S, PATIENT, PAUSE_S, Journal, cause_of
 from safecl.stages import engine_of, load, names, needs_trainer
 from safecl.store import Stage, Store
 from safecl.times import Times, queue
@@ -27,6 +34,7 @@ from safecl.trainers import Trainers, Turn
 from safecl.work import Hand, run_stage
 
 NUM_RANKS = 3  # see Broker.ensure
+DRAIN_S = 2.0  # how often is looked for nodes that are being drained; a spot warning comes 30 s to 2 minutes before
 REPAIRS = 2  # times that a stage is begun anew because an input of it was found damaged
 
 
@@ -62,18 +70,13 @@ def start(execution: Execution, logs: Path, need: int | None = None, num_engines
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
+    before = signal.getsignal(signal.SIGTERM)
     if execution.address == "local":
-        slots = {"trial_slot": float(execution.num_trials_at_once)}
-        ray.init(
-            address="local",
-            num_cpus=os.cpu_count(),
-            resources=slots,
-            include_dashboard=False,  # eleven processes that nobody looks at
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        _start_local({"trial_slot": float(execution.num_trials_at_once)})
     else:
         join(execution.address, quiet)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # Ray's own prints a stack and aborts
     _keep_messages(logs / "ray.log")
     have = ray.cluster_resources()
     unit = "GPU" if execution.use_gpu else "CPU"
@@ -90,6 +93,33 @@ def start(execution: Execution, logs: Path, need: int | None = None, num_engines
             f"this cluster has {have.get(unit, 0):g} {unit}s, {need} are needed at once ({why}): lower that, or join a larger "
             "cluster with execution.address"
         )
+
+
+def _start_local(resources: dict[str, float]) -> None:
+    """Start a cluster on this machine. One that is very busy may need more than a try: Ray's parts do not wait long for
+    each other."""
+    import psutil
+    import ray
+
+    before = set(psutil.Process().children(recursive=True))
+    for tries_left in range(2, -1, -1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=os.cpu_count(),
+                resources=resources,
+                include_dashboard=False,  # eleven processes that nobody looks at
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+            return
+        except Exception as error:
+            _kill([child for child in psutil.Process().children(recursive=True) if child not in before])
+            if not tries_left:
+                raise PrerequisiteError(
+                    f"Ray did not start on this machine, three times: {error} Its own logs are under "
+                    "/tmp/ray/session_latest/logs"
+                ) from None
 
 
 def join(address: str, settings: dict[str, str]) -> None:
@@ -129,15 +159,46 @@ def _keep_messages(path: Path) -> None:
     worker.print_to_stdstream = write
 
 
-def stop(execution: Execution) -> None:
-    """Leave Ray. A local cluster ends with its engines; on one that we joined, our engines are taken down first."""
+def stop(execution: Execution, owner: str) -> None:
+    """Leave Ray. A local cluster ends with its engines; on one that we joined, those of `owner` are taken down first, and
+    nobody else's."""
     import ray
 
     if execution.address != "local" and ray.is_initialized():
-        from safecl.serving.deploy import shutdown_all
-
-        shutdown_all()
+        _clear(owner)
     ray.shutdown()
+
+
+def local_processes() -> list[Any]:
+    """The processes that a local cluster of ours cannot do without."""
+    from ray._private import worker
+
+    node = worker._global_node
+    kinds = ("gcs_server", "raylet") if node is not None else ()
+    return [info.process for kind in kinds for info in node.all_processes.get(kind, [])]
+
+
+def end_local() -> None:
+    """Kill what is left of a local cluster that lost a part."""
+    import psutil
+    from ray._private import worker
+
+    family = []
+    for infos in worker._global_node.all_processes.values():
+        for info in infos:
+            with suppress(psutil.Error):
+                process = psutil.Process(info.process.pid)
+                family += [process, *process.children(recursive=True)]
+    _kill(family)
+
+
+def _kill(processes: Sequence[Any]) -> None:
+    import psutil
+
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
 
 
 def _deeper(turn: Turn) -> Turn:
@@ -173,6 +234,15 @@ class Broker:
         self.light: dict[tuple[str, int], asyncio.Semaphore] = {}  # by kind and rank: none holds up another
         self.hand: Any = None
         self.num_asked = 0  # calls of `ensure`
+        self.claims = Claims(store)
+        self.journal = Journal(Path(logs))
+        self.ending: float | None = None  # since when those under way are to write a checkpoint: the driver ends
+        self.draining: dict[str, float] = {}  # nodes (the first digits of their ids) that will be gone, and since when
+        self.told: set[str] = set()  # of them, those in the journal
+        self.watching_nodes: asyncio.Task[None] | None = None
+        if _replaces_another():
+            self.journal.add(BROKER)
+            _clear(store.short)
         units = num_gpus if execution.use_gpu else num_cpus
         self.trainers = Trainers(store, execution, logs, units - self._engine_units(), self._starts)
 
@@ -188,6 +258,8 @@ class Broker:
         first, and of what they need the deepest, on which most others wait.
         """
         self.num_asked += 1
+        if self.watching_nodes is None and self.execution.address != "local":
+            self.watching_nodes = asyncio.create_task(self._watch_nodes())
         await self._all(stages, (rank, self.num_asked, 0))
 
     async def _all(self, stages: Iterable[Stage], turn: Turn) -> None:
@@ -220,14 +292,18 @@ class Broker:
         try:
             for tries_left in range(REPAIRS, -1, -1):
                 await self._all(stage.inputs.values(), _deeper(self.turns[stage.key]))
+                if not await self.claims.take(stage):  # another driver has made it
+                    return
                 try:
-                    seconds = await self._run(stage, heavy)
+                    seconds = await self._persist(stage, heavy)
                     break
                 except Exception as error:
                     if not isinstance(plain_error(error), Damaged) or not tries_left:
                         raise
                     # Those that are damaged make way, and are made again.
                     await asyncio.gather(*(asyncio.to_thread(self.store.sound, s) for s in stage.inputs.values()))
+                finally:
+                    self.claims.leave(stage)
             self.finished.append({"kind": stage.kind, "key": stage.key, "seconds": seconds})
             self.times.ends(stage.key)
         except BaseException as error:
@@ -239,6 +315,23 @@ class Broker:
             self.live.pop(stage.key, None)
             self.running.pop(stage.key, None)
             self.turns.pop(stage.key, None)
+
+    async def _persist(self, stage: Stage, heavy: bool) -> float:
+        """`_run`, and again where the machine failed: for light stages here, for heavy ones trainers see to it."""
+        began = time.monotonic()
+        for tries in itertools.count(1):
+            try:
+                return await self._run(stage, heavy)
+            except Exception as error:
+                found = plain_error(error)
+                cause = cause_of(found)
+                if not (heavy and cause.kind == "infrastructure"):
+                    self.journal.add(cause, f"{stage.kind} {stage.key[:12]}", found)
+                patient = cause in PATIENT and time.monotonic() - began < PATIENCE_S
+                if heavy or cause.kind != "infrastructure" or (tries > self.execution.max_failures and not patient):
+                    raise
+                await asyncio.sleep(PAUSE_S if patient else min(30.0, 2.0**tries))
+        raise AssertionError("returned or raised above")
 
     async def _run(self, stage: Stage, heavy: bool) -> float:
         """Run a stage whose inputs are there; the seconds that it took."""
@@ -344,7 +437,9 @@ class Broker:
 
         chosen = self.execution
         # Candidates are stateful, one application each; a judge always has the same weights, so its replicas are alike.
-        names = [f"{group}-{i}" for i in range(chosen.num_candidate_engines)] if role == "candidate" else [f"{group}-0"]
+        # Named by who deploys them: two drivers of one cluster never take each other's down.
+        count = chosen.num_candidate_engines if role == "candidate" else 1
+        names = [f"{group}-{i}-{self.store.short}" for i in range(count)]
         self._begin(f"engine {role}", group)
         try:
             for name in names:
@@ -385,10 +480,16 @@ class Broker:
         if key in self.running:
             self._begin(kind, key, load(kind).unit)
 
-    async def progress(self, key: str, done: int, total: int, metrics: dict[str, float]) -> None:
-        """Called by stages under way. `ends`: when it will be done at its pace since the first call, once that says
-        something."""
-        if key in self.live:
+    async def progress(self, key: str, done: int, total: int, metrics: dict[str, float]) -> bool:
+        """Called by stages under way; whether they are to write a checkpoint now. `metrics["checkpoint"]`: they have. `ends`:
+        when it will be done at its pace since the first call, once that says something."""
+        if "checkpoint" in metrics:
+            self.trainers.safe(key, done)
+            if key in self.live:
+                self.live[key]["saved"] = time.time()
+        elif "halved" in metrics:
+            self.journal.add(MEMORY, key[:12], f"with {int(metrics['halved'])} rows a forward from now on")
+        elif key in self.live:
             live, now = self.live[key], time.time()
             if "first" not in live or done < live["done"]:  # the second: its worker died, and it began anew
                 live["first"] = (now, done)
@@ -396,6 +497,32 @@ class Broker:
             told = done - before >= max(2, total / 20)
             ends = now + (now - began) * (total - done) / (done - before) if told else None
             live.update(done=done, total=total, metrics=metrics, ends=ends)
+        asked = max(self.ending or 0.0, self.draining.get(self.times.node(key), 0.0))
+        return float(self.live.get(key, {}).get("saved", 0.0)) < asked
+
+    async def _watch_nodes(self) -> None:
+        """Hear of nodes that are about to be taken away (a spot instance's warning, `ray drain-node`, the autoscaler)."""
+        while True:
+            with suppress(Exception):  # the head may be away for a while
+                now, gone = time.time(), await asyncio.to_thread(reclaim.draining)
+                self.draining = {node: self.draining.get(node, now) for node in gone}
+                for node in gone - self.told:
+                    self.journal.add(NODE, node, "is being drained: what runs there writes a checkpoint")
+                self.told |= gone
+            await asyncio.sleep(DRAIN_S)
+
+    async def wind_down(self, timeout_s: float = 20.0) -> int:
+        """The driver is about to end: have finetunes under way write a checkpoint, and wait for it. Returns how many did not
+        in time."""
+        self.ending = time.time()
+        while True:
+            unsaved = [
+                live for live in self.live.values()
+                if "first" in live and live.get("saved", 0.0) < self.ending and load(live["kind"]).all_ranks
+            ]  # fmt: skip
+            if not unsaved or time.time() > self.ending + timeout_s:
+                return len(unsaved)
+            await asyncio.sleep(0.1)
 
     async def pid(self) -> int:
         """The process that this Broker runs in."""
@@ -426,13 +553,34 @@ def planned_engines(execution: Execution, num_engines: int | None = None) -> int
 
 
 def broker(store: Store, execution: Execution, logs: Path, num_engines: int | None = None) -> Any:
-    """The Broker as an actor on the driver's node; it lives as long as the driver holds the handle. `num_engines`: see
-    `planned_engines`."""
+    """The Broker as an actor on the driver's node; it lives as long as the driver holds the handle, replaced when it dies.
+    `num_engines`: see `planned_engines`."""
     import ray
 
-    actor = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=_here())(Broker)
+    # Begun anew when it dies; calls under way are made again.
+    options = {"max_concurrency": 1000, "max_restarts": -1, "max_task_retries": -1}
+    actor = ray.remote(num_cpus=0, scheduling_strategy=_here(), **options)(Broker)
     have = ray.cluster_resources()
     return actor.remote(store, execution, str(logs), have.get("CPU", 1), have.get("GPU", 0), num_engines)
+
+
+def _replaces_another() -> bool:
+    """Whether this process is a Broker that Ray started since the one before it died."""
+    import ray
+
+    if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
+        return False
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def _clear(owner: str) -> None:
+    """Free what a Broker that died has left: it alone knew what its trainers and engines were for."""
+    from safecl.serving.deploy import shutdown_all
+
+    with suppress(Exception):
+        reclaim.free()
+    with suppress(Exception):  # Serve may be away as well: an engine of that name is deployed anew
+        shutdown_all(owner)
 
 
 def _here() -> Any:

@@ -61,6 +61,11 @@ def is_here(owner: str) -> bool | None:
     return _began(int(found[2])) == int(found[3])
 
 
+def owners(store: Store) -> list[str]:
+    """Who has a lease in the store, dead ones included."""
+    return [name.removeprefix(NOTE) for name in store.notes(NOTE)]
+
+
 def is_name(text: str) -> bool:
     """Whether `me` gives such names."""
     return _NAME.fullmatch(text) is not None
@@ -97,6 +102,7 @@ class Lease:
         self.store, self.holds = store, set(holds)
         self.name = NOTE + store.owner
         self.lost = False
+        self.num_dead = 0  # drivers of a name of ours that were found dead
         self._told: dict[str, Any] = {
             "sweep": sweep, "holds": sorted(holds), "host": socket.gethostname(), "pid": os.getpid(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"), "held": False, "beat": 0,
@@ -151,6 +157,7 @@ class Lease:
                 continue
             shares = not self.holds.isdisjoint(other["holds"])
             if self._is_dead(name) if shares else is_here(name.removeprefix(NOTE)) is False:
+                self.num_dead += shares
                 self.store.forget(name)
             while shares and (now := self.store.noted(name)) is not None:
                 # Of two candidates that saw each other, the first by name waits for the other to go.

@@ -164,7 +164,8 @@ class Context:
     out: Path  # empty folder: what is written here becomes the stage's folder
     scratch: Path  # kept across attempts of this key: checkpoints
     execution: Execution
-    report: Callable[[int, int, dict[str, float]], None]  # (done, total, metrics): progress, cheap, never raises
+    # (done, total, metrics): progress, cheap, never raises; whether a checkpoint is wanted now.
+    report: Callable[[int, int, dict[str, float]], bool | None]
     engines: Any = None  # serving.client.Engines: how generate and judge stages reach a served model
     place: Place = field(default_factory=Place)  # of this process; several work on a finetune
 
@@ -191,6 +192,11 @@ class Store:
             self.local = Path(root.removeprefix("file://")).absolute()
         self._stages = str(self.local / "store")
         self._sound: set[str] = set()  # keys of what this process has compared with its record
+
+    @property
+    def short(self) -> str:
+        """Eight digits that tell this owner from others: for names of what it starts on a cluster."""
+        return short_of(self.owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process it is the same store, and works for the same owner."""
@@ -411,9 +417,11 @@ class Store:
                 self._remote.rm_file(f"{self._base}/notes/{name}.json")
 
     def sweep_temporary(self) -> None:
-        """Remove half-written folders that processes left which are gone."""
+        """Remove half-written folders that processes left which are gone, this one before it began anew included. Nothing of
+        this owner may be under way."""
         for folder in (self.local / "tmp").glob("*"):
-            if not self.is_alive(folder.name.partition(".")[0]):
+            owner = folder.name.partition(".")[0]
+            if owner == self.owner or not self.is_alive(owner):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def check_writable(self, needed_gib: float) -> None:
@@ -458,6 +466,11 @@ class Store:
             os.rename(made, folder)
         except OSError:
             shutil.rmtree(made)
+
+
+def short_of(owner: str) -> str:
+    """`Store.short` of an owner."""
+    return hashlib.sha256(owner.encode()).hexdigest()[:8]
 
 
 def _damaged(stage: Stage, wrong: str) -> Damaged:

@@ -64,6 +64,10 @@ class Times:
         if where.get("rank", 0) == 0:  # other ranks share the stage with the first
             self._add(key, **{name: value for name, value in where.items() if name != "rank"})
 
+    def node(self, key: str) -> str:
+        """The node that a stage under way is worked on; empty where it is not known."""
+        return str(self._open.get(key, {}).get("node", ""))
+
     def ends(self, key: str, error: BaseException | None = None) -> None:
         """It is in the store, or failed."""
         if (found := self._open.pop(key, None)) is None:

@@ -28,6 +28,7 @@ from safecl.base import json_lines, sqlite_path, sqlite_url
 
 EXPERIMENT = "safecl"
 LEVELS = ("sweep", "cell", "trial")
+OPEN = "tracked.open"
 _METRICS, _PAIRS = 1000, 100  # MLflow's limits on one log_batch
 _TEXT = 5000  # characters of a tag that every backend takes
 _RETRY_S = 30.0  # rest after the server failed
@@ -154,6 +155,8 @@ class Tracker:
                 if message is not None:
                     self._give_up(message)
         with suppress(Exception):
+            if sender is None and (self.root / OPEN).exists():  # of a driver that was killed, and had sent all it had
+                sender = _Sender(self.uri, self.root)
             if sender is not None:
                 sender.close_parents()
 
@@ -270,7 +273,10 @@ class _Sender:
             logging.getLogger(noisy).setLevel(logging.ERROR)
         root.mkdir(parents=True, exist_ok=True)
         self._runs: dict[tuple[str, ...], str] = {}
-        self._parents: set[str] = set()
+        self._open = (
+            root / OPEN
+        )  # ids of runs above others, a line each: they are closed at the end, by whoever comes to it
+        self._parents: set[str] = set(self._open.read_text().split()) if self._open.exists() else set()
         with _one_at_a_time(root / ".creating"):  # concurrent first use of an SQLite database fails
             self._client: Any = MlflowClient(tracking_uri=uri)
             misread = Path(uri.removeprefix("sqlite:///")).parent
@@ -296,10 +302,10 @@ class _Sender:
         parent = None
         for depth in range(1, len(path)):
             parent = self._run(path[:depth], parent)
-            self._parents.add(parent)
+            self._keep_open(parent)
         run_id = self._run(path, parent)
         if len(path) < len(LEVELS):
-            self._parents.add(run_id)
+            self._keep_open(run_id)
         run = self._client.get_run(run_id)
         content = json.dumps([message[k] for k in ("params", "metrics", "curves", "tags")], sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()
@@ -309,9 +315,17 @@ class _Sender:
         if len(path) == len(LEVELS) and run.info.status != status:
             self._client.set_terminated(run_id, status)
 
+    def _keep_open(self, run_id: str) -> None:
+        if run_id not in self._parents:
+            self._parents.add(run_id)
+            with suppress(OSError), self._open.open("a") as file:
+                file.write(f"{run_id}\n")
+
     def close_parents(self) -> None:
         for run_id in self._parents:
-            self._client.set_terminated(run_id, "FINISHED")
+            with suppress(Exception):  # of another tracker, or deleted
+                self._client.set_terminated(run_id, "FINISHED")
+        self._open.unlink(missing_ok=True)
 
     def _run(self, path: tuple[str, ...], parent: str | None) -> str:
         if path in self._runs:

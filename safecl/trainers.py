@@ -8,7 +8,7 @@ trainer is one Ray Train run of `num_workers` ranks, which ask for work until th
 
 A stage whose kind says `all_ranks` (a finetune) is given to all ranks of a trainer at once; any other needs one rank, and
 ranks take those one by one. When a worker dies, Ray Train starts its ranks anew and the stage is given out again, a
-finetune from its checkpoint; one that lost its worker `max_failures` times before fails alone.
+finetune from its checkpoint; one that lost its worker `max_failures` times, and got no further in between, fails alone.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ import asyncio
 import gc
 import os
 import shutil
+import time
 from bisect import insort, insort_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safecl import reclaim
 from safecl.base import ConfigError, Damaged, Infrastructure, PrerequisiteError
 from safecl.config import Execution
-from safecl.faults import kind_of
+from safecl.faults import MEMORY, PATIENCE_S, PATIENT, PAUSE_S, Journal, cause_of, kind_of
 from safecl.stages import load
 from safecl.store import Place, Stage, Store
 from safecl.work import free_heap, run_stage
@@ -48,7 +51,9 @@ class Work:
     num_ranks: int
     turn: Turn
     done: asyncio.Future[None]
-    failures: list[Exception] = field(default_factory=list)  # one for each time that its workers were lost
+    failures: list[Exception] = field(default_factory=list)  # since its newest checkpoint: for each time it was lost
+    saved: int = 0  # steps in its newest checkpoint, of this run
+    began: float = field(default_factory=lambda: asyncio.get_running_loop().time())
 
 
 @dataclass(eq=False)
@@ -73,6 +78,7 @@ class Trainers:
     ) -> None:
         self.store, self.execution, self.logs, self.on_start = store, execution, logs, on_start
         self.num_units = num_units
+        self.journal = Journal(Path(logs))
         self.expected = 0  # heavy stages that wait for their inputs, are queued or under way
         self.queue: deque[Work] = deque()
         self.trainers: dict[str, Trainer] = {}
@@ -90,6 +96,12 @@ class Trainers:
             self.queue.remove(work)
             work.turn = turn
             insort(self.queue, work, key=lambda other: other.turn)
+
+    def safe(self, key: str, step: int) -> None:
+        """A stage under way has written a checkpoint: a machine that is lost now and then never fails what gets on."""
+        for work in {id(w): w for trainer in self.trainers.values() for w in trainer.work.values()}.values():
+            if work.stage.key == key and step > work.saved:
+                work.saved, work.failures = step, []
 
     async def run(self, stage: Stage, turn: Turn = (0, 0, 0)) -> None:
         """Return when a trainer has published the stage; of those that wait, the lowest turn is next. Raises what the stage
@@ -131,7 +143,7 @@ class Trainers:
         trainer.work = {r: other for r, other in trainer.work.items() if other is not work}
         if error is None:
             work.done.set_result(None)
-        elif isinstance(error, REFUSALS) or not load(work.stage.kind).runs_anew:
+        elif isinstance(error, REFUSALS) or (kind_of(error) == "trial" and not load(work.stage.kind).runs_anew):
             work.done.set_exception(error)
         else:
             self._again(work, error)
@@ -158,7 +170,7 @@ class Trainers:
         while len(self.trainers) < min(self._limit(), self.expected) and starting < max(1, len(self.queue)):
             self.started += 1
             starting += 1
-            trainer = Trainer(f"trainer-{os.getpid()}-{self.started}")
+            trainer = Trainer(f"trainer-{self.store.short}-{os.getpid()}-{self.started}")
             self.trainers[trainer.name] = trainer
             task = asyncio.create_task(self._hold(trainer))
             self.fits.add(task)
@@ -175,6 +187,8 @@ class Trainers:
                 await loop.run_in_executor(thread, fit, trainer.name, self.store, self.execution, self.logs, me)
             except Exception as error:  # more restarts than it may have, or it never came up
                 why = Infrastructure(f"{type(error).__name__}: {error}")
+                with suppress(Exception):  # a controller that was killed leaves what it had reserved
+                    await loop.run_in_executor(thread, _reclaim)
         self.trainers.pop(trainer.name, None)
         if why and not trainer.group and self.queue:  # else a trainer that cannot start would be started for ever
             self._again(self.queue.popleft(), why)
@@ -200,11 +214,22 @@ class Trainers:
         for work in lost:
             self._again(work, why)
 
+    def _queue_again(self, work: Work) -> None:
+        insort_left(self.queue, work, key=lambda other: other.turn)
+        self._give()
+        self._grow()
+
     def _again(self, work: Work, why: Exception) -> None:
+        self.journal.add(cause_of(why), f"{work.stage.kind} {work.stage.key[:12]}", why)
+        cause, loop = cause_of(why), asyncio.get_running_loop()
+        if cause in PATIENT and loop.time() - work.began < PATIENCE_S:
+            loop.call_later(PAUSE_S, self._queue_again, work)
+            return
         work.failures.append(why)
-        if len(work.failures) <= self.execution.max_failures:
-            insort_left(self.queue, work, key=lambda other: other.turn)
-            self._give()
+        # Each time that memory was too small, half the rows a forward are tried.
+        halvings = self.execution.micro_batch_size.bit_length() if cause is MEMORY else 0
+        if len(work.failures) <= self.execution.max_failures + halvings:
+            self._queue_again(work)
         elif not work.done.done():
             if kind_of(why) == "trial":  # it raised this, time after time
                 work.done.set_exception(why)
@@ -233,7 +258,7 @@ def fit(name: str, store: Store, execution: Execution, logs: str, broker: Any) -
     from ray.train.torch import TorchConfig
 
     folder = Path(logs) / "train"
-    trainer = _trainer_class(execution)(
+    trainer = _trainer_class()(
         worker,
         train_loop_config={"name": name, "store": store, "execution": execution, "logs": logs, "broker": broker},
         torch_config=TorchConfig(backend="nccl" if execution.use_gpu else "gloo"),
@@ -254,12 +279,29 @@ def fit(name: str, store: Store, execution: Execution, logs: str, broker: Any) -
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _trainer_class(execution: Execution) -> Any:
+def _reclaim() -> None:
+    """Ray may take a moment to see that a controller is dead."""
+    for _ in range(20):
+        if reclaim.free():
+            return
+        time.sleep(0.25)
+
+
+def tidy(logs: Path, live: Collection[str]) -> None:
+    """Remove what Ray Train wrote for trainers, which nobody reads: of all but these owners (Store.short)."""
+    for folder in (logs / "train").glob("trainer-*"):
+        if folder.name.split("-")[1] not in live:
+            shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        (logs / "train").rmdir()
+
+
+def _trainer_class() -> Any:
     from ray.train.torch import TorchTrainer
 
     # Each starts a process: one hands out Ray Data sets, of which there are none; one frees the placement group of a
-    # controller that died, which a cluster of our own does by ending.
-    left_out = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if execution.address == "local" else set())
+    # controller that died, which reclaim.py does without.
+    left_out = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:

@@ -80,7 +80,11 @@ def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -
             search_alg=JobSearcher(), num_samples=-1, max_concurrent_trials=num_at_once, reuse_actors=True
         ),
         run_config=tune.RunConfig(
-            name=schedule.sweep.name, storage_path=str(storage_path), verbose=0, log_to_file=False
+            name=schedule.sweep.name,
+            storage_path=str(storage_path),
+            verbose=0,
+            log_to_file=False,
+            failure_config=tune.FailureConfig(max_failures=-1),  # a process that dies: `trial` itself never raises
         ),
     )
     tuner.fit()

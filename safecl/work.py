@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from safecl.config import Execution
 from safecl.nodes import check_here
 from safecl.store import Context, Place, Stage, Store
 from safecl.times import here
+
+EVENTS = frozenset({"checkpoint", "halved"})  # metrics that say what happened once
 
 
 def run_stage(
@@ -54,6 +57,10 @@ def run_stage(
         progress.begins(place)
         try:
             check_here()
+            if own_process:
+                print(
+                    f"began {datetime.now(UTC).isoformat(timespec='milliseconds')} in process {os.getpid()}", flush=True
+                )
             from safecl.serving.client import Engines
 
             try:
@@ -89,25 +96,40 @@ def run_stage(
 
 
 class Progress:
-    """Reports a stage's progress to the Broker from any process; at most twice a second, never raises."""
+    """Reports a stage's progress to the Broker from any process; at most twice a second, never raises. True: a checkpoint is
+    wanted now, since this process may soon be gone."""
 
     def __init__(self, broker: Any, key: str) -> None:
         self.broker, self.key, self.last = broker, key, 0.0
+        self.answer: Any = None  # of the last call
 
     def begins(self, place: Place) -> None:
         """Say which process works on it."""
         with suppress(Exception):
             self.broker.works.remote(self.key, here(place))
 
-    def __call__(self, done: int, total: int, metrics: dict[str, float]) -> None:
+    def __call__(self, done: int, total: int, metrics: dict[str, float]) -> bool:
         now = time.monotonic()
-        if now - self.last < 0.5 and done < total:
-            return
+        if now - self.last < 0.5 and done < total and EVENTS.isdisjoint(metrics):
+            return False
         self.last = now
         try:
-            self.broker.progress.remote(self.key, done, total, metrics)
+            wanted = self._answered()
+            self.answer = self.broker.progress.remote(self.key, done, total, metrics)
         except Exception as error:  # progress is a courtesy: losing it must not lose the work
             print(f"progress of {self.key[:12]} was not reported: {error}", file=sys.stderr)
+            return False
+        return wanted
+
+    def _answered(self) -> bool:
+        import ray
+
+        if self.answer is None or not ray.wait([self.answer], timeout=0)[0]:
+            return False
+        try:
+            return bool(ray.get(self.answer))
+        except Exception:  # the Broker died meanwhile
+            return False
 
 
 class Hand:

@@ -61,7 +61,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cluster")
     execute.start(Execution(root=str(folder / "root")), folder / "logs")
     yield folder
-    execute.stop(Execution())
+    execute.stop(Execution(), "")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

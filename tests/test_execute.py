@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from safecl import execute
+from safecl import execute, lease
 from safecl.base import PrerequisiteError
 from safecl.config import Execution
+from safecl.faults import Journal
 from safecl.store import Stage, Store
 from safecl.trainers import Work
 from tests.serving.test_endpoint import Server
@@ -133,17 +134,33 @@ def test_who_stops_waiting_does_not_stop_the_stage_for_the_others(cluster: Path)
     assert store.has(rows(8))
 
 
-def test_after_the_brokers_death_another_continues_from_the_store(cluster: Path) -> None:
+def test_a_broker_that_is_killed_is_replaced_and_who_waits_never_hears_of_it(cluster: Path) -> None:
     import ray
 
     broker, store = new_broker(cluster, "death")
     ray.get(broker.ensure.remote([rows(5)]), timeout=60)
-    os.kill(ray.get(broker.pid.remote()), signal.SIGKILL)
-    with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(broker.ensure.remote([rows(5)]), timeout=60)
-    again = execute.broker(store, Execution(root=store.root), cluster / "logs")
-    ray.get(again.ensure.remote([rows(5), rows(6)]), timeout=60)
-    assert [stage["key"] for stage in ray.get(again.snapshot.remote())["finished"]] == [rows(6).key]
+    before = ray.get(broker.pid.remote())
+    waiting = broker.ensure.remote([rows(5), rows(6), rows(7)])
+    os.kill(before, signal.SIGKILL)
+    ray.get([waiting, broker.ensure.remote([rows(8)])], timeout=60)
+    assert ray.get(broker.pid.remote()) != before and all(map(store.has, map(rows, (6, 7, 8))))
+    told = Journal(cluster / "logs" / "death").lines(of_this_run=False)
+    assert [line["cause"] for line in told if line["cause"] == "broker"] == ["broker"]
+    assert rows(5).key not in {stage["key"] for stage in ray.get(broker.snapshot.remote())["finished"]}
+
+
+def test_two_brokers_of_one_store_make_a_stage_once(cluster: Path) -> None:
+    """As two drivers of sweeps that share stages have."""
+    import ray
+
+    first = new_broker(cluster, "shared")[0]
+    other = Store(str(cluster / "shared"), owner=f"{lease.machine()}-{os.getppid()}-{lease._began(os.getppid())}")
+    second = execute.broker(other, Execution(root=other.root), cluster / "logs" / "other")
+    wanted = [rows(number) for number in range(20, 32)]
+    ray.get([broker.ensure.remote(wanted) for broker in (first, second)], timeout=120)
+    made = [ray.get(broker.snapshot.remote())["finished"] for broker in (first, second)]
+    assert sorted(stage["key"] for each in made for stage in each) == sorted(stage.key for stage in wanted)
+    assert not list((cluster / "shared" / "notes").glob("claims-*"))
 
 
 @pytest.mark.parametrize("how", ["truncated", "altered"])

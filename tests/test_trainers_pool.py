@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from safecl import trainers
-from safecl.base import ConfigError
+from safecl.base import ConfigError, Infrastructure
 from safecl.config import Execution
+from safecl.faults import kind_of
 from safecl.store import Stage, Store
 from safecl.trainers import Trainers
 
@@ -128,7 +129,7 @@ def test_a_refusal_fails_the_stage_alone_and_another_error_of_a_finetune_is_trie
         tasks = [
             asyncio.create_task(pool.run(one)) for one in (stage("finetune"), stage("finetune", 1), stage("memory"))
         ]
-        errors = [ConfigError("no"), OSError("lost"), OSError("lost"), OSError("wrong")]
+        errors = [ConfigError("no"), OSError("lost"), OSError("lost"), ValueError("wrong")]
         for number, error in enumerate(errors):
             given = await pool.take(name, 0, "w0")
             assert (
@@ -257,3 +258,62 @@ def test_ranks_of_two_attempts_never_share_a_finetune(monkeypatch: pytest.Monkey
         await task
 
     play(scene, Pool(2, num_workers=2), monkeypatch)
+
+
+def test_what_gets_on_between_two_losses_is_never_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is taken back now and then: `max_failures` counts losses without a checkpoint in between."""
+
+    async def scene(pool: Pool) -> None:
+        pool.expect(1)
+        [name] = pool.trainers
+        long = stage("finetune")
+        waiting = asyncio.create_task(pool.run(long))
+        await settle()
+        for number in range(6):
+            assert await pool.take(name, 0, f"workers {number}") == (long, 1)
+            pool.safe(long.key, 10 * (number + 1))
+        assert await pool.take(name, 0, "workers 6") == (long, 1)
+        pool.safe(long.key, 60)  # no further than before
+        lost = asyncio.create_task(pool.take(name, 0, "workers 7"))
+        with pytest.raises(Infrastructure, match="lost its workers 2 times"):
+            await waiting
+        lost.cancel()
+
+    play(scene, Pool(1), monkeypatch)
+
+
+def test_memory_may_be_too_small_as_often_as_rows_a_forward_can_be_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(pool: Pool) -> None:
+        pool.expect(1)
+        [name] = pool.trainers
+        waiting = asyncio.create_task(pool.run(stage("finetune")))
+        tries = 0
+        while not waiting.done():
+            given = asyncio.create_task(pool.take(name, 0, "w0"))
+            await settle()
+            if given.done():
+                tries += 1
+                await pool.done(name, 0, stage("finetune").key, Infrastructure("OutOfMemoryError: CUDA out of memory"))
+            else:
+                given.cancel()
+        # 8, 4, 2 and 1 rows, and that once more (max_failures 1)
+        assert tries == 1 + 1 + 4 and kind_of(waiting.exception() or ValueError()) == "infrastructure"
+
+    play(scene, Pool(1, micro_batch_size=8), monkeypatch)
+
+
+def test_a_full_disk_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainers, "PAUSE_S", 0.05)
+
+    async def scene(pool: Pool) -> None:
+        pool.expect(1)
+        [name] = pool.trainers
+        waiting = asyncio.create_task(pool.run(stage("memory")))
+        for _ in range(9):
+            assert await pool.take(name, 0, "w0") == (stage("memory"), 1)
+            await pool.done(name, 0, stage("memory").key, OSError(28, "No space left on device"))
+        assert await pool.take(name, 0, "w0") == (stage("memory"), 1)
+        await pool.done(name, 0, stage("memory").key, None)
+        await waiting
+
+    play(scene, Pool(1), monkeypatch)

@@ -100,7 +100,7 @@ class OwnEngine:
         logs = store.local / "logs"
         self._show("starting Ray and the judge's engine; their output is under " + str(logs))
         execute.start(self._execution, logs, need=1)
-        self._open.callback(execute.stop, self._execution)
+        self._open.callback(execute.stop, self._execution, store.short)
         try:
             broker = execute.broker(store, self._execution, logs)
             self._open.callback(lambda held: None, broker)  # it lives as long as someone holds it

@@ -76,11 +76,13 @@ def shutdown(name: str) -> None:
     serve.delete(name)
 
 
-def shutdown_all() -> None:
-    """Take all of Serve down on the cluster that this process is connected to."""
+def shutdown_all(owner: str) -> None:
+    """Take down the applications whose names end with `owner`; others on the cluster, and Serve itself, stay."""
     from ray import serve
 
-    serve.shutdown()
+    for name in serve.status().applications:
+        if name.endswith(f"-{owner}"):
+            serve.delete(name)
 
 
 def state(name: str) -> tuple[str, str]:

@@ -251,7 +251,7 @@ def train_rows(
     rank: int = 0,
     world_size: int = 1,
     device: str = "cpu",
-    report: Callable[[int, int, dict[str, float]], None] | None = None,
+    report: Callable[[int, int, dict[str, float]], bool | None] | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> None:
     """One rank's whole work: load, encode, train, and on rank 0 write `scratch/result` (adapter/, curves.jsonl,
@@ -278,6 +278,8 @@ def train_rows(
             raise (PrerequisiteError(text) if world_size == 1 else RuntimeError(text)) from error
         smaller = fit.halved(scratch, size)
         print(f"out of memory with {size} rows a forward: going on from the last checkpoint with {smaller}", flush=True)
+        if report is not None and rank == 0:
+            report(run.step, run.num_steps, {"halved": float(smaller)})
         if world_size > 1:
             raise  # the other ranks wait for this one: all start anew, and find the note
     else:

@@ -26,7 +26,7 @@ from safecl.training import batches, checkpoints
 from safecl.training.model import norm
 from safecl.training.run import Run
 
-Report = Callable[[int, int, dict[str, float]], None]
+Report = Callable[[int, int, dict[str, float]], bool | None]  # see store.Context
 REPORT_EVERY_S = 0.3
 
 
@@ -69,7 +69,8 @@ def train(
     after_step: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Train `run.model`'s adapter in place, continuing from the newest checkpoint in `scratch`; rank 0 writes
-    `scratch/curves.jsonl` (one line a step). `after_step` is for tests."""
+    `scratch/curves.jsonl` (one line a step). Checkpoints are written every so many seconds, and when `report` asks for one;
+    it is told of each by the metric `checkpoint`, its step. `after_step` is for tests."""
     config = run.config
     order = batches.order(run.seed, len(run.rows), config.batch_size, config.epochs, config.shuffle)
     run.num_steps = len(order)
@@ -83,6 +84,7 @@ def train(
     curves = _open_curves(scratch, run.step) if run.rank == 0 else None
     started = checkpointed = time.monotonic()
     reported = 0.0
+    wanted = False  # a checkpoint, at once
     while run.step < run.num_steps:
         run.metrics, run.shared = {}, {}
         run.indices = order[run.step]
@@ -101,7 +103,7 @@ def train(
 
         # One small all-reduce a step: metrics, and rank 0's word on whether all write a checkpoint now.
         names = sorted(run.metrics)
-        due = run.rank == 0 and time.monotonic() - checkpointed >= checkpoint_every_s
+        due = run.rank == 0 and (wanted or time.monotonic() - checkpointed >= checkpoint_every_s)
         *sums, due_now = run.sum_over_ranks([run.metrics[name] for name in names] + [float(due)])
         line = {"step": run.step, **dict(zip(names, sums, strict=True))}
         line.update({name: float(value) for name, value in run.shared.items()})
@@ -116,12 +118,15 @@ def train(
             curves.flush()
             if report is not None and (time.monotonic() - reported >= REPORT_EVERY_S or run.step == run.num_steps):
                 reported = time.monotonic()
-                report(run.step, run.num_steps, {k: v for k, v in line.items() if k != "step"})
+                told = {k: v for k, v in line.items() if k != "step"}
+                wanted = bool(report(run.step, run.num_steps, told)) or wanted
         if due_now and run.step < run.num_steps:
             checkpoints.save(
                 run, scratch, norm_start=norm_start, response_tokens=response_tokens, tokens=tokens, loss=loss
             )
-            checkpointed = time.monotonic()
+            checkpointed, wanted = time.monotonic(), False
+            if run.rank == 0 and report is not None:
+                report(run.step, run.num_steps, {"checkpoint": float(run.step)})
         if after_step is not None:
             after_step(run.step)
     if curves is not None:

@@ -15,7 +15,7 @@ import pytest
 
 from safecl.base import PrerequisiteError
 from safecl.serving.client import Engines
-from safecl.serving.deploy import deploy, ready, shutdown_all
+from safecl.serving.deploy import deploy, ready, shutdown
 from safecl.serving.messages import Completion, Refused, Request, Sampling, Settings, WeightsRef
 from tests.serving.adapters import change_base, make_adapter, make_deltas
 
@@ -52,7 +52,7 @@ def engines(
     deploy(settings, weights["base"].base, wait=False)
     ready(ENGINE, timeout_s=240)
     yield Engines()
-    shutdown_all()
+    shutdown(ENGINE)
 
 
 def assert_greedy(completions: dict[str, Any], weights: WeightsRef) -> None:

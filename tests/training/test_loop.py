@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from safecl.config import Training
+from safecl.stages import finetune
 from safecl.testing import ranks
 from safecl.testing import world as contract
 from safecl.training import checkpoints, loop
@@ -101,3 +103,23 @@ def test_a_checkpoint_of_another_run_is_not_resumed(world: contract.World, tmp_p
     settings["training"] = {**settings["training"], "epochs": 3.0}
     with pytest.raises(RuntimeError, match="7 steps, expected 14"):
         contract.train(world, tmp_path, settings)
+
+
+def test_a_checkpoint_is_written_when_it_is_asked_for_and_told_of(world: contract.World, tmp_path: Path) -> None:
+    """As the Broker does when a machine is about to be taken back: long before the next one is due."""
+    told: list[tuple[int, dict[str, float]]] = []
+
+    def report(done: int, total: int, metrics: dict[str, float]) -> bool:
+        told.append((done, metrics))
+        return done == 3 and "checkpoint" not in metrics
+
+    settings = contract.config("sft")
+    inputs = world.inputs("sft")
+
+    def slowly(step: int) -> None:
+        time.sleep(loop.REPORT_EVERY_S)
+
+    finetune.train_rows(settings, inputs, tmp_path, contract.execution(), report=report, after_step=slowly)
+    assert [metrics["checkpoint"] for _, metrics in told if "checkpoint" in metrics] == [4.0]
+    newest = checkpoints.newest(tmp_path)
+    assert newest is not None and newest.name == "checkpoint-00000004"
