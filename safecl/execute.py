@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safecl import nodes, reclaim
+from safecl import gauges, nodes, reclaim
 from safecl.base import Damaged, PrerequisiteError
 from safecl.claims import Claims
 from safecl.config import Execution
@@ -227,6 +227,8 @@ class Broker:
         self.live: dict[str, dict[str, Any]] = {}
         self.finished: list[dict[str, Any]] = []
         self.times = Times()
+        self.gauges = gauges.of(execution.address)
+        self.num_tokens = 0  # generated since they were shown
         self.engines: dict[str, asyncio.Task[None]] = {}
         self.groups: dict[str, tuple[str, ...]] = {}
         # An engine takes the weights of those who wait in turn; the more wait, the longer until each has an answer.
@@ -306,6 +308,8 @@ class Broker:
                     self.claims.leave(stage)
             self.finished.append({"kind": stage.kind, "key": stage.key, "seconds": seconds})
             self.times.ends(stage.key)
+            if self.gauges is not None and stage.kind == "generate":
+                self.num_tokens += int((await asyncio.to_thread(self.store.record, stage))["result"]["tokens"])
         except BaseException as error:
             self.failed[stage.key] = error
             self.times.ends(stage.key, plain_error(error))
@@ -535,6 +539,9 @@ class Broker:
     async def snapshot(self, since: int = 0, told: int = 0) -> dict[str, Any]:
         """What runs and what failed in this run, what was finished but for the first `since` stages, and the times of what
         ended but for the first `told`."""
+        if self.gauges is not None:
+            self.gauges.show(self.times, len(self.engines), self.num_tokens)
+            self.num_tokens = 0
         plain = {key: plain_error(error) for key, error in self.failed.items()}
         failed = {key: f"{type(error).__name__}: {error}" for key, error in plain.items()}
         return {

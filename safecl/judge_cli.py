@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -174,7 +175,9 @@ def serve(
     plugin: Plugins = [],  # noqa: B006
     model: ModelSource = None,
     revision: Revision = None,
-    host: Annotated[str, typer.Option(help="Whoever reaches this address can use the judge")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Another than this machine's own wants SAFECL_JUDGE_TOKEN set")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8765,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests at once; more are told to come again (429)")] = 64,
     root: Root = Path("runs"),
@@ -187,7 +190,9 @@ def serve(
 
     registry.use(plugin)
     served = _served(model, revision, None, None, None, root, gpu, max_tokens)
-    http.serve(judge, served, host, port, max_waiting, lambda text: print(text, file=sys.stderr))
+    http.serve(
+        judge, served, host, port, max_waiting, lambda text: print(text, file=sys.stderr), os.environ.get(http.TOKEN)
+    )
 
 
 @judge_app.command()

@@ -242,7 +242,7 @@ def logs(
     `safecl status` names the keys of stages that run or failed. Logs lie beside the store: this machine's first, then
     those that other nodes put there.
     """
-    from safecl import logs as room
+    from safecl import tail as room
     from safecl.store import Store
 
     store = Store(root)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from safecl import cancel, cli, keep, lease, live, logs, trace
+from safecl import cancel, cli, keep, lease, live, tail, trace
 from safecl.base import ConfigError, PrerequisiteError
 from safecl.lease import Lease
 from safecl.overview import status
@@ -243,13 +243,13 @@ def test_logs_are_found_by_key_and_followed_until_the_stage_is_there(tmp_path: P
     log.write_text("".join(f"line {number}\n" for number in range(9)))
     (folder / f"finetune-{made.key[:12]}-rank1.log").write_text("of rank 1\n")
     (folder / "data-ffffffffffff.log").write_text("another's\n")
-    assert list(logs.lines(store, made.key[:7], 2, follow=False)) == [
+    assert list(tail.lines(store, made.key[:7], 2, follow=False)) == [
         f"==> finetune-{made.key[:12]}-rank1.log <==", "of rank 1", f"==> {log.name} <==", "line 7", "line 8"
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="begins with '123'"):
-        logs.names_of(store, "123")
+        tail.names_of(store, "123")
     with Lease(store, "s", ["sweep s"]):
-        lines = logs.lines(store, made.key, 1, follow=True)
+        lines = tail.lines(store, made.key, 1, follow=True)
         next(lines), next(lines), next(lines)
         assert next(lines) == "line 8"
         with log.open("a") as file:

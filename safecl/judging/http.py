@@ -2,12 +2,14 @@
 
 More than `max_waiting` requests at once are turned away with 429 and Retry-After, in place of waiting until they time
 out; GET /health says how many there are. A request counts once its body is read, for which it has `read_timeout_s`
-(then 408): half-sent ones take no one's place. Whoever can reach the port can use it, so it listens on the loopback address.
+(then 408): half-sent ones take no one's place. It listens on the loopback address; on another one it wants a token.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
+import ipaddress
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +28,16 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 LONGEST_BODY = 2**20  # bytes
+TOKEN = "SAFECL_JUDGE_TOKEN"  # environment variable: what they must show who ask from elsewhere
 RETRY_AFTER_S = 1
 READ_TIMEOUT_S = 10.0  # for a body
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def asker(judge: Judge, served: Served | None) -> Callable[[str, str], Verdict]:
@@ -46,8 +56,13 @@ def asker(judge: Judge, served: Served | None) -> Callable[[str, str], Verdict]:
     return ask
 
 
-def app(ask: Callable[[str, str], Verdict], max_waiting: int, read_timeout_s: float = READ_TIMEOUT_S) -> Starlette:
-    """The ASGI application."""
+def app(
+    ask: Callable[[str, str], Verdict],
+    max_waiting: int,
+    read_timeout_s: float = READ_TIMEOUT_S,
+    token: str | None = None,
+) -> Starlette:
+    """The ASGI application. `token`: who asks for a verdict must show it (`Authorization: Bearer TOKEN`)."""
     from starlette.applications import Starlette
     from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse
@@ -60,6 +75,9 @@ def app(ask: Callable[[str, str], Verdict], max_waiting: int, read_timeout_s: fl
         return JSONResponse({"error": text}, status, headers)
 
     async def judge(request: Request) -> Response:
+        shown = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if token is not None and not hmac.compare_digest(shown.encode(), token.encode()):
+            return problem(401, "expected the header 'Authorization: Bearer TOKEN'", {"WWW-Authenticate": "Bearer"})
         try:
             async with asyncio.timeout(read_timeout_s):
                 pair = await _pair(request)
@@ -116,13 +134,23 @@ def serve(
     port: int,
     max_waiting: int,
     show: Callable[[str], None],
+    token: str | None = None,
 ) -> None:
-    """Serve a judge until interrupted. Raises ConfigError for a served judge without a model."""
+    """Serve a judge until interrupted. `token`: see `app`.
+
+    Raises:
+        ConfigError: a served judge has no model, or an address that others reach has no token.
+    """
     import uvicorn
 
+    if token is None and not _is_loopback(host):
+        raise ConfigError(
+            f"--host {host!r} lets other machines use the judge: set {TOKEN} in the environment to a secret, which they must "
+            "show, or serve on 127.0.0.1"
+        )
     _, judge = parse_judge(name)
     if judge.served and served is None:
         raise ConfigError(f"judge {name!r} reads a model's answer: name one with --model")
     with served if served is not None and judge.served else nullcontext(None) as reached:
         show(f"{name} on http://{host}:{port}/v1/judge")
-        uvicorn.run(app(asker(judge, reached), max_waiting), host=host, port=port, log_level="warning")
+        uvicorn.run(app(asker(judge, reached), max_waiting, token=token), host=host, port=port, log_level="warning")

@@ -22,11 +22,14 @@ from safecl.judging.http import LONGEST_BODY, READ_TIMEOUT_S, app, asker, serve
 
 @contextmanager
 def serving(
-    ask: Callable[[str, str], Verdict], max_waiting: int = 4, read_timeout_s: float = READ_TIMEOUT_S
+    ask: Callable[[str, str], Verdict],
+    max_waiting: int = 4,
+    read_timeout_s: float = READ_TIMEOUT_S,
+    token: str | None = None,
 ) -> Iterator[str]:
     import uvicorn
 
-    served = app(ask, max_waiting, read_timeout_s)
+    served = app(ask, max_waiting, read_timeout_s, token)
     server = uvicorn.Server(uvicorn.Config(served, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -40,9 +43,9 @@ def serving(
 CUT_EMOJI = rb'{"prompt": "q", "response": "cut \ud83d"}'
 
 
-def post(url: str, body: bytes) -> tuple[int, Any, str | None]:
+def post(url: str, body: bytes, **headers: str) -> tuple[int, Any, str | None]:
     try:
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/judge", body), timeout=60) as response:
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/judge", body, headers), timeout=60) as response:
             return response.status, json.load(response), None
     except urllib.error.HTTPError as error:
         return error.code, json.load(error), error.headers.get("Retry-After")
@@ -150,3 +153,15 @@ def test_an_engine_that_is_gone_or_refuses_is_not_a_verdict() -> None:
 def test_a_served_judge_needs_its_model() -> None:
     with pytest.raises(ConfigError, match="--model"):
         serve("llamaguard", None, "127.0.0.1", 0, 1, print)
+
+
+def test_with_a_token_only_who_shows_it_is_answered() -> None:
+    with serving(asker(Keywords(), None), token="secret") as url:
+        assert [post(url, pair("Sorry"), **shown)[0] for shown in ({}, {"Authorization": "Bearer other"})] == [401, 401]
+        assert post(url, pair("Sorry"), Authorization="Bearer secret")[0] == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "::", "judge.example"])
+def test_without_a_token_no_other_machine_is_let_in(host: str) -> None:
+    with pytest.raises(ConfigError, match="SAFECL_JUDGE_TOKEN"):
+        serve("keywords", None, host, 0, 4, lambda text: None)
