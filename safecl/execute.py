@@ -131,6 +131,8 @@ def join(address: str, settings: dict[str, str]) -> None:
     import ray
 
     if not ray.is_initialized():
+        # Of a job's own variables (safecl submit --env) some are among these, with the same value: else Ray refuses both.
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
         try:
             ray.init(
                 address=address,

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several processes sl
 # `make test` runs two processes, a file's tests in one of them, since they share its fixtures. What starts Ray and engines
 # goes first and stands in one line: two clusters at once would want more memory than a small machine has, and would
 # see each other's processes.
-CLUSTERS = ["test_end_to_end.py", "serving/test_engine.py", "test_trainers.py", "test_execute.py"]
+CLUSTERS = ["test_end_to_end.py", "serving/test_engine.py", "test_trainers.py", "test_execute.py", "test_nodes.py"]
 LONG = ["methods/test_contract.py", "test_sandbox.py", "test_study.py", "test_tracking.py"]  # before short ones
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import ray
 import yaml
 
+from safecl.store import Store
 from safecl.sweepfile import load
+from safecl.watch import RUN
+from tests.mini import mini
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,3 +82,48 @@ def test_the_commands_in_the_files_are_ones_that_safecl_takes() -> None:
 @pytest.mark.parametrize("file", ["deploy/slurm.sh"])
 def test_a_script_is_one_that_bash_reads(file: str) -> None:
     subprocess.run(["bash", "-n", ROOT / file], check=True)
+
+
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job on two nodes, both this machine: its commands are stand-ins."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    # Two nodes share this machine's ports; given here, since on a busy machine a raylet does not wait long enough for its
+    # agents to choose their own.
+    (commands / "srun").write_text(
+        """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+[ "$1 $2" = "ray start" ] && set -- "$@" --min-worker-port=0 --max-worker-port=0 --metrics-export-port=$(port) \\
+    --dashboard-agent-listen-port=$(port) --dashboard-agent-grpc-port=$(port) --runtime-env-agent-port=$(port)
+exec "$@"
+"""
+    )
+    (commands / "scontrol").write_text("#!/bin/bash\nprintf 'one\\ntwo\\n'\n")
+    for command in commands.iterdir():
+        command.chmod(0o755)
+    path = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    given = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "[one-two]", "SLURM_CPUS_PER_TASK": "2"}
+    return {**os.environ, "PATH": path, "HOME": str(tmp_path), "TMPDIR": str(tmp_path), "RAY_TMPDIR": "/tmp", **given}
+
+
+def test_a_slurm_script_without_a_sweep_says_how_it_is_called(tmp_path: Path) -> None:
+    done = subprocess.run([ROOT / "deploy" / "slurm.sh"], env=slurm(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("usage: sbatch")
+
+
+@pytest.mark.slow
+def test_a_slurm_job_of_two_nodes_runs_a_sweep_and_leaves_nothing(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "mini.yaml").write_text(yaml.safe_dump(mini(tiny_model, tmp_path / "root")))
+    done = subprocess.run(
+        [ROOT / "deploy" / "slurm.sh", str(tmp_path / "mini.yaml")],
+        env=slurm(tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=540,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sft" in done.stdout
+    [note] = Store(str(tmp_path / "root")).notes(RUN).values()
+    assert note["how"] == "ended" and note["cluster"]["nodes"] == 2
+    assert not list(tmp_path.glob(".safecl-token*"))
+    mine = str(20000 + os.getpid() % 20000)
+    left = [p.cmdline() for p in psutil.process_iter() if any(f":{mine}" in word for word in p.cmdline())]
+    assert left == []

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from safecl import nodes
+from safecl import execute, nodes
 from safecl.base import PrerequisiteError
+from tests.cluster import nodes as cluster_of
 
 OURS = {"python": "3.11", "torch": "2.14.0", "ray": "2.60.0", "vllm": "0.33.0"}
 
@@ -59,3 +63,35 @@ def test_what_is_wrong_with_a_token_is_said_with_the_remedy(
         monkeypatch.setenv(name, value)
     told = nodes.token_help()
     assert says in told and "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH" in told
+
+
+def _told(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def test_a_cluster_that_is_joined_gets_the_runs_environment_and_one_odd_node_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    with cluster_of(tmp_path / "cluster", {}, {}) as cluster:
+        execute.join(cluster.address, {"SAFECL_TEST": "of the driver"})
+        told: Any = ray.remote(num_cpus=0)(_told)
+        _, other = cluster.made
+        there = NodeAffinitySchedulingStrategy(cluster.node_id(other), soft=False)
+        seen = [
+            ray.get(told.options(scheduling_strategy=there).remote(name)) for name in ("SAFECL_TEST", nodes.VERSIONS)
+        ]
+        assert seen == ["of the driver", json.dumps(nodes.versions())]
+        ray.shutdown()
+        odd = tmp_path / "odd" / "torch-0.0.1.dist-info"
+        odd.mkdir(parents=True)
+        (odd / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 0.0.1\n")
+        monkeypatch.setenv("PYTHONPATH", str(odd.parent))
+        third = cluster.add(num_cpus=1)
+        with pytest.raises(PrerequisiteError) as caught:
+            execute.join(cluster.address, {})
+        assert f"torch is {nodes.versions()['torch']} here, 0.0.1 on" in str(caught.value)
+        assert cluster.node_id(third)[:8] in str(caught.value) and "\n" not in str(caught.value)
+        assert not ray.is_initialized()

@@ -211,7 +211,8 @@ def test_gc_keeps_what_trials_under_way_and_trials_to_come_rest_on(tmp_path: Pat
     [cell] = [cell for cell in mine.cells if cell.space is not None]
     study = mine.study(cell)
     assert study is not None
-    study.ask()  # the defaults
+    number, _ = study.ask()  # the defaults
+    study.tell(number, 0.5, {"asr": -0.1})
     _, params = study.ask()
     under_way, first = cell.trial(params).graph.tuned, cell.job({}, mine.sweep.seeds[0], "final").graph
     reader = Project(load(QUICKSTART, [*SMALL, searched, f"execution.root={tmp_path}"]), reads=True)
