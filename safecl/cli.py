@@ -184,7 +184,7 @@ def status(
     while True:
         project = _project(file, set_, limit, reads=True)
         run = live.state(project.store, project.sweep.name, project.sweep.execution)
-        cells = read_status(project, run["cells"] if run else ())
+        cells = read_status(project, run)
         if as_json:
             print(json.dumps({"cells": cells, "run": run}, indent=1), flush=True)
         else:

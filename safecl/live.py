@@ -51,7 +51,7 @@ def state(store: Store, sweep: str, execution: Execution) -> dict[str, Any] | No
         "cells": last["cells"] if how == "under way" else [],
         "stages": {kind: {**last["queue"].get(kind, {}), "done": done[kind]} for kind in kinds},
         "running": last["running"] if how == "under way" else [],
-        "cluster": last["cluster"], "money": money(every, execution),
+        "searched": last.get("searched", {}), "root": store.root, "cluster": last["cluster"], "money": money(every, execution),
         "failed": [found for found in failed if found["key"] not in again and not _is_made(store, found)] + last["failed"],
         "num_failed": last["num_failed"],
     }  # fmt: skip
@@ -106,7 +106,7 @@ def lines(found: dict[str, Any] | None) -> list[str]:
         )
         told.append(
             f"failed: {failed['kind']} {failed['key'][:12]}, cause {failed['cause']}{where}: {failed['error']} "
-            f"(safecl logs {failed['key'][:12]})"
+            f"(safecl logs {failed['key'][:12]}{'' if found['root'] == 'runs' else ' --root ' + found['root']})"
         )
     if more := found["num_failed"] - len(found["failed"]):
         told += [f"failed: {more} more"] if more > 0 else []

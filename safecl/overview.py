@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,9 +114,10 @@ def _plan_notes(project: Project) -> list[str]:
     return told + trained_notes(found)
 
 
-def status(project: Project, under_way: Sequence[str] = ()) -> list[dict[str, str]]:
+def status(project: Project, run: Mapping[str, Any] | None = None) -> list[dict[str, str]]:
     """How far each cell is, from the store and the studies alone; `weights`: of its first finished seed, for `safecl export`.
-    `under_way`: labels of cells that a run works on now."""
+    `run`: what its driver noted (live.state): which cells it works on, and how far searches are whose study lies elsewhere."""
+    under_way, searched = (run or {}).get("cells", ()), (run or {}).get("searched", {})
     found = []
     for cell, _, jobs, note in project.finals():
         done = sum(project.store.has(job.evidence.metrics) for job in jobs)
@@ -125,8 +126,11 @@ def status(project: Project, under_way: Sequence[str] = ()) -> list[dict[str, st
             search = "-"
         else:
             study = project.past(cell)
-            search = f"{len(study.complete()) if study else 0}/{cell.num_trials}"
-        state = "done" if jobs and done == num_seeds else "searching" if note.startswith("search:") else "to do"
+            num = len(study.complete()) if study else 0
+            if study is None and cell.label in searched:
+                num, done = searched[cell.label]
+            search = f"{num}/{cell.num_trials}"
+        state = "done" if done == num_seeds else "searching" if note.startswith("search:") else "to do"
         state = "failed" if not jobs and note.startswith("all ") else state
         state = "under way" if state == "to do" and cell.label in under_way else state
         ready = [job.graph.final for job in jobs if project.store.has(job.evidence.metrics)]

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -141,10 +142,22 @@ class Notes:
             "began": self.began, "at": now, "how": how or "under way",
             "trials": state.get("trials", 0), "trials_done": state.get("trials_done", 0), "eta_s": state.get("eta_s"),
             "cells": sorted({job.cell.label for queue in self.schedule.queues for job in queue.under_way}),
+            "searched": self._searched(),
             "running": [] if how else running, "queue": {} if how else self._queue, "done": self.done,
             "failed": failed[-100:], "num_failed": len(failed),
             "cluster": self._cluster, "device_s": round(self.device_s, 1),
         }  # fmt: skip
+
+    def _searched(self) -> dict[str, list[int]]:
+        """{cell: [finished trials of its search, of its final ones]}: for readers that do not reach the study."""
+        finals = Counter(
+            done.job.cell.label for done in self.schedule.done if done.job.role == "final" and done.result is not None
+        )
+        return {
+            queue.cell.label: [len(queue.study.complete()), finals[queue.cell.label]]
+            for queue in self.schedule.queues
+            if queue.study is not None
+        }
 
 
 def cluster(use_gpu: bool) -> dict[str, Any]:

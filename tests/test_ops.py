@@ -67,7 +67,7 @@ def test_status_adds_up_all_runs_and_says_where_a_failure_was(tmp_path: Path) ->
     assert found["stages"] == {"finetune": {"done": 4}}
     assert found["money"] == {"unit": "GPU", "hours": 4.0, "price": 2.5, "cost": 10.0}
     said = "\n".join(live.lines(found))
-    assert "on far (process 9, cpu): E: no (safecl logs abababababab)" in said and "cause trial" in said
+    assert "on far (process 9, cpu): E: no (safecl logs abababababab --root " in said and "cause trial" in said
     assert "about 10.00 (4.00 GPU-hours held so far, 2.5 each)" in said
     assert "held of 2 nodes: GPU 3 of 4, memory 1.0 of 4.0 GiB" in said
 
@@ -98,7 +98,7 @@ def test_a_run_whose_driver_is_gone_is_lost_and_one_that_lives_is_under_way(tmp_
     noted(mine.store, [], how="under way", cells=[label], at=time.time())
     found = live.state(mine.store, "quickstart", mine.sweep.execution)
     assert found is not None and found["how"] == "under way" and found["eta_s"] == 30.0
-    assert [row["state"] for row in status(mine, found["cells"])][:2] == ["under way", "to do"]
+    assert [row["state"] for row in status(mine, found)][:2] == ["under way", "to do"]
     noted(mine.store, [], owner=GONE, began=200.0, how="under way", cells=[label])
     found = live.state(mine.store, "quickstart", mine.sweep.execution)
     assert found is not None and found["how"] == "lost" and found["cells"] == []
@@ -275,3 +275,15 @@ def test_cancel_stops_a_driver_by_a_note_in_its_store(tmp_path: Path, monkeypatc
     assert cancel.cancel(store, "s", 30.0, said.append)
     assert driver.wait(30) == -signal.SIGTERM  # no handler there: its lease's note stays, its process is gone
     assert f"process {driver.pid}" in said[0] and store.notes(lease.CANCEL) == {}
+
+
+def test_status_knows_of_a_search_whose_study_lies_elsewhere(tmp_path: Path) -> None:
+    searched = "methods=[{name: der, config: {memory_size: 9}, search: {weight: {low: 0.1, high: 9.0, log: true}}}]"
+    mine = project(tmp_path, searched)
+    [cell] = [cell for cell in mine.cells if cell.space is not None]
+    noted(mine.store, [], searched={cell.label: [4, 0]})
+    found = live.state(mine.store, "quickstart", mine.sweep.execution)
+    assert [(row["search"], row["state"]) for row in status(mine, found)][-1] == (f"4/{cell.num_trials}", "searching")
+    noted(mine.store, [], began=300.0, searched={cell.label: [cell.num_trials, len(mine.sweep.seeds)]})
+    found = live.state(mine.store, "quickstart", mine.sweep.execution)
+    assert status(mine, found)[-1]["state"] == "done"

@@ -60,7 +60,7 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Notes:
         state=lambda schedule, snapshot, now: {"trials": 3, "trials_done": 1, "eta_s": 9.0, "running": []},
         forecast=SimpleNamespace(execution=SimpleNamespace(use_gpu=False)),
     )
-    schedule: Any = SimpleNamespace(sweep=SimpleNamespace(name="mine"), queues=[])
+    schedule: Any = SimpleNamespace(sweep=SimpleNamespace(name="mine"), queues=[], done=[])
     return Notes(schedule, eta, Store(str(tmp_path)))
 
 
