@@ -548,7 +548,7 @@ class Broker:
         failed = {key: f"{type(error).__name__}: {error}" for key, error in plain.items()}
         return {
             "broker": self.times.id,
-            "running": list(self.live.values()),
+            "running": [{**self.times.told(key), **live} for key, live in self.live.items()],
             "finished": self.finished[since:],
             "failed": failed,
             "queue": queue(self.times.under_way()),

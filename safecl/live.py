@@ -17,6 +17,7 @@ from safecl.watch import NOTE_S, RUN
 if TYPE_CHECKING:
     from safecl.config import Execution
 
+SHOWN = 20  # stages that run
 SILENT_S = 12 * NOTE_S  # a run whose notes are older may be lost
 
 
@@ -99,6 +100,14 @@ def lines(found: dict[str, Any] | None) -> list[str]:
         )
         num = found["cluster"]["nodes"]
         told.append(f"held of {num} {'node' if num == 1 else 'nodes'}: {', '.join(each)}")
+    for stage in found["running"][:SHOWN]:
+        done = f", {stage['done']} of {stage['total']} {stage['unit']}".rstrip() if stage["total"] else ""
+        where = f", on {stage['host']} (process {stage['pid']}, {stage['device']})" if stage.get("host") else ""
+        told.append(
+            f"running for {clock(found['at'] - stage['start'])}: {stage['label']}{done}{where}, {stage['key'][:12]}"
+        )
+    if (more := len(found["running"]) - SHOWN) > 0:
+        told.append(f"and {more} more")
     told.append(_money_line(found["money"]))
     for failed in found["failed"]:
         where = (

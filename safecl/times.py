@@ -81,6 +81,10 @@ class Times:
         """What was asked for and has not ended."""
         return list(self._open.values())
 
+    def told(self, key: str) -> dict[str, Any]:
+        """What is known of a stage under way: its times so far, and where it is worked on."""
+        return dict(self._open.get(key, {}))
+
     def _add(self, key: str, **facts: Any) -> None:
         if key in self._open:
             self._open[key].update(facts)

@@ -24,8 +24,9 @@ def spans(store: Store, sweep: str) -> list[Span]:
         for _, times in sorted(store.notes(f"{TRACE}{told['run']}-").items()):
             found += [{**span, "run": told["run"]} for span in times if "start" in span]
         for stage in told["running"]:
-            where = {"asked": stage["start"], "ready": stage["start"], "needs": "under way", "inputs": []}
-            found.append({**where, **stage, "end": told["at"], "run": told["run"], "open": True})
+            known = {name: value for name, value in stage.items() if value is not None}
+            where = {"asked": stage["start"], "ready": stage["start"], "needs": "process", "inputs": []}
+            found.append({**where, **known, "end": told["at"], "run": told["run"], "open": True})
     return sorted(found, key=lambda span: float(span["start"]))
 
 
@@ -70,7 +71,7 @@ def row_of(span: Span) -> str:
         return f"engine {span['key']}"
     if span["needs"] == "trainer":
         return f"{span.get('device', 'cpu')}, process {span.get('pid', '?')}"
-    return span["needs"] if span["needs"] in ("process", "under way") else f"engine {span['needs']}"
+    return span["needs"] if span["needs"] == "process" else f"engine {span['needs']}"
 
 
 def _queues(found: Iterable[Span]) -> list[dict[str, Any]]:
@@ -146,7 +147,7 @@ def chain(found: list[Span]) -> Counter[str]:
 
 def _thing(span: Span) -> str:
     """What a stage waits for, as people say it."""
-    return span["needs"] if span["needs"] in ("trainer", "process", "under way") else "engine"
+    return span["needs"] if span["needs"] in ("trainer", "process") else "engine"
 
 
 def _shares(parts: Counter[str]) -> str:

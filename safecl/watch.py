@@ -133,8 +133,11 @@ class Notes:
 
     def _told(self, now: float, how: str) -> dict[str, Any]:
         state = self.state
-        shown = ("kind", "key", "label", "start", "done", "total", "unit", "ends")
-        running = [{name: stage[name] for name in shown} for stage in state.get("running", ())]
+        shown = (
+            "kind", "key", "label", "start", "done", "total", "unit", "ends", "asked", "ready", "needs", "inputs", "host",
+            "node", "pid", "device",
+        )  # fmt: skip
+        running = [{name: stage.get(name) for name in shown} for stage in state.get("running", ())]
         facts = ("key", "kind", "error", "cause", "end", "host", "node", "pid", "device")
         failed = [{name: found.get(name) for name in facts} for found in self.failed.values()]
         return {

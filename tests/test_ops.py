@@ -287,3 +287,30 @@ def test_status_knows_of_a_search_whose_study_lies_elsewhere(tmp_path: Path) -> 
     noted(mine.store, [], began=300.0, searched={cell.label: [cell.num_trials, len(mine.sweep.seeds)]})
     found = live.state(mine.store, "quickstart", mine.sweep.execution)
     assert status(mine, found)[-1]["state"] == "done"
+
+
+def test_what_runs_is_told_with_its_place_and_is_in_the_trace(tmp_path: Path) -> None:
+    mine = project(tmp_path)
+    known = {
+        "kind": "finetune",
+        "key": "cd" * 32,
+        "label": "finetune sft, seed 0",
+        "start": 130.0,
+        "done": 3,
+        "total": 9,
+    }
+    place = {
+        "unit": "steps",
+        "host": "far",
+        "pid": 5,
+        "device": "cuda:1",
+        "needs": "trainer",
+        "inputs": [],
+        "asked": 110.0,
+    }
+    noted(mine.store, [], how="under way", running=[{**known, **place, "ready": 120.0}])
+    found = live.state(mine.store, "quickstart", mine.sweep.execution)
+    said = "\n".join(live.lines(found))
+    assert "running for 0:30: finetune sft, seed 0, 3 of 9 steps, on far (process 5, cuda:1), cdcdcdcdcdcd" in said
+    [span] = trace.spans(mine.store, "quickstart")
+    assert trace.row_of(span) == "cuda:1, process 5" and (span["start"], span["end"]) == (130.0, 160.0)
