@@ -7,6 +7,7 @@ into the job's folder; an absolute place or a URL is taken as one that the clust
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import shutil
@@ -102,6 +103,7 @@ def _copy_models(given: Any, beside: Path, folder: Path) -> None:
 
 def client(address: str) -> Any:
     """Ray's job client. Raises PrerequisiteError where no dashboard answers, or it asks for a token."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         from ray.job_submission import JobSubmissionClient
 

@@ -104,7 +104,7 @@ exec "$@"
         command.chmod(0o755)
     path = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     given = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "[one-two]", "SLURM_CPUS_PER_TASK": "2"}
-    return {**os.environ, "PATH": path, "HOME": str(tmp_path), "TMPDIR": str(tmp_path), "RAY_TMPDIR": "/tmp", **given}
+    return {**os.environ, "PATH": path, "HOME": str(tmp_path), "TMPDIR": "/tmp", "RAY_TMPDIR": "/tmp", **given}
 
 
 def test_a_slurm_script_without_a_sweep_says_how_it_is_called(tmp_path: Path) -> None:
