@@ -238,7 +238,8 @@ def every_method(world: World) -> None:
     """A step of each method over SFT's."""
     bench = world.bench
     world.ask()
-    runs = {method: lambda m=method: ours(world, m, False) for method in methods.trained() if method not in MIXED}
+    chosen = [m for m in methods.trained() if m not in MIXED and (m == "sft" or m in (bench.options.methods or [m]))]
+    runs = {method: lambda m=method: ours(world, m, False) for method in chosen}
 
     def describe(name: str, found: list[dict[str, Any]], ratio: float | None) -> dict[str, Any]:
         if not all(map(math.isfinite, found[0]["losses"])):
@@ -331,12 +332,12 @@ def plan(worlds: Mapping[str, Callable[[], World]]) -> list[tuple[str, Callable[
     llama, gemma, mistral = (worlds[name] for name in ("llama-2-7b", "gemma-2-2b", "mistral-7b"))
     return [
         ("llama against anchors", lambda: against_anchors(llama(), False)),
+        ("gemma against anchors", lambda: against_anchors(gemma(), False)),
         ("llama methods", lambda: every_method(llama())),
+        ("mistral against anchors", lambda: against_anchors(mistral(), False)),
+        ("gemma methods", lambda: every_method(gemma())),
         ("llama with checkpointing", lambda: against_anchors(llama(), True)),
         ("llama merging", lambda: merging(llama())),
-        ("gemma against anchors", lambda: against_anchors(gemma(), False)),
-        ("gemma methods", lambda: every_method(gemma())),
-        ("mistral against anchors", lambda: against_anchors(mistral(), False)),
         ("gemma with checkpointing", lambda: against_anchors(gemma(), True)),
         ("mistral methods", lambda: every_method(mistral())),
         ("mistral with checkpointing", lambda: against_anchors(mistral(), True)),
@@ -353,6 +354,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dropout", type=float, default=0.0, help="LoRA's; with any, curves are not compared")
+    parser.add_argument("--methods", nargs="+", help="beside sft; default: all that train")
     parser.add_argument("--only", nargs="+", help="parts of the list, by words in their names: llama methods")
     parser.add_argument("--out", type=Path, default=_bench.RESULTS, help="folder of the result file")
     parser.add_argument("--debug", action="store_true", help="stop at the first failure")

@@ -225,6 +225,7 @@ def make_run(
             max_grad_norm=training.max_grad_norm,
             world_size=world_size,
             zero=execution["zero"],
+            graphs=device != "cpu" and fitted.leaves_room(free),
         ),
         config=training,
         seed=seed,

@@ -142,15 +142,13 @@ def sampled(hidden_ND: Tensor, head: Head, batch: Batch, seed: int) -> Tensor:
     """A label for each response position, drawn from the model; each row from a stream of its own."""
     import torch
 
-    from safecl.training import losses
     from safecl.training.batches import stream
 
     found = []
     sizes = [row.num_targets for row in batch.rows]
     for row, states_ND in zip(batch.indices, torch.split(hidden_ND, sizes), strict=True):
         generator = torch.Generator(device=hidden_ND.device).manual_seed(stream(seed, "fisher.labels", row))
-        step = max(1, losses.CHUNK_ELEMENTS // head.num_vocab)
-        for part_ND in torch.split(states_ND, step):
+        for part_ND in torch.split(states_ND, head.rows_at_once):
             chances_NV = torch.softmax(head.logits(part_ND).float(), 1)
             found.append(torch.multinomial(chances_NV, 1, generator=generator)[:, 0])
     return torch.cat(found)

@@ -34,7 +34,9 @@ class TorchEngine:
 
     needs_every_forward = False
 
-    def __init__(self, module: nn.Module, *, weight_decay: float, max_grad_norm: float, world_size: int = 1) -> None:
+    def __init__(
+        self, module: nn.Module, *, weight_decay: float, max_grad_norm: float, world_size: int = 1, graphs: bool = False
+    ) -> None:
         self.module = module
         self.world_size = world_size
         self.max_grad_norm = max_grad_norm
@@ -54,12 +56,19 @@ class TorchEngine:
         self.optimizer = torch.optim.AdamW(
             [self.flat], lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True
         )
+        self.graphs: Any = None
+        if graphs:
+            from safecl.training.graphs import Graphs
+
+            self.graphs = Graphs(module, self.grad)  # type: ignore[arg-type]
 
     def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
         return torch.split(flat, self.sizes)
 
     def forward(self, batch: Any) -> Tensor:
         """What the module makes of a batch: hidden states [P, D]."""
+        if self.graphs is not None and (found_PD := self.graphs.forward(batch)) is not None:
+            return found_PD  # type: ignore[no-any-return]
         hidden_PD: Tensor = self.module(batch)
         return hidden_PD
 
@@ -106,6 +115,12 @@ class TorchEngine:
         """Replace all parameters outside the optimizer's step."""
         with torch.no_grad():
             self.flat.copy_(values)
+
+    def release(self) -> None:
+        """Give up what is held for further steps alone."""
+        if self.graphs is not None:
+            self.graphs = None
+            torch.cuda.empty_cache()
 
     def clear_grads(self) -> None:
         """Forget gradients, so that the next backward starts afresh."""
@@ -257,6 +272,9 @@ class DeepSpeedEngine:
             yield p, flat[start : start + shape.numel()].view(shape)
             start += shape.numel()
 
+    def release(self) -> None:
+        pass
+
     def clear_grads(self) -> None:
         self.engine.optimizer.zero_grad()
 
@@ -323,11 +341,21 @@ def shards_the_model(kind: str, zero: int, world_size: int) -> bool:
 
 
 def make(
-    kind: str, module: nn.Module, *, weight_decay: float, max_grad_norm: float, world_size: int, zero: int
+    kind: str,
+    module: nn.Module,
+    *,
+    weight_decay: float,
+    max_grad_norm: float,
+    world_size: int,
+    zero: int,
+    graphs: bool = False,
 ) -> Engine:
-    """`torch`, `deepspeed` with its ZeRO stage, or `auto`: DeepSpeed where there is more than one rank to shard over."""
+    """`torch`, `deepspeed` with its ZeRO stage, or `auto`: DeepSpeed where there is more than one rank to shard over.
+    `graphs`: forward and backward may be captured (graphs.py)."""
     if kind == "torch" or (kind == "auto" and world_size == 1):
-        return TorchEngine(module, weight_decay=weight_decay, max_grad_norm=max_grad_norm, world_size=world_size)
+        return TorchEngine(
+            module, weight_decay=weight_decay, max_grad_norm=max_grad_norm, world_size=world_size, graphs=graphs
+        )
     return DeepSpeedEngine(
         module, weight_decay=weight_decay, max_grad_norm=max_grad_norm, world_size=world_size, zero=zero
     )

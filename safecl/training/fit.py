@@ -41,6 +41,12 @@ class Fit(NamedTuple):
     checkpointing: bool
     num_bytes: float
 
+    def leaves_room(self, free: float) -> bool:
+        """Whether graphs fit too: they hold activations of their own, beside those of forwards without."""
+        from safecl.training.graphs import SPARE
+
+        return (1 + SPARE) * self.num_bytes <= SHARE * free
+
 
 def activations(config: Any, lora: Mapping[str, Json], num_tokens: int, num_bytes: int, checkpointing: bool) -> float:
     """Bytes kept for the backward of a forward of `num_tokens` tokens. `config`: the model's; `num_bytes`: of a number."""
@@ -105,18 +111,22 @@ def checkpoint_layers(states: HiddenStates) -> None:
     its own forward: another forward may have come between."""
 
     @contextmanager
-    def of(rows: list[tuple[int, int]]) -> Iterator[None]:
-        now = list(states.rows)
-        states.rows[:] = rows
+    def of(rows: list[tuple[int, int]], tokens: Any) -> Iterator[None]:
+        now = list(states.rows), states.rows.tokens
+        states.rows.set(rows, tokens)
         try:
             yield
         finally:
-            states.rows[:] = now
+            states.rows.set(*now)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), of(list(states.rows))
+        return nullcontext(), of(list(states.rows), states.rows.tokens)
 
-    states.base.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    # Nothing here draws from PyTorch's own generators; a graph (graphs.py) could not hold that their states are kept.
+    on_gpu = next(states.parameters()).is_cuda
+    states.base.gradient_checkpointing_enable(
+        {"use_reentrant": False, "context_fn": contexts, "preserve_rng_state": not on_gpu}
+    )
 
 
 def halved(scratch: Path, micro_batch_size: int) -> int:

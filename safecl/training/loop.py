@@ -131,6 +131,7 @@ def train(
             after_step(run.step)
     if curves is not None:
         curves.close()
+    run.engine.release()
     seconds = time.monotonic() - started
     kept = math.prod(1 - learning_rate(config, s, run.num_steps) * config.weight_decay for s in range(run.num_steps))
     return Outcome(

@@ -11,23 +11,46 @@ Shapes: P tokens, I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from safecl.training import fused
+
 DRAWS = 2**16  # dropout probabilities are multiples of 1 / DRAWS
+
+
+class Rows(list[tuple[int, int]]):
+    """(dropout seed, length) of each row of the running forward, end to end."""
+
+    tokens: tuple[Tensor, Tensor] | None = None  # on the device: of each token its row's seed, and its place in the row
+
+    def set(self, rows: Iterable[tuple[int, int]], tokens: tuple[Tensor, Tensor] | None = None) -> None:
+        self[:] = rows
+        self.tokens = tokens
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`tokens`, made where they are not known."""
+        if self.tokens is None:
+            lengths = torch.tensor([length for _, length in self])
+            seeds_P = torch.tensor([seed for seed, _ in self]).repeat_interleave(lengths)
+            places_P = torch.cat([torch.arange(length) for _, length in self])
+            self.tokens = seeds_P.to(device), places_P.to(device)
+        return self.tokens
 
 
 class RowDropout(nn.Module):
     """LoRA dropout whose mask depends on (row seed, module) alone: two ranks draw what one would, a forward more or
     less changes nobody else's mask, and a resumed run needs no random state."""
 
-    def __init__(self, probability: float, module_index: int, rows: list[tuple[int, int]]) -> None:
+    def __init__(self, probability: float, module_index: int, rows: Rows) -> None:
         super().__init__()
         self.probability, self.module_index = probability, module_index
-        self.rows = rows  # shared by all modules: (seed, length) of each row of the running forward, end to end
+        self.rows = rows  # shared by all modules
         self.cut = round(probability * DRAWS)
 
     @property
@@ -38,6 +61,15 @@ class RowDropout(nn.Module):
     def scale(self) -> float:
         """What a kept element is multiplied by."""
         return DRAWS / (DRAWS - self.cut)
+
+    def kept(self, x_PI: Tensor) -> Dropped:
+        """Which elements of x are kept, until the backward."""
+        if kernels := fused.kernels_for(x_PI):
+            known = self.rows.on(x_PI.device)
+            if len(known[0]) != len(x_PI):
+                raise RuntimeError(f"dropout has seeds for {len(known[0])} tokens, got {len(x_PI)} tokens")
+            return partial(kernels.drop, module=self.module_index, cut=self.cut), known
+        return by_mask, (self.mask(x_PI),)
 
     def mask(self, x_PI: Tensor) -> Tensor:
         """1 where an element is kept, else 0: in int8, which a CPU multiplies by three times as fast as by booleans."""
@@ -56,7 +88,32 @@ class RowDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
             return x
-        return x * self.mask(x.flatten(0, -2)).view_as(x) * self.scale
+        x_PI = x.flatten(0, -2)
+        drop, known = self.kept(x_PI)
+        dropped_PI: Tensor = _Drop.apply(x_PI, drop, *known)  # type: ignore[no-untyped-call]
+        return dropped_PI.view_as(x) * self.scale
+
+
+def by_mask(x_PI: Tensor, mask_PI: Tensor, base_PI: Tensor | None = None) -> Tensor:
+    """x where it is kept, else 0; added to `base_PI` in place where there is one. x is overwritten then."""
+    return x_PI * mask_PI if base_PI is None else base_PI.add_(x_PI.mul_(mask_PI))
+
+
+# What drops, `(x, *known, base=None)` as `by_mask` does, and the tensors `known` that it needs.
+Dropped = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_PI: Tensor, drop: Callable[..., Tensor], *known: Tensor) -> Tensor:
+        ctx.save_for_backward(*known)
+        ctx.drop = drop
+        return drop(x_PI, *known)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        known = ctx.saved_tensors
+        return ctx.drop(outer[0], *known), None, *[None] * len(known)
 
 
 def _scaled(first: Tensor, second: Tensor, scale: float) -> Tensor:
@@ -78,30 +135,30 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         x_PI = x.reshape(-1, x.shape[-1])
         y_PO = torch.nn.functional.linear(x_PI, weight_OI, bias_O)
-        mask_PI = drop.mask(x_PI) if drop is not None and drop.active else None
-        factor = scale if mask_PI is None else scale * drop.scale
+        ctx.drop, known = drop.kept(x_PI) if drop is not None and drop.active else (None, ())
+        factor = scale if ctx.drop is None else scale * drop.scale
         own_RI, own_OR = a_RI.to(x.dtype), b_OR.to(x.dtype)
-        inner_PR = _scaled(x_PI if mask_PI is None else x_PI * mask_PI, own_RI.T, factor)
+        inner_PR = _scaled(x_PI if ctx.drop is None else ctx.drop(x_PI, *known), own_RI.T, factor)
         y_PO.addmm_(inner_PR, own_OR.T)
-        ctx.save_for_backward(x_PI, weight_OI, own_RI, own_OR, inner_PR, mask_PI)
+        ctx.save_for_backward(x_PI, weight_OI, own_RI, own_OR, inner_PR, *known)
         ctx.factor = factor
         return y_PO.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        x_PI, weight_OI, own_RI, own_OR, inner_PR, mask_PI = ctx.saved_tensors
+        x_PI, weight_OI, own_RI, own_OR, inner_PR, *known = ctx.saved_tensors
         grad = outer[0]
         grad_PO = grad.reshape(-1, grad.shape[-1])
         inner_grad_PR = _scaled(grad_PO, own_OR, ctx.factor)
-        grad_RI = (inner_grad_PR.T @ (x_PI if mask_PI is None else x_PI * mask_PI)).float()
+        grad_RI = (inner_grad_PR.T @ (x_PI if ctx.drop is None else ctx.drop(x_PI, *known))).float()
         grad_OR = (inner_PR.T @ grad_PO).T.float()
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_PI = grad_PO @ weight_OI
-            if mask_PI is None:
+            if ctx.drop is None:
                 grad_PI.addmm_(inner_grad_PR, own_RI)
             else:
-                grad_PI.add_((inner_grad_PR @ own_RI).mul_(mask_PI))
+                ctx.drop(inner_grad_PR @ own_RI, *known, grad_PI)
             grad_x = grad_PI.view(*grad.shape[:-1], -1)
         return grad_x, None, None, grad_RI, grad_OR, None, None
 
@@ -115,7 +172,7 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     return y
 
 
-def seed_dropout(peft_model: Any, rows: list[tuple[int, int]]) -> None:
+def seed_dropout(peft_model: Any, rows: Rows) -> None:
     """Make the dropout of every adapted layer depend on `rows` (seed, length), which the caller fills per forward."""
     index = 0
     for module in peft_model.modules():

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from safecl.base import PrerequisiteError
+from safecl.training import fused
 
 if TYPE_CHECKING:
     from safecl.training.batches import Batch
 
 CHUNK_ELEMENTS = 2**24  # logits held at once, in float32: 64 MiB
+ON_GPU = 4  # times as many: of a vocabulary of 256,000 it would be 65 tokens, too few for a GPU's matrix products
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Head:
     def linear(self) -> bool:
         """z = W h and nothing else: what the Gram form needs."""
         return self.bias_V is None and self.soft_cap is None
+
+    @property
+    def rows_at_once(self) -> int:
+        """Tokens whose logits are held at once."""
+        return max(1, CHUNK_ELEMENTS * (ON_GPU if self.weight_VD.is_cuda else 1) // self.num_vocab)
 
     def in_float32(self) -> Head:
         """The same in float32: 4 V D bytes more where it was not (2.1 GB for Llama-3-8B)."""
@@ -114,9 +121,17 @@ class _CrossEntropies(torch.autograd.Function):
         losses_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if hidden_ND.requires_grad else None
         weight_VD = head.weight_VD
-        step = max(1, CHUNK_ELEMENTS // head.num_vocab)
+        step = head.rows_at_once
         for start in range(0, len(hidden_ND), step):
             target_N = targets_N[start : start + step]
+            if kernels := fused.kernels_for(hidden_ND):
+                # One pass to the loss and one to the gradient, which takes the logits' place.
+                raw_NV = torch.nn.functional.linear(hidden_ND[start : start + step], weight_VD, head.bias_V)
+                found_N = kernels.cross_entropy(raw_NV, target_N, head.soft_cap, grad_ND is not None)
+                losses_N[start : start + step] = found_N
+                if grad_ND is not None:
+                    grad_ND[start : start + step] = raw_NV @ weight_VD
+                continue
             logits_NV = head.logits(hidden_ND[start : start + step]).float()
             slope_NV = None if head.soft_cap is None else 1 - (logits_NV / head.soft_cap) ** 2
             logits_NV.sub_(logits_NV.amax(1, keepdim=True))
@@ -162,7 +177,7 @@ class _Divergence(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if hidden_ND.requires_grad else None
-        step = max(1, CHUNK_ELEMENTS // head.num_vocab)
+        step = head.rows_at_once
         for start in range(0, len(hidden_ND), step):
             logits_NV = head.logits(hidden_ND[start : start + step]).float()
             other_NV = head.logits(states_ND[start : start + step].to(hidden_ND.dtype)).float()
@@ -205,7 +220,7 @@ def divergence_sum(
 
 def log_probabilities(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
     """log p of each target in nats, float32 [N]; logits are of the head's dtype. Without gradients."""
-    step = max(1, CHUNK_ELEMENTS // head.num_vocab)
+    step = head.rows_at_once
     parts = []
     with torch.no_grad():
         for hidden_nD, targets_n in zip(torch.split(hidden_ND, step), torch.split(targets_N, step), strict=True):
@@ -237,7 +252,7 @@ class _ExactDistance(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, states_ND: Tensor, head: Head) -> tuple[Tensor, Tensor]:
         raw, centred = (torch.zeros((), dtype=torch.float32, device=hidden_ND.device) for _ in range(2))
         grads = [torch.empty_like(hidden_ND) for _ in range(2)] if hidden_ND.requires_grad else []
-        step = max(1, CHUNK_ELEMENTS // head.num_vocab)
+        step = head.rows_at_once
         for start in range(0, len(hidden_ND), step):
             logits_NV = head.logits(hidden_ND[start : start + step]).float()
             slope_NV = 1.0 if head.soft_cap is None else 1 - (logits_NV / head.soft_cap) ** 2

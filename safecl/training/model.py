@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from safecl import model_files
 from safecl.base import ConfigError, Json, PrerequisiteError
 from safecl.training import attention, lora, norms, weights
+from safecl.training import fused as kernels
 from safecl.training.batches import Batch, collate, stream
 from safecl.training.tokens import Encoded, base_folder
 
@@ -236,22 +237,36 @@ class HiddenStates(nn.Module):
         super().__init__()
         self.peft_model = peft_model
         self.base = getattr(peft_model, "get_base_model", lambda: peft_model)()
-        self.rows: list[tuple[int, int]] = []  # (dropout seed, length) of the running forward
+        self.rows = lora.Rows()  # of the running forward
         lora.seed_dropout(peft_model, self.rows)
         if fused:
             lora.fuse(peft_model)
             norms.fuse(self.base)
+            kernels.fuse(self.base)
 
     def forward(self, batch: Batch) -> Tensor:
-        self.rows[:] = zip(batch.dropout_seeds, batch.lengths, strict=True)
-        inner = getattr(self.base, self.base.base_model_prefix)
-        if self.base.config._attn_implementation != attention.NAME:
-            return self._padded(inner, batch)
-        return _end_to_end(inner, batch)
+        self.rows.set(zip(batch.dropout_seeds, batch.lengths, strict=True))
+        if not self.takes_rows:
+            return self._padded(self.inner, batch)
+        return _end_to_end(self.inner, batch)
+
+    @property
+    def inner(self) -> Any:
+        return getattr(self.base, self.base.base_model_prefix)
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether rows may lie end to end."""
+        return bool(self.base.config._attn_implementation == attention.NAME)
+
+    def end_to_end(self, ids_P: Tensor, places_P: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        """The same of rows end to end, by tensors alone: `bounds` are on the device, `longest` is the most tokens of one.
+        `rows` are set."""
+        return _end_to_end_of(self.inner, ids_P, places_P, bounds, longest)
 
     def _padded(self, inner: Any, batch: Batch) -> Tensor:
         width = max(batch.lengths)
-        self.rows[:] = [(seed, width) for seed in batch.dropout_seeds]  # adapted layers see the padding too
+        self.rows.set((seed, width) for seed in batch.dropout_seeds)  # adapted layers see the padding too
         real_BT = torch.arange(width) < torch.tensor(batch.lengths)[:, None]
         ids_BT = torch.zeros(real_BT.shape, dtype=torch.long).to(batch.ids_P)
         ids_BT[real_BT] = batch.ids_P
@@ -264,12 +279,21 @@ class HiddenStates(nn.Module):
 
 
 def _end_to_end(inner: Any, batch: Batch) -> Tensor:
-    bounds = torch.tensor([0, *batch.lengths], dtype=torch.int32).cumsum(0)
+    bounds = torch.tensor([0, *batch.lengths]).cumsum(0, dtype=torch.int32)
+    bounds = bounds.to(batch.ids_P.device) if batch.ids_P.is_cuda else bounds
+    return _end_to_end_of(inner, batch.ids_P, batch.positions_P, bounds, max(batch.lengths))
+
+
+def _end_to_end_of(inner: Any, ids_P: Tensor, places_P: Tensor, bounds: Tensor, longest: int) -> Tensor:
     with attention.packed():
         out = inner(
-            input_ids=batch.ids_P[None], position_ids=batch.positions_P[None], cu_seq_lens_q=bounds, use_cache=False
+            input_ids=ids_P[None],
+            position_ids=places_P[None],
+            cu_seq_lens_q=bounds,
+            max_length_q=longest,
+            use_cache=False,
         )
-    hidden_PD: Tensor = out.last_hidden_state[0]
+    hidden_PD: Tensor = out.last_hidden_state.squeeze(0)
     return hidden_PD
 
 

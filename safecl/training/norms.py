@@ -16,16 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safecl.training import fused
+
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_PD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        if kernels := fused.kernels_for(x_PD):
+            y_PD: Tensor
+            y_PD, inverse_P = kernels.norm(x_PD, weight_D, eps)
+            ctx.save_for_backward(x_PD, weight_D, inverse_P)
+            return y_PD
         norm_P1 = torch.linalg.vector_norm(x_PD, dim=-1, keepdim=True, dtype=torch.float32)
         inverse_P1 = norm_P1.square_().div_(x_PD.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_PD, weight_D, inverse_P1)
         if x_PD.is_cuda:
             wide = torch.promote_types(x_PD.dtype, weight_D.dtype)
-            y_PD: Tensor = torch.nn.functional.rms_norm(x_PD.to(wide), weight_D.shape, weight_D.to(wide), eps)
+            y_PD = torch.nn.functional.rms_norm(x_PD.to(wide), weight_D.shape, weight_D.to(wide), eps)
         elif weight_D.dtype == x_PD.dtype:
             y_PD = (x_PD * inverse_P1).to(x_PD.dtype).mul_(weight_D)
         else:
@@ -35,6 +42,8 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         x_PD, weight_D, inverse_P1 = ctx.saved_tensors
+        if kernels := fused.kernels_for(x_PD):
+            return kernels.norm_back(x_PD, weight_D, inverse_P1, outer[0]), None, None
         unit_PD = x_PD * inverse_P1
         grad_PD = outer[0] * weight_D
         along_P1 = torch.linalg.vecdot(grad_PD.float(), unit_PD)[..., None].div_(x_PD.shape[-1])

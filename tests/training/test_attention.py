@@ -43,6 +43,28 @@ def test_what_is_not_done_is_refused_by_name(name: str) -> None:
         attention.rows_attention(torch.nn.Linear(2, 2), states, states, states, **given)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 8])
+def test_rows_padded_and_attended_to_at_once_are_rows_one_after_the_other(
+    heads: tuple[int, int], cap: float | None, window: int | None
+) -> None:
+    """What a GPU computes where flash attention does not: also with a row of no tokens, and padding of other rows' tokens."""
+    generator = torch.Generator().manual_seed(0)
+    states = [
+        (2 * torch.randn(1, h, 70, 16, generator=generator)).requires_grad_() for h in (heads[0], heads[1], heads[1])
+    ]
+    bounds = torch.tensor([0, 30, 37, 70], dtype=torch.int32)
+    how = {"scaling": 0.4, "sliding_window": window, "softcap": cap}
+    exact, _ = attention.rows_attention(torch.nn.Module(), *states, None, cu_seq_lens_q=bounds, **how)
+    bounds = torch.tensor([0, 30, 37, 70, 70], dtype=torch.int32)
+    found = attention.padded_rows(*states, bounds, 40, *how.values())
+    outer = torch.randn(exact.shape, generator=generator)
+    pairs = zip(*(torch.autograd.grad(each, states, outer) for each in (found, exact)), strict=True)
+    for mine, theirs in [(found, exact), *pairs]:
+        assert (mine - theirs).norm() < 1e-5 * theirs.norm()
+
+
 def test_a_model_that_sees_what_comes_after_is_refused_and_not_made_causal(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 

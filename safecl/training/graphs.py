@@ -1,0 +1,208 @@
+"""A forward and its backward as CUDA graphs: the thousands of kernels of a step are started by two calls.
+
+A layer is some hundred small operations, and starting one from Python costs more than a GPU takes for it: a step of a 2B
+model waited for its host nine tenths of the time. A graph computes the same kernels on the same addresses, for one number of
+tokens, rows and tokens of the longest row. So these are rounded up: tokens are filled up with a row of their own, whose
+states nobody reads and whose gradient is 0. A shape is captured when it comes for the second time; the first is computed
+kernel by kernel, filled up alike.
+
+    hidden_PD = replay of the forward on copied-in ids, places and bounds
+    grad     += replay of the backward on a copied-in gradient of hidden_PD
+
+All graphs share one pool of memory, so one forward at a time may wait for its backward; another meanwhile is computed
+without. So is all that cannot be captured: a model that asks the device for a number on its way (experts, most of all).
+
+Shapes: P tokens, B rows (with the filler), D hidden.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from safecl.training import attention, fused, lora
+
+if TYPE_CHECKING:
+    from safecl.training.batches import Batch
+    from safecl.training.model import HiddenStates
+
+MOST = 32  # shapes captured: a graph of thousands of kernels takes memory of the driver's too
+LEAST = 64  # tokens
+SPARE = 1.5  # times the memory of the largest shape that all may take: a larger one cannot use what smaller ones left
+
+
+def rounded(number: int, steps: int) -> int:
+    """The next larger number of which there are `steps` between a power of two and the next."""
+    step = max(1, 1 << max(0, (number - 1).bit_length() - 1 - (steps.bit_length() - 1)))
+    return -(-number // step) * step
+
+
+class _Captured:
+    """One shape's graphs and the addresses they read."""
+
+    def __init__(self, states: HiddenStates, grad: Tensor, shape: tuple[int, int, int], pool: Any) -> None:
+        num_tokens, num_rows, longest = shape
+        self.given = torch.zeros(3, num_tokens, dtype=torch.long, device=grad.device)  # ids, places, dropout seeds
+        self.bounds = torch.zeros(num_rows + 1, dtype=torch.int32, device=grad.device)
+        self.graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        ids_P, places_P, seeds_P = self.given
+        states.rows.set([], (seeds_P, places_P))
+        with _generator_aside(grad.device), _fresh_leaves(states) as parameters:
+            with torch.cuda.graph(self.graphs[0], pool=pool, capture_error_mode="thread_local"):
+                hidden_PD = states.end_to_end(ids_P, places_P, self.bounds, longest)
+            self.outer_PD = torch.zeros_like(hidden_PD)
+            with torch.cuda.graph(self.graphs[1], pool=pool, capture_error_mode="thread_local"):
+                found = torch.autograd.grad(hidden_PD, parameters, self.outer_PD, allow_unused=True)
+                pairs = zip(parameters, found, strict=True)
+                grad.add_(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs]))
+        self.hidden_PD = hidden_PD.detach()
+
+
+@contextmanager
+def _fresh_leaves(module: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Other parameters on the same memory meanwhile: PyTorch ties a leaf to the stream of the forward that first saw it, and
+    one that is not the capture's would break it."""
+    places = [
+        (owner, name)
+        for owner in module.modules()
+        for name, p in owner._parameters.items()
+        if p is not None and p.requires_grad
+    ]
+    own = [owner._parameters[name] for owner, name in places]
+    fresh = [nn.Parameter(p.detach()) for p in own if p is not None]
+    try:
+        for (owner, name), p in zip(places, fresh, strict=True):
+            owner._parameters[name] = p
+        yield fresh
+    finally:
+        for (owner, name), old in zip(places, own, strict=True):
+            owner._parameters[name] = old
+
+
+@contextmanager
+def _generator_aside(device: torch.device) -> Iterator[None]:
+    """With another state of PyTorch's own generator meanwhile: a capture that fails leaves it unusable."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    own = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        yield
+    finally:
+        generator.graphsafe_set_state(own)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, captured: _Captured, num_tokens: int, waiting: _Waiting) -> Tensor:
+        captured.graphs[0].replay()
+        ctx.captured, ctx.num_tokens, ctx.waiting = captured, num_tokens, waiting
+        return captured.hidden_PD[:num_tokens].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[None, None, None, None]:
+        if ctx.waiting.done:
+            raise RuntimeError("a second backward through one forward: its states are gone")
+        ctx.waiting.done = True
+        captured: _Captured = ctx.captured
+        captured.outer_PD[: ctx.num_tokens].copy_(outer[0])
+        captured.outer_PD[ctx.num_tokens :].zero_()
+        captured.graphs[1].replay()
+        return None, None, None, None
+
+
+class _Waiting:
+    """A forward whose backward has not been; gone where its states are no longer held."""
+
+    done = False
+
+
+class Graphs:
+    """The forwards of one model whose trained parameters' gradients lie in `grad`, in the parameters' order."""
+
+    def __init__(self, states: HiddenStates, grad: Tensor) -> None:
+        self.states, self.grad = states, grad
+        self.seen: set[Any] = set()
+        self.captured: dict[Any, _Captured] = {}
+        self.anchor = torch.zeros((), device=grad.device, requires_grad=True)
+        self.waiting: weakref.ref[_Waiting] | None = None
+        self.pool: Any = None
+        self.largest = self.held = 0  # tokens: of the largest shape, and of those that took memory of their own
+        self.pads: bool | None = None  # attention's rows, as the first forward shows
+        # Without kernels each row's dropout has a generator, which is seeded from the host.
+        drops = any(isinstance(module, lora.RowDropout) and module.cut > 0 for module in states.modules())
+        self.works = states.takes_rows and not (drops and fused.kernels_for(grad) is None)
+
+    def forward(self, batch: Batch) -> Tensor | None:
+        """Hidden states [P, D], or None where this forward is to be computed without."""
+        last = None if self.waiting is None else self.waiting()
+        if not self.works or not torch.is_grad_enabled() or (last is not None and not last.done):
+            return None
+        shape = self._shape(batch)
+        captured = self.captured.get(shape)
+        if captured is None and shape in self.seen:
+            if len(self.captured) >= MOST or not self._capture(shape):
+                return None
+            captured = self.captured[shape]
+        num_tokens, spare = sum(batch.lengths), shape[0] - sum(batch.lengths)
+        lengths, seeds = [*batch.lengths, spare], [*batch.dropout_seeds, 0]
+        filler = torch.arange(spare, device=batch.ids_P.device)
+        given = (
+            torch.cat([batch.ids_P, filler * 0]),
+            torch.cat([batch.positions_P, filler]),
+            torch.tensor(seeds).repeat_interleave(torch.tensor(lengths)).to(batch.ids_P.device),
+            torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(batch.ids_P.device),
+        )
+        if captured is None:
+            return self._computed(given, shape[2], list(zip(seeds, lengths, strict=True)), batch)[:num_tokens]
+        for address, value in zip((*captured.given, captured.bounds), given, strict=True):
+            address.copy_(value)
+        waiting = _Waiting()
+        self.waiting = weakref.ref(waiting)
+        found: Tensor = _Replay.apply(self.anchor, captured, num_tokens, waiting)  # type: ignore[no-untyped-call]
+        return found
+
+    def _shape(self, batch: Batch) -> tuple[int, int, int]:
+        """(tokens, rows, tokens of the longest) of the graph that a batch needs."""
+        num_tokens = sum(batch.lengths)
+        padded = max(LEAST, rounded(num_tokens, 8))
+        # Flash attention takes any length up to all tokens; padded rows are computed up to the longest.
+        longest = padded if self.pads is False else rounded(max(*batch.lengths, padded - num_tokens, LEAST), 2)
+        return padded, len(batch.lengths) + 1, longest
+
+    def _computed(self, given: Any, longest: int, rows: list[tuple[int, int]], batch: Batch) -> Tensor:
+        """What the graph will compute, kernel by kernel: all that is made or compiled on first use then is."""
+        ids_P, places_P, seeds_P, bounds = given
+        self.states.rows.set(rows, (seeds_P, places_P))
+        with attention.padded() as found:
+            hidden_PD = self.states.end_to_end(ids_P, places_P, bounds, longest)
+        self.pads = bool(found)
+        self.seen.add(self._shape(batch))
+        return hidden_PD
+
+    def _capture(self, shape: tuple[int, int, int]) -> bool:
+        if shape[0] > self.largest:
+            if (
+                self.pool is None or self.held + shape[0] > SPARE * shape[0]
+            ):  # from the largest on all fit into its memory
+                torch.cuda.synchronize()
+                self.captured.clear()
+                self.pool, self.held = torch.cuda.graph_pool_handle(), 0
+            self.largest, self.held = shape[0], self.held + shape[0]
+        stream = torch.cuda.current_stream()
+        try:
+            self.captured[shape] = _Captured(self.states, self.grad, shape, self.pool)
+        except Exception as error:  # whatever the model does that a graph cannot hold; short memory too
+            torch.cuda.set_stream(stream)
+            torch.cuda.synchronize()
+            self.works = False
+            self.captured.clear()
+            first = error.__context__ or error  # the end of a broken capture is an error of its own
+            message = (str(first).splitlines() or [""])[0][:200]
+            warnings.warn(f"training without CUDA graphs, slower ({type(first).__name__}: {message})", stacklevel=2)
+        return self.works
