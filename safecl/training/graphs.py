@@ -110,6 +110,7 @@ class _Replay(torch.autograd.Function):
             raise RuntimeError("a second backward through one forward: its states are gone")
         ctx.waiting.done = True
         captured: _Captured = ctx.captured
+        ctx.captured = None  # whoever holds the loss does not hold the graphs' memory
         captured.outer_PD[: ctx.num_tokens].copy_(outer[0])
         captured.outer_PD[ctx.num_tokens :].zero_()
         captured.graphs[1].replay()
