@@ -111,6 +111,7 @@ HOME = {  # library -> the only files that may import it
     "ray.serve": {"serving/client.py", "serving/deploy.py"},
     "pandas": {"frames.py"},
     "optuna": {"study.py", "suggest.py"},
+    "triton": {"training/kernels.py"},
 }
 
 
