@@ -215,13 +215,37 @@ def report(
         str, typer.Option("--format", help="table, markdown (with every table of the page), latex, csv or json")
     ] = "table",
 ) -> None:
-    """Print the table from the store and write one self-contained page with plots. Runs nothing."""
+    """Print the table from the store and write one self-contained page with charts and answers. Runs nothing."""
     from safecl.overview import write_report
 
     project = _project(file, set_, limit, reads=True)
     _print_rows(project, "json" if as_json else form, accept_judge)
     page = write_report(project, out, accept_judge)
     print(f"page: {page}", file=sys.stderr)
+
+
+@app.command()
+def view(
+    file: File,
+    set_: Set = [],  # noqa: B006
+    limit: Limit = None,
+    accept_judge: AcceptJudge = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 0,
+) -> None:
+    """Write the page as `safecl report` does and serve it with its answers on this machine's own address, until Ctrl-C."""
+    from safecl.overview import write_report
+    from safecl.report import serve
+
+    page = write_report(_project(file, set_, limit, reads=True), None, accept_judge)
+    _serve(serve.server(page.parent, port))
+
+
+def _serve(server: Any) -> None:
+    from safecl.report import serve
+
+    print(f"{serve.address(server)}  (Ctrl-C ends it)", flush=True)
+    with server:
+        server.serve_forever()
 
 
 @app.command()

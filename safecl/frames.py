@@ -11,6 +11,7 @@ from safecl import metrics
 from safecl.api import Given, Settings, read
 from safecl.base import Damaged
 from safecl.graph import REFERENCES
+from safecl.report.answers import answers
 from safecl.report.facts import by_guard, doubt
 from safecl.report.rows import by_metric, entry
 
@@ -124,8 +125,9 @@ def generations(sweep: Given | Project, *, set: Settings = (), limit: int | None
             for outcome in outcomes:
                 measured.setdefault((outcome["set"], outcome["id"]), {})[outcome["metric"]] = outcome["value"]
             names |= dict.fromkeys(outcome["metric"] for outcome in outcomes)
-            for line in _answers(project, job):
-                lines.append({**_of(cell), "seed": job.seed, **line}
+            for line in answers(project, job):
+                kept = {name: value for name, value in line.items() if name in GENERATIONS}
+                lines.append({**_of(cell), "seed": job.seed, **kept}
                              | measured.get((f"{line['role']}/{line['set']}", line["id"]), {}))  # fmt: skip
     if told := doubt(project, accepted=True):
         warnings.warn(told, stacklevel=2)
@@ -170,18 +172,3 @@ def _line(cell: Cell, name: str, of_seeds: dict[int, list[Any]], more: dict[str,
         told = {field: found[field] for field in ("value", "low", "high", "num", "unparsed")}
         unit = "fraction" if metric.unit == "%" else metric.unit
         yield {**_of(cell), "metric": name, **told, "unit": unit, "better": metric.better, **more}
-
-
-def _answers(project: Project, job: Job) -> Iterator[dict[str, Any]]:
-    inputs = job.evidence.metrics.inputs
-    for name, stage in inputs.items():
-        prefix, _, what = name.rpartition(".")
-        rows = inputs.get(f"{prefix}.rows")
-        if what != "generations" or rows is None or not (project.store.has(stage) and project.store.has(rows)):
-            continue
-        role, _, set_ = prefix.partition(".")
-        asked = {row["id"]: row for row in project.lines(rows, "rows")}
-        for line in project.lines(stage, "generations"):
-            row = asked[line["id"]]
-            yield {"role": role, "set": set_, "id": line["id"], "prompt": row["prompt"], "reference": row["response"],
-                   "answer": line["text"], "finish": line["finish"]}  # fmt: skip

@@ -146,3 +146,19 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
             best = points[index][1]
     front.sort(key=lambda i: (points[i], i))
     return front
+
+
+def hypervolume(points: Sequence[tuple[float, float]]) -> float:
+    """Area of the unit square that the points dominate, both coordinates maximised and in [0, 1]: 0 for none.
+
+    Raises ValueError on a NaN.
+
+    >>> round(hypervolume([(0.5, 0.5), (0.9, 0.2)]), 2)
+    0.33
+    """
+    area, height = 0.0, 0.0
+    front = [points[i] for i in pareto_front(points)]
+    for x, y in reversed(front):  # by falling x: each adds what rises above those to its right
+        area += max(0.0, x) * max(0.0, y - height)
+        height = max(height, y)
+    return area

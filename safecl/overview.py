@@ -16,9 +16,13 @@ from safecl.dtypes import warnings
 from safecl.grid import Cell, Job, points
 from safecl.preflight import lacking_judges
 from safecl.project import Project
-from safecl.report import page, plots
+from safecl.report import page
+from safecl.report.answers import chunks
+from safecl.report.costs import costs
 from safecl.report.facts import readable
+from safecl.report.methodology import methodology
 from safecl.report.rows import curves
+from safecl.report.searches import searches
 from safecl.tasks._written import kind_of
 from safecl.tasks._written import notes as written_notes
 from safecl.trained import notes as trained_notes
@@ -148,27 +152,22 @@ def status(project: Project, run: Mapping[str, Any] | None = None) -> list[dict[
 
 
 def write_report(project: Project, out: Path | None, accept_judge: bool = False) -> Path:
-    """Write the page with its plots; returns the page's path."""
-    folder = out or project.store.local / "report" / project.sweep.name
+    """Write the page, and the answers beside it where they are many; returns the page's path."""
     rows, found = readable(project, accept_judge)
     rows = [row for row in rows if row["metrics"]]
-    figures = []
-    if rows:
-        claim = "" if any(len(row["seeds"]) > 1 for row in rows) else " One seed: no claim about methods."
-        figures = [
-            page.Figure(
-                "Safety against usefulness",
-                f"Left and up is better.{claim}",
-                plots.tradeoff(rows, found, folder / "tradeoff.png"),
-            ),
-            page.Figure(
-                "Every metric", f"With 95 % intervals.{claim}", plots.bars(rows, found, folder / "metrics.png")
-            ),
-        ]
-    if runs := curves(project):
-        drawn = plots.curves(runs, folder / "curves.png")
-        figures.append(page.Figure("Training", "Final trials, first seed.", drawn))
-    return page.write(folder / "index.html", rows, found, figures)
+    more = page.More(
+        searches=searches(project),
+        curves=curves(project),
+        costs=costs(project),
+        methodology=methodology(project.sweep),
+        chunks=chunks(project, {name for row in rows for name in row["metrics"]}),
+    )
+    return page.write(report_folder(project, out) / "index.html", rows, found, more)
+
+
+def report_folder(project: Project, out: Path | None = None) -> Path:
+    """Where a sweep's page lies."""
+    return out or project.store.local / "report" / project.sweep.name
 
 
 def listing(what: str, data: Sequence[Data] = ()) -> list[dict[str, str]]:

@@ -289,6 +289,24 @@ class Past(NamedTuple):
         return self.finished
 
 
+def importance(trials: Sequence[Trial], space: Mapping[str, Json]) -> dict[str, float]:
+    """How much of what tells good trials from others each searched parameter explains, as shares that add up to 1
+    (PED-ANOVA). Empty for fewer than ten trials, one parameter, or where all have one value."""
+    import optuna
+
+    if len(trials) < 10 or len(space) < 2 or len({trial.value for trial in trials}) < 2:
+        return {}
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction="maximize")
+    distributions = {name: _distribution(form) for name, form in space.items()}
+    for trial in trials:
+        params = {k: canonical(v) if isinstance(space[k], list | tuple) else v for k, v in trial.params.items()}
+        study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=trial.value))
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return {name: float(share) for name, share in found.items()}
+
+
 def _places(trials: Sequence[Any]) -> list[Any]:
     """The trial at each place, in order: a ghost's copy takes the ghost's."""
     found: list[Any] = []

@@ -13,13 +13,40 @@ NUM_PROMPTS = 20  # outcomes of each set
 
 
 def finish(project: Project, seconds: Callable[[Stage], float] = lambda stage: 10.0) -> list[Stage]:
-    """Put every stage of a sweep without searches into its store; gives those stages. `seconds`: what each took."""
+    """Put every stage of a sweep (after `search`, if it has any) into its store; gives those stages.
+
+    `seconds`: what each took.
+    """
     made: dict[str, Stage] = {}
     tops = [job.evidence.metrics for _, _, jobs, _ in project.finals() for job in jobs]
     for top in (*tops, *project.guard_stages()):
         made |= {stage.key: stage for stage in top.walk()}
-    put(project.store, made.values(), seconds)
+    put(project.store, [stage for stage in made.values() if not project.store.has(stage)], seconds)
     return list(made.values())
+
+
+def search(project: Project, seconds: Callable[[Stage], float] = lambda stage: 10.0) -> None:
+    """Finish every search of a sweep: the more of a parameter, the more useful and the less safe."""
+    done: set[str] = set()
+    project.store.local.mkdir(parents=True, exist_ok=True)
+    for cell in project.cells:
+        study: Any = project.study(cell)
+        while study is not None and study.remaining:
+            number, params = study.ask()
+            stages = {stage.key: stage for stage in cell.trial(params).evidence.metrics.walk()}
+            new = [stage for key, stage in stages.items() if key not in done and not project.store.has(stage)]
+            put(project.store, new, seconds)
+            done |= stages.keys()
+            places = [
+                value / form["high"] for (_, value), form in zip(sorted(params.items()), _forms(cell), strict=True)
+            ]
+            study.tell(number, sum(places) / len(places), {"asr": places[0] - 0.6, "over_refusal": -0.1})
+
+
+def _forms(cell: Any) -> list[Any]:
+    """Of each parameter, by name: its range, or as much of one as a choice has."""
+    forms = [form for _, form in sorted(cell.space.items())]
+    return [{"high": max(form)} if isinstance(form, list | tuple) else form for form in forms]
 
 
 def put(store: Store, stages: Iterable[Stage], seconds: Callable[[Stage], float] = lambda stage: 10.0) -> None:
@@ -34,6 +61,19 @@ def put(store: Store, stages: Iterable[Stage], seconds: Callable[[Stage], float]
             for metric in dict.fromkeys(outcome["metric"] for outcome in outcomes):
                 values = [outcome["value"] for outcome in outcomes if outcome["metric"] == metric]
                 result[metric] = {"value": sum(values) / len(values), "num": len(values), "unparsed": 0, "sets": {}}
+        if stage.kind == "data":
+            texts = [
+                {"id": str(i), "prompt": f"ask {i} of <{stage.key[:4]}>", "response": "gold"}
+                for i in range(NUM_PROMPTS)
+            ]
+            (folder / "rows.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+        if stage.kind == "generate":
+            answers = [
+                {"id": str(i), "text": f"answer {i}: <b>{stage.key[:8]}</b>" + " word" * 3 * i}
+                for i in range(NUM_PROMPTS)
+            ]
+            lines = (json.dumps({**answer, "finish": "stop", "num_tokens": 2}) + "\n" for answer in answers)
+            (folder / "generations.jsonl").write_text("".join(lines))
         if stage.kind == "model":
             result = {"parameters": 135e6}
         if stage.kind == "finetune":

@@ -71,9 +71,10 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
             )
         notes += _served(model, [row["served"] for row in rows if row["model"] == model.name and row["served"]])
     beside: dict[str, Detail] = {}
+    numbers: tuple[published.Beside, ...] = ()
     if (known := published.comparison(sweep, rows)) is not None:
         titles = {metric.name: metric.title for metric in metrics.METRICS if metric.question}
-        beside = published.details(known, titles)
+        beside, numbers = published.details(known, titles), known.numbers
         notes.append(published.note(known))
     return Facts(
         name=sweep.name,
@@ -96,6 +97,7 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
         },
         notes=notes,
         beside=beside,
+        published=numbers,
     )
 
 

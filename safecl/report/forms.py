@@ -44,7 +44,7 @@ def terminal(rows: Sequence[Row], facts: Facts, width: int | None = None) -> lis
                 style = "dim" if line.is_reference else None
                 table.add_row(*texts, style=style, end_section=block.ends_references(position))
             found.append(table)
-        for detail in block.published:
+        for detail in block.short:
             table = Table(*detail.header, title=detail.title, title_justify="left", box=box.SIMPLE_HEAD)
             for texts_of_row in detail.lines:
                 table.add_row(*texts_of_row)
@@ -65,7 +65,7 @@ def plain(rows: Sequence[Row], facts: Facts) -> str:
     lines = [*([facts.doubt, ""] if facts.doubt else []), facts.name]
     for block in blocks(rows, facts):
         lines += ["", block.title, text_table(block.header, [line.texts for line in block.lines])]
-        for detail in block.published:
+        for detail in block.short:
             lines += ["", f"{detail.title}:", text_table(detail.header, detail.lines)]
     return "\n".join([*lines, "", *caption(rows, facts), *notes(rows)]) + "\n"
 

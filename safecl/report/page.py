@@ -1,131 +1,195 @@
-"""One self-contained HTML page: what came out, what it rests on, every setting. No script, no link, no other file."""
+"""One self-contained HTML page: what came out, what it rests on, every setting, and the answers behind every number.
+
+`page.html` is a jinja2 template, `page.css` and `page.js` stand in it, and Vega-Lite's own code comes from the wheel
+vl-convert-python: the page asks nothing of any server. Answers of a large sweep lie beside it, in `answers/`.
+"""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Sequence
-from html import escape
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+from safecl import metrics
+from safecl.report import charts
+from safecl.report.answers import INLINE
 from safecl.report.caption import BOLD, caption, notes, params
-from safecl.report.tables import Block, Detail, Facts, Row, blocks
+from safecl.report.charts import Chart
+from safecl.report.tables import Block, Cell, Facts, Line, Row, blocks
 
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #24292f; background: #f6f7f9;
-       margin: 0; }
-main { max-width: 1180px; margin: 0 auto; padding: 36px 28px 60px; }
-h1 { font-size: 27px; margin: 0 0 4px; letter-spacing: -.01em; }
-h2 { font-size: 19px; margin: 40px 0 10px; }
-h3 { font-size: 15px; margin: 22px 0 8px; }
-.doubt { background: #fff1e5; border: 1px solid #f0b37e; border-radius: 8px; padding: 10px 14px; font-weight: 600; }
-.about { color: #57606a; margin: 0 0 24px; max-width: 80ch; }
-section, figure { background: #fff; border: 1px solid #e1e4e8; border-radius: 10px; padding: 6px 18px 16px;
-                  margin: 0 0 18px; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th { font-size: 12.5px; font-weight: 600; color: #57606a; text-align: right; vertical-align: bottom; padding: 8px 10px;
-     border-bottom: 2px solid #d0d7de; }
-td { text-align: right; padding: 7px 10px; border-bottom: 1px solid #eceef1; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 2px; }
-td:first-child { font-weight: 600; }
-td small { color: #6e7781; font-size: 12px; }
-tr.reference td { color: #6e7781; } tr.reference td:first-child { font-weight: 400; }
-tr.last td { border-bottom: 2px solid #d0d7de; }
-td.best b { background: #e2f3e8; border-radius: 4px; padding: 1px 5px; }
-details { margin-top: 10px; } summary { color: #57606a; font-size: 13.5px; cursor: pointer; }
-ul { padding-left: 20px; margin: 10px 0 0; } li { margin: 3px 0; }
-ul.caption { color: #57606a; font-size: 13.5px; }
-code { font: 12.5px/1.5 ui-monospace, "SFMono-Regular", Menlo, monospace; overflow-wrap: anywhere; }
-table.settings td { text-align: left; white-space: normal; vertical-align: top; font-weight: 400; }
-table.settings td:first-child { width: 30%; font-weight: 600; }
-figure { padding: 16px 18px; } figure img { max-width: 100%; display: block; margin: 0 auto; }
-figcaption { color: #57606a; font-size: 13.5px; margin-top: 10px; }
-"""
+HERE = Path(__file__).parent
 
 
-class Figure(NamedTuple):
-    """A PNG file with its title and one line below it."""
+@dataclass
+class More:
+    """What a page shows beside tables, from the store: see searches.py, costs.py, rows.curves and answers.py."""
 
-    title: str
-    caption: str
-    path: Path
+    searches: Sequence[Mapping[str, Any]] = ()
+    curves: Sequence[Mapping[str, Any]] = ()
+    costs: Mapping[str, Any] = field(default_factory=dict)
+    methodology: Sequence[str] = ()
+    chunks: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]] = ()
 
 
-def html(rows: Sequence[Row], facts: Facts, figures: Sequence[Figure] = ()) -> str:
-    """The whole page as text; figures go in as data URIs."""
-    parts = [f"<h1>{escape(facts.name)}</h1>"]
-    if facts.doubt:
-        parts.append(f'<p class="doubt">{escape(facts.doubt)}</p>')
-    if facts.about:
-        parts.append(f'<p class="about">{escape(facts.about)}</p>')
-    for block in blocks(rows, facts):
-        parts.append(f"<section><h3>{escape(block.title)}</h3>{_table(block)}")
-        parts += [_detail(detail) for detail in block.details]
-        parts.append("</section>")
-    lines = [*caption(rows, facts), BOLD, *notes(rows)]
-    parts.append('<section><h3>How to read it</h3><ul class="caption">')
-    parts.extend(f"<li>{escape(line)}</li>" for line in lines)
-    parts.append("</ul></section>")
-    if figures:
-        parts.append("<h2>Figures</h2>")
-        parts.extend(_figure(figure) for figure in figures)
-    if params(rows):
-        parts += ["<h2>Hyperparameters</h2><section>", _settings(params(rows)), "</section>"]
-    if facts.settings:
-        parts += ["<h2>Settings that the paper leaves open</h2><section>", _settings(list(facts.settings.items()))]
-        parts.append("</section>")
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(facts.name)}</title>'
+def html(rows: Sequence[Row], facts: Facts, more: More | None = None, answers: Path | None = None) -> str:
+    """The whole page as text. `answers`: where the answers go if they are many; without, all are in the page."""
+    more, found = more or More(), blocks(rows, facts)
+    index, inline = _kept(more.chunks, answers)
+    parts = _sections(rows, facts, found, more)
+    specs = [chart.spec for _, _, shown in parts for chart in shown]
+    text: str = template("page.html").render(
+        facts=facts,
+        blocks=found,
+        overviews=_overviews(found),
+        sections=parts,
+        lines=[*caption(rows, facts), BOLD, *notes(rows)],
+        params=params(rows),
+        costs=more.costs,
+        methodology=more.methodology,
+        num_rows=len(rows),
+        has_answers=bool(index),
+        style=(HERE / "page.css").read_text(encoding="utf-8"),
+        script=(HERE / "page.js").read_text(encoding="utf-8"),
+        vega=_vega() if specs else "",
+        specs=embedded(specs),
+        index=embedded({"chunks": index, "metrics": _told(facts, rows)}),
+        inline=[embedded(chunk) for chunk in inline],
+        link=lambda block, line, metric: _link(block, line, metric, index),
+        sort=_sorted_by,
     )
-    body = "\n".join(parts)
-    top = f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>'
-    return f"{top}\n<body><main>\n{body}\n</main></body></html>\n"
+    return text
 
 
-def write(path: Path, rows: Sequence[Row], facts: Facts, figures: Sequence[Figure] = ()) -> Path:
+def write(path: Path, rows: Sequence[Row], facts: Facts, more: More | None = None) -> Path:
+    """Write the page, and the answers beside it where they are many."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html(rows, facts, figures), encoding="utf-8")
+    path.write_text(html(rows, facts, more, path.parent / "answers"), encoding="utf-8")
     return path
 
 
-def _table(block: Block) -> str:
-    lines = ['<div class="wide"><table><thead><tr>']
-    lines += [f"<th>{escape(name)}</th>" for name in block.header]
-    lines.append("</tr></thead><tbody>")
-    for position, line in enumerate(block.lines):
-        kinds = " ".join(
-            name for name, on in (("reference", line.is_reference), ("last", block.ends_references(position))) if on
-        )
-        lines.append(f'<tr class="{kinds}">' if kinds else "<tr>")
-        best = {2 + i for i, cell in enumerate(line.cells) if cell.is_best}
-        for index, text in enumerate(line.texts):
-            value, bracket, rest = text.partition(" [")
-            interval, _, marks = rest.partition("]")
-            shown_value = f"<b>{escape(value)}</b>" if index in best else escape(value)
-            small = f" <small>[{escape(interval)}]</small>{escape(marks)}" if bracket else ""
-            lines.append(
-                f'<td class="best">{shown_value}{small}</td>' if index in best else f"<td>{shown_value}{small}</td>"
-            )
-        lines.append("</tr>")
-    return "".join([*lines, "</tbody></table></div>"])
+def _sections(
+    rows: Sequence[Row], facts: Facts, found: Sequence[Block], more: More
+) -> list[tuple[str, str, list[Chart]]]:
+    """(id, heading, charts), what there is nothing of left out."""
+    parts = [
+        ("front", "Safety against usefulness", charts.front(rows, facts)),
+        ("poison", "ASR by poison ratio", charts.by_setting(rows, facts, "poison", "poison, % of the task's rows")),
+        ("memory", "ASR by memory size", charts.by_setting(rows, facts, "memory", "safety rows kept")),
+        ("metrics", "Every metric", charts.dots(found)),
+    ]
+    for number, each in enumerate(more.searches):
+        parts.append((f"search-{number}", f"Search: {each['label']}", charts.search(each)))
+    parts.append(("curves", "Training curves", charts.curves(more.curves)))
+    parts.append(("cost", "Cost", charts.cost(more.costs) if more.costs else []))
+    return [part for part in parts if part[2]]
 
 
-def _detail(detail: Detail) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in detail.header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in line) + "</tr>" for line in detail.lines)
-    table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    return f"<details><summary>{escape(detail.title)}</summary>{table}</details>"
+def _overviews(found: Sequence[Block]) -> list[dict[str, Any]]:
+    """The paper's form, for each model with several tasks: a line a method and poison ratio, harm and use of each task."""
+    plane, made = metrics.plane(), []
+    for model in dict.fromkeys(block.model for block in found):
+        own = [block for block in found if block.model == model]
+        if len(own) < 2:
+            continue
+        lines: dict[tuple[str, float | None], dict[str, tuple[Line, list[Cell]]]] = {}
+        for block in own:
+            places = [i for i, column in enumerate(block.columns) if column.metric in plane]
+            for line in block.lines:
+                cells = [line.cells[i] for i in places]
+                lines.setdefault((line.method, line.poison), {})[block.task] = (line, cells)
+        headers = [column.header for column in own[0].columns if column.metric in plane]
+        made.append({"model": model, "tasks": [block.task for block in own], "headers": headers, "lines": lines})
+    return made
 
 
-def _figure(figure: Figure) -> str:
-    data = base64.b64encode(figure.path.read_bytes()).decode()
-    title, text = escape(figure.title), escape(figure.caption)
-    image = f'<img alt="{title}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption><b>{title}.</b> {text}</figcaption></figure>"
+def _told(facts: Facts, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """What the view of answers must know of each metric: its name, which end is bad, whether it says harm."""
+    harm = metrics.plane()[0]
+    names = dict.fromkeys(name for row in rows for name in row["metrics"])
+    return {
+        metric.name: {
+            "title": metric.header(facts.judges),
+            "better": metric.better,
+            "harm": metric.name == harm.name or metric.name.startswith(f"{harm.name}:"),
+            "unit": metric.unit,
+        }
+        for metric in metrics.ordered(names)
+    }
 
 
-def _settings(pairs: Sequence[tuple[str, str]]) -> str:
-    lines = [f"<tr><td>{escape(name)}</td><td><code>{escape(str(value))}</code></td></tr>" for name, value in pairs]
-    return f'<div class="wide"><table class="settings"><tbody>{"".join(lines)}</tbody></table></div>'
+def _kept(
+    chunks: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], folder: Path | None
+) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]]]:
+    """An entry for each chunk, and the chunks that stand in the page: all, or none where they are more than it should hold
+    and `folder` is given. Then a chunk's entry names its file."""
+    index: list[dict[str, Any]] = []
+    waiting: list[Mapping[str, Any]] = []
+    size = 0
+    if folder is not None and folder.is_dir():  # of an earlier report
+        for file in folder.glob("*.json"):
+            file.unlink()
+
+    def put(number: int, chunk: Mapping[str, Any]) -> None:
+        assert folder is not None
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.json").write_text(embedded(chunk), encoding="utf-8")
+        index[number]["file"] = f"{folder.name}/{number}.json"
+
+    for number, (where, chunk) in enumerate(chunks):
+        index.append({**where, "methods": chunk["methods"], "num": len(chunk["prompts"])})
+        if folder is not None and size > INLINE:
+            put(number, chunk)
+            continue
+        waiting.append(chunk)
+        size += len(embedded(chunk))
+        if folder is not None and size > INLINE:
+            for place, each in enumerate(waiting):
+                put(place, each)
+            waiting = []
+    return index, waiting
+
+
+def _link(block: Block, line: Line, metric: metrics.Metric, index: Sequence[Mapping[str, Any]]) -> str:
+    """Where the answers behind a number are read; "" where there are none."""
+    for number, chunk in enumerate(index):
+        at = line.poison is None or chunk["poison"] == line.poison
+        role = str(chunk["set"]).partition("/")[0]
+        same = (chunk["model"], chunk["task"]) == (block.model, block.task) and line.method in chunk["methods"]
+        if same and at and (not metric.roles or role in metric.roles):
+            return f"#answers?c={number}&m={line.method}&k={metric.name}"
+    return ""
+
+
+def _sorted_by(cell: Cell) -> str:
+    return "" if cell.value is None else f"{cell.value:.6g}"
+
+
+def embedded(value: Any) -> str:
+    """JSON that may stand in a `script` element."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=dict)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+@cache
+def _vega() -> str:
+    """The code of Vega, Vega-Lite and Vega-Embed."""
+    import vl_convert
+
+    found: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return found.replace("</script", "<\\/script")
+
+
+@cache
+def _templates() -> Any:
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(HERE)
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+
+def template(name: str) -> Any:
+    """A jinja2 template of this folder; what goes in is escaped."""
+    return _templates().get_template(name)

@@ -164,7 +164,7 @@ def details(found: Comparison, titles: Mapping[str, str]) -> dict[str, Detail]:
                 ours = "-" if one is None else f"{100 * one.ours:.1f} [{100 * one.low:.1f}, {100 * one.high:.1f}]"
                 line += [ours, "-" if one is None else f"{100 * one.theirs:.1f}{'' if one.inside else ' *'}"]
             lines.append(line)
-        made[where] = Detail(f"Beside {found.source} (theirs; * outside our interval)", head, lines, is_published=True)
+        made[where] = Detail(f"Beside {found.source} (theirs; * outside our interval)", head, lines, in_every_form=True)
     return made
 
 

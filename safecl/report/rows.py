@@ -52,6 +52,7 @@ def rows(project: Project) -> list[dict[str, Any]]:
             "method": cell.method,
             "kind": recipe.method,  # whatever it is called here
             "params": {**cell.defaults, **params},
+            "memory": _memory(cell, params),
             "seeds": [job.seed for job in finished],
             "metrics": entries,
             "agreement": agreement(measured[-1]),
@@ -64,6 +65,14 @@ def rows(project: Project) -> list[dict[str, Any]]:
         table.append({**row, **_behind(project, cell, list(finished))})
     contrast(table, measured)
     return table
+
+
+def _memory(cell: Cell, params: Mapping[str, Any]) -> float | None:
+    """How many safety rows the method keeps; None of one that keeps none."""
+    if cell.recipe.method in REFERENCES or not cell.memory_key:
+        return None
+    found = {**cell.defaults, **params}.get(cell.memory_key)
+    return float(found) if isinstance(found, int | float) else None
 
 
 def by_metric(of_seeds: Mapping[int, Outcomes]) -> dict[str, dict[int, Outcomes]]:
@@ -150,13 +159,15 @@ def _named(row: Mapping[str, Any]) -> str:
     return "sft" if row.get("kind") == "sft" else str(row["method"])
 
 
-def curves(project: Project) -> dict[str, list[dict[str, Any]]]:
-    """Training curves of the first seed's final trials by cell label."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def curves(project: Project) -> list[dict[str, Any]]:
+    """Training curves of every final trial: `{"run": name, "method", "points": [{"step", name: float, ..}]}`."""
+    found: list[dict[str, Any]] = []
     for cell, _, jobs, _ in project.finals():
-        if jobs and cell.recipe.method not in REFERENCES and project.store.has(jobs[0].graph.tuned):
-            with suppress(Damaged):
-                found[cell.label] = project.lines(jobs[0].graph.tuned, "curves")
+        for job in jobs if cell.recipe.method not in REFERENCES else ():
+            if project.store.has(job.graph.tuned):
+                with suppress(Damaged):
+                    points = project.lines(job.graph.tuned, "curves")
+                    found.append({"run": f"{cell.label}, seed {job.seed}", "method": cell.method, "points": points})
     return found
 
 

@@ -18,6 +18,7 @@ from safecl.graph import REFERENCES
 
 if TYPE_CHECKING:
     from safecl.metrics import Metric
+    from safecl.report.published import Beside
 
 Row = Mapping[str, Any]
 
@@ -29,7 +30,7 @@ class Detail:
     title: str
     header: Sequence[str]
     lines: Sequence[Sequence[str]]
-    is_published: bool = False  # published numbers: every form shows them, the others only those with room
+    in_every_form: bool = False  # also on a terminal and in plain text, which leave the others out
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Facts:
     settings: Mapping[str, str] = field(default_factory=dict)  # what the paper leaves open, and what was used
     notes: Sequence[str] = ()  # anything else, one line each (mixed library versions, missing cells)
     beside: Mapping[str, Detail] = field(default_factory=dict)  # published numbers, by `model / task`
+    published: Sequence[Beside] = ()  # the same, each with ours
 
 
 class Column(NamedTuple):
@@ -66,6 +68,7 @@ class Cell:
     unit: str = "%"
     marks: str = ""  # what the contrasts allow to say of it, see `marks`
     is_best: bool = False
+    published: Sequence[Beside] = ()
 
     @property
     def number(self) -> str:
@@ -121,8 +124,9 @@ class Block:
         return ["method", "poison", *(column.header for column in self.columns), "time"]
 
     @property
-    def published(self) -> list[Detail]:
-        return [detail for detail in self.details if detail.is_published]
+    def short(self) -> list[Detail]:
+        """The smaller tables that every form shows."""
+        return [detail for detail in self.details if detail.in_every_form]
 
     def ends_references(self, position: int) -> bool:
         """Whether the line at this position is the last reference before a method."""
@@ -134,23 +138,25 @@ def blocks(rows: Sequence[Row], facts: Facts) -> list[Block]:
     """The tables of a report, a block for each model and task in the order given. All have the same columns."""
     shown = columns(rows, facts)
     return [
-        Block(model, task, shown, _lines(members, shown), details(members, rows, facts))
+        Block(model, task, shown, _lines(members, shown, facts), details(members, rows, facts))
         for (model, task), members in groups(rows).items()
     ]
 
 
-def _lines(members: Sequence[Row], shown: Sequence[Column]) -> list[Line]:
+def _lines(members: Sequence[Row], shown: Sequence[Column], facts: Facts) -> list[Line]:
     tops = [best(members, column) for column in shown]
     return [
-        Line(row, [_cell(row, column, position in top) for column, top in zip(shown, tops, strict=True)])
+        Line(row, [_cell(row, column, position in top, facts) for column, top in zip(shown, tops, strict=True)])
         for position, row in enumerate(members)
     ]
 
 
-def _cell(row: Row, column: Column, is_best: bool) -> Cell:
-    found = row["metrics"].get(column.metric.name) or {}
+def _cell(row: Row, column: Column, is_best: bool, facts: Facts) -> Cell:
+    found, name = row["metrics"].get(column.metric.name) or {}, column.metric.name
     ends = (found.get("value"), found.get("low"), found.get("high"))
-    return Cell(*ends, column.metric.unit, marks(row, column.metric.name), is_best)
+    which = (row["model"], row["task"], row.get("poison"), row["method"], name)
+    theirs = [n for n in facts.published if (n.model, n.task, n.poison, n.method, n.metric) == which]
+    return Cell(*ends, column.metric.unit, marks(row, name), is_best, theirs)
 
 
 def columns(rows: Sequence[Row], facts: Facts) -> list[Column]:

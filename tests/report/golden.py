@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safecl.report import forms as written
-from safecl.report import page, tables
+from safecl.report import tables
 from safecl.report.rows import agreement, contrast, entry
 
 FOLDER = Path(__file__).parents[1] / "data" / "report"
@@ -96,7 +96,6 @@ def forms() -> dict[str, str]:
         "table.md": written.markdown(found, FACTS),
         "table.tex": written.latex(found, FACTS),
         "table.csv": written.to_csv([{**row, "metrics": rounded(row["metrics"])} for row in found], FACTS),
-        "page.html": page.html(found, FACTS),
     }
 
 

@@ -3,13 +3,11 @@
 import io
 import json
 import re
-from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from safecl.report import caption, forms, page, plots, tables
+from safecl.report import caption, forms, page, tables
 from safecl.report.tables import Facts
 
 FACTS = Facts(
@@ -146,7 +144,7 @@ def test_every_form_prints_the_same_numbers() -> None:
     for table in forms.terminal(ROWS, FACTS):
         console.print(table)
     texts = [console.export_text(), forms.plain(ROWS, FACTS), forms.markdown(ROWS, FACTS)]
-    texts.append(re.sub("<[^>]+>", "", page.html(ROWS, FACTS)))
+    texts.append(re.sub(r"\s+", " ", re.sub("<[^>]+>", "", page.html(ROWS, FACTS))))
     for text in texts:
         bare = text.replace("**", "")
         for cell in ("12.3 [6.2, 18.4]", "80.0 [40.0, 100.0]", "85.0 [80.0, 90.0]", "1 min 23 s", "stopped early"):
@@ -206,7 +204,7 @@ def test_marks_say_what_the_contrasts_say_and_nothing_without_them() -> None:
     none = row("der", 0.123, 0.85, contrasts={"asr": {"sft": contrast(0.06, 0.2)}})
     assert tables.marks(none, "asr") == "" and tables.marks(ROWS[3], "asr") == ""
     assert "| 12.3 [6.2, 18.4] a =b |" in forms.markdown([ROWS[2], marked], FACTS).replace("**", "")
-    assert "</small> a =b</td>" in page.html([ROWS[2], marked], FACTS)
+    assert "</small> <i>a =b</i></td>" in page.html([ROWS[2], marked], FACTS)
     assert len([line for line in caption.caption([marked], FACTS) if line.startswith("Marks")]) == 1
     one_seed = [row("der", 0.1, 0.8, contrasts={"asr": {"mcnemar": {"0": {}}}})]
     assert not any("Marks" in line or "Difference" in line for line in forms.markdown(one_seed, FACTS).splitlines())
@@ -290,99 +288,3 @@ def test_latex_escapes_and_csv_has_a_line_for_every_number_as_a_fraction() -> No
     [der] = [each for each in found if (each["method"], each["poison"], each["metric"]) == ("der", "0.1", "asr")]
     assert (der["value"], der["low"], der["unit"], der["better"]) == ("0.123", "0.0615", "fraction", "low")
     assert {each["poison"] for each in found if each["method"] == "base"} == {""}
-
-
-def test_base_and_aligned_stand_in_every_poison_panel() -> None:
-    (ratios,) = plots.panels(ROWS).values()
-    assert {r: [m["method"] for m in members] for r, members in ratios.items()} == {
-        0.0: ["base", "aligned", "sft", "der"],
-        0.1: ["base", "aligned", "sft", "der"],
-    }
-
-
-def pixels(path: Path) -> Any:
-    import numpy as np
-    from PIL import Image
-
-    return np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
-
-
-def shows(path: Path, colour: str, at_least: int = 20) -> bool:
-    """Whether so many pixels are close to a colour `#rrggbb`."""
-    import numpy as np
-
-    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
-    return int((np.abs(pixels(path).astype(int) - wanted).max(axis=1) < 45).sum()) >= at_least
-
-
-def test_plots_draw_every_method_that_has_values_and_only_those(tmp_path: Path) -> None:
-    colour = plots.colours(ROWS)
-    assert len({colour["sft"], colour["der"], colour["base"]}) == 3
-    whole = plots.tradeoff(ROWS, FACTS, tmp_path / "new" / "whole.png")
-    less = [{**r, "metrics": {**r["metrics"], "utility": metric(None)}} if r["method"] == "der" else r for r in ROWS]
-    assert shows(whole, colour["sft"]) and shows(whole, colour["der"])
-    part = plots.tradeoff(less, FACTS, tmp_path / "part.png")
-    assert shows(part, colour["sft"]) and not shows(part, colour["der"])
-    every = plots.bars(ROWS, FACTS, tmp_path / "bars.png")
-    assert shows(every, colour["sft"]) and shows(every, colour["der"])
-
-
-def test_many_crowded_methods_and_an_empty_table_still_draw(tmp_path: Path) -> None:
-    crowd = [row(f"method{i}", 0.1, 0.9) for i in range(14)]
-    assert plots.tradeoff(crowd, FACTS, tmp_path / "crowd.png").stat().st_size > 10_000
-    for made in (plots.tradeoff([], FACTS, tmp_path / "a.png"), plots.bars([], FACTS, tmp_path / "b.png")):
-        assert (pixels(made) == 255).all()
-    assert forms.terminal([], FACTS) == [] and "Seeds: none." in forms.plain([], FACTS)
-    assert "Seeds: none." in forms.plain([row("sft", None, 0.5, seeds=[])], FACTS)
-
-
-def test_training_curves_skip_what_is_not_a_number(tmp_path: Path) -> None:
-    good = [{"step": s, "loss": 1 / (s + 1), "safety": 2.0} for s in range(60)]
-    broken = [{"step": s, "loss": float("nan") if s > 3 else 1.0} for s in range(60)]
-    one = plots.curves({"sft": good}, tmp_path / "one.png")
-    two = plots.curves({"sft": good, "der": broken}, tmp_path / "two.png")
-    first, second = plots._COLOURS[:2]
-    assert shows(one, first) and not shows(one, second) and shows(two, second)
-    plots.curves({}, tmp_path / "none.png")
-
-
-def test_a_hollow_mark_stands_at_the_coherent_asr_where_it_is_another() -> None:
-    _, axes = plots._figure(1, 1, 4, 4)
-    broken = row("sft", 0.8, 0.9)
-    broken["metrics"] = {**broken["metrics"], "asr_coherent": metric(0.1)}
-    sound = row("der", 0.2, 0.9)
-    sound["metrics"] = {**sound["metrics"], "asr_coherent": metric(0.2)}
-    points, marked = plots._tradeoff_panel(axes[0][0], [broken, sound], {"sft": "red", "der": "blue"})
-    assert points == [("sft", 80.0, 90.0), ("der", 20.0, 90.0)] and marked == [(10.0, 90.0)]
-    hollow = [line for line in axes[0][0].lines if line.get_markerfacecolor() == "white"]
-    assert [(line.get_color(), *line.get_xdata(), *line.get_ydata()) for line in hollow] == [("red", 10.0, 90.0)]
-
-
-class Reader(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def test_the_page_is_whole_escaped_and_refers_to_nothing_outside(tmp_path: Path) -> None:
-    figure = plots.tradeoff(ROWS, FACTS, tmp_path / "t.png")
-    path = page.write(tmp_path / "out" / "page.html", ROWS, FACTS, [page.Figure("Safety & use", "dashed", figure)])
-    text = path.read_text(encoding="utf-8")
-    reader = Reader()
-    reader.feed(text)
-    assert reader.open == []
-    names = {tag for tag, _ in reader.tags}
-    assert not names & {"script", "link", "a", "iframe"} and "url(" not in text and "@import" not in text
-    (image,) = [attrs for tag, attrs in reader.tags if tag == "img"]
-    assert str(image["src"]).startswith("data:image/png;base64,iVBOR") and image["alt"] == "Safety & use"
-    assert "quick &lt;sweep&gt;" in text and "<sweep>" not in text and "&lt;|im_start|&gt;" in text
-    assert text.count('class="best"') == 4 and "all-linear" in text and "weight 0.1235" in text
