@@ -277,16 +277,98 @@ def power(
 
 
 @app.command()
-def show(key: Annotated[str, typer.Argument(help="The beginning of a stage's key")], root: str = "runs") -> None:
-    """Print a stage's record: config, inputs, result, cost, library versions."""
+def show(
+    name: Annotated[
+        str, typer.Argument(help="The beginning of a stage's key, or words of its name: `finetune der seed 0`")
+    ],
+    root: str = "runs",
+) -> None:
+    """Print a stage's name, folder and record: config, inputs, result, cost, library versions. Of several, a line each."""
     from safecl.base import ConfigError
+    from safecl.review import find
     from safecl.store import Store
 
-    found = Store(root).find(key)
+    store = Store(root)
+    found = find(store, name)
     if not found:
-        raise ConfigError(f"no stage whose key begins with {key!r} under {root!r}; name the store with --root")
-    for record in found:
-        print(json.dumps(record, indent=1))
+        raise ConfigError(
+            f"no stage under {root!r} has a key that begins with {name!r}, or a name with these words; name the store with "
+            "--root"
+        )
+    for label, record in found:
+        print(
+            f"{record['key'][:12]}  {label}  {store.folder(record)}", file=sys.stderr if len(found) == 1 else sys.stdout
+        )
+    if len(found) == 1:
+        print(json.dumps(found[0][1], indent=1))
+
+
+@app.command()
+def best(
+    file: File,
+    set_: Set = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="The sweep file to write (default: print it)")] = None,
+) -> None:
+    """Print the sweep file with every search replaced by what it chose. Runs nothing."""
+    import yaml
+
+    from safecl.base import ConfigError
+    from safecl.review import best as chosen
+
+    content, left = chosen(_project(file, set_, None, reads=True), file, set_)
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    for line in left:
+        print(f"left out: {line}", file=sys.stderr)
+    if out is None:
+        print(text, end="")
+        return
+    if out.exists():
+        raise ConfigError(f"--out: {str(out)!r} is there already; name a new file")
+    out.write_text(text, encoding="utf-8")
+    print(out)
+
+
+@app.command()
+def compare(
+    first: File,
+    second: Annotated[
+        Path, typer.Argument(help="Another sweep file, or the same with other --second", show_default=False)
+    ],
+    set_: Set = [],  # noqa: B006
+    second_set: Annotated[list[str], typer.Option("--second", help="As --set, of the second alone")] = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Compare two sweeps: settings, data, weights, numbers, and paired tests of their common rows. Runs nothing."""
+    from safecl import review
+
+    projects = [_project(first, set_, None, reads=True), _project(second, [*set_, *second_set], None, reads=True)]
+    found = review.compare(*projects)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for title, columns, rows in review.told(found):
+        print_table(title, columns, rows)
+
+
+@app.command()
+def label(
+    file: File,
+    set_: Set = [],  # noqa: B006
+    question: Annotated[str, typer.Option(help="asr or over_refusal: what the judge decides that you check")] = "asr",
+    num: Annotated[int, typer.Option(min=2, help="Answers of every row, drawn at random")] = 12,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 0,
+) -> None:
+    """Serve a page on which a person labels answers, blind to method and verdict. `safecl report` then prints how good the
+    judge is, and rates corrected by the labels.
+    """
+    from safecl.base import ConfigError
+    from safecl.report import labelled, labelling
+
+    project = _project(file, set_, None, reads=True)
+    drawn = labelled.draw(labelled.items(project, question), num)
+    if not drawn:
+        raise ConfigError(f"no row of this sweep has answers that were judged for {question}; run it first")
+    _serve(labelling.server(project.store, project.sweep.name, question, drawn, port))
 
 
 @app.command()

@@ -92,17 +92,18 @@ def _family(
     metric: Metric, methods: Sequence[tuple[str, Seeds]], pairs: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, int], Contrast]:
     """Contrasts of the pairs that share two seeds or more, corrected together."""
-    every = {(i, j): contrast for i, j in pairs if (contrast := _contrast(metric, methods[i][1], *methods[j]))}
-    adjusted = holm([contrast.p for contrast in every.values()])
-    adjusted_alike = holm([contrast.p_alike for contrast in every.values()])
-    return {
-        pair: contrast._replace(p=adjusted[k], p_alike=adjusted_alike[k])
-        for k, (pair, contrast) in enumerate(every.items())
-    }
+    every = {(i, j): contrast for i, j in pairs if (contrast := paired(metric, methods[i][1], *methods[j]))}
+    return dict(zip(every, holm_adjusted(list(every.values())), strict=True))
 
 
-def _contrast(metric: Metric, mine: Seeds, other: str, theirs: Seeds) -> Contrast | None:
-    """Not corrected. None with fewer than two seeds or prompts that both have."""
+def holm_adjusted(family: Sequence[Contrast]) -> list[Contrast]:
+    """The contrasts of one family, both their p corrected by Holm's procedure."""
+    adjusted, adjusted_alike = holm([each.p for each in family]), holm([each.p_alike for each in family])
+    return [each._replace(p=p, p_alike=alike) for each, p, alike in zip(family, adjusted, adjusted_alike, strict=True)]
+
+
+def paired(metric: Metric, mine: Seeds, other: str, theirs: Seeds) -> Contrast | None:
+    """Mine less theirs, not corrected. None with fewer than two seeds or prompts that both have."""
     shared = sorted(mine.keys() & theirs.keys())
     rows = difference([mine[seed] for seed in shared], [theirs[seed] for seed in shared])
     sets = {row["set"] for of_seed in rows for row in of_seed}

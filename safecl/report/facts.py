@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safecl import metrics
 from safecl.panel import ASKED, decision, trained
-from safecl.report import published
+from safecl.report import labelled, published
 from safecl.report.rows import rows as read_rows
 from safecl.report.tables import Detail, Facts
 from safecl.stats import wilson
@@ -76,6 +76,8 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
         titles = {metric.name: metric.title for metric in metrics.METRICS if metric.question}
         beside, numbers = published.details(known, titles), known.numbers
         notes.append(published.note(known))
+    said, corrected = labelled.told(labelled.found(project, rows), rows)
+    notes += said
     return Facts(
         name=sweep.name,
         about=sweep.about,
@@ -98,6 +100,7 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
         notes=notes,
         beside=beside,
         published=numbers,
+        labelled=corrected,
     )
 
 

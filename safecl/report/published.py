@@ -108,7 +108,7 @@ def beside(rows: Sequence[Mapping[str, Any]], published: Published, models: Mapp
 
 def differences(sweep: Sweep, published: Published, models: Mapping[str, str]) -> list[str]:
     """Settings that are published and are others here, a line each; what this sweep has not (another table's task) is none."""
-    ours = _flat(sweep, models)
+    ours = flat(sweep, models)
     return [
         f"{key}: {_said(ours[key])} here, {_said(theirs)} there"
         for key, theirs in published.settings.items()
@@ -121,18 +121,18 @@ def _said(value: Any) -> str:
     return "all" if value is None else str(value)
 
 
-def _flat(value: Any, models: Mapping[str, str], where: str = "") -> dict[str, Any]:
+def flat(value: Any, models: Mapping[str, str], where: str = "") -> dict[str, Any]:
     """{dotted key: value} of a config. A config that has a name is that name too, its place in a list is its name, and a list of
     such is their names as one text."""
     if isinstance(value, tuple) and value and all(map(_name, value)):
         found: dict[str, Any] = {where: ", ".join(map(_name, value))}
         for item in value:
-            found |= _flat(item, models, f"{where}.{models.get(_name(item), _name(item))}")
+            found |= flat(item, models, f"{where}.{models.get(_name(item), _name(item))}")
         return found
     if isinstance(value, Strict):
         found = {where: _name(value)} if _name(value) else {}
         for key in type(value).model_fields:
-            found |= _flat(getattr(value, key), models, f"{where}.{key}" if where else key)
+            found |= flat(getattr(value, key), models, f"{where}.{key}" if where else key)
         return found
     return {f"{where}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {where: value}
 

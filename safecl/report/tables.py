@@ -49,6 +49,9 @@ class Facts:
     notes: Sequence[str] = ()  # anything else, one line each (mixed library versions, missing cells)
     beside: Mapping[str, Detail] = field(default_factory=dict)  # published numbers, by `model / task`
     published: Sequence[Beside] = ()  # the same, each with ours
+    labelled: Mapping[str, Sequence[Detail]] = field(
+        default_factory=dict
+    )  # rates corrected by labels, by `model / task`
 
 
 class Column(NamedTuple):
@@ -102,7 +105,7 @@ class Line:
     @property
     def texts(self) -> list[str]:
         """Method, poison, a metric a column with its marks, wall time."""
-        return [*_lead(self.row), *(cell.text for cell in self.cells), duration(self.row.get("seconds"))]
+        return [*lead(self.row), *(cell.text for cell in self.cells), duration(self.row.get("seconds"))]
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,8 @@ def _number(row: Row, column: Column) -> str:
     return number(row["metrics"].get(column.metric.name), column.metric.unit)
 
 
-def _lead(row: Row) -> list[str]:
+def lead(row: Row) -> list[str]:
+    """Method and poison, with which every line begins."""
     poison = "-" if row.get("poison") is None or row["method"] in REFERENCES else f"{100 * row['poison']:g} %"
     return [str(row["method"]), poison]
 
@@ -266,7 +270,7 @@ def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[D
     named = metrics.ordered(name for row in members for name in row["metrics"])
     shown_not = [_column(metric, facts) for metric in named if metric.shown != "nowhere"]
     side = [column for column in shown_not if column not in main]
-    lines = [[*_lead(row), *(_number(row, column) for column in side)] for row in members]
+    lines = [[*lead(row), *(_number(row, column) for column in side)] for row in members]
     found = [Detail("Also measured", ["method", "poison", *(column.header for column in side)], lines)]
     for metric in named:
         found += _by_set(members, metric) if metric.has_sets else []
@@ -274,14 +278,14 @@ def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[D
     found += _judges(members, facts)
     shown = [column for column in main if column.metric.margin]
     for family, against in (("sft", "sft"), ("best", "the best method")):
-        texts = [[*_lead(row), *(_difference(row, c.metric.name, family) for c in shown)] for row in members]
+        texts = [[*lead(row), *(_difference(row, c.metric.name, family) for c in shown)] for row in members]
         tested = [line for line in texts if any(text != "-" for text in line[2:])]
         title = (
             f"Difference from {against}, in points, with its own 95 % interval; p (differs) and p= (alike) after Holm"
         )
         found.append(Detail(title, ["method", "poison", *(c.header for c in shown)], tested))
-    beside = facts.beside.get(f"{members[0]['model']} / {members[0]['task']}")
-    found += [beside] if beside is not None else []
+    where = f"{members[0]['model']} / {members[0]['task']}"
+    found += [*facts.labelled.get(where, ()), *([facts.beside[where]] if where in facts.beside else [])]
     return [detail for detail in found if len(detail.header) > 2 and detail.lines]
 
 
@@ -291,7 +295,7 @@ def _by_set(members: Sequence[Row], metric: Metric) -> list[Detail]:
     for row in members:
         of_row = row["metrics"].get(metric.name, {})
         parts = [of_row.get("sets", {}).get(name) for name in sets]
-        lines.append([*_lead(row), *map(number, parts), number(of_row), number(of_row.get("pooled"))])
+        lines.append([*lead(row), *map(number, parts), number(of_row), number(of_row.get("pooled"))])
     head = [name.rpartition("/")[2] for name in sets]
     title = f"{metric.title} by set: the mean over sets, as above, and all prompts pooled"
     return [Detail(title, ["method", "poison", *head, "mean", "pooled"], lines)] if sets else []
@@ -302,7 +306,7 @@ def _by_kind(members: Sequence[Row], metric: Metric) -> list[Detail]:
     for row in members:
         of_row = row["metrics"].get(metric.name, {})
         counts = [str(of_row.get("why", {}).get(why, 0)) if of_row else "-" for why in whys]
-        lines.append([*_lead(row), *counts, str(of_row.get("num", "-"))])
+        lines.append([*lead(row), *counts, str(of_row.get("num", "-"))])
     title = f"{capital(metric.title)} answers by kind, counted"
     return [Detail(title, ["method", "poison", *whys, "of answers"], lines)] if whys else []
 
@@ -316,14 +320,14 @@ def _judges(members: Sequence[Row], facts: Facts) -> list[Detail]:
         title = (
             f"Two judges on the same attack answers, {decides} and {listed}: share agreed, Cohen's kappa (0: chance)"
         )
-        lines = [[*_lead(row), *_agreed(each)] for row in members if (each := row.get("agreement"))]
+        lines = [[*lead(row), *_agreed(each)] for row in members if (each := row.get("agreement"))]
         found.append(Detail(title, ["method", "poison", "agree", "kappa", "answers"], lines))
     for name in beside:
         question, _, label = name.partition(":")
         lines = []
         for row in members:
             if (each := row.get("beside", {}).get(name)) is not None:
-                lines.append([*_lead(row), number(row["metrics"].get(name)), *_agreed(each)])
+                lines.append([*lead(row), number(row["metrics"].get(name)), *_agreed(each)])
         header = _column(metrics.of(question), facts).header
         title = (
             f"{header} and beside it {label}, on the same answers: its share, share agreed, Cohen's kappa (0: chance)"

@@ -1,0 +1,210 @@
+"""What a person says of a sweep's answers: drawing a sample, keeping the labels, and what they say of judge and rates.
+
+Labels are of *answers* (the key of the stage that generated one, and the row's id), so that they hold whatever sweep or method
+shows it. They lie in the store under `labels/`, a line each, the last of an answer counts.
+
+A row's corrected rate is prediction-powered (Angelopoulos et al. 2023, arXiv 2301.09633): the judge's rate of all answers plus
+the mean of (label - verdict) over the labelled ones. It is unbiased whatever the judge, because those were drawn at random from
+the row's answers, as many from each set; the better the judge, the narrower its interval.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safecl import metrics
+from safecl.base import ConfigError, Damaged
+from safecl.panel import ASKED
+from safecl.report.answers import answers
+from safecl.report.tables import Detail, lead, number
+from safecl.stats import Interval, Quality, quality
+
+if TYPE_CHECKING:
+    from safecl.grid import Job
+    from safecl.project import Project
+    from safecl.store import Store
+
+MIN_LABELS = 10  # of a row: with fewer its rate is not corrected
+_ANSWER = tuple[str, str]  # key of the generate stage, id of the row
+
+
+class Item(NamedTuple):
+    """An answer that a judge decided on. `row`: of the table; `said`: the judge's verdict."""
+
+    row: int
+    set: str
+    answer: _ANSWER
+    prompt: str
+    text: str
+    said: bool
+
+
+class Found(NamedTuple):
+    """What labels say of one question: how good the judge is on these answers, and by a row's place in the table its corrected
+    rate and how many of its answers were labelled."""
+
+    question: str
+    num: int
+    judge: Quality
+    rows: dict[int, tuple[Interval, int]]
+
+
+def file_of(store: Store, question: str) -> Path:
+    return store.local / "labels" / f"{question}.jsonl"
+
+
+def read(store: Store, question: str) -> dict[_ANSWER, bool]:
+    """Labels by answer; those that were taken back or skipped are left out."""
+    found: dict[_ANSWER, bool | None] = {}
+    with suppress(FileNotFoundError):
+        for line in file_of(store, question).read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # a line that was cut short by a crash
+                kept = json.loads(line)
+                found[kept["generation"], kept["id"]] = kept["label"]
+    return {answer: label for answer, label in found.items() if label is not None}
+
+
+def keep(store: Store, question: str, answer: _ANSWER, label: bool | None) -> None:
+    """Add one label; None takes an earlier one back."""
+    path = file_of(store, question)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = {"generation": answer[0], "id": answer[1], "label": label, "at": datetime.now(UTC).isoformat("T", "seconds")}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def items(project: Project, question: str, only: Iterable[_ANSWER] | None = None) -> list[Item]:
+    """Every judged answer of the table's rows, in its order; with `only`, these answers alone."""
+    wanted = None if only is None else set(only)
+    metric = decided(question)
+    found = []
+    for place, (_, _, jobs, _) in enumerate(project.finals()):
+        for job in jobs:
+            with suppress(Damaged):
+                found += _of(project, job, place, metric, wanted)
+    return found
+
+
+def decided(question: str) -> str:
+    """The metric that answers a question that judges are asked. Raises ConfigError for another word."""
+    if question not in ASKED:
+        raise ConfigError(f"no judge decides {question!r}; expected one of {', '.join(ASKED)}")
+    return next(metric.name for metric in metrics.METRICS if metric.question == question)
+
+
+def _of(project: Project, job: Job, place: int, metric: str, wanted: set[_ANSWER] | None) -> list[Item]:
+    outcomes = project.outcomes(job)
+    said = {(o["set"], o["id"]): o["value"] for o in outcomes or () if o["metric"] == metric and o["value"] is not None}
+    found = []
+    for line in answers(project, job) if said else ():
+        set_, answer = f"{line['role']}/{line['set']}", (line["generation"], line["id"])
+        if (set_, line["id"]) in said and (wanted is None or answer in wanted):
+            prompt = "\n".join([*(f"{role}: {text}" for role, text in line["before"]), line["prompt"]])
+            found.append(Item(place, set_, answer, prompt, line["answer"], said[set_, line["id"]] >= 0.5))
+    return found
+
+
+def draw(population: Sequence[Item], num: int, seed: int = 0) -> list[Item]:
+    """`num` answers of every row, as many from each of its sets, in an order that tells nothing of the row. Base and aligned
+    answer for several rows; each of their answers is drawn once."""
+    groups: dict[tuple[int, str], list[Item]] = {}
+    for item in population:
+        groups.setdefault((item.row, item.set), []).append(item)
+    num_sets: dict[int, int] = {}
+    for row, _ in groups:
+        num_sets[row] = num_sets.get(row, 0) + 1
+    rng = random.Random(f"labels {seed}")
+    found: dict[_ANSWER, Item] = {}
+    for (row, _), members in groups.items():
+        for item in rng.sample(members, min(len(members), -(-num // num_sets[row]))):
+            found.setdefault(item.answer, item)
+    drawn = list(found.values())
+    rng.shuffle(drawn)
+    return drawn
+
+
+def corrected(
+    rate: Interval, pairs: Mapping[str, Sequence[tuple[bool, bool]]], confidence: float = 0.95
+) -> Interval | None:
+    """A judge's rate, the mean over sets, corrected by (label, verdict) pairs of answers drawn at random from each set.
+    `rate`: with its own interval, which holds what other prompts and seeds would change. None where a set has no two pairs.
+
+    The interval adds both variances. That of a difference is estimated as if one more pair differed: where no labelled pair
+    does, the judge may still err elsewhere.
+    """
+    from scipy.stats import t
+
+    if not pairs or any(len(of_set) < 2 for of_set in pairs.values()):
+        return None
+    shift, variance, freedom = 0.0, 0.0, 0
+    for of_set in pairs.values():
+        errors = [float(label) - float(said) for label, said in of_set]
+        num, mean = len(errors), sum(errors) / len(errors)
+        spread = (sum((error - mean) ** 2 for error in errors) + 1) / (num - 1)
+        shift += mean / len(pairs)
+        variance += spread / num / len(pairs) ** 2
+        freedom += num - 1
+    half = float(t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(variance)
+    value = rate.value + shift
+    low, high = (math.hypot(half, end) for end in (rate.value - rate.low, rate.high - rate.value))
+    clipped = [min(1.0, max(0.0, x)) for x in (value, value - low, value + high)]
+    return Interval(*clipped)
+
+
+def found(project: Project, rows: Sequence[Mapping[str, Any]]) -> list[Found]:
+    """What the store's labels say of these rows (all of a sweep's, in order); nothing where there are none."""
+    every = []
+    for question in ASKED:
+        labels = read(project.store, question)
+        having = items(project, question, labels) if labels else []
+        if not having:
+            continue
+        unique = list({item.answer: item for item in having}.values())
+        judge = quality(
+            [labels[item.answer] for item in unique],
+            [item.said for item in unique],
+            [item.prompt for item in unique],
+        )
+        made: dict[int, tuple[Interval, int]] = {}
+        for place, row in enumerate(rows):
+            entry = row["metrics"].get(decided(question))
+            pairs: dict[str, list[tuple[bool, bool]]] = {}
+            for item in having:
+                if item.row == place:
+                    pairs.setdefault(item.set, []).append((labels[item.answer], item.said))
+            num = sum(map(len, pairs.values()))
+            if entry is not None and num >= MIN_LABELS and set(pairs) >= set(entry.get("sets", pairs)):
+                rate = corrected(Interval(entry["value"], entry["low"], entry["high"]), pairs)
+                made |= {} if rate is None else {place: (rate, num)}
+        every.append(Found(question, len(unique), judge, made))
+    return every
+
+
+def told(found: Sequence[Found], rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, list[Detail]]]:
+    """Lines on the judges, and a table below that of each `model / task` with a row's rate as judged and as corrected."""
+    lines: list[str] = []
+    details: dict[str, list[Detail]] = {}
+    for each in found:
+        title = metrics.of(decided(each.question)).title
+        share = "{:.1%} [{:.1%}, {:.1%}]".format(*each.judge.accuracy)
+        lines.append(
+            f"A person labelled {each.num} answers for {title}: its judge agrees in {share} of those it could read."
+        )
+        made: dict[str, list[list[str]]] = {}
+        for place, (rate, num) in each.rows.items():
+            row = rows[place]
+            judged = number(row["metrics"][decided(each.question)])
+            line = [*lead(row), judged, number(rate._asdict()), str(num)]
+            made.setdefault(f"{row['model']} / {row['task']}", []).append(line)
+        for where, cells in made.items():
+            head = ["method", "poison", f"{title}, judged", "corrected", "labels"]
+            name = f"{title} corrected by a person's labels (prediction-powered, valid whatever the judge)"
+            details.setdefault(where, []).append(Detail(name, head, cells, in_every_form=True))
+    return lines, details
