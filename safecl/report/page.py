@@ -45,6 +45,7 @@ def html(rows: Sequence[Row], facts: Facts, more: More | None = None, answers: P
         blocks=found,
         overviews=_overviews(found),
         sections=parts,
+        num_searches=len(more.searches),
         lines=[*caption(rows, facts), BOLD, *notes(rows)],
         params=params(rows),
         costs=more.costs,
@@ -117,6 +118,7 @@ def _told(facts: Facts, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
             "unit": metric.unit,
         }
         for metric in metrics.ordered(names)
+        if metric.shown != "nowhere"
     }
 
 
