@@ -18,10 +18,10 @@ import _bench
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from safecl import overview  # noqa: E402
-from safecl.project import Project, load  # noqa: E402
-from safecl.report import serve  # noqa: E402
-from tests import made_up  # noqa: E402
+from safecl import overview
+from safecl.project import Project, load
+from safecl.report import serve
+from tests import made_up
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 WEIGHT = "search: {weight: {low: 0.1, high: 30.0}, memory_size: [10, 20]}"
@@ -31,7 +31,11 @@ METHODS += [f"{{name: {name}, search: {{weight: {{low: 0.1, high: 30.0}}}}}}" fo
 
 def made(root: Path, trials: int) -> Project:
     """The store, opened to be read."""
-    settings = [f"methods=[{{name: sft}}, {', '.join(METHODS)}]", f"search.trials={trials // 10}", "search.sampler=random"]
+    settings = [
+        f"methods=[{{name: sft}}, {', '.join(METHODS)}]",
+        f"search.trials={trials // 10}",
+        "search.sampler=random",
+    ]
     settings += ["seeds=[0, 1, 2]", "models.0.dtype=float32", "evaluate.judges.asr=keywords", f"execution.root={root}"]
     project = Project(load(QUICKSTART, settings))
     made_up.search(project)

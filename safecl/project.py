@@ -50,6 +50,13 @@ class Swing(NamedTuple):
     source: str
 
 
+class _Read:
+    """A store that is only read: what is damaged stays where it is."""
+
+    def __init__(self, store: Store) -> None:
+        self.sound, self.record = store.has, store.record
+
+
 class Project:
     """A checked sweep with its store and paths. Opening it spends nothing."""
 
@@ -130,8 +137,23 @@ class Project:
             if storage is None:
                 self._snapshot = self._snapshot or open_to_read(self.study_url)
                 storage = self._snapshot
-            self._pasts[cell] = None if storage is None else past_of(cell, self.sweep, storage)
+            past = None if storage is None else past_of(cell, self.sweep, storage)
+            self._pasts[cell] = self._chosen_anew(cell, storage) if past is None and storage is not None else past
         return self._pasts[cell]
+
+    def _chosen_anew(self, cell: Cell, storage: Any) -> Past | None:
+        """What a search that was never started would be told of trials that are finished, because another objective or other
+        bounds asked for them: what it is, if they are enough; else None."""
+        from safecl.study import elsewhere, in_memory, past_of, study_of
+
+        if not (first := elsewhere(cell, self.sweep, storage)):
+            return None
+        memory = in_memory()
+        reading: Any = _Read(self.store)
+        schedule = Schedule(self.sweep, reading, [cell], lambda cell: study_of(cell, self.sweep, memory, first))
+        schedule.next()  # tells the study of every stored trial, up to the first that would have to run
+        past = past_of(cell, self.sweep, memory)
+        return past if past is not None and past.is_done else None
 
     def lease(self) -> Lease:
         """What a run of this sweep holds: its name, and its studies, which a sweep of another name may share."""

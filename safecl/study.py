@@ -108,7 +108,7 @@ class CellStudy:
 
     `space`: see `space_check`; `defaults`: at least the searched parameters; `storage`: a database URL or what
     `open_storage` gave; `trials`: how many may count; `sampler`: "tpe", "random" or "grid" (of lists); `at_once`: how many
-    may run. Opening creates or continues.
+    may run; `first`: what a new study asks before it suggests anything, in place of the defaults. Opening creates or continues.
 
     A trial's place is its number, less what ghosts took: a ghost's copy stands at the ghost's place.
     """
@@ -123,6 +123,7 @@ class CellStudy:
         trials: int,
         sampler: str = "tpe",
         at_once: int = 1,
+        first: Sequence[Mapping[str, Json]] = (),
     ) -> None:
         import optuna
 
@@ -149,7 +150,9 @@ class CellStudy:
         )
         # Of a grid all points are queued at once, and asked in their order. (Optuna's GridSampler deals them out by trial
         # number, so that a trial that died and is queued again would cost another point.)
-        first = points(self.space) if sampler == "grid" else [{key: defaults[key] for key in self.space}]
+        if sampler == "grid":
+            first = points(self.space)
+        first = list(first)[:trials] or [{key: defaults[key] for key in self.space}]
         for queued in map(self._encode, first[len(self._trials()) :]):
             self._enqueue(queued)
 
@@ -356,8 +359,47 @@ def _distribution(form: Json) -> Any:
     return FloatDistribution(float(options["low"]), float(options["high"]), log=bool(options.get("log", False)))
 
 
-def study_of(cell: Cell, sweep: Sweep, storage: Any) -> CellStudy | None:
-    """The study of a cell, continued if it exists, its ghosts repaired; None where nothing is searched."""
+def elsewhere(cell: Cell, sweep: Sweep, storage: Any) -> list[dict[str, Json]]:
+    """Parameters of the finished trials that studies of this cell have under another objective or other bounds, in order, each
+    once; those that its space holds. Such a study rests on the same code, data and seed, so its trials' stages are this
+    search's too, and only what they are worth must be told anew."""
+    if cell.space is None:
+        return []
+    own, space = name_of(cell, sweep), cell.space
+    same, found = own.rpartition("-")[0] + "-", dict[str, dict[str, Json]]()
+    for study in sorted(storage.get_all_studies(), key=lambda study: study._study_id):
+        if study.study_name != own and study.study_name.startswith(same):
+            for trial in _places(storage.get_all_trials(study._study_id, deepcopy=False)):
+                if trial.state.name == "COMPLETE" and trial.params.keys() == space.keys():
+                    params = {key: _within(space[key], value) for key, value in trial.params.items()}
+                    if None not in params.values():
+                        decoded = _decode(params, space)
+                        found.setdefault(canonical(decoded), decoded)
+    return list(found.values())
+
+
+def _within(form: Json, value: Any) -> Any:
+    """A stored value, or None where a space's form does not hold it."""
+    distribution = _distribution(form)
+    try:
+        return value if distribution._contains(distribution.to_internal_repr(value)) else None
+    except (ValueError, TypeError):  # of another type
+        return None
+
+
+def in_memory() -> Any:
+    """A storage that is gone with this process."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.storages.InMemoryStorage()
+
+
+def study_of(
+    cell: Cell, sweep: Sweep, storage: Any, first: Sequence[Mapping[str, Json]] | None = None
+) -> CellStudy | None:
+    """The study of a cell, continued if it exists, its ghosts repaired; None where nothing is searched. A new one asks `first`
+    what `elsewhere` finds, whose stages are finished: another bound costs no run."""
     if cell.space is None:
         return None
     study = CellStudy(
@@ -369,6 +411,7 @@ def study_of(cell: Cell, sweep: Sweep, storage: Any) -> CellStudy | None:
         cell.num_trials,
         sweep.search.sampler,
         sweep.search.at_once,
+        elsewhere(cell, sweep, storage) if first is None else first,
     )
     study.repair()
     return study
