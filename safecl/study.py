@@ -167,7 +167,7 @@ class CellStudy:
         `at_once` be running."""
         places = _places(self._trials())
         if self._sampling.sampler != "tpe":
-            return sum(trial.state.name == "RUNNING" for trial in places) < self._sampling.at_once
+            return bool(sum(trial.state.name == "RUNNING" for trial in places) < self._sampling.at_once)
         next_one = next((place for place, t in enumerate(places) if t.state.name == "WAITING"), len(places))
         return bool(all(trial.state.is_finished() for trial in places[: self._sampling.begins(next_one)]))
 
