@@ -15,7 +15,9 @@ import pytest
 from safecl import overview
 from safecl.project import Project, load
 from safecl.report import answers, page, serve
+from safecl.report.costs import costs
 from safecl.report.facts import readable
+from safecl.report.methodology import methodology
 from tests import made_up
 from tests.browser import Browser, browser
 from tests.report import golden
@@ -229,6 +231,36 @@ def test_many_answers_lie_beside_the_page_and_a_server_gives_them(
     monkeypatch.undo()
     overview.write_report(project, tmp_path / "big")
     assert not list((tmp_path / "big" / "answers").glob("*.json"))
+
+
+def test_cost_counts_each_stage_once_and_what_it_would_have_been_alone(project: Project) -> None:
+    found = costs(project)
+    finals = [job for _, _, jobs, _ in project.finals() for job in jobs]
+    tried = [
+        cell.trial(trial.params)
+        for cell in project.cells
+        if (study := project.past(cell))
+        for trial in study.complete()
+    ]
+    walks = [job.evidence.metrics.walk() for job in (*finals, *tried)]
+    keys = {stage.key for walk in walks for stage in walk}
+    assert found["spent"] == 10 * len(keys) and found["alone"] == 10 * sum(map(len, walks)) > found["spent"]
+    der = next(each for each in found["methods"] if each["method"] == "der")
+    assert (der["trials"], der["finals"]) == (24, 4) and der["mean"] == pytest.approx(der["seconds"] / 28)
+
+
+def test_the_methods_section_says_what_the_sweep_file_says(project: Project) -> None:
+    text = " ".join(methodology(project.sweep))
+    for said in (
+        "rank 8",
+        "learning rate 0.004",
+        "a ratio of 0 %, 10 %",
+        "12 trials (tpe)",
+        "seed 1000",
+        "asr by keywords",
+        "(0, 1)",
+    ):
+        assert said in text
 
 
 def test_a_number_links_only_to_answers_of_its_own_kind(project: Project) -> None:

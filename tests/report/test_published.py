@@ -89,7 +89,7 @@ def test_every_form_of_a_report_prints_them_below_their_table() -> None:
 
     number = published.Beside(2, "smol", "mini", 0.1, "sft", "asr", 0.8, 0.4, 1.0, 0.767)
     found = published.Comparison("a paper", (number,), ())
-    facts = replace(FACTS, beside=published.details(found, {"asr": "ASR"}))
+    facts = replace(FACTS, beside=published.details(found, {"asr": "ASR"}), published=found.numbers)
     title = "Beside a paper (theirs; * outside our interval)"
     plain, without = forms.plain(ROWS, facts), forms.plain(ROWS, FACTS)
     assert title not in without
@@ -99,6 +99,8 @@ def test_every_form_of_a_report_prints_them_below_their_table() -> None:
     assert f"{title}:" in forms.markdown(
         ROWS, facts
     ) and "| sft | 10 % | 2 | 80.0 [40.0, 100.0] | 76.7 |" in forms.markdown(ROWS, facts)
-    assert f"<summary>{title}</summary>" in page.html(ROWS, facts)
+    shown = page.html(ROWS, facts)
+    assert f"<summary>{title}</summary>" in shown
+    assert shown.count("paper 76.7") == 1 and "paper 76.7" not in page.html(ROWS, FACTS)
     assert [table.title for table in forms.terminal(ROWS, facts)] == ["smol / mini", title]
     assert published.note(found) == "Settings that differ from a paper: none of those that it gives."
