@@ -74,7 +74,7 @@ def best(project: Project, path: Path, settings: Sequence[str]) -> tuple[dict[st
         if not jobs:
             left.append(f"{cell.label}: {note}")
             continue
-        entry = {"name": recipe.method, "label": cell.method, "config": {**recipe.params, **params}}
+        entry: dict[str, Any] = {"name": recipe.method, "label": cell.method, "config": {**recipe.params, **params}}
         key = canonical(entry)
         entries.setdefault(key, entry)
         where = {"models": [recipe.model.name], "tasks": [recipe.task.task], "ratios": [recipe.poison_ratio]}
