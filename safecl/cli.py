@@ -229,6 +229,7 @@ def view(
     file: File,
     set_: Set = [],  # noqa: B006
     limit: Limit = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write it, as for `safecl report`")] = None,
     accept_judge: AcceptJudge = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 0,
 ) -> None:
@@ -236,7 +237,7 @@ def view(
     from safecl.overview import write_report
     from safecl.report import serve
 
-    page = write_report(_project(file, set_, limit, reads=True), None, accept_judge)
+    page = write_report(_project(file, set_, limit, reads=True), out, accept_judge)
     _serve(serve.server(page.parent, port))
 
 

@@ -21,6 +21,8 @@ from tests.made_up import finish, put
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 WRITING = {"run", "judge", "init", "submit", "cancel"}  # and all that `judge` has
 OWN: dict[str, list[str]] = {  # what a verb takes, where it is not a sweep file
+    "view": ["FILE", "--set", "SETTING", "--set", "DTYPE", "--out", "OUT"],
+    "compare": ["FILE", "FILE", "--set", "SETTING", "--set", "DTYPE"],
     "ls": [],
     "show": ["KEY", "--root", "ROOT"],
     "export": ["KEY", "OUT", "--root", "ROOT"],
@@ -40,6 +42,7 @@ def test_a_reading_verb_changes_nothing_beside_a_live_driver(
     verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware, "measured", lambda use_gpu=False: {"bfloat16": Speed(9, 9), "float32": Speed(9, 9)})
+    monkeypatch.setattr(cli, "_serve", lambda server: server.server_close())  # else until Ctrl-C
     root = tmp_path / "root"
     dtype = "models.0.dtype=float32"
     driver = Project(load(QUICKSTART, [dtype, "poison.ratios=[0.1]", f"execution.root={root}"]))
@@ -66,7 +69,7 @@ def test_a_reading_verb_changes_nothing_beside_a_live_driver(
         try:
             cli.app([verb, *(words.get(word, word) for word in given)], standalone_mode=False)
         except Exception as error:  # what has no result yet may be refused
-            assert verb in ("export", "trace"), error
+            assert verb in ("export", "label", "trace"), error
         after = {name: found for name, found in contents(root).items() if "lease-" not in name}  # its driver lives
         assert after == {name: found for name, found in before.items() if "lease-" not in name}
         assert not list(root.glob("tmp/*"))
