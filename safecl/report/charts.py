@@ -338,7 +338,7 @@ def search(found: Mapping[str, Any]) -> list[Chart]:
     if found["importance"]:
         shares = [{"parameter": name, "share": 100 * share} for name, share in found["importance"].items()]
         charts.append(Chart("Importance", "Share of what tells good trials from others (PED-ANOVA).", _chart(
-            shares, height={"step": 24}, mark={"type": "bar", "color": _COLOURS[0]},
+            shares, height=24 * len(shares), mark={"type": "bar", "color": _COLOURS[0]},
             encoding={"x": _axis("share", "%"), "y": {"field": "parameter", "type": "nominal", "sort": "-x", "title": None}},
         )))  # fmt: skip
     if len(space) > 1:
@@ -399,6 +399,6 @@ def cost(found: Mapping[str, Any]) -> list[Chart]:
     if not points:
         return []
     y = {"field": "method", "type": "nominal", "sort": "-x", "title": None}
-    spec = _chart(points, height={"step": 20}, mark={"type": "bar", "color": _COLOURS[0]},
+    spec = _chart(points, height=20 * len(points), mark={"type": "bar", "color": _COLOURS[0]},
                   encoding={"x": _axis("minutes", "minutes of its own stages, a trial"), "y": y})  # fmt: skip
     return [Chart("Cost of one trial", "What only this method's trials needed; shared stages are nobody's.", spec)]
