@@ -267,27 +267,36 @@ def curves(runs: Sequence[Mapping[str, Any]]) -> list[Chart]:
         y = _axis("y", name.replace("_", " "), scale={"zero": False, "nice": True})
         few = len(runs) <= 8
         layers: list[Spec] = [
-            {"mark": {"type": "line", "strokeWidth": 1.4 if few else 0.6, "opacity": 0.9 if few else 0.25},
+            # A click on a name in the legend leaves its method alone.
+            {"params": [{"name": "picked", "select": {"type": "point", "fields": ["method"]}, "bind": "legend"}],
+             "mark": {"type": "line", "strokeWidth": 1.4 if few else 0.6},
              "encoding": {"x": x, "y": y, "detail": {"field": "run"}, "color": encoding["color"],
-                          "tooltip": [{"field": "run", "type": "nominal"}]}},
+                          "opacity": _if_picked(0.9 if few else 0.25), "tooltip": [{"field": "run", "type": "nominal"}]}},
         ]  # fmt: skip
         if not few:
             band = [{"bin": {"step": 5, "extent": [0, 100]}, "field": "x", "as": "at"},
                     {"aggregate": [{"op": "median", "field": "y", "as": "mid"},
                                    {"op": "q1", "field": "y", "as": "low"}, {"op": "q3", "field": "y", "as": "high"}],
                      "groupby": ["at", "method"]}]  # fmt: skip
-            at = _axis("at", "% of training")
+            at, mid = _axis("at", "% of training"), _axis("mid", y["title"])
+            marks = [*band, {"filter": "datum.at % 20 == 0"}]
             layers += [
-                {"transform": band, "mark": {"type": "area", "opacity": 0.18},
-                 "encoding": {"x": at, "y": _axis("low", y["title"]), "y2": {"field": "high"}, "color": encoding["color"]}},
-                {"transform": band, "mark": {"type": "line", "strokeWidth": 2.5},
-                 "encoding": {"x": at, "y": _axis("mid", y["title"]), "color": encoding["color"]}},
+                {"transform": band, "mark": "area",
+                 "encoding": {"x": at, "y": _axis("low", y["title"]), "y2": {"field": "high"}, "color": encoding["color"],
+                              "opacity": _if_picked(0.18)}},
+                {"transform": band, "mark": {"type": "line", "strokeWidth": 2},
+                 "encoding": {"x": at, "y": mid, "color": encoding["color"], "opacity": _if_picked(1)}},
+                {"transform": marks, "mark": {"type": "point", "filled": True, "size": 45},
+                 "encoding": {"x": at, "y": mid, **encoding, "opacity": _if_picked(1)}},
             ]  # fmt: skip
-        told = (
-            f"{len(runs)} runs" if few else f"{len(runs)} runs, thin; thick: median of a method, with its middle half"
-        )
+        many = "thin; with marks: median of a method and its middle half. Click a name for it alone"
+        told = f"{len(runs)} runs" + ("" if few else f", {many}")
         charts.append(Chart(name.replace("_", " "), told + ".", _chart(points, height=220, layer=layers)))
     return charts
+
+
+def _if_picked(opacity: float) -> Spec:
+    return {"condition": {"param": "picked", "value": opacity}, "value": opacity / 25}
 
 
 def _is_number(value: Any) -> bool:

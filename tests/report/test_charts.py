@@ -94,7 +94,7 @@ def test_curves_skip_what_is_not_a_number_and_stay_small_with_300() -> None:
     assert chart.title == "loss" and len(values(chart)) == 300 * 40 and "300 runs" in chart.caption
     assert len(json.dumps(chart.spec)) < 1_200_000
     few = charts.curves(runs[:3])[0]
-    assert len(few.spec["layer"]) == 1 and len(chart.spec["layer"]) == 3 and "svg" in drawn(few)
+    assert len(few.spec["layer"]) == 1 and len(chart.spec["layer"]) == 4 and "svg" in drawn(few)
     assert charts.curves([]) == []
 
 
