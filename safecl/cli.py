@@ -20,13 +20,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""Which continual-learning method keeps a fine-tuned model safe, and what does that cost?
 
-One sweep file goes in; a table with intervals, an MLflow experiment and a page with plots come out.
+One sweep file goes in; a table with intervals, an MLflow experiment and a page with charts come out.
 
 **First steps**
 
     safecl plan sweeps/quickstart.yaml     # what it would do, and for how long
     safecl run sweeps/quickstart.yaml      # do it; the same command continues
-    safecl report sweeps/quickstart.yaml   # the table again, a page with plots
+    safecl report sweeps/quickstart.yaml   # the table again, a page with charts
 
 **Your own model and data**
 
@@ -114,7 +114,7 @@ def run(
     _print_rows(project, "json" if as_json else "table", accept_judge)
     if not failed:
         options = " with the same options" if set_ or limit else ""
-        print(f"for a page with plots: safecl report {file}{options}", file=sys.stderr)
+        print(f"for a page with charts and answers: safecl report {file}{options}", file=sys.stderr)
         return
     for line in failed:
         print(f"missing: {line}", file=sys.stderr)
@@ -208,7 +208,7 @@ def report(
     limit: Limit = None,
     as_json: AsJson = False,
     out: Annotated[
-        Path | None, typer.Option(help="Where to write page and plots (default: report/NAME under execution.root)")
+        Path | None, typer.Option(help="Where to write the page (default: report/NAME under execution.root)")
     ] = None,
     accept_judge: AcceptJudge = False,
     form: Annotated[

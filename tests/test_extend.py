@@ -14,7 +14,7 @@ import pytest
 from safecl import cli, registry
 from safecl.overview import readable, write_report
 from safecl.project import Project
-from safecl.report import tables
+from safecl.report import forms
 from safecl.sweepfile import load
 from tests import made_up
 
@@ -72,7 +72,7 @@ def test_what_a_file_adds_is_everywhere(
     project = Project(load(Path("sweep.yaml"), settings, 8))
     made_up.finish(project)
     rows, found = readable(project)
-    for table in (tables.plain(rows, found), tables.markdown(rows, found)):
+    for table in (forms.plain(rows, found), forms.markdown(rows, found)):
         assert all(name in table for name in ("my_method", "capitals", "apologises", "under 20 words"))
     assert "over_refusal:polite" in rows[-1]["metrics"]
 

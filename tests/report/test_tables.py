@@ -1,4 +1,4 @@
-"""Tables, plots and the page: what they print, and that they claim no more than the rows hold."""
+"""Tables and their forms: what they print, and that they claim no more than the rows hold."""
 
 import io
 import json
