@@ -257,7 +257,7 @@ def test_report_status_plan_show_and_logs_work_on_the_finished_sweep(finished: t
     report = safecl("report", str(file), "--json", "--accept-judge", timeout_s=60)
     assert without_seconds(report.stdout) == without_seconds(table)
     page = root / "report" / "tiny" / "index.html"
-    assert page.stat().st_size > 10_000 and "http" not in page.read_text().split("<body>")[1].split("base64")[0]
+    assert page.stat().st_size > 10_000 and "http" not in page.read_text().split("<body>")[1].split("<script")[0]
     status = json.loads(safecl("status", str(file), "--json", timeout_s=60).stdout)
     assert {row["state"] for row in status["cells"]} == {"done"}
     assert status["run"]["how"] == "ended" and status["run"]["stages"]["finetune"]["done"] > 0
