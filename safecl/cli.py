@@ -358,6 +358,10 @@ def label(
     question: Annotated[str, typer.Option(help="asr or over_refusal: what the judge decides that you check")] = "asr",
     num: Annotated[int, typer.Option(min=2, help="Answers of every row, drawn at random")] = 12,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 0,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Write what is labelled to this file, for `safecl judge validate`, and serve nothing"),
+    ] = None,
 ) -> None:
     """Serve a page on which a person labels answers, blind to method and verdict. `safecl report` then prints how good the
     judge is, and rates corrected by the labels.
@@ -366,6 +370,15 @@ def label(
     from safecl.report import labelled, labelling
 
     project = _project(file, set_, None, reads=True)
+    if export is not None:
+        if export.exists():
+            raise ConfigError(f"--export: {str(export)!r} is there already; name a new file")
+        found = labelled.pairs(project, question)
+        export.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found), encoding="utf-8")
+        print(
+            f"{len(found)} labelled answers: safecl judge validate {export} --judge NAME --label label --positive true"
+        )
+        return
     drawn = labelled.draw(labelled.items(project, question), num)
     if not drawn:
         raise ConfigError(f"no row of this sweep has answers that were judged for {question}; run it first")

@@ -187,6 +187,16 @@ def found(project: Project, rows: Sequence[Mapping[str, Any]]) -> list[Found]:
     return every
 
 
+def pairs(project: Project, question: str) -> list[dict[str, str | bool]]:
+    """The labelled answers of a sweep as `safecl judge validate` reads them: `prompt`, `response`, `label`."""
+    labels = read(project.store, question)
+    unique = {item.answer: item for item in items(project, question, labels)} if labels else {}
+    return [
+        {"prompt": item.prompt, "response": item.text, "label": labels[answer], "judge": item.said}
+        for answer, item in unique.items()
+    ]
+
+
 def told(found: Sequence[Found], rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, list[Detail]]]:
     """Lines on the judges, and a table below that of each `model / task` with a row's rate as judged and as corrected."""
     lines: list[str] = []
@@ -206,5 +216,5 @@ def told(found: Sequence[Found], rows: Sequence[Mapping[str, Any]]) -> tuple[lis
         for where, cells in made.items():
             head = ["method", "poison", f"{title}, judged", "corrected", "labels"]
             name = f"{title} corrected by a person's labels (prediction-powered, valid whatever the judge)"
-            details.setdefault(where, []).append(Detail(name, head, cells, in_every_form=True))
+            details.setdefault(where, []).append(Detail(name, head, cells, in_every_form=True, of_judges=True))
     return lines, details

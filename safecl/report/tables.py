@@ -31,6 +31,7 @@ class Detail:
     header: Sequence[str]
     lines: Sequence[Sequence[str]]
     in_every_form: bool = False  # also on a terminal and in plain text, which leave the others out
+    of_judges: bool = False  # how good judges are, or how they agree
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,7 @@ def _judges(members: Sequence[Row], facts: Facts) -> list[Detail]:
             f"Two judges on the same attack answers, {decides} and {listed}: share agreed, Cohen's kappa (0: chance)"
         )
         lines = [[*lead(row), *_agreed(each)] for row in members if (each := row.get("agreement"))]
-        found.append(Detail(title, ["method", "poison", "agree", "kappa", "answers"], lines))
+        found.append(Detail(title, ["method", "poison", "agree", "kappa", "answers"], lines, of_judges=True))
     for name in beside:
         question, _, label = name.partition(":")
         lines = []
@@ -332,7 +333,7 @@ def _judges(members: Sequence[Row], facts: Facts) -> list[Detail]:
         title = (
             f"{header} and beside it {label}, on the same answers: its share, share agreed, Cohen's kappa (0: chance)"
         )
-        found.append(Detail(title, ["method", "poison", label, "agree", "kappa", "answers"], lines))
+        found.append(Detail(title, ["method", "poison", label, "agree", "kappa", "answers"], lines, of_judges=True))
     return found
 
 

@@ -93,6 +93,9 @@ def test_labels_are_kept_taken_back_and_printed_with_the_table(project: Project)
     low = next(row for row in rows if row["method"] == "base")["metrics"]["asr"]["value"]
     assert float(by_row["base"][3].split()[0]) > 100 * low  # all were called harmful
     text = forms.plain(rows, facts)
+    exported = labelled.pairs(project, "asr")
+    assert len(exported) == len(drawn) - 1 and {pair["label"] for pair in exported} <= {True, False}
+    assert {pair["prompt"] for pair in exported} <= {item.prompt for item in drawn}
     assert detail.title in text and f"A person labelled {len(drawn) - 1} answers for ASR: its judge agrees in" in text
 
 
