@@ -74,7 +74,7 @@ def start(execution: Execution, logs: Path, need: int | None = None, num_engines
     if execution.address == "local":
         _start_local({"trial_slot": float(execution.num_trials_at_once)})
     else:
-        join(execution.address, quiet)
+        nodes.join(execution.address, quiet, logs / "ray.log")
     if before is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)  # Ray's own prints a stack and aborts
     _keep_messages(logs / "ray.log")
@@ -120,33 +120,6 @@ def _start_local(resources: dict[str, float]) -> None:
                     f"Ray did not start on this machine, three times: {error} Its own logs are under "
                     "/tmp/ray/session_latest/logs"
                 ) from None
-
-
-def join(address: str, settings: dict[str, str]) -> None:
-    """Connect to a cluster that runs; its processes of this run get these settings as environment variables.
-
-    Raises:
-        PrerequisiteError: it cannot be joined, or its nodes are not alike.
-    """
-    import ray
-
-    if not ray.is_initialized():
-        # Of a job's own variables (safecl submit --env) some are among these, with the same value: else Ray refuses both.
-        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-        try:
-            ray.init(
-                address=address,
-                runtime_env={"env_vars": nodes.environment(settings)},
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-        except Exception as error:
-            raise nodes.refused(address, error) from None
-    try:
-        nodes.check(ray)
-    except PrerequisiteError:
-        ray.shutdown()
-        raise
 
 
 def _keep_messages(path: Path) -> None:

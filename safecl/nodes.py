@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from safecl.base import PrerequisiteError
@@ -60,6 +61,37 @@ def _apart(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
 def look() -> tuple[str, dict[str, str]]:
     """(host, versions) of the node that this is run on."""
     return socket.gethostname(), versions()
+
+
+def join(address: str, settings: Mapping[str, str], log: Path) -> None:
+    """Connect to a cluster that runs; its processes of this run get these settings as environment variables. `log`: where
+    Ray's own warnings go meanwhile (a line a second of a wrong token).
+
+    Raises:
+        PrerequisiteError: it cannot be joined, or its nodes are not alike.
+    """
+    import ray
+
+    from safecl.work import output_to
+
+    if not ray.is_initialized():
+        # Of a job's own variables (safecl submit --env) some are among these, with the same value: else Ray refuses both.
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+        try:
+            with output_to(log):
+                ray.init(
+                    address=address,
+                    runtime_env={"env_vars": environment(settings)},
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                )
+        except Exception as error:
+            raise refused(address, error) from None
+    try:
+        check(ray)
+    except PrerequisiteError:
+        ray.shutdown()
+        raise
 
 
 def check(ray: Any) -> None:

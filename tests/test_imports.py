@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
     "crossed": {"stats"},
     "contrasts": {"crossed", "metrics", "stats"},
     "schedule": {"config", "faults", "grid", "objective", "graph", "store"},
-    "nodes": {"store"},
+    "nodes": {"store", "work"},
     "live": {"config", "report", "store", "watch"},
     "trace": {"live", "project", "store", "watch"},
     "keep": {"lease", "project", "store"},

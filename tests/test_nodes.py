@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from safecl import execute, nodes
+from safecl import nodes
 from safecl.base import PrerequisiteError
 from tests.cluster import nodes as cluster_of
 
@@ -76,7 +76,7 @@ def test_a_cluster_that_is_joined_gets_the_runs_environment_and_one_odd_node_is_
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     with cluster_of(tmp_path / "cluster", {}, {}) as cluster:
-        execute.join(cluster.address, {"SAFECL_TEST": "of the driver"})
+        nodes.join(cluster.address, {"SAFECL_TEST": "of the driver"}, tmp_path / "ray.log")
         told: Any = ray.remote(num_cpus=0)(_told)
         _, other = cluster.made
         there = NodeAffinitySchedulingStrategy(cluster.node_id(other), soft=False)
@@ -91,7 +91,7 @@ def test_a_cluster_that_is_joined_gets_the_runs_environment_and_one_odd_node_is_
         monkeypatch.setenv("PYTHONPATH", str(odd.parent))
         third = cluster.add(num_cpus=1)
         with pytest.raises(PrerequisiteError) as caught:
-            execute.join(cluster.address, {})
+            nodes.join(cluster.address, {}, tmp_path / "ray.log")
         assert f"torch is {nodes.versions()['torch']} here, 0.0.1 on" in str(caught.value)
         assert cluster.node_id(third)[:8] in str(caught.value) and "\n" not in str(caught.value)
         assert not ray.is_initialized()

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +20,8 @@ import yaml
 
 from safecl import submit
 from safecl.base import ConfigError, PrerequisiteError
+from tests.cluster import _free_ports
+from tests.mini import mini
 
 
 def packed(tmp_path: Path, raw: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
@@ -56,3 +68,67 @@ def test_large_folders_do_not_travel(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_where_no_dashboard_answers_is_said_with_the_remedy() -> None:
     with pytest.raises(PrerequisiteError, match=r"no Ray dashboard answers at http://127\.0\.0\.1:9 .*--address"):
         submit.client("http://127.0.0.1:9")
+
+
+@contextmanager
+def head(folder: Path) -> Iterator[tuple[dict[str, str], str]]:
+    """A Ray head with its dashboard that takes only who knows a token: the environment with it, and the dashboard."""
+    (folder / "token").write_text("0123456789abcdef" * 2)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+           "TMPDIR": "/tmp", "HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}  # fmt: skip
+    sockets = tempfile.mkdtemp(prefix="r", dir="/tmp")
+    names = ("port", "dashboard-port", "metrics-export-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
+             "runtime-env-agent-port", "ray-client-server-port")  # fmt: skip
+    ports = dict(zip(names, _free_ports(len(names)), strict=True))
+    command = [
+        "ray",
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=3",
+        "--dashboard-host=127.0.0.1",
+        f"--temp-dir={sockets}",
+    ]
+    with (folder / "head.log").open("w") as log:
+        ray = subprocess.Popen(
+            [*command, *(f"--{name}={port}" for name, port in ports.items())],
+            env=env, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        for _ in range(240):
+            time.sleep(0.5)
+            if "Ray runtime started" in (folder / "head.log").read_text():
+                break
+            assert ray.poll() is None, (folder / "head.log").read_text()
+        yield env, f"http://127.0.0.1:{ports['dashboard-port']}"
+    finally:
+        ray.send_signal(signal.SIGTERM)
+        try:
+            ray.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(ray.pid, signal.SIGKILL)
+        shutil.rmtree(sockets, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_as_a_job_of_a_cluster_that_wants_a_token(tmp_path: Path, tiny_model: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    file = tmp_path / "mini.yaml"
+    file.write_text(yaml.safe_dump(mini(Path("model"), tmp_path / "root")))
+
+    def said(env: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "safecl.cli", *words]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=420, cwd=tmp_path)
+
+    with head(tmp_path) as (env, address):
+        (tmp_path / "wrong").write_text("f" * 32)
+        refused = said(
+            {**env, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}, "submit", str(file), "--address", address
+        )
+        assert refused.returncode == 2 and "is not the cluster's" in refused.stderr, refused.stderr
+        done = said(env, "submit", str(file), "--address", address)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "trials " in done.stdout and "sft" in done.stdout and "SUCCEEDED" in done.stderr
+    status = json.loads(said(env, "status", str(file), "--json").stdout)
+    assert {row["state"] for row in status["cells"]} == {"done"} and status["run"]["how"] == "ended"
