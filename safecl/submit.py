@@ -103,10 +103,10 @@ def _copy_models(given: Any, beside: Path, folder: Path) -> None:
 
 def client(address: str) -> Any:
     """Ray's job client. Raises PrerequisiteError where no dashboard answers, or it asks for a token."""
-    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         from ray.job_submission import JobSubmissionClient
 
+        logging.getLogger("ray").setLevel(logging.ERROR)  # after the import, which sets it
         return JobSubmissionClient(address)
     except Exception as error:
         raise _unreached(address, error) from None

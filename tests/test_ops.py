@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from safecl import cancel, cli, keep, lease, live, tail, trace
 from safecl.base import ConfigError, PrerequisiteError
@@ -21,6 +22,7 @@ from safecl.project import Project, load
 from safecl.store import Stage, Store
 from safecl.watch import RUN, TRACE
 from tests.made_up import finish, put
+from tests.mini import mini
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 SMALL = ["methods=[{name: sft}]", "poison.ratios=[0.1]", "models.0.dtype=float32"]
@@ -314,3 +316,22 @@ def test_what_runs_is_told_with_its_place_and_is_in_the_trace(tmp_path: Path) ->
     assert "running for 0:30: finetune sft, seed 0, 3 of 9 steps, on far (process 5, cuda:1), cdcdcdcdcdcd" in said
     [span] = trace.spans(mine.store, "quickstart")
     assert trace.row_of(span) == "cuda:1, process 5" and (span["start"], span["end"]) == (130.0, 160.0)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cancelled_from_another_terminal_stops_and_says_so(tmp_path: Path, tiny_model: Path) -> None:
+    file = tmp_path / "mini.yaml"
+    file.write_text(yaml.safe_dump(mini(tiny_model, tmp_path / "root")))
+    command, env = [sys.executable, "-m", "safecl.cli"], {**os.environ, "TMPDIR": "/tmp"}
+    driver = subprocess.Popen([*command, "run", str(file)], env=env, stderr=subprocess.PIPE, text=True)
+    store = Store(str(tmp_path / "root"))
+    ends = time.monotonic() + 240
+    while not store.notes(RUN) and time.monotonic() < ends:
+        time.sleep(0.5)
+    done = subprocess.run([*command, "cancel", str(file)], env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "stopped; the same" in done.stderr, done.stderr
+    assert driver.wait(60) == 128 + signal.SIGTERM
+    [note] = store.notes(RUN).values()
+    assert note["how"] == "stopped"
+    again = subprocess.run([*command, "cancel", str(file)], env=env, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 2 and "no run of sweep 'mini'" in again.stderr
