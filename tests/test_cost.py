@@ -395,6 +395,13 @@ def test_a_stage_is_needed_by_as_many_trials_as_lead_to_it(tmp_path: Path) -> No
     assert found.keys() == uses.keys()
 
 
+def test_a_model_that_is_aligned_already_is_called_so(tmp_path: Path) -> None:
+    found = project(tmp_path, "methods=[{name: sft}]")
+    base = next(s for s in found.cells[0].job({}, 0, "final").evidence.metrics.walk() if s.kind == "generate")
+    assert kind_of("generate").label(base, {}).endswith("base")
+    assert kind_of("generate").label(base, {"": "aligned"}).endswith("aligned")  # as the driver has it of `align: none`
+
+
 def test_what_runs_is_named_by_what_people_know(tmp_path: Path) -> None:
     found = project(tmp_path, "methods=[{name: der}, {name: magmax}]")
     names: set[str] = set()
