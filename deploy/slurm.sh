@@ -51,11 +51,20 @@ stop() {
 trap stop EXIT
 trap 'stop; exit 143' TERM INT
 
+# Ray's parts wait 30 s for each other, which a busy node or file system may need more than once.
+RAY='for tries in 1 2 3; do
+    ray start "$@" --block & ray=$!
+    trap "kill -TERM $ray; wait $ray; exit 143" TERM
+    wait $ray && exit 0
+    sleep 5
+done
+exit 1'
+
 on_node() { # NODE, then options of `ray start`
     local node=$1
     shift
     srun --nodes=1 --ntasks=1 --overlap --nodelist="$node" \
-        ray start "$@" --num-cpus="$CPUS" --num-gpus="$GPUS" --disable-usage-stats --block &
+        bash -c "$RAY" ray "$@" --num-cpus="$CPUS" --num-gpus="$GPUS" --disable-usage-stats &
     started+=($!)
 }
 

@@ -94,7 +94,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
-[ "$1 $2" = "ray start" ] && set -- "$@" --min-worker-port=0 --max-worker-port=0 --metrics-export-port=$(port) \\
+[ "$1 $2" = "bash -c" ] && set -- "$@" --min-worker-port=0 --max-worker-port=0 --metrics-export-port=$(port) \\
     --dashboard-agent-listen-port=$(port) --dashboard-agent-grpc-port=$(port) --runtime-env-agent-port=$(port)
 exec "$@"
 """
@@ -110,6 +110,31 @@ exec "$@"
 def test_a_slurm_script_without_a_sweep_says_how_it_is_called(tmp_path: Path) -> None:
     done = subprocess.run([ROOT / "deploy" / "slurm.sh"], env=slurm(tmp_path), capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("usage: sbatch")
+
+
+def test_a_slurm_job_begins_ray_anew_where_it_did_not_come_up_and_ends_as_its_driver_does(tmp_path: Path) -> None:
+    env = slurm(tmp_path)
+    stand_ins = {
+        "ray": f'[ -e "{tmp_path}/$2" ] || {{ touch "{tmp_path}/$2"; exit 1; }}; echo "$$ $*" >> {tmp_path}/rays; exec sleep 300',
+        "python": "while [ $(wc -l < rays) != 2 ]; do sleep 0.1; done; echo 2",
+        "safecl": 'echo "$@"; exit 3',
+        "sleep": 'exec /bin/sleep "${1/#5/0.1}"',
+        "srun": (tmp_path / "bin" / "srun").read_text().partition("port()")[0].removeprefix("#!/bin/bash")
+        + 'exec "$@"',
+    }
+    for name, text in stand_ins.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "rays").touch()
+    script = str(ROOT / "deploy" / "slurm.sh")
+    done = subprocess.run(
+        [script, "s.yaml", "--limit", "3"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.startswith("run s.yaml --set execution.address=") and done.stdout.endswith("--limit 3\n")
+    rays = (tmp_path / "rays").read_text().splitlines()
+    assert len(rays) == 2 and not any(psutil.pid_exists(int(line.split()[0])) for line in rays)
+    assert not list(tmp_path.glob(".safecl-token*"))
 
 
 @pytest.mark.slow
