@@ -116,7 +116,7 @@ def served(model: str, tokenizer: Any, options: argparse.Namespace) -> Ask:
 
     os.chdir(os.environ["PYTHONPATH"])  # whence Ray's workers import safecl
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    deploy(Settings(name="bench", max_model_len=MAX_TOKENS), model, num_cpus=0, wait=False)
+    deploy(Settings(name="bench", max_model_len=MAX_TOKENS), model, resources={}, wait=False)
     ready("bench")
 
     def ask(ids: list[list[int]], new: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ their start until they are gone. The rule:
 - A group with work and no holder is *starved*. Of those the lowest rank is next, then who has waited longest; nobody else
   is started before it. It takes free units; else those of holders without work; else those of holders whose turn is over:
   such a one is *closed* (it gets no new work), drains, and is stopped. A lower rank never makes way for a higher one.
-- Else a group whose work is to come is *warmed* once, as long as one holder of every group that will be needed fits.
+- Else a group whose work is to come is *warmed*, as long as one holder of every group that will be needed fits.
 - Else groups *grow* towards what they want, by what is free or has been without work for a turn.
 - What has been without work for `idle_s`, and has none to come, is stopped.
 
@@ -17,13 +17,13 @@ comes and goes.
 How it is driven. Tell it what happens; after each event, and not later than `next_at`, call `step` and do what it says:
 
     devices = Devices(units); devices.add("trainers", size=2, at_most=8); devices.add("judge-1", size=1, at_most=2)
-    devices.ask("trainers", wanted=3, rank=0, coming=True, now=now)   # at each change of what there is to do
+    devices.ask("trainers", wanted=3, now=now, rank=0, coming=1)   # at each change of what there is to do
     for act in devices.step(now):          # Start(holder) or Stop(holder)
         ...
     devices.up(holder, now)                # a Start is done: it may be given work
     devices.work(holder, +1, now)          # given, if holder.open; -1: done
     devices.gone(holder, now)              # a Stop is done, or it died: its units are free
-    devices.resize(units, now)             # nodes came or went
+    devices.resize(units)                  # nodes came or went
 
 The Broker drives it by the real clock, `plan --cluster` by a virtual one.
 """
@@ -104,15 +104,15 @@ class Stop(NamedTuple):
 
 
 class Devices:
-    """`room(size)`: whether so many units are free on one node, where a holder wants several together and counting all that
-    are free does not suffice."""
+    """`room(group)`: whether one node has the units that a holder of this group wants together, where it does not suffice to
+    count all that are free."""
 
     def __init__(
         self,
         num_units: float,
         turn_s: float = TURN_S,
         linger_s: float = LINGER_S,
-        room: Callable[[float], bool] = lambda size: True,
+        room: Callable[[Group], bool] = lambda group: True,
     ) -> None:
         self.num_units, self.turn_s, self.linger_s, self.room = num_units, turn_s, linger_s, room
         self.groups: dict[str, Group] = {}
@@ -169,7 +169,9 @@ class Devices:
         was_starved = group.starved
         if group.holders.pop(holder.name, None) is None:
             return
-        group.num_starting -= holder.state == "starting"
+        if holder.state == "starting":
+            group.num_starting -= 1
+            group.num_warmed = group.at_most  # it failed: it is started again only for work that is there
         if holder.state == "stopping":
             group.num_stopping -= 1
             self._leaving -= holder.size
@@ -202,7 +204,7 @@ class Devices:
 
     def _step(self, now: float) -> Iterator[Start | Stop]:
         while waiting := self.waiting():
-            if not self._fits(waiting[0].size):
+            if not self._fits(waiting[0]):
                 yield from self._make_way(waiting[0], now)
                 return
             yield self._start(waiting[0])
@@ -217,7 +219,7 @@ class Devices:
         """Stop what has nothing to do, and close what has had its turn, as much as lets the group fit."""
         lacking = group.size - self.free - self._leaving
         if lacking <= _EPS:
-            if self._leaving > _EPS or self.room(group.size):
+            if self._leaving > _EPS or self.room(group):
                 return  # it will fit
             lacking = 2 * _EPS  # enough in all, but not on one node: one more
         chosen = dict.fromkeys(self._spare(now, self.linger_s))
@@ -268,7 +270,7 @@ class Devices:
             more = group.size if group.num_present else 0.0
             is_next = group.coming and group.num_present < goal and not group.num_starting
             is_bounded = group.num_warmed < group.at_most and total + more <= self.num_units + _EPS
-            if is_next and is_bounded and self._fits(group.size):
+            if is_next and is_bounded and self._fits(group):
                 group.num_warmed += 1
                 total += more
                 yield self._start(group)
@@ -277,7 +279,7 @@ class Devices:
         """More holders for who wants them; whose work waits most for each that is there is first."""
         while short := [g for g in self.groups.values() if g.num_present < min(g.wanted, g.at_most)]:
             group = min(short, key=lambda group: (group.rank, -group.wanted / max(1, group.num_present)))
-            if self._fits(group.size):
+            if self._fits(group):
                 yield self._start(group)
                 continue
             lacking = group.size - self.free - self._leaving
@@ -286,8 +288,8 @@ class Devices:
                 return
             yield self._stop(spare[0], now)
 
-    def _fits(self, size: float) -> bool:
-        return size <= self.free + _EPS and self.room(size)
+    def _fits(self, group: Group) -> bool:
+        return group.size <= self.free + _EPS and self.room(group)
 
     def _start(self, group: Group) -> Start:
         group.num_started += 1

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from safecl import hardware, preflight, sandbox
 from safecl.base import ConfigError, PrerequisiteError
+from safecl.capacity import free_gib
 from safecl.config import Execution, Model
 from safecl.tasks import Task, load, names
 from safecl.tasks._source import local_file
@@ -33,7 +34,7 @@ class Finding(NamedTuple):
 def examine(root: Path, data_dir: Path | None) -> list[Finding]:
     """Every finding, the essential ones first."""
     is_311 = sys.version_info[:2] == (3, 11)
-    free, need = preflight.free_gib(), preflight.needed_gib(QUICKSTART)
+    free, need = free_gib(), preflight.needed_gib(QUICKSTART)
     disk = shutil.disk_usage(_existing(root)).free / 2**30
     findings = [
         Finding("Python", sys.version.split()[0], is_311, "safecl's pinned closure is for Python 3.11"),

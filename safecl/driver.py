@@ -22,7 +22,7 @@ from safecl.faults import CLUSTER, DRIVER, Journal
 from safecl.graph import REFERENCES
 from safecl.judging.served import check_endpoints, key_variables
 from safecl.lease import owners
-from safecl.panel import all_seats, num_engines
+from safecl.panel import all_seats
 from safecl.project import Project
 from safecl.schedule import Done, Schedule
 from safecl.stages import engine_of
@@ -306,7 +306,7 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
         raise ConfigError("this sweep trains no guard: expected evaluate.judges.asr: guard and evaluate.judges.guard")
     with _alone(project):
         if not all([project.store.sound(stage) for stage in (evidence.metrics, *evidence.judged)]):
-            preflight.check_memory(project.sweep.execution, num_engines(project.sweep))
+            preflight.check_memory(project.sweep.execution)
             _settle_dtype(project, show)
             with _cluster(project, show) as (broker, ray), _saved(broker, ray):
                 show(f"training the guard and judging held-out pairs; output is under {project.logs}")
@@ -322,13 +322,12 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
 @contextmanager
 def _cluster(project: Project, show: Callable[[str], None]) -> Iterator[tuple[Any, Any]]:
     show("starting Ray")
-    engines = num_engines(project.sweep)
-    execute.start(project.sweep.execution, project.logs, num_engines=engines)
+    execute.start(project.sweep.execution, project.logs)
     import ray
 
     lost = False
     try:
-        yield execute.broker(project.store, project.sweep.execution, project.logs, engines), ray
+        yield execute.broker(project.store, project.sweep.execution, project.logs), ray
     except Lost:
         lost = True  # nobody is there to take leave of
         raise

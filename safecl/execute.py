@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 import signal
 import threading
@@ -22,28 +23,33 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safecl import gauges, nodes, reclaim
+from safecl import cluster, gauges, nodes, reclaim
 from safecl.base import Damaged, PrerequisiteError
+from safecl.capacity import GIB, Capacity, capacity, free_gib, unit
 from safecl.claims import Claims
 from safecl.config import Execution
+from safecl.devices import Devices, Group
 from safecl.faults import BROKER, MEMORY, NODE, PATIENCE_S, PATIENT, PAUSE_S, Journal, cause_of
+from safecl.fleet import Fleet
+from safecl.lender import Lender
 from safecl.stages import engine_of, load, names, needs_trainer
 from safecl.store import Stage, Store
 from safecl.times import Times, queue
+from safecl.trainers import GROUP as TRAINERS
 from safecl.trainers import Trainers, Turn
 from safecl.work import Hand, run_stage
 
 NUM_RANKS = 3  # see Broker.ensure
 DRAIN_S = 2.0  # how often is looked for nodes that are being drained; a spot warning comes 30 s to 2 minutes before
+WATCH_S = 5.0  # how often the cluster's size is asked for
 REPAIRS = 2  # times that a stage is begun anew because an input of it was found damaged
 
 
-def start(execution: Execution, logs: Path, need: int | None = None, num_engines: int | None = None) -> None:
+def start(execution: Execution, logs: Path, need: int | None = None) -> None:
     """Connect to Ray: a local cluster of our own, or the one at `execution.address`.
 
-    `need`: how many GPUs (without `use_gpu`: CPUs) are held at once; None: a sweep's workers and engines, of which there are
-    `num_engines` (None: candidates' and those of one judge). Raises PrerequisiteError if the cluster lacks them, before
-    anything is held.
+    `need`: how many GPUs (without `use_gpu`: CPUs) are held at once; None: a trainer's or an engine's, which take turns.
+    Raises PrerequisiteError if the cluster lacks them, and will never have them, before anything is held.
     """
     # Read by Ray and its workers at start; one OpenMP thread wherever processes share cores (2 slow each other 20x).
     quiet = {
@@ -78,21 +84,9 @@ def start(execution: Execution, logs: Path, need: int | None = None, num_engines
     if before is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)  # Ray's own prints a stack and aborts
     _keep_messages(logs / "ray.log")
-    have = ray.cluster_resources()
-    unit = "GPU" if execution.use_gpu else "CPU"
-    engines = planned_engines(execution, num_engines) if execution.use_gpu else 0
-    why = "asked for"
-    if need is None:
-        need, why = (
-            execution.num_workers + engines,
-            f"execution.num_workers {execution.num_workers} + engines {engines}",
-        )
-    if have.get(unit, 0) < need:
+    if lacking := cluster.lacking(execution, need):
         ray.shutdown()
-        raise PrerequisiteError(
-            f"this cluster has {have.get(unit, 0):g} {unit}s, {need} are needed at once ({why}): lower that, or join a larger "
-            "cluster with execution.address"
-        )
+        raise PrerequisiteError(lacking)
 
 
 def _start_local(resources: dict[str, float]) -> None:
@@ -186,16 +180,10 @@ class Broker:
     """Runs stages. Made a Ray actor by `broker()`; all methods run on one event loop."""
 
     def __init__(
-        self,
-        store: Store,
-        execution: Execution,
-        logs: str,
-        num_cpus: float,
-        num_gpus: float = 0,
-        num_engines: int | None = None,
+        self, store: Store, execution: Execution, logs: str, num_cpus: float, held: Capacity | None = None
     ) -> None:
+        """`held`: what trainers and engines may hold; None: without a bound but `num_cpus`."""
         self.store, self.execution, self.logs = store, execution, logs
-        self.num_engines = planned_engines(execution, num_engines)
         self.running: dict[str, asyncio.Task[None]] = {}
         self.turns: dict[str, Turn] = {}  # of what is running: the lowest of those who wait for it
         self.failed: dict[str, BaseException] = {}
@@ -204,8 +192,6 @@ class Broker:
         self.times = Times()
         self.gauges = gauges.of(execution.address)
         self.num_tokens = 0  # generated since they were shown
-        self.engines: dict[str, asyncio.Task[None]] = {}
-        self.groups: dict[str, tuple[str, ...]] = {}
         # An engine takes the weights of those who wait in turn; the more wait, the longer until each has an answer.
         self.num_light = min(64, 2 * max(2, int(num_cpus)))
         self.light: dict[tuple[str, int], asyncio.Semaphore] = {}  # by kind and rank: none holds up another
@@ -216,12 +202,17 @@ class Broker:
         self.ending: float | None = None  # since when those under way are to write a checkpoint: the driver ends
         self.draining: dict[str, float] = {}  # nodes (the first digits of their ids) that will be gone, and since when
         self.told: set[str] = set()  # of them, those in the journal
-        self.watching_nodes: asyncio.Task[None] | None = None
+        self.watching: list[asyncio.Task[None]] = []  # the cluster's nodes
         if _replaces_another():
             self.journal.add(BROKER)
             _clear(store.short)
-        units = num_gpus if execution.use_gpu else num_cpus
-        self.trainers = Trainers(store, execution, logs, units - self._engine_units(), self._starts)
+        held = held or capacity(execution, {"CPU": num_cpus}, math.inf)
+        self.lender = Lender(Devices(held.num_units, execution.turn_s, room=self._room))
+        self.trainers = Trainers(store, execution, logs, self.lender, held, self._starts)
+        self.fleet = Fleet(
+            store, execution, logs, self.lender, held, 2 * self.num_light, self._begin, self._end
+        )  # fmt: skip
+        self.holding: list[Any] = []  # leases that last as long as the Broker
 
     def unset(self, variables: Sequence[str]) -> list[str]:
         """Those of these environment variables that are not set where stages run."""
@@ -235,8 +226,8 @@ class Broker:
         first, and of what they need the deepest, on which most others wait.
         """
         self.num_asked += 1
-        if self.watching_nodes is None and self.execution.address != "local":
-            self.watching_nodes = asyncio.create_task(self._watch_nodes())
+        if not self.watching and self.execution.address != "local":
+            self.watching = [asyncio.create_task(watch) for watch in (self._watch_nodes(), self._watch_size())]
         await self._all(stages, (rank, self.num_asked, 0))
 
     async def _all(self, stages: Iterable[Stage], turn: Turn) -> None:
@@ -261,11 +252,15 @@ class Broker:
         if stage.key in self.turns and turn[0] < self.turns[stage.key][0]:
             self.turns[stage.key] = turn
             self.trainers.hurry(stage, turn)
+            self.fleet.hurry(stage.key, turn)
             for below in stage.inputs.values():
                 self._hurry(below, _deeper(turn))
 
     async def _make(self, stage: Stage, heavy: bool) -> None:
+        role = None if heavy else engine_of(stage)
         self.trainers.expect(int(heavy))
+        if role is not None:
+            self.fleet.expect(role, stage.inputs["model"], 1)
         try:
             for tries_left in range(REPAIRS, -1, -1):
                 await self._all(stage.inputs.values(), _deeper(self.turns[stage.key]))
@@ -291,6 +286,8 @@ class Broker:
             raise
         finally:
             self.trainers.expect(-int(heavy))
+            if role is not None:
+                self.fleet.expect(role, stage.inputs["model"], -1)
             self.live.pop(stage.key, None)
             self.running.pop(stage.key, None)
             self.turns.pop(stage.key, None)
@@ -318,32 +315,34 @@ class Broker:
         if heavy:
             await self.trainers.run(stage, self.turns[stage.key])
         elif load(stage.kind).runs == "thread":
-            groups = await self._engines_for(stage)
-            rank, _, _ = self.turns[stage.key]
-            # As many again are handed over as may be at work, so that the next one begins at once (work.py: Hand).
-            async with self.light.setdefault((stage.kind, rank), asyncio.Semaphore(2 * self.num_light)):
-                seconds: float = await self._hand().run.remote(stage, groups, rank)
-                return seconds
+            await self._light(stage)
         else:  # in a process of its own
             self._starts(stage)
             await self._alone(stage)
         return time.time() - float(self.live[stage.key]["start"])
 
+    async def _light(self, stage: Stage) -> None:
+        turn, role = self.turns[stage.key], engine_of(stage)
+        line = (stage.kind, turn[0])
+        # As many again are handed over as may be at work, so that the next one begins at once (work.py: Hand).
+        if role is None:
+            async with self.light.setdefault(line, asyncio.Semaphore(2 * self.num_light)):
+                await self._hand().run.remote(stage, {}, turn[0])
+            return
+        weights = stage.inputs.get("weights", stage.inputs["model"]).key
+        async with self.fleet.lease(role, stage.inputs["model"], stage.key, weights, turn, line) as groups:
+            await self._hand().run.remote(stage, groups, self.turns[stage.key][0])
+
     def _starts(self, stage: Stage) -> None:
         self._begin(stage.kind, stage.key, load(stage.kind).unit)
 
     def _begin(self, kind: str, key: str, unit: str = "") -> None:
-        self.live[key] = {
-            "kind": kind,
-            "key": key,
-            "start": time.time(),
-            "done": 0,
-            "total": 0,
-            "unit": unit,
-            "metrics": {},
-            "ends": None,
-        }
+        self.live[key] = _live(kind, key, unit)
         self.times.begins(key, kind)
+
+    def _end(self, key: str) -> None:
+        self.live.pop(key, None)
+        self.times.ends(key)
 
     def _hand(self) -> Any:
         if self.hand is None:
@@ -363,88 +362,39 @@ class Broker:
     async def _alone(self, stage: Stage) -> None:
         import ray
 
-        task = ray.remote(num_cpus=0, max_retries=1)(run_stage)
+        memory = 0 if self.execution.address == "local" else int(load(stage.kind).memory_gib(stage) * 2**30)
+        task = ray.remote(num_cpus=0, max_retries=1, **({"memory": memory} if memory else {}))(run_stage)
         await task.remote(stage, self.store, self.execution, self.logs, _me())
 
-    async def warm(self, role: str, model: Stage) -> dict[str, tuple[str, ...]]:
-        """Boot the engines of a model ahead of the first stage that needs them. Returns `Engines.groups`."""
+    async def warm(self, role: str, model: Stage) -> None:
+        """Boot an engine of a model ahead of the first stage that needs it, where there is a place for it."""
         await self._ensure(model, (0, 0, 0))
-        await self._deploy(role, model)
-        return dict(self.groups)
+        self.fleet.hope(role, model)
 
-    async def _engines_for(self, stage: Stage) -> dict[str, tuple[str, ...]]:
-        if (role := engine_of(stage)) is not None:
-            await self._deploy(role, stage.inputs["model"])
-        return dict(self.groups)
+    async def hold(self, role: str, model: Stage) -> dict[str, tuple[str, ...]]:
+        """Lease an engine for as long as this Broker lives. Returns `Engines.groups`."""
+        await self._ensure(model, (0, 0, 0))
+        self.holding.append(self.fleet.lease(role, model, "", model.key, (0, 0, 0)))
+        groups: dict[str, tuple[str, ...]] = await self.holding[-1].__aenter__()
+        return groups
 
-    async def _deploy(self, role: str, model: Stage) -> None:
-        group = f"{role}-{model.key[:8]}"
-        if group not in self.engines:
-            start = self._share if role == "judge" and self.execution.num_judge_replicas == 0 else self._boot
-            before = self._engine_units()
-            self.engines[group] = asyncio.create_task(start(group, role, model))
-            self.trainers.num_units -= self._engine_units() - before
-        booting = self.engines[group]
-        try:
-            await asyncio.shield(booting)
-        except Exception:
-            if self.engines.get(group) is booting:  # the first of those who waited; who asks next boots it anew
-                before = self._engine_units()
-                del self.engines[group]
-                self.trainers.num_units += before - self._engine_units()
-            raise
+    async def _watch_size(self) -> None:
+        """Follow the cluster: nodes come and go."""
+        scarce = unit(self.execution)
+        while True:
+            await asyncio.sleep(WATCH_S)
+            with suppress(Exception):  # Ray's own head may be away for a while
+                found = await asyncio.to_thread(cluster.find, self.execution, scarce)
+                self.lender.resize(found.may, found.have)
 
-    def _engine_units(self) -> int:
-        """CPUs (with `use_gpu`: GPUs) that engines hold, those that are planned included."""
-        chosen = self.execution
-        if chosen.address == "local" and not chosen.use_gpu:
-            return 0
-        booted = sum(
-            chosen.num_candidate_engines if group.startswith("candidate") else chosen.num_judge_replicas
-            for group in self.engines
-        )
-        return max(booted, self.num_engines)
+    def _room(self, group: Group) -> bool:
+        """Whether a node has as much free as an engine of this group takes of it."""
+        if group.name == TRAINERS or group.size <= 1 or unit(self.execution) == GIB:
+            return True
+        from ray._private.state import available_resources_per_node
 
-    async def _share(self, group: str, role: str, model: Stage) -> None:
-        await self._deploy("candidate", model)
-        self.groups[group] = self.groups[f"candidate-{model.key[:8]}"]
-
-    async def _boot(self, group: str, role: str, model: Stage) -> None:
-        from safecl.serving.deploy import deploy, ready
-        from safecl.serving.messages import Settings
-        from safecl.training.tokens import base_folder
-
-        chosen = self.execution
-        # Candidates are stateful, one application each; a judge always has the same weights, so its replicas are alike.
-        # Named by who deploys them: two drivers of one cluster never take each other's down.
-        count = chosen.num_candidate_engines if role == "candidate" else 1
-        names = [f"{group}-{i}-{self.store.short}" for i in range(count)]
-        self._begin(f"engine {role}", group)
-        try:
-            for name in names:
-                settings = Settings(
-                    name=name,
-                    max_model_len=chosen.engine_max_tokens,
-                    memory_gib=chosen.engine_memory_gib,
-                    batch_invariant=chosen.batch_invariant,
-                    use_gpu=chosen.use_gpu,
-                    dtype=str(model.config["dtype"]),
-                    log_dir=self.logs,
-                )
-                await asyncio.to_thread(
-                    deploy,
-                    settings,
-                    str(base_folder(self.store.path(model))),
-                    num_replicas=1 if role == "candidate" else chosen.num_judge_replicas,
-                    num_cpus=0 if chosen.address == "local" else 1,
-                    wait=False,
-                )
-            for name in names:
-                await asyncio.to_thread(ready, name)
-        finally:
-            self.live.pop(group, None)
-            self.times.ends(group)
-        self.groups[group] = tuple(names)
+        scarce = unit(self.execution)
+        return any(free.get(scarce, 0.0) >= group.size for free in available_resources_per_node().values())
 
     async def take(self, trainer: str, rank: int, worker: str) -> tuple[Stage, int] | None:
         """`Trainers.take`, for a trainer's workers."""
@@ -512,38 +462,54 @@ class Broker:
         self.times.works(key, where)
 
     async def snapshot(self, since: int = 0, told: int = 0) -> dict[str, Any]:
-        """What runs and what failed in this run, what was finished but for the first `since` stages, and the times of what
-        ended but for the first `told`."""
+        """What runs, what waits for a place and what failed in this run, what was finished but for the first `since` stages, and
+        the times of what ended but for the first `told`."""
         if self.gauges is not None:
-            self.gauges.show(self.times, len(self.engines), self.num_tokens)
+            self.gauges.show(self.times, self.fleet.num_up, self.num_tokens)
             self.num_tokens = 0
         plain = {key: plain_error(error) for key, error in self.failed.items()}
-        failed = {key: f"{type(error).__name__}: {error}" for key, error in plain.items()}
+        lent, scarce = self.lender.told(), unit(self.execution)
+        waiting = [
+            {**_live(f"{name} waits for its turn on a {scarce}", name), "start": time.time() - group["waits_s"]}
+            for name, group in lent["groups"].items() if group["waits_s"] is not None
+        ]  # fmt: skip
         return {
             "broker": self.times.id,
-            "running": [{**self.times.told(key), **live} for key, live in self.live.items()],
+            "running": [*({**self.times.told(key), **live} for key, live in self.live.items()), *waiting],
             "finished": self.finished[since:],
-            "failed": failed,
+            "failed": {key: f"{type(error).__name__}: {error}" for key, error in plain.items()},
+            "lent": lent,
             "queue": queue(self.times.under_way()),
             "times": self.times.closed[told:],
         }
 
 
-def planned_engines(execution: Execution, num_engines: int | None = None) -> int:
-    """Engines that are held at once; unless it is said, candidates' and those of one judge."""
-    return execution.num_candidate_engines + execution.num_judge_replicas if num_engines is None else num_engines
+def _live(kind: str, key: str, unit: str = "") -> dict[str, Any]:
+    """What begins now."""
+    return {
+        "kind": kind,
+        "key": key,
+        "start": time.time(),
+        "done": 0,
+        "total": 0,
+        "unit": unit,
+        "metrics": {},
+        "ends": None,
+    }
 
 
-def broker(store: Store, execution: Execution, logs: Path, num_engines: int | None = None) -> Any:
-    """The Broker as an actor on the driver's node; it lives as long as the driver holds the handle, replaced when it dies.
-    `num_engines`: see `planned_engines`."""
+def broker(store: Store, execution: Execution, logs: Path) -> Any:
+    """The Broker as an actor on the driver's node; it lives as long as the driver holds the handle, replaced when it dies."""
     import ray
 
     # Begun anew when it dies; calls under way are made again.
     options = {"max_concurrency": 1000, "max_restarts": -1, "max_task_retries": -1}
     actor = ray.remote(num_cpus=0, scheduling_strategy=_here(), **options)(Broker)
-    have = ray.cluster_resources()
-    return actor.remote(store, execution, str(logs), have.get("CPU", 1), have.get("GPU", 0), num_engines)
+    have, scarce = ray.cluster_resources(), unit(execution)
+    if scarce != GIB:
+        have[scarce] = cluster.find(execution, scarce).may
+    held = capacity(execution, have, free_gib())
+    return actor.remote(store, execution, str(logs), have.get("CPU", 1), held)
 
 
 def _replaces_another() -> bool:

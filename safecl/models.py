@@ -23,7 +23,8 @@ def model_stage(model: Model) -> Stage:
     source, path = _source(model, ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "1_Pooling/config.json"))
     stage = import_module("safecl.stages.model")
     version: str = stage.VERSION if "wheel" in source else stage.POINTER_VERSION
-    return Stage("model", {"source": source, "dtype": model.dtype}, {}, version, {"path": path})
+    packed: dict[str, Json] = {} if model.quantization is None else {"quantization": model.quantization}
+    return Stage("model", {"source": source, "dtype": model.dtype, **packed}, {}, version, {"path": path})
 
 
 def tokenizer_stage(model: Model) -> Stage:

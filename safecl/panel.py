@@ -155,29 +155,6 @@ def trained(chosen: Judges) -> Seat | None:
     return next((seat for seat in seats(chosen) if seat.trained), None)
 
 
-def num_judge_models(sweep: Sweep) -> int:
-    """Models that judges answer with on engines of their own."""
-    own = {canonical(model.model_dump(mode="json")) for model in sweep.models}
-    found = set()
-    for seat in all_seats(sweep):
-        found |= (
-            {canonical(seat.model.model_dump(mode="json"))}
-            if seat.model is not None
-            else own
-            if seat.trained
-            else set()
-        )
-    return len(found if sweep.execution.num_judge_replicas else found - own)
-
-
-def num_engines(sweep: Sweep) -> int:
-    """Engines held at once. Judges without replicas of their own answer from candidates' engines, where the base is the
-    same; another base is served as a candidate's is."""
-    execution = sweep.execution
-    of_judge = execution.num_judge_replicas or execution.num_candidate_engines
-    return execution.num_candidate_engines + num_judge_models(sweep) * of_judge
-
-
 def _seat(question: str, number: int, chosen: Judge, every: Judges) -> Seat:
     """Raises ConfigError: what is wrong with this judge, in the words of its entry."""
     name, (_, asked) = chosen.name, ASKED[question]

@@ -7,17 +7,16 @@ from typing import Any
 
 from safecl import panel, sandbox
 from safecl.base import PrerequisiteError
+from safecl.capacity import GIB_PER_ENGINE, GIB_PER_TRIAL, GIB_PER_WORKER, free_gib
 from safecl.config import Execution, Sweep
 from safecl.cost import slots
 from safecl.models import tokenizer_folder, tokenizer_stage
 from safecl.tasks._written import find
 
-GIB_PER_TRIAL, GIB_PER_ENGINE, GIB_PER_WORKER = 0.4, 4.0, 2.5  # measured at 135M parameters, see the README
-
 
 def check(sweep: Sweep) -> None:
     """Raises PrerequisiteError where this machine lacks what the sweep needs."""
-    check_memory(sweep.execution, panel.num_engines(sweep))
+    check_memory(sweep.execution)
     check_isolation(sweep)
     if lacking := lacking_judges(sweep):
         raise PrerequisiteError("\n".join(lacking))
@@ -40,36 +39,32 @@ def lacking_judges(sweep: Sweep) -> list[str]:
     return list(found.values())
 
 
-def check_memory(execution: Execution, num_engines: int | None = None) -> None:
-    """Raises PrerequisiteError where a run on this machine's CPUs would not fit into its free memory. `num_engines`: held at
-    once; None: those of candidates and of one judge."""
+def check_memory(execution: Execution) -> None:
+    """Raises PrerequisiteError where a run on this machine's CPUs would not fit into its free memory though its trainers and
+    engines take turns."""
     if execution.address != "local" or execution.use_gpu:
         return
-    engines = _num_engines(execution) if num_engines is None else num_engines
-    free, need = free_gib(), needed_gib(execution, engines)
+    free, need = free_gib(), least_gib(execution)
     if free < need:
+        held = f"an engine, or the {execution.num_workers} training workers of a finetune, in turn"
         raise PrerequisiteError(
-            f"memory: {free:.1f} GiB are free, the sweep needs about {need:.1f} ({engines} engines, "
-            f"{_num_workers(execution)} training workers): close other programs, or lower execution.num_trials_at_once"
+            f"memory: {free:.1f} GiB are free, the sweep needs about {need:.1f} ({held}): close other programs, or lower "
+            "execution.num_trials_at_once"
         )
 
 
-def needed_gib(execution: Execution, num_engines: int | None = None) -> float:
-    """Memory that a run takes on this machine's CPUs."""
+def least_gib(execution: Execution) -> float:
+    """Memory with which a run on this machine's CPUs comes to its end; with less than `needed_gib` engines and trainers take
+    turns, and each turn starts them anew."""
+    held = max(GIB_PER_ENGINE, execution.num_workers * GIB_PER_WORKER)
+    return held + execution.num_trials_at_once * GIB_PER_TRIAL
+
+
+def needed_gib(execution: Execution) -> float:
+    """Memory that a run of one model takes on this machine's CPUs with all that it may hold at once."""
     workers = _num_workers(execution)
-    engines = _num_engines(execution) if num_engines is None else num_engines
+    engines = execution.num_candidate_engines + execution.num_judge_replicas
     return engines * GIB_PER_ENGINE + workers * GIB_PER_WORKER + execution.num_trials_at_once * GIB_PER_TRIAL
-
-
-def free_gib() -> float:
-    """Memory that programs may still take here."""
-    import psutil
-
-    return float(psutil.virtual_memory().available) / 2**30
-
-
-def _num_engines(execution: Execution) -> int:
-    return execution.num_candidate_engines + execution.num_judge_replicas
 
 
 def _num_workers(execution: Execution) -> int:

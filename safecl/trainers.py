@@ -29,14 +29,18 @@ from typing import Any
 
 from safecl import reclaim
 from safecl.base import ConfigError, Damaged, Infrastructure, PrerequisiteError
+from safecl.capacity import Capacity, reserved
 from safecl.config import Execution
+from safecl.devices import Holder
 from safecl.faults import MEMORY, PATIENCE_S, PATIENT, PAUSE_S, Journal, cause_of, kind_of
+from safecl.lender import Lender
 from safecl.stages import load
 from safecl.store import Place, Stage, Store
 from safecl.work import free_heap, run_stage
 
 READY_S = 0.02
-IDLE_S = 300.0  # without work for so long, a trainer gives back its CPUs or GPUs and memory
+GROUP = "trainers"
+START_S = 600  # until a trainer's workers must have been placed, else it is given up, and what waits for it is told
 REFUSALS = (ConfigError, PrerequisiteError, FloatingPointError)  # of every rank, and trying again would change nothing
 
 
@@ -51,6 +55,7 @@ class Work:
     num_ranks: int
     turn: Turn
     done: asyncio.Future[None]
+    ready: bool = False
     failures: list[Exception] = field(default_factory=list)  # since its newest checkpoint: for each time it was lost
     saved: int = 0  # steps in its newest checkpoint, of this run
     began: float = field(default_factory=lambda: asyncio.get_running_loop().time())
@@ -61,24 +66,31 @@ class Trainer:
     """One Ray Train run as the Broker sees it."""
 
     name: str
+    holder: Holder
     group: str = ""  # of its present ranks: their first one's Ray actor id; empty before they are there
     waiting: dict[int, asyncio.Future[tuple[Stage, int] | None]] = field(default_factory=dict)  # ranks without work
     work: dict[int, Work] = field(default_factory=dict)  # rank -> what it does
-    idle: asyncio.TimerHandle | None = None
 
 
 class Trainers:
-    """The pool of trainers. Lives in the Broker, on its event loop.
+    """The pool of trainers. Lives in the Broker, on its event loop; how many there are is the lender's to say (devices.py).
 
-    `num_units`: CPUs (with `use_gpu`: GPUs) that trainers may hold. `on_start` is told each stage that is given out.
+    `on_start` is told each stage that is given out.
     """
 
     def __init__(
-        self, store: Store, execution: Execution, logs: str, num_units: float, on_start: Callable[[Stage], None]
+        self,
+        store: Store,
+        execution: Execution,
+        logs: str,
+        lender: Lender,
+        capacity: Capacity,
+        on_start: Callable[[Stage], None],
     ) -> None:
         self.store, self.execution, self.logs, self.on_start = store, execution, logs, on_start
-        self.num_units = num_units
         self.journal = Journal(Path(logs))
+        self.lender = lender
+        lender.add(GROUP, self, capacity.trainer, capacity.num_trainers)
         self.expected = 0  # heavy stages that wait for their inputs, are queued or under way
         self.queue: deque[Work] = deque()
         self.trainers: dict[str, Trainer] = {}
@@ -88,7 +100,7 @@ class Trainers:
     def expect(self, num: int) -> None:
         """So many more (or fewer) heavy stages will come: trainers start while their inputs are made."""
         self.expected += num
-        self._grow()
+        self._tell()
 
     def hurry(self, stage: Stage, turn: Turn) -> None:
         """Give a stage that waits for a trainer another turn."""
@@ -96,6 +108,7 @@ class Trainers:
             self.queue.remove(work)
             work.turn = turn
             insort(self.queue, work, key=lambda other: other.turn)
+            self._tell()
 
     def safe(self, key: str, step: int) -> None:
         """A stage under way has written a checkpoint: a machine that is lost now and then never fails what gets on."""
@@ -109,10 +122,13 @@ class Trainers:
         num_ranks = self.execution.num_workers if load(stage.kind).all_ranks else 1
         work = Work(stage, num_ranks, turn, asyncio.get_running_loop().create_future())
         insort(self.queue, work, key=lambda other: other.turn)
-        # What becomes ready together (all wait for one model) is handed out in turn, not as it wakes up.
-        asyncio.get_running_loop().call_later(READY_S, self._give)
-        self._grow()
+        asyncio.get_running_loop().call_later(READY_S, self._is_ready, work)
         await work.done
+
+    def _is_ready(self, work: Work) -> None:
+        """What becomes ready together (all wait for one model) is handed out in turn, not as it wakes up."""
+        work.ready = True
+        self._tell()
 
     async def take(self, name: str, rank: int, group: str) -> tuple[Stage, int] | None:
         """Called by a worker without work: its next stage and how many ranks share it. None: the worker is to end.
@@ -122,16 +138,13 @@ class Trainers:
             return None
         if trainer.group not in ("", group):  # Ray Train has started the ranks anew, whichever of them comes first
             self._lost(trainer, Infrastructure("its worker died"))
+            if name not in self.trainers:  # its units go to who waited for them
+                return None
         trainer.group = group
         given: asyncio.Future[tuple[Stage, int] | None] = asyncio.get_running_loop().create_future()
         trainer.waiting[rank] = given
-        self._give()
-        self._grow()
-        if len(trainer.waiting) == self.execution.num_workers:
-            if len(self.trainers) > self._limit():
-                self._release(trainer)
-            else:
-                trainer.idle = asyncio.get_running_loop().call_later(IDLE_S, self._release, trainer)
+        self.lender.up(trainer.holder)
+        self._tell()
         return await given
 
     async def done(self, name: str, rank: int, key: str, error: Exception | None) -> None:
@@ -141,40 +154,51 @@ class Trainers:
         if trainer is None or work is None or work.stage.key != key:
             return
         trainer.work = {r: other for r, other in trainer.work.items() if other is not work}
+        self.lender.work(trainer.holder, -1)
         if error is None:
             work.done.set_result(None)
         elif isinstance(error, REFUSALS) or (kind_of(error) == "trial" and not load(work.stage.kind).runs_anew):
             work.done.set_exception(error)
         else:
             self._again(work, error)
+        self._tell()
 
-    def _give(self) -> None:
+    def give(self) -> None:
         """Hand the queue out, in order, to whoever waits."""
         for trainer in self.trainers.values():
-            while self.queue and self.queue[0].num_ranks <= len(trainer.waiting):
+            while trainer.holder.open and self.queue and self.queue[0].ready:
+                if self.queue[0].num_ranks > len(trainer.waiting):
+                    break
                 work = self.queue.popleft()
-                if trainer.idle is not None:
-                    trainer.idle.cancel()
+                self.lender.work(trainer.holder, 1)
                 self.on_start(work.stage)
                 for rank in sorted(trainer.waiting)[: work.num_ranks]:
                     trainer.work[rank] = work
                     trainer.waiting.pop(rank).set_result((work.stage, work.num_ranks))
 
-    def _limit(self) -> int:
-        held = min(self.num_units // self.execution.num_workers, self.execution.num_trials_at_once)
-        return max(1, int(held))
+    def _tell(self) -> None:
+        """Say what there is to do: it settles how many trainers there are, and who works."""
+        under_way = [work for trainer in self.trainers.values() for work in dict.fromkeys(trainer.work.values())]
+        every = [*self.queue, *under_way]
+        wanted = -(-sum(work.num_ranks for work in every) // self.execution.num_workers)
+        rank = min((work.turn[0] for work in every), default=0)
+        self.lender.ask(GROUP, wanted, rank, max(0, self.expected - len(every)))
 
-    def _grow(self) -> None:
-        """Start trainers: as many as there is work for; while none of it is ready, one after the other."""
-        starting = sum(not trainer.group for trainer in self.trainers.values())
-        while len(self.trainers) < min(self._limit(), self.expected) and starting < max(1, len(self.queue)):
-            self.started += 1
-            starting += 1
-            trainer = Trainer(f"trainer-{self.store.short}-{os.getpid()}-{self.started}")
-            self.trainers[trainer.name] = trainer
-            task = asyncio.create_task(self._hold(trainer))
-            self.fits.add(task)
-            task.add_done_callback(self.fits.discard)
+    def start(self, holder: Holder) -> None:
+        self.started += 1
+        trainer = Trainer(f"trainer-{self.store.short}-{os.getpid()}-{self.started}", holder)
+        self.trainers[trainer.name] = trainer
+        task = asyncio.create_task(self._hold(trainer))
+        self.fits.add(task)
+        task.add_done_callback(self.fits.discard)
+
+    def stop(self, holder: Holder) -> None:
+        """End a trainer that does nothing: its ranks are told when they ask for work."""
+        trainer = next(trainer for trainer in self.trainers.values() if trainer.holder is holder)
+        self.trainers.pop(trainer.name)
+        for given in trainer.waiting.values():
+            given.set_result(None)
+        trainer.waiting = {}
 
     async def _hold(self, trainer: Trainer) -> None:
         import ray
@@ -190,34 +214,28 @@ class Trainers:
                 with suppress(Exception):  # a controller that was killed leaves what it had reserved
                     await loop.run_in_executor(thread, _reclaim)
         self.trainers.pop(trainer.name, None)
-        if why and not trainer.group and self.queue:  # else a trainer that cannot start would be started for ever
-            self._again(self.queue.popleft(), why)
+        never_came = why is not None and not trainer.group and self.lender.never_came(trainer.holder)
+        if why and not trainer.group and self.queue and not never_came:
+            self._again(self.queue.popleft(), why)  # else a trainer that cannot start would be started for ever
         self._lost(trainer, why or Infrastructure("its trainer ended"))
-        if self.queue:
-            self._grow()
-
-    def _release(self, trainer: Trainer) -> None:
-        """End a trainer whose ranks all wait."""
-        self.trainers.pop(trainer.name, None)
-        for given in trainer.waiting.values():
-            given.set_result(None)
-        trainer.waiting = {}
+        self.lender.gone(trainer.holder)
+        self._tell()
 
     def _lost(self, trainer: Trainer, why: Exception) -> None:
         """The trainer's workers are gone: what they did is given out again."""
-        if trainer.idle is not None:
-            trainer.idle.cancel()
         waiting, lost = trainer.waiting, dict.fromkeys(trainer.work.values())
         trainer.waiting, trainer.work = {}, {}
         for given in waiting.values():
             given.cancel()
         for work in lost:
+            self.lender.work(trainer.holder, -1)
             self._again(work, why)
+        self._tell()
 
     def _queue_again(self, work: Work) -> None:
+        work.ready = True
         insort_left(self.queue, work, key=lambda other: other.turn)
-        self._give()
-        self._grow()
+        self._tell()
 
     def _again(self, work: Work, why: Exception) -> None:
         self.journal.add(cause_of(why), f"{work.stage.kind} {work.stage.key[:12]}", why)
@@ -245,9 +263,8 @@ def fit(name: str, store: Store, execution: Execution, logs: str, broker: Any) -
         # Its workers only ask for work, so that this is how soon a death is seen.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1.0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
-        # Its default of 60 s fails a run that waits for CPUs that others hold. Waiting is right: the preflight has seen
-        # that the cluster is large enough.
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(7 * 86_400),
+        # Its default of 60 s fails a run whose nodes the autoscaler still brings.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_S),
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in a sweep file are relative to where it is run
     }
     if execution.address == "local":  # nobody reclaims this machine: one process less to start
@@ -265,7 +282,7 @@ def fit(name: str, store: Store, execution: Execution, logs: str, broker: Any) -
         scaling_config=ScalingConfig(
             num_workers=execution.num_workers,
             use_gpu=execution.use_gpu,
-            resources_per_worker={"CPU": 1, "GPU": 1} if execution.use_gpu else {"CPU": 1},
+            resources_per_worker={"CPU": 1, **reserved(execution, execution.worker_units)},
         ),
         run_config=RunConfig(
             name=name,

@@ -245,7 +245,7 @@ def test_more_holders_for_a_queue_while_units_are_free_and_fewer_after_it() -> N
 def test_several_units_on_one_node_are_cleared_though_enough_are_free_in_all() -> None:
     """Two nodes of two units, one of each in use: an engine over two units waits for a whole node."""
     taken = [1.0, 1.0]
-    devices = Devices(4, TURN_S, LINGER_S, room=lambda size: max(2 - node for node in taken) >= size)
+    devices = Devices(4, TURN_S, LINGER_S, room=lambda group: max(2 - node for node in taken) >= group.size)
     devices.add("trainers", 1, at_most=2)
     devices.add("large", 2)
     devices.ask("trainers", 2, 0.0)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from safecl import execute, lease
-from safecl.base import PrerequisiteError
+from safecl.capacity import Capacity
 from safecl.config import Execution
 from safecl.faults import Journal
 from safecl.store import Stage, Store
@@ -49,16 +49,6 @@ def test_when_a_running_stage_ends_follows_its_own_pace(tmp_path: Path, monkeypa
         asyncio.run(broker.progress("k", done, 101, {}))
         ends.append(asyncio.run(broker.snapshot())["running"][0]["ends"])
     assert ends == [None, None, 1160, 1110, 1090, None, None, pytest.approx(1130 + 30 * 80 / 21)]
-
-
-def test_trainers_get_what_the_engines_of_this_sweep_leave(tmp_path: Path) -> None:
-    """A sweep judged by an endpoint or by rules holds no GPU for a judge; one of two guards holds two."""
-
-    def units(num_engines: int | None) -> float:
-        broker = execute.Broker(Store(str(tmp_path)), Execution(use_gpu=True), "", 8, 4, num_engines)
-        return broker.trainers.num_units
-
-    assert [units(None), units(1), units(3)] == [2, 3, 1]
 
 
 def test_workers_run_at_the_drivers_niceness(cluster: Path) -> None:
@@ -236,7 +226,7 @@ def test_a_cluster_that_is_too_small_is_named_before_anything_is_held(tmp_path: 
         f"execute.start(Execution(root={str(tmp_path)!r}, num_workers=10000), Path({str(tmp_path)!r}))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert "PrerequisiteError" in done.stderr and "execution.num_workers 10000" in done.stderr
+    assert "PrerequisiteError: a run needs 10000 CPUs at once (execution.num_workers 10000" in done.stderr
 
 
 def test_what_a_search_waits_for_goes_first_though_a_row_asked_for_it_before(tmp_path: Path) -> None:
@@ -254,7 +244,8 @@ def test_what_a_search_waits_for_goes_first_though_a_row_asked_for_it_before(tmp
                 seen.append((stage.kind, self.turns[stage.key][0]))
                 return 0.0
 
-        broker = Told(Store(str(tmp_path)), Execution(root=str(tmp_path)), "", 2)
+        none = Capacity("GPU", 0, 1, 1, 1)  # no trainer is started
+        broker = Told(Store(str(tmp_path)), Execution(root=str(tmp_path)), "", 2, none)
         works = [Work(stage, 1, (2, 1, 0), asyncio.get_running_loop().create_future()) for stage in (rows(21), below)]
         broker.trainers.queue.extend(works)  # as if it waited for a trainer
         asked = [asyncio.create_task(broker.ensure([above], rank=2))]
@@ -270,62 +261,6 @@ def test_what_a_search_waits_for_goes_first_though_a_row_asked_for_it_before(tmp
     assert seen == [("data", 0), ("generate", 0)]
 
 
-class Booting(execute.Broker):
-    """A Broker whose engines are there at once."""
-
-    async def _boot(self, group: str, role: str, model: Stage) -> None:
-        self.booted = [*getattr(self, "booted", []), (role, model.key)]
-        self.groups[group] = (f"{group}-0",)
-
-
-@pytest.mark.parametrize("num_judge_replicas", [0, 1])
-def test_without_replicas_of_its_own_a_judge_answers_from_the_candidates_engine(
-    num_judge_replicas: int, tmp_path: Path
-) -> None:
-    base, other = (Stage("model", {"source": name}) for name in ("base", "other"))
-
-    async def deploy() -> Booting:
-        broker = Booting(
-            Store(str(tmp_path)), Execution(num_judge_replicas=num_judge_replicas), str(tmp_path / "logs"), 2
-        )
-        await asyncio.gather(
-            *(broker._deploy(*what) for what in (("judge", base), ("candidate", base), ("judge", other)))
-        )
-        return broker
-
-    broker = asyncio.run(deploy())
-    names = {group: apps[0] for group, apps in broker.groups.items()}
-    candidate, judge, foreign = (f"candidate-{base.key[:8]}", f"judge-{base.key[:8]}", f"judge-{other.key[:8]}")
-    if num_judge_replicas:
-        assert len(broker.booted) == 3 and names[judge] == f"{judge}-0"
-    else:  # one engine a base model, whoever asks
-        assert sorted(key for _, key in broker.booted) == sorted([base.key, other.key])
-        assert names[judge] == names[candidate] == f"{candidate}-0" and names[foreign] == f"candidate-{other.key[:8]}-0"
-
-
-def test_an_engine_that_did_not_boot_gives_its_units_back(tmp_path: Path) -> None:
-    class Failing(Booting):
-        async def _boot(self, group: str, role: str, model: Stage) -> None:
-            if model.config["source"] != "base":
-                raise PrerequisiteError("failed to start")
-            await super()._boot(group, role, model)
-
-    async def deploy() -> list[float]:
-        broker = Failing(
-            Store(str(tmp_path)), Execution(address="auto", num_judge_replicas=0), str(tmp_path / "logs"), 8
-        )
-        await broker._deploy("candidate", Stage("model", {"source": "base"}))
-        units = [broker.trainers.num_units]
-        for _ in range(2):
-            with pytest.raises(PrerequisiteError):
-                await broker._deploy("candidate", Stage("model", {"source": "other"}))
-            units.append(broker.trainers.num_units)
-        return units
-
-    first, *others = asyncio.run(deploy())
-    assert others == [first, first]
-
-
 def test_a_stage_of_a_new_kind_is_run_where_its_file_says(cluster: Path) -> None:
     import ray
 
@@ -335,3 +270,34 @@ def test_a_stage_of_a_new_kind_is_run_where_its_file_says(cluster: Path) -> None
     echo = beside.Outside("echo", {"text": "a b"})
     ray.get(broker.ensure.remote([echo]), timeout=60)
     assert (store.path(echo) / "said.txt").read_text() == "a b"
+
+
+def test_what_the_platform_has_told_ray_is_read(cluster: Path) -> None:
+    import ray
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig
+    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
+
+    from safecl.cluster import find, lacking
+
+    joined = Execution(address="auto", use_gpu=True, num_workers=4)
+    there = ray._raylet.GCS_AUTOSCALER_STATE_NAMESPACE
+    key = ray._raylet.GCS_AUTOSCALER_CLUSTER_CONFIG_KEY
+    assert "4 GPUs at once (execution.num_workers 4" in lacking(joined)
+    assert "the cluster has 0, nothing says that autoscaling may bring more" in lacking(joined)
+    assert lacking(joined.model_copy(update={"may_bring": 4})) == ""
+    assert "may bring 3 by autoscaling (execution.may_bring)" in lacking(joined.model_copy(update={"may_bring": 3}))
+    config = ClusterConfig()
+    for each, count in ((1, 8), (4, 2), (8, 0)):
+        group = config.node_group_configs.add(max_count=count)
+        group.resources["GPU"] = each
+    _internal_kv_put(key, config.SerializeToString(), namespace=there)
+    try:
+        assert find(joined, "GPU") == (0, 0, 16, 4, "the cluster")
+        assert lacking(joined) == ""
+        large = lacking(joined.model_copy(update={"engine_units": 8.0}))
+        assert "an engine needs 8 GPUs on one node" in large and "4 on one" in large
+        config.node_group_configs[0].max_count = -1
+        _internal_kv_put(key, config.SerializeToString(), namespace=there)
+        assert find(joined, "GPU").may == float("inf")
+    finally:
+        _internal_kv_del(key, namespace=there)

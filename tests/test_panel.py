@@ -190,16 +190,6 @@ def test_a_judge_of_ones_own_needs_a_file_and_nothing_else(tmp_path: Path) -> No
         registry.use([])
 
 
-def test_engines_are_counted_by_the_models_that_judge() -> None:
-    def num(replicas: int, **judges: Any) -> int:
-        return panel.num_engines(load(QUICKSTART, [*settings(judges), f"execution.num_judge_replicas={replicas}"]))
-
-    two = {"asr": {"judge": "llamaguard", "model": LLAMA}, "over_refusal": {"judge": "wildguard", "model": WILD}}
-    assert [num(1, **two), num(2, **two), num(0, **two)] == [3, 5, 3]
-    assert [num(1), num(0)] == [2, 1], "the guard is a finetune of the base: without replicas its engine serves it"
-    assert num(1, asr="keywords") == num(1, asr={"judge": "llamaguard", **THERE}) == 1
-
-
 def test_models_of_judges_get_the_sweeps_dtype() -> None:
     auto = {key: value for key, value in LLAMA.items() if key != "dtype"}
     judges = strictly(Judges, {"asr": ["keywords", {"judge": "llamaguard", "model": auto}], "guard_model": auto})

@@ -15,10 +15,11 @@ QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 def test_a_run_that_does_not_fit_into_memory_is_refused_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "free_gib", lambda: 9.0)
     monkeypatch.setattr(preflight.os, "cpu_count", lambda: 2)
-    # 2 engines of 4 GiB, a worker of 2.5 on either core, 3 trials of .4
-    with pytest.raises(PrerequisiteError, match=r"9\.0 GiB are free.*about 14\.2 \(2 engines, 2 training workers\)"):
-        preflight.check_memory(Execution())
-    preflight.check_memory(Execution(num_candidate_engines=1, num_judge_replicas=0, num_trials_at_once=1))
+    preflight.check_memory(Execution())  # 2 engines of 4 GiB, a worker of 2.5 on either core, 3 trials of .4: in turn
+    assert preflight.needed_gib(Execution()) == pytest.approx(2 * 4 + 2 * 2.5 + 3 * 0.4)
+    # 4 ranks of 2.5 at once, beside 3 trials
+    with pytest.raises(PrerequisiteError, match=r"9\.0 GiB are free.*about 11\.2 .*4 training workers"):
+        preflight.check_memory(Execution(num_workers=4))
     preflight.check_memory(Execution(address="auto"))  # not this machine's memory
 
 
@@ -29,7 +30,7 @@ def test_doctor_asks_for_the_quickstarts_memory() -> None:
 def test_a_sweep_that_runs_code_is_refused_before_anything_is_spent_where_nothing_isolates_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for place in ("graph", "check"):
+    for place in ("graph.rows", "check"):
         monkeypatch.setattr(
             f"safecl.{place}.identity",
             lambda task, split, folder, planned=False: [{"hub": task.__name__, "split": split}],

@@ -12,21 +12,37 @@ import pytest
 
 from safecl import trainers
 from safecl.base import ConfigError, Infrastructure
+from safecl.capacity import Capacity
 from safecl.config import Execution
+from safecl.devices import Devices, Holder
 from safecl.faults import kind_of
+from safecl.lender import Lender
 from safecl.store import Stage, Store
 from safecl.trainers import Trainers
+
+
+class Other:
+    """Somebody else who uses units."""
+
+    started = 0
+
+    def start(self, holder: Holder) -> None:
+        self.started += 1
+
+    def stop(self, holder: Holder) -> None: ...
+    def give(self) -> None: ...
 
 
 class Pool(Trainers):
     """Trainers whose runs last until `end` says how they ended."""
 
-    def __init__(self, num_units: int, **execution: Any) -> None:
+    def __init__(self, num_units: int, idle_s: float = 300.0, **execution: Any) -> None:
         self.given_out: list[str] = []
-        settings = {"num_trials_at_once": 8, "max_failures": 1, **execution}
-        super().__init__(
-            Store("unused"), Execution(**settings), "", num_units, lambda stage: self.given_out.append(stage.kind)
-        )
+        chosen = Execution(**{"num_trials_at_once": 8, "max_failures": 1, **execution})
+        held = Capacity("GPU", num_units, chosen.num_workers, 1.0, chosen.num_trials_at_once)
+        lender = Lender(Devices(num_units, turn_s=0.05, linger_s=0.01))
+        super().__init__(Store("unused"), chosen, "", lender, held, lambda stage: self.given_out.append(stage.kind))
+        lender.add("trainers", self, held.trainer, held.num_trainers, idle_s)
         self.ends: dict[str, tuple[threading.Event, list[Exception]]] = {}
 
     def hold(self, name: str, *_: Any) -> None:
@@ -208,21 +224,30 @@ def test_as_many_trainers_as_fit_and_there_is_work_for(monkeypatch: pytest.Monke
     async def scene(pool: Pool) -> None:
         pool.expect(9)  # their inputs are being made: one trainer is started ahead, the next when it is up
         assert len(pool.trainers) == 1
-        waiting = [asyncio.create_task(pool.take(name, 0, "w")) for name in list(pool.trainers)]
+        [name] = pool.trainers
+        waiting = [asyncio.create_task(pool.take(name, 0, "w"))]
         await settle()
         assert len(pool.trainers) == 2
         tasks = [asyncio.create_task(pool.run(stage("memory", i))) for i in range(9)]
         await settle()
         assert len(pool.trainers) == 3  # what fits
-        pool.num_units = 1  # an engine needs the rest: a trainer with nothing to do ends
+        other = Other()
+        pool.lender.add("judge", other, 1.0, 1)  # an engine needs a unit, and all have had their turn
+        pool.lender.ask("judge", 1, 0, 0)
+        await asyncio.sleep(0.06)
         for _ in range(9):
-            [name] = list(pool.trainers)[:1]
             given = waiting[0].result()
+            if given is None:
+                break
             await pool.done(name, 0, given[0].key, None)
             waiting[0] = asyncio.create_task(pool.take(name, 0, "w"))
             await settle()
-        await asyncio.gather(*tasks)
-        assert waiting[0].result() is None and len(pool.trainers) == 2
+        assert waiting[0].result() is None and len(pool.trainers) == 2 and not other.started
+        pool.end(name)  # Ray has the unit back
+        await settle()
+        assert other.started == 1 and len(pool.trainers) == 2
+        for task in tasks:
+            task.cancel()
 
     play(scene, Pool(3), monkeypatch)
 
@@ -231,11 +256,11 @@ def test_a_trainer_without_work_ends_after_a_while(monkeypatch: pytest.MonkeyPat
     async def scene(pool: Pool) -> None:
         pool.expect(1)
         [name] = pool.trainers
+        pool.expect(-1)
         assert await pool.take(name, 0, "w0") is None
         assert not pool.trainers and await pool.take(name, 0, "w0") is None
 
-    monkeypatch.setattr(trainers, "IDLE_S", 0.05)
-    play(scene, Pool(1), monkeypatch)
+    play(scene, Pool(1, idle_s=0.05), monkeypatch)
 
 
 def test_ranks_of_two_attempts_never_share_a_finetune(monkeypatch: pytest.MonkeyPatch) -> None:

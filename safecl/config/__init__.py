@@ -230,10 +230,21 @@ class Execution(Strict):
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     checkpoint_every_s: Annotated[float, Field(gt=0)] = 60.0
     max_failures: Annotated[int, Field(ge=0)] = 2  # restarts of a finetune whose worker died
+    # What is scarce on the cluster is lent to trainers and engines in turn: any number of models makes progress on one GPU.
+    # These are the most engines of one model at once; one is booted when there is work for it and a place.
     num_candidate_engines: Count = 1
     # 0: judges answer from the engines of candidates with the same base, in turn. Saves an engine's memory and boot.
     num_judge_replicas: Annotated[int, Field(ge=0)] = 1
-    engine_memory_gib: Annotated[float, Field(gt=0)] = 1.0  # KV cache of one engine
+    turn_s: Annotated[float, Field(ge=1)] = 600.0  # how long a trainer or an engine keeps its place while another waits
+    unit: str | None = None  # Ray's name of what they hold; null: GPU with `use_gpu`, else CPU
+    may_bring: Annotated[int, Field(ge=0)] | None = None  # so many more by autoscaling; null: as the autoscaler says
+    worker_units: Annotated[float, Field(gt=0, le=1)] = 1.0  # of one training rank; below 1 several share one
+    # Of one engine: a part of one, or several on one node, over which it is then tensor-parallel.
+    engine_units: Annotated[float, Field(gt=0)] = 1.0
+    # KV cache of one engine (on each of its GPUs). null: with `use_gpu` what `engine_gpu_memory` leaves, else 1 GiB.
+    engine_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    engine_gpu_memory: Annotated[float, Field(gt=0, lt=1)] | None = None  # an engine's part of a GPU's memory; null: .9
+    engine_max_seqs: Count | None = None  # requests decoded together; null: 256 on a GPU, 64 on a CPU
     engine_max_tokens: Count = 2048  # prompt + answer; checked to hold what `evaluate` asks for
     # Answers that do not depend on what else is decoded at the time, to the bit; on a CPU one request after the other.
     batch_invariant: bool = False
@@ -243,6 +254,38 @@ class Execution(Strict):
     )
     tracking_uri: Place | None = None  # null: SQLite under root
     study_uri: Place | None = None  # null: SQLite under root
+
+    @model_validator(mode="after")
+    def _fits_devices(self) -> Self:
+        """Raises ValueError for settings of engines and workers that contradict each other."""
+        if self.engine_units > 1 and self.engine_units % 1:
+            raise ValueError(
+                f"engine_units: expected a part of one, or a whole number of them, got {self.engine_units:g}"
+            )
+        part = min(self.worker_units, self.engine_units)
+        if part < 1 and (self.worker_units != self.engine_units or abs(1 / part - round(1 / part)) > 1e-6):
+            raise ValueError(
+                f"worker_units and engine_units: parts of one are the same for both, a half, a quarter, a fifth ..., got "
+                f"{self.worker_units:g} and {self.engine_units:g}: others leave gaps that nothing fits into"
+            )
+        if self.worker_units < 1 and self.num_workers > 1:
+            raise ValueError(
+                f"worker_units: {self.worker_units:g} goes with num_workers 1, got {self.num_workers}: ranks of one finetune "
+                "cannot share a device"
+            )
+        if self.engine_gpu_memory is not None:
+            if not self.use_gpu:
+                raise ValueError("engine_gpu_memory: goes with `use_gpu`; on CPUs set engine_memory_gib")
+            if self.engine_memory_gib is not None:
+                raise ValueError("engine_gpu_memory: goes without engine_memory_gib, which sets the KV cache alone")
+            if self.engine_gpu_memory > self.engine_units:
+                raise ValueError(
+                    f"engine_gpu_memory: expected at most engine_units {self.engine_units:g}, its part of a GPU, got "
+                    f"{self.engine_gpu_memory:g}"
+                )
+        if self.address == "local" and (self.unit, self.may_bring) != (None, None):
+            raise ValueError("unit and may_bring: go with a cluster that is joined (`address`), not with a local one")
+        return self
 
 
 class PublishedNumbers(Strict):
@@ -294,6 +337,20 @@ class Sweep(Strict):
         object.__setattr__(
             self, "adapter", "stack"
         )  # what a fresh adapter on theta_safe is called; the config is frozen
+        return self
+
+    @model_validator(mode="after")
+    def _packs_judges_alone(self) -> Self:
+        if packed := [model.name for model in self.models if model.quantization is not None]:
+            raise ValueError(
+                f"models: {packed[0]!r} has `quantization`, which is for models of judges: candidates' weights are swapped into "
+                "an engine that runs, and packed ones cannot be"
+            )
+        for name, model in self.evaluate.judges.models.items():
+            if model.quantization is not None and not self.execution.use_gpu:
+                raise ValueError(
+                    f"evaluate.judges.{name}.quantization: goes with execution.use_gpu, got a sweep on CPUs"
+                )
         return self
 
     @model_validator(mode="after")

@@ -96,6 +96,9 @@ class Model(Strict):
     # With `align: none`: the base model that this one was aligned from. Methods that work on what the alignment changed
     # (SafeLoRA, MagMax, ...) need it.
     aligned_from: Origin | None = later(None)
+    # Of a judge's model, as its engine packs the weights while it boots (on GPUs alone): half or a quarter of the memory, and
+    # other answers, so that it is part of the identity of every verdict. A model whose files are packed needs no word.
+    quantization: Literal["fp8", "bitsandbytes"] | None = later(None)
 
     @field_validator("template")
     @classmethod

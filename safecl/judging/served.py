@@ -104,7 +104,7 @@ class OwnEngine:
         try:
             broker = execute.broker(store, self._execution, logs)
             self._open.callback(lambda held: None, broker)  # it lives as long as someone holds it
-            groups = ray.get(broker.warm.remote("judge", self._stage))
+            groups = ray.get(broker.hold.remote("judge", self._stage))
             base = base_folder(store.path(self._stage))
             weights, limit = WeightsRef(self._stage.key, str(base)), self._execution.engine_max_tokens
             self._reach = Reach(Engines(groups), f"judge-{self._stage.key[:8]}", weights, limit, Tokenizer(base))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from safecl.base import PrerequisiteError
@@ -20,24 +21,30 @@ _SERVE = threading.Lock()
 
 
 def deploy(
-    settings: Settings, base_folder: str, *, num_replicas: int = 1, num_cpus: float | None = None, wait: bool = True
+    settings: Settings,
+    base_folder: str,
+    *,
+    num_replicas: int = 1,
+    resources: Mapping[str, float] | None = None,
+    wait: bool = True,
 ) -> None:
     """Serve `base_folder`'s model as application `settings.name` on the Ray cluster that this process is connected to.
 
-    `num_cpus`: what a replica reserves of Ray's logical CPUs (default `settings.num_threads`). `wait=False` returns at
-    once, so that the boot overlaps with other work; see `ready`. Nothing listens for HTTP: engines are reached through
-    handles.
+    `resources`: what a replica reserves, by Ray's names (default: `settings.num_threads` CPUs, and its GPUs). `wait=False`
+    returns at once, so that the boot overlaps with other work; see `ready`. Nothing listens for HTTP: engines are reached
+    through handles.
     """
     from ray import serve
     from ray.serve.api import RunTarget
     from ray.serve.schema import LoggingConfig
 
-    resources: dict[str, Any] = {
-        "num_cpus": float(settings.num_threads) if num_cpus is None else num_cpus,
+    reserves = dict(resources or {"CPU": settings.num_threads, "GPU": settings.num_gpus if settings.use_gpu else 0})
+    options: dict[str, Any] = {
+        "num_cpus": float(reserves.pop("CPU", 0.0)),
+        "num_gpus": float(reserves.pop("GPU", 0.0)),
+        "resources": reserves,
         "runtime_env": {"env_vars": environment(settings)},
     }
-    if settings.use_gpu:
-        resources["num_gpus"] = 1
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     hush()
     with _SERVE:
@@ -47,7 +54,7 @@ def deploy(
             name="engine",
             num_replicas=num_replicas,
             max_ongoing_requests=4096,  # the engine's own queue does the batching
-            ray_actor_options=resources,
+            ray_actor_options=options,
             health_check_period_s=1.0,
             health_check_timeout_s=30.0,
             graceful_shutdown_timeout_s=3.0,  # a replica that is replaced has nothing worth waiting for

@@ -39,26 +39,7 @@ class Engine:
         self._gate: Gate[WeightsRef] = Gate(self._swap, settings.turn_s, settings.linger_s)
         self._last_sign = time.monotonic()  # of life: a token, a finished swap, or work beginning
         self._llm = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=base_folder,
-                dtype=settings.dtype or _dtype(Path(base_folder)),  # "auto" would make bfloat16 of a float32 model
-                max_model_len=settings.max_model_len,
-                # Sums of other shapes round otherwise. vLLM has kernels against that on a GPU only (see environment); on a
-                # CPU a request alone, from its first token on, always has its own shapes.
-                max_num_seqs=1 if settings.batch_invariant and not settings.use_gpu else settings.max_num_seqs,
-                stream_interval=_TOKENS_A_MESSAGE,
-                enable_prefix_caching=not settings.batch_invariant,
-                kv_cache_memory_bytes=int(settings.memory_gib * 2**30),
-                # A prefix is shared in whole blocks. On CPU the default of 128 tokens is longer than what the prompts of
-                # a judge have in common; 32 is the least that its attention takes.
-                block_size=None if settings.use_gpu else 32,
-                distributed_executor_backend=None if settings.use_gpu else "uni",
-                enforce_eager=not settings.use_gpu,  # compiling on CPU costs minutes of boot
-                worker_extension_cls="safecl.serving.swap.Swap",
-                generation_config="vllm",  # the model folder's sampling defaults must not leak in
-                use_tqdm_on_load=False,
-                disable_log_stats=True,
-            ),
+            AsyncEngineArgs(**arguments(base_folder, settings)),
             usage_context=UsageContext.LLM_CLASS,  # tokens a step as offline; else a quarter to a half of them
         )
 
@@ -178,6 +159,38 @@ class Engine:
     def __del__(self) -> None:
         if (llm := getattr(self, "_llm", None)) is not None:
             llm.shutdown()
+
+
+def arguments(base_folder: str, settings: Settings) -> dict[str, Any]:
+    """What vLLM's engine is made with."""
+    on_gpu, invariant = settings.use_gpu, settings.batch_invariant
+    memory_gib = settings.memory_gib if on_gpu else settings.memory_gib or 1.0
+    num_gpus = max(1, int(settings.num_gpus)) if on_gpu else 1
+    made: dict[str, Any] = {
+        "model": base_folder,
+        "dtype": settings.dtype or _dtype(Path(base_folder)),  # "auto" would make bfloat16 of a float32 model
+        "max_model_len": settings.max_model_len,
+        # Sums of other shapes round otherwise. vLLM has kernels against that on a GPU only (see environment); on a CPU a
+        # request alone, from its first token on, always has its own shapes.
+        "max_num_seqs": 1 if invariant and not on_gpu else settings.max_num_seqs or (256 if on_gpu else 64),
+        "stream_interval": _TOKENS_A_MESSAGE,
+        "enable_prefix_caching": not invariant,
+        # Without so many bytes vLLM takes what `gpu_memory_utilization` leaves beside weights and activations.
+        "kv_cache_memory_bytes": None if memory_gib is None else int(memory_gib * 2**30),
+        # A prefix is shared in whole blocks. On CPU the default of 128 tokens is longer than what the prompts of a judge
+        # have in common; 32 is the least that its attention takes.
+        "block_size": None if on_gpu else 32,
+        # Several GPUs of one node: processes of this one's own, not actors, which would want GPUs of Ray beside these.
+        "distributed_executor_backend": "uni" if not on_gpu else "mp" if num_gpus > 1 else None,
+        "tensor_parallel_size": num_gpus,
+        "quantization": settings.quantization,
+        "enforce_eager": not on_gpu,  # compiling on CPU costs minutes of boot
+        "worker_extension_cls": "safecl.serving.swap.Swap",
+        "generation_config": "vllm",  # the model folder's sampling defaults must not leak in
+        "use_tqdm_on_load": False,
+        "disable_log_stats": True,
+    }
+    return {**made, "gpu_memory_utilization": settings.gpu_memory} if on_gpu else made
 
 
 def _likely(sampled: int, logprobs: Mapping[int, Any]) -> list[tuple[str, float]]:

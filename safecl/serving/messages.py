@@ -66,10 +66,13 @@ class Settings(Strict):
     name: str
     dtype: str | None = None  # in which it computes and rounds merged weights; None: its files'
     max_model_len: int  # tokens: prompt + answer
-    memory_gib: float = 1.0  # KV cache
-    max_num_seqs: int = 64  # requests decoded together
+    memory_gib: float | None = None  # KV cache (of each GPU); None: what `gpu_memory` leaves, without a GPU 1 GiB
+    gpu_memory: float = 0.9  # part of a GPU's memory, for all that the engine holds there
+    max_num_seqs: int | None = None  # requests decoded together; None: 256 on a GPU, 64 on a CPU
     num_threads: int = 1
     use_gpu: bool = False
+    num_gpus: float = 1.0  # several: the model is spread over them (tensor parallel); below 1: a part of one
+    quantization: str | None = None  # of weights that are not so in the files; the model's, since it changes answers
     batch_invariant: bool = False  # an answer's bits do not depend on what else is decoded with it; slower
     turn_s: float = 60.0  # how long one key may keep the engine while another waits
     linger_s: float = 0.2  # how long the engine must have been idle before another key gets it within a turn

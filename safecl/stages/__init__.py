@@ -49,6 +49,11 @@ class Kind:
         return 0.0
 
     @staticmethod
+    def memory_gib(stage: Stage) -> float:
+        """Memory that a process of its own takes for it, where that is much: a cluster's node must have it."""
+        return 0.0
+
+    @staticmethod
     def states_gib(stage: Stage, of: Estimator) -> float:
         """Hidden states that it writes, in GiB."""
         return 0.0

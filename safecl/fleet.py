@@ -1,0 +1,255 @@
+"""The engines of a run, leased: booted when there is a queue for them, or ahead of it where units are free, and taken down
+when something else waits for theirs (devices.py). A stage leases one for as long as it asks it.
+
+A group is the engines of one model in one role; each is a Serve application of its own. Of those that take new work a stage
+gets the one that has its weights already, else the one with the fewest stages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import insort
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from safecl.capacity import GIB, Capacity, reserved
+from safecl.config import Execution
+from safecl.devices import IDLE_S, Holder
+from safecl.lender import Lender
+from safecl.store import Stage, Store
+from safecl.trainers import Turn
+
+# Weights that one engine is asked for at a time: it answers with one after the other, so that more would only wait there,
+# whatever their turn, and while it drains.
+WEIGHTS_AT_ONCE = 4
+
+
+@dataclass(eq=False)
+class App:
+    """An engine that is up. `stages`: by the weights they ask for; `lines`: by Wish.line."""
+
+    holder: Holder
+    stages: Counter[str] = field(default_factory=Counter)
+    lines: Counter[Hashable] = field(default_factory=Counter)
+
+    def takes(self, wish: Wish, at_once: int) -> bool:
+        num_weights = len(self.stages.keys() | {wish.weights})
+        return self.holder.open and num_weights <= WEIGHTS_AT_ONCE and self.lines[wish.line] < at_once
+
+
+@dataclass(eq=False)
+class Wish:
+    """A stage that wants an engine, or has it. `line`: of what shares one only so many are leased an engine at once."""
+
+    key: str
+    weights: str
+    turn: Turn
+    line: Hashable
+    given: asyncio.Future[App]
+    app: App | None = None
+
+
+@dataclass(eq=False)
+class Group:
+    """`expected`: stages that will ask for it, or do; `hoped`: it is to be booted ahead of the first of them."""
+
+    name: str
+    role: str
+    model: Stage
+    wishes: list[Wish] = field(default_factory=list)
+    leased: list[Wish] = field(default_factory=list)
+    apps: list[App] = field(default_factory=list)
+    expected: int = 0
+    hoped: bool = False
+
+
+class Fleet:
+    """Lives in the Broker, on its event loop. `at_once`: stages of one line that one engine is leased to at a time; `begin`
+    and `end` are told the boots."""
+
+    def __init__(
+        self,
+        store: Store,
+        execution: Execution,
+        logs: str,
+        lender: Lender,
+        capacity: Capacity,
+        at_once: int,
+        begin: Callable[[str, str], None],
+        end: Callable[[str], None],
+    ) -> None:
+        self.store, self.execution, self.logs = store, execution, logs
+        self.lender, self.capacity, self.at_once = lender, capacity, at_once
+        self.begin, self.end = begin, end
+        self.groups: dict[str, Group] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def num_up(self) -> int:
+        return sum(len(group.apps) for group in self.groups.values())
+
+    def group(self, role: str, model: Stage) -> Group:
+        """Without replicas of its own a judge answers from the candidates' engines."""
+        if role == "judge" and self.execution.num_judge_replicas == 0:
+            role = "candidate"
+        name = f"{role}-{model.key[:8]}"
+        if name not in self.groups:
+            self.groups[name] = Group(name, role, model)
+            chosen = self.execution
+            self._bound(name, chosen.num_candidate_engines if role == "candidate" else chosen.num_judge_replicas)
+        return self.groups[name]
+
+    def expect(self, role: str, model: Stage, num: int) -> None:
+        """So many more (or fewer) stages will ask: until they do, an engine that is up is kept."""
+        group = self.group(role, model)
+        group.expected += num
+        self._tell(group)
+
+    def hope(self, role: str, model: Stage) -> None:
+        """Boot one ahead of the first stage, where units are free for it. The model must be in the store."""
+        group = self.group(role, model)
+        group.hoped = True
+        self._tell(group)
+
+    @asynccontextmanager
+    async def lease(
+        self, role: str, model: Stage, key: str, weights: str, turn: Turn, line: Hashable = None
+    ) -> AsyncIterator[dict[str, tuple[str, ...]]]:
+        """An engine for the block, as `serving.client.Engines` takes it, for the stage `key`; of those that wait the lowest
+        turn is next. Raises what booting it raised."""
+        group = self.group(role, model)
+        wish = Wish(key, weights, turn, line, asyncio.get_running_loop().create_future())
+        insort(group.wishes, wish, key=lambda other: other.turn)
+        group.hoped = False
+        self._tell(group)
+        try:
+            app = await wish.given
+            yield {f"{role}-{model.key[:8]}": (self._name(app.holder),)}
+        finally:
+            if wish.app is not None:
+                group.leased.remove(wish)
+                wish.app.stages -= Counter([weights])
+                wish.app.lines[line] -= 1
+                self.lender.work(wish.app.holder, -1)
+            elif wish in group.wishes:
+                group.wishes.remove(wish)
+            self._tell(group)
+
+    def hurry(self, key: str, turn: Turn) -> None:
+        """Give a stage that waits for an engine another turn."""
+        for group in self.groups.values():
+            for wish in [wish for wish in group.wishes if wish.key == key]:
+                group.wishes.remove(wish)
+                wish.turn = turn
+                insort(group.wishes, wish, key=lambda other: other.turn)
+                self._tell(group)
+
+    def start(self, holder: Holder) -> None:
+        self._run(self._boot(self.groups[holder.group], holder))
+
+    def stop(self, holder: Holder) -> None:
+        group = self.groups[holder.group]
+        group.apps = [app for app in group.apps if app.holder is not holder]
+        self._run(self._take_down(holder))
+
+    def give(self) -> None:
+        for group in self.groups.values():
+            for wish in list(group.wishes):
+                able = [app for app in group.apps if app.takes(wish, self.at_once)]
+                if able and not wish.given.done():
+                    app = min(able, key=lambda app: (wish.weights not in app.stages, app.stages.total()))
+                    app.stages[wish.weights] += 1
+                    app.lines[wish.line] += 1
+                    group.wishes.remove(wish)
+                    group.leased.append(wish)
+                    wish.app = app
+                    self.lender.work(app.holder, 1)
+                    wish.given.set_result(app)
+
+    def _tell(self, group: Group) -> None:
+        every = [*group.wishes, *group.leased]
+        # An engine has one candidate's weights at a time, so that another one helps where several are asked for.
+        wanted = len({wish.weights for wish in every}) if group.role == "candidate" else len(every)
+        rank = min((wish.turn[0] for wish in every), default=0)
+        known = group.hoped or bool(every) or bool(group.apps)  # else its model may not be in the store yet
+        coming = int(group.hoped or (known and group.expected > len(every)))
+        self.lender.ask(group.name, wanted, rank, coming)
+
+    async def _boot(self, group: Group, holder: Holder) -> None:
+        from safecl.serving.deploy import deploy, ready
+        from safecl.training.tokens import base_folder
+
+        self.begin(f"engine {group.role}", holder.name)
+        try:
+            folder = str(base_folder(self.store.path(group.model)))
+            local = self.execution.address == "local"
+            resources = {"CPU": 0.0 if local else 1.0, **reserved(self.execution, holder.size)}
+            await asyncio.to_thread(deploy, self._settings(group, holder), folder, resources=resources, wait=False)
+            await asyncio.to_thread(ready, self._name(holder))
+        except Exception as error:
+            await self._remove(holder)
+            if not self.lender.never_came(holder):
+                self._failed(group, error)
+            self.lender.gone(holder)
+            return
+        finally:
+            self.end(holder.name)
+        group.apps.append(App(holder))
+        self.lender.up(holder)
+
+    def _name(self, holder: Holder) -> str:
+        """Of its Serve application, by who deploys it: two drivers of one cluster never take each other's down."""
+        return f"{holder.name}-{self.store.short}"
+
+    def _settings(self, group: Group, holder: Holder) -> Any:
+        from safecl.serving.messages import Settings
+
+        chosen, packed = self.execution, group.model.config.get("quantization")
+        return Settings(
+            name=self._name(holder),
+            max_model_len=chosen.engine_max_tokens,
+            memory_gib=chosen.engine_memory_gib,
+            gpu_memory=chosen.engine_gpu_memory or 0.9 * min(1.0, chosen.engine_units),
+            max_num_seqs=chosen.engine_max_seqs,
+            batch_invariant=chosen.batch_invariant,
+            use_gpu=chosen.use_gpu,
+            num_gpus=chosen.engine_units,
+            dtype=str(group.model.config["dtype"]),
+            quantization=None if packed is None else str(packed),
+            log_dir=self.logs,
+        )
+
+    def _failed(self, group: Group, error: Exception) -> None:
+        """Those who wait are told, unless another engine serves them; who asks next boots one anew."""
+        if group.apps:
+            self._bound(group.name, len(group.apps))
+        else:
+            wishes, group.wishes = group.wishes, []
+            for wish in wishes:
+                if not wish.given.done():
+                    wish.given.set_exception(error)
+            group.hoped = False
+        self._tell(group)
+
+    def _bound(self, group: str, at_most: int) -> None:
+        # Memory here is nobody else's: an engine stays until its memory is wanted for something else.
+        idle_s = float("inf") if self.capacity.unit == GIB else IDLE_S
+        self.lender.add(group, self, self.capacity.engine, at_most, idle_s)
+
+    async def _take_down(self, holder: Holder) -> None:
+        await self._remove(holder)
+        self.lender.gone(holder)
+
+    async def _remove(self, holder: Holder) -> None:
+        from safecl.serving.deploy import shutdown
+
+        with suppress(Exception):  # it may not be there, or Serve may be gone
+            await asyncio.to_thread(shutdown, self._name(holder))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

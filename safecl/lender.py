@@ -1,0 +1,103 @@
+"""devices.py by the real clock, on the Broker's event loop: who wants units says so here, and is told what to start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Protocol
+
+from safecl.devices import IDLE_S, Devices, Holder, Start
+
+
+class User(Protocol):
+    """Who starts and stops the holders of its groups, and gives work to those that are open. No call may wait."""
+
+    def start(self, holder: Holder) -> None: ...
+    def stop(self, holder: Holder) -> None: ...
+    def give(self) -> None: ...
+
+
+class Lender:
+    """Its calls are those of Devices, without the time."""
+
+    def __init__(self, devices: Devices) -> None:
+        self.devices = devices
+        self._users: dict[str, User] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._stepping = False
+        self._have = devices.num_units  # without what autoscaling may bring
+        self._capped: float | None = None  # what there was when that did not come
+
+    def add(self, group: str, user: User, size: float, at_most: int, idle_s: float = IDLE_S) -> None:
+        self._users[group] = user
+        self.devices.add(group, size, at_most, idle_s)
+
+    def ask(self, group: str, wanted: int, rank: int, coming: int) -> None:
+        self.devices.ask(group, wanted, self._now(), rank, coming)
+        self.step()
+
+    def up(self, holder: Holder) -> None:
+        self.devices.up(holder, self._now())
+        self.step()
+
+    def work(self, holder: Holder, num: int) -> None:
+        """Whoever calls this with work that is done goes on to `ask`, which steps."""
+        self.devices.work(holder, num, self._now())
+
+    def gone(self, holder: Holder) -> None:
+        self.devices.gone(holder, self._now())
+        self.step()
+
+    def resize(self, num_units: float, have: float) -> None:
+        """`num_units`: with what autoscaling may bring; `have`: those that are there."""
+        self._have = have
+        if self._capped is not None and have > self._capped:
+            self._capped = None  # it brings some after all
+        self.devices.resize(num_units if self._capped is None else have)
+        self.step()
+
+    def never_came(self, holder: Holder) -> bool:
+        """Of one that could not be started: whether for units that are not there. Then what is there is all that counts, until
+        there is more, and the group waits for its turn."""
+        if self.devices.held <= self._have:
+            return False
+        self._capped = self._have
+        self.devices.resize(self._have)
+        return True
+
+    def step(self) -> None:
+        """Do what the rule says now, and look again when it says so."""
+        if self._stepping:  # one of its own acts asked: the loop below goes on
+            return
+        self._stepping = True
+        try:
+            while acts := self.devices.step(self._now()):
+                for act in acts:
+                    user = self._users[act.holder.group]
+                    (user.start if isinstance(act, Start) else user.stop)(act.holder)
+            for user in dict.fromkeys(self._users.values()):
+                user.give()
+        finally:
+            self._stepping = False
+        if self._timer is not None:
+            self._timer.cancel()
+        at = self.devices.next_at
+        self._timer = None if at == float("inf") else asyncio.get_running_loop().call_at(at + 0.001, self.step)
+
+    def told(self) -> dict[str, Any]:
+        """What it lends to whom, and who waits since how many seconds."""
+        devices, now = self.devices, self._now()
+        groups = {
+            group.name: {
+                "wanted": group.wanted,
+                "up": sum(holder.state == "up" for holder in group.holders.values()),
+                "starting": group.num_starting,
+                "stopping": group.num_stopping,
+                "units": sum(holder.size for holder in group.holders.values()),
+                "waits_s": now - group.since if group.starved else None,
+            }
+            for group in devices.groups.values()
+        }
+        return {"units": devices.num_units, "held": devices.held, "groups": groups}
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
