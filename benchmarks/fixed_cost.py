@@ -42,7 +42,7 @@ def main() -> None:
 def measure(folder: Path, num_warm: int, idle_s: float) -> dict[str, Any]:
     import ray
 
-    from safecl import execute
+    from safecl import cluster, execute
     from safecl.config import Execution
     from safecl.store import Store
 
@@ -50,7 +50,7 @@ def measure(folder: Path, num_warm: int, idle_s: float) -> dict[str, Any]:
     execution = Execution(root=str(folder / "root"), engine="torch")
     store = Store(str(folder / "root"))
     began, cpu = time.time(), cpu_s()
-    execute.start(execution, folder / "logs")
+    cluster.start(execution, folder / "logs")
     broker = execute.broker(store, execution, folder / "logs")
     ray.get(broker.ensure.remote([model, rows]))
     numbers: dict[str, Any] = {"cluster and data": {"wall_s": time.time() - began, "cpu_s": cpu_s() - cpu}}
@@ -72,7 +72,7 @@ def measure(folder: Path, num_warm: int, idle_s: float) -> dict[str, Any]:
     ray.get(long)
     numbers["control plane, idle"] = share(idle_s)
     numbers["waiting trial"] = waiting_trials(folder, model)
-    execute.stop(execution, "")
+    cluster.stop(execution, "")
     return numbers
 
 

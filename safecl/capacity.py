@@ -1,9 +1,13 @@
-"""What trainers and engines hold, in units of what is scarce: GPUs, a cluster's CPUs, or this machine's memory."""
+"""What trainers and engines hold, in units of what is scarce: GPUs, a cluster's CPUs, or this machine's memory; how many units
+a cluster has, what autoscaling may bring to it, and whether that suffices."""
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from safecl.config import Execution
 
@@ -56,3 +60,107 @@ def free_gib() -> float:
     import psutil
 
     return float(psutil.virtual_memory().available) / 2**30
+
+
+class Found(NamedTuple):
+    """Of one resource: `have` now, `largest` on one node; `may` and `may_node` with what autoscaling may bring; `said` is who
+    says so, empty where nobody does."""
+
+    have: float
+    largest: float
+    may: float
+    may_node: float
+    said: str
+
+
+def find(execution: Execution, resource: str) -> Found:
+    """Asks the cluster that this process is connected to."""
+    import ray
+
+    nodes = [float(node["Resources"].get(resource, 0.0)) for node in ray.nodes() if node["Alive"]]
+    have, largest = sum(nodes), max(nodes, default=0.0)
+    if execution.address == "local":
+        return Found(have, largest, have, largest, "")
+    if execution.may_bring is not None:
+        more = float(execution.may_bring)
+        return Found(have, largest, have + more, max(largest, more), "execution.may_bring")
+    for kinds, said in ((_reported(resource), "the cluster"), (_written(resource), "the autoscaler's config")):
+        if kinds:
+            total = sum(each * count for each, count in kinds)
+            return Found(have, largest, max(have, total), max(largest, *(each for each, _ in kinds)), said)
+    return Found(have, largest, have, largest, "")
+
+
+def _reported(resource: str) -> list[tuple[float, float]]:
+    """(of one node, nodes at most) by type of node, where the platform has told Ray."""
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    groups = [] if config is None else config.node_group_configs
+    found = [(float(group.resources.get(resource, 0)), float(group.max_count)) for group in groups]
+    return [(each, math.inf if count < 0 else count) for each, count in found if each > 0 and count != 0]
+
+
+def _written(resource: str) -> list[tuple[float, float]]:
+    """Likewise, from the file that this machine's autoscaler was started with (`ray up` writes it on the head)."""
+    import yaml
+
+    for path in _config_files():
+        try:
+            config: Any = yaml.safe_load(path.read_text())
+            return node_types(config, resource)
+        except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):
+            continue
+    return []
+
+
+def node_types(config: Mapping[str, Any], resource: str) -> list[tuple[float, float]]:
+    """(of one node, nodes at most) by type of node, in a config of Ray's cluster launcher."""
+    most = float(config.get("max_workers", 2))
+    found = []
+    for name, kind in config.get("available_node_types", {}).items():
+        each = float((kind.get("resources") or {}).get(resource, 0))
+        count = 1.0 if name == config.get("head_node_type") else min(most, float(kind.get("max_workers", most)))
+        if each > 0 and count > 0:
+            found.append((each, count))
+    return found
+
+
+def _config_files() -> list[Path]:
+    import psutil
+
+    found = [Path.home() / "ray_bootstrap_config.yaml"]
+    for process in psutil.process_iter(["cmdline"]):
+        for word in process.info["cmdline"] or ():
+            if word.startswith("--autoscaling-config="):
+                found.append(Path(shlex.split(word.partition("=")[2] or "''")[0]).expanduser())
+    return [path for path in dict.fromkeys(found) if path.is_file()]
+
+
+def lacking(execution: Execution, need: int | None = None) -> str:
+    """What this cluster lacks, in words, if autoscaling can never bring it; else empty. `need`: of its devices at once; None: a
+    trainer's or an engine's, since these take turns."""
+    held = capacity(execution, {}, 0.0)
+    scarce = unit(execution)
+    if scarce == GIB:  # there a rank takes a CPU, and an engine none
+        scarce, trainer, engine = "CPU", float(execution.num_workers), 0.0
+    else:
+        trainer, engine = held.trainer, held.engine
+    found = find(execution, scarce)
+    least = max(trainer, engine) if need is None else float(need)
+    why = f"execution.num_workers {execution.num_workers}, and an engine takes {engine:g}: they take turns"
+    if need is not None:
+        why = "asked for"
+    more = f"it may bring {found.may - found.have:g} by autoscaling ({found.said})"
+    if not found.said:
+        more = "nothing says that autoscaling may bring more (if it does: execution.may_bring)"
+    has = f"the cluster has {found.have:g}, {more}"
+    if found.may < least:
+        needs = f"a run needs {least:g} {scarce}s at once ({why})"
+        return f"{needs}, {has}: lower that, or join a larger cluster with execution.address"
+    if need is None and found.may_node < engine:
+        return (
+            f"an engine needs {engine:g} {scarce}s on one node (execution.engine_units), the largest node has {found.largest:g}, "
+            f"and {more}, {found.may_node:g} on one: lower that, or join a cluster of larger nodes"
+        )
+    return ""

@@ -1,116 +1,151 @@
-"""What a Ray cluster has, what autoscaling may bring to it, and whether that suffices."""
+"""Ray, started and left: a local cluster of our own, or one that runs and is joined."""
 
 from __future__ import annotations
 
-import math
-import shlex
-from collections.abc import Mapping
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from safecl.capacity import GIB, capacity, unit
+from safecl import nodes, reclaim
+from safecl.base import PrerequisiteError
+from safecl.capacity import lacking
 from safecl.config import Execution
 
 
-class Found(NamedTuple):
-    """Of one resource: `have` now, `largest` on one node; `may` and `may_node` with what autoscaling may bring; `said` is who
-    says so, empty where nobody does."""
+def start(execution: Execution, logs: Path, need: int | None = None) -> None:
+    """Connect to Ray: a local cluster of our own, or the one at `execution.address`.
 
-    have: float
-    largest: float
-    may: float
-    may_node: float
-    said: str
+    `need`: how many GPUs (without `use_gpu`: CPUs) are held at once; None: a trainer's or an engine's, which take turns.
+    Raises PrerequisiteError if the cluster lacks them, and will never have them, before anything is held.
+    """
+    # Read by Ray and its workers at start; one OpenMP thread wherever processes share cores (2 slow each other 20x).
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "RAY_worker_niceness": "0",  # its 15 lets a sweep starve beside any other program
+        "TOKENIZERS_PARALLELISM": "false",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end the search as if it were done; ours stops the sweep
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten times a second is for traffic that scales replicas
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "DS_ACCELERATOR": "cuda" if execution.use_gpu else "cpu",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    logs.mkdir(parents=True, exist_ok=True)
+    import logging
 
-
-def find(execution: Execution, resource: str) -> Found:
-    """Asks the cluster that this process is connected to."""
     import ray
 
-    nodes = [float(node["Resources"].get(resource, 0.0)) for node in ray.nodes() if node["Alive"]]
-    have, largest = sum(nodes), max(nodes, default=0.0)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    before = signal.getsignal(signal.SIGTERM)
     if execution.address == "local":
-        return Found(have, largest, have, largest, "")
-    if execution.may_bring is not None:
-        more = float(execution.may_bring)
-        return Found(have, largest, have + more, max(largest, more), "execution.may_bring")
-    for kinds, said in ((_reported(resource), "the cluster"), (_written(resource), "the autoscaler's config")):
-        if kinds:
-            total = sum(each * count for each, count in kinds)
-            return Found(have, largest, max(have, total), max(largest, *(each for each, _ in kinds)), said)
-    return Found(have, largest, have, largest, "")
+        _start_local({"trial_slot": float(execution.num_trials_at_once)})
+    else:
+        nodes.join(execution.address, quiet, logs / "ray.log")
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # Ray's own prints a stack and aborts
+    _keep_messages(logs / "ray.log")
+    if missing := lacking(execution, need):
+        ray.shutdown()
+        raise PrerequisiteError(missing)
 
 
-def _reported(resource: str) -> list[tuple[float, float]]:
-    """(of one node, nodes at most) by type of node, where the platform has told Ray."""
-    from ray._private.state import state
+def _start_local(resources: dict[str, float]) -> None:
+    """Start a cluster on this machine. One that is very busy may need more than a try: Ray's parts do not wait long for
+    each other."""
+    import psutil
+    import ray
 
-    config = state.get_cluster_config()
-    groups = [] if config is None else config.node_group_configs
-    found = [(float(group.resources.get(resource, 0)), float(group.max_count)) for group in groups]
-    return [(each, math.inf if count < 0 else count) for each, count in found if each > 0 and count != 0]
-
-
-def _written(resource: str) -> list[tuple[float, float]]:
-    """Likewise, from the file that this machine's autoscaler was started with (`ray up` writes it on the head)."""
-    import yaml
-
-    for path in _config_files():
+    before = set(psutil.Process().children(recursive=True))
+    for tries_left in range(2, -1, -1):
         try:
-            config: Any = yaml.safe_load(path.read_text())
-            return node_types(config, resource)
-        except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):
-            continue
-    return []
+            ray.init(
+                address="local",
+                num_cpus=os.cpu_count(),
+                resources=resources,
+                include_dashboard=False,  # eleven processes that nobody looks at
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+            return
+        except Exception as error:
+            _kill([child for child in psutil.Process().children(recursive=True) if child not in before])
+            if not tries_left:
+                raise PrerequisiteError(
+                    f"Ray did not start on this machine, three times: {error} Its own logs are under "
+                    "/tmp/ray/session_latest/logs"
+                ) from None
 
 
-def node_types(config: Mapping[str, Any], resource: str) -> list[tuple[float, float]]:
-    """(of one node, nodes at most) by type of node, in a config of Ray's cluster launcher."""
-    most = float(config.get("max_workers", 2))
-    found = []
-    for name, kind in config.get("available_node_types", {}).items():
-        each = float((kind.get("resources") or {}).get(resource, 0))
-        count = 1.0 if name == config.get("head_node_type") else min(most, float(kind.get("max_workers", most)))
-        if each > 0 and count > 0:
-            found.append((each, count))
-    return found
+def _keep_messages(path: Path) -> None:
+    """Ray prints its daemons' warnings on the driver's terminal whatever the log level; they belong into a file. There
+    is no setting for it, so the function that prints them is replaced."""
+    from ray._private import worker
+
+    def write(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+        with path.open("a") as file:
+            file.writelines(f"{line}\n" for line in data["lines"])
+
+    worker.print_to_stdstream = write
 
 
-def _config_files() -> list[Path]:
+def stop(execution: Execution, owner: str) -> None:
+    """Leave Ray. A local cluster ends with its engines; on one that we joined, those of `owner` are taken down first, and
+    nobody else's."""
+    import ray
+
+    if execution.address != "local" and ray.is_initialized():
+        clear(owner)
+    ray.shutdown()
+
+
+def local_processes() -> list[Any]:
+    """The processes that a local cluster of ours cannot do without."""
+    from ray._private import worker
+
+    node = worker._global_node
+    kinds = ("gcs_server", "raylet") if node is not None else ()
+    return [info.process for kind in kinds for info in node.all_processes.get(kind, [])]
+
+
+def end_local() -> None:
+    """Kill what is left of a local cluster that lost a part."""
+    import psutil
+    from ray._private import worker
+
+    family = []
+    for infos in worker._global_node.all_processes.values():
+        for info in infos:
+            with suppress(psutil.Error):
+                process = psutil.Process(info.process.pid)
+                family += [process, *process.children(recursive=True)]
+    _kill(family)
+
+
+def _kill(processes: Sequence[Any]) -> None:
     import psutil
 
-    found = [Path.home() / "ray_bootstrap_config.yaml"]
-    for process in psutil.process_iter(["cmdline"]):
-        for word in process.info["cmdline"] or ():
-            if word.startswith("--autoscaling-config="):
-                found.append(Path(shlex.split(word.partition("=")[2] or "''")[0]).expanduser())
-    return [path for path in dict.fromkeys(found) if path.is_file()]
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
 
 
-def lacking(execution: Execution, need: int | None = None) -> str:
-    """What this cluster lacks, in words, if autoscaling can never bring it; else empty. `need`: of its devices at once; None: a
-    trainer's or an engine's, since these take turns."""
-    held = capacity(execution, {}, 0.0)
-    scarce = unit(execution)
-    if scarce == GIB:  # there a rank takes a CPU, and an engine none
-        scarce, trainer, engine = "CPU", float(execution.num_workers), 0.0
-    else:
-        trainer, engine = held.trainer, held.engine
-    found = find(execution, scarce)
-    least = max(trainer, engine) if need is None else float(need)
-    why = f"execution.num_workers {execution.num_workers}, and an engine takes {engine:g}: they take turns"
-    if need is not None:
-        why = "asked for"
-    more = f"it may bring {found.may - found.have:g} by autoscaling ({found.said})"
-    if not found.said:
-        more = "nothing says that autoscaling may bring more (if it does: execution.may_bring)"
-    has = f"the cluster has {found.have:g}, {more}"
-    if found.may < least:
-        needs = f"a run needs {least:g} {scarce}s at once ({why})"
-        return f"{needs}, {has}: lower that, or join a larger cluster with execution.address"
-    if need is None and found.may_node < engine:
-        return (
-            f"an engine needs {engine:g} {scarce}s on one node (execution.engine_units), the largest node has {found.largest:g}, "
-            f"and {more}, {found.may_node:g} on one: lower that, or join a cluster of larger nodes"
-        )
-    return ""
+def clear(owner: str) -> None:
+    """Free what a Broker that died has left: it alone knew what its trainers and engines were for."""
+    from safecl.serving.deploy import shutdown_all
+
+    with suppress(Exception):
+        reclaim.free()
+    with suppress(Exception):  # Serve may be away as well: an engine of that name is deployed anew
+        shutdown_all(owner)

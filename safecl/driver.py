@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from safecl import claims, dtypes, execute, hardware, preflight, trainers
+from safecl import claims, cluster, dtypes, execute, hardware, preflight, trainers
 from safecl.base import ConfigError, Damaged, Infrastructure, PrerequisiteError, json_lines
 from safecl.config import Sweep
 from safecl.cost import missing, slots
@@ -43,7 +43,7 @@ def open_to_run(sweep: Sweep) -> Project:
     import ray
 
     was_connected = ray.is_initialized()
-    execute.start(execution, Store(execution.root).local / "logs")
+    cluster.start(execution, Store(execution.root).local / "logs")
     try:
         nodes = hardware.nodes(execution.use_gpu, measure=dtypes.has_bfloat16(sweep))
     finally:
@@ -235,7 +235,7 @@ def _guarded(project: Project, journal: Journal, again: Callable[[], None] | Non
     if project.sweep.execution.address != "local":
         yield
         return
-    parts = execute.local_processes()
+    parts = cluster.local_processes()
     stop, lost = threading.Event(), threading.Event()
 
     def watch() -> None:
@@ -244,7 +244,7 @@ def _guarded(project: Project, journal: Journal, again: Callable[[], None] | Non
                 continue
             lost.set()
             journal.add(CLUSTER)
-            execute.end_local()
+            cluster.end_local()
             if again is not None:
                 again()
             if callable(signal.getsignal(signal.SIGTERM)):  # `_alone`'s: Ctrl-C may be ignored
@@ -322,7 +322,7 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
 @contextmanager
 def _cluster(project: Project, show: Callable[[str], None]) -> Iterator[tuple[Any, Any]]:
     show("starting Ray")
-    execute.start(project.sweep.execution, project.logs)
+    cluster.start(project.sweep.execution, project.logs)
     import ray
 
     lost = False
@@ -333,7 +333,7 @@ def _cluster(project: Project, show: Callable[[str], None]) -> Iterator[tuple[An
         raise
     finally:
         if not lost:
-            execute.stop(project.sweep.execution, project.store.short)
+            cluster.stop(project.sweep.execution, project.store.short)
 
 
 def _warm(broker: Any, schedule: Schedule, project: Project) -> None:

@@ -15,18 +15,17 @@ import asyncio
 import itertools
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safecl import cluster, gauges, nodes, reclaim
-from safecl.base import Damaged, PrerequisiteError
-from safecl.capacity import GIB, Capacity, capacity, free_gib, unit
+from safecl import gauges, reclaim
+from safecl.base import Damaged
+from safecl.capacity import GIB, Capacity, capacity, find, free_gib, unit
 from safecl.claims import Claims
+from safecl.cluster import clear
 from safecl.config import Execution
 from safecl.devices import Devices, Group
 from safecl.faults import BROKER, MEMORY, NODE, PATIENCE_S, PATIENT, PAUSE_S, Journal, cause_of
@@ -43,131 +42,6 @@ NUM_RANKS = 3  # see Broker.ensure
 DRAIN_S = 2.0  # how often is looked for nodes that are being drained; a spot warning comes 30 s to 2 minutes before
 WATCH_S = 5.0  # how often the cluster's size is asked for
 REPAIRS = 2  # times that a stage is begun anew because an input of it was found damaged
-
-
-def start(execution: Execution, logs: Path, need: int | None = None) -> None:
-    """Connect to Ray: a local cluster of our own, or the one at `execution.address`.
-
-    `need`: how many GPUs (without `use_gpu`: CPUs) are held at once; None: a trainer's or an engine's, which take turns.
-    Raises PrerequisiteError if the cluster lacks them, and will never have them, before anything is held.
-    """
-    # Read by Ray and its workers at start; one OpenMP thread wherever processes share cores (2 slow each other 20x).
-    quiet = {
-        "OMP_NUM_THREADS": "1",
-        "RAY_worker_niceness": "0",  # its 15 lets a sweep starve beside any other program
-        "TOKENIZERS_PARALLELISM": "false",
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end the search as if it were done; ours stops the sweep
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten times a second is for traffic that scales replicas
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "DS_ACCELERATOR": "cuda" if execution.use_gpu else "cpu",
-    }
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-    logs.mkdir(parents=True, exist_ok=True)
-    import logging
-
-    import ray
-
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    before = signal.getsignal(signal.SIGTERM)
-    if execution.address == "local":
-        _start_local({"trial_slot": float(execution.num_trials_at_once)})
-    else:
-        nodes.join(execution.address, quiet, logs / "ray.log")
-    if before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)  # Ray's own prints a stack and aborts
-    _keep_messages(logs / "ray.log")
-    if lacking := cluster.lacking(execution, need):
-        ray.shutdown()
-        raise PrerequisiteError(lacking)
-
-
-def _start_local(resources: dict[str, float]) -> None:
-    """Start a cluster on this machine. One that is very busy may need more than a try: Ray's parts do not wait long for
-    each other."""
-    import psutil
-    import ray
-
-    before = set(psutil.Process().children(recursive=True))
-    for tries_left in range(2, -1, -1):
-        try:
-            ray.init(
-                address="local",
-                num_cpus=os.cpu_count(),
-                resources=resources,
-                include_dashboard=False,  # eleven processes that nobody looks at
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-            return
-        except Exception as error:
-            _kill([child for child in psutil.Process().children(recursive=True) if child not in before])
-            if not tries_left:
-                raise PrerequisiteError(
-                    f"Ray did not start on this machine, three times: {error} Its own logs are under "
-                    "/tmp/ray/session_latest/logs"
-                ) from None
-
-
-def _keep_messages(path: Path) -> None:
-    """Ray prints its daemons' warnings on the driver's terminal whatever the log level; they belong into a file. There
-    is no setting for it, so the function that prints them is replaced."""
-    from ray._private import worker
-
-    def write(data: dict[str, Any], ignore_prefix: bool = False) -> None:
-        with path.open("a") as file:
-            file.writelines(f"{line}\n" for line in data["lines"])
-
-    worker.print_to_stdstream = write
-
-
-def stop(execution: Execution, owner: str) -> None:
-    """Leave Ray. A local cluster ends with its engines; on one that we joined, those of `owner` are taken down first, and
-    nobody else's."""
-    import ray
-
-    if execution.address != "local" and ray.is_initialized():
-        _clear(owner)
-    ray.shutdown()
-
-
-def local_processes() -> list[Any]:
-    """The processes that a local cluster of ours cannot do without."""
-    from ray._private import worker
-
-    node = worker._global_node
-    kinds = ("gcs_server", "raylet") if node is not None else ()
-    return [info.process for kind in kinds for info in node.all_processes.get(kind, [])]
-
-
-def end_local() -> None:
-    """Kill what is left of a local cluster that lost a part."""
-    import psutil
-    from ray._private import worker
-
-    family = []
-    for infos in worker._global_node.all_processes.values():
-        for info in infos:
-            with suppress(psutil.Error):
-                process = psutil.Process(info.process.pid)
-                family += [process, *process.children(recursive=True)]
-    _kill(family)
-
-
-def _kill(processes: Sequence[Any]) -> None:
-    import psutil
-
-    for process in processes:
-        with suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(processes, timeout=10)
 
 
 def _deeper(turn: Turn) -> Turn:
@@ -205,7 +79,7 @@ class Broker:
         self.watching: list[asyncio.Task[None]] = []  # the cluster's nodes
         if _replaces_another():
             self.journal.add(BROKER)
-            _clear(store.short)
+            clear(store.short)
         held = held or capacity(execution, {"CPU": num_cpus}, math.inf)
         self.lender = Lender(Devices(held.num_units, execution.turn_s, room=self._room))
         self.trainers = Trainers(store, execution, logs, self.lender, held, self._starts)
@@ -384,7 +258,7 @@ class Broker:
         while True:
             await asyncio.sleep(WATCH_S)
             with suppress(Exception):  # Ray's own head may be away for a while
-                found = await asyncio.to_thread(cluster.find, self.execution, scarce)
+                found = await asyncio.to_thread(find, self.execution, scarce)
                 self.lender.resize(found.may, found.have)
 
     def _room(self, group: Group) -> bool:
@@ -507,7 +381,7 @@ def broker(store: Store, execution: Execution, logs: Path) -> Any:
     actor = ray.remote(num_cpus=0, scheduling_strategy=_here(), **options)(Broker)
     have, scarce = ray.cluster_resources(), unit(execution)
     if scarce != GIB:
-        have[scarce] = cluster.find(execution, scarce).may
+        have[scarce] = find(execution, scarce).may
     held = capacity(execution, have, free_gib())
     return actor.remote(store, execution, str(logs), have.get("CPU", 1), held)
 
@@ -519,16 +393,6 @@ def _replaces_another() -> bool:
     if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
         return False
     return bool(ray.get_runtime_context().was_current_actor_reconstructed)
-
-
-def _clear(owner: str) -> None:
-    """Free what a Broker that died has left: it alone knew what its trainers and engines were for."""
-    from safecl.serving.deploy import shutdown_all
-
-    with suppress(Exception):
-        reclaim.free()
-    with suppress(Exception):  # Serve may be away as well: an engine of that name is deployed anew
-        shutdown_all(owner)
 
 
 def _here() -> Any:

@@ -55,13 +55,13 @@ def world() -> World:
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder, and a local Ray cluster as a sweep starts it: of the files in CLUSTERS that need none of their own."""
-    from safecl import execute
+    from safecl import cluster as ray_cluster
     from safecl.config import Execution
 
     folder = tmp_path_factory.mktemp("cluster")
-    execute.start(Execution(root=str(folder / "root")), folder / "logs")
+    ray_cluster.start(Execution(root=str(folder / "root")), folder / "logs")
     yield folder
-    execute.stop(Execution(), "")
+    ray_cluster.stop(Execution(), "")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

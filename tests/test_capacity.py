@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from safecl import cluster
-from safecl.capacity import capacity
+from safecl.capacity import capacity, node_types
 from safecl.config import Execution
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +37,8 @@ def test_units_by_where_a_run_is(
 
 def test_the_file_of_the_cluster_launcher_says_what_it_may_bring() -> None:
     config = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
-    found = cluster.node_types(config, "GPU")
+    found = node_types(config, "GPU")
     kinds = [kind for kind in config["available_node_types"].values() if kind["resources"].get("GPU")]
     assert found == [(kind["resources"]["GPU"], kind["max_workers"]) for kind in kinds] and found
     head = {"available_node_types": {"h": {"resources": {"GPU": 2}}}, "head_node_type": "h", "max_workers": 0}
-    assert cluster.node_types(head, "GPU") == [(2, 1)]  # it is there whatever `max_workers` says
+    assert node_types(head, "GPU") == [(2, 1)]  # it is there whatever `max_workers` says

@@ -116,7 +116,7 @@ def test_a_run_says_what_auto_became_and_notes_it_before_anything_is_spent(
         assert Store(str(tmp_path)).noted("dtype-quickstart")["dtype"] == native
         raise Started
 
-    monkeypatch.setattr("safecl.execute.start", start)
+    monkeypatch.setattr("safecl.cluster.start", start)
     monkeypatch.setattr(driver.preflight, "check_memory", lambda *_: None)
     said: list[str] = []
     with pytest.raises(Started):

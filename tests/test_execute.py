@@ -222,8 +222,8 @@ def test_a_cluster_that_is_too_small_is_named_before_anything_is_held(tmp_path: 
     import sys
 
     code = (
-        "from pathlib import Path\nfrom safecl import execute\nfrom safecl.config import Execution\n"
-        f"execute.start(Execution(root={str(tmp_path)!r}, num_workers=10000), Path({str(tmp_path)!r}))\n"
+        "from pathlib import Path\nfrom safecl import cluster\nfrom safecl.config import Execution\n"
+        f"cluster.start(Execution(root={str(tmp_path)!r}, num_workers=10000), Path({str(tmp_path)!r}))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "PrerequisiteError: a run needs 10000 CPUs at once (execution.num_workers 10000" in done.stderr
@@ -277,7 +277,7 @@ def test_what_the_platform_has_told_ray_is_read(cluster: Path) -> None:
     from ray.core.generated.autoscaler_pb2 import ClusterConfig
     from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
 
-    from safecl.cluster import find, lacking
+    from safecl.capacity import find, lacking
 
     joined = Execution(address="auto", use_gpu=True, num_workers=4)
     there = ray._raylet.GCS_AUTOSCALER_STATE_NAMESPACE

@@ -92,15 +92,15 @@ class OwnEngine:
     def __enter__(self) -> Self:
         import ray
 
-        from safecl import execute
+        from safecl import cluster, execute
         from safecl.serving.client import Engines
         from safecl.serving.messages import WeightsRef
 
         store = Store(self._execution.root)
         logs = store.local / "logs"
         self._show("starting Ray and the judge's engine; their output is under " + str(logs))
-        execute.start(self._execution, logs, need=1)
-        self._open.callback(execute.stop, self._execution, store.short)
+        cluster.start(self._execution, logs, need=1)
+        self._open.callback(cluster.stop, self._execution, store.short)
         try:
             broker = execute.broker(store, self._execution, logs)
             self._open.callback(lambda held: None, broker)  # it lives as long as someone holds it
