@@ -180,11 +180,10 @@ class Fleet:
 
     async def _boot(self, group: Group, holder: Holder) -> None:
         from safecl.serving.deploy import deploy, ready
-        from safecl.training.tokens import base_folder
 
         self.begin(f"engine {group.role}", holder.name)
         try:
-            folder = str(base_folder(self.store.path(group.model)))
+            folder = self._folder(group.model)
             local = self.execution.address == "local"
             resources = {"CPU": 0.0 if local else 1.0, **reserved(self.execution, holder.size)}
             await asyncio.to_thread(deploy, self._settings(group, holder), folder, resources=resources, wait=False)
@@ -199,6 +198,11 @@ class Fleet:
             self.end(holder.name)
         group.apps.append(App(holder))
         self.lender.up(holder)
+
+    def _folder(self, model: Stage) -> str:
+        from safecl.training.tokens import base_folder
+
+        return str(base_folder(self.store.path(model)))
 
     def _name(self, holder: Holder) -> str:
         """Of its Serve application, by who deploys it: two drivers of one cluster never take each other's down."""

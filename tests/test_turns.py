@@ -1,10 +1,10 @@
-"""A whole sweep of three models on a cluster with one unit: trainers and engines of every model and role take turns on it.
-
-The models are tiny and random, and the unit is a resource of Ray's that a node was given; trainers, engines (vLLM on CPUs)
-and everything between them are the real ones."""
+"""Engines and trainers of three models on a cluster with one unit, which is a resource of Ray's that a node was given: once
+engines alone, with a stand-in for vLLM inside real Serve applications; once a whole sweep (slow), where all is real and the
+models are tiny and random."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,63 @@ from typing import Any
 import pytest
 import yaml
 
+from safecl.capacity import capacity
+from safecl.config import Execution
+from safecl.devices import Devices
+from safecl.fleet import Fleet
+from safecl.lender import Lender
+from safecl.store import Stage, Store
 from tests.cluster import nodes
-from tests.test_end_to_end import safecl
 
-pytestmark = pytest.mark.slow
+
+class StandIn:
+    """In vLLM's place: which model it serves."""
+
+    def __init__(self, folder: str, settings: Any) -> None:
+        self.folder = folder
+
+    async def status(self) -> str:
+        return self.folder
+
+
+class OnCluster(Fleet):
+    def _folder(self, model: Stage) -> str:
+        return str(model.config["source"])
+
+
+def test_engines_of_three_models_in_two_roles_take_turns_on_one_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from ray import serve
+
+    from safecl.serving import deploy
+
+    monkeypatch.setattr(deploy, "Engine", StandIn)
+    models = [Stage("model", {"source": name, "dtype": "float32"}) for name in ("a", "b", "c")]
+    with nodes(tmp_path / "cluster", {"num_cpus": 2}, {"num_cpus": 2, "resources": {"slot": 1}}) as cluster:
+        ray.init(address=cluster.address, log_to_driver=False)
+        chosen = Execution(address=cluster.address, unit="slot", root=str(tmp_path / "root"))
+        held = capacity(chosen, ray.cluster_resources(), 0.0)
+        lender = Lender(Devices(held.num_units, turn_s=2.0, linger_s=0.1))
+        fleet = OnCluster(Store(chosen.root), chosen, "", lender, held, 8, lambda *_: None, lambda key: None)
+
+        async def ask(role: str, model: Stage, number: int) -> str:
+            async with fleet.lease(role, model, f"{number}", "w", (0, number, 0)) as groups:
+                [(app,)] = groups.values()
+                assert ray.available_resources().get("slot", 0.0) == 0
+                found: str = await serve.get_app_handle(app).status.remote()
+                return found
+
+        async def scene() -> list[str]:
+            asked = [ask(role, model, n) for n in range(2) for model in models for role in ("candidate", "judge")]
+            return await asyncio.wait_for(asyncio.gather(*asked), 240)
+
+        found = asyncio.run(scene())
+        assert found == [model.config["source"] for _ in range(2) for model in models for _ in range(2)]
+        booted = {name: group.num_started for name, group in lender.devices.groups.items()}
+        assert len(booted) == 6 and set(booted.values()) == {1}
+        deploy.shutdown_all(fleet.store.short)
 
 
 def sweep(models: dict[str, Path], root: Path, address: str) -> dict[str, Any]:
@@ -43,9 +96,12 @@ def sweep(models: dict[str, Path], root: Path, address: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_unit_brings_a_sweep_of_three_models_in_two_roles_to_its_end(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
+    from tests.test_end_to_end import safecl
+
     file, root = tmp_path / "turns.yaml", tmp_path / "root"
     with nodes(tmp_path / "cluster", {"num_cpus": 2}, {"num_cpus": 2, "resources": {"slot": 1}}) as cluster:
         file.write_text(yaml.safe_dump(sweep(tiny_models, root, cluster.address)))
