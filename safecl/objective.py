@@ -127,6 +127,21 @@ def select(trials: Sequence[Trial]) -> Trial:
     return min(trials, key=rank)
 
 
+def hypervolume(points: Sequence[tuple[float, ...]]) -> float:
+    """The share of [0, 1]^d that some point is at least as good as in every loss; a loss above 1 counts as 1."""
+    inside = sorted({tuple(min(max(x, 0.0), 1.0) for x in point) for point in points})
+    if not inside:
+        return 0.0
+    if len(inside[0]) == 1:
+        return 1.0 - inside[0][0]
+    total = 0.0
+    for index, point in enumerate(inside):  # slices along the first loss
+        until = inside[index + 1][0] if index + 1 < len(inside) else 1.0
+        if until > point[0]:
+            total += (until - point[0]) * hypervolume([each[1:] for each in inside[: index + 1]])
+    return total
+
+
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points that no other point beats, both coordinates maximised, by rising first coordinate.
 
@@ -146,19 +161,3 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
             best = points[index][1]
     front.sort(key=lambda i: (points[i], i))
     return front
-
-
-def hypervolume(points: Sequence[tuple[float, float]]) -> float:
-    """Area of the unit square that the points dominate, both coordinates maximised and in [0, 1]: 0 for none.
-
-    Raises ValueError on a NaN.
-
-    >>> round(hypervolume([(0.5, 0.5), (0.9, 0.2)]), 2)
-    0.33
-    """
-    area, height = 0.0, 0.0
-    front = [points[i] for i in pareto_front(points)]
-    for x, y in reversed(front):  # by falling x: each adds what rises above those to its right
-        area += max(0.0, x) * max(0.0, y - height)
-        height = max(height, y)
-    return area

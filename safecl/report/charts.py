@@ -121,7 +121,7 @@ def _volume(members: Sequence[Row]) -> tuple[str, str]:
     own = [row for row in members if row["method"] not in REFERENCES]
 
     def area(pairs: list[tuple[Any, Any]]) -> float:
-        return hypervolume([(1 - x, y) for x, y in pairs if x is not None and y is not None])
+        return hypervolume([(x, 1 - y) for x, y in pairs if x is not None and y is not None])
 
     whole = area([tuple(row["metrics"].get(m.name, {}).get("value") for m in (harm, use)) for row in own])
     told = f"{whole:.3f}"
@@ -175,6 +175,44 @@ def _front(points: list[dict[str, Any]], harm: str, use: str, encoding: Mapping[
             },
         )
     return _chart(points, height=320, layer=layers)
+
+
+def fronts(rows: Sequence[Row]) -> list[Chart]:
+    """What searches with several objectives tried, on validation prompts: a chart for each search and further objective,
+    against the maximised one. A row of such a search has `search`: `{"objectives": [name, ..], "tried": [{"number", "values":
+    {name: float}, "feasible", "is_front", "is_taken"}]}`; rows that are run of one front share it."""
+    charts, done = [], set[str]()
+    for row in rows:
+        found = row.get("search") or {}
+        name = str(row["method"]).partition(" #")[0]
+        where = f"{row['model']} / {row['task']}, {name}, {100 * (row.get('poison') or 0):g} % poison"
+        if "objectives" not in found or where in done:
+            continue
+        done.add(where)
+        across, *others = (metrics.of(objective) for objective in found["objectives"])
+        for other in others:
+            points = []
+            for trial in found["tried"]:
+                state = "run" if trial["is_taken"] else "front" if trial["is_front"] else "beaten"
+                state = state if trial["feasible"] or trial["is_taken"] else "violates a bound"
+                x, y = (trial["values"][m.name] * (100 if m.unit == "%" else 1) for m in (other, across))
+                points.append({"number": trial["number"], "x": x, "y": y, "state": state})
+            states = {"domain": ["run", "front", "beaten", "violates a bound"],
+                      "range": [_COLOURS[2], _COLOURS[0], _GREY, _COLOURS[1]]}  # fmt: skip
+            state_of: Spec = {"field": "state", "type": "nominal", "title": None, "scale": states}
+            shape = {**state_of, "scale": {**states, "range": ["diamond", "circle", "square", "cross"]}}
+            x_axis = _axis("x", f"{other.title}, validation", scale={"zero": False})
+            y_axis = _axis("y", f"{across.title}, validation", scale={"zero": False})
+            line = {"type": "line", "strokeDash": [5, 4], "strokeWidth": 1, "color": "currentColor"}
+            spec = _chart(points, height=260, layer=[
+                {"transform": [{"filter": "datum.state == 'run' || datum.state == 'front'"}], "mark": line,
+                 "encoding": {"x": x_axis, "y": y_axis, "order": {"field": "x"}}},
+                {"mark": {"type": "point", "filled": True, "size": 80},
+                 "encoding": {"x": x_axis, "y": y_axis, "color": state_of, "shape": shape,
+                              "tooltip": [_axis("number", "trial"), x_axis, y_axis]}},
+            ])  # fmt: skip
+            charts.append(Chart(where, "Each trial, on the search's own seed and validation prompts.", spec))
+    return charts
 
 
 def by_setting(rows: Sequence[Row], facts: Facts, key: str, title: str) -> list[Chart]:

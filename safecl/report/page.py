@@ -83,6 +83,7 @@ def _sections(
         ("memory", "ASR by memory size", charts.by_setting(rows, facts, "memory", "safety rows kept")),
         ("metrics", "Every metric", charts.dots(found)),
     ]
+    parts.append(("fronts", "What searches could have", charts.fronts(rows)))
     for number, each in enumerate(more.searches):
         parts.append((f"search-{number}", f"Search: {each['label']}", charts.search(each)))
     parts.append(("curves", "Training curves", charts.curves(more.curves)))

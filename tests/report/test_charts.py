@@ -126,3 +126,18 @@ def test_every_metric_has_a_panel_and_an_empty_report_has_no_chart() -> None:
     gsm8k, code = charts.dots(blocks(rows, golden.FACTS))
     assert {point["metric"] for point in values(gsm8k)} >= {"ASR (guard)", "utility"} and "der" in drawn(code)
     assert charts.front([], Facts(name="s")) == charts.dots([]) == charts.cost({"methods": []}) == []
+
+
+def test_a_search_with_several_objectives_shows_its_front_once() -> None:
+    tried = [{"number": i, "values": {"utility": use, "asr": harm}, "feasible": i != 2, "is_front": i < 2, "is_taken": i == 0}
+             for i, (use, harm) in enumerate([(0.9, 0.3), (0.6, 0.1), (0.95, 0.9), (0.5, 0.4)])]  # fmt: skip
+    search = {"objectives": ["utility", "asr"], "tried": tried}
+    rows = [
+        row("der #1", 0.1, 0.8, search=search),
+        row("der #2", 0.1, 0.8, search=search),
+        row("sft", 0.5, 0.9, search=None),
+    ]
+    [chart] = charts.fronts(rows)
+    assert [point["state"] for point in values(chart)] == ["run", "front", "violates a bound", "beaten"]
+    assert values(chart)[0]["x"] == 30 and values(chart)[0]["y"] == 90 and "svg" in drawn(chart)
+    assert chart.title == "smol / mini, der, 10 % poison"
