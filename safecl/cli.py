@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from safecl import ops_cli
+from safecl import ops_cli, review_cli
 from safecl.judge_cli import judge_app
-from safecl.options import AsJson, File, Limit, Set, print_hanging, print_table, project_to_run
+from safecl.options import AsJson, File, Limit, Set, opened, print_hanging, print_table, project_to_run
+from safecl.review_cli import AcceptJudge, print_rows
 
 app = typer.Typer(
     add_completion=False,
@@ -55,40 +56,6 @@ def _root(
 
 
 app.add_typer(judge_app, name="judge")
-ops_cli.add_to(app)
-
-AcceptJudge = Annotated[
-    bool,
-    typer.Option("--accept-judge", help="Print ASR even where the guard is no better than chance on held-out pairs"),
-]
-
-
-def _project(file: Path, settings: list[str], limit: int | None, reads: bool = False, planned: bool = False) -> Any:
-    from safecl.project import Project, load
-
-    return Project(load(file, settings, limit), reads=reads, planned=planned)
-
-
-def _print_rows(project: Any, form: str, accept_judge: bool) -> None:
-    from safecl.base import ConfigError, near
-    from safecl.report import forms
-    from safecl.report.facts import readable
-
-    if form not in forms.FORMS:
-        raise ConfigError(
-            f"--format: no form {form!r}.{near(form, forms.FORMS)} Expected one of {', '.join(forms.FORMS)}"
-        )
-    rows, found = readable(project, accept_judge)
-    if form != "table" or not sys.stdout.isatty():
-        print(forms.FORMS[form](rows, found), end="")
-        return
-    from rich.console import Console
-
-    console = Console()
-    if found.doubt:
-        console.print(found.doubt, style="bold", markup=False)
-    for table in forms.terminal(rows, found, console.width):
-        console.print(table)
 
 
 @app.command()
@@ -111,7 +78,7 @@ def run(
 
     project = project_to_run(file, set_, limit)
     failed = driver.run(project, lambda text: print(text, file=sys.stderr), max_hours, _run_again)
-    _print_rows(project, "json" if as_json else "table", accept_judge)
+    print_rows(project, "json" if as_json else "table", accept_judge)
     if not failed:
         options = " with the same options" if set_ or limit else ""
         print(f"for a page with charts and answers: safecl report {file}{options}", file=sys.stderr)
@@ -134,7 +101,7 @@ def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = Fals
     from safecl.overview import plan as make_plan
     from safecl.report.tables import duration
 
-    project = _project(file, set_, limit, planned=True)
+    project = opened(file, set_, limit, planned=True)
     found = make_plan(project)
     if as_json:
         print(json.dumps(found, indent=1))
@@ -182,7 +149,7 @@ def status(
     from safecl.overview import status as read_status
 
     while True:
-        project = _project(file, set_, limit, reads=True)
+        project = opened(file, set_, limit, reads=True)
         run = live.state(project.store, project.sweep.name, project.sweep.execution)
         cells = read_status(project, run)
         if as_json:
@@ -199,54 +166,6 @@ def status(
             return
         time.sleep(10.0)
         print(flush=True)
-
-
-@app.command()
-def report(
-    file: File,
-    set_: Set = [],  # noqa: B006
-    limit: Limit = None,
-    as_json: AsJson = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Where to write the page (default: report/NAME under execution.root)")
-    ] = None,
-    accept_judge: AcceptJudge = False,
-    form: Annotated[
-        str, typer.Option("--format", help="table, markdown (with every table of the page), latex, csv or json")
-    ] = "table",
-) -> None:
-    """Print the table from the store and write one self-contained page with charts and answers. Runs nothing."""
-    from safecl.overview import write_report
-
-    project = _project(file, set_, limit, reads=True)
-    _print_rows(project, "json" if as_json else form, accept_judge)
-    page = write_report(project, out, accept_judge)
-    print(f"page: {page}", file=sys.stderr)
-
-
-@app.command()
-def view(
-    file: File,
-    set_: Set = [],  # noqa: B006
-    limit: Limit = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write it, as for `safecl report`")] = None,
-    accept_judge: AcceptJudge = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 0,
-) -> None:
-    """Write the page as `safecl report` does and serve it with its answers on this machine's own address, until Ctrl-C."""
-    from safecl.overview import write_report
-    from safecl.report import serve
-
-    page = write_report(_project(file, set_, limit, reads=True), out, accept_judge)
-    _serve(serve.server(page.parent, port))
-
-
-def _serve(server: Any) -> None:
-    from safecl.report import serve
-
-    print(f"{serve.address(server)}  (Ctrl-C ends it)", flush=True)
-    with server:
-        server.serve_forever()
 
 
 @app.command()
@@ -267,7 +186,7 @@ def power(
     """
     from safecl import power as of
 
-    found = of.power(_project(file, set_, limit, reads=True), noise, discordant, detect)
+    found = of.power(opened(file, set_, limit, reads=True), noise, discordant, detect)
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -275,114 +194,6 @@ def power(
         print_table(title, columns, rows)
     for line in of.notes(found):
         print_hanging("", line, indent=2)
-
-
-@app.command()
-def show(
-    name: Annotated[
-        str, typer.Argument(help="The beginning of a stage's key, or words of its name: `finetune der seed 0`")
-    ],
-    root: str = "runs",
-) -> None:
-    """Print a stage's name, folder and record: config, inputs, result, cost, library versions. Of several, a line each."""
-    from safecl.base import ConfigError
-    from safecl.review import find
-    from safecl.store import Store
-
-    store = Store(root)
-    found = find(store, name)
-    if not found:
-        raise ConfigError(
-            f"no stage under {root!r} has a key that begins with {name!r}, or a name with these words; name the store with "
-            "--root"
-        )
-    for label, record in found:
-        print(
-            f"{record['key'][:12]}  {label}  {store.folder(record)}", file=sys.stderr if len(found) == 1 else sys.stdout
-        )
-    if len(found) == 1:
-        print(json.dumps(found[0][1], indent=1))
-
-
-@app.command()
-def best(
-    file: File,
-    set_: Set = [],  # noqa: B006
-    out: Annotated[Path | None, typer.Option(help="The sweep file to write (default: print it)")] = None,
-) -> None:
-    """Print the sweep file with every search replaced by what it chose. Runs nothing."""
-    import yaml
-
-    from safecl.base import ConfigError
-    from safecl.review import best as chosen
-
-    content, left = chosen(_project(file, set_, None, reads=True), file, set_)
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
-    for line in left:
-        print(f"left out: {line}", file=sys.stderr)
-    if out is None:
-        print(text, end="")
-        return
-    if out.exists():
-        raise ConfigError(f"--out: {str(out)!r} is there already; name a new file")
-    out.write_text(text, encoding="utf-8")
-    print(out)
-
-
-@app.command()
-def compare(
-    first: File,
-    second: Annotated[
-        Path, typer.Argument(help="Another sweep file, or the same with other --second", show_default=False)
-    ],
-    set_: Set = [],  # noqa: B006
-    second_set: Annotated[list[str], typer.Option("--second", help="As --set, of the second alone")] = [],  # noqa: B006
-    as_json: AsJson = False,
-) -> None:
-    """Compare two sweeps: settings, data, weights, numbers, and paired tests of their common rows. Runs nothing."""
-    from safecl import review
-
-    projects = [_project(first, set_, None, reads=True), _project(second, [*set_, *second_set], None, reads=True)]
-    found = review.compare(*projects)
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return
-    for title, columns, rows in review.told(found):
-        print_table(title, columns, rows)
-
-
-@app.command()
-def label(
-    file: File,
-    set_: Set = [],  # noqa: B006
-    question: Annotated[str, typer.Option(help="asr or over_refusal: what the judge decides that you check")] = "asr",
-    num: Annotated[int, typer.Option(min=2, help="Answers of every row, drawn at random")] = 12,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 0,
-    export: Annotated[
-        Path | None,
-        typer.Option(help="Write what is labelled to this file, for `safecl judge validate`, and serve nothing"),
-    ] = None,
-) -> None:
-    """Serve a page on which a person labels answers, blind to method and verdict. `safecl report` then prints how good the
-    judge is, and rates corrected by the labels.
-    """
-    from safecl.base import ConfigError
-    from safecl.report import labelled, labelling
-
-    project = _project(file, set_, None, reads=True)
-    if export is not None:
-        if export.exists():
-            raise ConfigError(f"--export: {str(export)!r} is there already; name a new file")
-        found = labelled.pairs(project, question)
-        export.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found), encoding="utf-8")
-        print(
-            f"{len(found)} labelled answers: safecl judge validate {export} --judge NAME --label label --positive true"
-        )
-        return
-    drawn = labelled.draw(labelled.items(project, question), num)
-    if not drawn:
-        raise ConfigError(f"no row of this sweep has answers that were judged for {question}; run it first")
-    _serve(labelling.server(project.store, project.sweep.name, question, drawn, port))
 
 
 @app.command()
@@ -535,7 +346,7 @@ def init(
     text = sweep(_model(model, revision, template), data, goal, attack, out, aligned)
     out.write_text(text, encoding="utf-8")
     try:
-        _ = _project(out, [], None, planned=True).expected  # as plan does: roles may have taken rows from one another
+        _ = opened(out, [], None, planned=True).expected  # as plan does: roles may have taken rows from one another
     except ConfigError as error:
         raise ConfigError(f"{out} is written, and needs a change before `safecl plan` takes it:\n{error}") from None
     print(f"{out}\nnext: safecl plan {out}")
@@ -553,6 +364,10 @@ def _run_again() -> None:
     os.environ["SAFECL_BEGUN_ANEW"] = f"{num} {time.time()}"
     print("the local Ray cluster was lost: starting it again", file=sys.stderr, flush=True)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+review_cli.add_to(app)
+ops_cli.add_to(app)
 
 
 def main() -> None:

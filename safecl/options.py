@@ -28,6 +28,13 @@ def project_to_run(file: Path, settings: list[str], limit: int | None) -> Any:
     return driver.open_to_run(load(file, settings, limit))
 
 
+def opened(file: Path, settings: list[str], limit: int | None, reads: bool = False, planned: bool = False) -> Any:
+    """The sweep of a file as a project. `reads`, `planned`: see Project."""
+    from safecl.project import Project, load
+
+    return Project(load(file, settings, limit), reads=reads, planned=planned)
+
+
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from safecl.report.forms import text_table
 

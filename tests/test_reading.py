@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from safecl import cli, hardware
+from safecl import cli, hardware, review_cli
 from safecl.hardware import Speed
 from safecl.project import Project, load
 from safecl.report.facts import facts
@@ -42,7 +42,7 @@ def test_a_reading_verb_changes_nothing_beside_a_live_driver(
     verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware, "measured", lambda use_gpu=False: {"bfloat16": Speed(9, 9), "float32": Speed(9, 9)})
-    monkeypatch.setattr(cli, "_serve", lambda server: server.server_close())  # else until Ctrl-C
+    monkeypatch.setattr(review_cli, "_serve", lambda server: server.server_close())  # else until Ctrl-C
     root = tmp_path / "root"
     dtype = "models.0.dtype=float32"
     driver = Project(load(QUICKSTART, [dtype, "poison.ratios=[0.1]", f"execution.root={root}"]))

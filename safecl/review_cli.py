@@ -1,0 +1,196 @@
+"""Verbs for finished work: report, view, label, compare, best, show. No logic, as in cli.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from safecl.options import AsJson, File, Limit, Set, opened, print_table
+
+AcceptJudge = Annotated[
+    bool,
+    typer.Option("--accept-judge", help="Print ASR even where the guard is no better than chance on held-out pairs"),
+]
+
+
+def print_rows(project: Any, form: str, accept_judge: bool) -> None:
+    """Print a project's rows in one of the forms of report/forms.py; on a terminal, tables as wide as it is."""
+    from safecl.base import ConfigError, near
+    from safecl.report import forms
+    from safecl.report.facts import readable
+
+    if form not in forms.FORMS:
+        raise ConfigError(
+            f"--format: no form {form!r}.{near(form, forms.FORMS)} Expected one of {', '.join(forms.FORMS)}"
+        )
+    rows, found = readable(project, accept_judge)
+    if form != "table" or not sys.stdout.isatty():
+        print(forms.FORMS[form](rows, found), end="")
+        return
+    from rich.console import Console
+
+    console = Console()
+    if found.doubt:
+        console.print(found.doubt, style="bold", markup=False)
+    for table in forms.terminal(rows, found, console.width):
+        console.print(table)
+
+
+def report(
+    file: File,
+    set_: Set = [],  # noqa: B006
+    limit: Limit = None,
+    as_json: AsJson = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the page (default: report/NAME under execution.root)")
+    ] = None,
+    accept_judge: AcceptJudge = False,
+    form: Annotated[
+        str, typer.Option("--format", help="table, markdown (with every table of the page), latex, csv or json")
+    ] = "table",
+) -> None:
+    """Print the table from the store and write one self-contained page with charts and answers. Runs nothing."""
+    from safecl.overview import write_report
+
+    project = opened(file, set_, limit, reads=True)
+    print_rows(project, "json" if as_json else form, accept_judge)
+    page = write_report(project, out, accept_judge)
+    print(f"page: {page}", file=sys.stderr)
+
+
+def view(
+    file: File,
+    set_: Set = [],  # noqa: B006
+    limit: Limit = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write it, as for `safecl report`")] = None,
+    accept_judge: AcceptJudge = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 0,
+) -> None:
+    """Write the page as `safecl report` does and serve it with its answers on this machine's own address, until Ctrl-C."""
+    from safecl.overview import write_report
+    from safecl.report import serve
+
+    page = write_report(opened(file, set_, limit, reads=True), out, accept_judge)
+    _serve(serve.server(page.parent, port))
+
+
+def show(
+    name: Annotated[
+        str, typer.Argument(help="The beginning of a stage's key, or words of its name: `finetune der seed 0`")
+    ],
+    root: str = "runs",
+) -> None:
+    """Print a stage's name, folder and record: config, inputs, result, cost, library versions. Of several, a line each."""
+    from safecl.base import ConfigError
+    from safecl.review import find
+    from safecl.store import Store
+
+    store = Store(root)
+    found = find(store, name)
+    if not found:
+        raise ConfigError(
+            f"no stage under {root!r} has a key that begins with {name!r}, or a name with these words; name the store with "
+            "--root"
+        )
+    for label, record in found:
+        print(
+            f"{record['key'][:12]}  {label}  {store.folder(record)}", file=sys.stderr if len(found) == 1 else sys.stdout
+        )
+    if len(found) == 1:
+        print(json.dumps(found[0][1], indent=1))
+
+
+def best(
+    file: File,
+    set_: Set = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="The sweep file to write (default: print it)")] = None,
+) -> None:
+    """Print the sweep file with every search replaced by what it chose. Runs nothing."""
+    import yaml
+
+    from safecl.base import ConfigError
+    from safecl.review import best as chosen
+
+    content, left = chosen(opened(file, set_, None, reads=True), file, set_)
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    for line in left:
+        print(f"left out: {line}", file=sys.stderr)
+    if out is None:
+        print(text, end="")
+        return
+    if out.exists():
+        raise ConfigError(f"--out: {str(out)!r} is there already; name a new file")
+    out.write_text(text, encoding="utf-8")
+    print(out)
+
+
+def compare(
+    first: File,
+    second: Annotated[
+        Path, typer.Argument(help="Another sweep file, or the same with other --second", show_default=False)
+    ],
+    set_: Set = [],  # noqa: B006
+    second_set: Annotated[list[str], typer.Option("--second", help="As --set, of the second alone")] = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Compare two sweeps: settings, data, weights, numbers, and paired tests of their common rows. Runs nothing."""
+    from safecl import review
+
+    projects = [opened(first, set_, None, reads=True), opened(second, [*set_, *second_set], None, reads=True)]
+    found = review.compare(*projects)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for title, columns, rows in review.told(found):
+        print_table(title, columns, rows)
+
+
+def label(
+    file: File,
+    set_: Set = [],  # noqa: B006
+    question: Annotated[str, typer.Option(help="asr or over_refusal: what the judge decides that you check")] = "asr",
+    num: Annotated[int, typer.Option(min=2, help="Answers of every row, drawn at random")] = 12,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 0,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Write what is labelled to this file, for `safecl judge validate`, and serve nothing"),
+    ] = None,
+) -> None:
+    """Serve a page on which a person labels answers, blind to method and verdict. `safecl report` then prints how good the
+    judge is, and rates corrected by the labels.
+    """
+    from safecl.base import ConfigError
+    from safecl.report import labelled, labelling
+
+    project = opened(file, set_, None, reads=True)
+    if export is not None:
+        if export.exists():
+            raise ConfigError(f"--export: {str(export)!r} is there already; name a new file")
+        found = labelled.pairs(project, question)
+        export.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found), encoding="utf-8")
+        print(
+            f"{len(found)} labelled answers: safecl judge validate {export} --judge NAME --label label --positive true"
+        )
+        return
+    drawn = labelled.draw(labelled.items(project, question), num)
+    if not drawn:
+        raise ConfigError(f"no row of this sweep has answers that were judged for {question}; run it first")
+    _serve(labelling.server(project.store, project.sweep.name, question, drawn, port))
+
+
+def _serve(server: Any) -> None:
+    from safecl.report import serve
+
+    print(f"{serve.address(server)}  (Ctrl-C ends it)", flush=True)
+    with server:
+        server.serve_forever()
+
+
+def add_to(app: typer.Typer) -> None:
+    """The verbs of this file, as commands of `app`."""
+    for verb in (report, view, label, compare, best, show):
+        app.command()(verb)
