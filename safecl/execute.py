@@ -189,23 +189,22 @@ class Broker:
         if heavy:
             await self.trainers.run(stage, self.turns[stage.key])
         elif load(stage.kind).runs == "thread":
-            await self._light(stage)
+            return await self._light(stage)
         else:  # in a process of its own
             self._starts(stage)
             await self._alone(stage)
         return time.time() - float(self.live[stage.key]["start"])
 
-    async def _light(self, stage: Stage) -> None:
+    async def _light(self, stage: Stage) -> float:
         turn, role = self.turns[stage.key], engine_of(stage)
         line = (stage.kind, turn[0])
         # As many again are handed over as may be at work, so that the next one begins at once (work.py: Hand).
         if role is None:
             async with self.light.setdefault(line, asyncio.Semaphore(2 * self.num_light)):
-                await self._hand().run.remote(stage, {}, turn[0])
-            return
+                return float(await self._hand().run.remote(stage, {}, turn[0]))
         weights = stage.inputs.get("weights", stage.inputs["model"]).key
         async with self.fleet.lease(role, stage.inputs["model"], stage.key, weights, turn, line) as groups:
-            await self._hand().run.remote(stage, groups, self.turns[stage.key][0])
+            return float(await self._hand().run.remote(stage, groups, self.turns[stage.key][0]))
 
     def _starts(self, stage: Stage) -> None:
         self._begin(stage.kind, stage.key, load(stage.kind).unit)
