@@ -191,8 +191,8 @@ def test_json_is_json_wherever_it_is_offered(
         "judge validate": [str(pairs), "--judge", "keywords", "--label", "label", "--positive", "x"],
     }
     if verb not in lines:
-        # These train, measure how fast this machine is, or read what a run has left (test_ops.py).
-        assert verb in ("run", "judge train", "plan", "doctor", "trace")
+        # These train, measure how fast this machine is, or read what runs have left (tests of their own).
+        assert verb in ("run", "judge train", "plan", "doctor", "trace", "compare")
         return
     monkeypatch.chdir(tmp_path)
     Store(str(tmp_path / "runs")).note("one", 1)
