@@ -31,7 +31,7 @@ venv: $(VENV)/.ready
 $(VENV)/.ready: requirements-cpu.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "need Python 3.11 as '$(PYTHON)'; or: make PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) .ci/machine.py .
-	@echo "making $(VENV): 230 packages, about 1.5 GB to download"
+	@echo "making $(VENV): 240 packages, about 1.5 GB to download"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps $(TORCH_FROM) -r requirements-cpu.txt

@@ -237,7 +237,7 @@ def ls(
 
 @app.command()
 def doctor(
-    root: Annotated[Path, typer.Option(help="Where results would be stored")] = Path("runs"),
+    root: Annotated[str, typer.Option(help="Where results would be stored: a folder or a URL")] = "runs",
     data_dir: Annotated[Path | None, typer.Option(help="A folder of local data files to look through")] = None,
     data: Annotated[
         Path | None, typer.Option(help="A data file of yours: what a model would see of it, and what is wrong with it")

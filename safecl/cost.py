@@ -65,7 +65,8 @@ class Checked(NamedTuple):
 def missing(targets: Iterable[Stage], store: Store) -> list[Stage]:
     """The stages that must run, inputs first, so that every target is finished. A finished stage's inputs are not
     needed: they may have been pruned."""
-    return below(targets, store.has)
+    with store.listed():
+        return below(targets, store.has)
 
 
 class Forecast:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safecl import hardware, preflight, sandbox
-from safecl.base import ConfigError, PrerequisiteError
+from safecl.base import ConfigError, Infrastructure, PrerequisiteError
 from safecl.capacity import free_gib
 from safecl.config import Execution, Model
+from safecl.remote import Remote, is_url
 from safecl.tasks import Task, load, names
 from safecl.tasks._source import local_file
 from safecl.templates import described, settled
@@ -31,11 +32,13 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-def examine(root: Path, data_dir: Path | None) -> list[Finding]:
+def examine(root: str, data_dir: Path | None) -> list[Finding]:
     """Every finding, the essential ones first."""
     is_311 = sys.version_info[:2] == (3, 11)
     free, need = free_gib(), preflight.needed_gib(QUICKSTART)
-    disk = shutil.disk_usage(_existing(root)).free / 2**30
+    stored = [_store(root)] if is_url(root) else []
+    cache = Path("." if stored else root)
+    disk = shutil.disk_usage(_existing(cache)).free / 2**30
     findings = [
         Finding("Python", sys.version.split()[0], is_311, "safecl's pinned closure is for Python 3.11"),
         Finding("CPU cores", str(os.cpu_count()), True),
@@ -48,9 +51,10 @@ def examine(root: Path, data_dir: Path | None) -> list[Finding]:
             f"the quickstart needs about {need:.0f} GiB; close other programs",
         ),
         Finding(
-            "disk free", f"{disk:.1f} GiB at {root}", disk >= 2, "name another folder: --set execution.root=FOLDER"
+            "disk free", f"{disk:.1f} GiB at {cache}", disk >= 2, "name another folder: --set execution.root=FOLDER"
         ),
     ]
+    findings += stored
     for name in NEEDED:
         found = _version(name)
         findings.append(Finding(name, found or "absent", found is not None, "run `make venv`"))
@@ -71,6 +75,15 @@ def examine(root: Path, data_dir: Path | None) -> list[Finding]:
     for name in names() if data_dir is not None else ():
         findings += _sources(load(name), name, data_dir)
     return findings
+
+
+def _store(url: str) -> Finding:
+    """Whether the store at a URL answers. Writes nothing."""
+    try:
+        there = Remote(url).list("notes")
+    except (PrerequisiteError, Infrastructure, OSError) as error:
+        return Finding("store", f"{url} cannot be read", False, str(error))
+    return Finding("store", f"{url} answers ({len(there)} notes)", True)
 
 
 def _dtype() -> Finding:

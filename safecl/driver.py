@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from safecl import claims, cluster, dtypes, execute, hardware, preflight, trainers
+from safecl import claims, cluster, dtypes, execute, hardware, nodes, preflight, trainers
 from safecl.base import ConfigError, Damaged, Infrastructure, PrerequisiteError, json_lines
 from safecl.config import Sweep
 from safecl.cost import missing, slots
@@ -21,7 +21,7 @@ from safecl.eta import Eta
 from safecl.faults import CLUSTER, DRIVER, Journal
 from safecl.graph import REFERENCES
 from safecl.judging.served import check_endpoints, key_variables
-from safecl.lease import owners
+from safecl.lease import NOTE, owners
 from safecl.panel import all_seats
 from safecl.project import Project
 from safecl.schedule import Done, Schedule
@@ -327,6 +327,8 @@ def _cluster(project: Project, show: Callable[[str], None]) -> Iterator[tuple[An
 
     lost = False
     try:
+        if project.sweep.execution.address != "local" and project.store.remote is None:
+            nodes.check_folder(ray, project.store.local / "notes" / f"{NOTE}{project.store.owner}.json")
         yield execute.broker(project.store, project.sweep.execution, project.logs), ray
     except Lost:
         lost = True  # nobody is there to take leave of

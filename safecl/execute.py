@@ -31,7 +31,7 @@ from safecl.devices import Devices, Group
 from safecl.faults import BROKER, MEMORY, NODE, PATIENCE_S, PATIENT, PAUSE_S, Journal, cause_of
 from safecl.fleet import Fleet
 from safecl.lender import Lender
-from safecl.stages import engine_of, load, names, needs_trainer
+from safecl.stages import engine_of, load, names, needs_trainer, stays
 from safecl.store import Stage, Store
 from safecl.times import Times, queue
 from safecl.trainers import GROUP as TRAINERS
@@ -84,7 +84,7 @@ class Broker:
         self.lender = Lender(Devices(held.num_units, execution.turn_s, room=self._room))
         self.trainers = Trainers(store, execution, logs, self.lender, held, self._starts)
         self.fleet = Fleet(
-            store, execution, logs, self.lender, held, 2 * self.num_light, self._begin, self._end
+            store, execution, self.lender, held, 2 * self.num_light, self._begin, self._end
         )  # fmt: skip
         self.holding: list[Any] = []  # leases that last as long as the Broker
 
@@ -229,15 +229,17 @@ class Broker:
                 "max_task_retries": 1,
             }
             actor = ray.remote(num_cpus=0, scheduling_strategy=_here(), **options)(Hand)
-            self.hand = actor.remote(self.store, self.execution, self.logs, _me(), self.num_light)
+            self.hand = actor.remote(self.store, self.execution, _me(), self.num_light)
         return self.hand
 
     async def _alone(self, stage: Stage) -> None:
         import ray
 
         memory = 0 if self.execution.address == "local" else int(load(stage.kind).memory_gib(stage) * 2**30)
-        task = ray.remote(num_cpus=0, max_retries=1, **({"memory": memory} if memory else {}))(run_stage)
-        await task.remote(stage, self.store, self.execution, self.logs, _me())
+        options = {"memory": memory} if memory else {}
+        where = _here() if stays(stage) else "DEFAULT"
+        task = ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=where, **options)(run_stage)
+        await task.remote(stage, self.store, self.execution, _me())
 
     async def warm(self, role: str, model: Stage) -> None:
         """Boot an engine of a model ahead of the first stage that needs it, where there is a place for it."""

@@ -74,14 +74,13 @@ class Fleet:
         self,
         store: Store,
         execution: Execution,
-        logs: str,
         lender: Lender,
         capacity: Capacity,
         at_once: int,
         begin: Callable[[str, str], None],
         end: Callable[[str], None],
     ) -> None:
-        self.store, self.execution, self.logs = store, execution, logs
+        self.store, self.execution = store, execution
         self.lender, self.capacity, self.at_once = lender, capacity, at_once
         self.begin, self.end = begin, end
         self.groups: dict[str, Group] = {}
@@ -183,10 +182,10 @@ class Fleet:
 
         self.begin(f"engine {group.role}", holder.name)
         try:
-            folder = self._folder(group.model)
             local = self.execution.address == "local"
             resources = {"CPU": 0.0 if local else 1.0, **reserved(self.execution, holder.size)}
-            await asyncio.to_thread(deploy, self._settings(group, holder), folder, resources=resources, wait=False)
+            settings = self._settings(group, holder)
+            await asyncio.to_thread(deploy, settings, group.model.ref, self.store, resources=resources, wait=False)
             await asyncio.to_thread(ready, self._name(holder))
         except Exception as error:
             await self._remove(holder)
@@ -198,11 +197,6 @@ class Fleet:
             self.end(holder.name)
         group.apps.append(App(holder))
         self.lender.up(holder)
-
-    def _folder(self, model: Stage) -> str:
-        from safecl.training.tokens import base_folder
-
-        return str(base_folder(self.store.path(model)))
 
     def _name(self, holder: Holder) -> str:
         """Of its Serve application, by who deploys it: two drivers of one cluster never take each other's down."""
@@ -223,7 +217,6 @@ class Fleet:
             num_gpus=chosen.engine_units,
             dtype=str(group.model.config["dtype"]),
             quantization=None if packed is None else str(packed),
-            log_dir=self.logs,
         )
 
     def _failed(self, group: Group, error: Exception) -> None:

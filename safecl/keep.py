@@ -34,12 +34,11 @@ class Held(NamedTuple):
 
 def stages(store: Store) -> list[Held]:
     """Every stage of a store, half-removed ones included."""
-    if store._remote is not None:
+    if store.remote is not None:
         sizes: dict[tuple[str, str], int] = defaultdict(int)
-        base = f"{store._base}/store/".lstrip("/")
-        for path, facts in store._remote.find(f"{store._base}/store", detail=True).items():
-            kind, key, *_ = path.lstrip("/").removeprefix(base).split("/")
-            sizes[kind, key] += int(facts["size"] or 0)
+        for path, (_, size) in {**store.remote.list("records"), **store.remote.list("files")}.items():
+            kind, key = path.removesuffix(".json").split("/")[1:3]
+            sizes[kind, key] += size
         return [Held(*name, size) for name, size in sorted(sizes.items())]
     return [
         Held(folder.parent.name, folder.name, size_of(folder)) for folder in sorted((store.local / "store").glob("*/*"))
@@ -108,12 +107,13 @@ def remove(store: Store, held: Held) -> None:
         with suppress(OSError):
             Path(held.key).parent.rmdir()  # of a key's checkpoints, once all are gone
         return
-    if store._remote is not None:
-        url = f"{store._base}/store/{held.kind}/{held.key}"
-        with suppress(FileNotFoundError):
-            store._remote.rm_file(f"{url}/record.json")
-        with suppress(FileNotFoundError):
-            store._remote.rm(url, recursive=True)
+    if store.remote is not None:
+        store.remote.remove(f"records/{held.kind}/{held.key}.json")  # first: without it there is no stage
+        for name in (f"files/{held.kind}/{held.key}", f"scratch/{held.key}"):
+            store.remote.remove(name)
+        for name in store.remote.list("logs"):
+            if name.startswith(f"logs/{held.kind}-{held.key[:12]}"):
+                store.remote.remove(name)
     folder = store.local / "store" / held.kind / held.key
     gone = store.local / "tmp" / f"{store.owner}.{uuid.uuid4().hex}"
     gone.parent.mkdir(parents=True, exist_ok=True)

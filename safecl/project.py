@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +43,15 @@ def unknown_sources(cells: Sequence[Cell]) -> list[str]:
     return sorted({str(source.get("hub") or source["file"]) for source in sources if UNKNOWN in source.values()})
 
 
+def _refuse_without_driver(where: str, uri: str) -> None:
+    driver = "psycopg2" if uri.startswith("postgresql+psycopg2") else "psycopg"
+    if uri.startswith("postgresql") and find_spec(driver) is None:
+        raise PrerequisiteError(
+            f"{where}: {uri.partition('://')[0]}:// needs the package {driver}, which is not installed here: "
+            "pip install 'safecl[postgres]'"
+        )
+
+
 class Swing(NamedTuple):
     """`num` guards judged the same answers, those of `source`; their shares of harmful ones part by `points`, in [0, 1]."""
 
@@ -66,7 +76,7 @@ class Project:
         """`nodes` and `reads`: see dtypes.auto. `planned`: nothing will be run of it, so that what the hub alone knows (commits
         of data sets, tokenizers) may be unknown; it is said in `warnings`."""
         registry.use(sweep.plugins)
-        self.store = Store(sweep.execution.root)
+        self.store = Store(sweep.execution.root, cache_gib=sweep.execution.cache_gib)
         if self.store.local.exists() and not self.store.local.is_dir():
             raise ConfigError(f"execution.root: {str(self.store.local)!r} is a file; expected a folder")
         self.planned = planned
@@ -95,7 +105,20 @@ class Project:
                 f"{len(unknown)} data sets are not here, nor did the hub tell what they are ({', '.join(unknown)}): counts and "
                 "hours hold, keys are not those of a run"
             )
-        self.logs = self.store.local / "logs"
+        self.logs = self.store.logs
+        searches = any(cell.space is not None for cell in self.cells)
+        if self.store.remote is not None and sweep.execution.study_uri is None and searches and not reads:
+            self.warnings.append(
+                f"the studies of this search lie on this machine alone ({self.store.local}), as execution.study_uri is null: on "
+                "another one its trials would be asked again; name a database that both reach"
+            )
+        if (uri := sweep.execution.study_uri) is not None and uri == sweep.execution.tracking_uri:
+            raise ConfigError(
+                "execution.study_uri and tracking_uri are one database: expected two, since Optuna and MLflow each keep the "
+                "version of their tables in a table of the same name"
+            )
+        for where, uri in (("tracking_uri", sweep.execution.tracking_uri), ("study_uri", sweep.execution.study_uri)):
+            _refuse_without_driver(f"execution.{where}", uri or "")
         self.study_url = sweep.execution.study_uri or sqlite_url(self.store.local / "study.db")
         self._storage: Any = None
         self._snapshot: Any = None  # of the studies, where this process only reads them

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,28 @@ def digest(record: Mapping[str, Any]) -> str:
 
 def load(path: Path) -> dict[str, Any]:
     """A record. Raises Damaged if it cannot be one."""
+    return read(path.read_bytes(), path.parent.name, path)
+
+
+def read(text: bytes, key: str, path: object) -> dict[str, Any]:
+    """The record of a key by its text, which `path` holds. Raises Damaged if it cannot be one."""
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(text)
     except ValueError:
         record = None
     if (
         not isinstance(record, dict)
-        or record.get("key") != path.parent.name
+        or record.get("key") != key
         or record.get("digest") not in (None, digest(record))  # None: of an earlier version
     ):
         raise Damaged(f"{path} is cut short or was changed; `safecl run` makes the stage again")
     return record
+
+
+def stamp(folder: Path, record: Mapping[str, Any]) -> None:
+    """Give large files that were copied and compared the time of writing that their record trusts."""
+    for name, written in record.get("written_ns", {}).items():
+        os.utime(folder / name, ns=(written, written))
 
 
 def damage(folder: Path, only: str | None = None) -> str | None:

@@ -1,11 +1,22 @@
-"""Identity of a stage, and the content-addressed store of what stages made.
+"""The content-addressed store of what stages made (identity.py): a folder, or an fsspec URL of which each node has a cache.
 
 <root>/store/<kind>/<key>/            files of the stage, and
 <root>/store/<kind>/<key>/record.json written last: a stage without it does not exist
 <root>/scratch/<key>/<owner>/         checkpoints of a stage that is under way, kept across attempts
+<root>/logs/<kind>-<key>.log          what a stage printed
 <root>/tmp/<owner>.<number>/          what is being written
 <root>/damaged/<kind>-<key>.<number>/ stages whose files were found to be other than what was written
 <root>/notes/<name>.json              facts of the machines that ran, not of any stage
+
+At a URL files and records lie apart, so that one short listing tells what is finished, and two who publish at once never mix:
+
+<url>/files/<kind>/<key>/<upload>/    files of the stage, and
+<url>/records/<kind>/<key>.json       made last and by one alone, naming the upload that counts
+<url>/uploads/<upload>.json           what is being uploaded: what dead owners left is removed by it
+<url>/scratch, logs, damaged, notes   as above
+
+and <cache>/<hash of the url>/ is laid out as a root that is a folder. <cache> is SAFECL_CACHE of the node, by default
+~/.cache/safecl; cache.py keeps it within execution.cache_gib.
 
 A stage is compared with its record (records.py) when a process first reads it: what was cut short or changed is named and
 made again, never served.
@@ -18,180 +29,55 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from safecl import lease, records
 from safecl.base import Damaged, Json, PrerequisiteError
-
-if TYPE_CHECKING:
-    from safecl.config import Execution
-
-
-_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
-_quote = json.encoder.encode_basestring_ascii
-_PLAIN = frozenset({str, int, float, bool, type(None)})
-
-
-def canonical(value: Json) -> str:
-    """JSON text that is equal for equal values. Raises TypeError or ValueError for a value without a stable form."""
-    if not _is_plain(value):
-        _refuse_unstable(value, "$")
-    try:
-        return _encode(value)
-    except (TypeError, ValueError):
-        _refuse_unstable(value, "$")  # says where it is
-        raise
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether all keys are strings, and all containers plain ones: the encoder turns other keys into text unasked."""
-    kind = type(value)
-    if kind is dict:
-        for key, item in value.items():  # noqa: SIM110 (loops: this runs for every stage)
-            if type(key) is not str or not (type(item) in _PLAIN or _is_plain(item)):
-                return False
-        return True
-    if kind is list or kind is tuple:
-        for item in value:  # noqa: SIM110
-            if not (type(item) in _PLAIN or _is_plain(item)):
-                return False
-        return True
-    return kind in _PLAIN
-
-
-def _refuse_unstable(value: object, where: str) -> None:
-    if value is None or isinstance(value, bool | int | str):
-        return
-    if isinstance(value, float):
-        if value != value or value in (float("inf"), float("-inf")):
-            raise ValueError(f"{where}: {value} has no stable form; expected a finite number")
-        return
-    if isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _refuse_unstable(item, f"{where}[{index}]")
-        return
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise TypeError(f"{where}: key {key!r} is a {type(key).__name__}; expected a string")
-            _refuse_unstable(item, f"{where}.{key}")
-        return
-    raise TypeError(f"{where}: {type(value).__name__} has no stable form; expected plain JSON")
-
-
-class SharedConfig(dict[str, Json]):
-    """A config that many stages hold: its canonical text is made once. Never changed once it is made."""
-
-    @cached_property
-    def text(self) -> str:
-        return canonical(dict(self))
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A unit of cached work as pure data. `kind` names the file in `stages/`; `config` is resolved JSON, defaults
-    included; `inputs` are other stages by role; `version` covers the stage file and the classes it uses. `hints` say
-    where content lies on this machine and are not part of the identity."""
-
-    kind: str
-    config: Mapping[str, Json]
-    inputs: Mapping[str, Stage] = field(default_factory=dict)
-    version: str = "1"
-    hints: Mapping[str, str] = field(default_factory=dict)
-
-    @cached_property
-    def key(self) -> str:
-        """sha256 (hex, 64 digits) of the canonical JSON of kind, config, input keys and version."""
-        config = self.config.text if isinstance(self.config, SharedConfig) else canonical(dict(self.config))
-        inputs = ",".join(f'{_quote(name)}:"{self.inputs[name].key}"' for name in sorted(self.inputs))
-        kind, version = _quote(self.kind), _quote(self.version)
-        # Written out, for speed: it is the canonical JSON of the four.
-        text = f'{{"config":{config},"inputs":{{{inputs}}},"kind":{kind},"version":{version}}}'
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any], inputs: Mapping[str, Stage]) -> Stage:
-        """A finished stage by its record, with the record's key. `inputs`: those that are of interest."""
-        stage = cls(record["kind"], record["config"], inputs, record["version"])
-        stage.__dict__["key"] = record["key"]
-        return stage
-
-    def walk(self) -> list[Stage]:
-        """This stage and everything below it, inputs first, each once."""
-        return below([self])
-
-
-def below(tops: Iterable[Stage], leave_out: Callable[[Stage], bool] | None = None) -> list[Stage]:
-    """These stages and everything below them, inputs first, each once; what `leave_out` is true of is left out, and with
-    it what only it needs."""
-    found: dict[str, Stage] = {}
-    left_out: set[str] = set()
-
-    def visit(stages: Iterable[Stage]) -> None:
-        for stage in stages:
-            if stage.key in found or stage.key in left_out:
-                continue
-            if leave_out is not None and leave_out(stage):
-                left_out.add(stage.key)
-                continue
-            visit(stage.inputs.values())
-            found[stage.key] = stage
-
-    visit(tops)
-    return list(found.values())
-
-
-class Place(NamedTuple):
-    """A process among those that work on one stage together."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: str = "cpu"
-
-
-@dataclass
-class Context:
-    """What a stage's `run(context) -> result` is given."""
-
-    stage: Stage
-    inputs: dict[str, Path]  # finished folder of each input stage, by the stage's input names
-    out: Path  # empty folder: what is written here becomes the stage's folder
-    scratch: Path  # kept across attempts of this key: checkpoints
-    execution: Execution
-    # (done, total, metrics): progress, cheap, never raises; whether a checkpoint is wanted now.
-    report: Callable[[int, int, dict[str, float]], bool | None]
-    engines: Any = None  # serving.client.Engines: how generate and judge stages reach a served model
-    place: Place = field(default_factory=Place)  # of this process; several work on a finetune
+from safecl.cache import Cache
+from safecl.identity import Context as Context
+from safecl.identity import Place as Place
+from safecl.identity import Ref
+from safecl.identity import SharedConfig as SharedConfig
+from safecl.identity import Stage as Stage
+from safecl.identity import below as below
+from safecl.identity import canonical as canonical
+from safecl.remote import Remote, is_url, names_below
 
 
 class Store:
-    """Finished stages under a root: a local folder, or an fsspec URL with a local folder as its cache.
+    """Finished stages under a root: a local folder, or an fsspec URL with a local folder as this node's cache.
 
     Publishing is atomic and first-wins: a stage is written into a temporary place, `record.json` last, and appears
-    under its key in one rename (at a URL: files first, `record.json` last). A crash leaves nothing under a key.
+    under its key in one rename (at a URL: the record is created once, after the files). A crash leaves nothing under a key.
     """
 
-    def __init__(self, root: str, owner: str | None = None) -> None:
-        """`owner`: on whose behalf scratch folders are kept, by default this process's (see lease.me)."""
-        self.root, self.owner = root, owner or lease.me()
-        self._remote: Any = None
-        self._base = ""
-        if "://" in root and not root.startswith("file://"):
-            import fsspec
+    def __init__(
+        self, root: str, owner: str | None = None, cache_gib: float | None = None, patient: bool = False
+    ) -> None:
+        """`owner`: on whose behalf scratch folders are kept, by default this process's (see lease.me). `cache_gib`: see
+        cache.py. `patient`: see remote.py.
 
-            self._remote, self._base = fsspec.core.url_to_fs(root)
-            cache = os.environ.get("SAFECL_CACHE", "~/.cache/safecl")
-            self.local = Path(cache).expanduser() / hashlib.sha256(root.encode()).hexdigest()[:16]
+        Raises:
+            PrerequisiteError: the driver of a URL is not installed.
+        """
+        self.root, self.owner, self.cache_gib = root, owner or lease.me(), cache_gib
+        self.remote: Remote | None = None
+        if is_url(root):
+            self.remote = Remote(root, patient)
+            folder = Path(os.environ.get("SAFECL_CACHE") or "~/.cache/safecl").expanduser().absolute()
+            self.local = folder / hashlib.sha256(self.remote.url.encode()).hexdigest()[:16]
         else:
             self.local = Path(root.removeprefix("file://")).absolute()
+        self.cache = Cache(self.local, cache_gib)
         self._stages = str(self.local / "store")
         self._sound: set[str] = set()  # keys of what this process has compared with its record
+        self._known: set[str] = set()  # keys of what is finished at the URL
+        self._listed: set[str] | None = None  # likewise, and nothing else is: see `listed`
 
     @property
     def short(self) -> str:
@@ -199,29 +85,43 @@ class Store:
         return short_of(self.owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """In another process it is the same store, and works for the same owner."""
-        return Store, (str(self.local) if self._remote is None else self.root, self.owner)
+        """In another process it is the same store, and works for the same owner; on another node by that one's cache."""
+        return Store, (str(self.local) if self.remote is None else self.root, self.owner, self.cache_gib, True)
 
-    def _folder(self, stage: Stage) -> Path:
+    @property
+    def logs(self) -> Path:
+        """Folder of what stages print on this node."""
+        return self.local / "logs"
+
+    def _folder(self, stage: Stage | Ref) -> Path:
         return self.local / "store" / stage.kind / stage.key
 
-    def has(self, stage: Stage) -> bool:
+    def has(self, stage: Stage | Ref) -> bool:
         """Whether the stage is finished (its record exists)."""
-        if os.path.isfile(f"{self._stages}/{stage.kind}/{stage.key}/record.json"):
-            return True
-        return self._remote is not None and bool(self._remote.exists(self._url(stage) + "/record.json"))
+        if self.remote is None:
+            return os.path.isfile(f"{self._stages}/{stage.kind}/{stage.key}/record.json")
+        if stage.key not in self._known and self._listed is None and self.remote.exists(_record(stage)):
+            self._known.add(stage.key)
+        return stage.key in self._known
 
-    def path(self, stage: Stage) -> Path:
-        """Local folder of a finished stage (fetched first where the store is a URL). KeyError if it is not finished;
-        Damaged if its files are not what was written."""
+    @contextmanager
+    def listed(self) -> Iterator[None]:
+        """While the block runs, `has` answers from one listing made at its beginning: for who asks for thousands."""
+        if self.remote is not None:
+            self._listed = {Path(name).stem for name in self.remote.list("records")}
+            self._known |= self._listed
+        try:
+            yield
+        finally:
+            self._listed = None
+
+    def path(self, stage: Stage | Ref) -> Path:
+        """Local folder of a finished stage (fetched first where the store is a URL; it may be removed again later unless
+        `using` holds it). KeyError if it is not finished; Damaged if its files are not what was written."""
         folder = self._local(stage)
         if stage.key not in self._sound:
             wrong = records.damage(folder)
-            if (
-                wrong is not None
-                and self._remote is not None
-                and self._remote.exists(self._url(stage) + "/record.json")
-            ):
+            if wrong is not None and self.remote is not None:
                 self._set_aside(folder)  # this machine's copy: the original may be whole
                 wrong = records.damage(self._local(stage))
             if wrong is not None:
@@ -229,21 +129,49 @@ class Store:
             self._sound.add(stage.key)
         return folder
 
-    def file(self, stage: Stage, name: str) -> Path:
+    @contextmanager
+    def using(self, stages: Iterable[Stage | Ref]) -> Iterator[list[Path]]:
+        """Local folders of finished stages, which stay while the block runs. Raises as `path` does."""
+        held: list[int] = []
+        try:
+            paths = []
+            for stage in stages:
+                while True:
+                    path = self.path(stage)
+                    if self.remote is None:
+                        break
+                    held.append(self.cache.hold(_name(stage)))
+                    if (path / "record.json").is_file():  # else another process made room in between
+                        break
+                paths.append(path)
+            yield paths
+        finally:
+            for each in held:
+                self.cache.let_go(each)
+
+    def file(self, stage: Stage | Ref, name: str) -> Path:
         """One file of a finished stage, as `path` gives the folder; the others are not looked at."""
         path = self._local(stage) / name
         if stage.key not in self._sound and (wrong := records.damage(path.parent, name)) is not None:
             raise _damaged(stage, wrong)
         return path
 
-    def _local(self, stage: Stage) -> Path:
+    def _local(self, stage: Stage | Ref) -> Path:
         folder = self._folder(stage)
+        if self.remote is None:
+            if not (folder / "record.json").is_file():
+                raise self._absent(stage)
+            return folder
+        self.cache.used(_name(stage))
         if not (folder / "record.json").is_file():
-            if not self.has(stage):
-                raise KeyError(f"stage {stage.kind} {stage.key[:12]} is not in the store at {self.root}")
-            self._sound.discard(stage.key)
-            self._fetch(stage, folder)
+            with self.cache.alone(_name(stage)):
+                if not (folder / "record.json").is_file():  # another process has fetched it meanwhile
+                    self._sound.discard(stage.key)
+                    self._fetch(stage, folder, self.remote)
         return folder
+
+    def _absent(self, stage: Stage | Ref) -> KeyError:
+        return KeyError(f"stage {stage.kind} {stage.key[:12]} is not in the store at {self.root}")
 
     def sound(self, stage: Stage) -> bool:
         """Whether the stage is finished and whole. One that is damaged makes way, to be made again; for runs only."""
@@ -252,10 +180,14 @@ class Store:
         except KeyError:
             return False
         except Damaged:
-            self._set_aside(self._folder(stage))
-            if self._remote is not None:
+            found = self._folder(stage)
+            if self.remote is not None:
                 with suppress(FileNotFoundError):  # another process was first
-                    self._remote.mv(self._url(stage) + "/record.json", self._url(stage) + "/record.damaged")
+                    there = json.loads(self.remote.read(_record(stage)))
+                    if not (found / "record.json").is_file() or there == records.load(found / "record.json"):
+                        self.remote.move(_record(stage), f"damaged/{_name(stage)}.{uuid.uuid4().hex[:8]}.json")
+                self._known.discard(stage.key)
+            self._set_aside(found)
             return False
         return True
 
@@ -265,14 +197,22 @@ class Store:
         with suppress(FileNotFoundError):  # another process was first
             os.rename(folder, target)
 
-    def record(self, stage: Stage) -> dict[str, Any]:
+    def record(self, stage: Stage | Ref) -> dict[str, Any]:
         """The record of a finished stage: config, inputs, result, seconds, created, libraries, files. Raises as `path` does,
         but does not look at the files."""
-        return records.load(self._local(stage) / "record.json")
+        path = self._folder(stage) / "record.json"
+        if path.is_file() or self.remote is None:
+            if not path.is_file():
+                raise self._absent(stage)
+            return records.load(path)
+        try:
+            return records.read(self.remote.read(_record(stage)), stage.key, f"{self.root}/{_record(stage)}")
+        except FileNotFoundError:
+            raise self._absent(stage) from None
 
     def scratch(self, stage: Stage) -> Path:
         """Folder for checkpoints of a stage under way, of this owner alone: what an owner that is gone has left there is
-        taken over, so it is kept across attempts. Removed when the stage is published."""
+        taken over, so it is kept across attempts. Removed when the stage is published. At a URL: see underway.py."""
         folder = self.local / "scratch" / stage.key / self.owner
         if folder.is_dir():
             return folder
@@ -292,7 +232,8 @@ class Store:
 
     def new_folder(self) -> Path:
         """An empty folder on the store's disk to write a stage into."""
-        folder = self.local / "tmp" / f"{self.owner}.{uuid.uuid4().hex}"
+        owner = self.owner if self.remote is None else lease.me()  # whose end this disk's node can see
+        folder = self.local / "tmp" / f"{owner}.{uuid.uuid4().hex}"
         folder.mkdir(parents=True)
         return folder
 
@@ -314,14 +255,30 @@ class Store:
             "seconds": round(seconds, 3),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "libraries": dict(libraries()),
-            "files": {str(f.relative_to(made)): f.stat().st_size for f in sorted(made.rglob("*")) if f.is_file()},
+            "files": {name: (made / name).stat().st_size for name in names_below(made)},
         }
         record |= records.sums(made, record["files"])
+        upload = f"{self.owner}.{uuid.uuid4().hex}"
+        if self.remote is not None:
+            record["upload"] = upload
         record["digest"] = records.digest(record)
-        folder = self._folder(stage)
-        _write_synced(made / "record.json", json.dumps(record, indent=1, sort_keys=True))
-        if self._remote is not None and not self.has(stage):
-            self._upload(stage, made)
+        text = json.dumps(record, indent=1, sort_keys=True)
+        if self.remote is None:
+            _write_synced(made / "record.json", text)
+            self._take_in(made, self._folder(stage))
+        elif self._send(stage, made, upload, text, self.remote):
+            (made / "record.json").write_text(text)
+            with self.cache.alone(_name(stage)):
+                self._take_in(made, self._folder(stage))
+                self.cache.put(_name(stage), sum(record["files"].values()))
+            self.cache.make_room(0, self._drop)
+        else:
+            shutil.rmtree(made)
+        self._leave_scratch(stage)
+        return self._folder(stage) if self.remote is None else self.path(stage)
+
+    @staticmethod
+    def _take_in(made: Path, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(made, folder)
@@ -332,8 +289,51 @@ class Store:
                 os.rename(made, folder)
             else:
                 shutil.rmtree(made)
-        self._leave_scratch(stage)
-        return folder
+
+    def _send(self, stage: Stage, made: Path, upload: str, record: str, remote: Remote) -> bool:
+        """Whether this upload is the one that counts."""
+        if remote.exists(_record(stage)):
+            return False
+        remote.note(f"uploads/{upload}.json", {"kind": stage.kind, "key": stage.key})
+        remote.upload(made, names_below(made), f"files/{stage.kind}/{stage.key}/{upload}")
+        is_ours = remote.create(_record(stage), record.encode())
+        if not is_ours:
+            remote.remove(f"files/{stage.kind}/{stage.key}/{upload}")
+        remote.remove(f"uploads/{upload}.json")
+        return is_ours
+
+    def _fetch(self, stage: Stage | Ref, folder: Path, remote: Remote) -> None:
+        """Bring a stage from the URL, by who holds its lock."""
+        for tries_left in (1, 0):
+            try:
+                text = remote.read(_record(stage))
+            except FileNotFoundError:
+                self._known.discard(stage.key)
+                raise self._absent(stage) from None
+            record = records.read(text, stage.key, f"{self.root}/{_record(stage)}")
+            size = sum(record["files"].values())
+            self.cache.make_room(size, self._drop)
+            made = self.new_folder()
+            try:
+                target = made / stage.key
+                target.mkdir()
+                with suppress(FileNotFoundError):  # said below
+                    remote.download(f"files/{stage.kind}/{stage.key}/{record['upload']}", list(record["files"]), target)
+                (target / "record.json").write_bytes(text)
+                wrong = records.damage(target)
+                if wrong is None:
+                    records.stamp(target, record)
+                    self._take_in(target, folder)
+                    self.cache.put(_name(stage), size)
+                    return
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+            if not tries_left:
+                raise _damaged(stage, wrong)
+
+    def _drop(self, name: str) -> None:
+        kind, _, key = name.partition(".")
+        shutil.rmtree(self.local / "store" / kind / key, ignore_errors=True)
 
     def _leave_scratch(self, stage: Stage) -> None:
         parent = self.local / "scratch" / stage.key
@@ -342,38 +342,47 @@ class Store:
                 if left.name == self.owner or not self.is_alive(left.name):
                     shutil.rmtree(left, ignore_errors=True)
             parent.rmdir()  # unless another run is at work there
+        if self.remote is not None:
+            for owner in {name.split("/")[2] for name in self.remote.list(f"scratch/{stage.key}")}:
+                if owner == self.owner or not self.is_alive(owner):
+                    self.remote.remove(f"scratch/{stage.key}/{owner}")
 
     def find(self, prefix: str) -> list[dict[str, Any]]:
         """Records whose key starts with `prefix` (as printed by the commands)."""
-        pattern = f"store/*/{prefix}*/record.json"
-        if self._remote is not None:
-            for url in self._remote.glob(f"{self._base}/{pattern}"):
-                kind, key = url.split("/")[-3:-1]
-                target = self.local / "store" / kind / key
-                if not (target / "record.json").is_file():
-                    self._copy_down(url.rsplit("/", 1)[0], target)
-        return [records.load(path) for path in sorted(self.local.glob(pattern))]
+        if self.remote is None:
+            return [records.load(path) for path in sorted(self.local.glob(f"store/*/{prefix}*/record.json"))]
+        names = [name for name in self.remote.list("records") if Path(name).name.startswith(prefix)]
+        found = self.remote.read_all(names)
+        return [records.read(found[name], Path(name).stem, f"{self.root}/{name}") for name in sorted(found)]
 
     def by_key(self, key: str) -> dict[str, Any] | None:
-        """The local record of this whole key, whatever its kind."""
+        """The record of this whole key, whatever its kind."""
         for kind in os.listdir(self._stages) if os.path.isdir(self._stages) else ():
             path = Path(self._stages, kind, key, "record.json")
             if path.is_file():
                 return records.load(path)
-        return None
+        return next(iter(self.find(key)), None) if self.remote is not None else None
 
     def folder(self, record: dict[str, Any]) -> Path:
         """Local folder of a stage that `find` gave."""
-        return self.local / "store" / str(record["kind"]) / str(record["key"])
+        ref = Ref(str(record["kind"]), str(record["key"]))
+        return self._folder(ref) if self.remote is None else self.path(ref)
 
     def records(self, kind: str, at_most: int = 100) -> list[dict[str, Any]]:
-        """The newest local records of one kind, oldest first: what past work cost."""
+        """The newest records of one kind, oldest first: what past work cost."""
+        found = []
+        if self.remote is not None:
+            listed = self.remote.list(f"records/{kind}")
+            texts = self.remote.read_all(sorted(listed, key=lambda name: listed[name])[-at_most:])
+            for name, text in texts.items():
+                with suppress(Damaged):
+                    found.append(records.read(text, Path(name).stem, name))
+            return sorted(found, key=lambda record: str(record["created"]))
         try:
             with os.scandir(f"{self._stages}/{kind}") as entries:
                 folders = sorted((entry.stat().st_mtime, entry.path) for entry in entries)[-at_most:]
         except FileNotFoundError:
             return []
-        found = []
         for _, folder in folders:
             with suppress(FileNotFoundError, Damaged):
                 found.append(records.load(Path(folder, "record.json")))
@@ -381,51 +390,67 @@ class Store:
 
     def note(self, name: str, value: Json) -> None:
         """Keep a fact beside the stages, for readers that cannot see where it came from. The last one stays."""
+        if self.remote is not None:
+            self.remote.note(f"notes/{name}.json", value)
+            return
         path = self.local / "notes" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{uuid.uuid4().hex}")
         temporary.write_text(json.dumps(value, indent=1))
         os.replace(temporary, path)
-        if self._remote is not None:
-            self._remote.makedirs(f"{self._base}/notes", exist_ok=True)
-            self._remote.put_file(str(path), f"{self._base}/notes/{name}.json")
 
     def noted(self, name: str) -> Any:
         """What `note` kept last; None if there is nothing."""
+        if self.remote is not None:
+            return self.remote.noted(f"notes/{name}.json")
         try:
-            if self._remote is not None:
-                return json.loads(self._remote.cat_file(f"{self._base}/notes/{name}.json"))
             return json.loads((self.local / "notes" / f"{name}.json").read_text())
         except FileNotFoundError:
             return None
 
     def notes(self, prefix: str) -> dict[str, Any]:
         """What `note` kept last under every name that begins so."""
-        if self._remote is not None:
-            self._remote.invalidate_cache()
-            paths = self._remote.glob(f"{self._base}/notes/{prefix}*.json")
-        else:
-            paths = (self.local / "notes").glob(f"{prefix}*.json")
-        found = {Path(path).stem: self.noted(Path(path).stem) for path in sorted(map(str, paths))}
+        if self.remote is not None:
+            paths = [name for name in self.remote.list("notes") if Path(name).name.startswith(prefix)]
+            return {Path(name).stem: json.loads(text) for name, text in sorted(self.remote.read_all(paths).items())}
+        paths = sorted(map(str, (self.local / "notes").glob(f"{prefix}*.json")))
+        found = {Path(path).stem: self.noted(Path(path).stem) for path in paths}
         return {name: value for name, value in found.items() if value is not None}
 
     def forget(self, name: str) -> None:
         """Take a note away, if it is there."""
-        (self.local / "notes" / f"{name}.json").unlink(missing_ok=True)
-        if self._remote is not None:
-            with suppress(FileNotFoundError):
-                self._remote.rm_file(f"{self._base}/notes/{name}.json")
+        if self.remote is not None:
+            self.remote.remove(f"notes/{name}.json")
+        else:
+            (self.local / "notes" / f"{name}.json").unlink(missing_ok=True)
 
     def sweep_temporary(self) -> None:
-        """Remove half-written folders that processes left which are gone, this one before it began anew included. Nothing of
-        this owner may be under way."""
+        """Remove half-written folders and half uploads that processes left which are gone, this one before it began anew
+        included. Nothing of this owner may be under way."""
         for folder in (self.local / "tmp").glob("*"):
             owner = folder.name.partition(".")[0]
             if owner == self.owner or not self.is_alive(owner):
                 shutil.rmtree(folder, ignore_errors=True)
+        if self.remote is not None:
+            for name in self.remote.list("uploads"):
+                self._sweep_upload(Path(name).stem, self.remote)
+
+    def _sweep_upload(self, upload: str, remote: Remote) -> None:
+        owner = upload.partition(".")[0]
+        if (owner != self.owner and self.is_alive(owner)) or (left := remote.noted(f"uploads/{upload}.json")) is None:
+            return
+        record = remote.noted(_record(Ref(left["kind"], left["key"])))
+        if record is None or record["upload"] != upload:
+            remote.remove(f"files/{left['kind']}/{left['key']}/{upload}")
+        remote.remove(f"uploads/{upload}.json")
 
     def check_writable(self, needed_gib: float) -> None:
-        """PrerequisiteError if the root cannot be written or its disk has less than `needed_gib` free."""
+        """PrerequisiteError if the root cannot be written or its disk (at a URL: the cache's) has less than `needed_gib`
+        free."""
+        what, remedy = "execution.root", "name another folder with --set execution.root=FOLDER"
+        if self.remote is not None:
+            self.remote.check(uuid.uuid4().hex)
+            what, remedy = "the cache", "name another folder in the environment variable SAFECL_CACHE"
         try:
             self.local.mkdir(parents=True, exist_ok=True)
             probe = self.local / f".probe-{uuid.uuid4().hex}"
@@ -433,39 +458,24 @@ class Store:
             probe.unlink()
         except OSError as error:
             raise PrerequisiteError(
-                f"execution.root {str(self.local)!r} cannot be written ({error.strerror}): name a writable folder"
+                f"{what} {str(self.local)!r} cannot be written ({error.strerror}): {remedy.replace('another', 'a writable')}"
             ) from None
         free_gib = shutil.disk_usage(self.local).free / 2**30
         if free_gib < needed_gib:
             raise PrerequisiteError(
-                f"execution.root {str(self.local)!r} has {free_gib:.1f} GiB free, expected at least {needed_gib:.1f}: "
-                "free some or name another folder with --set execution.root=FOLDER"
+                f"{what} {str(self.local)!r} has {free_gib:.1f} GiB free, expected at least {needed_gib:.1f}: free some or "
+                f"{remedy}"
             )
 
-    def _url(self, stage: Stage) -> str:
-        return f"{self._base}/store/{stage.kind}/{stage.key}"
 
-    def _upload(self, stage: Stage, made: Path) -> None:
-        files = [f for f in sorted(made.rglob("*")) if f.is_file() and f != made / "record.json"]
-        for file in [*files, made / "record.json"]:
-            target = f"{self._url(stage)}/{file.relative_to(made)}"
-            self._remote.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-            self._remote.put_file(str(file), target)
+def _record(stage: Stage | Ref) -> str:
+    """Name of a stage's record at a URL."""
+    return f"records/{stage.kind}/{stage.key}.json"
 
-    def _fetch(self, stage: Stage, folder: Path) -> None:
-        self._copy_down(self._url(stage), folder)
 
-    def _copy_down(self, url: str, folder: Path) -> None:
-        made = self.new_folder()
-        for source in self._remote.find(url):
-            target = made / source[source.index(url.lstrip("/")) + len(url.lstrip("/")) :].lstrip("/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._remote.get_file(source, str(target))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.rename(made, folder)
-        except OSError:
-            shutil.rmtree(made)
+def _name(stage: Stage | Ref) -> str:
+    """Of a stage in the cache."""
+    return f"{stage.kind}.{stage.key}"
 
 
 def short_of(owner: str) -> str:
@@ -473,7 +483,7 @@ def short_of(owner: str) -> str:
     return hashlib.sha256(owner.encode()).hexdigest()[:8]
 
 
-def _damaged(stage: Stage, wrong: str) -> Damaged:
+def _damaged(stage: Stage | Ref, wrong: str | None) -> Damaged:
     return Damaged(f"stage {stage.kind} {stage.key[:12]} is damaged: {wrong}; `safecl run` makes it again")
 
 

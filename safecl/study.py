@@ -81,7 +81,7 @@ def open_to_read(url: str) -> Any:
 
     file = sqlite_path(url)
     if file is None:
-        return open_storage(url)
+        return _open_existing(url)
     file = file.absolute()
     if not file.exists():
         return None
@@ -96,6 +96,21 @@ def open_to_read(url: str) -> Any:
                     shutil.copy(part, folder)
             _read_into(memory, f"file:{quote(folder)}/{quote(file.name)}")
     return optuna.storages.RDBStorage("sqlite://", {"creator": lambda: memory, "poolclass": StaticPool})
+
+
+def _open_existing(url: str) -> Any:
+    """Of a server's database, whose tables are not made by who only looks."""
+    import optuna
+    from sqlalchemy import create_engine, inspect
+
+    engine = create_engine(url)
+    try:
+        if not inspect(engine).has_table("studies"):
+            return None
+    finally:
+        engine.dispose()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.storages.RDBStorage(url, {"pool_pre_ping": True}, skip_table_creation=True)
 
 
 def _read_into(memory: sqlite3.Connection, uri: str) -> None:

@@ -6,10 +6,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
+from safecl import printed
 from safecl.base import ConfigError
 from safecl.keep import live
 from safecl.store import Store
@@ -20,20 +19,10 @@ EVERY_S = 1.0
 
 def listing(store: Store) -> list[tuple[str, int]]:
     """(name, bytes) of every log, the newest last. Raises ConfigError where there are none."""
-    found: dict[str, tuple[float, int]] = {}
-    if store._remote is not None:
-        store._remote.invalidate_cache()
-        with suppress(FileNotFoundError):
-            for path, facts in store._remote.find(f"{store._base}/logs", detail=True).items():
-                changed = facts.get("LastModified") or facts.get("mtime") or 0.0
-                seconds = changed.timestamp() if hasattr(changed, "timestamp") else float(changed)
-                found[Path(path).name] = seconds, int(facts["size"] or 0)
-    for path in (store.local / "logs").glob("*.log"):
-        with suppress(FileNotFoundError):
-            found[path.name] = path.stat().st_mtime, path.stat().st_size
+    found = printed.listed(store)
     if not found:
         raise ConfigError(f"no logs under {store.root!r}; name the store with --root")
-    return [(name, size) for name, (_, size) in sorted(found.items(), key=lambda item: item[1])]
+    return [(log.name, log.size) for log in found]
 
 
 def names_of(store: Store, key: str) -> list[str]:
@@ -80,14 +69,10 @@ def lines(store: Store, key: str, num: int, follow: bool) -> Iterator[str]:
 
 
 def _from(store: Store, name: str, at: int) -> bytes:
-    path = store.local / "logs" / name
-    with suppress(FileNotFoundError), path.open("rb") as file:
-        file.seek(at)
-        return file.read()
-    if store._remote is not None:
-        with suppress(FileNotFoundError):
-            return bytes(store._remote.cat_file(f"{store._base}/logs/{name}"))[at:]
-    return b""
+    try:
+        return printed.read(store, name, at)
+    except FileNotFoundError:
+        return b""
 
 
 def _is_over(store: Store, short: str) -> bool:
@@ -99,7 +84,4 @@ def _is_over(store: Store, short: str) -> bool:
         return False
     if any(failed["key"].startswith(short) for run in told for failed in run["failed"]):
         return True
-    pattern = f"store/*/{short}*/record.json"
-    if store._remote is not None and store._remote.glob(f"{store._base}/{pattern}"):
-        return True
-    return bool(list(store.local.glob(pattern)))
+    return bool(store.find(short))

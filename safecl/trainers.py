@@ -277,7 +277,7 @@ def fit(name: str, store: Store, execution: Execution, logs: str, broker: Any) -
     folder = Path(logs) / "train"
     trainer = _trainer_class()(
         worker,
-        train_loop_config={"name": name, "store": store, "execution": execution, "logs": logs, "broker": broker},
+        train_loop_config={"name": name, "store": store, "execution": execution, "broker": broker},
         torch_config=TorchConfig(backend="nccl" if execution.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=execution.num_workers,
@@ -350,7 +350,7 @@ def worker(loop: dict[str, Any]) -> None:
         place = Place(rank if num_ranks > 1 else 0, num_ranks, device)
         error: Exception | None = None
         try:
-            run_stage(stage, loop["store"], loop["execution"], loop["logs"], broker, place=place)
+            run_stage(stage, loop["store"], loop["execution"], broker, place=place)
         except Exception as raised:
             error = _portable(raised)
         if error is not None or place.rank == 0:

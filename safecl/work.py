@@ -11,13 +11,13 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safecl import registry
-from safecl.base import Infrastructure
+from safecl import printed, registry, underway
+from safecl.base import Infrastructure, Json
 from safecl.config import Execution
 from safecl.nodes import check_here
 from safecl.store import Context, Place, Stage, Store
@@ -30,7 +30,6 @@ def run_stage(
     stage: Stage,
     store: Store,
     execution: Execution,
-    logs: str,
     broker: Any,
     *,
     groups: Mapping[str, tuple[str, ...]] | None = None,
@@ -40,7 +39,7 @@ def run_stage(
     slot: AbstractContextManager[None] | None = None,
 ) -> float:
     """Run one stage here and publish it; the seconds that its work took. A failed stage leaves nothing in the store; its
-    output is in the logs.
+    output is in the store's logs.
 
     `groups`, `rank`: see Engines. `place`: this process's among those that work on the stage together; the first one
     publishes. `own_process`: nothing else runs in this process meanwhile, so that all it prints belongs to the stage; else
@@ -50,9 +49,11 @@ def run_stage(
     if place.world_size == 1 and store.has(stage):  # several ranks must all do the same
         return 0.0
     name = f"{stage.kind}-{stage.key[:12]}" + (f"-rank{place.rank}" if place.rank else "")
-    log = Path(logs) / f"{name}.log"
+    log = store.logs / f"{name}.log"
     out = store.new_folder()
-    with output_to(log) if own_process else nullcontext():
+    with ExitStack() as held:
+        if own_process:
+            held.enter_context(output_to(log))
         progress = Progress(broker, stage.key)
         progress.begins(place)
         try:
@@ -61,28 +62,9 @@ def run_stage(
                 print(
                     f"began {datetime.now(UTC).isoformat(timespec='milliseconds')} in process {os.getpid()}", flush=True
                 )
-            from safecl.serving.client import Engines
-
-            try:
-                inputs = {name: store.path(below) for name, below in stage.inputs.items()}
-            except KeyError as error:  # removed since it was made
-                raise Infrastructure(error.args[0]) from None
-            context = Context(
-                stage=stage,
-                inputs=inputs,
-                out=out,
-                scratch=store.scratch(stage) if own_process else out,  # light stages keep no checkpoints
-                execution=execution,
-                report=progress,
-                engines=Engines(groups or {}, rank=rank),
-                place=place,
+            seconds, result = _run(
+                stage, store, execution, progress, out, log, groups or {}, rank, place, own_process, slot
             )
-            registry.prepare(stage.version, stage.hints)
-            run = importlib.import_module(f"safecl.stages.{stage.kind}").run
-            with slot or nullcontext():
-                start = time.monotonic()
-                result = run(context)
-                seconds = time.monotonic() - start
             if place.rank == 0:
                 store.publish(stage, out, result, seconds)
             return seconds
@@ -90,9 +72,66 @@ def run_stage(
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("a") as file:
                 traceback.print_exc(file=file)
+            with suppress(Exception):  # the stage's own failure is told
+                printed.put(store, log)
             raise
         finally:
             shutil.rmtree(out, ignore_errors=True)
+
+
+def _run(
+    stage: Stage,
+    store: Store,
+    execution: Execution,
+    progress: Progress,
+    out: Path,
+    log: Path,
+    groups: Mapping[str, tuple[str, ...]],
+    rank: int,
+    place: Place,
+    own_process: bool,
+    slot: AbstractContextManager[None] | None,
+) -> tuple[float, dict[str, Json]]:
+    """What the stage found, and the seconds that its work took."""
+    from safecl.serving.client import Engines
+
+    with ExitStack() as held:
+        try:
+            paths = held.enter_context(store.using(stage.inputs.values()))
+        except KeyError as error:  # removed since it was made
+            raise Infrastructure(error.args[0]) from None
+        scratch = out  # light stages keep no checkpoints
+        if own_process:
+            scratch = store.scratch(stage)
+            underway.bring(store, stage, scratch, place.rank, _agree if place.world_size > 1 else None)
+            keeps = place.rank == 0
+            held.enter_context(underway.kept(store, log, stage, scratch) if keeps else underway.kept(store, log))
+        context = Context(
+            stage=stage,
+            inputs=dict(zip(stage.inputs, paths, strict=True)),
+            out=out,
+            scratch=scratch,
+            execution=execution,
+            report=progress,
+            engines=Engines(groups, rank=rank),
+            place=place,
+            whole=store.remote is not None,
+        )
+        registry.prepare(stage.version, stage.hints)
+        run = importlib.import_module(f"safecl.stages.{stage.kind}").run
+        with slot or nullcontext():
+            start = time.monotonic()
+            result = run(context)
+            return time.monotonic() - start, result
+
+
+def _agree(value: Any) -> Any:
+    """What rank 0 gives, on every rank."""
+    import torch
+
+    given = [value]
+    torch.distributed.broadcast_object_list(given)
+    return given[0]
 
 
 class Progress:
@@ -135,8 +174,8 @@ class Progress:
 class Hand:
     """Runs light stages, each in a thread: most of them only wait for an engine. Made a Ray actor by the Broker."""
 
-    def __init__(self, store: Store, execution: Execution, logs: str, broker: Any, at_once: int) -> None:
-        self.given = (store, execution, logs, broker)
+    def __init__(self, store: Store, execution: Execution, broker: Any, at_once: int) -> None:
+        self.given = (store, execution, broker)
         self.freed = time.monotonic()
         self.broker, self.at_once = broker, at_once
         self.slots: dict[tuple[str, int], threading.Semaphore] = {}

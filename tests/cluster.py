@@ -58,6 +58,7 @@ class Nodes:
     environment: dict[str, str]
     hidden: tuple[Path, ...]
     sockets: str
+    shown_to_head: tuple[Path, ...] = ()
     made: dict[Path, Any] = field(default_factory=dict)
 
     @property
@@ -75,7 +76,8 @@ class Nodes:
         """Start a node with these resources (`num_cpus`, `num_gpus`, `resources`, ...); its folder."""
         own = self.folder / "nodes" / f"{len(self.made)}"
         own.mkdir(parents=True)
-        others = [f"{self.folder / 'nodes'}{os.sep}", *(f"{path}{os.sep}" for path in self.hidden)]
+        hidden = [path for path in self.hidden if self.made or path not in self.shown_to_head]
+        others = [f"{self.folder / 'nodes'}{os.sep}", *(f"{path}{os.sep}" for path in hidden)]
         environment = {
             **QUIET,
             **self.environment,
@@ -114,10 +116,15 @@ class Nodes:
 
 @contextmanager
 def nodes(
-    folder: Path, *resources: dict[str, Any], environment: dict[str, str] | None = None, hidden: tuple[Path, ...] = ()
+    folder: Path,
+    *resources: dict[str, Any],
+    environment: dict[str, str] | None = None,
+    hidden: tuple[Path, ...] = (),
+    shown_to_head: tuple[Path, ...] = (),
 ) -> Iterator[Nodes]:
     """A cluster with a node for each of `resources`, the first its head. This process is a driver on the head's machine: it
-    shares its cache. It joins as a sweep does, by `address`; whoever joined leaves before this ends."""
+    shares its cache. It joins as a sweep does, by `address`; whoever joined leaves before this ends. `shown_to_head`: of
+    what is `hidden`, what the head's machine has."""
     import pytest
     import ray
     from ray.cluster_utils import Cluster
@@ -129,7 +136,7 @@ def nodes(
             patch.setenv(name, value)
         # Paths of sockets may be 107 characters long.
         sockets = tempfile.mkdtemp(prefix="r", dir=os.environ.get("RAY_TMPDIR"))
-        cluster = Nodes(folder, Cluster(), environment or {}, hidden, sockets)
+        cluster = Nodes(folder, Cluster(), environment or {}, hidden, sockets, shown_to_head)
         try:
             for each in resources:
                 head = cluster.add(**each)

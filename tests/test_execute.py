@@ -109,7 +109,7 @@ def test_a_failed_stage_reaches_everyone_above_it_at_once_and_is_not_cached(clus
         assert isinstance(plain, ConfigError) and "1000000" in str(plain)
     assert not store.has(bad) and not list((cluster / "failure" / "tmp").glob("*"))
     ray.get(broker.ensure.remote([rows(7)]), timeout=60)  # what does not need it goes on
-    log = next((cluster / "logs" / "failure").glob(f"data-{bad.key[:12]}*"))
+    log = next(store.logs.glob(f"data-{bad.key[:12]}*"))
     assert "ConfigError" in log.read_text()
 
 

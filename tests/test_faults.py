@@ -61,7 +61,7 @@ def test_every_failure_has_its_kind_and_keeps_it_on_the_way_to_the_driver() -> N
 def test_an_input_that_is_gone_from_the_store_is_no_fault_of_the_stage(tmp_path: Path) -> None:
     stage = Stage("judge", {}, {"rows": Stage("data", {})})
     with pytest.raises(Infrastructure, match=r"^stage data .* is not in the store"):
-        run_stage(stage, Store(str(tmp_path)), Execution(), str(tmp_path), None, own_process=False)
+        run_stage(stage, Store(str(tmp_path)), Execution(), None, own_process=False)
 
 
 def _settings(root: Path) -> list[str]:

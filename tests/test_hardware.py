@@ -140,7 +140,7 @@ def test_doctor_says_what_auto_means_and_what_was_measured(
 ) -> None:
     with_flags(monkeypatch, *flags)
     monkeypatch.setattr(hardware, "measured", lambda: {"float32": Speed(40, 60), "bfloat16": Speed(8, 2)})
-    found = {finding.what: finding for finding in doctor.examine(tmp_path, None)}
+    found = {finding.what: finding for finding in doctor.examine(str(tmp_path), None)}
     assert found["CPU"].found == "a CPU" and found["dtype: auto"].ok
     assert (
         found["dtype: auto"].found.startswith(says) and "float32 40 / 60, bfloat16 8 / 2" in found["dtype: auto"].found

@@ -78,7 +78,12 @@ def test_a_cluster_that_is_joined_gets_the_runs_environment_and_one_odd_node_is_
     with cluster_of(tmp_path / "cluster", {}, {}) as cluster:
         nodes.join(cluster.address, {"SAFECL_TEST": "of the driver"}, tmp_path / "ray.log")
         told: Any = ray.remote(num_cpus=0)(_told)
-        _, other = cluster.made
+        head, other = cluster.made
+        marker = head / "root" / "notes" / "lease-x.json"
+        marker.parent.mkdir(parents=True)
+        marker.touch()
+        with pytest.raises(PrerequisiteError, match=r"root' is not one folder on all nodes: 1 of 2 do not see it"):
+            nodes.check_folder(ray, marker)
         there = NodeAffinitySchedulingStrategy(cluster.node_id(other), soft=False)
         seen = [
             ray.get(told.options(scheduling_strategy=there).remote(name)) for name in ("SAFECL_TEST", nodes.VERSIONS)

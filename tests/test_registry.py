@@ -140,7 +140,7 @@ def test_another_process_is_brought_the_plugins_it_needs(tmp_path: Path) -> None
         "import pickle, sys; from pathlib import Path\n"
         "rows, folder = pickle.loads(Path('given').read_bytes())\n"
         "from safecl.config import Execution; from safecl.store import Store; from safecl.work import run_stage\n"
-        "run_stage(rows, Store(str(folder / 'runs')), Execution(), str(folder / 'logs'), None)\n"
+        "run_stage(rows, Store(str(folder / 'runs')), Execution(), None)\n"
         "print(pickle.loads(Path('job').read_bytes()).evidence.metrics.key)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

@@ -156,26 +156,6 @@ def test_a_full_disk_leaves_no_stage(tmp_path: Path) -> None:
     assert not Store(str(tmp_path)).has(stage())
 
 
-def test_a_store_at_a_url_gives_back_what_another_machine_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import fsspec
-
-    monkeypatch.setenv("SAFECL_CACHE", str(tmp_path / "one"))
-    url = f"memory://bucket-{time.time_ns()}/safecl"
-    publish(Store(url), stage(), "shared")
-    monkeypatch.setenv("SAFECL_CACHE", str(tmp_path / "two"))
-    other = Store(url)
-    assert other.has(stage())
-    assert (other.path(stage()) / "rows.jsonl").read_text() == "shared"
-    assert json.loads((other.path(stage()) / "record.json").read_text())["key"] == stage().key
-    assert [record["key"] for record in other.find(stage().key[:8])] == [stage().key]
-    filesystem = fsspec.filesystem("memory")
-    [record] = [path for path in filesystem.find("/") if path.endswith("record.json") and stage().key in path]
-    filesystem.rm(record)
-    assert not Store(url + "/").has(Stage("data", {"seed": 1}))
-
-
 def test_a_root_that_cannot_hold_the_results_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PrerequisiteError, match="cannot be written"):
@@ -184,6 +164,7 @@ def test_a_root_that_cannot_hold_the_results_is_one_clear_error(tmp_path: Path) 
         Store(str(tmp_path)).check_writable(1e9)
 
 
+ALIVE = f"{lease.machine()}-{os.getppid()}-{lease._began(os.getppid())}"  # this process's parent
 DEAD = f"{lease.machine()}-999999999-1"  # a process that is gone
 
 
@@ -248,29 +229,6 @@ def test_a_record_of_an_earlier_version_is_read_by_its_sizes(tmp_path: Path) -> 
     assert not Store(str(tmp_path)).sound(stage())
 
 
-def test_a_damaged_copy_of_what_lies_at_a_url_is_fetched_again_and_a_damaged_original_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import fsspec
-
-    monkeypatch.setenv("SAFECL_CACHE", str(tmp_path))
-    url = f"memory://damage-{time.time_ns()}/safecl"
-    damage(publish(Store(url), stage(), "1111111111111") / "rows.jsonl", "truncated")
-    assert (Store(url).path(stage()) / "rows.jsonl").read_text() == "1111111111111"
-    filesystem = fsspec.filesystem("memory")
-    [there] = [path for path in filesystem.find("/") if "/damage-" in path and path.endswith("rows.jsonl")]
-    filesystem.pipe_file(there, b"2222222222222")
-    monkeypatch.setenv("SAFECL_CACHE", str(tmp_path / "another machine"))
-    store = Store(url)
-    with pytest.raises(Damaged, match=r"rows.jsonl was changed"):
-        store.path(stage())
-    late, aside = Store(url), iter((lambda _: None, lambda _: store.sound(stage())))  # of its copy, of the original
-    monkeypatch.setattr(late, "_set_aside", lambda folder: next(aside)(folder))  # another finds it at the same moment
-    assert not late.sound(stage()) and not store.has(stage())
-    publish(store, stage(), "1111111111111")
-    assert filesystem.cat_file(there) == b"1111111111111" and Store(url).sound(stage())
-
-
 def test_scratch_of_two_runs_never_collides_and_that_of_a_dead_one_is_taken_over(tmp_path: Path) -> None:
     mine, other = Store(str(tmp_path)), Store(str(tmp_path), f"{'0' * 10}-1-1")
     other.note(lease.NOTE + other.owner, {"held": True})  # of another machine, and at work
@@ -288,8 +246,8 @@ def test_scratch_of_two_runs_never_collides_and_that_of_a_dead_one_is_taken_over
 
 
 def test_what_is_being_written_stays_however_old_it_is_and_what_the_dead_left_goes_at_once(tmp_path: Path) -> None:
-    mine, dead = Store(str(tmp_path)), Store(str(tmp_path), DEAD)
-    kept, left = mine.new_folder(), dead.new_folder()
+    mine, other, dead = (Store(str(tmp_path), owner) for owner in (None, ALIVE, DEAD))
+    kept, left = other.new_folder(), dead.new_folder()
     week_ago = time.time() - 7 * 86_400
     os.utime(kept, (week_ago, week_ago))
     mine.sweep_temporary()

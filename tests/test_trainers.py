@@ -110,7 +110,7 @@ def test_one_process_trains_one_after_the_other_and_a_refusal_does_not_end_it(ru
     assert running.pids() == [pid]
     finished = {stage["key"] for stage in ray.get(running.broker.snapshot.remote())["finished"]}
     assert {stage.key for stage in (first, *others)} <= finished
-    log = running.logs / f"finetune-{bad.key[:12]}.log"
+    log = running.store.logs / f"finetune-{bad.key[:12]}.log"
     assert "nothing" in log.read_text()
 
 

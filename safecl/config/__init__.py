@@ -217,6 +217,7 @@ class Execution(Strict):
     """Where and how fast. Never part of a stage's identity: changing it cannot change which results exist."""
 
     root: Place = "runs"  # folder (or any fsspec URL every node reaches) of store, study, tracking and logs
+    cache_gib: Annotated[float, Field(gt=0)] | None = None  # of each node, where root is a URL; null: half of its disk
     data_dir: Place | None = None  # folder of local data files; null: the hub
     address: str = "local"  # Ray: "local" starts a cluster of its own, "auto" joins a running one
     num_trials_at_once: Count = 3

@@ -106,7 +106,7 @@ class OwnEngine:
             self._open.callback(lambda held: None, broker)  # it lives as long as someone holds it
             groups = ray.get(broker.hold.remote("judge", self._stage))
             base = base_folder(store.path(self._stage))
-            weights, limit = WeightsRef(self._stage.key, str(base)), self._execution.engine_max_tokens
+            weights, limit = WeightsRef(self._stage.key, self._stage.ref), self._execution.engine_max_tokens
             self._reach = Reach(Engines(groups), f"judge-{self._stage.key[:8]}", weights, limit, Tokenizer(base))
         except BaseException as error:
             self._open.close()

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from safecl.base import PrerequisiteError
+from safecl.identity import Ref
 from safecl.serving.engine import Engine
 from safecl.serving.messages import Settings
+from safecl.store import Store
 
 # Building or reading a Serve config registers a module with the pickler and takes that back: two threads would undo
 # each other's and raise. The first deployment starts Serve, which must not happen twice at once either.
@@ -22,13 +24,15 @@ _SERVE = threading.Lock()
 
 def deploy(
     settings: Settings,
-    base_folder: str,
+    base: Ref | str,
+    store: Store | None = None,
     *,
     num_replicas: int = 1,
     resources: Mapping[str, float] | None = None,
     wait: bool = True,
 ) -> None:
-    """Serve `base_folder`'s model as application `settings.name` on the Ray cluster that this process is connected to.
+    """Serve a model (a stage of the store, or a folder that lies on every node) as application `settings.name` on the Ray
+    cluster that this process is connected to.
 
     `resources`: what a replica reserves, by Ray's names (default: `settings.num_threads` CPUs, and its GPUs). `wait=False`
     returns at once, so that the boot overlaps with other work; see `ready`. Nothing listens for HTTP: engines are reached
@@ -43,7 +47,7 @@ def deploy(
         "num_cpus": float(reserves.pop("CPU", 0.0)),
         "num_gpus": float(reserves.pop("GPU", 0.0)),
         "resources": reserves,
-        "runtime_env": {"env_vars": environment(settings)},
+        "runtime_env": {"env_vars": environment(settings, store is not None)},
     }
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     hush()
@@ -62,7 +66,7 @@ def deploy(
             logging_config=quiet,
         )
         target = RunTarget(
-            deployment.bind(base_folder, settings), name=settings.name, route_prefix=None, logging_config=quiet
+            deployment.bind(base, settings, store), name=settings.name, route_prefix=None, logging_config=quiet
         )
         serve.run_many([target], wait_for_applications_running=wait, wait_for_ingress_deployment_creation=wait)
 
@@ -110,14 +114,14 @@ def _message(application: Any) -> str:
     return " ".join(text for text in texts if text)[-2000:]
 
 
-def environment(settings: Settings) -> dict[str, str]:
+def environment(settings: Settings, logs: bool = False) -> dict[str, str]:
     """Environment of the replica; its engine processes inherit it."""
     env = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_HOST_IP": "127.0.0.1",  # engine and worker talk on this node only
-        "VLLM_LOGGING_LEVEL": "INFO" if settings.log_dir else "ERROR",
+        "VLLM_LOGGING_LEVEL": "INFO" if settings.log_dir or logs else "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
     }
     if settings.use_gpu and settings.batch_invariant:

@@ -9,14 +9,19 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from safecl import underway
 from safecl.base import PrerequisiteError
 from safecl.faults import kind_of
+from safecl.identity import Ref
 from safecl.serving.gate import Gate, GateBroken
 from safecl.serving.messages import Refused, Sampling, Settings, Unavailable, WeightsRef
+from safecl.store import Store
+from safecl.training.tokens import base_folder, weights_folder
 
 _TOKENS_A_MESSAGE = 16  # nobody reads along: an answer's pieces only tell that the engine lives
 
@@ -24,22 +29,27 @@ _TOKENS_A_MESSAGE = 16  # nobody reads along: an answer's pieces only tell that 
 class Engine:
     """The Serve replica: one vLLM engine, its gate and its health."""
 
-    def __init__(self, base_folder: str, settings: Settings) -> None:
+    def __init__(self, base: Ref | str, settings: Settings, store: Store | None = None) -> None:
+        self._open, self._store = ExitStack(), store
         if settings.log_dir is not None:
             _send_output_to(Path(settings.log_dir), settings.name)
+        elif store is not None:
+            self._open.enter_context(underway.kept(store, _send_output_to(store.logs, settings.name)))
         from vllm import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from safecl.serving import swap
 
-        self._base, self._settings = base_folder, settings
-        self._booted, self._num_loaded = swap.stamp(Path(base_folder)), 0
+        # Its files stay on this node for as long as the engine lives.
+        self._base, _ = self._open.enter_context(self._folders(base, None))
+        self._settings = settings
+        self._booted, self._num_loaded = swap.stamp(self._base), 0
         self._checks: dict[str, asyncio.Task[None]] = {}  # of weights, by key, since the last swap
         self._gate: Gate[WeightsRef] = Gate(self._swap, settings.turn_s, settings.linger_s)
         self._last_sign = time.monotonic()  # of life: a token, a finished swap, or work beginning
         self._llm = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(**arguments(base_folder, settings)),
+            AsyncEngineArgs(**arguments(str(self._base), settings)),
             usage_context=UsageContext.LLM_CLASS,  # tokens a step as offline; else a quarter to a half of them
         )
 
@@ -121,8 +131,12 @@ class Engine:
         from safecl.serving import swap
 
         if weights.key not in self._checks:
-            folders = Path(self._base), Path(weights.base), None if weights.adapter is None else Path(weights.adapter)
-            self._checks[weights.key] = asyncio.create_task(asyncio.to_thread(swap.check, *folders))
+
+            def check() -> None:
+                with self._folders(weights.base, weights.adapter) as folders:
+                    swap.check(self._base, *folders)
+
+            self._checks[weights.key] = asyncio.create_task(asyncio.to_thread(check))
         try:
             await asyncio.shield(self._checks[weights.key])
         except Exception as error:  # whatever reading them raises, of OSError, ValueError, safetensors' own
@@ -135,11 +149,38 @@ class Engine:
         self._last_sign = time.monotonic()
         self._checks.clear()
         await self._llm.pause_generation(mode="wait", clear_cache=True)
-        loaded = await self._llm.collective_rpc("safecl_swap", args=(weights.base, weights.adapter, self._booted))
+        folders = self._folders(weights.base, weights.adapter)
+        base, adapter = await asyncio.to_thread(folders.__enter__)
+        try:
+            names = str(base), None if adapter is None else str(adapter)
+            loaded = await self._llm.collective_rpc("safecl_swap", args=(*names, self._booted))
+        finally:
+            folders.__exit__(None, None, None)
         self._num_loaded += loaded[0]
         await self._llm.update_weight_version(key)
         await self._llm.resume_generation()
         self._last_sign = time.monotonic()
+
+    @contextmanager
+    def _folders(self, base: Ref | str, adapter: Ref | str | None) -> Iterator[tuple[Path, Path | None]]:
+        """Where weights lie on this node, for as long as the block runs."""
+        stages = [each for each in (base, adapter) if isinstance(each, Ref)]
+        if stages and self._store is None:
+            raise Refused(f"stages {[stage.key[:12] for stage in stages]}: this engine was given no store")
+        with ExitStack() as held:
+            found = (
+                {}
+                if self._store is None
+                else dict(zip(stages, held.enter_context(self._store.using(stages)), strict=True))
+            )
+            yield (
+                base_folder(found[base]) if isinstance(base, Ref) else Path(base),
+                weights_folder(found[adapter])
+                if isinstance(adapter, Ref)
+                else None
+                if adapter is None
+                else Path(adapter),
+            )
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces the replica when this raises."""
@@ -159,6 +200,7 @@ class Engine:
     def __del__(self) -> None:
         if (llm := getattr(self, "_llm", None)) is not None:
             llm.shutdown()
+            self._open.close()
 
 
 def arguments(base_folder: str, settings: Settings) -> dict[str, Any]:
@@ -204,12 +246,14 @@ def _dtype(folder: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
 
-def _send_output_to(folder: Path, name: str) -> None:
+def _send_output_to(folder: Path, name: str) -> Path:
     """Everything that this process and its children print goes to a file instead of the driver's terminal."""
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    opened = os.open(folder / f"engine-{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    file = folder / f"engine-{name}.log"
+    opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(opened, 1)
     os.dup2(opened, 2)
     os.close(opened)
+    return file

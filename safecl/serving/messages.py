@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from safecl.base import Strict
+from safecl.identity import Ref
 
 Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class WeightsRef:
-    """Weights to answer with: `base` (HF folder) plus `adapter` (PEFT folder; None: the base itself). `key` stands for
-    both and is what the engine goes by: equal keys must mean equal weights."""
+    """Weights to answer with: `base` plus `adapter` (None: the base itself). `key` stands for both and is what the engine
+    goes by: equal keys must mean equal weights. Each is a stage, whose files the engine brings into its own node's cache,
+    or a folder (HF, PEFT) that lies on the engine's machine."""
 
     key: str
-    base: str
-    adapter: str | None = None
+    base: Ref | str
+    adapter: Ref | str | None = None
 
 
 class Request(NamedTuple):
@@ -77,4 +79,4 @@ class Settings(Strict):
     turn_s: float = 60.0  # how long one key may keep the engine while another waits
     linger_s: float = 0.2  # how long the engine must have been idle before another key gets it within a turn
     stall_s: float = 120.0  # work in flight and no token for so long: unhealthy
-    log_dir: str | None = None  # of the engine's own output; None: Ray's worker logs
+    log_dir: str | None = None  # of the engine's own output; None: its store's, or without one Ray's worker logs

@@ -30,6 +30,7 @@ class Kind:
     runs: ClassVar[Literal["trainer", "thread", "process"]]
     unit: ClassVar[str]  # what its progress counts, as in "steps"; empty where it reports none
     fixed_s: ClassVar[float]  # seconds that it takes however small it is
+    at_driver: ClassVar[bool] = False  # it reads files of the driver's machine: it runs on that node
     all_ranks: ClassVar[bool] = False  # on a trainer: all its ranks share the stage, else one does it
     # Whether a failure of its own may be another rank's, so that it is run anew, from its checkpoint.
     runs_anew: ClassVar[bool] = False
@@ -99,6 +100,11 @@ def load(kind: str) -> type[Kind]:
 def needs_trainer(stage: Stage) -> bool:
     """Whether it computes; one whose kind does not may say so itself (`hints`: it runs programs)."""
     return load(stage.kind).runs == "trainer" or "num_cpus" in stage.hints
+
+
+def stays(stage: Stage) -> bool:
+    """Whether it must run on the driver's node, whose files it reads: what other stages read lies in the store."""
+    return load(stage.kind).at_driver or "tokenizer" in stage.hints
 
 
 def engine_of(stage: Stage) -> Literal["candidate", "judge"] | None:

@@ -64,6 +64,7 @@ class Data(Kind):
     runs = "thread"
     unit = ""
     fixed_s = 0.4
+    at_driver = True
     reads = ()
 
     @staticmethod

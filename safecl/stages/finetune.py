@@ -262,7 +262,7 @@ def train_rows(
     started = time.monotonic()
     from safecl.training import fit, loop
 
-    execution = {**execution, **fit.noted(scratch, execution)}
+    execution = {**execution, **fit.noted(scratch, execution, world_size, device)}
     made = make_run(config, inputs, execution, rank, world_size, device)
     run = made.run
     ready = time.monotonic()

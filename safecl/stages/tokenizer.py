@@ -16,6 +16,7 @@ class Tokenizer(Kind):
     runs = "thread"
     unit = ""
     fixed_s = 1.0
+    at_driver = True
     reads = ()
 
 

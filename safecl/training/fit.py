@@ -12,6 +12,7 @@ b bytes of a number, D hidden, I width of the MLP, Q widths of queries, keys and
 from __future__ import annotations
 
 import gc
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -99,9 +100,14 @@ def free_memory(device: str, world_size: int = 1, num_at_once: int = 1) -> float
     else:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = float(torch.cuda.mem_get_info(device)[0] + cached)
+    return _least(free, world_size, device)
+
+
+def _least(value: float, world_size: int, device: str) -> float:
+    """Of all ranks' values."""
     if world_size == 1:
-        return free
-    least = torch.tensor(free, dtype=torch.float64, device=device)
+        return value
+    least = torch.tensor(value, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
     return float(least)
 
@@ -139,15 +145,18 @@ def halved(scratch: Path, micro_batch_size: int) -> int:
     return smaller
 
 
-def noted(scratch: Path, execution: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `execution` is to be otherwise after the device ran out of memory: fewer rows a forward, and with `auto`
-    checkpointing, as the estimate was too low."""
-    note = scratch / NOTE
-    if not note.exists():
+def noted(scratch: Path, execution: Mapping[str, Any], world_size: int = 1, device: str = "cpu") -> dict[str, Any]:
+    """What of `execution` is to be otherwise after the device of any rank ran out of memory: fewer rows a forward, and with
+    `auto` checkpointing, as the estimate was too low."""
+    note = scratch / NOTE  # of this node: another rank's may have a folder of its own
+    size = _least(float(note.read_text()) if note.exists() else math.inf, world_size, device)
+    if size == math.inf:
         return {}
     asked = execution["gradient_checkpointing"]
-    size = min(int(execution["micro_batch_size"]), int(note.read_text()))
-    return {"micro_batch_size": size, "gradient_checkpointing": "on" if asked == "auto" else asked}
+    return {
+        "micro_batch_size": min(int(execution["micro_batch_size"]), int(size)),
+        "gradient_checkpointing": "on" if asked == "auto" else asked,
+    }
 
 
 def release(device: str) -> None:

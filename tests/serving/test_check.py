@@ -19,7 +19,8 @@ from tests.serving.adapters import make_adapter
 
 def replica(base: Path) -> Engine:
     engine = object.__new__(Engine)  # its `__init__` boots vLLM
-    engine._base, engine._gate, engine._checks = str(base), SimpleNamespace(key=None), {}  # type: ignore[assignment]
+    engine._base, engine._gate, engine._checks = base, SimpleNamespace(key=None), {}  # type: ignore[assignment]
+    engine._store = None
     return engine
 
 

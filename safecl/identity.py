@@ -1,0 +1,165 @@
+"""What a stage is: pure data with an identity, and what its run is given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safecl.base import Json
+
+if TYPE_CHECKING:
+    from safecl.config import Execution
+
+
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
+_quote = json.encoder.encode_basestring_ascii
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
+def canonical(value: Json) -> str:
+    """JSON text that is equal for equal values. Raises TypeError or ValueError for a value without a stable form."""
+    if not _is_plain(value):
+        _refuse_unstable(value, "$")
+    try:
+        return _encode(value)
+    except (TypeError, ValueError):
+        _refuse_unstable(value, "$")  # says where it is
+        raise
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether all keys are strings, and all containers plain ones: the encoder turns other keys into text unasked."""
+    kind = type(value)
+    if kind is dict:
+        for key, item in value.items():  # noqa: SIM110 (loops: this runs for every stage)
+            if type(key) is not str or not (type(item) in _PLAIN or _is_plain(item)):
+                return False
+        return True
+    if kind is list or kind is tuple:
+        for item in value:  # noqa: SIM110
+            if not (type(item) in _PLAIN or _is_plain(item)):
+                return False
+        return True
+    return kind in _PLAIN
+
+
+def _refuse_unstable(value: object, where: str) -> None:
+    if value is None or isinstance(value, bool | int | str):
+        return
+    if isinstance(value, float):
+        if value != value or value in (float("inf"), float("-inf")):
+            raise ValueError(f"{where}: {value} has no stable form; expected a finite number")
+        return
+    if isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _refuse_unstable(item, f"{where}[{index}]")
+        return
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{where}: key {key!r} is a {type(key).__name__}; expected a string")
+            _refuse_unstable(item, f"{where}.{key}")
+        return
+    raise TypeError(f"{where}: {type(value).__name__} has no stable form; expected plain JSON")
+
+
+class SharedConfig(dict[str, Json]):
+    """A config that many stages hold: its canonical text is made once. Never changed once it is made."""
+
+    @cached_property
+    def text(self) -> str:
+        return canonical(dict(self))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A unit of cached work as pure data. `kind` names the file in `stages/`; `config` is resolved JSON, defaults
+    included; `inputs` are other stages by role; `version` covers the stage file and the classes it uses. `hints` say
+    where content lies on this machine and are not part of the identity."""
+
+    kind: str
+    config: Mapping[str, Json]
+    inputs: Mapping[str, Stage] = field(default_factory=dict)
+    version: str = "1"
+    hints: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def key(self) -> str:
+        """sha256 (hex, 64 digits) of the canonical JSON of kind, config, input keys and version."""
+        config = self.config.text if isinstance(self.config, SharedConfig) else canonical(dict(self.config))
+        inputs = ",".join(f'{_quote(name)}:"{self.inputs[name].key}"' for name in sorted(self.inputs))
+        kind, version = _quote(self.kind), _quote(self.version)
+        # Written out, for speed: it is the canonical JSON of the four.
+        text = f'{{"config":{config},"inputs":{{{inputs}}},"kind":{kind},"version":{version}}}'
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def ref(self) -> Ref:
+        return Ref(self.kind, self.key)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], inputs: Mapping[str, Stage]) -> Stage:
+        """A finished stage by its record, with the record's key. `inputs`: those that are of interest."""
+        stage = cls(record["kind"], record["config"], inputs, record["version"])
+        stage.__dict__["key"] = record["key"]
+        return stage
+
+    def walk(self) -> list[Stage]:
+        """This stage and everything below it, inputs first, each once."""
+        return below([self])
+
+
+class Ref(NamedTuple):
+    """A stage by its name alone: what is sent to another machine, which has files of its own."""
+
+    kind: str
+    key: str
+
+
+def below(tops: Iterable[Stage], leave_out: Callable[[Stage], bool] | None = None) -> list[Stage]:
+    """These stages and everything below them, inputs first, each once; what `leave_out` is true of is left out, and with
+    it what only it needs."""
+    found: dict[str, Stage] = {}
+    left_out: set[str] = set()
+
+    def visit(stages: Iterable[Stage]) -> None:
+        for stage in stages:
+            if stage.key in found or stage.key in left_out:
+                continue
+            if leave_out is not None and leave_out(stage):
+                left_out.add(stage.key)
+                continue
+            visit(stage.inputs.values())
+            found[stage.key] = stage
+
+    visit(tops)
+    return list(found.values())
+
+
+class Place(NamedTuple):
+    """A process among those that work on one stage together."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"
+
+
+@dataclass
+class Context:
+    """What a stage's `run(context) -> result` is given."""
+
+    stage: Stage
+    inputs: dict[str, Path]  # finished folder of each input stage, by the stage's input names
+    out: Path  # empty folder: what is written here becomes the stage's folder
+    scratch: Path  # kept across attempts of this key: checkpoints
+    execution: Execution
+    # (done, total, metrics): progress, cheap, never raises; whether a checkpoint is wanted now.
+    report: Callable[[int, int, dict[str, float]], bool | None]
+    engines: Any = None  # serving.client.Engines: how generate and judge stages reach a served model
+    place: Place = field(default_factory=Place)  # of this process; several work on a finetune
+    whole: bool = False  # other machines read what it writes: no pointer to a place of this one
