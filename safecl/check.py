@@ -237,7 +237,7 @@ def _named_twice(sweep: Sweep) -> list[str]:
 
 
 def _only_errors(sweep: Sweep) -> list[str]:
-    """Names in `only` that the sweep has not."""
+    """Names in `only` and `execution.turns` that the sweep has not."""
     known: dict[str, list[Any]] = {
         "models": [model.name for model in sweep.models],
         "tasks": [task.task for task in sweep.tasks],
@@ -245,8 +245,9 @@ def _only_errors(sweep: Sweep) -> list[str]:
         "methods": [method.label or method.name for method in sweep.methods],
     }
     return [
-        f"only[{i}].{key}: {name!r} is none of this sweep's: {', '.join(map(str, known[key]))}"
-        for i, some in enumerate(sweep.only)
+        f"{where}[{i}].{key}: {name!r} is none of this sweep's: {', '.join(map(str, known[key]))}"
+        for where, entries in (("only", sweep.only), ("execution.turns", sweep.execution.turns))
+        for i, some in enumerate(entries)
         for key in known
         for name in getattr(some, key) or ()
         if name not in known[key]

@@ -22,12 +22,13 @@ from safecl.faults import CLUSTER, DRIVER, Journal
 from safecl.graph import REFERENCES
 from safecl.judging.served import check_endpoints, key_variables
 from safecl.lease import NOTE, owners
+from safecl.order import Claim
 from safecl.panel import all_seats
 from safecl.project import Project
 from safecl.schedule import Done, Schedule
 from safecl.stages import engine_of
 from safecl.stats import as_json
-from safecl.store import Store, short_of
+from safecl.store import Stage, Store, short_of
 from safecl.watch import watched
 
 SAVE_S = 15.0  # for checkpoints, when a run is told to end: who sends SIGTERM often kills half a minute later
@@ -180,7 +181,7 @@ def _run(
         )
         with (
             _at_most(max_hours, lambda: show(_left(eta, schedule))),
-            _cluster(project, show) as (broker, ray),
+            _cluster(project, show, eta.forecast.seconds) as (broker, ray),
             _guarded(project, journal, again),
         ):
             if project.sweep.execution.address != "local":
@@ -191,7 +192,7 @@ def _run(
                         f"the Ray cluster that runs has no environment variable {' and '.join(unset)}, where endpoints' keys "
                         "are read: start it with them set"
                     )
-            waiting = [broker.ensure.remote(guard, rank=2)] if guard else []
+            waiting = [broker.ensure.remote(guard, Claim(rank=2))] if guard else []
             _warm(broker, schedule, project)
             with _saved(broker, ray), watched(schedule, broker, eta, project.store):
                 if first is not None:
@@ -320,7 +321,9 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
 
 
 @contextmanager
-def _cluster(project: Project, show: Callable[[str], None]) -> Iterator[tuple[Any, Any]]:
+def _cluster(
+    project: Project, show: Callable[[str], None], seconds: Callable[[Stage], float] | None = None
+) -> Iterator[tuple[Any, Any]]:
     show("starting Ray")
     cluster.start(project.sweep.execution, project.logs)
     import ray
@@ -329,7 +332,7 @@ def _cluster(project: Project, show: Callable[[str], None]) -> Iterator[tuple[An
     try:
         if project.sweep.execution.address != "local" and project.store.remote is None:
             nodes.check_folder(ray, project.store.local / "notes" / f"{NOTE}{project.store.owner}.json")
-        yield execute.broker(project.store, project.sweep.execution, project.logs), ray
+        yield execute.broker(project.store, project.sweep.execution, project.logs, seconds), ray
     except Lost:
         lost = True  # nobody is there to take leave of
         raise

@@ -16,7 +16,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,33 +31,35 @@ from safecl.devices import Devices, Group
 from safecl.faults import BROKER, MEMORY, NODE, PATIENCE_S, PATIENT, PAUSE_S, Journal, cause_of
 from safecl.fleet import Fleet
 from safecl.lender import Lender
+from safecl.order import NUM_RANKS, UNNAMED, Claim, Line, Turn, chains
 from safecl.stages import engine_of, load, names, needs_trainer, stays
-from safecl.store import Stage, Store
+from safecl.store import Stage, Store, below
 from safecl.times import Times, queue
 from safecl.trainers import GROUP as TRAINERS
-from safecl.trainers import Trainers, Turn
+from safecl.trainers import Trainers
 from safecl.work import Hand, run_stage
 
-NUM_RANKS = 3  # see Broker.ensure
 DRAIN_S = 2.0  # how often is looked for nodes that are being drained; a spot warning comes 30 s to 2 minutes before
 WATCH_S = 5.0  # how often the cluster's size is asked for
 REPAIRS = 2  # times that a stage is begun anew because an input of it was found damaged
-
-
-def _deeper(turn: Turn) -> Turn:
-    """Of what a stage with this turn waits for."""
-    rank, number, above = turn
-    return rank, number, above - 1
 
 
 class Broker:
     """Runs stages. Made a Ray actor by `broker()`; all methods run on one event loop."""
 
     def __init__(
-        self, store: Store, execution: Execution, logs: str, num_cpus: float, held: Capacity | None = None
+        self,
+        store: Store,
+        execution: Execution,
+        logs: str,
+        num_cpus: float,
+        held: Capacity | None = None,
+        seconds: Callable[[Stage], float] | None = None,
     ) -> None:
-        """`held`: what trainers and engines may hold; None: without a bound but `num_cpus`."""
+        """`held`: what trainers and engines may hold; None: without a bound but `num_cpus`. `seconds`: how long a stage will
+        take, which the order of what is ready rests on."""
         self.store, self.execution, self.logs = store, execution, logs
+        self.seconds = seconds or (lambda stage: 1.0)
         self.running: dict[str, asyncio.Task[None]] = {}
         self.turns: dict[str, Turn] = {}  # of what is running: the lowest of those who wait for it
         self.failed: dict[str, BaseException] = {}
@@ -68,7 +70,7 @@ class Broker:
         self.num_tokens = 0  # generated since they were shown
         # An engine takes the weights of those who wait in turn; the more wait, the longer until each has an answer.
         self.num_light = min(64, 2 * max(2, int(num_cpus)))
-        self.light: dict[tuple[str, int], asyncio.Semaphore] = {}  # by kind and rank: none holds up another
+        self.light: dict[tuple[str, int], Line] = {}  # by kind and rank: none holds up another
         self.hand: Any = None
         self.num_asked = 0  # calls of `ensure`
         self.claims = Claims(store)
@@ -92,43 +94,46 @@ class Broker:
         """Those of these environment variables that are not set where stages run."""
         return [name for name in variables if not os.environ.get(name)]
 
-    async def ensure(self, stages: Sequence[Stage], rank: int = 0) -> None:
-        """Return when all are in the store. Raises a stage's failure as soon as it is known.
-
-        For trainers and engines the lowest `rank` goes first: 0 what something else waits for, as a search for the trial
-        that it chooses the next one by, 1 a row of a table, 2 what is told beside it. Of one rank who asks first is served
-        first, and of what they need the deepest, on which most others wait.
-        """
+    async def ensure(self, stages: Sequence[Stage], claim: Claim = UNNAMED) -> None:
+        """Return when all are in the store. Raises a stage's failure as soon as it is known. Whose turn it is for trainers
+        and engines, and of what they need which stage's: order.py."""
         self.num_asked += 1
         if not self.watching and self.execution.address != "local":
             self.watching = [asyncio.create_task(watch) for watch in (self._watch_nodes(), self._watch_size())]
-        await self._all(stages, (rank, self.num_asked, 0))
+        turn = self._line_up(stages, claim)
+        await self._all(stages, turn)
+
+    def _line_up(self, stages: Sequence[Stage], claim: Claim) -> Turn:
+        """Give what must be run its turn; what others wait for already goes forward where this one's is lower."""
+        todo = below(stages, self.store.has)
+        place = {stage.key: number for number, stage in enumerate(todo)}
+        needs = [[place[s.key] for s in stage.inputs.values() if s.key in place] for stage in todo]
+        for stage, chain in zip(todo, chains([self.seconds(stage) for stage in todo], needs), strict=True):
+            turn = Turn.of(claim, chain, self.num_asked)
+            if stage.key not in self.turns:
+                self.turns[stage.key] = turn
+            elif turn < self.turns[stage.key]:
+                self.turns[stage.key] = turn
+                self.trainers.hurry(stage, turn)
+                self.fleet.hurry(stage.key, turn)
+        return Turn.of(claim, 0.0, self.num_asked)
 
     async def _all(self, stages: Iterable[Stage], turn: Turn) -> None:
         await asyncio.gather(*(self._ensure(stage, turn) for stage in stages))
 
     async def _ensure(self, stage: Stage, turn: Turn) -> None:
+        """`turn`: of what waits for it, where it was not lined up: it was there, and must be made again."""
         if stage.key in self.failed:
             raise self.failed[stage.key]
         if stage.key not in self.running:
             if self.store.has(stage):
+                self.turns.pop(stage.key, None)
                 return
-            self.turns[stage.key] = turn
-            self.times.asked(stage, turn[0])
+            self.turns.setdefault(stage.key, turn)
+            self.times.asked(stage, self.turns[stage.key].rank)
             self.running[stage.key] = asyncio.create_task(self._make(stage, needs_trainer(stage)))
-        else:
-            self._hurry(stage, turn)
         # Shielded: who stops waiting does not stop the stage for the others.
         await asyncio.shield(self.running[stage.key])
-
-    def _hurry(self, stage: Stage, turn: Turn) -> None:
-        """Who goes first waits for a stage of someone who does not: it and what it waits for go first too."""
-        if stage.key in self.turns and turn[0] < self.turns[stage.key][0]:
-            self.turns[stage.key] = turn
-            self.trainers.hurry(stage, turn)
-            self.fleet.hurry(stage.key, turn)
-            for below in stage.inputs.values():
-                self._hurry(below, _deeper(turn))
 
     async def _make(self, stage: Stage, heavy: bool) -> None:
         role = None if heavy else engine_of(stage)
@@ -137,7 +142,7 @@ class Broker:
             self.fleet.expect(role, stage.inputs["model"], 1)
         try:
             for tries_left in range(REPAIRS, -1, -1):
-                await self._all(stage.inputs.values(), _deeper(self.turns[stage.key]))
+                await self._all(stage.inputs.values(), self.turns[stage.key])
                 if not await self.claims.take(stage):  # another driver has made it
                     return
                 try:
@@ -197,14 +202,18 @@ class Broker:
 
     async def _light(self, stage: Stage) -> float:
         turn, role = self.turns[stage.key], engine_of(stage)
-        line = (stage.kind, turn[0])
+        line = (stage.kind, turn.rank)
         # As many again are handed over as may be at work, so that the next one begins at once (work.py: Hand).
         if role is None:
-            async with self.light.setdefault(line, asyncio.Semaphore(2 * self.num_light)):
-                return float(await self._hand().run.remote(stage, {}, turn[0]))
+            places = self.light.setdefault(line, Line(2 * self.num_light))
+            await places.enter(turn)
+            try:
+                return float(await self._hand().run.remote(stage, {}, turn.level))
+            finally:
+                places.leave()
         weights = stage.inputs.get("weights", stage.inputs["model"]).key
         async with self.fleet.lease(role, stage.inputs["model"], stage.key, weights, turn, line) as groups:
-            return float(await self._hand().run.remote(stage, groups, self.turns[stage.key][0]))
+            return float(await self._hand().run.remote(stage, groups, self.turns[stage.key].level))
 
     def _starts(self, stage: Stage) -> None:
         self._begin(stage.kind, stage.key, load(stage.kind).unit)
@@ -243,13 +252,13 @@ class Broker:
 
     async def warm(self, role: str, model: Stage) -> None:
         """Boot an engine of a model ahead of the first stage that needs it, where there is a place for it."""
-        await self._ensure(model, (0, 0, 0))
+        await self._ensure(model, Turn.of(UNNAMED, 0.0, 0))
         self.fleet.hope(role, model)
 
     async def hold(self, role: str, model: Stage) -> dict[str, tuple[str, ...]]:
         """Lease an engine for as long as this Broker lives. Returns `Engines.groups`."""
-        await self._ensure(model, (0, 0, 0))
-        self.holding.append(self.fleet.lease(role, model, "", model.key, (0, 0, 0)))
+        await self._ensure(model, Turn.of(UNNAMED, 0.0, 0))
+        self.holding.append(self.fleet.lease(role, model, "", model.key, Turn.of(UNNAMED, 0.0, 0)))
         groups: dict[str, tuple[str, ...]] = await self.holding[-1].__aenter__()
         return groups
 
@@ -373,8 +382,9 @@ def _live(kind: str, key: str, unit: str = "") -> dict[str, Any]:
     }
 
 
-def broker(store: Store, execution: Execution, logs: Path) -> Any:
-    """The Broker as an actor on the driver's node; it lives as long as the driver holds the handle, replaced when it dies."""
+def broker(store: Store, execution: Execution, logs: Path, seconds: Callable[[Stage], float] | None = None) -> Any:
+    """The Broker as an actor on the driver's node; it lives as long as the driver holds the handle, replaced when it dies.
+    `seconds`: see Broker."""
     import ray
 
     # Begun anew when it dies; calls under way are made again.
@@ -384,7 +394,7 @@ def broker(store: Store, execution: Execution, logs: Path) -> Any:
     if scarce != GIB:
         have[scarce] = find(execution, scarce).may
     held = capacity(execution, have, free_gib())
-    return actor.remote(store, execution, str(logs), have.get("CPU", 1), held)
+    return actor.remote(store, execution, str(logs), have.get("CPU", 1), held, seconds)
 
 
 def _replaces_another() -> bool:

@@ -19,8 +19,8 @@ from safecl.capacity import GIB, Capacity, reserved
 from safecl.config import Execution
 from safecl.devices import IDLE_S, Holder
 from safecl.lender import Lender
+from safecl.order import Turn
 from safecl.store import Stage, Store
-from safecl.trainers import Turn
 
 # Weights that one engine is asked for at a time: it answers with one after the other, so that more would only wait there,
 # whatever their turn, and while it drains.
@@ -172,7 +172,7 @@ class Fleet:
         every = [*group.wishes, *group.leased]
         # An engine has one candidate's weights at a time, so that another one helps where several are asked for.
         wanted = len({wish.weights for wish in every}) if group.role == "candidate" else len(every)
-        rank = min((wish.turn[0] for wish in every), default=0)
+        rank = min((wish.turn.level for wish in every), default=0)
         known = group.hoped or bool(every) or bool(group.apps)  # else its model may not be in the store yet
         coming = int(group.hoped or (known and group.expected > len(every)))
         self.lender.ask(group.name, wanted, rank, coming)

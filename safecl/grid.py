@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from safecl import methods
 from safecl.base import ConfigError, Json
-from safecl.config import Method, Model, Some, Sweep, UserTask
+from safecl.config import Method, Model, Some, Standing, Sweep, UserTask
 from safecl.graph import REFERENCES, Evidence, Graph, Recipe
 from safecl.memo import Shared
 from safecl.store import Stage, canonical
@@ -200,6 +200,20 @@ def cells(sweep: Sweep, folder: Path | None = None, planned: bool = False) -> li
                     )
                 )
     return grid
+
+
+def standing(sweep: Sweep, cell: Cell) -> Standing:
+    """How a cell stands among all; references are everybody's, and stand as rows that nobody names do."""
+    recipe = cell.recipe
+    if recipe.method in REFERENCES:
+        return Standing()
+    method = Method(name=recipe.method, label=recipe.names[0] or None)
+    found = (
+        its
+        for its in reversed(sweep.execution.turns)
+        if named(its, recipe.model, recipe.task, recipe.poison_ratio, method)
+    )
+    return next(found, Standing())
 
 
 def named(some: Some, model: Model, task: UserTask, ratio: float, method: Method) -> bool:

@@ -11,6 +11,7 @@ result); trials of the same search that are under way are finished and told.
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from safecl.base import Json
 from safecl.config import Sweep
 from safecl.faults import Kind
 from safecl.graph import Evidence
-from safecl.grid import Cell, Job
+from safecl.grid import Cell, Job, standing
 from safecl.objective import Trial, bounds, select, violations
+from safecl.order import Claim
 from safecl.store import Store, canonical
 
 Metrics = dict[str, float | None]
@@ -65,6 +67,15 @@ class _Queue:
     chosen: Trial | None = None
     finals_given: bool = False
     stalled: bool = False  # its search goes on in the next run
+    priority: int = 0  # 0 the highest of the sweep's, others below
+    share: float = 1.0
+    num_given: int = 0
+    turn: tuple[int, int, float, int] | None = None  # its place in Schedule._turns; None: it has no job to give
+
+    @property
+    def claim(self) -> Claim:
+        """Of the job that is given out next."""
+        return Claim(self.priority, int(self.cell.space is None), self.num_given / self.share)
 
 
 class Schedule:
@@ -81,14 +92,23 @@ class Schedule:
         self.sweep, self.store, self.on_done = sweep, store, on_done
         self.done: list[Done] = []
         self.queues = [_Queue(cell, study_of(cell)) for cell in cells]
-        # A search is a chain of trials, each of which waits for the one before: what takes longest begins first.
-        self._turns = sorted(self.queues, key=lambda queue: queue.study is None)
+        standings = [standing(sweep, cell) for cell in cells]
+        highest = max((its.priority for its in standings), default=0)
+        for queue, its in zip(self.queues, standings, strict=True):
+            queue.priority, queue.share = its.priority - highest, its.share
+        # Cells that may have a job to give, in their turn. A search is a chain of trials, each of which waits for the one
+        # before: what takes longest begins first.
+        self._turns: list[tuple[int, int, float, int]] = []
+        self._claims: dict[Job, Claim] = {}
         self._of_cell = {queue.cell: queue for queue in self.queues}
+        self._number = {queue.cell: number for number, queue in enumerate(self.queues)}
         for queue in self.queues:
             for trial in queue.study.complete() if queue.study else ():
                 queue.waiting.append(queue.cell.trial(trial.params))
             if queue.cell.space is None:
                 self._give_finals(queue, {})
+        for number in range(len(self.queues)):
+            self._wake(number)
 
     @property
     def is_done(self) -> bool:
@@ -97,13 +117,33 @@ class Schedule:
     def next(self) -> Job | None:
         """The next job that must really run, given out to the caller; None if none can start now. Jobs whose evidence
         is in the store are finished on the way."""
-        for queue in self._turns:
-            while (job := self._take(queue)) is not None:
-                queue.under_way.append(job)
-                if not self._is_stored(job.evidence):
-                    return job
-                self.finish(job, "")
+        while self._turns:
+            turn = heapq.heappop(self._turns)
+            queue = self.queues[number := turn[-1]]
+            if turn != queue.turn:
+                continue  # it has another one since
+            queue.turn = None
+            if (job := self._take(queue)) is None:
+                continue  # until one of its jobs is finished
+            self._claims[job] = queue.claim
+            queue.num_given += 1
+            queue.under_way.append(job)
+            self._wake(number)
+            if not self._is_stored(job.evidence):
+                return job
+            self.finish(job, "")
         return None
+
+    def claim(self, job: Job) -> Claim:
+        """Of a job given out by `next`: whose turn it is where devices are short."""
+        return self._claims[job]
+
+    def _wake(self, number: int) -> None:
+        priority, rank, rounds = self.queues[number].claim
+        turn = (-priority, rank, rounds, number)
+        if turn != self.queues[number].turn:
+            self.queues[number].turn = turn
+            heapq.heappush(self._turns, turn)
 
     def finish(self, job: Job, error: str, kind: Kind = "infrastructure") -> None:
         """A job given out by `next` is over; its result is read from the store, unless it failed (`kind`)."""
@@ -120,6 +160,7 @@ class Schedule:
             elif error:
                 queue.study.release(number)
                 queue.stalled = True
+        self._wake(self._number[queue.cell])
         self.done.append(Done(job, result, error, kind if error else None))
         if self.on_done is not None:
             self.on_done(self.done[-1])
@@ -172,6 +213,8 @@ class Schedule:
         queue = self._of_cell[job.cell]
         queue.under_way.remove(job)
         queue.waiting.appendleft(job)
+        queue.num_given -= 1
+        self._wake(self._number[job.cell])
 
     def open_jobs(self) -> list[Job]:
         """Jobs under way and waiting. Trials that a search has yet to suggest are not known."""

@@ -34,6 +34,7 @@ from safecl.config import Execution
 from safecl.devices import Holder
 from safecl.faults import MEMORY, PATIENCE_S, PATIENT, PAUSE_S, Journal, cause_of, kind_of
 from safecl.lender import Lender
+from safecl.order import UNNAMED, Turn
 from safecl.stages import load
 from safecl.store import Place, Stage, Store
 from safecl.work import free_heap, run_stage
@@ -42,9 +43,6 @@ READY_S = 0.02
 GROUP = "trainers"
 START_S = 600  # until a trainer's workers must have been placed, else it is given up, and what waits for it is told
 REFUSALS = (ConfigError, PrerequisiteError, FloatingPointError)  # of every rank, and trying again would change nothing
-
-
-Turn = tuple[int, int, int]  # the lowest is next: (rank of the call, its number, minus the stages that wait above it)
 
 
 @dataclass(eq=False)
@@ -116,11 +114,11 @@ class Trainers:
             if work.stage.key == key and step > work.saved:
                 work.saved, work.failures = step, []
 
-    async def run(self, stage: Stage, turn: Turn = (0, 0, 0)) -> None:
+    async def run(self, stage: Stage, turn: Turn | None = None) -> None:
         """Return when a trainer has published the stage; of those that wait, the lowest turn is next. Raises what the stage
         raised, or Infrastructure if its workers died too often."""
         num_ranks = self.execution.num_workers if load(stage.kind).all_ranks else 1
-        work = Work(stage, num_ranks, turn, asyncio.get_running_loop().create_future())
+        work = Work(stage, num_ranks, turn or Turn.of(UNNAMED, 0.0, 0), asyncio.get_running_loop().create_future())
         insort(self.queue, work, key=lambda other: other.turn)
         asyncio.get_running_loop().call_later(READY_S, self._is_ready, work)
         await work.done
@@ -181,7 +179,7 @@ class Trainers:
         under_way = [work for trainer in self.trainers.values() for work in dict.fromkeys(trainer.work.values())]
         every = [*self.queue, *under_way]
         wanted = -(-sum(work.num_ranks for work in every) // self.execution.num_workers)
-        rank = min((work.turn[0] for work in every), default=0)
+        rank = min((work.turn.level for work in every), default=0)
         self.lender.ask(GROUP, wanted, rank, max(0, self.expected - len(every)))
 
     def start(self, holder: Holder) -> None:

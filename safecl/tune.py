@@ -9,6 +9,7 @@ from typing import Any
 from safecl.execute import plain_error
 from safecl.faults import kind_of
 from safecl.grid import Cell, Job
+from safecl.order import Claim
 from safecl.schedule import Schedule
 from safecl.store import canonical
 
@@ -27,7 +28,7 @@ def trial(config: dict[str, Any], *, broker: Any, cells: Any) -> None:
     error, kind = "", "infrastructure"
     try:
         targets = [stage for evidence in wanted for stage in evidence.targets]
-        ray.get(broker.ensure.remote(targets, rank=int(cell.space is None)))
+        ray.get(broker.ensure.remote(targets, Claim(*config["claim"])))
     except Exception as raised:  # reported to the schedule, which closes the trial and goes on with the others
         found = plain_error(raised)
         error, kind = f"{type(found).__name__}: {found}", kind_of(found)
@@ -50,8 +51,8 @@ def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -
             if job is None:
                 return Searcher.FINISHED if schedule.is_done else None
             waiting[trial_id] = job
-            index = position[job.cell]
-            return {"cell": index, "params": canonical(job.params), "seed": job.seed, "role": job.role}
+            told = {"params": canonical(job.params), "seed": job.seed, "role": job.role}
+            return {"cell": position[job.cell], **told, "claim": list(schedule.claim(job))}
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             if (job := waiting.pop(trial_id, None)) is not None:

@@ -180,12 +180,12 @@ class Hand:
         self.broker, self.at_once = broker, at_once
         self.slots: dict[tuple[str, int], threading.Semaphore] = {}
 
-    def run(self, stage: Stage, groups: dict[str, tuple[str, ...]], rank: int) -> float:
-        """`run_stage` in this process; the seconds that it took. Of a kind and rank so many are at work `at_once`; others
-        are made ready, or published, meanwhile: else each slot would be empty for that long."""
+    def run(self, stage: Stage, groups: dict[str, tuple[str, ...]], level: int) -> float:
+        """`run_stage` in this process; the seconds that it took. Of a kind and level (order.Turn) so many are at work
+        `at_once`; others are made ready, or published, meanwhile: else each slot would be empty for that long."""
         try:
             return run_stage(
-                stage, *self.given, groups=groups, rank=rank, own_process=False, slot=self._slot(stage, rank)
+                stage, *self.given, groups=groups, rank=level, own_process=False, slot=self._slot(stage, level)
             )
         finally:
             if time.monotonic() - self.freed > 1.0:
@@ -193,8 +193,8 @@ class Hand:
                 free_heap()
 
     @contextmanager
-    def _slot(self, stage: Stage, rank: int) -> Iterator[None]:
-        with self.slots.setdefault((stage.kind, rank), threading.Semaphore(self.at_once)):
+    def _slot(self, stage: Stage, level: int) -> Iterator[None]:
+        with self.slots.setdefault((stage.kind, level), threading.Semaphore(self.at_once)):
             self.broker.begins.remote(stage.kind, stage.key)
             yield
 

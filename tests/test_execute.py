@@ -17,6 +17,7 @@ from safecl import execute, lease
 from safecl.capacity import Capacity
 from safecl.config import Execution
 from safecl.faults import Journal
+from safecl.order import Claim, Turn
 from safecl.store import Stage, Store
 from safecl.trainers import Work
 from tests.serving.test_endpoint import Server
@@ -241,16 +242,19 @@ def test_what_a_search_waits_for_goes_first_though_a_row_asked_for_it_before(tmp
         class Told(execute.Broker):
             async def _run(self, stage: Stage, heavy: bool) -> float:
                 await may_go.wait()
-                seen.append((stage.kind, self.turns[stage.key][0]))
+                seen.append((stage.kind, self.turns[stage.key].rank))
                 return 0.0
 
         none = Capacity("GPU", 0, 1, 1, 1)  # no trainer is started
         broker = Told(Store(str(tmp_path)), Execution(root=str(tmp_path)), "", 2, none)
-        works = [Work(stage, 1, (2, 1, 0), asyncio.get_running_loop().create_future()) for stage in (rows(21), below)]
+        works = [
+            Work(stage, 1, Turn.of(Claim(rank=2), 1.0, 1), asyncio.get_running_loop().create_future())
+            for stage in (rows(21), below)
+        ]
         broker.trainers.queue.extend(works)  # as if it waited for a trainer
-        asked = [asyncio.create_task(broker.ensure([above], rank=2))]
+        asked = [asyncio.create_task(broker.ensure([above], Claim(rank=2)))]
         await asyncio.sleep(0.01)
-        asked.append(asyncio.create_task(broker.ensure([above], rank=0)))
+        asked.append(asyncio.create_task(broker.ensure([above], Claim(rank=0))))
         await asyncio.sleep(0.01)
         assert list(broker.trainers.queue) == works[::-1]
         may_go.set()

@@ -17,8 +17,10 @@ import pytest
 from safecl import execute
 from safecl.config import Execution
 from safecl.faults import kind_of
+from safecl.order import Claim
 from safecl.store import Stage, Store
 from safecl.testing import world as contract
+from tests.stages import beside
 from tests.test_execute import rows
 
 
@@ -112,6 +114,32 @@ def test_one_process_trains_one_after_the_other_and_a_refusal_does_not_end_it(ru
     assert {stage.key for stage in (first, *others)} <= finished
     log = running.store.logs / f"finetune-{bad.key[:12]}.log"
     assert "nothing" in log.read_text()
+
+
+def test_what_waits_for_a_trainer_is_taken_in_its_turn(running: Running) -> None:
+    """By priority, then what a search waits for, then each cell's first trial, then by the longest chain."""
+    import ray
+
+    beside.put()
+
+    def nap(name: str, seconds: float = 0.02, **inputs: Stage) -> Stage:
+        return beside.Outside("nap", {"name": name, "seconds": seconds}, inputs)
+
+    claims: list[tuple[Stage, Claim]] = [(nap("holds it up", 2.0), Claim())]
+    for number in range(3):  # all seeds of a cell ask before anybody else
+        claims.append((nap(f"many {number}"), Claim(-1, 1, number)))
+    claims.append((nap("chain above", below=nap("chain 0")), Claim(-1, 1, 0)))
+    claims.append((nap("searched"), Claim(-1, 0, 5)))
+    claims.append((nap("first of all"), Claim(0, 1, 7)))
+    # A stage that somebody waits for already goes forward with who has a lower turn.
+    claims.append((nap("above many 2", below=nap("many 2")), Claim(-1, 0, 6)))
+    num_before = len(ray.get(running.broker.snapshot.remote())["finished"])
+    ray.get([running.broker.ensure.remote([stage], claim) for stage, claim in claims], timeout=60)
+    named = {s.key: str(s.config["name"]) for stage, _ in claims for s in stage.walk()}
+    finished = [named[each["key"]] for each in ray.get(running.broker.snapshot.remote(num_before))["finished"]]
+    assert finished == [
+        "holds it up", "first of all", "searched", "many 2", "above many 2", "chain 0", "many 0", "chain above", "many 1",
+    ]  # fmt: skip
 
 
 def test_a_killed_worker_is_replaced_and_the_result_is_the_uninterrupted_one(

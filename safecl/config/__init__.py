@@ -46,6 +46,7 @@ __all__ = [
     "Search",
     "Some",
     "Split",
+    "Standing",
     "Sweep",
     "Template",
     "Training",
@@ -165,6 +166,14 @@ class Some(Strict):
     methods: tuple[str, ...] | None = None
 
 
+class Standing(Some):
+    """How these rows stand among all where devices are short: those of a higher `priority` go first, whatever else waits; of
+    one priority each row's first trial goes before any's second, and one with `share: 2` has two for one of the others'."""
+
+    priority: Annotated[int, Field(ge=-9, le=9)] = 0
+    share: Annotated[float, Field(gt=0)] = 1.0
+
+
 class Prompts(Strict):
     """Evaluation sets of one split."""
 
@@ -221,6 +230,7 @@ class Execution(Strict):
     data_dir: Place | None = None  # folder of local data files; null: the hub
     address: str = "local"  # Ray: "local" starts a cluster of its own, "auto" joins a running one
     num_trials_at_once: Count = 3
+    turns: tuple[Standing, ...] = later(())  # whose trials go first; of several that name a row the last one counts
     num_workers: Count = 1  # data-parallel ranks of one finetune
     # Of a finetune. auto: DeepSpeed where there are several workers, plain PyTorch where one has nothing to share.
     engine: Literal["auto", "deepspeed", "torch"] = "auto"

@@ -56,7 +56,7 @@ class Engines:
             raise ValueError(f"engine {name!r}: request ids must be unique, got {len(requests)} with doubles")
         if not requests:
             return {}
-        limit_s = math.inf if self.rank else timeout_s
+        limit_s = math.inf if self.rank > 0 else timeout_s
         batch = _Batch(name, weights, requests, sampling, on_progress, on_done, limit_s, self.rank)
         done = asyncio.run(batch.run(tuple(self.groups.get(name, (name,))), self.max_in_flight))
         return {request.id: done[request.id] for request in requests}
