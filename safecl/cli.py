@@ -93,14 +93,46 @@ def run(
 
 
 @app.command()
-def plan(file: File, set_: Set = [], limit: Limit = None, as_json: AsJson = False) -> None:  # noqa: B006
+def plan(
+    file: File,
+    set_: Set = [],  # noqa: B006
+    limit: Limit = None,
+    as_json: AsJson = False,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(help="A file of node types (deploy/*.yaml), or a Ray cluster file: simulate the run there"),
+    ] = None,
+    deadline: Annotated[
+        float | None, typer.Option(min=0.0, help="Of --cluster: how many devices are cheapest within so many hours")
+    ] = None,
+) -> None:
     """Print cells, trials and stages of a sweep, what is cached, and the hours left.
 
     Hours are estimates (tokens x parameters / this machine's speed), corrected by what past stages of the store took.
+
+    With --cluster the run is simulated on that cluster, by the code that schedules a run: how long it takes, what its devices do,
+    what it costs, and where more of them stop to help.
     """
     from safecl.overview import plan as make_plan
     from safecl.report.tables import duration
 
+    if cluster is not None:
+        from safecl import clusterfile, rehearse
+
+        there = clusterfile.load(cluster)
+        simulated = rehearse.on_cluster(opened(file, set_, limit, planned=True), there, deadline)
+        if as_json:
+            print(json.dumps(simulated, indent=1))
+            return
+        for title, columns, rows in rehearse.tables(simulated):
+            print_table(title, columns, rows)
+        for line in rehearse.lines(simulated):
+            print_hanging("", line, indent=2)
+        return
+    if deadline is not None:
+        from safecl.base import ConfigError
+
+        raise ConfigError("--deadline is of a cluster: name one with --cluster")
     project = opened(file, set_, limit, planned=True)
     found = make_plan(project)
     if as_json:

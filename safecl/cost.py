@@ -72,7 +72,8 @@ def missing(targets: Iterable[Stage], store: Store) -> list[Stage]:
 class Forecast:
     """Seconds of stages on this machine, corrected by what past ones took."""
 
-    def __init__(self, store: Store, execution: Execution, estimator: Estimator) -> None:
+    def __init__(self, store: Store, execution: Execution, estimator: Estimator, learns: bool = True) -> None:
+        """`learns`: from the records of the store; without, estimates are of other machines."""
         self.store, self.execution, self.estimator = store, execution, estimator
         self._estimates: dict[str, Estimate] = {}
         self._ratios: dict[tuple[str, str], list[float]] = {}  # measured / estimated
@@ -83,7 +84,8 @@ class Forecast:
         self._factors: dict[tuple[str, str], float] = {}
         self.checked: dict[str, Checked] = {}
         self._inputs: dict[str, Stage | None] = {}  # of past stages
-        self._learn_from_store()
+        if learns:
+            self._learn_from_store()
 
     def estimate(self, stage: Stage) -> Estimate:
         if stage.key not in self._estimates:

@@ -8,7 +8,7 @@ their start until they are gone. The rule:
   is started before it. It takes free units; else those of holders without work; else those of holders whose turn is over:
   such a one is *closed* (it gets no new work), drains, and is stopped. A lower rank never makes way for a higher one.
 - Else a group whose work is to come is *warmed*, as long as one holder of every group that will be needed fits.
-- Else groups *grow* towards what they want, by what is free or has been without work for a turn.
+- Else groups *grow* towards what they want, by what is free or has been without work for as long as a start takes.
 - What has been without work for `idle_s`, and has none to come, is stopped.
 
 So one unit suffices for any number of groups, and nobody is started and stopped more often than once a turn, or than its work
@@ -34,10 +34,12 @@ import heapq
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 TURN_S = 600.0  # an engine of a large model takes a minute or two to boot: a tenth of a turn
 LINGER_S = 2.0  # without work for so long: what comes at once after it is still its own
+SPARE_S = 30.0  # without work for as long as a start takes: who wants one more has it
 IDLE_S = 300.0
 _EPS = 1e-6  # of units, which may be fractions
 
@@ -76,6 +78,7 @@ class Group:
     coming: int = 0
     since: float = 0.0
     holders: dict[str, Holder] = field(default_factory=dict)
+    idle: dict[Holder, None] = field(default_factory=dict)  # up and without work, who has been so for longest first
     num_starting: int = 0
     num_stopping: int = 0
     num_started: int = 0
@@ -118,7 +121,6 @@ class Devices:
         self.groups: dict[str, Group] = {}
         self.held = 0.0
         self._leaving = 0.0  # of `held`, what is being stopped
-        self._idle: dict[Holder, None] = {}  # up and without work, who has been so for longest first
         self._draining: dict[Holder, None] = {}
         self._timers: list[float] = []
         self._changed = True
@@ -161,7 +163,7 @@ class Devices:
             if holder.state == "up":
                 self._rest(holder, now)
         elif num > 0:
-            self._idle.pop(holder, None)
+            self.groups[holder.group].idle.pop(holder, None)
             holder.began, holder.ends = now, ends
 
     def gone(self, holder: Holder, now: float) -> None:
@@ -176,7 +178,7 @@ class Devices:
             group.num_stopping -= 1
             self._leaving -= holder.size
         self.held = max(0.0, self.held - holder.size)
-        self._idle.pop(holder, None)
+        group.idle.pop(holder, None)
         self._draining.pop(holder, None)
         holder.state, holder.closed, holder.num_working = "gone", False, 0
         self._settle(group, was_starved, now)
@@ -212,8 +214,7 @@ class Devices:
         yield from self._warm()
         yield from self._grow(now)
         for holder in self._spare(now, None):
-            if not self.groups[holder.group].coming:
-                yield self._stop(holder, now)
+            yield self._stop(holder, now)
 
     def _make_way(self, group: Group, now: float) -> Iterator[Stop]:
         """Stop what has nothing to do, and close what has had its turn, as much as lets the group fit."""
@@ -224,7 +225,10 @@ class Devices:
             lacking = 2 * _EPS  # enough in all, but not on one node: one more
         chosen = dict.fromkeys(self._spare(now, self.linger_s))
         if now - group.since >= self.turn_s - _EPS:
-            chosen |= dict.fromkeys(holder for holder in self._idle if self._is_over(holder, group, now))
+            idle = sorted(
+                (each for other in self.groups.values() for each in other.idle), key=lambda each: each.free_at
+            )
+            chosen |= dict.fromkeys(holder for holder in idle if self._is_over(holder, group, now))
             # What drains already goes on, unless another one has become free before it.
             chosen |= dict.fromkeys(holder for holder in self._draining if self._is_over(holder, group, now))
             if sum(holder.size for holder in chosen) < lacking - _EPS:
@@ -244,16 +248,18 @@ class Devices:
                 yield self._stop(holder, now)
 
     def _spare(self, now: float, for_s: float | None) -> list[Holder]:
-        """Without work for so long (None: for what its group bears), and not wanted."""
+        """Without work for so long, and not wanted; who has been so for longest first. None: for what its group bears, and none
+        is to come."""
         found: list[Holder] = []
-        wanted: dict[str, int] = {}
-        for holder in self._idle:
-            group = self.groups[holder.group]
-            left = wanted.setdefault(group.name, group.num_present - group.wanted)
-            if left > 0 and now - holder.free_at >= (group.idle_s if for_s is None else for_s) - _EPS:
-                wanted[group.name] -= 1
-                found.append(holder)
-        return found
+        for group in self.groups.values():
+            left = group.num_present - group.wanted if group.idle and not (for_s is None and group.coming) else 0
+            if left > 0:
+                least_s = (group.idle_s if for_s is None else for_s) - _EPS
+                for holder in islice(group.idle, left):
+                    if now - holder.free_at < least_s:
+                        break  # all others have worked since
+                    found.append(holder)
+        return sorted(found, key=lambda holder: holder.free_at)
 
     def _is_over(self, holder: Holder, waiting: Group, now: float) -> bool:
         """Its turn, by whoever waits; a lower rank never makes way."""
@@ -283,7 +289,7 @@ class Devices:
                 yield self._start(group)
                 continue
             lacking = group.size - self.free - self._leaving
-            spare = self._spare(now, self.turn_s) if lacking > _EPS else []
+            spare = self._spare(now, min(self.turn_s, SPARE_S)) if lacking > _EPS else []
             if not spare or sum(holder.size for holder in spare) < lacking - _EPS:
                 return
             yield self._stop(spare[0], now)
@@ -305,7 +311,7 @@ class Devices:
         holder.state, holder.closed = "stopping", True
         group.num_stopping += 1
         self._leaving += holder.size
-        self._idle.pop(holder, None)
+        group.idle.pop(holder, None)
         self._draining.pop(holder, None)
         self._settle(group, was_starved, now)
         return Stop(holder)
@@ -319,9 +325,10 @@ class Devices:
 
     def _rest(self, holder: Holder, now: float) -> None:
         holder.free_at = now
-        self._idle.pop(holder, None)
-        self._idle[holder] = None
-        self._at(now + self.linger_s, now + self.turn_s, now + self.groups[holder.group].idle_s)
+        group = self.groups[holder.group]
+        group.idle.pop(holder, None)
+        group.idle[holder] = None
+        self._at(now + self.linger_s, now + min(self.turn_s, SPARE_S), now + self.turn_s, now + group.idle_s)
         self._changed = True
 
     def _settle(self, group: Group, was_starved: bool, now: float) -> None:

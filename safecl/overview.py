@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safecl import methods, registry
-from safecl.base import ConfigError, Json, near
+from safecl.base import ConfigError, near
 from safecl.cost import Open, cost
 from safecl.dtypes import warnings
-from safecl.grid import Cell, Job, points
+from safecl.grid import Job
 from safecl.preflight import lacking_judges
-from safecl.project import Project
+from safecl.project import Project, trials
 from safecl.report import page
 from safecl.report.answers import chunks
 from safecl.report.costs import costs
@@ -42,7 +42,8 @@ def plan(project: Project) -> dict[str, Any]:
     jobs: list[Job] = []
     open_cells: list[Open] = []
     seeds = len(sweep.seeds)
-    for cell, _, finals, _ in project.finals():
+    for row in trials(project):
+        cell = row.cell
         found.append(
             {
                 "cell": cell.label,
@@ -50,13 +51,9 @@ def plan(project: Project) -> dict[str, Any]:
                 "trials": seeds + (cell.num_trials if cell.space is not None else 0),
             }
         )
-        study = project.past(cell)
-        tried = study.complete() if study else []
-        jobs += [cell.trial(trial.params) for trial in tried] + finals
-        if not finals:
-            known = _known_trials(cell, sweep.search.sampler, [trial.params for trial in tried])
-            jobs += [cell.trial(params) for params in known]
-            open_cells.append(Open(cell, cell.num_trials - len(tried) - len(known), sweep.seeds))
+        jobs += row.done + row.known
+        if row.num_more is not None:
+            open_cells.append(Open(cell, row.num_more, sweep.seeds))
     with ThreadPoolExecutor(1) as beside:  # the machine's speed is measured by another process
         to_come = beside.submit(project.forecast)
         for job in jobs:
@@ -91,13 +88,6 @@ def plan(project: Project) -> dict[str, Any]:
         "trained": {label: one and one._asdict() for label, one in project.expected.items()},
         "notes": _plan_notes(project),
     }
-
-
-def _known_trials(cell: Cell, sampler: str, tried: list[dict[str, Json]]) -> list[dict[str, Json]]:
-    """Trials that are certain to come: trial 0, which is the defaults, or all of a grid."""
-    if sampler == "grid":
-        return [point for point in points(cell.space or {}) if point not in tried]
-    return [] if tried else [{}]
 
 
 def _plan_notes(project: Project) -> list[str]:

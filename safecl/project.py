@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +18,7 @@ from safecl.cost import Forecast
 from safecl.dtypes import auto, resolved
 from safecl.estimate import Estimator, speeds
 from safecl.graph import REFERENCES, Evidence
-from safecl.grid import Cell, Job
+from safecl.grid import Cell, Job, points
 from safecl.hardware import Node
 from safecl.lease import Lease
 from safecl.objective import select
@@ -286,3 +286,29 @@ class Project:
         """What was measured of a job's answers, a line an outcome; None where it is not finished."""
         metrics = job.evidence.metrics
         return self.lines(metrics, "outcomes") if self.store.has(metrics) else None
+
+
+class Trials(NamedTuple):
+    """A row's trials: searched ones that are over, those that are certain to come, and how many more its search may suggest,
+    after which the final ones come (None: it is over, or there is none)."""
+
+    cell: Cell
+    done: list[Job]
+    known: list[Job]
+    num_more: int | None
+
+
+def trials(project: Project) -> Iterator[Trials]:
+    """Row by row, what a sweep runs. Reads its studies."""
+    for cell, _, finals, _ in project.finals():
+        study = project.past(cell)
+        tried = [trial.params for trial in study.complete()] if study else []
+        done = [cell.trial(params) for params in tried]
+        if finals:
+            yield Trials(cell, done, finals, None)
+            continue
+        first: list[dict[str, Any]] = [{}] if not tried else []  # trial 0 is the defaults
+        if project.sweep.search.sampler == "grid":
+            first = [point for point in points(cell.space or {}) if point not in tried]
+        known = [cell.trial(params) for params in first]
+        yield Trials(cell, done, known, cell.num_trials - len(tried) - len(known))

@@ -26,6 +26,8 @@ QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """Its cluster is closed by `_cluster` as the real one is; trials run by putting their stages into the store."""
+    import ray  # noqa: F401  (else the hours may be over in the middle of it)
+
     monkeypatch.setattr(hardware, "measured", lambda use_gpu=False: {"bfloat16": Speed(9, 9), "float32": Speed(9, 9)})
     monkeypatch.setattr(driver.preflight, "check_memory", lambda *_: None)
     found = Project(
@@ -33,7 +35,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     )
 
     @contextmanager
-    def cluster(project: Project, show: Any) -> Iterator[Any]:
+    def cluster(project: Project, show: Any, seconds: Any = None) -> Iterator[Any]:
         broker = SimpleNamespace(
             ensure=SimpleNamespace(remote=_put(found)), warm=SimpleNamespace(remote=lambda *_: None)
         )

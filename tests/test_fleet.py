@@ -15,6 +15,7 @@ from safecl.config import Execution
 from safecl.devices import Devices, Holder
 from safecl.fleet import App, Fleet, Group
 from safecl.lender import Lender
+from safecl.order import UNNAMED, Turn
 from safecl.store import Stage, Store
 
 BASE, OTHER = Stage("model", {"source": "base"}), Stage("model", {"source": "other"})
@@ -30,7 +31,7 @@ class Told(Fleet):
         self.booted: list[str] = []
         self.down: list[str] = []
         self.failing = ""
-        super().__init__(Store(str(tmp_path)), chosen, "", lender, held, at_once, lambda *_: None, lambda key: None)
+        super().__init__(Store(str(tmp_path)), chosen, lender, held, at_once, lambda *_: None, lambda key: None)
 
     async def _boot(self, group: Group, holder: Holder) -> None:
         self.booted.append(holder.name)
@@ -47,7 +48,7 @@ class Told(Fleet):
         self.down.append(holder.name)
 
     async def ask(self, model: Stage, weights: str, seconds: float, role: str = "candidate", number: int = 0) -> str:
-        async with self.lease(role, model, f"{weights}{number}", weights, (0, number, 0)) as groups:
+        async with self.lease(role, model, f"{weights}{number}", weights, Turn.of(UNNAMED, 0.0, number)) as groups:
             await asyncio.sleep(seconds)
             [(name, [app])] = groups.items()
             assert name == f"{role}-{model.key[:8]}"

@@ -17,6 +17,7 @@ from safecl.config import Execution
 from safecl.devices import Devices, Holder
 from safecl.faults import kind_of
 from safecl.lender import Lender
+from safecl.order import UNNAMED, Claim, Turn
 from safecl.store import Stage, Store
 from safecl.trainers import Trainers
 
@@ -109,7 +110,8 @@ def test_of_those_that_wait_who_was_asked_for_first_is_next_also_after_a_death(m
     async def scene(pool: Pool) -> None:
         pool.expect(3)
         [name] = pool.trainers
-        tasks = [asyncio.create_task(pool.run(stage("memory", turn), (turn == 3, 1, turn))) for turn in (2, 3, 1)]
+        turns = [(number, Turn.of(Claim(rank=int(number == 3)), 0.0, number)) for number in (2, 3, 1)]
+        tasks = [asyncio.create_task(pool.run(stage("memory", number), turn)) for number, turn in turns]
         await settle()
         assert await pool.take(name, 0, "old") == (stage("memory", 1), 1)
         for number in (1, 2, 3):  # by ranks that were started anew
@@ -126,7 +128,8 @@ def test_of_what_becomes_ready_together_the_lowest_turn_is_first(monkeypatch: py
         [name] = pool.trainers
         idle = asyncio.create_task(pool.take(name, 0, "w0"))
         await settle()
-        tasks = [asyncio.create_task(pool.run(stage("memory", number), (False, 1, number))) for number in (2, 1)]
+        turns = [(number, Turn.of(UNNAMED, 0.0, number)) for number in (2, 1)]
+        tasks = [asyncio.create_task(pool.run(stage("memory", number), turn)) for number, turn in turns]
         for number in (1, 2):
             assert await idle == (stage("memory", number), 1)
             await pool.done(name, 0, stage("memory", number).key, None)

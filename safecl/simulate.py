@@ -1,0 +1,615 @@
+"""A schedule over a virtual clock: how long a grid takes on nodes that one need not have.
+
+Who holds devices (devices.py) and whose turn it is (order.py) is what decides in a run; here stages take what they are
+estimated to, and nodes come and go. Stages are numbers into arrays, so that a hundred thousand of them take seconds.
+
+What is left out: an engine works on one stage after the other, where a real one overlaps them (its estimates are of that
+overlap), and a stage takes the same time whatever else its node does.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from safecl import devices
+from safecl.base import PrerequisiteError
+from safecl.devices import IDLE_S, Devices, Holder, Start
+from safecl.order import NUM_RANKS, Claim, chains
+
+TRAINERS, LIGHT = 0, 1  # groups that every grid has
+UNASKED, WAITS, READY, RUNS, DONE = range(5)  # a stage's state
+_OVER, _UP, _GONE, _TAKEN, _BACK = range(5)  # what an event is
+_STUCK_S = 30 * 86400.0
+_STOP_S = 1.0  # until a holder that is stopped has given its units back
+
+
+class Group(NamedTuple):
+    """Who does work: the trainers, the process of light stages (which holds no device), or the engines of one model in one
+    role. Each holder has `size` units, takes `boot_s` to start, and does `at_once` pieces of work beside one another."""
+
+    name: str
+    role: str
+    size: float
+    at_most: int
+    boot_s: float
+    at_once: int = 1
+
+
+class Node(NamedTuple):
+    """`units`: GPUs, or without any CPUs; `pace`: how fast, as a multiple of what `Grid.seconds` is told for;
+    `preempted_per_h`: how often it is taken away, to be back `back_s` later."""
+
+    kind: str
+    units: int
+    pace: float = 1.0
+    price_per_h: float = 0.0
+    preempted_per_h: float = 0.0
+    back_s: float = 0.0
+
+
+@dataclass
+class Cell:
+    """A row of the table as its trials come: those of a batch (each: the stages that it wants) after all of the one before."""
+
+    batches: list[list[tuple[int, ...]]]
+    searched: bool = False
+    priority: int = 0
+    share: float = 1.0
+
+
+@dataclass
+class Grid:
+    """Stages that must be run, inputs first, as arrays by their number. `needs`: those each waits for; `after`: the batch (a
+    number in `gates`) that must be over before it is asked for, -1 for none, which a lower bound must know; `resumes`: whether
+    it goes on from a checkpoint; `ranks`: how many of a trainer's it takes; `weights`: a number of those it asks an engine for,
+    which has one of them at a time (-1: it asks for none)."""
+
+    groups: list[Group]
+    kinds: list[str] = field(default_factory=list)
+    kind: list[int] = field(default_factory=list)
+    group: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    resumes: list[bool] = field(default_factory=list)
+    weights: list[int] = field(default_factory=list)
+    needs: list[tuple[int, ...]] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+    gates: list[list[int]] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+    beside: list[int] = field(default_factory=list)  # wanted by no row: what measures the judges
+    checkpoint_s: float = 60.0
+
+    def add(
+        self, kind: int, group: int, seconds: float, needs: Iterable[int], *, ranks: int = 1, resumes: bool = False,
+        weights: int = -1, after: int = -1,
+    ) -> int:  # fmt: skip
+        """One more stage; its number."""
+        self.kind.append(kind)
+        self.group.append(group)
+        self.seconds.append(seconds)
+        self.needs.append(tuple(needs))
+        self.ranks.append(ranks)
+        self.resumes.append(resumes)
+        self.weights.append(weights)
+        self.after.append(after)
+        return len(self.kind) - 1
+
+    def chains(self) -> list[float]:
+        """See order.chains: of what is asked for together."""
+        return chains(self.seconds, self.needs)
+
+
+class Bound(NamedTuple):
+    """No schedule takes less than `seconds`, for this reason (`why`): the critical path, all devices, or a group that may have no
+    more holders. `path`: the critical path, as numbers of stages; `group_s`: seconds of each group's work."""
+
+    seconds: float
+    why: str
+    path_s: float
+    path: list[int]
+    devices_s: float
+    group_s: dict[str, float]
+
+
+@dataclass
+class Schedule:
+    """What came of it. `use`: unit-seconds by what they went into, of `unit_s` that nodes were there; `most_under_way`: trials
+    at once."""
+
+    makespan_s: float
+    use: dict[str, float]
+    unit_s: float
+    price: float
+    num_preempted: int
+    lost_s: float
+    num_boots: dict[str, int]
+    most_under_way: int
+    bound: Bound
+
+    @property
+    def ratio(self) -> float:
+        return self.makespan_s / self.bound.seconds if self.bound.seconds else 1.0
+
+
+class Bounds:
+    """The least that any schedule of a grid takes, on any nodes."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        num = len(grid.seconds)
+        self.starts, before = [0.0] * num, [-1] * num  # the earliest, and the stage that it waits for longest
+        ends = [0.0] * num
+        gates: dict[int, int] = {}  # gate -> its last stage
+        for stage, seconds in enumerate(grid.seconds):
+            last, gate = -1, grid.after[stage]
+            if gate >= 0:
+                if gate not in gates:
+                    gates[gate] = max(grid.gates[gate], key=ends.__getitem__, default=-1)
+                last = gates[gate]
+            for other in grid.needs[stage]:
+                if last < 0 or ends[other] > ends[last]:
+                    last = other
+            before[stage] = last
+            self.starts[stage] = ends[last] if last >= 0 else 0.0
+            ends[stage] = self.starts[stage] + seconds
+        self.path: list[int] = []
+        at = max(range(num), key=ends.__getitem__, default=-1)
+        self.path_s = ends[at] if at >= 0 else 0.0
+        while at >= 0:
+            self.path.append(at)
+            at = before[at]
+        self.path.reverse()
+        self.work = [0.0] * len(grid.groups)  # seconds of places
+        of_unit = [0.0 if number == LIGHT else group.size / group.at_once for number, group in enumerate(grid.groups)]
+        unit_s = []
+        for group, seconds, ranks in zip(grid.group, grid.seconds, grid.ranks, strict=True):
+            self.work[group] += seconds * ranks
+            unit_s.append(seconds * ranks * of_unit[group])
+        tails = (chain - seconds for chain, seconds in zip(grid.chains(), grid.seconds, strict=True))
+        self.unit_s = sum(unit_s)
+        # (earliest start, unit-seconds of what cannot start before); (shortest rest, unit-seconds of what has no less after it)
+        self.heads, self.tails = _steps(self.starts, unit_s), _steps(tails, unit_s)
+
+    def on(self, nodes: Sequence[Node]) -> Bound:
+        fastest, power = max(node.pace for node in nodes), sum(node.units * node.pace for node in nodes)
+        devices_s = max(
+            (least / fastest + work / power for steps in (self.heads, self.tails) for least, work in steps), default=0.0
+        )
+        group_s = {
+            group.name: work / (group.at_most * group.at_once * fastest)
+            for number, (group, work) in enumerate(zip(self.grid.groups, self.work, strict=True))
+            if number != LIGHT and work
+        }
+        reasons = {"the critical path": self.path_s / fastest, "all devices": devices_s, **group_s}
+        why = max(reasons, key=reasons.__getitem__)
+        return Bound(reasons[why], why, self.path_s / fastest, self.path, devices_s, group_s)
+
+
+def _steps(least: Iterable[float], unit_s: Sequence[float]) -> list[tuple[float, float]]:
+    """For each value in `least`: it, and the sum of all whose value is no lower. Of many values a hundred."""
+    ordered = sorted(zip(least, unit_s, strict=True), reverse=True)
+    total, found = 0.0, []
+    every = max(1, len(ordered) // 100)
+    for number, (value, seconds) in enumerate(ordered):
+        total += seconds
+        if number % every == 0 or number == len(ordered) - 1:
+            found.append((value, total))
+    return found
+
+
+class _Run:
+    """One simulation."""
+
+    def __init__(
+        self, grid: Grid, nodes: Sequence[Node], num_trials_at_once: int, seed: int, bounds: Bounds | None
+    ) -> None:
+        self.grid, self.nodes, self.at_once, self.bounds = grid, nodes, num_trials_at_once, bounds
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self.events: list[
+            tuple[float, int, int, int, Holder | None]
+        ] = []  # (when, number, what, stage or node, holder)
+        self.num_events = 0
+        self.waits = [len(needs) for needs in grid.needs]
+        self.above: list[list[int]] = [[] for _ in grid.needs]
+        for stage, needs in enumerate(grid.needs):
+            for other in needs:
+                self.above[other].append(stage)
+        self.left = list(grid.seconds)  # of each stage; of one that lost its node, from its checkpoint
+        self.chain = grid.chains()
+        self.turn: list[tuple[int, int, float, float, int] | None] = [None] * len(grid.seconds)
+        self.state = bytearray(len(grid.seconds))  # UNASKED ... DONE
+        self.queues: list[list[tuple[tuple[int, int, float, float, int], int]]] = [[] for _ in grid.groups]
+        self.idle: list[dict[Holder, int]] = [
+            {} for _ in grid.groups
+        ]  # open holders, and how many places they have free
+        self.num_working = [0] * len(grid.groups)
+        self.num_ready = [0] * len(grid.groups)
+        self.num_coming = [0] * len(grid.groups)  # asked for, and waiting for others
+        # Of stages that wait for an engine or have it, how many ask for each weights.
+        self.asking: list[Counter[int]] = [Counter() for _ in grid.groups]
+        self.changed: set[int] = set()  # groups whose work is another than the devices were told
+        self.finished: list[Holder] = []
+        self.light_free = grid.groups[LIGHT].at_most
+        self.number = {group.name: number for number, group in enumerate(grid.groups)}
+        # Devices, and where they are.
+        self.is_up = [True] * len(nodes)
+        self.free = [float(node.units) for node in nodes]
+        self.by_free: defaultdict[float, dict[int, None]] = defaultdict(dict)
+        for number, node in enumerate(nodes):
+            self.by_free[node.units][number] = None
+        self.on: list[dict[Holder, None]] = [{} for _ in nodes]
+        self.node_of: dict[Holder, int] = {}
+        self.does: dict[Holder, dict[int, float]] = {}  # stage -> when it began
+        self.began: dict[Holder, float] = {}
+        units = float(sum(node.units for node in nodes))
+        self.devices = Devices(units, room=self._room)
+        for number, group in enumerate(grid.groups):
+            if number != LIGHT:
+                self.devices.add(group.name, group.size, group.at_most, IDLE_S)
+        self.use: defaultdict[str, float] = defaultdict(float)
+        self.down_since: dict[int, float] = {}
+        self.down_s = [0.0] * len(nodes)
+        self.num_preempted = 0
+        self.lost_s = 0.0
+        self.num_boots: Counter[str] = Counter()
+        # Trials.
+        self.turns: list[tuple[int, int, float, int]] = []
+        self.num_given = [0] * len(grid.cells)
+        self.given: list[list[tuple[int, ...]]] = [[] for _ in grid.cells]  # of the batch that is under way
+        self.open_of = [0] * len(grid.cells)  # trials of that batch that are not over
+        self.batch = [-1] * len(grid.cells)
+        self.num_under_way = self.num_asked = 0
+        self.wanted_by: defaultdict[int, list[int]] = defaultdict(list)  # stage -> trials
+        self.lacks: list[int] = []  # of each trial, how many of its stages are not there
+        self.cell_of: list[int] = []
+        self.most_under_way = 0
+        self.num_left = sum(len(batch) for cell in grid.cells for batch in cell.batches) + bool(grid.beside)
+
+    def _at(self, when: float, what: int, number: int, holder: Holder | None = None) -> None:
+        self.num_events += 1
+        heapq.heappush(self.events, (when, self.num_events, what, number, holder))
+
+    # -- trials --------------------------------------------------------------------------------------------------------
+
+    def _next_batch(self, cell: int) -> None:
+        self.batch[cell] += 1
+        batches = self.grid.cells[cell].batches
+        if self.batch[cell] < len(batches):
+            self.given[cell] = list(reversed(batches[self.batch[cell]]))
+            self.open_of[cell] = len(self.given[cell])
+            self._wake(cell)
+
+    def _wake(self, cell: int) -> None:
+        if self.given[cell]:
+            claim = self._claim(cell)
+            heapq.heappush(self.turns, (-claim.priority, claim.rank, claim.round, cell))
+
+    def _claim(self, cell: int) -> Claim:
+        its = self.grid.cells[cell]
+        return Claim(its.priority, int(not its.searched), self.num_given[cell] / its.share)
+
+    def _admit(self) -> None:
+        while self.turns and self.num_under_way < self.at_once:
+            cell = heapq.heappop(self.turns)[-1]
+            claim, targets = self._claim(cell), self.given[cell].pop()
+            self.num_given[cell] += 1
+            self._wake(cell)
+            self.num_under_way += 1
+            self.most_under_way = max(self.most_under_way, self.num_under_way)
+            self._want(cell, targets, claim)
+
+    def _want(self, cell: int, targets: Sequence[int], claim: Claim) -> None:
+        """A trial of a cell; below 0: what is wanted beside them."""
+        trial = len(self.lacks)
+        self.cell_of.append(cell)
+        wanted = [stage for stage in targets if self.state[stage] != DONE]
+        self.lacks.append(len(wanted))
+        for stage in wanted:
+            self.wanted_by[stage].append(trial)
+        self._ask(wanted, claim)
+        if not wanted:
+            self._trial_over(trial)
+
+    def _trial_over(self, trial: int) -> None:
+        cell = self.cell_of[trial]
+        self.num_left -= 1
+        if cell < 0:
+            return
+        self.num_under_way -= 1
+        self.open_of[cell] -= 1
+        if not self.open_of[cell]:
+            self._next_batch(cell)
+
+    def _ask(self, targets: Sequence[int], claim: Claim) -> None:
+        """As Broker.ensure: what is not there is lined up, and what was goes forward where this turn is lower."""
+        self.num_asked += 1
+        first, rank, rounds, number = -claim.priority, claim.rank, claim.round, self.num_asked
+        stack = list(targets)
+        needs, turns, chain, state = self.grid.needs, self.turn, self.chain, self.state
+        while stack:
+            stage = stack.pop()
+            if state[stage] >= RUNS:
+                continue
+            turn, known = (first, rank, rounds, -chain[stage], number), turns[stage]
+            if known is not None and known <= turn:
+                continue
+            turns[stage] = turn
+            if state[stage] == UNASKED:
+                state[stage] = WAITS
+                self.num_coming[self.grid.group[stage]] += self.grid.ranks[stage]
+            if not self.waits[stage]:
+                self._ready(stage)  # if it was already, the entry with its old turn is passed over
+            stack.extend(needs[stage])
+
+    def _ready(self, stage: int) -> None:
+        turn, group = self.turn[stage], self.grid.group[stage]
+        assert turn is not None
+        if self.state[stage] == WAITS:
+            self.num_coming[group] -= self.grid.ranks[stage]
+            self.num_ready[group] += self.grid.ranks[stage]
+            if (weights := self.grid.weights[stage]) >= 0:
+                self.asking[group][weights] += 1
+        self.state[stage] = READY
+        self.changed.add(group)
+        heapq.heappush(self.queues[group], (turn, stage))
+
+    # -- work ----------------------------------------------------------------------------------------------------------
+
+    def _first(self, group: int) -> int | None:
+        """The next stage of a queue."""
+        queue, turns, state = self.queues[group], self.turn, self.state
+        while queue:
+            turn, stage = queue[0]
+            if state[stage] == READY and turns[stage] == turn:
+                return stage
+            heapq.heappop(queue)
+        return None
+
+    def _give(self, number: int) -> None:
+        """Hand a group's queue out to those of its holders that have a place free."""
+        idle, queue = self.idle[number], self.queues[number]
+        while (stage := self._first(number)) is not None:
+            if number == LIGHT:
+                if not self.light_free:
+                    return
+                self.light_free -= 1
+                self._at(self.now + self.left[stage], _OVER, stage)
+            else:
+                places = self.grid.ranks[stage]
+                holder = next((its for its, free in idle.items() if free >= places and its.open), None)
+                if holder is None:
+                    return
+                ends = self.now + self.left[stage] / self.nodes[self.node_of[holder]].pace
+                idle[holder] -= places
+                if not idle[holder]:
+                    del idle[holder]
+                self.does[holder][stage] = self.now
+                self.devices.work(holder, 1, self.now, ends)
+                self._at(ends, _OVER, stage, holder)
+            heapq.heappop(queue)
+            self.state[stage] = RUNS
+            self.num_ready[number] -= self.grid.ranks[stage]
+            self.num_working[number] += self.grid.ranks[stage]
+
+    def _over(self, stage: int, holder: Holder | None) -> None:
+        number = self.grid.group[stage]
+        if holder is None:
+            self.light_free += 1
+        else:
+            began = self.does.get(holder, {}).pop(stage, None)
+            if began is None or self.state[stage] != RUNS:
+                return  # its node is gone
+            group = self.grid.groups[number]
+            places = self.grid.ranks[stage]
+            self.use[group.role] += (self.now - began) * group.size * places / group.at_once
+            self.finished.append(holder)
+            self.idle[number][holder] = self.idle[number].get(holder, 0) + places
+        self._worked(stage, number)
+        self.state[stage] = DONE
+        for above in self.above[stage]:
+            self.waits[above] -= 1
+            if not self.waits[above] and self.state[above] == WAITS:
+                self._ready(above)
+        for trial in self.wanted_by.pop(stage, ()):
+            self.lacks[trial] -= 1
+            if not self.lacks[trial]:
+                self._trial_over(trial)
+
+    def _worked(self, stage: int, number: int) -> None:
+        self.num_working[number] -= self.grid.ranks[stage]
+        self.changed.add(number)
+        if (weights := self.grid.weights[stage]) >= 0:
+            self.asking[number][weights] -= 1
+            if not self.asking[number][weights]:
+                del self.asking[number][weights]
+
+    # -- devices -------------------------------------------------------------------------------------------------------
+
+    def _room(self, group: devices.Group) -> bool:
+        return any(free >= group.size and numbers for free, numbers in self.by_free.items())
+
+    def _take(self, node: int, units: float) -> None:
+        """So many units of a node are held, or below 0 free again."""
+        self.by_free[self.free[node]].pop(node, None)
+        self.free[node] -= units
+        if self.is_up[node]:
+            self.by_free[self.free[node]][node] = None
+
+    def _start(self, holder: Holder) -> None:
+        number = self.number[holder.group]
+        fitting = min(free for free, numbers in self.by_free.items() if free >= holder.size and numbers)
+        node = next(iter(self.by_free[fitting]))
+        self._take(node, holder.size)
+        self.node_of[holder], self.on[node][holder] = node, None
+        self.began[holder] = self.now
+        self.does[holder] = {}
+        self.num_boots[self.grid.groups[number].role] += 1
+        self._at(self.now + self.grid.groups[number].boot_s, _UP, number, holder)
+
+    def _up(self, number: int, holder: Holder) -> None:
+        if holder not in self.node_of:
+            return
+        self.use["booting"] += (self.now - self.began[holder]) * holder.size
+        self.began[holder] = self.now
+        self.devices.up(holder, self.now)
+        self.idle[number][holder] = self.grid.groups[number].at_once
+        self.changed.add(number)
+
+    def _gone(self, holder: Holder) -> None:
+        node = self.node_of.pop(holder, None)
+        if node is None:
+            return
+        number = self.number[holder.group]
+        what = "booting" if holder.state == "starting" else "held"
+        self.use[what] += (self.now - self.began.pop(holder)) * holder.size
+        self.idle[number].pop(holder, None)
+        del self.on[node][holder]
+        for stage, began in self.does.pop(holder).items():
+            self._lost(stage, began, number, self.nodes[node].pace)
+        self.devices.gone(holder, self.now)
+        self._take(node, -holder.size)
+        self.changed.add(number)
+
+    def _lost(self, stage: int, began: float, number: int, pace: float) -> None:
+        """A stage's node was taken away: it is lined up again, and goes on from its last checkpoint if it has such."""
+        group = self.grid.groups[number]
+        spent = self.now - began
+        kept = spent - spent % self.grid.checkpoint_s if self.grid.resumes[stage] else 0.0
+        self.left[stage] -= min(kept * pace, 0.99 * self.left[stage])
+        self.use[group.role] += spent * group.size * self.grid.ranks[stage] / group.at_once
+        self.lost_s += (spent - kept) * group.size
+        self.state[stage] = WAITS
+        self._worked(stage, number)
+        self.num_coming[number] += self.grid.ranks[stage]
+        self._ready(stage)
+
+    def _node_taken(self, node: int) -> None:
+        self.is_up[node] = False
+        self.by_free[self.free[node]].pop(node, None)
+        for holder in list(self.on[node]):
+            self._gone(holder)
+        self.num_preempted += 1
+        self.devices.resize(self.devices.num_units - self.nodes[node].units)
+        self.down_s[node] -= self.now
+        self._at(self.now + self.nodes[node].back_s, _BACK, node)
+
+    def _node_back(self, node: int) -> None:
+        self.is_up[node] = True
+        self.down_s[node] += self.now
+        self.by_free[self.free[node]][node] = None
+        self.devices.resize(self.devices.num_units + self.nodes[node].units)
+        self._expect_loss(node)
+
+    def _expect_loss(self, node: int) -> None:
+        if (rate := self.nodes[node].preempted_per_h) > 0:
+            self._at(self.now + self.random.expovariate(rate) * 3600, _TAKEN, node)
+
+    def _settle(self) -> None:
+        """After what happened at one time: hand out, say what there is to do, and let the devices change hands."""
+        self._admit()
+        lender, groups = self.devices, self.grid.groups
+        for number in self.changed:
+            self._give(number)
+        for holder in self.finished:  # after the next stage was given: who goes on was never without work
+            if holder in self.node_of:
+                lender.work(holder, -1, self.now)
+        self.finished.clear()
+        for number in self.changed:
+            if number != LIGHT:
+                group = groups[number]
+                there = self.num_ready[number] + self.num_working[number]
+                first = self._first(number)
+                turn = None if first is None else self.turn[first]
+                rank = 0 if turn is None else NUM_RANKS * turn[0] + turn[1]
+                wanted = min(len(self.asking[number]) or -(-there // group.at_once), group.at_most)
+                coming = min(self.num_coming[number], group.at_most)
+                lender.ask(group.name, wanted, self.now, rank, coming)
+        self.changed.clear()
+        for act in lender.step(self.now):
+            if isinstance(act, Start):
+                self._start(act.holder)
+            else:
+                self.idle[self.number[act.holder.group]].pop(act.holder, None)
+                self._at(self.now + _STOP_S, _GONE, 0, act.holder)
+        for number, idle in enumerate(self.idle):  # those that need no longer make way
+            if idle and self.num_ready[number]:
+                self._give(number)
+
+    def run(self) -> Schedule:
+        for node in range(len(self.nodes)):
+            self._expect_loss(node)
+        for cell in range(len(self.grid.cells)):
+            self._next_batch(cell)
+        if self.grid.beside:
+            self._want(-1, self.grid.beside, Claim(min((cell.priority for cell in self.grid.cells), default=0), rank=2))
+        self._settle()
+        at_work = 0.0
+        while self.num_left:
+            when = min(self.events[0][0] if self.events else math.inf, self.devices.next_at)
+            if any(self.num_working) or self.devices.held:
+                at_work = self.now
+            elif when > at_work + _STUCK_S:
+                raise PrerequisiteError(self._stuck())
+            self.now = max(self.now, when)
+            while self.events and self.events[0][0] <= self.now:
+                _, _, what, number, holder = heapq.heappop(self.events)
+                if what == _OVER:
+                    self._over(number, holder)
+                elif what == _TAKEN:
+                    self._node_taken(number)
+                elif what == _BACK:
+                    self._node_back(number)
+                elif holder is not None:
+                    self._up(number, holder) if what == _UP else self._gone(holder)
+            self._settle()
+        return self._result()
+
+    def _stuck(self) -> str:
+        waiting = {self.grid.groups[number].name: num for number, num in enumerate(self.num_ready) if num}
+        most = max((free for free, numbers in self.by_free.items() if numbers), default=0)
+        size = max((self.grid.groups[self.number[name]].size for name in waiting), default=0)
+        return (
+            f"this cluster can never run {', '.join(waiting) or 'what is left'}: {size:g} devices of one node are "
+            f"needed at once, and none has more than {most:g}"
+        )
+
+    def _result(self) -> Schedule:
+        for holder in list(self.node_of):
+            self._gone(holder)
+        for node, is_up in enumerate(self.is_up):
+            self.down_s[node] += 0.0 if is_up else self.now
+        up_s = [self.now - down for down in self.down_s]
+        capacity = sum(node.units * up for node, up in zip(self.nodes, up_s, strict=True))
+        use = dict(self.use)
+        held = use.pop("held", 0.0)
+        use["idle"] = max(0.0, held - sum(seconds for what, seconds in use.items() if what != "booting"))
+        use["free"] = max(0.0, capacity - held - use.get("booting", 0.0))
+        return Schedule(
+            makespan_s=self.now,
+            use=use,
+            unit_s=capacity,
+            price=sum(node.price_per_h * up / 3600 for node, up in zip(self.nodes, up_s, strict=True)),
+            num_preempted=self.num_preempted,
+            lost_s=self.lost_s,
+            num_boots=dict(self.num_boots),
+            most_under_way=self.most_under_way,
+            bound=(self.bounds or Bounds(self.grid)).on(self.nodes),
+        )
+
+
+def simulate(
+    grid: Grid, nodes: Sequence[Node], num_trials_at_once: int, seed: int = 0, bounds: Bounds | None = None
+) -> Schedule:
+    """Run a grid on these nodes. `seed`: of when spot nodes are taken away; `bounds`: the grid's, where they are there already.
+
+    Raises:
+        PrerequisiteError: it can never be finished there.
+    """
+    return _Run(grid, nodes, num_trials_at_once, seed, bounds).run()
