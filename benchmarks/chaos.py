@@ -13,15 +13,14 @@ figures are written once there are `--kills` of them. What is wrong ends it, wit
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from typing import Any
 
 import _bench
 import psutil
+from _outages import fill, mlflow_server, silence, small_disk
 
 KINDS = {  # what is killed: how its command begins or what it holds, and how often it is chosen
     "driver": ("", 0.6),
@@ -48,12 +48,15 @@ KINDS = {  # what is killed: how its command begins or what it holds, and how of
     "trial": ("ray::ImplicitFunc", 1.0),
 }
 WORKING = {"training worker", "Serve replica", "engine core"}
+NODE = "node"  # of a cluster of several: its raylet, and with it all that runs there
+OF_THE_CLUSTER = {"raylet, with its object store", "head's server (GCS)", "Serve controller"}  # stay when a driver ends
 AT_ONCE = 4  # so many kills may come before a stage is finished: else nothing would ever get on
+FIRST_S = 20.0  # without a kill, after a round has begun or goes on
 LIMIT_S = 3600.0  # of a round
 ORPHAN_S = 120.0  # Ray's agents take up to a minute and a half to see that all is gone
 
 
-def sweep(model: Path, root: Path, tracker: str | None) -> dict[str, Any]:
+def sweep(model: Path, root: Path, tracker: str | None, address: str) -> dict[str, Any]:
     """Methods of every kind of stage, with a search, on a random model that trains in seconds."""
     training = {"batch_size": 4, "learning_rate": 0.02, "weight_decay": 0.0, "max_tokens": 400}
     rows = [{"task": "mini", "num_rows": 8}]
@@ -79,7 +82,7 @@ def sweep(model: Path, root: Path, tracker: str | None) -> dict[str, Any]:
         "search": {"trials": 3},
         "execution": {
             "root": str(root), "engine_max_tokens": 1024, "engine_memory_gib": 0.1, "num_judge_replicas": 0,
-            "checkpoint_every_s": 1.0, **({"tracking_uri": tracker} if tracker else {}),
+            "checkpoint_every_s": 1.0, "address": address, **({"tracking_uri": tracker} if tracker else {}),
         },
     }  # fmt: skip
 
@@ -87,19 +90,28 @@ def sweep(model: Path, root: Path, tracker: str | None) -> dict[str, Any]:
 class Sweep:
     """One store, and the command that fills it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cluster: Any = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.lost: set[Path] = set()  # nodes that were killed
+        self.cluster = cluster  # tests.cluster.Nodes, where the sweep joins one
         self.folder, self.root = folder, folder / "root"
         self.process: subprocess.Popen[str] | None = None
         self.seen: dict[
             int, tuple[float, str]
-        ] = {}  # every process that this sweep ever had: when it began, what it is
+        ] = {}  # processes of the driver that runs: when they began, what they are
+        self.orphans: list[
+            tuple[float, dict[int, tuple[float, str]]]
+        ] = []  # those of drivers that are gone, since when
+
+    @property
+    def address(self) -> str:
+        return "local" if self.cluster is None else str(self.cluster.address)
 
     def start(self, model: Path, tracker: str | None) -> None:
         import yaml
 
         file = self.folder / "chaos.yaml"
-        file.write_text(yaml.safe_dump(sweep(model, self.root, tracker)))
+        file.write_text(yaml.safe_dump(sweep(model, self.root, tracker, self.address)))
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         with (self.folder / "out.txt").open("w") as out, (self.folder / "err.txt").open("a") as err:
             self.process = subprocess.Popen(
@@ -125,6 +137,11 @@ class Sweep:
         with suppress(psutil.Error):
             driver = psutil.Process(self.process.pid)
             found = [driver, *driver.children(recursive=True)]
+        for folder, node in () if self.cluster is None else self.cluster.made.items():
+            for info in () if folder in self.lost else node.all_processes.get("raylet", []):
+                with suppress(psutil.Error):
+                    raylet = psutil.Process(info.process.pid)
+                    found += [raylet, *raylet.children(recursive=True)]
         for one in found:
             with suppress(psutil.Error):
                 self.seen.setdefault(one.pid, (one.create_time(), " ".join(one.cmdline())[:80]))
@@ -142,7 +159,8 @@ class Sweep:
             for pid, (began, what) in processes.items() if time.monotonic() - since >= after_s else ():
                 with suppress(psutil.Error):
                     one = psutil.Process(pid)
-                    if one.create_time() == began and one.status() != psutil.STATUS_ZOMBIE:
+                    there = one.create_time() == began and one.status() != psutil.STATUS_ZOMBIE
+                    if there and (self.cluster is None or kind_of(one, 0) not in {None, *OF_THE_CLUSTER}):
                         found.append(f"{pid} {what}")
         return found
 
@@ -155,10 +173,31 @@ class Sweep:
                 found[path.parent.name] = about.st_ino, about.st_mtime_ns
         return found
 
+    def made(self) -> dict[str, str]:
+        """sha256 of what stages made that a repetition makes bit for bit, by `kind/key/file`: weights, training curves, rows,
+        and what was found of every answer."""
+        found = {}
+        for path in (self.root / "store").glob("*/*/record.json"):
+            record = json.loads(path.read_text())
+            for name, digest in record["sha256"].items():
+                if name == "outcomes.jsonl":  # in the order in which answers came
+                    lines = sorted((path.parent / name).read_bytes().splitlines())
+                    digest = hashlib.sha256(b"\n".join(lines)).hexdigest()
+                if name.endswith((".safetensors", "curves.jsonl", "rows.jsonl", "outcomes.jsonl")):
+                    found[f"{record['kind']}/{record['key'][:12]}/{name}"] = digest
+        return found
+
     def rows(self) -> list[dict[str, Any]]:
-        """The table it printed, without what a stage took."""
+        """What the table it printed says: method, parameters, and every metric."""
         table = json.loads((self.folder / "out.txt").read_text())
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in table["rows"]]
+        return [
+            {
+                "method": row["method"],
+                "params": row["params"],
+                "metrics": {name: metric["value"] for name, metric in sorted(row["metrics"].items())},
+            }
+            for row in table["rows"]
+        ]
 
 
 def kind_of(process: psutil.Process, driver: int) -> str | None:
@@ -204,10 +243,26 @@ class Round:
             with suppress(psutil.Error):
                 if (kind := kind_of(process, self.of.process.pid)) is not None:
                     by_kind.setdefault(kind, []).append(process)
-        if not by_kind.keys() & WORKING and time.monotonic() - self.killed < 60:  # let it get to work
+        nodes = (
+            []
+            if self.of.cluster is None
+            else [node for node in list(self.of.cluster.made)[1:] if node not in self.of.lost]
+        )
+        for kind in OF_THE_CLUSTER if self.of.cluster is not None else ():
+            by_kind.pop(kind, None)
+        if not by_kind.keys() & WORKING and time.monotonic() - self.killed < 240:  # let it get to work
             return
-        names = sorted(by_kind)
-        kind = self.dice.choices(names, [KINDS[name][1] for name in names])[0]
+        names = sorted(by_kind) + ([NODE] if nodes else [])
+        kind = self.dice.choices(names, [KINDS[name][1] if name in KINDS else 1.0 for name in names])[0]
+        if kind == NODE:
+            node = self.dice.choice(nodes)
+            self.of.cluster.kill(node)
+            self.of.lost.add(node)
+            self.of.cluster.add(num_cpus=1)
+            self.killed = time.monotonic()
+            self.since_finished += 1
+            self.log({"what": "kill", "kind": kind, "pid": 0, "finished": len(self.known)})
+            return
         victim = self.dice.choice(by_kind[kind])
         with suppress(psutil.Error):
             victim.send_signal(signal.SIGKILL)
@@ -218,7 +273,7 @@ class Round:
     def run(self, model: Path, tracker: str | None, until: float, faults: list[Any]) -> bool:
         """To the end of the sweep; False if the time is over before."""
         began = time.monotonic()
-        due = began + 20
+        due = began + FIRST_S
         pending = list(faults)
         while True:
             self.of.start(model, tracker)
@@ -262,9 +317,12 @@ class Round:
             time.sleep(0.5)
         self.wrong += [f"a process is left: {what}" for what in self.of.left(0.0)]
 
-    def check(self, expected: list[dict[str, Any]], tracker: str | None) -> None:
+    def check(self, undisturbed: dict[str, Any], tracker: str | None) -> None:
         """What must hold at the end."""
         root = self.of.root
+        now, before = self.of.made(), undisturbed["made"]
+        if other := sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name)):
+            self.wrong.append(f"{len(other)} of {len(before)} files are not those of the undisturbed run: {other[:5]}")
         for log in (root / "logs").glob("*-*.log"):
             whole = next((key for key in self.known if key[:12] == log.stem.rpartition("-")[2]), None)
             for line in log.read_text(errors="replace").splitlines() if whole else ():
@@ -272,7 +330,7 @@ class Round:
                     began = datetime.fromisoformat(line.split()[1]).timestamp()
                     if began * 1e9 > self.known[str(whole)][1]:
                         self.wrong.append(f"{log.stem} was begun though it was finished")
-        if self.of.rows() != expected:
+        if self.of.rows() != undisturbed["rows"]:
             self.wrong.append("the table is not that of the undisturbed run")
         for pattern in (
             "notes/lease-*",
@@ -305,102 +363,6 @@ class Round:
                 self.wrong.append(f"MLflow runs twice: {doubled}")
 
 
-@contextmanager
-def small_disk(image: Path, at: Path, gib: float) -> Iterator[bool]:
-    """A file system of that size in a file, mounted at `at`, where this process may; else a plain folder, and False."""
-    at.mkdir(parents=True, exist_ok=True)
-    made: Any = image.exists()
-    if not made:
-        with image.open("wb") as file:
-            file.truncate(int(gib * 2**30))
-        made = shutil.which("mkfs.ext4") and subprocess.run(["mkfs.ext4", "-q", "-F", str(image)]).returncode == 0
-    mounted = (
-        bool(made) and subprocess.run(["mount", "-o", "loop", str(image), str(at)], capture_output=True).returncode == 0
-    )
-    try:
-        yield mounted
-    finally:
-        if mounted:
-            subprocess.run(["umount", "-l", str(at)])
-
-
-def fill(at: Path, seconds: float) -> Any:
-    """A fault: the disk of `at` is full for so long."""
-
-    def fault(log: Any) -> None:
-        filler = at / "filler"
-        with suppress(OSError), filler.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(at).free - 2**16)
-        with suppress(OSError), filler.open("ab") as file:
-            while True:
-                file.write(b"0" * 4096)
-                file.flush()
-        log({"what": "disk full", "seconds": seconds, "free": shutil.disk_usage(at).free})
-        threading.Timer(seconds, lambda: filler.unlink(missing_ok=True)).start()
-
-    return fault
-
-
-def silence(process: subprocess.Popen[bytes], seconds: float) -> Any:
-    """A fault: a server and its children stop for so long."""
-
-    def fault(log: Any) -> None:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for one in family:
-            one.suspend()
-        log({"what": "tracker stopped", "seconds": seconds})
-
-        def wake() -> None:
-            for one in family:
-                with suppress(psutil.Error):
-                    one.resume()
-
-        threading.Timer(seconds, wake).start()
-
-    return fault
-
-
-@contextmanager
-def mlflow_server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder.mkdir(parents=True, exist_ok=True)
-    where = [
-        "--backend-store-uri",
-        f"sqlite:///{folder / 'tracker.db'}",
-        "--artifacts-destination",
-        str(folder / "files"),
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-        *where,
-    ]
-    quiet = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with (folder / "server.txt").open("wb") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=out, env=quiet, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 120
-        while server.poll() is None and time.monotonic() < deadline:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}", server
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="what is kept between runs of this program")
@@ -413,6 +375,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--disk", action="store_true", help="rounds on a disk of 3 GiB, which is full for a while (needs root)"
+    )
+    parser.add_argument(
+        "--nodes", type=int, default=0, help="join an emulated cluster of so many nodes, which die as well"
     )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # told to end, it ends what it started
@@ -432,7 +397,7 @@ def main() -> None:
         assert of.process is not None
         if of.process.wait(max(1.0, until - time.monotonic())) != 0:
             raise SystemExit(f"undisturbed, the sweep ended with {of.process.returncode}: see {calm}/err.txt")
-        table.write_text(json.dumps({"seconds": time.monotonic() - began, "rows": of.rows()}))
+        table.write_text(json.dumps({"seconds": time.monotonic() - began, "rows": of.rows(), "made": of.made()}))
         shutil.rmtree(calm)
     undisturbed = json.loads(table.read_text())
 
@@ -453,7 +418,7 @@ def main() -> None:
             one = Round(of, random.Random(f"{arguments.seed}/{len(lines())}"), tuple(arguments.every), log)
             log({"what": "begin", "finished": len(one.known)})
             if complete := one.run(model, tracker, until, faults):
-                one.check(undisturbed["rows"], tracker)
+                one.check(undisturbed, tracker)
             log({"what": "round" if complete else "pause", "finished": len(one.known), "wrong": one.wrong})
             if one.wrong:
                 raise SystemExit(f"round {number}, see {place}: " + "; ".join(one.wrong))
@@ -475,7 +440,13 @@ def places(arguments: Any, place: Path, met: set[str]) -> Iterator[tuple[Sweep, 
             tracker, server = stack.enter_context(mlflow_server(place / "tracker"))
             if "tracker stopped" not in met:
                 faults.append(silence(server, 20.0))
-        of = Sweep(at)
+        cluster = None
+        if arguments.nodes:
+            from tests.cluster import nodes
+
+            parts = [{"num_cpus": 2}, *({"num_cpus": 1} for _ in range(arguments.nodes - 1))]
+            cluster = stack.enter_context(nodes(place / f"nodes-{os.getpid()}", *parts))
+        of = Sweep(at, cluster)
         stack.callback(of.end)
         yield of, tracker, faults
 
@@ -483,12 +454,12 @@ def places(arguments: Any, place: Path, met: set[str]) -> Iterator[tuple[Sweep, 
 def write(lines: list[dict[str, Any]], undisturbed: dict[str, Any], wanted: int) -> None:
     kills = Counter(line["kind"] for line in lines if line["what"] == "kill")
     rounds = [line for line in lines if line["what"] == "round"]
-    print(f"{kills.total()} kills: {dict(kills)}; {sum(line['complete'] for line in rounds)} rounds complete")
+    print(f"{kills.total()} kills: {dict(kills)}; {len(rounds)} rounds complete")
     if kills.total() < wanted:
         return
     spent = sum(b["at"] - a["at"] for a, b in pairwise(lines) if a["round"] == b["round"])
     numbers = {
-        "killed with -9": [{"what": kind, "times": kills[kind]} for kind in KINDS if kills[kind]],
+        "killed with -9": [{"what": kind, "times": kills[kind]} for kind in (*KINDS, NODE) if kills[kind]],
         "beside that": [
             {"what": what, "times": sum(line["what"] == what for line in lines)}
             for what in ("disk full", "tracker stopped", "SIGTERM")
@@ -496,8 +467,7 @@ def write(lines: list[dict[str, Any]], undisturbed: dict[str, Any], wanted: int)
         "what came of it": {
             "rounds": len(rounds),
             "stages finished": sum(line["finished"] for line in rounds),
-            "results lost": 0,
-            "finished stages made again": 0,
+            "results lost, finished stages made again, things left behind": sum(len(line["wrong"]) for line in rounds),
             "seconds undisturbed": round(undisturbed["seconds"]),
             "seconds a round under fire": round(spent / max(1, len(rounds))),
         },

@@ -21,7 +21,7 @@ from safecl.eta import Eta
 from safecl.faults import CLUSTER, DRIVER, Journal
 from safecl.graph import REFERENCES
 from safecl.judging.served import check_endpoints, key_variables
-from safecl.lease import NOTE, owners
+from safecl.lease import NOTE, Lease, owners
 from safecl.order import Claim
 from safecl.panel import all_seats
 from safecl.project import Project
@@ -90,12 +90,12 @@ def run(
         Terminated: SIGTERM came.
         Lost: the local cluster was lost, and `again` did not begin anew.
     """
-    with _alone(project) as journal:
-        return _run(project, show, max_hours, journal, again)
+    with _alone(project) as (journal, lease):
+        return _run(project, show, max_hours, journal, lease, again)
 
 
 @contextmanager
-def _alone(project: Project) -> Iterator[Journal]:
+def _alone(project: Project) -> Iterator[tuple[Journal, Lease]]:
     """One driver a sweep."""
     project.store.check_writable(needed_gib=2.0)
     lease, journal = project.lease(), Journal(project.logs)
@@ -117,7 +117,7 @@ def _alone(project: Project) -> Iterator[Journal]:
                 journal.add(DRIVER)
             _tidy(project)
             try:
-                yield journal
+                yield journal, lease
             finally:
                 _tidy(project)
     except (KeyboardInterrupt, SystemExit) as error:
@@ -150,6 +150,7 @@ def _run(
     show: Callable[[str], None],
     max_hours: float | None,
     journal: Journal,
+    lease: Lease,
     again: Callable[[], None] | None,
 ) -> list[str]:
     from safecl.tracking import Tracker
@@ -185,6 +186,8 @@ def _run(
             _guarded(project, journal, again),
         ):
             if project.sweep.execution.address != "local":
+                for owner in lease.dead:  # on a cluster that goes on, engines outlive their driver
+                    cluster.clear(short_of(owner))
                 unit = "GPU" if project.sweep.execution.use_gpu else "CPU"
                 eta.slots = slots(project.sweep.execution, int(ray.cluster_resources().get(unit, 1)))
                 if unset := ray.get(broker.unset.remote(key_variables(all_seats(project.sweep)))):

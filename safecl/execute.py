@@ -21,14 +21,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safecl import gauges, reclaim
+from safecl import faults, gauges, reclaim
 from safecl.base import Damaged
 from safecl.capacity import GIB, Capacity, capacity, find, free_gib, unit
 from safecl.claims import Claims
 from safecl.cluster import clear
 from safecl.config import Execution
 from safecl.devices import Devices, Group
-from safecl.faults import BROKER, MEMORY, NODE, PATIENCE_S, PATIENT, PAUSE_S, Journal, cause_of
 from safecl.fleet import Fleet
 from safecl.lender import Lender
 from safecl.order import NUM_RANKS, UNNAMED, Claim, Line, Turn, chains
@@ -74,13 +73,13 @@ class Broker:
         self.hand: Any = None
         self.num_asked = 0  # calls of `ensure`
         self.claims = Claims(store)
-        self.journal = Journal(Path(logs))
+        self.journal = faults.Journal(Path(logs))
         self.ending: float | None = None  # since when those under way are to write a checkpoint: the driver ends
         self.draining: dict[str, float] = {}  # nodes (the first digits of their ids) that will be gone, and since when
         self.told: set[str] = set()  # of them, those in the journal
         self.watching: list[asyncio.Task[None]] = []  # the cluster's nodes
         if _replaces_another():
-            self.journal.add(BROKER)
+            self.journal.add(faults.BROKER)
             clear(store.short)
         held = held or capacity(execution, {"CPU": num_cpus}, math.inf)
         self.lender = Lender(Devices(held.num_units, execution.turn_s, room=self._room))
@@ -179,13 +178,13 @@ class Broker:
                 return await self._run(stage, heavy)
             except Exception as error:
                 found = plain_error(error)
-                cause = cause_of(found)
+                cause = faults.cause_of(found)
                 if not (heavy and cause.kind == "infrastructure"):
                     self.journal.add(cause, f"{stage.kind} {stage.key[:12]}", found)
-                patient = cause in PATIENT and time.monotonic() - began < PATIENCE_S
+                patient = cause in faults.PATIENT and time.monotonic() - began < faults.PATIENCE_S
                 if heavy or cause.kind != "infrastructure" or (tries > self.execution.max_failures and not patient):
                     raise
-                await asyncio.sleep(PAUSE_S if patient else min(30.0, 2.0**tries))
+                await asyncio.sleep(faults.PAUSE_S if patient else min(30.0, 2.0**tries))
         raise AssertionError("returned or raised above")
 
     async def _run(self, stage: Stage, heavy: bool) -> float:
@@ -301,7 +300,7 @@ class Broker:
             if key in self.live:
                 self.live[key]["saved"] = time.time()
         elif "halved" in metrics:
-            self.journal.add(MEMORY, key[:12], f"with {int(metrics['halved'])} rows a forward from now on")
+            self.journal.add(faults.MEMORY, key[:12], f"with {int(metrics['halved'])} rows a forward from now on")
         elif key in self.live:
             live, now = self.live[key], time.time()
             if "first" not in live or done < live["done"]:  # the second: its worker died, and it began anew
@@ -320,7 +319,7 @@ class Broker:
                 now, gone = time.time(), await asyncio.to_thread(reclaim.draining)
                 self.draining = {node: self.draining.get(node, now) for node in gone}
                 for node in gone - self.told:
-                    self.journal.add(NODE, node, "is being drained: what runs there writes a checkpoint")
+                    self.journal.add(faults.NODE, node, "is being drained: what runs there writes a checkpoint")
                 self.told |= gone
             await asyncio.sleep(DRAIN_S)
 

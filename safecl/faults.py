@@ -71,6 +71,8 @@ _NAMES = {
     "AcceleratorError": DEVICE, "DistError": DEVICE, "DistBackendError": DEVICE,
     "OperationalError": SERVICE, "StorageInternalError": SERVICE, "ConnectionError": SERVICE, "TimeoutError": SERVICE,
     "GetTimeoutError": SERVICE,
+    "ConnectionResetError": SERVICE, "ConnectionRefusedError": SERVICE, "ConnectionAbortedError": SERVICE,
+    "BrokenPipeError": SERVICE,
     "RayError": WORKER, "BrokenExecutor": WORKER,
 }  # fmt: skip
 # What libraries raise as a plain RuntimeError, and what a message keeps of an error that is told in another process. An

@@ -102,7 +102,8 @@ class Lease:
         self.store, self.holds = store, set(holds)
         self.name = NOTE + store.owner
         self.lost = False
-        self.num_dead = 0  # drivers of a name of ours that were found dead
+        self.dead: list[str] = []  # owners that were found dead; first those that held a name of ours
+        self.num_dead = 0  # these
         self._told: dict[str, Any] = {
             "sweep": sweep, "holds": sorted(holds), "host": socket.gethostname(), "pid": os.getpid(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"), "held": False, "beat": 0,
@@ -158,6 +159,7 @@ class Lease:
             shares = not self.holds.isdisjoint(other["holds"])
             if self._is_dead(name) if shares else is_here(name.removeprefix(NOTE)) is False:
                 self.num_dead += shares
+                self.dead.insert(0 if shares else len(self.dead), name.removeprefix(NOTE))
                 self.store.forget(name)
             while shares and (now := self.store.noted(name)) is not None:
                 # Of two candidates that saw each other, the first by name waits for the other to go.
@@ -165,6 +167,8 @@ class Lease:
                     raise PrerequisiteError(_refusal(now))
                 time.sleep(0.2)
                 if self._is_dead(name):
+                    self.num_dead += 1
+                    self.dead.insert(0, name.removeprefix(NOTE))
                     self.store.forget(name)
 
     def _is_dead(self, name: str) -> bool:
@@ -186,6 +190,7 @@ class Lease:
             before, num = self._seen.get(name, (None, 0))
             self._seen[name] = other, num + 1 if other == before else 0
             if self._seen[name][1] >= FORGOTTEN_AFTER and is_here(name.removeprefix(NOTE)) is None:
+                self.dead.append(name.removeprefix(NOTE))
                 self.store.forget(name)
 
     def _beat(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -
     from ray import tune
     from ray.tune.search import Searcher
 
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's process that died is begun anew: no word of it
     waiting: dict[str, Job] = {}  # Tune's trial id -> job
 
     class JobSearcher(Searcher):  # type: ignore[misc]

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from safecl import faults
 from safecl.base import ConfigError, Damaged, Infrastructure, PrerequisiteError
 from safecl.config import Execution
-from safecl.faults import Kind, kind_of
+from safecl.faults import Cause, Journal, Kind, cause_of, kind_of
 from safecl.project import Project, load
 from safecl.schedule import Schedule
 from safecl.serving.gate import GateBroken
@@ -56,6 +57,46 @@ def test_every_failure_has_its_kind_and_keeps_it_on_the_way_to_the_driver() -> N
             assert kind_of(error) == kind, repr(error)
             if isinstance(error, Exception):
                 assert kind_of(_portable(error)) == kind, repr(error)
+
+
+def test_every_cause_has_its_name_and_keeps_it_on_the_way_to_the_driver() -> None:
+    import ray.exceptions
+    import torch
+
+    found: dict[Cause, list[Exception]] = {
+        faults.MEMORY: [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), ray.exceptions.OutOfMemoryError("x"),
+                        RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+        faults.DISK: [OSError(28, "No space left on device"), OSError(5, "Input/output error"),
+                      RuntimeError("write: No space left on device")],
+        faults.NODE: [ray.exceptions.NodeDiedError("gone")],
+        faults.WORKER: [ray.exceptions.WorkerCrashedError(), Infrastructure("its worker died")],
+        faults.ENGINE: [Unavailable("died"), GateBroken("x")],
+        faults.SERVICE: [ConnectionResetError(), ConnectionRefusedError("no"), TimeoutError("no answer")],
+        faults.DEVICE: [torch.distributed.DistBackendError("NCCL"), RuntimeError("CUDA error: an illegal access")],
+        faults.DAMAGED: [Damaged("x")],
+        faults.CONFIGURATION: [ConfigError("no")],
+        faults.BUG: [ValueError("a shape"), RuntimeError("1 of 9 cannot be read")],
+    }  # fmt: skip
+    for cause, errors in found.items():
+        for error in errors:
+            assert cause_of(error) is cause, repr(error)
+            assert cause_of(_portable(error)) in (cause, faults.CONFIGURATION), repr(error)
+    assert cause_of(Infrastructure("ActorDiedError: of the process that held the workers")) is faults.CONTROLLER
+
+
+def test_the_journal_counts_what_a_run_met_and_keeps_what_earlier_ones_did(tmp_path: Path) -> None:
+    earlier = Journal(tmp_path / "logs")
+    earlier.add(faults.DRIVER)
+    mine, broker = Journal(tmp_path / "logs"), Journal(tmp_path / "logs")
+    broker.add(faults.WORKER, "finetune abc", Infrastructure("its worker died"))
+    broker.add(faults.WORKER, "finetune abc", "again")
+    with mine.path.open("a") as file:
+        file.write('{"at": 1, "cau')  # of a writer that was killed
+    assert mine.told() == [f"2 x {faults.WORKER.what}"]
+    assert mine.counts() == {"worker": 2, "driver": 1}
+    assert mine.lines()[0]["where"] == "finetune abc" and "its worker died" in mine.lines()[0]["error"]
+    (tmp_path / "no").touch()
+    Journal(tmp_path / "no" / "folder").add(faults.BUG)  # never raises
 
 
 def test_an_input_that_is_gone_from_the_store_is_no_fault_of_the_stage(tmp_path: Path) -> None:
