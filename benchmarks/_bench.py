@@ -72,7 +72,8 @@ def versions() -> dict[str, str]:
 
 def command() -> str:
     """How this process was started. Folders of this machine are left out: they mean nothing elsewhere."""
-    arguments = ["PATH" if os.path.isabs(argument) else argument for argument in sys.argv[1:]]
+    parts = [argument.rpartition("=") for argument in sys.argv[1:]]
+    arguments = [f"{key}{sign}{'PATH' if os.path.isabs(value) else value}" for key, sign, value in parts]
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
 
 

@@ -104,6 +104,10 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, pla
     for i, data in panel.scorers(sweep).items():
         attempt(f"data[{i}].judge", partial(panel.scorer, data, sweep.evaluate.judges))
     errors += objective.check(sweep.search.objective)
+    if sweep.search.prune != "none" and sweep.search.objective.pareto:
+        errors.append(
+            "search.prune: any trial may yet be on the front of several objectives; leave `pareto` or `prune` out"
+        )
     measured = attempt("evaluate.metrics", partial(metrics.asked, sweep.evaluate.metrics))
     errors += [] if wrong or measured is None else _unknown_metrics(sweep, measured)
     answer = max([sweep.evaluate.max_new_tokens, *own])
@@ -395,6 +399,7 @@ def _unknown_metrics(sweep: Sweep, measured: Sequence[metrics.Metric]) -> list[s
     known = asked | {name: metric for found in of_task.values() for name, metric in found.items()}
     objective = sweep.search.objective
     wanted = [("maximise", objective.maximise, "low"), *((f"bounds.{m}", m, "high") for m in objective.bounds)]
+    wanted += [("pareto", name, "") for name in objective.pareto if name != objective.maximise]
     errors = []
     for where, name, wrong in wanted:
         metric, told = known.get(name), f"search.objective.{where}: {name!r}"
@@ -404,7 +409,11 @@ def _unknown_metrics(sweep: Sweep, measured: Sequence[metrics.Metric]) -> list[s
         elif "validation" not in metric.splits:
             errors.append(f"{told} is measured on test prompts only, which no search may read")
         elif metric.better == wrong:
-            errors.append(f"{told}: {'less' if wrong == 'low' else 'more'} of it is better")
+            errors.append(
+                f"{told}: {'neither end' if not wrong else 'less' if wrong == 'low' else 'more'} of it is better"
+            )
+        elif where == "pareto" and objective.choose == "nearest" and metric.bounds != (0.0, 1.0):
+            errors.append(f"{told} is no fraction, so nothing is near a perfect one; choose `bounds` or `front`")
         elif name not in asked:
             without = [task for task, found in of_task.items() if name not in found]
             errors += [f"{told} is not measured of task {', '.join(without)}"] if without else []

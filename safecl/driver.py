@@ -370,7 +370,7 @@ def track(tracker: Any, project: Project, done: Done) -> None:
             curves = json_lines(store.file(graph.tuned, "curves.jsonl"))
     if graph.final is not None:
         stages["served"] = graph.final.key
-    split = "validation" if job.role == "search" else "test"
+    split = job.split
     tracker.trial(
         sweep=project.sweep.name,
         cell=job.cell.label,
@@ -378,7 +378,11 @@ def track(tracker: Any, project: Project, done: Done) -> None:
         params={**graph.recipe.params, "seed": job.seed, "split": split, "adapter": project.sweep.adapter},
         metrics=_measured([done.result or {}]),
         curves=curves,
-        tags={"safecl.method": graph.recipe.method, **({"safecl.error": done.error} if done.error else {})},
+        tags={
+            "safecl.method": graph.recipe.method,
+            **({"safecl.error": done.error} if done.error else {}),
+            **({"safecl.pruned": done.pruned} if done.pruned else {}),
+        },
         stages=stages,
         failed=done.result is None,
     )

@@ -23,6 +23,15 @@ from safecl.memo import Shared
 from safecl.store import Stage, canonical
 from safecl.tasks._source import sha256
 
+# A searched trial that may be pruned goes by steps, the cheap and decisive first (`search.prune`): role of its job, and of
+# which prompts. Of the pilot's each is among those of the utility step, which asks it again.
+STEPS: dict[str, tuple[str, ...]] = {
+    "search: attack": ("attack",),
+    "search: pilot": ("utility",),
+    "search: utility": ("attack", "utility"),
+}
+PILOT = 4  # one in so many utility prompts
+
 
 @dataclass(frozen=True, eq=False)
 class Cell:
@@ -49,16 +58,17 @@ class Cell:
         )
 
     def job(self, params: dict[str, Json], seed: int, role: str) -> Job:
-        """The trial with these values; always the same object. `role`: `search` reads validation, `final` test prompts."""
+        """The trial with these values; always the same object. `role`: `search` (and each of STEPS) reads validation, `final`
+        test prompts."""
         name = (canonical(params), seed, role)
         if name not in self._jobs:
             self._jobs[name] = Job(self, params, seed, role)
         return self._jobs[name]
 
-    def trial(self, params: dict[str, Json]) -> Job:
+    def trial(self, params: dict[str, Json], role: str = "search") -> Job:
         """The searched trial with these values: on a seed that no row reports, so that what the best trial owes to its
         seed is in no table."""
-        return self.job(params, self.search_seeds[0], "search")
+        return self.job(params, self.search_seeds[0], role)
 
     @cached_property
     def label(self) -> str:
@@ -129,13 +139,30 @@ class Job:
     def graph(self) -> Graph:
         recipe = self.cell.recipe
         params = {**recipe.params, **self.params} if self.params else recipe.params
-        align_seed = self.cell.search_seeds[1] if self.role == "search" else self.seed
+        align_seed = self.seed if self.role == "final" else self.cell.search_seeds[1]
         return Graph(replace(recipe, params=params, seed=self.seed, align_seed=align_seed), self.cell.shared)
 
     @cached_property
     def evidence(self) -> Evidence:
         """The stages this job needs in the store to count as done."""
-        return self.graph.evidence("validation" if self.role == "search" else "test")
+        if (roles := STEPS.get(self.role)) is not None:
+            return self.graph.part("validation", roles, self._num_utility)
+        return self.graph.evidence(self.split)
+
+    @property
+    def split(self) -> str:
+        """Of which prompts it is measured."""
+        return "test" if self.role == "final" else "validation"
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether its metrics are held against theta_safe's on the same prompts."""
+        return self.role not in ("final", "search: pilot")
+
+    @property
+    def _num_utility(self) -> int | None:
+        num = self.graph.num_utility("validation")
+        return max(1, num // PILOT) if self.role == "search: pilot" and num is not None else None
 
     @property
     def aligned(self) -> Job:

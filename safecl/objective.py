@@ -1,5 +1,8 @@
 """Metrics -> bounds, violations, selection, Pareto front. Pure; metrics are fractions in [0, 1].
 
+With several objectives (`pareto`) what is compared are losses: each metric turned so that less of it is better, and 0 is
+perfect. A front says what can be had for what; which of it is run is a rule that the sweep file names (`choose`).
+
 A bound is an upper limit on a metric of which less is better: a number, or relative to theta_safe's own value on the
 same prompts (`safe + 0.05`). How much a trial may lose is then said against what the aligned model had, so that one
 sweep file serves models of different safety.
@@ -12,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from safecl import metrics as declared
 from safecl.base import ConfigError, Json
 from safecl.config import Objective
 
@@ -20,12 +24,14 @@ _TOLERANCE = 1e-9  # safe + 0.05 and a counted fraction may differ in the last b
 
 
 class Trial(NamedTuple):
-    """A finished trial. `value` is the maximised metric; a violation above 0 makes the trial infeasible."""
+    """A finished trial. `value` is the maximised metric; a violation above 0 makes the trial infeasible. `values`: of all
+    objectives, where there are several."""
 
     number: int
     params: dict[str, Json]
     value: float
     violations: dict[str, float]
+    values: Mapping[str, float] = {}
 
     @property
     def feasible(self) -> bool:
@@ -73,7 +79,29 @@ def check(objective: Objective) -> list[str]:
             f"search.objective: {objective.maximise!r} is maximised and bounded from above at once; "
             "remove it from `bounds` or maximise another metric"
         )
+    return errors + _front_errors(objective)
+
+
+def _front_errors(objective: Objective) -> list[str]:
+    names, where = objective.pareto, "search.objective.pareto"
+    if not names:
+        without = f"search.objective.choose: {objective.choose!r} chooses from a front; name the objectives in `pareto`"
+        return [without] if objective.choose != "bounds" else []
+    errors = [f"{where}: names {name!r} twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    if objective.maximise not in names:
+        errors.append(f"{where}: {objective.maximise!r}, which is maximised, is to be among them")
+    if len(set(names)) == 1:
+        errors.append(f"{where}: expected two objectives or more; for one alone leave it out")
     return errors
+
+
+def goals(objective: Objective) -> dict[str, str]:
+    """What a study optimises: maximize or minimize by metric, the maximised one first."""
+    others = [name for name in objective.pareto if name != objective.maximise]
+    return {
+        objective.maximise: "maximize",
+        **{name: "maximize" if declared.of(name).better == "high" else "minimize" for name in others},
+    }
 
 
 def _read(metrics: Mapping[str, float | None], name: str, of: str) -> float:
@@ -109,6 +137,24 @@ def violations(metrics: Mapping[str, float | None], limits: Mapping[str, float])
     return result
 
 
+def hopeless(
+    known: Mapping[str, float | None], limits: Mapping[str, float], maximise: str, before: Sequence[Trial]
+) -> str:
+    """Why a trial of which these metrics are known can be chosen no more (see `select`), whatever the others are; "" while it
+    may. `before`: trials told before it. Exact: among the same trials the choice is as if it had been measured whole."""
+    within = [trial for trial in before if trial.feasible]
+    if not within:
+        return ""  # who breaks the bounds least is chosen, as long as all do
+    read = {name: value for name, value in known.items() if value is not None and math.isfinite(value)}
+    for name, excess in violations(read, {name: limit for name, limit in limits.items() if name in read}).items():
+        if excess > 0:
+            return f"{name} {read[name]:.3g} is above its bound {limits[name]:.3g}"
+    best = select(within)
+    if maximise in read and read[maximise] <= best.value:
+        return f"{maximise} {read[maximise]:.3g} is no more than the {best.value:.3g} of trial {best.number}"
+    return ""
+
+
 def select(trials: Sequence[Trial]) -> Trial:
     """The best trial: feasible before infeasible, then the higher value, then the earlier number.
 
@@ -127,8 +173,65 @@ def select(trials: Sequence[Trial]) -> Trial:
     return min(trials, key=rank)
 
 
+def losses(trial: Trial) -> tuple[float, ...]:
+    """A trial's objectives, each turned so that less is better: of a fraction what it lacks of a perfect value."""
+    return tuple(_loss(name, value) for name, value in trial.values.items())
+
+
+def _loss(name: str, value: float) -> float:
+    metric = declared.of(name)
+    top = metric.bounds[1] if metric.is_bounded else 0.0
+    assert top is not None
+    return top - value if metric.better == "high" else value
+
+
+def front(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials within the bounds of which no other is better in one objective and as good in the rest, by falling `value`; of
+    equals the earliest. Where none is within the bounds: it that violates them least.
+
+    Raises ValueError as `select` does.
+    """
+    best = select(trials)
+    if not best.feasible:
+        return [best]
+    points = {trial.number: losses(trial) for trial in trials if trial.feasible}
+    kept = [
+        trial
+        for trial in trials
+        if trial.feasible and not any(_beats(number, point, trial.number, points) for number, point in points.items())
+    ]
+    return sorted(kept, key=lambda trial: (-trial.value, trial.number))
+
+
+def _beats(number: int, point: tuple[float, ...], other: int, points: Mapping[int, tuple[float, ...]]) -> bool:
+    theirs = points[other]
+    return all(a <= b for a, b in zip(point, theirs, strict=True)) and (point != theirs or number < other)
+
+
+def chosen(trials: Sequence[Trial], objective: Objective) -> list[Trial]:
+    """The trials whose values run on every reported seed, by the rule that `objective.choose` names.
+
+    Raises ValueError as `select` does.
+    """
+    if not objective.pareto:
+        return [select(trials)]
+    found = front(trials)
+    if objective.choose == "nearest":
+        return [min(found, key=lambda trial: (math.hypot(*losses(trial)), trial.number))]
+    return found if objective.choose == "front" else found[:1]
+
+
 def hypervolume(points: Sequence[tuple[float, ...]]) -> float:
-    """The share of [0, 1]^d that some point is at least as good as in every loss; a loss above 1 counts as 1."""
+    """The share of [0, 1]^d that some point is at least as good as in every loss; a loss above 1 counts as 1.
+
+    Raises ValueError on a NaN.
+
+    >>> round(hypervolume([(0.5, 0.5), (0.1, 0.8)]), 2)
+    0.33
+    """
+    for index, point in enumerate(points):
+        if any(map(math.isnan, point)):
+            raise ValueError(f"point {index} is {point}; expected numbers")
     inside = sorted({tuple(min(max(x, 0.0), 1.0) for x in point) for point in points})
     if not inside:
         return 0.0

@@ -124,6 +124,7 @@ def status(project: Project, run: Mapping[str, Any] | None = None) -> list[dict[
             if study is None and cell.label in searched:
                 num, done = searched[cell.label]
             search = f"{num}/{cell.num_trials}"
+            search += f" ({len(study.pruned)} pruned)" if study and study.pruned else ""
         state = "done" if done == num_seeds else "searching" if note.startswith("search:") else "to do"
         state = "failed" if not jobs and note.startswith("all ") else state
         state = "under way" if state == "to do" and cell.label in under_way else state

@@ -21,7 +21,7 @@ from safecl.graph import REFERENCES, Evidence
 from safecl.grid import Cell, Job, points
 from safecl.hardware import Node
 from safecl.lease import Lease
-from safecl.objective import select
+from safecl.objective import Trial, chosen
 from safecl.schedule import Done, Schedule, Study
 from safecl.store import Stage, Store, below
 from safecl.sweepfile import load as load
@@ -260,11 +260,9 @@ class Project:
 
     def finals(self) -> list[tuple[Cell, dict[str, Any], list[Job], str]]:
         """Per cell: the parameters its final trials use, those trials, and a note. A cell whose search is unfinished
-        has no final trials yet."""
+        has no final trials yet; one of which a front is run stands once for each of it."""
         found: list[tuple[Cell, dict[str, Any], list[Job], str]] = []
         for cell in self.cells:
-            params: dict[str, Any] = {}
-            note = ""
             if cell.space is not None:
                 study = self.past(cell)
                 trials = study.complete() if study else []
@@ -274,13 +272,28 @@ class Project:
                         told = f"all {len(study.failures)} trials of its search failed, the last: {study.failures[-1]}"
                     found.append((cell, {}, [], told))
                     continue
-                chosen = select(trials)
-                params = chosen.params
-                values = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in params.items())
-                note = f"{values}, chosen of {len(trials)} trials on validation prompts"
-                note += "" if chosen.feasible else "; none met the bounds, this violates them least"
-            found.append((cell, params, [cell.job(params, seed, "final") for seed in self.sweep.seeds], note))
+                taken = chosen(trials, self.sweep.search.objective)
+                for place, trial in enumerate(taken):
+                    found.append((cell, trial.params, self._seeds(cell, trial.params), self._note(study, taken, place)))
+                continue
+            found.append((cell, {}, self._seeds(cell, {}), ""))
         return found
+
+    def _seeds(self, cell: Cell, params: dict[str, Any]) -> list[Job]:
+        return [cell.job(params, seed, "final") for seed in self.sweep.seeds]
+
+    def _note(self, study: Past | Study, taken: Sequence[Trial], place: int) -> str:
+        """How the values of a row were chosen."""
+        one, objective = taken[place], self.sweep.search.objective
+        values = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in one.params.items())
+        rule = ""
+        if objective.pareto:
+            rules = {"bounds": f"most {objective.maximise} of", "nearest": "nearest to perfect values of",
+                     "front": f"number {place + 1} of the {len(taken)} on"}  # fmt: skip
+            rule = f" ({rules[objective.choose]} the front)"
+        pruned = f" ({num} more were pruned)" if (num := len(study.pruned)) else ""
+        note = f"{values}, chosen of {len(study.complete())} trials on validation prompts{pruned}{rule}"
+        return note + ("" if one.feasible else "; none met the bounds, this violates them least")
 
     def outcomes(self, job: Job) -> list[dict[str, Any]] | None:
         """What was measured of a job's answers, a line an outcome; None where it is not finished."""

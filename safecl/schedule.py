@@ -7,6 +7,9 @@ Of a search as many trials run at once as its study gives out (`search.at_once`,
 a fault of its own counts, and is never suggested from. One that the machine or the configuration failed does not: it is
 asked again, with its parameters, by the next run, and its search waits until then (others would be suggested without its
 result); trials of the same search that are under way are finished and told.
+
+With `search.prune` a searched trial is given out step by step (grid.STEPS), and goes no further once it cannot be chosen: it
+is told as pruned, with what is known of it.
 """
 
 from __future__ import annotations
@@ -17,12 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from safecl.base import Json
+from safecl import metrics as declared
+from safecl.base import Damaged, Json, json_lines
 from safecl.config import Sweep
 from safecl.faults import Kind
-from safecl.graph import Evidence
-from safecl.grid import Cell, Job, standing
-from safecl.objective import Trial, bounds, select, violations
+from safecl.grid import STEPS, Cell, Job, standing
+from safecl.objective import Trial, bounds, chosen, goals, hopeless, select, violations
 from safecl.order import Claim
 from safecl.store import Store, canonical
 
@@ -40,20 +43,26 @@ class Study(Protocol):
     def is_done(self) -> bool: ...
     @property
     def failures(self) -> list[str]: ...
+    @property
+    def pruned(self) -> list[str]: ...
     def ask(self) -> tuple[int, dict[str, Json]]: ...
-    def tell(self, number: int, value: float, violations: Mapping[str, float]) -> None: ...
+    def tell(self, number: int, value: float | Mapping[str, float], violations: Mapping[str, float]) -> None: ...
     def fail(self, number: int, why: str) -> None: ...
+    def before(self, number: int) -> list[Trial]: ...
+    def prune(self, number: int, why: str, violations: Mapping[str, float], value: float | None = None) -> None: ...
     def release(self, number: int) -> None: ...
     def complete(self) -> list[Trial]: ...
 
 
 class Done(NamedTuple):
-    """A finished job: the metrics stage's result, or why there is none and what kind of failure that is."""
+    """A finished job: the metrics stage's result, or why there is none and what kind of failure that is. `pruned`: why it
+    was ended early, with the result of its last step."""
 
     job: Job
     result: dict[str, Any] | None
     error: str
     kind: Kind | None = None
+    pruned: str = ""
 
 
 @dataclass
@@ -64,7 +73,7 @@ class _Queue:
     # Metrics key of a searched job under way -> its trials' numbers: two trials of a batch may be one configuration.
     asked: dict[str, list[int]] = field(default_factory=dict)
     under_way: list[Job] = field(default_factory=list)
-    chosen: Trial | None = None
+    chosen: list[Trial] = field(default_factory=list)
     finals_given: bool = False
     stalled: bool = False  # its search goes on in the next run
     priority: int = 0  # 0 the highest of the sweep's, others below
@@ -129,7 +138,7 @@ class Schedule:
             queue.num_given += 1
             queue.under_way.append(job)
             self._wake(number)
-            if not self._is_stored(job.evidence):
+            if not self._is_stored(job):
                 return job
             self.finish(job, "")
         return None
@@ -151,34 +160,115 @@ class Schedule:
         queue.under_way.remove(job)
         metrics_stage = job.evidence.metrics
         result = None if error else self.store.record(metrics_stage)["result"]
-        for number in queue.asked.pop(metrics_stage.key, ()):
+        numbers, why = queue.asked.pop(metrics_stage.key, []), ""
+        for number in numbers:
             assert queue.study is not None
-            if result is not None:
+            if result is not None and job.role in STEPS:
+                error, kind, why = self._step(queue, number, job, values(result))
+            elif result is not None:
                 error, kind = self._tell(queue.study, number, job, values(result))
             if error and kind == "trial":
                 queue.study.fail(number, error)
             elif error:
                 queue.study.release(number)
                 queue.stalled = True
+        if job.role in STEPS and not error and not why:
+            following = self._steps[self._steps.index(job.role) + 1]
+            self._give(queue, queue.cell.trial(job.params, following), numbers)
+            self._wake(self._number[queue.cell])
+            return
         self._wake(self._number[queue.cell])
-        self.done.append(Done(job, result, error, kind if error else None))
+        self.done.append(Done(job, result, error, kind if error else None, why))
         if self.on_done is not None:
             self.on_done(self.done[-1])
 
+    @property
+    def _steps(self) -> list[str]:
+        """What a searched trial goes through, in order; the last measures it whole."""
+        steps = {"none": [], "bounds": ["search: attack", "search: utility"], "wilcoxon": list(STEPS)}
+        return [*steps[self.sweep.search.prune], "search"]
+
+    def _give(self, queue: _Queue, job: Job, numbers: Sequence[int]) -> bool:
+        """Put a step of these trials next in turn; False where it is under way for others of the same values."""
+        waits = job.evidence.metrics.key in queue.asked
+        queue.asked.setdefault(job.evidence.metrics.key, []).extend(numbers)
+        if not waits:
+            queue.waiting.appendleft(job)
+        return not waits
+
+    def _step(self, queue: _Queue, number: int, job: Job, metrics: Metrics) -> tuple[str, Kind, str]:
+        """After a step: whether its trial is pruned, and why; or why that cannot be said, and whose fault that is."""
+        study, objective = queue.study, self.sweep.search.objective
+        assert study is not None
+        before, known = study.before(number), metrics
+        limits: dict[str, float] = {}
+        if job.is_bounded:
+            limits, error, kind = self._limits(job)
+            if error:
+                return error, kind, ""
+            # What is measured of other prompts too is not known yet.
+            known = {name: value for name, value in metrics.items() if {*declared.of(name).roles} <= {*STEPS[job.role]}}
+            why = hopeless(known, limits, objective.maximise, before)
+        else:
+            why = self._pilot(queue, job, before)
+        if why:
+            told = {name: limit for name, limit in limits.items() if known.get(name) is not None}
+            study.prune(number, why, violations(known, told), known.get(objective.maximise))
+        return "", "trial", why
+
+    def _pilot(self, queue: _Queue, job: Job, before: Sequence[Trial]) -> str:
+        from safecl.suggest import is_worse
+
+        within = [trial for trial in before if trial.feasible]
+        if not within:
+            return ""
+        best = select(within)
+        answers = [self._utility(one) for one in (job, queue.cell.trial(best.params))]
+        worse = None not in answers and is_worse(answers[0] or {}, answers[1] or {})
+        return (
+            f"its answers to {len(answers[0] or {})} utility prompts are worse than those of trial {best.number}"
+            if worse
+            else ""
+        )
+
+    def _utility(self, job: Job) -> dict[str, float] | None:
+        """The maximised metric by utility prompt; None where the store does not hold it any more."""
+        wanted = self.sweep.search.objective.maximise
+        try:
+            lines = json_lines(self.store.file(job.evidence.metrics, "outcomes.jsonl"))
+        except (KeyError, Damaged):
+            return None
+        return {f"{o['set']} {o['id']}": o["value"] for o in lines
+                if o["metric"] == wanted and o["value"] is not None}  # fmt: skip
+
+    def _limits(self, job: Job) -> tuple[dict[str, float], str, Kind]:
+        """The bounds of a job's metrics, which are measured from theta_safe's own on the same prompts; or why there are none,
+        and whose fault that is."""
+        safe = job.aligned.evidence.metrics
+        if not self.store.sound(safe):
+            return {}, "theta_safe's metrics were damaged, and are made again by the next run", "infrastructure"
+        known = values(self.store.record(safe)["result"])
+        objective = self.sweep.search.objective
+        if job.role in STEPS:  # of the others nothing is known of theta_safe either
+            kept = {name: bound for name, bound in objective.bounds.items() if name in known}
+            objective = objective.model_copy(update={"bounds": kept})
+        try:
+            return bounds(objective, known), "", "trial"
+        except ValueError as error:
+            return {}, str(error), "configuration"
+
     def _tell(self, study: Study, number: int, job: Job, metrics: Metrics) -> tuple[str, Kind]:
         """Give a study its result; or why it can have none, and whose fault that is."""
-        objective, safe = self.sweep.search.objective, job.aligned.evidence.metrics
-        if not self.store.sound(safe):
-            return "theta_safe's metrics were damaged, and are made again by the next run", "infrastructure"
-        try:  # relative bounds are measured from theta_safe's own metrics on the same prompts
-            limits = bounds(objective, values(self.store.record(safe)["result"]))
-        except ValueError as error:
-            return str(error), "configuration"
-        target = metrics.get(objective.maximise)
+        objective = self.sweep.search.objective
+        limits, error, kind = self._limits(job)
+        if error:
+            return error, kind
+        found = {name: metrics.get(name) for name in goals(objective)}
+        told = {name: float("nan") if value is None else value for name, value in found.items()}
         try:
-            study.tell(number, float("nan") if target is None else target, violations(metrics, limits))
-        except ValueError as error:
-            return str(error), "trial"
+            study.tell(number, told if objective.pareto else told[objective.maximise], violations(metrics, limits))
+        except ValueError as failed:
+            return str(failed), "trial"
         return "", "trial"
 
     def missing(self) -> list[str]:
@@ -235,26 +325,26 @@ class Schedule:
             return None
         while queue.study.remaining and queue.study.ready:
             number, params = queue.study.ask()
-            job = queue.cell.trial(params)
-            queue.asked.setdefault(job.evidence.metrics.key, []).append(number)
-            if job not in queue.under_way:
-                return job
+            if self._give(queue, queue.cell.trial(params, self._steps[0]), [number]):
+                return queue.waiting.popleft()
         if not queue.study.is_done:
             return None  # what is under way decides what comes next
         finished = queue.study.complete()
         if not finished:
             queue.finals_given = True  # every trial failed: there is nothing to report but the failures
             return None
-        queue.chosen = select(finished)
-        self._give_finals(queue, queue.chosen.params)
+        queue.chosen = chosen(finished, self.sweep.search.objective)
+        for trial in queue.chosen:
+            self._give_finals(queue, trial.params)
         return queue.waiting.popleft()
 
     def _give_finals(self, queue: _Queue, params: dict[str, Json]) -> None:
         queue.finals_given = True
         queue.waiting.extend(queue.cell.job(params, seed, "final") for seed in self.sweep.seeds)
 
-    def _is_stored(self, evidence: Evidence) -> bool:
-        return all([self.store.sound(stage) for stage in evidence.targets])  # each: damaged ones make way
+    def _is_stored(self, job: Job) -> bool:
+        stages = [*job.evidence.targets, *([job.aligned.evidence.metrics] if job.is_bounded else [])]
+        return all([self.store.sound(stage) for stage in stages])  # each: damaged ones make way
 
 
 def values(result: Mapping[str, Any]) -> Metrics:

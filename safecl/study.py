@@ -25,13 +25,14 @@ from urllib.parse import quote
 from safecl.base import ConfigError, Json, sqlite_path
 from safecl.config import Objective, Sweep
 from safecl.grid import Cell, points
-from safecl.objective import Trial
+from safecl.objective import Trial, goals
 from safecl.space import space_check
 from safecl.store import canonical
 from safecl.suggest import Sampling, known_params
 
 _GHOST = "safecl:ghost"  # user attribute of a trial that died with its driver: it does not count as a trial
 _REPAIRS = "safecl:repairs"  # user attribute of the queued copy: the ghost's number
+_ONE = {"value": "maximize"}
 _WHY = "safecl:why"  # user attribute of a trial that failed
 
 
@@ -42,13 +43,16 @@ def study_name(
     seeds: Sequence[int],
     sampler: str = "tpe",
     at_once: int = 1,
+    prune: str = "none",
 ) -> str:
     """`<cell>-<12 hex digits>` of (cell, space, objective, seeds): Optuna ignores or mixes changed ranges and directions of
     a study that it reopens, so a changed search must be another study. A grid is one too: it asks each of its points, and
-    not as many as others have left over. So are batches of TPE, whose trials know less of one another."""
-    identity: list[Json] = [cell, dict(space), objective.model_dump(mode="json"), list(seeds)]
+    not as many as others have left over. So are batches, whose trials know less of one another, and one that prunes."""
+    objectives = objective.model_dump(mode="json", exclude={"choose"})  # who is chosen is not who is asked
+    identity: list[Json] = [cell, dict(space), objectives, list(seeds)]
     identity += ["grid"] if sampler == "grid" else []
-    identity += ["at_once", at_once] if sampler == "tpe" and at_once > 1 else []
+    identity += ["at_once", at_once] if (sampler == "tpe" or prune != "none") and at_once > 1 else []
+    identity += ["prune", prune] if prune != "none" else []
     return f"{cell}-{hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]}"
 
 
@@ -61,7 +65,9 @@ def name_of(cell: Cell, sweep: Sweep) -> str:
     below: Json = {name: stage.key for name, stage in metrics.inputs.items()}
     rests_on = hashlib.sha256(canonical([metrics.version, below]).encode()).hexdigest()
     search = sweep.search
-    return study_name(rests_on[:16], cell.space, search.objective, cell.search_seeds, search.sampler, search.at_once)
+    return study_name(
+        rests_on[:16], cell.space, search.objective, cell.search_seeds, search.sampler, search.at_once, search.prune
+    )
 
 
 def open_storage(url: str) -> Any:
@@ -123,7 +129,8 @@ class CellStudy:
 
     `space`: see `space_check`; `defaults`: at least the searched parameters; `storage`: a database URL or what
     `open_storage` gave; `trials`: how many may count; `sampler`: "tpe", "random" or "grid" (of lists); `at_once`: how many
-    may run; `first`: what a new study asks before it suggests anything, in place of the defaults. Opening creates or continues.
+    may run; `first`: what a new study asks before it suggests anything, in place of the defaults; `goals`: maximize or
+    minimize by objective, `Trial.value` first; `prunes`: trials may be pruned. Opening creates or continues.
 
     A trial's place is its number, less what ghosts took: a ghost's copy stands at the ghost's place.
     """
@@ -139,6 +146,8 @@ class CellStudy:
         sampler: str = "tpe",
         at_once: int = 1,
         first: Sequence[Mapping[str, Json]] = (),
+        goals: Mapping[str, str] = _ONE,
+        prunes: bool = False,
     ) -> None:
         import optuna
 
@@ -149,11 +158,13 @@ class CellStudy:
                    for what, number in (("trials", trials), ("at_once", at_once)) if number < 1]  # fmt: skip
         if errors:
             raise ConfigError("\n".join(errors))
-        self.name, self.trials = name, trials
+        self.name, self.trials, self._goals = name, trials, tuple(goals)
         self.space = {key: space[key] for key in sorted(space)}
         distributions = {key: _distribution(form) for key, form in self.space.items()}
         num_random = max(1, trials // 4)
-        self._sampling = Sampling(name, seed, sampler, at_once, num_random, ("maximize",), distributions)
+        self._sampling = Sampling(
+            name, seed, sampler, at_once, num_random, tuple(goals.values()), distributions, sampler == "tpe" or prunes
+        )
         self._live: dict[int, Any] = {}
         self._known: list[Any] | None = None  # the study's trials, until something is written: only this object writes
         self._study = optuna.create_study(
@@ -178,11 +189,14 @@ class CellStudy:
 
     @property
     def ready(self) -> bool:
-        """Whether the next trial may be asked now: with TPE all of the batches before its own must be told, else fewer than
-        `at_once` be running."""
+        """Whether the next trial may be asked now: of what knows other trials' results all batches before its own must be
+        told, else fewer than `at_once` be running."""
         places = _places(self._trials())
         if self._sampling.sampler != "tpe":
             return bool(sum(trial.state.name == "RUNNING" for trial in places) < self._sampling.at_once)
+        if not self._sampling.in_batches:
+            num_running = sum(trial.state.name == "RUNNING" for trial in places)
+            return bool(num_running < self._sampling.at_once)
         next_one = next((place for place, t in enumerate(places) if t.state.name == "WAITING"), len(places))
         return bool(all(trial.state.is_finished() for trial in places[: self._sampling.begins(next_one)]))
 
@@ -205,19 +219,22 @@ class CellStudy:
         self._live[trial.number] = trial
         return trial.number, _decode(trial.params, self.space)
 
-    def tell(self, number: int, value: float, violations: Mapping[str, float]) -> None:
-        """Finish a trial asked from this object. `value` is maximised; a violation above 0 makes it infeasible.
+    def tell(self, number: int, value: float | Mapping[str, float], violations: Mapping[str, float]) -> None:
+        """Finish a trial asked from this object. `value`: of the objective, or of each by name; a violation above 0 makes the
+        trial infeasible.
 
         Raises ValueError for a NaN or infinite number, naming it, and for a trial that is not running here; the trial
         then stays as it was.
         """
-        for what, given in {"value": value, **{f"violation {k!r}": v for k, v in violations.items()}}.items():
+        values = value if isinstance(value, Mapping) else {self._goals[0]: value}
+        named = {("value" if len(self._goals) == 1 else repr(goal)): values[goal] for goal in self._goals}
+        for what, given in {**named, **{f"violation {k!r}": v for k, v in violations.items()}}.items():
             if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
                 raise ValueError(f"study {self.name}, trial {number}: {what} is {given}; expected a finite number")
         trial = self._running(number)
         for key in sorted(violations):
             trial.set_constraint(key, float(violations[key]))
-        self._study.tell(trial, float(value))
+        self._study.tell(trial, [float(values[goal]) for goal in self._goals])
         self._known = None
         del self._live[number]
 
@@ -229,6 +246,26 @@ class CellStudy:
         trial = self._running(number)
         trial.set_user_attr(_WHY, why)
         self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        self._known = None
+        del self._live[number]
+
+    def before(self, number: int) -> list[Trial]:
+        """Finished trials of the batches before a trial's own: what may be known of it, whenever it is asked."""
+        trials = self._trials()
+        begins = self._sampling.begins(_places(trials).index(trials[number]))
+        return [trial for trial in self.complete() if trial.number < begins]
+
+    def prune(self, number: int, why: str, violations: Mapping[str, float], value: float | None = None) -> None:
+        """Close a trial that can be chosen no more. It counts as one of the trials; `violations` and `value`: what is known."""
+        import optuna
+
+        trial = self._running(number)
+        trial.set_user_attr(_WHY, why)
+        for key in sorted(violations):
+            trial.set_constraint(key, float(violations[key]))
+        if value is not None:
+            trial.report(value, 0)
+        self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         self._known = None
         del self._live[number]
 
@@ -271,9 +308,14 @@ class CellStudy:
         """Why trials failed for a fault of their own, by place."""
         return _failures(self._trials())
 
+    @property
+    def pruned(self) -> list[str]:
+        """Why trials were pruned, by place."""
+        return _failures(self._trials(), "PRUNED")
+
     def complete(self) -> list[Trial]:
         """Finished trials by place."""
-        return _complete(self._trials(), self.space)
+        return _complete(self._trials(), self.space, self._goals)
 
     def _trials(self) -> list[Any]:
         if self._known is None:
@@ -302,6 +344,7 @@ class Past(NamedTuple):
     is_done: bool
     failures: list[str]
     others: list[dict[str, Json]] = []
+    pruned: list[str] = []  # why trials were pruned
 
     def complete(self) -> list[Trial]:
         return self.finished
@@ -345,15 +388,21 @@ def _is_done(trials: Sequence[Any], num: int) -> bool:
     return len(asked) >= num and all(trial.state.is_finished() for trial in asked)
 
 
-def _failures(trials: Sequence[Any]) -> list[str]:
-    failed = (t for t in _asked(trials) if t.state.name == "FAIL")
+def _failures(trials: Sequence[Any], state: str = "FAIL") -> list[str]:
+    failed = (t for t in _asked(trials) if t.state.name == state)
     return [str(t.user_attrs.get(_WHY, "for a reason that was not kept")) for t in failed]
 
 
-def _complete(trials: Sequence[Any], space: Mapping[str, Json]) -> list[Trial]:
+def _complete(trials: Sequence[Any], space: Mapping[str, Json], goals: Sequence[str]) -> list[Trial]:
     """The number of a trial is its place: that of a copy would tell of the ghost."""
     return [
-        Trial(place, _decode(t.params, space), float(t.value), dict(t.constraints))
+        Trial(
+            place,
+            _decode(t.params, space),
+            float(t.values[0]),
+            dict(t.constraints),
+            dict(zip(goals, t.values, strict=True)) if len(goals) > 1 else {},
+        )
         for place, t in enumerate(_places(trials))
         if t.state.name == "COMPLETE"
     ]
@@ -427,6 +476,8 @@ def study_of(
         sweep.search.sampler,
         sweep.search.at_once,
         elsewhere(cell, sweep, storage) if first is None else first,
+        goals(sweep.search.objective),
+        sweep.search.prune != "none",
     )
     study.repair()
     return study
@@ -441,8 +492,14 @@ def past_of(cell: Cell, sweep: Sweep, storage: Any) -> Past | None:
     except KeyError:
         return None
     trials = storage.get_all_trials(study, deepcopy=False)
-    space = cell.space
+    space, names = cell.space, tuple(goals(sweep.search.objective))
     others = [
         _decode(t.params, space) for t in trials if t.state.name != "COMPLETE" and t.params.keys() == space.keys()
     ]
-    return Past(_complete(trials, space), _is_done(trials, cell.num_trials), _failures(trials), others)
+    return Past(
+        _complete(trials, space, names),
+        _is_done(trials, cell.num_trials),
+        _failures(trials),
+        others,
+        _failures(trials, "PRUNED"),
+    )

@@ -26,10 +26,11 @@ class Sampling(NamedTuple):
     num_random: int
     directions: tuple[str, ...]
     distributions: Mapping[str, Any]
+    in_batches: bool  # whether a trial waits for the batches before its own: with TPE, and where it may be pruned
 
     def begins(self, place: int) -> int:
         """The first place of the batch that this place is in: what a suggestion waits for lies before it."""
-        return place - place % self.at_once if self.sampler == "tpe" else 0
+        return place - place % self.at_once if self.in_batches else 0
 
     def suggest(self, place: int, before: Sequence[Any]) -> dict[str, Any]:
         """Parameters of the trial at a place. `before`: the trials at the places before it, in this order."""
@@ -63,3 +64,23 @@ class Sampling(NamedTuple):
 def known_params(trial: Any) -> dict[str, Any]:
     """Parameters of a trial, those included that were fixed for it while it was in the queue and are not stored as its own."""
     return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+
+
+def is_worse(values: Mapping[str, float], best: Mapping[str, float], p: float = 0.05) -> bool:
+    """Whether values (more is better) are below those of the best trial on the same prompts: Optuna's WilcoxonPruner, a
+    prompt a step."""
+    import warnings
+
+    import optuna
+    from optuna.trial import TrialState, create_trial
+
+    both = sorted(values.keys() & best.keys())
+    if len(both) < 2:
+        return False
+    reported = [{step: float(of[prompt]) for step, prompt in enumerate(both)} for of in (values, best)]
+    study = optuna.create_study(direction="maximize")
+    mean = sum(reported[1].values()) / len(both)
+    study.add_trial(create_trial(state=TrialState.COMPLETE, value=mean, intermediate_values=reported[1]))
+    pending = create_trial(state=TrialState.RUNNING, intermediate_values=reported[0])
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+        return bool(optuna.pruners.WilcoxonPruner(p_threshold=p).prune(study, pending))

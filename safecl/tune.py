@@ -24,7 +24,7 @@ def trial(config: dict[str, Any], *, broker: Any, cells: Any) -> None:
     cell: Cell = ray.get(reference)[config["cell"]]
     job = cell.job(json.loads(config["params"]), config["seed"], config["role"])
     wanted = [job.evidence]
-    if job.role == "search":  # bounds are relative to theta_safe on the same prompts
+    if job.is_bounded:
         wanted.append(job.aligned.evidence)
     error, kind = "", "infrastructure"
     try:

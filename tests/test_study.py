@@ -15,7 +15,7 @@ from safecl.base import ConfigError, Json
 from safecl.config import Objective
 from safecl.dtypes import resolved
 from safecl.grid import cells
-from safecl.objective import Trial, select
+from safecl.objective import Trial, hopeless, select
 from safecl.study import CellStudy, name_of, open_storage, study_name
 from safecl.sweepfile import load
 from safecl.templates import settle
@@ -120,7 +120,7 @@ def test_violations_come_back_as_told(storage: object) -> None:
     number, params = study.ask()
     study.tell(number, 0.75, {"asr": 0.02, "degenerate": -0.05})
     again = CellStudy("told", SPACE, DEFAULTS, storage, seed=0, trials=2).complete()
-    assert again == [(0, params, 0.75, {"asr": 0.02, "degenerate": -0.05})]
+    assert again == [(0, params, 0.75, {"asr": 0.02, "degenerate": -0.05}, {})]
 
 
 def test_nan_raises_by_name_and_leaves_the_trial_running(storage: object) -> None:
@@ -245,20 +245,29 @@ def in_order(study: CellStudy) -> list[tuple[int, dict[str, Json], float]]:
     return [(trial.number, trial.params, trial.value) for trial in study.complete()]
 
 
-def undisturbed(sampler: str, at_once: int, trials: int) -> list[tuple[int, dict[str, Json], float]]:
-    study = CellStudy("b", SPACE, DEFAULTS, "sqlite://", 0, trials, sampler, at_once)
+def settle_one(study: CellStudy, number: int, params: dict[str, Json], prunes: bool) -> None:
+    value, asr = measured(params)
+    why = hopeless({"asr": asr}, {"asr": 0.0}, "value", study.before(number)) if prunes else ""
+    if why:
+        study.prune(number, why, {"asr": asr})
+    else:
+        study.tell(number, value, {"asr": asr})
+
+
+def undisturbed(sampler: str, at_once: int, trials: int, prunes: bool) -> list[tuple[int, dict[str, Json], float]]:
+    study = CellStudy("b", SPACE, DEFAULTS, "sqlite://", 0, trials, sampler, at_once, prunes=prunes)
     while study.remaining:
         asked = []
         while study.remaining and study.ready:
             asked.append(study.ask())
         assert len(asked) <= at_once
         for number, params in asked:
-            value, asr = measured(params)
-            study.tell(number, value, {"asr": asr})
+            settle_one(study, number, params, prunes)
+    assert study.is_done and bool(study.pruned) == prunes and len(study.complete()) + len(study.pruned) == trials
     return in_order(study)
 
 
-def driver_that_dies(storage: str, sampler: str, at_once: int, trials: int, seed: int) -> None:
+def driver_that_dies(storage: str, sampler: str, at_once: int, trials: int, prunes: bool, seed: int) -> None:
     """Drives a study in an order of its own, and dies by SIGKILL in one of its next 25 writes; exits 0 when all is told."""
     import random
 
@@ -289,7 +298,7 @@ def driver_that_dies(storage: str, sampler: str, at_once: int, trials: int, seed
     ]
     for name in writes:
         setattr(RDBStorage, name, mortal(getattr(RDBStorage, name)))
-    study = CellStudy("b", SPACE, DEFAULTS, storage, 0, trials, sampler, at_once)
+    study = CellStudy("b", SPACE, DEFAULTS, storage, 0, trials, sampler, at_once, prunes=prunes)
     study.repair()
     running: dict[int, dict[str, Json]] = {}
     while not study.is_done:
@@ -303,33 +312,43 @@ def driver_that_dies(storage: str, sampler: str, at_once: int, trials: int, seed
         if chance.random() < 0.15:
             study.release(number)
         else:
-            value, asr = measured(params)
-            study.tell(number, value, {"asr": asr})
+            settle_one(study, number, params, prunes)
     os._exit(0)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize(
+    ("sampler", "prunes"),
+    [
+        ("tpe", True),
+        ("random", False),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in (("tpe", False), ("random", True))),
+    ],
+)
 def test_whatever_order_results_come_in_and_whoever_is_killed_a_study_asks_the_same(
-    tmp_path: Path, sampler: str
+    tmp_path: Path, sampler: str, prunes: bool
 ) -> None:
     import multiprocessing
 
     forked = multiprocessing.get_context("fork")
-    expected = undisturbed(sampler, 4, 14)
-    assert [number for number, *_ in expected] == list(range(14))
+    expected = undisturbed(sampler, 4, 14, prunes)
+    assert prunes or [number for number, *_ in expected] == list(range(14))
     deaths = 0
-    CellStudy("b", SPACE, DEFAULTS, url(tmp_path), 0, 14, sampler, 4)  # the tables: made once, by a driver that lived
+    CellStudy(
+        "b", SPACE, DEFAULTS, url(tmp_path), 0, 14, sampler, 4, prunes=prunes
+    )  # the tables: made once, by a driver that lived
     for seed in range(200):
-        driver = forked.Process(target=driver_that_dies, args=(url(tmp_path), sampler, 4, 14, seed))
+        driver = forked.Process(target=driver_that_dies, args=(url(tmp_path), sampler, 4, 14, prunes, seed))
         driver.start()
         driver.join(60)
         assert driver.exitcode in (0, -signal.SIGKILL), driver.exitcode
         if driver.exitcode == 0:
             break
         deaths += 1
-    found = CellStudy("b", SPACE, DEFAULTS, url(tmp_path), 0, 14, sampler, 4)
+    found = CellStudy("b", SPACE, DEFAULTS, url(tmp_path), 0, 14, sampler, 4, prunes=prunes)
     assert deaths >= 3 and found.is_done and in_order(found) == expected
-    assert {trial.state.name for trial in found._study.trials} == {"COMPLETE", "FAIL"}  # FAIL: ghosts
+    states = {trial.state.name for trial in found._study.trials}
+    assert states == {"COMPLETE", "FAIL", *(["PRUNED"] if prunes else [])}  # FAIL: ghosts
+    assert found.failures == [] and len(found.pruned) == 14 - len(expected)
 
 
 def test_batches_know_the_batches_before_them_and_spread_out() -> None:
@@ -354,6 +373,32 @@ def test_batches_know_the_batches_before_them_and_spread_out() -> None:
     assert np.mean(np.abs(np.array(first[16:]) - 0.7)) < np.mean(np.abs(np.array(first[:8]) - 0.7))
 
 
+def test_several_objectives_are_searched_for_their_front(storage: object) -> None:
+    """Use grows with x, harm with its square and with y: the front is y = 0."""
+    space: dict[str, Json] = {name: {"low": 0.0, "high": 1.0} for name in ("x", "y")}
+
+    def mean_y(name: str, sampler: str) -> float:
+        goals = {"utility": "maximize", "asr": "minimize"}
+        study = CellStudy(name, space, {"x": 0.5, "y": 0.5}, storage, 0, 40, sampler, 4, goals)
+        while study.remaining:
+            for number, params in [study.ask() for _ in range(4)]:
+                x, y = float(str(params["x"])), float(str(params["y"]))
+                study.tell(number, {"asr": (x * x + y) / 2, "utility": x}, {"asr": -1.0})
+        trials = CellStudy(name, space, {"x": 0.5, "y": 0.5}, storage, 0, 40, sampler, 4, goals).complete()
+        for trial in trials:
+            x, y = float(str(trial.params["x"])), float(str(trial.params["y"]))
+            assert trial.value == x and trial.values == {"utility": x, "asr": (x * x + y) / 2}
+        return float(np.mean([float(str(trial.params["y"])) for trial in trials[20:]]))
+
+    assert mean_y("front", "tpe") < 0.6 * mean_y("front-random", "random")
+    study = CellStudy(
+        "front-nan", space, {"x": 0.5, "y": 0.5}, storage, 0, 4, goals={"utility": "maximize", "asr": "minimize"}
+    )
+    number, _ = study.ask()
+    with pytest.raises(ValueError, match="'asr' is nan"):
+        study.tell(number, {"utility": 0.5, "asr": float("nan")}, {})
+
+
 def test_another_size_of_batch_is_another_study_of_tpe_alone() -> None:
     objective = Objective()
 
@@ -362,6 +407,10 @@ def test_another_size_of_batch_is_another_study_of_tpe_alone() -> None:
 
     assert len(names("tpe")) == 3 and len(names("random")) == len(names("grid")) == 1
     assert study_name("cell", SPACE, objective, (1000, 0)) in names("tpe")
+    pruned = {
+        study_name("cell", SPACE, objective, (1000, 0), "grid", 1, prune) for prune in ("none", "bounds", "wilcoxon")
+    }
+    assert len(pruned) == 3 and pruned & names("grid")
 
 
 @pytest.mark.parametrize("changed", ["safecl.methods.der.Der", "safecl.tasks.mini.Mini", "safecl.stages.generate"])
@@ -393,10 +442,14 @@ def test_the_study_name_covers_cell_space_objective_and_seeds() -> None:
         study_name("smol.der2", SPACE, objective, (1000, 0)),
         study_name("smol.der", changed, objective, (1000, 0)),
         study_name("smol.der", SPACE, other, (1000, 0)),
+        study_name("smol.der", SPACE, Objective(pareto=("utility", "asr")), (1000, 0)),
+        study_name(
+            "smol.der", SPACE, Objective(pareto=("utility", "asr"), choose="front"), (1000, 0)
+        ),  # no other trials
         study_name("smol.der", SPACE, objective, (1001, 0)),
         study_name("smol.der", SPACE, objective, (1000, 1000)),
     }
-    assert len(names) == 6
+    assert len(names) == 7
 
 
 def test_a_study_of_a_wrong_space_is_not_opened(storage: object) -> None:

@@ -291,11 +291,12 @@ class Graph(JudgeStages):
             make("metrics", {"measures": [measure]}, {"heldout.judged": judged, "heldout.rows": heldout}), (judged,)
         )
 
-    def evidence(self, split: str) -> Evidence:
-        """Everything that is measured of this recipe on `validation` or `test` prompts."""
+    def evidence(self, split: str, num_utility: int | None = None) -> Evidence:
+        """Everything that is measured of this recipe on `validation` or `test` prompts. `num_utility`: utility prompts, where
+        they are not as many as the sweep file says."""
         task, kind = self.recipe.task.task, self._task(self.recipe.task.task)
         final, inputs, judged = self.final, dict[str, Stage](), list[Stage]()
-        asked, utility, measures, version = self._questions(split)
+        asked, utility, measures, version = self._questions(split, num_utility)
         for name, rows, questions in asked:
             generations = self.generate(final, rows, self.recipe.evaluate.max_new_tokens)
             inputs |= {f"{name}.rows": rows, f"{name}.generations": generations}
@@ -316,8 +317,24 @@ class Graph(JudgeStages):
         metrics = make("metrics", measures, inputs, version)
         return Evidence(replace(metrics, hints={**metrics.hints, **hints}), tuple(judged))
 
+    def num_utility(self, split: str) -> int | None:
+        """How many utility prompts are asked; None: all there are."""
+        own = self.recipe.task.utility_rows
+        found: int | None = (own and getattr(own, split)) or getattr(self.recipe.evaluate, split).utility_rows
+        return found
+
+    def part(self, split: str, roles: tuple[str, ...], num_utility: int | None = None) -> Evidence:
+        """Of `evidence` what is measured of prompts of these roles."""
+        whole = self.evidence(split, num_utility)
+        inputs = {name: stage for name, stage in whole.metrics.inputs.items() if name.partition(".")[0] in roles}
+        every: Any = whole.metrics.config["measures"]
+        measures: Json = [measure for measure in every if measure["role"] in roles]
+        keys = {stage.key for stage in inputs.values()}
+        metrics = replace(whole.metrics, config={"measures": measures}, inputs=inputs)
+        return Evidence(metrics, tuple(stage for stage in whole.judged if stage.key in keys))
+
     @shared(*MODEL, "task")
-    def _questions(self, split: str) -> Questions:
+    def _questions(self, split: str, num_utility: int | None = None) -> Questions:
         """What is asked of every model that was tuned on this task."""
         evaluate, task = self.recipe.evaluate, self.recipe.task.task
         prompts: Prompts = getattr(evaluate, split)
@@ -341,8 +358,7 @@ class Graph(JudgeStages):
                     measures.append({"metric": seat.metric, "set": part.task, "of": "verdict", "role": role, **more})
                 measures += _by_rule(measured, role, part.task, told(self._task(part.task)), of_role)
         name = f"utility.{split}"
-        own = self.recipe.task.utility_rows
-        num_rows = (own and getattr(own, split)) or prompts.utility_rows
+        num_rows = num_utility or self.num_utility(split)
         utility = self.data(name, name, [Rows(task=task, num_rows=num_rows)], seed=0)
         consent: dict[str, Json] = {"unsafe_code": True} if evaluate.unsafe_code and kind.RUNS_CODE else {}
         consent |= told(kind, scored=True)

@@ -45,6 +45,8 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
             f"Search: {trials} per searched cell, on validation prompts and seed {sweep.search.seed}, which no row reports"
             f"{'' if sweep.search.realign else f'; from the alignment of seed {sweep.seeds[0]}'}."
         )
+        if sweep.search.at_once > 1 and sweep.search.sampler == "tpe":
+            notes[-1] += f" Suggested in batches of {sweep.search.at_once}."
     if len(libraries) > 1:
         notes.append(f"Rows were made with {len(libraries)} different sets of library versions (`safecl show KEY`).")
     shares: dict[str, list[float]] = {}

@@ -17,6 +17,7 @@ from safecl.base import Damaged
 from safecl.contrasts import contrasts, discordant, means
 from safecl.crossed import intervals
 from safecl.graph import REFERENCES
+from safecl.report.searches import told
 from safecl.stats import agreement as agreement_of
 from safecl.stats import as_json
 from safecl.trained import recorded
@@ -34,7 +35,8 @@ def rows(project: Project) -> list[dict[str, Any]]:
     the same model, task and poison ratio."""
     table: list[dict[str, Any]] = []
     measured: list[dict[str, dict[int, Outcomes]]] = []  # of a row, by metric and seed
-    for cell, params, jobs, note in project.finals():
+    finals = project.finals()
+    for (cell, params, jobs, note), name in zip(finals, _names([cell for cell, *_ in finals]), strict=True):
         finished: dict[Job, Outcomes] = {}
         for job in jobs:
             try:
@@ -49,7 +51,7 @@ def rows(project: Project) -> list[dict[str, Any]]:
             "model": recipe.model.name,
             "task": cell.task,
             "poison": None if recipe.method in REFERENCES else recipe.poison_ratio,
-            "method": cell.method,
+            "method": f"{cell.method}{name}",
             "kind": recipe.method,  # whatever it is called here
             "params": {**cell.defaults, **params},
             "memory": _memory(cell, params),
@@ -61,6 +63,7 @@ def rows(project: Project) -> list[dict[str, Any]]:
             # Keys of what was served, a seed each; for `safecl export`.
             "weights": [final.key for job in finished if (final := job.graph.final) is not None],
             "note": note if finished else note or "not run yet",
+            "search": None if cell.space is None else told(project, cell),
         }
         table.append({**row, **_behind(project, cell, list(finished))})
     contrast(table, measured)
@@ -73,6 +76,11 @@ def _memory(cell: Cell, params: Mapping[str, Any]) -> float | None:
         return None
     found = {**cell.defaults, **params}.get(cell.memory_key)
     return float(found) if isinstance(found, int | float) else None
+
+
+def _names(cells: Sequence[Cell]) -> list[str]:
+    """What tells the rows of one cell apart: their number on its front; nothing where it has one row."""
+    return [f" #{cells[: i + 1].count(cell)}" if cells.count(cell) > 1 else "" for i, cell in enumerate(cells)]
 
 
 def by_metric(of_seeds: Mapping[int, Outcomes]) -> dict[str, dict[int, Outcomes]]:
@@ -162,12 +170,14 @@ def _named(row: Mapping[str, Any]) -> str:
 def curves(project: Project) -> list[dict[str, Any]]:
     """Training curves of every final trial: `{"run": name, "method", "points": [{"step", name: float, ..}]}`."""
     found: list[dict[str, Any]] = []
-    for cell, _, jobs, _ in project.finals():
+    finals = project.finals()
+    for (cell, _, jobs, _), name in zip(finals, _names([cell for cell, *_ in finals]), strict=True):
         for job in jobs if cell.recipe.method not in REFERENCES else ():
             if project.store.has(job.graph.tuned):
                 with suppress(Damaged):
                     points = project.lines(job.graph.tuned, "curves")
-                    found.append({"run": f"{cell.label}, seed {job.seed}", "method": cell.method, "points": points})
+                    run = f"{cell.label}{name}, seed {job.seed}"
+                    found.append({"run": run, "method": f"{cell.method}{name}", "points": points})
     return found
 
 

@@ -1,14 +1,16 @@
-"""What a page shows of the searches: every finished trial, what it was chosen for, and which parameter mattered."""
+"""What a report shows of the searches: every finished trial, what it was chosen for, which parameter mattered; fronts."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from safecl import metrics
 from safecl.graph import REFERENCES
-from safecl.objective import select
+from safecl.objective import chosen, front, goals, hypervolume, losses
 from safecl.study import importance
 
 if TYPE_CHECKING:
+    from safecl.grid import Cell
     from safecl.project import Project
 
 
@@ -42,9 +44,34 @@ def searches(project: Project) -> list[dict[str, Any]]:
                 "failed": len(study.failures) if study is not None else 0,
                 "maximise": objective.maximise,
                 "bounds": dict(objective.bounds),
-                "chosen": select(trials).number,
+                "pruned": len(study.pruned) if study is not None else 0,
+                "chosen": chosen(trials, objective)[0].number,
                 "trials": lines,
                 "importance": importance(trials, cell.space),
             }
         )
     return found
+
+
+def told(project: Project, cell: Cell) -> dict[str, Any]:
+    """What a cell's search told, all of it measured on validation prompts: how many trials finished, failed and were pruned;
+    with several objectives each of them (`is_taken`: its values are a row's), the front of them, and its hypervolume (the
+    share of what could be had that it is at least as good as; None where an objective is no fraction)."""
+    study, objective = project.past(cell), project.sweep.search.objective
+    trials = study.complete() if study else []
+    failed, pruned = (len(study.failures), len(study.pruned)) if study else (0, 0)
+    found: dict[str, Any] = {"trials": len(trials), "failed": failed, "pruned": pruned}
+    if not objective.pareto or not trials:
+        return found
+    best, taken = ({trial.number for trial in some} for some in (front(trials), chosen(trials, objective)))
+    bounded = all(metrics.of(name).bounds == (0.0, 1.0) for name in objective.pareto)
+    points = [losses(trial) for trial in trials if trial.number in best and trial.feasible]
+    return found | {
+        "objectives": list(goals(objective)),
+        "tried": [
+            {"number": trial.number, "params": trial.params, "values": dict(trial.values), "feasible": trial.feasible,
+             "is_front": trial.number in best, "is_taken": trial.number in taken}
+            for trial in trials
+        ],
+        "hypervolume": hypervolume(points) if bounded else None,
+    }  # fmt: skip

@@ -285,9 +285,36 @@ def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[D
             f"Difference from {against}, in points, with its own 95 % interval; p (differs) and p= (alike) after Holm"
         )
         found.append(Detail(title, ["method", "poison", *(c.header for c in shown)], tested))
+    found += _fronts(members)
     where = f"{members[0]['model']} / {members[0]['task']}"
     found += [*facts.labelled.get(where, ()), *([facts.beside[where]] if where in facts.beside else [])]
     return [detail for detail in found if len(detail.header) > 2 and detail.lines]
+
+
+def _fronts(members: Sequence[Row]) -> list[Detail]:
+    """What each search with several objectives could have: its front, once, whatever is run of it."""
+    found, told = [], set[str]()
+    for row in members:
+        search = row.get("search") or {}
+        name = f"{row['method'].partition(' #')[0]}, {lead(row)[1]} poison"
+        if "objectives" not in search or name in told:
+            continue
+        told.add(name)
+        shown, lines = [metrics.of(objective) for objective in search["objectives"]], []
+        for trial in sorted((t for t in search["tried"] if t["is_front"]), key=lambda t: -t["values"][shown[0].name]):
+            values = [number({"value": trial["values"][metric.name]}, metric.unit) for metric in shown]
+            params = ", ".join(
+                f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial["params"].items()
+            )
+            lines.append([f"trial {trial['number']}", params, *values])
+        num_within = sum(trial["feasible"] for trial in search["tried"])
+        volume = "" if search["hypervolume"] is None else f"; hypervolume {search['hypervolume']:.3f} of 1"
+        title = (
+            f"Front of the search of {name}, on its validation prompts and seed: no claim about other prompts. "
+            f"{num_within} of {len(search['tried'])} trials within the bounds{volume}"
+        )
+        found.append(Detail(title, ["trial", "values", *(metric.title for metric in shown)], lines))
+    return found
 
 
 def _by_set(members: Sequence[Row], metric: Metric) -> list[Detail]:
