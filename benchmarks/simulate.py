@@ -1,4 +1,4 @@
-"""How long `plan --cluster` takes: the full grid, and 10,000 rows on 1,000 spot GPUs that are taken away now and then.
+"""How long `plan --cluster` takes: the full grid, and 10,000 rows, on 1,000 spot GPUs that are taken away now and then.
 
     python benchmarks/simulate.py [--rounds 3]
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 def grid(root: Path, num_rows: int | None) -> Project:
     """The paper's grid with every method, four poison ratios and five seeds; or so many rows of it, of one seed, by as many
     ratios as that takes."""
-    names = [name for name in methods.names() if name not in ("ptst",)]
+    names = methods.names()
     seeds, ratios = "[0, 1, 2, 3, 4]", [0.0, 0.1, 0.2, 0.3]
     if num_rows is not None:
         each = 9 * len(names)
