@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
 TORCH_FROM := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),--torch-backend cpu)
 
-.PHONY: demo test venv check check-slow clean
+.PHONY: demo test venv check check-slow docs clean
 
 demo: venv
 	$(BIN)/safecl run sweeps/quickstart.yaml
@@ -24,6 +24,11 @@ check: venv
 
 check-slow: venv
 	$(BIN)/python -m pytest -m slow
+
+# The pages under site/. A broken link or anchor fails.
+docs: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 venv: $(VENV)/.ready
 

@@ -2,7 +2,7 @@
 
     .venv/bin/python docs/methods.py
 
-The table between the `<!-- methods -->` marks of README.md, and docs/methods.md with every method's docstring. A test holds both.
+docs/methods.md: a table of all, and every method's docstring. A test holds it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from safecl import methods
 
 HERE = Path(__file__).parent
-MARK = "<!-- methods -->"
 HEAD = """# Methods
 
 Made by `python docs/methods.py` from the files of `safecl/methods/`, which open with what stands here: the equation, the paper's
 symbols against the code's names, the source, and where the two differ. `safecl ls methods` has hyperparameters and search spaces.
+[What methods share](about-methods.md): the contract, what they cost, and what a sweep can change.
 """
 
 
@@ -31,25 +31,18 @@ def table() -> str:
     """One line a method."""
     lines = ["| method | what is trained | source | time of a finetune |", "|---|---|---|---|"]
     for name, kind in kinds():
-        cells = (f"[`{name}`](docs/methods.md#{name})", f"`{kind.equation}`", kind.source, kind.cost)
+        cells = (f"[`{name}`](#{name})", f"`{kind.equation}`", kind.source, kind.cost)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
 def page() -> str:
-    parts = [HEAD]
+    parts = [HEAD, table() + "\n"]
     for name, kind in kinds():
         told = inspect.getdoc(sys.modules[kind.__module__])
         parts.append(f"## {name}\n\n```text\n{told}\n```\n")
     return "\n".join(parts)
 
 
-def readme(text: str) -> str:
-    """README's text with the table of today."""
-    before, _, rest = text.partition(MARK)
-    return f"{before}{MARK}\n{table()}\n{MARK}{rest.partition(MARK)[2]}"
-
-
 if __name__ == "__main__":
     (HERE / "methods.md").write_text(page())
-    (HERE.parent / "README.md").write_text(readme((HERE.parent / "README.md").read_text()))

@@ -228,6 +228,18 @@ def power(
         print_hanging("", line, indent=2)
 
 
+@app.command(name="schema")
+def schema_() -> None:
+    """Print the JSON schema of a sweep file, for editors: what each key is, its type and default.
+
+    `safecl schema > sweep.schema.json`, and in the sweep file's first line:
+    `# yaml-language-server: $schema=sweep.schema.json`
+    """
+    from safecl import schema
+
+    print(json.dumps(schema.sweep_file(), indent=1))
+
+
 @app.command()
 def export(
     key: Annotated[str, typer.Argument(help="The beginning of the key of a row's weights (`safecl status` prints it)")],
