@@ -88,7 +88,8 @@ class Nodes:
             "TEST_NODE_STRAYS": str(self.folder / "strays"),
         }
         options = {"num_cpus": 1, "object_store_memory": 78 * 2**20, "include_dashboard": False, **resources}
-        # Given here, since on a busy machine a raylet does not wait long enough for its agents to choose their own.
+        # Ports are given here, since on a busy machine a raylet does not wait long enough for its agents to choose their
+        # own; and there a node may be given up that only starts slowly.
         ports = dict(
             zip(
                 ("metrics_agent_port", "dashboard_agent_listen_port", "runtime_env_agent_port"),
@@ -96,7 +97,13 @@ class Nodes:
                 strict=True,
             )
         )
-        self.made[own] = self.ray.add_node(env_vars=environment, temp_dir=self.sockets, **ports, **options)
+        for tries_left in (2, 1, 0):
+            try:
+                self.made[own] = self.ray.add_node(env_vars=environment, temp_dir=self.sockets, **ports, **options)
+                break
+            except Exception as error:
+                if not tries_left or "timed out during startup" not in str(error):
+                    raise
         return own
 
     def drop(self, node: Path) -> None:
