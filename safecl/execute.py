@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safecl import faults, gauges, reclaim
 from safecl.base import Damaged
@@ -41,6 +41,8 @@ from safecl.work import Hand, run_stage
 DRAIN_S = 2.0  # how often is looked for nodes that are being drained; a spot warning comes 30 s to 2 minutes before
 WATCH_S = 5.0  # how often the cluster's size is asked for
 REPAIRS = 2  # times that a stage is begun anew because an input of it was found damaged
+
+T = TypeVar("T")
 
 
 class Broker:
@@ -97,25 +99,25 @@ class Broker:
         """Return when all are in the store. Raises a stage's failure as soon as it is known. Whose turn it is for trainers
         and engines, and of what they need which stage's: order.py."""
         self.num_asked += 1
+        number = self.num_asked
         if not self.watching and self.execution.address != "local":
             self.watching = [asyncio.create_task(watch) for watch in (self._watch_nodes(), self._watch_size())]
-        turn = self._line_up(stages, claim)
+        turn = self._line_up(await self._asked(below, stages, self.store.has), claim, number)
         await self._all(stages, turn)
 
-    def _line_up(self, stages: Sequence[Stage], claim: Claim) -> Turn:
+    def _line_up(self, todo: Sequence[Stage], claim: Claim, number: int) -> Turn:
         """Give what must be run its turn; what others wait for already goes forward where this one's is lower."""
-        todo = below(stages, self.store.has)
         place = {stage.key: number for number, stage in enumerate(todo)}
         needs = [[place[s.key] for s in stage.inputs.values() if s.key in place] for stage in todo]
         for stage, chain in zip(todo, chains([self.seconds(stage) for stage in todo], needs), strict=True):
-            turn = Turn.of(claim, chain, self.num_asked)
+            turn = Turn.of(claim, chain, number)
             if stage.key not in self.turns:
                 self.turns[stage.key] = turn
             elif turn < self.turns[stage.key]:
                 self.turns[stage.key] = turn
                 self.trainers.hurry(stage, turn)
                 self.fleet.hurry(stage.key, turn)
-        return Turn.of(claim, 0.0, self.num_asked)
+        return Turn.of(claim, 0.0, number)
 
     async def _all(self, stages: Iterable[Stage], turn: Turn) -> None:
         await asyncio.gather(*(self._ensure(stage, turn) for stage in stages))
@@ -124,15 +126,21 @@ class Broker:
         """`turn`: of what waits for it, where it was not lined up: it was there, and must be made again."""
         if stage.key in self.failed:
             raise self.failed[stage.key]
+        if stage.key not in self.running and await self._asked(self.store.has, stage):
+            self.turns.pop(stage.key, None)
+            return
+        if stage.key in self.failed:
+            raise self.failed[stage.key]
         if stage.key not in self.running:
-            if self.store.has(stage):
-                self.turns.pop(stage.key, None)
-                return
             self.turns.setdefault(stage.key, turn)
             self.times.asked(stage, self.turns[stage.key].rank)
             self.running[stage.key] = asyncio.create_task(self._make(stage, needs_trainer(stage)))
         # Shielded: who stops waiting does not stop the stage for the others.
         await asyncio.shield(self.running[stage.key])
+
+    async def _asked(self, look: Callable[..., T], *arguments: Any) -> T:
+        """What the store says: at a URL it may take a while, in which others go on."""
+        return look(*arguments) if self.store.remote is None else await asyncio.to_thread(look, *arguments)
 
     async def _make(self, stage: Stage, heavy: bool) -> None:
         role = None if heavy else engine_of(stage)
