@@ -45,14 +45,16 @@ class _Bound(NamedTuple):
 
 def _parse(metric: str, bound: str | float) -> _Bound:
     where = f"search.objective.bounds.{metric}"
-    expected = "expected a fraction in [0, 1], `safe`, `safe + 0.05` or `safe - 0.05`"
+    top = _highest(metric)
+    range_ = "a fraction in [0, 1]" if top == 1 else "a number, at least 0"
+    expected = f"expected {range_}, `safe`, `safe + 0.05` or `safe - 0.05`"
     if isinstance(bound, bool):
         raise ConfigError(f"{where}: {expected}, got {bound!r}")
     if isinstance(bound, str):
         match = _RELATIVE.fullmatch(bound.strip())
         if match:
             offset = float(match["offset"] or 0.0) * (-1 if match["sign"] == "-" else 1)
-            if abs(offset) > 1:
+            if abs(offset) > top:
                 raise ConfigError(f"{where}: {expected}, got {bound!r} (5 percentage points are 0.05)")
             return _Bound(True, offset)
         try:
@@ -61,9 +63,18 @@ def _parse(metric: str, bound: str | float) -> _Bound:
             raise ConfigError(f"{where}: {expected}, got {bound!r}") from None
     else:
         number = float(bound)
-    if not 0 <= number <= 1:
+    if not 0 <= number <= top:
         raise ConfigError(f"{where}: {expected}, got {bound!r} (5 % is 0.05)")
     return _Bound(False, number)
+
+
+def _highest(metric: str) -> float:
+    """The largest value of a metric, infinity where it has none. What is no metric is refused elsewhere (check.py)."""
+    try:
+        top = declared.of(metric).bounds[1]
+    except ConfigError:
+        return 1.0
+    return math.inf if top is None else top
 
 
 def check(objective: Objective) -> list[str]:

@@ -25,6 +25,15 @@ OBJECTIVE = Objective(maximise="utility", bounds={"asr": "safe + 0.05", "over_re
 SAFE = {"asr": 0.1, "over_refusal": 0.2}
 
 
+def test_a_metric_without_an_end_may_have_a_bound_above_one() -> None:
+    """gold_nll is in nats a token."""
+    assert check(Objective(bounds={"gold_nll": 2.0})) == []
+    assert bounds(Objective(bounds={"gold_nll": "safe + 1.5"}), {"gold_nll": 0.75}) == {"gold_nll": 2.25}
+    [error] = check(Objective(bounds={"gold_nll": -1.0}))
+    assert "expected a number, at least 0" in error
+    assert check(Objective(bounds={"asr": 1.5}))
+
+
 def test_bounds_are_relative_to_theta_safe_or_absolute() -> None:
     assert bounds(OBJECTIVE, SAFE) == pytest.approx({"asr": 0.15, "over_refusal": 0.3, "degenerate": 0.05})
     other = Objective(bounds={"asr": " safe ", "degenerate": "0.25", "over_refusal": "safe - 1e-1"})
