@@ -18,6 +18,7 @@ from safecl.models import model_stage, tokenizer_stage
 from safecl.project import load
 from safecl.serving.engine import arguments
 from safecl.serving.messages import Settings
+from safecl.store import Store
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 
@@ -90,7 +91,7 @@ def test_a_judge_may_be_packed_which_changes_what_it_is_and_a_candidate_may_not(
     assert model_stage(packed).key != model_stage(plain).key == model_stage(Model(**LLAMA)).key
     assert tokenizer_stage(packed).key == tokenizer_stage(plain).key
     fleet = Fleet.__new__(Fleet)
-    fleet.execution, fleet.logs = Execution(use_gpu=True), ""
+    fleet.execution, fleet.store = Execution(use_gpu=True), Store(str(tmp_path))
     group = Group("judge-1", "judge", model_stage(packed))
     assert fleet._settings(group, Holder("judge-1-1", "judge-1", 1.0)).quantization == "fp8"
     for settings, said in (

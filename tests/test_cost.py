@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from safecl import cost, estimate, hardware, store
+from safecl import cost, estimate, hardware, identity
 from safecl.config import Execution
 from safecl.cost import Forecast, Open, Remaining, _uses, rounds
 from safecl.estimate import Estimator
@@ -301,7 +301,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, counting)
 
-    count(store, "canonical")
+    count(identity, "canonical")
     count(Store, "has")
     count(Store, "record")
     count(Graph, "__init__")

@@ -188,6 +188,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_nodes_of_a_real_cluster_that_disagree_are_an_error_that_names_them(tmp_path: Path) -> None:
     """Two nodes that can train and a head that cannot; `sitecustomize` makes one of the two native, whatever this is."""
     (tmp_path / "sitecustomize.py").write_text(

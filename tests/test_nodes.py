@@ -69,6 +69,7 @@ def _told(name: str) -> str | None:
     return os.environ.get(name)
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_joined_gets_the_runs_environment_and_one_odd_node_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -223,6 +223,7 @@ def test_a_server_that_is_away_for_a_while_delays_and_fails_nothing(
     assert time.monotonic() - began > 1.5 and store.has(Stage("data", {"seed": 1}))
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_is_said_and_soon_where_it_never_did(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

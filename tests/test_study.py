@@ -379,12 +379,12 @@ def test_several_objectives_are_searched_for_their_front(storage: object) -> Non
 
     def mean_y(name: str, sampler: str) -> float:
         goals = {"utility": "maximize", "asr": "minimize"}
-        study = CellStudy(name, space, {"x": 0.5, "y": 0.5}, storage, 0, 40, sampler, 4, goals)
+        study = CellStudy(name, space, {"x": 0.5, "y": 0.5}, storage, 0, 40, sampler, 4, goals=goals)
         while study.remaining:
             for number, params in [study.ask() for _ in range(4)]:
                 x, y = float(str(params["x"])), float(str(params["y"]))
                 study.tell(number, {"asr": (x * x + y) / 2, "utility": x}, {"asr": -1.0})
-        trials = CellStudy(name, space, {"x": 0.5, "y": 0.5}, storage, 0, 40, sampler, 4, goals).complete()
+        trials = CellStudy(name, space, {"x": 0.5, "y": 0.5}, storage, 0, 40, sampler, 4, goals=goals).complete()
         for trial in trials:
             x, y = float(str(trial.params["x"])), float(str(trial.params["y"]))
             assert trial.value == x and trial.values == {"utility": x, "asr": (x * x + y) / 2}

@@ -161,6 +161,7 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_uninterrupted_one(
     assert (found / "curves.jsonl").read_text() == (alone / "curves.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("running", [{"checkpoint_every_s": 1e6}], indirect=True)
 def test_a_finetune_that_kills_its_worker_too_often_fails_alone(running: Running) -> None:
     import ray

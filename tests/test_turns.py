@@ -17,6 +17,7 @@ from safecl.config import Execution
 from safecl.devices import Devices
 from safecl.fleet import Fleet
 from safecl.lender import Lender
+from safecl.order import UNNAMED, Turn
 from safecl.store import Stage, Store
 from tests.cluster import nodes
 
@@ -36,6 +37,7 @@ class OnCluster(Fleet):
         return str(model.config["source"])
 
 
+@pytest.mark.slow
 def test_engines_of_three_models_in_two_roles_take_turns_on_one_unit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,10 +53,10 @@ def test_engines_of_three_models_in_two_roles_take_turns_on_one_unit(
         chosen = Execution(address=cluster.address, unit="slot", root=str(tmp_path / "root"))
         held = capacity(chosen, ray.cluster_resources(), 0.0)
         lender = Lender(Devices(held.num_units, turn_s=2.0, linger_s=0.1))
-        fleet = OnCluster(Store(chosen.root), chosen, "", lender, held, 8, lambda *_: None, lambda key: None)
+        fleet = OnCluster(Store(chosen.root), chosen, lender, held, 8, lambda *_: None, lambda key: None)
 
         async def ask(role: str, model: Stage, number: int) -> str:
-            async with fleet.lease(role, model, f"{number}", "w", (0, number, 0)) as groups:
+            async with fleet.lease(role, model, f"{number}", "w", Turn.of(UNNAMED, 0.0, number)) as groups:
                 [(app,)] = groups.values()
                 assert ray.available_resources().get("slot", 0.0) == 0
                 found: str = await serve.get_app_handle(app).status.remote()

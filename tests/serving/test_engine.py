@@ -17,6 +17,7 @@ from safecl.base import PrerequisiteError
 from safecl.serving.client import Engines
 from safecl.serving.deploy import deploy, ready, shutdown
 from safecl.serving.messages import Completion, Refused, Request, Sampling, Settings, WeightsRef
+from safecl.store import Store
 from tests.serving.adapters import change_base, make_adapter, make_deltas
 
 ENGINE = "candidate"
@@ -43,13 +44,18 @@ def weights(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(str(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
 def engines(
-    cluster: Path, weights: dict[str, WeightsRef], tmp_path_factory: pytest.TempPathFactory
+    cluster: Path, weights: dict[str, WeightsRef], store: Store, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engines]:
     logs = tmp_path_factory.mktemp("logs")
     small = {"memory_gib": 0.1, "max_model_len": 128, "turn_s": 0.5, "linger_s": 0.02, "stall_s": 60.0}
     settings = Settings(name=ENGINE, dtype="float32", **small, log_dir=str(logs))  # type: ignore[arg-type]
-    deploy(settings, weights["base"].base, wait=False)
+    deploy(settings, weights["base"].base, store, wait=False)
     ready(ENGINE, timeout_s=240)
     yield Engines()
     shutdown(ENGINE)
@@ -189,7 +195,7 @@ def test_log_probabilities_come_when_asked_for_and_are_those_of_hugging_face(
 
 
 def test_what_a_finetune_left_is_compared_with_what_is_served(
-    engines: Engines, weights: dict[str, WeightsRef], tmp_path: Path
+    engines: Engines, weights: dict[str, WeightsRef], store: Store, tmp_path: Path
 ) -> None:
     """The whole way through the generate stage: Hugging Face's own log-probabilities, those of one token off by 1/4."""
     import json
@@ -218,6 +224,10 @@ def test_what_a_finetune_left_is_compared_with_what_is_served(
     )
     inputs = {"model": Path(weights["a"].base), "weights": tmp_path / "weights", "rows": tmp_path / "rows"}
     base, adapter = Stage("model", {}), Stage("finetune", {})
+    for stage, files in ((base, Path(weights["a"].base)), (adapter, tmp_path / "weights")):
+        made = store.new_folder()
+        shutil.copytree(files, made, dirs_exist_ok=True)
+        store.publish(stage, made, {}, 0.0)
     text = {"template": Template().model_dump(mode="json"), "bos": False, "max_new_tokens": 4, "max_prompt_tokens": 64}
 
     def facts(role: str) -> dict[str, Any]:
