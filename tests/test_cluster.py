@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.cluster import nodes
 
 
@@ -16,6 +18,7 @@ def _look(path: str) -> tuple[str, str]:
         return os.environ["SAFECL_CACHE"], str(error)
 
 
+@pytest.mark.slow
 def test_each_node_has_its_own_folder_and_sees_no_other(tmp_path: Path) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
