@@ -33,6 +33,7 @@ from safecl.suggest import Sampling, known_params
 _GHOST = "safecl:ghost"  # user attribute of a trial that died with its driver: it does not count as a trial
 _REPAIRS = "safecl:repairs"  # user attribute of the queued copy: the ghost's number
 _ONE = {"value": "maximize"}
+_FIRST = "safecl:first"  # user attribute of a study: what it asks before it suggests anything
 _WHY = "safecl:why"  # user attribute of a trial that failed
 
 
@@ -178,9 +179,19 @@ class CellStudy:
         # number, so that a trial that died and is queued again would cost another point.)
         if sampler == "grid":
             first = points(self.space)
-        first = list(first)[:trials] or [{key: defaults[key] for key in self.space}]
-        for queued in map(self._encode, first[len(self._trials()) :]):
+        for queued in self._begin(list(first)[:trials] or [{key: defaults[key] for key in self.space}]):
             self._enqueue(queued)
+
+    def _begin(self, first: Sequence[Mapping[str, Json]]) -> list[dict[str, Any]]:
+        """What is still to be queued of what this study asks before it suggests anything. A study that was begun keeps to
+        what it began with, whatever others have found since."""
+        begun = self._study.user_attrs.get(_FIRST)
+        if begun is None:
+            if self._trials():  # of a version that noted nothing: it is past its beginning
+                return []
+            begun = list(map(self._encode, first))
+            self._study.set_user_attr(_FIRST, begun)
+        return list(begun[len(self._trials()) :])
 
     @property
     def remaining(self) -> int:

@@ -399,6 +399,31 @@ def test_several_objectives_are_searched_for_their_front(storage: object) -> Non
         study.tell(number, {"utility": 0.5, "asr": float("nan")}, {})
 
 
+def test_what_others_found_since_changes_nothing_of_a_study_that_was_begun(tmp_path: Path) -> None:
+    def opened(name: str, *weights: float) -> CellStudy:
+        found: list[dict[str, Json]] = [{"weight": weight, "rows": 8, "centre": True} for weight in weights]
+        return CellStudy(name, SPACE, DEFAULTS, url(tmp_path), 0, 6, first=found)
+
+    def asked(name: str, *others: tuple[float, ...]) -> list[dict[str, Json]]:
+        params = []
+        for weights in others:  # a driver each
+            study = opened(name, *weights)
+            assert study.repair() == 0
+            number, one = study.ask()
+            params.append(one)
+            study.tell(number, measured(one)[0], {})
+        return params
+
+    alone = asked("first", (), (), (), ())
+    assert alone == asked("first-again", (), (), (), ())[:1] + alone[1:] and alone[0]["weight"] == DEFAULTS["weight"]
+    whole = CellStudy(
+        "first", SPACE, DEFAULTS, url(tmp_path), 0, 6, first=[{"weight": 7.0, "rows": 8, "centre": True}] * 6
+    )
+    assert not any(trial.state.name == "WAITING" for trial in whole._study.trials)
+    begun = asked("begun", (1.0, 2.0), (3.0, 4.0, 5.0, 6.0), (9.0,))
+    assert [one["weight"] for one in begun[:2]] == [1.0, 2.0] and begun[2]["weight"] not in (3.0, 5.0, 9.0)
+
+
 def test_another_size_of_batch_is_another_study_of_tpe_alone() -> None:
     objective = Objective()
 
