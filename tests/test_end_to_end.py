@@ -106,10 +106,9 @@ def interrupted(tiny_model: Path, server: Server, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("sweep")
     file, root = folder / "tiny.yaml", folder / "root"
     file.write_text(yaml.safe_dump(sweep(tiny_model, root, url_of(server))))
-    before = {process.pid for process in psutil.process_iter()}
     running = subprocess.Popen(
         [sys.executable, "-m", "safecl.cli", "run", str(file), *FEWER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        start_new_session=True, env={**os.environ, "SAFECL_TEST_RUN": str(root)},
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 180
@@ -122,7 +121,7 @@ def interrupted(tiny_model: Path, server: Server, tmp_path_factory: pytest.TempP
         if running.poll() is None:
             running.kill()
     deadline = time.monotonic() + 30
-    while left := [p.name() for p in psutil.process_iter() if p.pid not in before and is_ours(p)]:
+    while left := [p.name() for p in psutil.process_iter() if is_of(p, root)]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.2)
@@ -275,10 +274,9 @@ def test_report_status_plan_show_and_logs_work_on_the_finished_sweep(finished: t
     assert safecl("run", str(file), "--json", "--accept-judge", timeout_s=60).stdout == report.stdout
 
 
-def is_ours(process: psutil.Process) -> bool:
-    """Whether it is one of Ray's or vLLM's processes."""
+def is_of(process: psutil.Process, root: Path) -> bool:
+    """Whether it is one of the run's: what a run starts inherits its environment, and others' clusters do not."""
     try:
-        command = " ".join(process.cmdline())
+        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get("SAFECL_TEST_RUN") == str(root)
     except psutil.Error:
         return False
-    return process.status() != psutil.STATUS_ZOMBIE and any(name in command for name in ("ray", "VLLM"))
