@@ -20,7 +20,8 @@ from tests.made_up import finish, put
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 WRITING = {"run", "judge", "init", "submit", "cancel"}  # and all that `judge` has
-OWN: dict[str, list[str]] = {  # what a verb takes, where it is not a sweep file
+OWN: dict[str, list[str]] = {
+    "schema": [],  # what a verb takes, where it is not a sweep file
     "view": ["FILE", "--set", "SETTING", "--set", "DTYPE", "--out", "OUT"],
     "compare": ["FILE", "FILE", "--set", "SETTING", "--set", "DTYPE"],
     "ls": [],
