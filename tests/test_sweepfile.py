@@ -104,7 +104,7 @@ def test_home_and_variables_are_expanded_in_places(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_database_lies_in_its_folder_whatever_that_is_called(tmp_path: Path) -> None:
-    from safecl.study import open_storage
+    from safecl.storage import open_storage
 
     folder = tmp_path / "what?x=1 My%20Drive#{b}+c caf\u00e9@host:1"
     folder.mkdir()

@@ -1,0 +1,165 @@
+"""What there is to do, as numbers in arrays, and the least time that any schedule of it takes (simulate.py makes one)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from safecl.order import chains
+
+TRAINERS, LIGHT = 0, 1  # groups that every grid has
+
+
+class Group(NamedTuple):
+    """Who does work: the trainers, the process of light stages (which holds no device), or the engines of one model in one
+    role. Each holder has `size` units, takes `boot_s` to start, and does `at_once` pieces of work beside one another."""
+
+    name: str
+    role: str
+    size: float
+    at_most: int
+    boot_s: float
+    at_once: int = 1
+
+
+class Node(NamedTuple):
+    """`units`: GPUs, or without any CPUs; `pace`: how fast, as a multiple of what `Grid.seconds` is told for;
+    `preempted_per_h`: how often it is taken away, to be back `back_s` later."""
+
+    kind: str
+    units: int
+    pace: float = 1.0
+    price_per_h: float = 0.0
+    preempted_per_h: float = 0.0
+    back_s: float = 0.0
+
+
+@dataclass
+class Cell:
+    """A row of the table as its trials come: those of a batch (each: the stages that it wants) after all of the one before."""
+
+    batches: list[list[tuple[int, ...]]]
+    searched: bool = False
+    priority: int = 0
+    share: float = 1.0
+
+
+@dataclass
+class Grid:
+    """Stages that must be run, inputs first, as arrays by their number. `needs`: those each waits for; `after`: the batch (a
+    number in `gates`) that must be over before it is asked for, -1 for none, which a lower bound must know; `resumes`: whether
+    it goes on from a checkpoint; `ranks`: how many of a trainer's it takes; `weights`: a number of those it asks an engine for,
+    which has one of them at a time (-1: it asks for none)."""
+
+    groups: list[Group]
+    kinds: list[str] = field(default_factory=list)
+    kind: list[int] = field(default_factory=list)
+    group: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    resumes: list[bool] = field(default_factory=list)
+    weights: list[int] = field(default_factory=list)
+    needs: list[tuple[int, ...]] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+    gates: list[list[int]] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+    beside: list[int] = field(default_factory=list)  # wanted by no row: what measures the judges
+    checkpoint_s: float = 60.0
+
+    def add(
+        self, kind: int, group: int, seconds: float, needs: Iterable[int], *, ranks: int = 1, resumes: bool = False,
+        weights: int = -1, after: int = -1,
+    ) -> int:  # fmt: skip
+        """One more stage; its number."""
+        self.kind.append(kind)
+        self.group.append(group)
+        self.seconds.append(seconds)
+        self.needs.append(tuple(needs))
+        self.ranks.append(ranks)
+        self.resumes.append(resumes)
+        self.weights.append(weights)
+        self.after.append(after)
+        return len(self.kind) - 1
+
+    def chains(self) -> list[float]:
+        """See order.chains: of what is asked for together."""
+        return chains(self.seconds, self.needs)
+
+
+class Bound(NamedTuple):
+    """No schedule takes less than `seconds`, for this reason (`why`): the critical path, all devices, or a group that may have no
+    more holders. `path`: the critical path, as numbers of stages; `group_s`: seconds of each group's work."""
+
+    seconds: float
+    why: str
+    path_s: float
+    path: list[int]
+    devices_s: float
+    group_s: dict[str, float]
+
+
+class Bounds:
+    """The least that any schedule of a grid takes, on any nodes."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        num = len(grid.seconds)
+        self.starts, before = [0.0] * num, [-1] * num  # the earliest, and the stage that it waits for longest
+        ends = [0.0] * num
+        gates: dict[int, int] = {}  # gate -> its last stage
+        for stage, seconds in enumerate(grid.seconds):
+            last, gate = -1, grid.after[stage]
+            if gate >= 0:
+                if gate not in gates:
+                    gates[gate] = max(grid.gates[gate], key=ends.__getitem__, default=-1)
+                last = gates[gate]
+            for other in grid.needs[stage]:
+                if last < 0 or ends[other] > ends[last]:
+                    last = other
+            before[stage] = last
+            self.starts[stage] = ends[last] if last >= 0 else 0.0
+            ends[stage] = self.starts[stage] + seconds
+        self.path: list[int] = []
+        at = max(range(num), key=ends.__getitem__, default=-1)
+        self.path_s = ends[at] if at >= 0 else 0.0
+        while at >= 0:
+            self.path.append(at)
+            at = before[at]
+        self.path.reverse()
+        self.work = [0.0] * len(grid.groups)  # seconds of places
+        of_unit = [0.0 if number == LIGHT else group.size / group.at_once for number, group in enumerate(grid.groups)]
+        unit_s = []
+        for group, seconds, ranks in zip(grid.group, grid.seconds, grid.ranks, strict=True):
+            self.work[group] += seconds * ranks
+            unit_s.append(seconds * ranks * of_unit[group])
+        tails = (chain - seconds for chain, seconds in zip(grid.chains(), grid.seconds, strict=True))
+        self.unit_s = sum(unit_s)
+        # (earliest start, unit-seconds of what cannot start before); (shortest rest, unit-seconds of what has no less after it)
+        self.heads, self.tails = _steps(self.starts, unit_s), _steps(tails, unit_s)
+
+    def on(self, nodes: Sequence[Node]) -> Bound:
+        fastest, power = max(node.pace for node in nodes), sum(node.units * node.pace for node in nodes)
+        devices_s = max(
+            (least / fastest + work / power for steps in (self.heads, self.tails) for least, work in steps), default=0.0
+        )
+        group_s = {
+            group.name: work / (group.at_most * group.at_once * fastest)
+            for number, (group, work) in enumerate(zip(self.grid.groups, self.work, strict=True))
+            if number != LIGHT and work
+        }
+        reasons = {"the critical path": self.path_s / fastest, "all devices": devices_s, **group_s}
+        why = max(reasons, key=reasons.__getitem__)
+        return Bound(reasons[why], why, self.path_s / fastest, self.path, devices_s, group_s)
+
+
+def _steps(least: Iterable[float], unit_s: Sequence[float]) -> list[tuple[float, float]]:
+    """For each value in `least`: it, and the sum of all whose value is no lower. Of many values a hundred."""
+    ordered = sorted(zip(least, unit_s, strict=True), reverse=True)
+    total, found = 0.0, []
+    every = max(1, len(ordered) // 100)
+    for number, (value, seconds) in enumerate(ordered):
+        total += seconds
+        if number % every == 0 or number == len(ordered) - 1:
+            found.append((value, total))
+    return found
