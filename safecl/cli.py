@@ -15,7 +15,6 @@ from safecl.options import AsJson, File, Limit, Set, opened, print_found, print_
 from safecl.review_cli import AcceptJudge, print_rows
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -263,3 +264,10 @@ def test_init_takes_names_with_a_dollar_and_plan_takes_what_it_wrote(
         assert code == 0, err
         code, _, err = said(capsys, monkeypatch, "plan", out, "--set", f"execution.root={tmp_path}/runs")
         assert code == 0, err
+
+
+def test_a_shell_completes_verbs() -> None:
+    asked = {"_SAFECL_COMPLETE": "complete_bash", "COMP_WORDS": "safecl re", "COMP_CWORD": "1"}
+    words = [str(Path(sys.executable).parent / "safecl")]
+    said = subprocess.run(words, env={**os.environ, **asked}, capture_output=True, text=True, check=False)
+    assert said.stdout.split() == ["report"]
