@@ -42,7 +42,7 @@ def test_the_cluster_file_is_what_rays_launcher_takes_and_nothing_is_installed_a
 
 def pinned(name: str) -> dict[str, str]:
     lines = (ROOT / name).read_text().splitlines()
-    return dict(line.partition(" ")[0].split("==") for line in lines if line and not line.startswith("#"))
+    return dict(line.partition(" ")[0].split("==") for line in lines if "==" in line and line[0] not in "# ")
 
 
 def test_the_images_closure_is_pinned_and_has_all_that_the_package_names() -> None:
@@ -60,6 +60,13 @@ def test_the_images_closure_is_pinned_and_has_all_that_the_package_names() -> No
     assert "boto3" in found and "s3fs" in found  # the head's autoscaler, and the store
     kube = yaml.safe_load((ROOT / "deploy" / "rayjob.yaml").read_text())
     assert kube["spec"]["rayClusterSpec"]["rayVersion"] == found["ray"]
+
+
+@pytest.mark.parametrize("name", ["requirements-cpu.txt", "requirements-gpu.txt"])
+def test_a_file_that_is_installed_is_known_by_its_hash(name: str) -> None:
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+    bare = [line for line in lines if "==" in line and not line.endswith("\\")]
+    assert [line for line in bare if not line.startswith("torch==")] == []  # its CPU build is on PyTorch's own index
 
 
 def given(command: str) -> tuple[list[str], list[str]]:

@@ -18,7 +18,7 @@ from safecl.report import charts
 from safecl.report.answers import INLINE
 from safecl.report.caption import BOLD, caption, notes, params
 from safecl.report.charts import Chart
-from safecl.report.tables import Block, Cell, Facts, Line, Row, blocks
+from safecl.report.tables import Block, Cell, Detail, Facts, Line, Row, blocks
 
 HERE = Path(__file__).parent
 
@@ -61,6 +61,7 @@ def html(rows: Sequence[Row], facts: Facts, more: More | None = None, answers: P
         index=embedded({"chunks": index, "metrics": _told(facts, rows)}),
         inline=[embedded(chunk) for chunk in inline],
         link=lambda block, line, metric: _link(block, line, metric, index),
+        hrefs=lambda block, detail: [_hrefs(block, detail, texts, index) for texts in detail.lines],
         sort=_sorted_by,
     )
     return text
@@ -98,12 +99,12 @@ def _overviews(found: Sequence[Block]) -> list[dict[str, Any]]:
         own = [block for block in found if block.model == model]
         if len(own) < 2:
             continue
-        lines: dict[tuple[str, float | None], dict[str, tuple[Line, list[Cell]]]] = {}
+        lines: dict[tuple[str, float | None], dict[str, tuple[Block, Line, list[tuple[metrics.Metric, Cell]]]]] = {}
         for block in own:
-            places = [i for i, column in enumerate(block.columns) if column.metric in plane]
             for line in block.lines:
-                cells = [line.cells[i] for i in places]
-                lines.setdefault((line.method, line.poison), {})[block.task] = (line, cells)
+                every = zip(block.columns, line.cells, strict=True)
+                cells = [(column.metric, cell) for column, cell in every if column.metric in plane]
+                lines.setdefault((line.method, line.poison), {})[block.task] = (block, line, cells)
         headers = [column.header for column in own[0].columns if column.metric in plane]
         made.append({"model": model, "tasks": [block.task for block in own], "headers": headers, "lines": lines})
     return made
@@ -166,6 +167,12 @@ def _link(block: Block, line: Line, metric: metrics.Metric, index: Sequence[Mapp
         if same and at and (not metric.roles or role in metric.roles):
             return f"#answers?c={number}&m={line.method}&k={metric.name}"
     return ""
+
+
+def _hrefs(block: Block, detail: Detail, texts: Sequence[str], index: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """The same of a line of a smaller table, by column."""
+    of = next((line for line in block.lines if line.texts[:2] == [*texts[:2]]), None)
+    return {} if of is None else {i: _link(block, of, metric, index) for i, metric in enumerate(detail.metrics, 2)}
 
 
 def _sorted_by(cell: Cell) -> str:

@@ -32,6 +32,7 @@ class Detail:
     lines: Sequence[Sequence[str]]
     in_every_form: bool = False  # also on a terminal and in plain text, which leave the others out
     of_judges: bool = False  # how good judges are, or how they agree
+    metrics: Sequence[Metric] = ()  # of the columns after method and poison, as far as answers can be read behind them
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,8 @@ def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[D
     shown_not = [_column(metric, facts) for metric in named if metric.shown != "nowhere"]
     side = [column for column in shown_not if column not in main]
     lines = [[*lead(row), *(_number(row, column) for column in side)] for row in members]
-    found = [Detail("Also measured", ["method", "poison", *(column.header for column in side)], lines)]
+    header = ["method", "poison", *(column.header for column in side)]
+    found = [Detail("Also measured", header, lines, metrics=[column.metric for column in side])]
     for metric in named:
         found += _by_set(members, metric) if metric.has_sets else []
         found += _by_kind(members, metric) if metric.has_kinds else []
@@ -326,7 +328,8 @@ def _by_set(members: Sequence[Row], metric: Metric) -> list[Detail]:
         lines.append([*lead(row), *map(number, parts), number(of_row), number(of_row.get("pooled"))])
     head = [name.rpartition("/")[2] for name in sets]
     title = f"{metric.title} by set: the mean over sets, as above, and all prompts pooled"
-    return [Detail(title, ["method", "poison", *head, "mean", "pooled"], lines)] if sets else []
+    header = ["method", "poison", *head, "mean", "pooled"]
+    return [Detail(title, header, lines, metrics=[metric] * len(header[2:]))] if sets else []
 
 
 def _by_kind(members: Sequence[Row], metric: Metric) -> list[Detail]:
@@ -336,7 +339,8 @@ def _by_kind(members: Sequence[Row], metric: Metric) -> list[Detail]:
         counts = [str(of_row.get("why", {}).get(why, 0)) if of_row else "-" for why in whys]
         lines.append([*lead(row), *counts, str(of_row.get("num", "-"))])
     title = f"{capital(metric.title)} answers by kind, counted"
-    return [Detail(title, ["method", "poison", *whys, "of answers"], lines)] if whys else []
+    header = ["method", "poison", *whys, "of answers"]
+    return [Detail(title, header, lines, metrics=[metric] * len(header[2:]))] if whys else []
 
 
 def _judges(members: Sequence[Row], facts: Facts) -> list[Detail]:
@@ -360,7 +364,8 @@ def _judges(members: Sequence[Row], facts: Facts) -> list[Detail]:
         title = (
             f"{header} and beside it {label}, on the same answers: its share, share agreed, Cohen's kappa (0: chance)"
         )
-        found.append(Detail(title, ["method", "poison", label, "agree", "kappa", "answers"], lines, of_judges=True))
+        head = ["method", "poison", label, "agree", "kappa", "answers"]
+        found.append(Detail(title, head, lines, of_judges=True, metrics=[metrics.of(name)]))
     return found
 
 

@@ -136,6 +136,38 @@ def test_numbers_are_the_stores_and_sorting_filtering_and_columns_work_by_clicks
     assert web.errors == []
 
 
+def test_numbers_of_the_smaller_tables_lead_to_answers_as_well(project: Project, report: Path, web: Browser) -> None:
+    web.size(1400)
+    web.open(report.as_uri())
+    links = web.js("[...document.querySelectorAll('table.plain a')].map((a) => a.getAttribute('href'))")
+    assert {link.partition("?")[0] for link in links} == {"#answers"}
+    [number, method, metric] = (part.partition("=")[2] for part in links[0].partition("?")[2].split("&"))
+    web.js("document.querySelector('table.plain a').id = 'small'; document.querySelector('#small').closest('details')"
+           "?.setAttribute('open', '')")  # fmt: skip
+    web.click("#small")
+    web.wait("document.getElementById('answers').dataset.ready")
+    shown = [web.js(f"document.getElementById('{name}').value") for name in ("chunk", "method", "metric")]
+    assert shown == [number, method, metric]
+
+
+def test_the_printed_page_holds_every_column_and_number(
+    project: Project, report: Path, web: Browser, tmp_path: Path
+) -> None:
+    from pypdf import PdfReader
+
+    rows, _ = readable(project)
+    web.size(1400)
+    web.open(report.as_uri())
+    headers = web.js("[...document.querySelectorAll('table.main th')].map((c) => c.innerText.trim())")
+    web.pdf(tmp_path / "page.pdf")
+    text = "".join("".join(page.extract_text().split()) for page in PdfReader(tmp_path / "page.pdf").pages)
+    for header in headers:
+        assert "".join(header.split()) in text
+    for row in rows:
+        for name in ("asr", "over_refusal", "utility"):
+            assert f"{100 * row['metrics'][name]['value']:.1f}" in text
+
+
 def test_a_click_on_a_number_shows_its_answers_and_they_add_up_to_it(
     project: Project, report: Path, web: Browser
 ) -> None:
