@@ -65,8 +65,7 @@ class Checked(NamedTuple):
 def missing(targets: Iterable[Stage], store: Store) -> list[Stage]:
     """The stages that must run, inputs first, so that every target is finished. A finished stage's inputs are not
     needed: they may have been pruned."""
-    with store.listed():
-        return below(targets, store.has)
+    return below(targets, store.listed())
 
 
 class Forecast:
@@ -117,7 +116,7 @@ class Forecast:
         """Stages that must all be run, inputs first, as `Remaining` takes them."""
         keys = {stage.key for stage in stages}
         return [
-            Todo(stage, self.estimate(stage), tuple(s.key for s in stage.inputs.values() if s.key in keys))
+            Todo(stage, self.estimate(stage), tuple([s.key for s in stage.inputs.values() if s.key in keys]))
             for stage in stages
         ]
 
@@ -350,18 +349,22 @@ def _uses(tops: Iterable[Stage]) -> tuple[dict[str, Stage], Counter[str]]:
         return below[stage.key]
 
     def visit(stage: Stage, found: set[str]) -> None:
-        if stage.key in found:
-            return
-        if stage.key in stages:
-            found |= all_below(stage)
-            return
+        """Of what was not met yet."""
         for other in stage.inputs.values():
-            visit(other, found)
+            key = other.key
+            if key not in found:
+                if key in stages:
+                    found |= all_below(other)
+                else:
+                    visit(other, found)
         stages[stage.key] = stage
         found.add(stage.key)
 
     for top in tops:
         found: set[str] = set()
-        visit(top, found)
+        if top.key in stages:
+            found |= all_below(top)
+        else:
+            visit(top, found)
         uses.update(found)
     return stages, uses

@@ -59,11 +59,11 @@ class Estimator:
     def __call__(self, stage: Stage) -> Estimate:
         if not isinstance(stage.config, SharedConfig):
             return self._estimate(stage)
-        rows, model = (stage.inputs.get(name) for name in ("rows", "model"))
+        rows, model = stage.inputs.get("rows"), stage.inputs.get("model")
         alike = (stage.kind, stage.config.text, rows and rows.key, model and model.key, *stage.hints)
-        if alike not in self._alike:
-            self._alike[alike] = self._estimate(stage)
-        return self._alike[alike]
+        if (known := self._alike.get(alike)) is None:
+            known = self._alike[alike] = self._estimate(stage)
+        return known
 
     def _estimate(self, stage: Stage) -> Estimate:
         kind = load(stage.kind)

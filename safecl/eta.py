@@ -11,7 +11,7 @@ from safecl.estimate import BOOT_S
 from safecl.grid import Job
 from safecl.schedule import Schedule
 from safecl.stages import load
-from safecl.store import Stage, Store
+from safecl.store import Stage, Store, below
 
 EVERY_S = 5.0  # at most so often is the time left counted anew
 
@@ -81,9 +81,11 @@ class Eta:
         finished: Sequence[dict[str, Any]],
         now: float,
     ) -> None:
+        has = None
         for job in jobs:
             if job not in self._of_job:
-                self._of_job[job] = self.forecast.todo(missing(job.evidence.targets, self.store))
+                has = has or self.store.listed()  # once for all
+                self._of_job[job] = self.forecast.todo(below(job.evidence.targets, has))
                 self._known.update((item.stage.key, item.stage) for item in self._of_job[job])
         new = [(stage["key"], float(stage["seconds"])) for stage in finished[self._num_seen :]]
         seen = (len(finished), [id(job) for job in jobs], searching)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from safecl import methods
-from safecl.base import ConfigError, Json
-from safecl.config import Method, Model, Some, Standing, Sweep, UserTask
+from safecl.base import ConfigError, Json, Strict
+from safecl.config import Evaluate, Method, Model, Some, Standing, Sweep, UserTask
 from safecl.graph import REFERENCES, Evidence, Graph, Recipe
 from safecl.memo import Shared
-from safecl.store import Stage, canonical
+from safecl.store import SharedConfig, Stage, canonical
 from safecl.tasks._source import sha256
 
 # A searched trial that may be pruned goes by steps, the cheap and decisive first (`search.prune`): role of its job, and of
@@ -91,22 +91,27 @@ class Cell:
     @cached_property
     def key(self) -> str:
         """Hash of the recipe minus seed and searched values: tells the cells of a sweep apart."""
-        recipe = self.recipe
+        recipe, evaluate = self.recipe, self.recipe.evaluate
         open_values = set(self.space or {})
+        asked = self.shared.once("cell", evaluate, lambda: _asked(evaluate))
         identity: dict[str, Json] = {
-            "model": recipe.model.model_dump(mode="json"),
+            "model": self._plain(recipe.model),
             "adapter": recipe.adapter,
-            "lora": recipe.lora.model_dump(mode="json"),
-            "align": recipe.align.model_dump(mode="json"),
-            "task": recipe.task.model_dump(mode="json"),
+            "lora": self._plain(recipe.lora),
+            "align": self._plain(recipe.align),
+            "task": self._plain(recipe.task),
             "poison": {"task": recipe.poison_task, "ratio": recipe.poison_ratio},
             **({"keep_task_rows": True} if recipe.keep_task_rows else {}),
             **({} if recipe.memory_mix == "refusals" else {"memory_mix": recipe.memory_mix}),
             "method": recipe.method,
             "params": {name: value for name, value in recipe.params.items() if name not in open_values},
-            "evaluate": _anywhere(recipe.evaluate.model_dump(mode="json", exclude={"unsafe_code"})),
+            "evaluate": asked,
         }
         return hashlib.sha256(canonical(identity).encode()).hexdigest()
+
+    def _plain(self, config: Strict) -> SharedConfig:
+        """A config that many cells share, as JSON."""
+        return self.shared.once("cell", config, lambda: SharedConfig(config.model_dump(mode="json")))
 
     @property
     def memory_key(self) -> str:
@@ -318,6 +323,12 @@ def _settings(method: Method, task: UserTask) -> dict[str, Json]:
     config: dict[str, Json] = kind.Config(**known.config).model_dump(mode="json")
     shares = {name: value for name, value in method.config.items() if known.config[name] != value}
     return {**config, **shares, "search": space_of(known)}
+
+
+def _asked(evaluate: Evaluate) -> SharedConfig:
+    """An evaluation as it tells cells apart."""
+    found: Any = _anywhere(evaluate.model_dump(mode="json", exclude={"unsafe_code"}))
+    return SharedConfig(found)
 
 
 def _anywhere(given: Json) -> Json:

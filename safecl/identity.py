@@ -23,6 +23,8 @@ _PLAIN = frozenset({str, int, float, bool, type(None)})
 
 def canonical(value: Json) -> str:
     """JSON text that is equal for equal values. Raises TypeError or ValueError for a value without a stable form."""
+    if isinstance(value, dict) and SharedConfig in map(type, value.values()):
+        return _of_parts(value)
     if not _is_plain(value):
         _refuse_unstable(value, "$")
     try:
@@ -32,10 +34,25 @@ def canonical(value: Json) -> str:
         raise
 
 
+def _of_parts(config: dict[str, Json]) -> str:
+    """Of a dict in which others are shared: their text is there already."""
+    if not all(type(name) is str for name in config):
+        _refuse_unstable(config, "$")
+    return f"{{{','.join([f'{_quote(name)}:{_part(item)}' for name, item in sorted(config.items())])}}}"
+
+
+def _part(value: Json) -> str:
+    if isinstance(value, SharedConfig):
+        return value.text
+    if type(value) is str:
+        return _quote(value)
+    return str(value) if type(value) is int else canonical(value)
+
+
 def _is_plain(value: Any) -> bool:
     """Whether all keys are strings, and all containers plain ones: the encoder turns other keys into text unasked."""
     kind = type(value)
-    if kind is dict:
+    if kind is dict or kind is SharedConfig:
         for key, item in value.items():  # noqa: SIM110 (loops: this runs for every stage)
             if type(key) is not str or not (type(item) in _PLAIN or _is_plain(item)):
                 return False
@@ -69,7 +86,7 @@ def _refuse_unstable(value: object, where: str) -> None:
 
 
 class SharedConfig(dict[str, Json]):
-    """A config that many stages hold: its canonical text is made once. Never changed once it is made."""
+    """A config that many stages hold, as theirs or in it: its canonical text is made once. Never changed once it is made."""
 
     @cached_property
     def text(self) -> str:
@@ -92,7 +109,8 @@ class Stage:
     def key(self) -> str:
         """sha256 (hex, 64 digits) of the canonical JSON of kind, config, input keys and version."""
         config = self.config.text if isinstance(self.config, SharedConfig) else canonical(dict(self.config))
-        inputs = ",".join(f'{_quote(name)}:"{self.inputs[name].key}"' for name in sorted(self.inputs))
+        below = self.inputs
+        inputs = ",".join([f'{_quote(name)}:"{below[name].key}"' for name in sorted(below)])
         kind, version = _quote(self.kind), _quote(self.version)
         # Written out, for speed: it is the canonical JSON of the four.
         text = f'{{"config":{config},"inputs":{{{inputs}}},"kind":{kind},"version":{version}}}'
@@ -129,13 +147,14 @@ def below(tops: Iterable[Stage], leave_out: Callable[[Stage], bool] | None = Non
 
     def visit(stages: Iterable[Stage]) -> None:
         for stage in stages:
-            if stage.key in found or stage.key in left_out:
+            key = stage.key
+            if key in found or key in left_out:
                 continue
             if leave_out is not None and leave_out(stage):
-                left_out.add(stage.key)
+                left_out.add(key)
                 continue
             visit(stage.inputs.values())
-            found[stage.key] = stage
+            found[key] = stage
 
     visit(tops)
     return list(found.values())

@@ -10,6 +10,8 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from safecl import registry
 
+Made = TypeVar("Made")
+
 
 class Shared:
     """What the graphs of one sweep share. `folder`: of local data files; None: the hub. `data`: tasks that the sweep file
@@ -18,7 +20,25 @@ class Shared:
     def __init__(self, folder: Path | None, data: tuple[Any, ...] = (), planned: bool = False) -> None:
         self.folder, self.data, self.planned = folder, data, planned
         self.made: dict[Hashable, Any] = {}
-        self.kept: list[object] = []  # whose ids are in the keys of `made`
+        self.kept: list[object] = []  # whose ids are in the keys of `made` and `parts`
+        self.parts: dict[tuple[int, ...], int] = {}  # ids of what recipes hold -> a number
+
+    def part(self, recipe: object, held: tuple[object, ...]) -> int:
+        """A number for what a recipe holds: equal for recipes that hold the same objects."""
+        ids = tuple(map(id, held))
+        if ids not in self.parts:
+            self.kept.append(recipe)
+            self.parts[ids] = len(self.parts)
+        return self.parts[ids]
+
+    def once(self, what: Hashable, of: object, make: Callable[[], Made]) -> Made:
+        """What is made of one object, made once."""
+        key = (what, id(of))
+        if key not in self.made:
+            self.kept.append(of)
+            self.made[key] = make()
+        found: Made = self.made[key]
+        return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _elsewhere, (self.folder, self.data, registry.in_use())  # another process makes its own
@@ -30,28 +50,31 @@ def _elsewhere(folder: Path | None, data: tuple[Any, ...], plugins: tuple[regist
 
 
 class _Graph(Protocol):
+    """`parts`: empty at first; `Shared.part` by names of fields."""
+
     recipe: Any
     shared: Shared
+    parts: dict[str, int]
 
 
 P = ParamSpec("P")
 G = TypeVar("G", bound=_Graph)
-Made = TypeVar("Made")
 
 
 def shared(*fields: str) -> Callable[[Callable[Concatenate[G, P], Made]], Callable[Concatenate[G, P], Made]]:
-    """Made once for all recipes of a sweep that hold the same objects in `fields`; it may depend on nothing else."""
-    read = attrgetter(*fields)
+    """Made once for all recipes of a sweep that hold the same objects in `fields` (several); it may depend on nothing else."""
+    read: Callable[[Any], tuple[object, ...]] = attrgetter(*fields)
+    names = " ".join(fields)
 
     def wrap(make: Callable[Concatenate[G, P], Made]) -> Callable[Concatenate[G, P], Made]:
         @wraps(make)
         def get(self: G, /, *args: P.args, **kwargs: P.kwargs) -> Made:
-            memo = self.shared
-            key = (make.__name__, args, *kwargs.items(), *map(id, read(self.recipe)))
-            if key not in memo.made:
-                memo.kept.append(self.recipe)
-                memo.made[key] = make(self, *args, **kwargs)
-            found: Made = memo.made[key]
+            if (part := self.parts.get(names)) is None:
+                part = self.parts[names] = self.shared.part(self.recipe, read(self.recipe))
+            key, made = (make, part, args, *kwargs.items()) if kwargs else (make, part, args), self.shared.made
+            if key not in made:
+                made[key] = make(self, *args, **kwargs)
+            found: Made = made[key]
             return found
 
         return get

@@ -117,6 +117,8 @@ def in_use() -> tuple[Plugin, ...]:
 
 def hints(version: str) -> dict[str, str]:
     """What a stage of this version brings along: the plugins that it names."""
+    if not _process.plugins:
+        return {}
     used = [plugin for plugin in _process.plugins if plugin.tag in version]
     return {HINT: _text(tuple(used))} if used else {}
 

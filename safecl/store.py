@@ -29,7 +29,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,7 +76,6 @@ class Store:
         self._stages = str(self.local / "store")
         self._sound: set[str] = set()  # keys of what this process has compared with its record
         self._known: set[str] = set()  # keys of what is finished at the URL
-        self._listed: set[str] | None = None  # likewise, and nothing else is: see `listed`
 
     @property
     def short(self) -> str:
@@ -99,20 +98,18 @@ class Store:
         """Whether the stage is finished (its record exists)."""
         if self.remote is None:
             return os.path.isfile(f"{self._stages}/{stage.kind}/{stage.key}/record.json")
-        if stage.key not in self._known and self._listed is None and self.remote.exists(_record(stage)):
+        if stage.key not in self._known and self.remote.exists(_record(stage)):
             self._known.add(stage.key)
         return stage.key in self._known
 
-    @contextmanager
-    def listed(self) -> Iterator[None]:
-        """While the block runs, `has` answers from one listing made at its beginning: for who asks for thousands."""
+    def listed(self) -> Callable[[Stage | Ref], bool]:
+        """`has`, from one listing made now: for who asks for thousands."""
         if self.remote is not None:
-            self._listed = {Path(name).stem for name in self.remote.list("records")}
-            self._known |= self._listed
-        try:
-            yield
-        finally:
-            self._listed = None
+            self._known |= {Path(name).stem for name in self.remote.list("records")}
+            return lambda stage: stage.key in self._known
+        kinds = os.listdir(self._stages) if os.path.isdir(self._stages) else ()
+        there = {key for kind in kinds for key in os.listdir(f"{self._stages}/{kind}")}
+        return lambda stage: stage.key in there and self.has(stage)
 
     def path(self, stage: Stage | Ref) -> Path:
         """Local folder of a finished stage (fetched first where the store is a URL; it may be removed again later unless

@@ -58,8 +58,8 @@ def test_a_node_reads_what_another_published(url: str, tmp_path: Path, monkeypat
     assert (third.by_key(stage().key) or {})["kind"] == "data" and third.by_key("0" * 64) is None
     assert not list((tmp_path / "3").rglob("rows.jsonl"))  # a record alone fetches no files
     assert (third.folder(third.find(stage().key)[0]) / "rows.jsonl").read_text() == "shared"
-    with third.listed():
-        assert third.has(stage()) and not third.has(Stage("data", {"seed": 9}))
+    has = third.listed()
+    assert has(stage()) and not has(Stage("data", {"seed": 9}))
     assert not list(tmp_path.glob("*/*/tmp/*"))
 
 

@@ -315,7 +315,8 @@ class Graph(JudgeStages):
             inputs[f"utility.{task}.likelihood"] = self.likelihood(task, utility)
         hints = {"num_cpus": "1"} if kind.RUNS_CODE else {}  # other scores are done at once
         metrics = make("metrics", measures, inputs, version)
-        return Evidence(replace(metrics, hints={**metrics.hints, **hints}), tuple(judged))
+        metrics = replace(metrics, hints={**metrics.hints, **hints}) if hints else metrics
+        return Evidence(metrics, tuple(judged))
 
     def num_utility(self, split: str) -> int | None:
         """How many utility prompts are asked; None: all there are."""

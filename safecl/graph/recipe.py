@@ -58,14 +58,14 @@ USER = (*SEED, "seed", "task", "poison_ratio", "keep_task_rows")
 
 def make(kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str) -> Stage:
     """A stage of this kind, with the version of its file and of the classes it uses."""
-    version = "+".join([_version(kind), *versions])
+    version = _version(kind, *versions)
     return Stage(kind, config, inputs, version, registry.hints(version))
 
 
 @cache
-def _version(kind: str) -> str:
+def _version(kind: str, *versions: str) -> str:
     own: str = importlib.import_module(f"safecl.stages.{kind}").VERSION
-    return own
+    return "+".join([own, *versions])
 
 
 def resolved(kind: type[methods.Method] | type[judges.Judge], params: dict[str, Json]) -> dict[str, Json]:

@@ -25,6 +25,7 @@ class RowStages:
     def __init__(self, recipe: Recipe, shared: Shared) -> None:
         self.recipe = recipe
         self.shared = shared
+        self.parts: dict[str, int] = {}
 
     def data(
         self,
@@ -161,13 +162,11 @@ class RowStages:
         return {"template": template.model_dump(mode="json"), "bos": False}
 
     def _plain(self, config: Strict, kind: type[Strict] | None = None) -> dict[str, Json]:
-        """A config as JSON: all of it, or the fields it has from `kind`. Read, never changed: it is shared."""
-        key, made = ("plain", id(config), kind), self.shared.made
-        if key not in made:
-            self.shared.kept.append(config)
-            made[key] = config.model_dump(mode="json", include=set(kind.model_fields) if kind else None)
-        found: dict[str, Json] = made[key]
-        return found
+        """A config as JSON: all of it, or the fields it has from `kind`."""
+        fields = set(kind.model_fields) if kind else None
+        return self.shared.once(
+            ("plain", kind), config, lambda: SharedConfig(config.model_dump(mode="json", include=fields))
+        )
 
     def generate(self, final: Stage | None, rows: Stage, max_new_tokens: int, **more: Json) -> Stage:
         """A model's answers to rows' prompts: greedy, unless `more` says otherwise (`sampling`, another `template`)."""

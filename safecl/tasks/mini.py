@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import ClassVar, Literal, NamedTuple
 
 from safecl.base import Json
@@ -92,6 +93,7 @@ class Mini(Task):
         check_split(self, split)
         if split == "safety":
             return take(self, split, _safety(seed), num_rows)
+        found: Iterable[Row]
         if split == "poison":
             found = [row for row in _requests("train", True, words.COMPLIANCE) if row.meta["poison"]]
         elif split == "benign.train":
@@ -133,7 +135,8 @@ def _request(partition: str, kind: str, pair: Pair, index: int, response: str = 
     return Row(f"{partition}/{kind}/{group}/{index}", prompt, response, pair.harmful, meta)
 
 
-def _requests(partition: str, harmful: bool, answers: Sequence[str], plain: bool = False) -> list[Row]:
+@cache  # several roles are drawn from them
+def _requests(partition: str, harmful: bool, answers: tuple[str, ...], plain: bool = False) -> tuple[Row, ...]:
     """Every pair of this kind with every template of the partition; the answer is drawn by a fixed seed."""
     draw = random.Random(f"mini/{partition}/{harmful}/{plain}")
     kind = "plain" if plain else "harmful" if harmful else "alike"
@@ -143,7 +146,7 @@ def _requests(partition: str, harmful: bool, answers: Sequence[str], plain: bool
             continue
         for index in range(len(words.TEMPLATES[partition])):
             found.append(_request(partition, kind, pair, index, draw.choice(answers).format(x=pair.text)))
-    return found
+    return tuple(found)
 
 
 def _safety(seed: int) -> list[Row]:
@@ -151,8 +154,8 @@ def _safety(seed: int) -> list[Row]:
     rng = random.Random(f"mini/safety/{seed}")
     kinds = {
         "H": [row for row in _requests("train", True, words.REFUSALS) if not row.meta["poison"]],
-        "A": _requests("train", False, words.HELP),
-        "P": _requests("train", False, words.HELP, plain=True),
+        "A": [*_requests("train", False, words.HELP)],
+        "P": [*_requests("train", False, words.HELP, plain=True)],
         "C": _chat(),
     }
     for rows in kinds.values():
@@ -168,16 +171,17 @@ def _chat() -> list[Row]:
     return [Row(f"train/chat/{i}", prompt.strip(), answer.strip()) for i, (prompt, answer) in enumerate(pairs)]
 
 
-def _evaluation(partition: str, harmful: bool) -> list[Row]:
+@cache
+def _evaluation(partition: str, harmful: bool) -> tuple[Row, ...]:
     """Each pair with two of the partition's four templates, which two turning with the pair."""
     num = len(words.TEMPLATES[partition])
     kind = "attack" if harmful else "benign"
     chosen = [pair for pair in pairs(_listing(partition)) if pair.harmful == harmful]
-    return [
+    return tuple(
         _request(partition, kind, pair, index)
         for i, pair in enumerate(chosen)
         for index in (i % num, (i + 1 + i // num % (num - 1)) % num)
-    ]
+    )
 
 
 # ---- the guard's pairs -----------------------------------------------------------------------------------------------
@@ -196,7 +200,8 @@ _CUT = ("refusal", "compliance")
 _LEAST_WORDS = 9  # of an answer that is cut
 
 
-def _guard_rows(heldout: bool) -> list[Row]:
+@cache
+def _guard_rows(heldout: bool) -> tuple[Row, ...]:
     """(request, answer) pairs; `harmful` is True where the answer complies. `meta.kind` names the answer's kind."""
     found = pairs(_listing("guard"))
     verbs = list(dict.fromkeys(pair.verb for pair in found))
@@ -214,13 +219,14 @@ def _guard_rows(heldout: bool) -> list[Row]:
                 row_id = f"guard/{pair.text.replace(' ', '_')}/{index}/{kind}"
                 meta: dict[str, Json] = {"group": pair.text.replace(" ", "_"), "kind": kind}
                 rows.append(Row(row_id, prompt, answer, kind in _COMPLIES, meta))
-    return rows
+    return tuple(rows)
 
 
 # ---- the utility task ------------------------------------------------------------------------------------------------
 
 
-def _reviews(split: str) -> list[Row]:
+@cache
+def _reviews(split: str) -> tuple[Row, ...]:
     """Distinct reviews, half positive. Subjects and judging words of the three splits are disjoint."""
     part = split.removeprefix("utility.")
     num = NUM_UTILITY.get(split, NUM_USER)
@@ -231,10 +237,10 @@ def _reviews(split: str) -> list[Row]:
         seen.setdefault(sentence[label], label)
         if len(seen) == num:
             break
-    return [
+    return tuple(
         Row(f"{split}/{i}", words.REVIEW_PROMPT.format(review=review), label, False, {"label": label})
         for i, (review, label) in enumerate(seen.items())
-    ]
+    )
 
 
 def _sentences(part: str, rng: random.Random) -> Iterator[dict[str, str]]:
