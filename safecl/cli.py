@@ -388,11 +388,13 @@ def _run_again() -> None:
     import os
     import time
 
-    num, last = (float(part) for part in os.environ.get("SAFECL_BEGUN_ANEW", "0 0").split())
+    from safecl.driver import BEGUN_ANEW
+
+    num, last = (float(part) for part in os.environ.get(BEGUN_ANEW, "0 0").split())
     num = 1 if time.time() - last > 600 else num + 1
     if num > 5:
         return
-    os.environ["SAFECL_BEGUN_ANEW"] = f"{num} {time.time()}"
+    os.environ[BEGUN_ANEW] = f"{num} {time.time()}"
     print("the local Ray cluster was lost: starting it again", file=sys.stderr, flush=True)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

@@ -14,6 +14,9 @@ from safecl import nodes, reclaim
 from safecl.base import PrerequisiteError
 from safecl.capacity import lacking
 from safecl.config import Execution
+from safecl.lease import me
+
+OWNER = "SAFECL_CLUSTER_OF"  # in the environment of all processes of a local cluster: whose it is (lease.me)
 
 
 def start(execution: Execution, logs: Path, need: int | None = None) -> None:
@@ -68,6 +71,7 @@ def _start_local(resources: dict[str, float]) -> None:
 
     before = set(psutil.Process().children(recursive=True))
     for tries_left in range(2, -1, -1):
+        os.environ[OWNER] = me()
         try:
             ray.init(
                 address="local",
@@ -85,6 +89,8 @@ def _start_local(resources: dict[str, float]) -> None:
                     f"Ray did not start on this machine, three times: {error} Its own logs are under "
                     "/tmp/ray/session_latest/logs"
                 ) from None
+        finally:
+            del os.environ[OWNER]  # other processes of ours are none of the cluster's
 
 
 def _keep_messages(path: Path) -> None:
@@ -118,18 +124,20 @@ def local_processes() -> list[Any]:
     return [info.process for kind in kinds for info in node.all_processes.get(kind, [])]
 
 
-def end_local() -> None:
-    """Kill what is left of a local cluster that lost a part."""
+def end_local(owner: str) -> None:
+    """Kill what is left of the local cluster of this driver, or of one that is gone. By themselves Ray's agents wait a
+    minute for a head's server that died, and workers without a raylet finish what they are at."""
     import psutil
-    from ray._private import worker
 
-    family = []
-    for infos in worker._global_node.all_processes.values():
-        for info in infos:
-            with suppress(psutil.Error):
-                process = psutil.Process(info.process.pid)
-                family += [process, *process.children(recursive=True)]
-    _kill(family)
+    for _ in range(5):  # a raylet may start one more while we look
+        left = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):  # it is gone, or another user's
+                if process.pid != os.getpid() and process.environ().get(OWNER) == owner:
+                    left.append(process)
+        if not left:
+            return
+        _kill(left)
 
 
 def _kill(processes: Sequence[Any]) -> None:

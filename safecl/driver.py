@@ -6,9 +6,11 @@ where they still can, takes its engines down, and leaves a state that the same c
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -18,10 +20,10 @@ from safecl.base import ConfigError, Damaged, Infrastructure, PrerequisiteError,
 from safecl.config import Sweep
 from safecl.cost import missing, slots
 from safecl.eta import Eta
-from safecl.faults import CLUSTER, DRIVER, Journal
+from safecl.faults import CLUSTER, DRIVER, PATIENCE_S, PAUSE_S, Journal
 from safecl.graph import REFERENCES
 from safecl.judging.served import check_endpoints, key_variables
-from safecl.lease import NOTE, Lease, owners
+from safecl.lease import NOTE, Lease, is_here, owners
 from safecl.order import Claim
 from safecl.panel import all_seats
 from safecl.project import Project
@@ -31,6 +33,7 @@ from safecl.stats import as_json
 from safecl.store import Stage, Store, short_of
 from safecl.watch import watched
 
+BEGUN_ANEW = "SAFECL_BEGUN_ANEW"  # in the environment of a run that took its own place: how often, and when
 SAVE_S = 15.0  # for checkpoints, when a run is told to end: who sends SIGTERM often kills half a minute later
 
 
@@ -97,7 +100,7 @@ def run(
 @contextmanager
 def _alone(project: Project) -> Iterator[tuple[Journal, Lease]]:
     """One driver a sweep."""
-    project.store.check_writable(needed_gib=2.0)
+    _check_writable(project.store)
     lease, journal = project.lease(), Journal(project.logs)
     terminated = False
 
@@ -115,6 +118,9 @@ def _alone(project: Project) -> Iterator[tuple[Journal, Lease]]:
         with lease:
             for _ in range(lease.num_dead):
                 journal.add(DRIVER)
+            for owner in lease.dead:
+                if is_here(owner) is False:  # it was of this machine
+                    cluster.end_local(owner)
             _tidy(project)
             try:
                 yield journal, lease
@@ -131,6 +137,18 @@ def _alone(project: Project) -> Iterator[tuple[Journal, Lease]]:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _check_writable(store: Store) -> None:
+    """A run that begins anew, since its cluster was lost, waits for a full disk as its stages do: it was under way."""
+    deadline = time.monotonic() + (PATIENCE_S if BEGUN_ANEW in os.environ else 0.0)
+    while True:
+        try:
+            return store.check_writable(needed_gib=2.0)
+        except PrerequisiteError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(PAUSE_S)
 
 
 def _tidy(project: Project) -> None:
@@ -248,7 +266,7 @@ def _guarded(project: Project, journal: Journal, again: Callable[[], None] | Non
                 continue
             lost.set()
             journal.add(CLUSTER)
-            cluster.end_local()
+            cluster.end_local(project.store.owner)
             if again is not None:
                 again()
             if callable(signal.getsignal(signal.SIGTERM)):  # `_alone`'s: Ctrl-C may be ignored

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from safecl import driver, hardware, tune
+from safecl import cluster, driver, hardware, tune
+from safecl.base import PrerequisiteError
 from safecl.hardware import Speed
 from safecl.project import Project, load
 from safecl.report import progress
@@ -35,7 +38,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     )
 
     @contextmanager
-    def cluster(project: Project, show: Any, seconds: Any = None) -> Iterator[Any]:
+    def no_cluster(project: Project, show: Any, seconds: Any = None) -> Iterator[Any]:
         broker = SimpleNamespace(
             ensure=SimpleNamespace(remote=_put(found)), warm=SimpleNamespace(remote=lambda *_: None)
         )
@@ -45,7 +48,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     def no_display(*_: Any) -> Iterator[None]:
         yield
 
-    monkeypatch.setattr(driver, "_cluster", cluster)
+    monkeypatch.setattr(driver, "_cluster", no_cluster)
     monkeypatch.setattr(driver, "watched", no_display)
     monkeypatch.setattr(
         "safecl.tracking.Tracker", lambda *_: SimpleNamespace(trial=_nothing, cell=_nothing, close=lambda **_: True)
@@ -112,9 +115,42 @@ def test_ctrl_c_within_the_hours_is_ctrl_c(project: Project, monkeypatch: pytest
         driver.run(project, lambda text: None, max_hours=1.0)
 
 
-def test_a_run_within_its_hours_leaves_no_timer_behind(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    import signal
+def test_a_run_waits_for_a_full_disk_where_it_begins_anew_and_says_so_at_once_where_it_does_not(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free: list[float] = []
 
+    def disk_usage(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=free.pop(0) * 2**30)
+
+    monkeypatch.setattr("safecl.store.shutil.disk_usage", disk_usage)
+    monkeypatch.setattr(driver, "PAUSE_S", 0.01)
+    jobs_in_turn(monkeypatch, 0.0)
+    free[:] = [0.5, 9.0]
+    with pytest.raises(PrerequisiteError, match=r"has 0\.5 GiB free"):
+        driver.run(project, lambda text: None)
+    free[:] = [0.5, 0.5, 9.0]
+    monkeypatch.setenv(driver.BEGUN_ANEW, "1 0")
+    assert driver.run(project, lambda text: None) == [] and not free
+
+
+def test_what_a_driver_that_was_killed_left_of_its_cluster_is_ended_and_nobody_elses() -> None:
+    def started(**owner: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["sleep", "60"], env={**os.environ, **owner}, start_new_session=True)
+
+    theirs = [started(**{cluster.OWNER: "gone"}) for _ in range(2)]
+    others = [started(), started(**{cluster.OWNER: "another"})]
+    try:
+        cluster.end_local("gone")
+        assert [process.wait(5) for process in theirs] == [-signal.SIGKILL] * 2
+        assert [process.poll() for process in others] == [None, None]
+    finally:
+        for process in [*theirs, *others]:
+            process.kill()
+            process.wait()
+
+
+def test_a_run_within_its_hours_leaves_no_timer_behind(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGALRM)
     jobs_in_turn(monkeypatch, 0.0)
     driver.run(project, lambda text: None, max_hours=1.0)
