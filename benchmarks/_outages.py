@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+FILLER = "filler"
+
 
 @contextmanager
 def small_disk(image: Path, at: Path, gib: float) -> Iterator[bool]:
@@ -30,18 +32,25 @@ def small_disk(image: Path, at: Path, gib: float) -> Iterator[bool]:
     mounted = (
         bool(made) and subprocess.run(["mount", "-o", "loop", str(image), str(at)], capture_output=True).returncode == 0
     )
+    filler = at / FILLER
+    filler.unlink(missing_ok=True)  # of a program that was ended meanwhile
     try:
         yield mounted
     finally:
+        filler.unlink(missing_ok=True)
         if mounted:
             subprocess.run(["umount", "-l", str(at)])
+
+
+def is_full(at: Path) -> bool:
+    return (at / FILLER).exists()
 
 
 def fill(at: Path, seconds: float) -> Any:
     """A fault: the disk of `at` is full for so long."""
 
     def fault(log: Any) -> None:
-        filler = at / "filler"
+        filler = at / FILLER
         with suppress(OSError), filler.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(at).free - 2**16)
         with suppress(OSError), filler.open("ab") as file:
@@ -54,14 +63,14 @@ def fill(at: Path, seconds: float) -> Any:
     return fault
 
 
-def silence(process: subprocess.Popen[bytes], seconds: float) -> Any:
+def silence(process: subprocess.Popen[bytes], seconds: float, what: str) -> Any:
     """A fault: a server and its children stop for so long."""
 
     def fault(log: Any) -> None:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         for one in family:
             one.suspend()
-        log({"what": "tracker stopped", "seconds": seconds})
+        log({"what": what, "seconds": seconds})
 
         def wake() -> None:
             for one in family:

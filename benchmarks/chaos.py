@@ -13,7 +13,6 @@ figures are written once there are `--kills` of them. What is wrong ends it, wit
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -32,7 +31,8 @@ from typing import Any
 
 import _bench
 import psutil
-from _outages import fill, mlflow_server, silence, small_disk
+from _kept import Kept
+from _outages import fill, is_full, mlflow_server, silence, small_disk
 
 KINDS = {  # what is killed: how its command begins or what it holds, and how often it is chosen
     "driver": ("", 0.6),
@@ -53,10 +53,10 @@ OF_THE_CLUSTER = {"raylet, with its object store", "head's server (GCS)", "Serve
 AT_ONCE = 4  # so many kills may come before a stage is finished: else nothing would ever get on
 FIRST_S = 20.0  # without a kill, after a round has begun or goes on
 LIMIT_S = 3600.0  # of a round
-ORPHAN_S = 120.0  # Ray's agents take up to a minute and a half to see that all is gone
+ORPHAN_S = 30.0  # what a driver that was killed leaves ends by itself
 
 
-def sweep(model: Path, root: Path, tracker: str | None, address: str) -> dict[str, Any]:
+def sweep(model: Path, root: str, tracker: str | None, address: str) -> dict[str, Any]:
     """Methods of every kind of stage, with a search, on a random model that trains in seconds."""
     training = {"batch_size": 4, "learning_rate": 0.02, "weight_decay": 0.0, "max_tokens": 400}
     rows = [{"task": "mini", "num_rows": 8}]
@@ -81,7 +81,7 @@ def sweep(model: Path, root: Path, tracker: str | None, address: str) -> dict[st
         },
         "search": {"trials": 3},
         "execution": {
-            "root": str(root), "engine_max_tokens": 1024, "engine_memory_gib": 0.1, "num_judge_replicas": 0,
+            "root": root, "engine_max_tokens": 1024, "engine_memory_gib": 0.1, "num_judge_replicas": 0,
             "checkpoint_every_s": 1.0, "address": address, **({"tracking_uri": tracker} if tracker else {}),
         },
     }  # fmt: skip
@@ -90,12 +90,13 @@ def sweep(model: Path, root: Path, tracker: str | None, address: str) -> dict[st
 class Sweep:
     """One store, and the command that fills it."""
 
-    def __init__(self, folder: Path, cluster: Any = None) -> None:
+    def __init__(self, folder: Path, cluster: Any = None, url: str | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.lost: set[Path] = set()  # nodes that were killed
         self.cluster = cluster  # tests.cluster.Nodes, where the sweep joins one
-        self.folder, self.root = folder, folder / "root"
+        self.folder, self.kept = folder, Kept(url or str(folder / "root"))
         self.process: subprocess.Popen[str] | None = None
+        self.began_full = False  # whether its disk was full when that was started
         self.seen: dict[
             int, tuple[float, str]
         ] = {}  # processes of the driver that runs: when they began, what they are
@@ -111,8 +112,9 @@ class Sweep:
         import yaml
 
         file = self.folder / "chaos.yaml"
-        file.write_text(yaml.safe_dump(sweep(model, self.root, tracker, self.address)))
+        file.write_text(yaml.safe_dump(sweep(model, self.kept.root, tracker, self.address)))
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        self.began_full = is_full(self.folder)
         with (self.folder / "out.txt").open("w") as out, (self.folder / "err.txt").open("a") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "safecl.cli", "run", str(file), "--json"],
@@ -164,29 +166,6 @@ class Sweep:
                         found.append(f"{pid} {what}")
         return found
 
-    def records(self) -> dict[str, tuple[int, int]]:
-        """(inode, time of writing) of each finished stage's record, by key."""
-        found = {}
-        for path in (self.root / "store").glob("*/*/record.json"):
-            with suppress(FileNotFoundError):
-                about = path.stat()
-                found[path.parent.name] = about.st_ino, about.st_mtime_ns
-        return found
-
-    def made(self) -> dict[str, str]:
-        """sha256 of what stages made that a repetition makes bit for bit, by `kind/key/file`: weights, training curves, rows,
-        and what was found of every answer."""
-        found = {}
-        for path in (self.root / "store").glob("*/*/record.json"):
-            record = json.loads(path.read_text())
-            for name, digest in record["sha256"].items():
-                if name == "outcomes.jsonl":  # in the order in which answers came
-                    lines = sorted((path.parent / name).read_bytes().splitlines())
-                    digest = hashlib.sha256(b"\n".join(lines)).hexdigest()
-                if name.endswith((".safetensors", "curves.jsonl", "rows.jsonl", "outcomes.jsonl")):
-                    found[f"{record['kind']}/{record['key'][:12]}/{name}"] = digest
-        return found
-
     def rows(self) -> list[dict[str, Any]]:
         """What the table it printed says: method, parameters, and every metric."""
         table = json.loads((self.folder / "out.txt").read_text())
@@ -212,7 +191,7 @@ class Round:
 
     def __init__(self, of: Sweep, dice: random.Random, every: tuple[float, float], log: Any) -> None:
         self.of, self.dice, self.every, self.log = of, dice, every, log
-        self.known = of.records()
+        self.known = of.kept.records(now=True)
         self.since_finished = 0  # kills since a stage was finished
         self.killed = time.monotonic()  # when the last one was
         self.wrong: list[str] = []
@@ -220,7 +199,7 @@ class Round:
     def look(self) -> None:
         """Finished stages stay as they are, and nobody makes them again."""
         self.wrong += [f"a process is left: {what}" for what in self.of.left(ORPHAN_S)]
-        now = self.of.records()
+        now = self.of.kept.records()
         for key, about in self.known.items():
             if now.get(key, about) != about:
                 self.wrong.append(f"the record of {key[:12]} was written again")
@@ -228,12 +207,10 @@ class Round:
                 self.wrong.append(f"the record of {key[:12]} is gone")
         if now.keys() - self.known.keys():
             self.since_finished = 0
-        old = {key[:24] for key, (_, written) in self.known.items() if time.time() - written / 1e9 > 5}
-        for note in (self.of.root / "notes").glob("claims-*.json"):
-            with suppress(OSError, ValueError):
-                held = json.loads(note.read_text())["held"]
-                if time.time() - note.stat().st_mtime < 2 and (again := old & set(held)):
-                    self.wrong.append(f"made again though finished: {sorted(again)}")
+        old = {key[:24] for key, (_, written) in self.known.items() if time.time() - written > 5}
+        for held in self.of.kept.claimed().values():
+            if again := old & set(held):
+                self.wrong.append(f"made again though finished: {sorted(again)}")
         self.known = now
 
     def kill_one(self) -> None:
@@ -299,15 +276,14 @@ class Round:
                     due = time.monotonic() + self.dice.uniform(*self.every)
             code = self.of.process.returncode
             self.of.orphaned()
-            self.log({"what": "end", "code": code, "finished": len(self.known)})
+            refused = code == 2 and self.of.began_full  # a run is not begun on a full disk
+            self.log({"what": "refused" if refused else "end", "code": code, "finished": len(self.known)})
             if code == 0:
                 self.gone()
                 return True
-            full = shutil.disk_usage(self.of.folder).free < 2**31
-            # 1: rows that the machine failed; 2: a run is not begun on a full disk. The same command tries again.
-            if code not in (-9, 1) and not (code == 2 and full):
+            if code not in (-9, 1) and not refused:  # 1: rows that the machine failed. The same command tries again.
                 self.wrong.append(f"exit code {code}")
-            time.sleep(2 if full else 0)
+            time.sleep(2 if refused else 0)
 
     def gone(self) -> None:
         """At the end of a round, what its drivers have left ends by itself."""
@@ -319,31 +295,22 @@ class Round:
 
     def check(self, undisturbed: dict[str, Any], tracker: str | None) -> None:
         """What must hold at the end."""
-        root = self.of.root
-        now, before = self.of.made(), undisturbed["made"]
+        self.known = self.of.kept.records(now=True)
+        now, before = self.of.kept.made(), undisturbed["made"]
         if other := sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name)):
             self.wrong.append(f"{len(other)} of {len(before)} files are not those of the undisturbed run: {other[:5]}")
+        root = self.of.kept.local
         for log in (root / "logs").glob("*-*.log"):
             whole = next((key for key in self.known if key[:12] == log.stem.rpartition("-")[2]), None)
             for line in log.read_text(errors="replace").splitlines() if whole else ():
                 if line.startswith("began "):
                     began = datetime.fromisoformat(line.split()[1]).timestamp()
-                    if began * 1e9 > self.known[str(whole)][1]:
+                    if began > self.known[str(whole)][1]:
                         self.wrong.append(f"{log.stem} was begun though it was finished")
         if self.of.rows() != undisturbed["rows"]:
             self.wrong.append("the table is not that of the undisturbed run")
-        for pattern in (
-            "notes/lease-*",
-            "notes/claims-*",
-            "tmp/*",
-            "scratch/*",
-            "spool/*",
-            "damaged/*",
-            "tune/*",
-            "logs/train/*",
-        ):
-            if left := [str(path.relative_to(root)) for path in root.glob(pattern)]:
-                self.wrong.append(f"left behind: {left[:5]}")
+        if left := self.of.kept.left():
+            self.wrong.append(f"left behind: {left[:9]}")
         import mlflow
         import optuna
 
@@ -368,10 +335,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="what is kept between runs of this program")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=3600.0, help="stop after so long; started again, it goes on")
-    parser.add_argument("--every", type=float, nargs=2, default=(3.0, 9.0), help="seconds between kills, from and to")
+    parser.add_argument("--every", type=float, nargs=2, default=(6.0, 20.0), help="seconds between kills, from and to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--server", action="store_true", help="track to an MLflow server, which stops for a while each round"
+    )
+    parser.add_argument(
+        "--s3", action="store_true", help="rounds whose store is at an S3 server (moto), which stops for a while"
     )
     parser.add_argument(
         "--disk", action="store_true", help="rounds on a disk of 3 GiB, which is full for a while (needs root)"
@@ -397,7 +367,7 @@ def main() -> None:
         assert of.process is not None
         if of.process.wait(max(1.0, until - time.monotonic())) != 0:
             raise SystemExit(f"undisturbed, the sweep ended with {of.process.returncode}: see {calm}/err.txt")
-        table.write_text(json.dumps({"seconds": time.monotonic() - began, "rows": of.rows(), "made": of.made()}))
+        table.write_text(json.dumps({"seconds": time.monotonic() - began, "rows": of.rows(), "made": of.kept.made()}))
         shutil.rmtree(calm)
     undisturbed = json.loads(table.read_text())
 
@@ -439,14 +409,23 @@ def places(arguments: Any, place: Path, met: set[str]) -> Iterator[tuple[Sweep, 
         if arguments.server:
             tracker, server = stack.enter_context(mlflow_server(place / "tracker"))
             if "tracker stopped" not in met:
-                faults.append(silence(server, 20.0))
+                faults.append(silence(server, 20.0, "tracker stopped"))
+        url = None
+        if arguments.s3:
+            from tests.servers import s3
+
+            shutil.rmtree(place / "cache", ignore_errors=True)  # what that server had is gone with it
+            os.environ["SAFECL_CACHE"] = str(place / "cache")
+            served = stack.enter_context(s3())
+            url = f"{served.url}/{place.name}"
+            faults.append(silence(served.process, 20.0, "store stopped"))
         cluster = None
         if arguments.nodes:
             from tests.cluster import nodes
 
             parts = [{"num_cpus": 2}, *({"num_cpus": 1} for _ in range(arguments.nodes - 1))]
             cluster = stack.enter_context(nodes(place / f"nodes-{os.getpid()}", *parts))
-        of = Sweep(at, cluster)
+        of = Sweep(at, cluster, url)
         stack.callback(of.end)
         yield of, tracker, faults
 
@@ -457,12 +436,12 @@ def write(lines: list[dict[str, Any]], undisturbed: dict[str, Any], wanted: int)
     print(f"{kills.total()} kills: {dict(kills)}; {len(rounds)} rounds complete")
     if kills.total() < wanted:
         return
-    spent = sum(b["at"] - a["at"] for a, b in pairwise(lines) if a["round"] == b["round"])
+    spent = sum(b["at"] - a["at"] for a, b in pairwise(lines) if a["round"] == b["round"] and a["what"] != "pause")
     numbers = {
         "killed with -9": [{"what": kind, "times": kills[kind]} for kind in (*KINDS, NODE) if kills[kind]],
         "beside that": [
             {"what": what, "times": sum(line["what"] == what for line in lines)}
-            for what in ("disk full", "tracker stopped", "SIGTERM")
+            for what in ("disk full", "tracker stopped", "store stopped", "SIGTERM", "refused")
         ],
         "what came of it": {
             "rounds": len(rounds),
