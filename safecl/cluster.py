@@ -16,6 +16,7 @@ from safecl.capacity import lacking
 from safecl.config import Execution
 from safecl.lease import me
 
+AGENTS = (["ray::DashboardAgent"], ["ray::RuntimeEnvAgent"])
 OWNER = "SAFECL_CLUSTER_OF"  # in the environment of all processes of a local cluster: whose it is (lease.me)
 
 
@@ -133,11 +134,18 @@ def end_local(owner: str) -> None:
         left = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):  # it is gone, or another user's
-                if process.pid != os.getpid() and process.environ().get(OWNER) == owner:
+                if process.pid != os.getpid() and (process.environ().get(OWNER) == owner or _is_orphan(process)):
                     left.append(process)
         if not left:
             return
         _kill(left)
+
+
+def _is_orphan(process: Any) -> bool:
+    """Whether it is an agent of a raylet that is gone, whoever's: its title is written over its environment."""
+    import psutil
+
+    return process.cmdline()[:1] in AGENTS and psutil.Process(process.ppid()).name() != "raylet"
 
 
 def _kill(processes: Sequence[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from safecl import cluster, driver, hardware, tune
@@ -138,11 +140,12 @@ def test_what_a_driver_that_was_killed_left_of_its_cluster_is_ended_and_nobody_e
     def started(**owner: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(["sleep", "60"], env={**os.environ, **owner}, start_new_session=True)
 
-    theirs = [started(**{cluster.OWNER: "gone"}) for _ in range(2)]
+    agent = subprocess.Popen(["ray::DashboardAgent", "60"], executable=shutil.which("sleep"))  # no child of a raylet
+    theirs = [*(started(**{cluster.OWNER: "gone"}) for _ in range(2)), agent]
     others = [started(), started(**{cluster.OWNER: "another"})]
     try:
         cluster.end_local("gone")
-        assert [process.wait(5) for process in theirs] == [-signal.SIGKILL] * 2
+        assert not any(psutil.pid_exists(process.pid) for process in theirs)
         assert [process.poll() for process in others] == [None, None]
     finally:
         for process in [*theirs, *others]:
