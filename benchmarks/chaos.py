@@ -1,8 +1,9 @@
 """Nothing is lost, whatever is killed: python benchmarks/chaos.py --folder FOLDER
 
-A small real sweep (training, engines, search, tracking) runs again and again, each round in a new store, while every few
-seconds a random process of it is killed with -9, the tracker stops answering for a while, and the disk is full for a
-while. A round is over when the command has ended by itself; it is begun again as a person would, by the same command.
+A small real sweep (training, engines, search, tracking) runs again and again, each round in a new store, while random
+processes of it are killed with -9, ten soon one after the other and again ten when it has recovered, the tracker stops
+answering for a while, and the disk is full for a while. A round is over when the command has ended by itself; it is begun
+again as a person would, by the same command.
 After each round: the table is that of an undisturbed run, no finished stage was made again, and nothing is left of the
 processes, leases, claims, half-written files, trials under way or runs under way.
 
@@ -50,10 +51,14 @@ KINDS = {  # what is killed: how its command begins or what it holds, and how of
 WORKING = {"training worker", "Serve replica", "engine core"}
 NODE = "node"  # of a cluster of several: its raylet, and with it all that runs there
 OF_THE_CLUSTER = {"raylet, with its object store", "head's server (GCS)", "Serve controller"}  # stay when a driver ends
-AT_ONCE = 4  # so many kills may come before a stage is finished: else nothing would ever get on
+BURST = 10  # so many kills come one soon after the other
+CALM = (
+    0.1  # then none until a stage is finished, and for this share of an undisturbed run: else no round would ever end
+)
+WHILE_BOOTING_S = 12.0  # between kills of a burst while nothing is at work yet
 FIRST_S = 20.0  # without a kill, after a round has begun or goes on
 LIMIT_S = 3600.0  # of a round
-ORPHAN_S = 30.0  # what a driver that was killed leaves ends by itself
+ORPHAN_S = 90.0  # what a driver that was killed leaves ends by itself; Ray's agents wait a minute for the head
 
 
 def sweep(model: Path, root: str, tracker: str | None, address: str) -> dict[str, Any]:
@@ -189,24 +194,25 @@ def kind_of(process: psutil.Process, driver: int) -> str | None:
 class Round:
     """One sweep under fire."""
 
-    def __init__(self, of: Sweep, dice: random.Random, every: tuple[float, float], log: Any) -> None:
-        self.of, self.dice, self.every, self.log = of, dice, every, log
+    def __init__(self, of: Sweep, dice: random.Random, every: tuple[float, float], calm_s: float, log: Any) -> None:
+        self.of, self.dice, self.every, self.calm_s, self.log = of, dice, every, calm_s, log
         self.known = of.kept.records(now=True)
-        self.since_finished = 0  # kills since a stage was finished
-        self.killed = time.monotonic()  # when the last one was
+        self.burst = 0  # kills of the present burst
+        self.killed = self.due = time.monotonic()  # when the last one was, and when the next may be
         self.wrong: list[str] = []
 
     def look(self) -> None:
         """Finished stages stay as they are, and nobody makes them again."""
-        self.wrong += [f"a process is left: {what}" for what in self.of.left(ORPHAN_S)]
+        left = [f"a process is left: {what}" for what in self.of.left(ORPHAN_S)]
+        self.wrong += [said for said in left if said not in self.wrong]
         now = self.of.kept.records()
         for key, about in self.known.items():
             if now.get(key, about) != about:
                 self.wrong.append(f"the record of {key[:12]} was written again")
             if key not in now:
                 self.wrong.append(f"the record of {key[:12]} is gone")
-        if now.keys() - self.known.keys():
-            self.since_finished = 0
+        if now.keys() - self.known.keys() and self.burst >= BURST:
+            self.burst, self.due = 0, time.monotonic() + self.calm_s
         old = {key[:24] for key, (_, written) in self.known.items() if time.time() - written > 5}
         for held in self.of.kept.claimed().values():
             if again := old & set(held):
@@ -227,7 +233,8 @@ class Round:
         )
         for kind in OF_THE_CLUSTER if self.of.cluster is not None else ():
             by_kind.pop(kind, None)
-        if not by_kind.keys() & WORKING and time.monotonic() - self.killed < 240:  # let it get to work
+        wait_s = WHILE_BOOTING_S if self.burst else 240.0  # a burst begins when it is at work
+        if not by_kind.keys() & WORKING and time.monotonic() - self.killed < wait_s:
             return
         names = sorted(by_kind) + ([NODE] if nodes else [])
         kind = self.dice.choices(names, [KINDS[name][1] if name in KINDS else 1.0 for name in names])[0]
@@ -237,20 +244,20 @@ class Round:
             self.of.lost.add(node)
             self.of.cluster.add(num_cpus=1)
             self.killed = time.monotonic()
-            self.since_finished += 1
+            self.burst += 1
             self.log({"what": "kill", "kind": kind, "pid": 0, "finished": len(self.known)})
             return
         victim = self.dice.choice(by_kind[kind])
         with suppress(psutil.Error):
             victim.send_signal(signal.SIGKILL)
             self.killed = time.monotonic()
-            self.since_finished += 1
+            self.burst += 1
             self.log({"what": "kill", "kind": kind, "pid": victim.pid, "finished": len(self.known)})
 
     def run(self, model: Path, tracker: str | None, until: float, faults: list[Any]) -> bool:
         """To the end of the sweep; False if the time is over before."""
         began = time.monotonic()
-        due = began + FIRST_S
+        self.due = began + FIRST_S
         pending = list(faults)
         while True:
             self.of.start(model, tracker)
@@ -269,11 +276,11 @@ class Round:
                     if now - began > LIMIT_S:
                         self.wrong.append(f"not done in {LIMIT_S:.0f} s")
                     return False
-                if now > due and self.since_finished < AT_ONCE:
+                if now > self.due and self.burst < BURST:
                     if pending and len(self.known) > 10:
                         pending.pop(0)(self.log)
                     self.kill_one()
-                    due = time.monotonic() + self.dice.uniform(*self.every)
+                    self.due = time.monotonic() + self.dice.uniform(*self.every)
             code = self.of.process.returncode
             self.of.orphaned()
             refused = code == 2 and self.of.began_full  # a run is not begun on a full disk
@@ -335,7 +342,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="what is kept between runs of this program")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=3600.0, help="stop after so long; started again, it goes on")
-    parser.add_argument("--every", type=float, nargs=2, default=(6.0, 20.0), help="seconds between kills, from and to")
+    parser.add_argument("--every", type=float, nargs=2, default=(2.0, 6.0), help="seconds between kills of a burst")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--server", action="store_true", help="track to an MLflow server, which stops for a while each round"
@@ -385,7 +392,8 @@ def main() -> None:
         met = {line["what"] for line in lines() if line["round"] == number}
         place = folder / f"round-{number}"
         with places(arguments, place, met) as (of, tracker, faults):
-            one = Round(of, random.Random(f"{arguments.seed}/{len(lines())}"), tuple(arguments.every), log)
+            dice, calm_s = random.Random(f"{arguments.seed}/{len(lines())}"), CALM * undisturbed["seconds"]
+            one = Round(of, dice, tuple(arguments.every), calm_s, log)
             log({"what": "begin", "finished": len(one.known)})
             if complete := one.run(model, tracker, until, faults):
                 one.check(undisturbed, tracker)

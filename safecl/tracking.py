@@ -264,6 +264,7 @@ class _Sender:
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
             "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
             "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # where a server is used; the table goes there
             "GIT_PYTHON_REFRESH": "quiet",
         }.items():
             os.environ.setdefault(name, value)

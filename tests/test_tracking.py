@@ -218,6 +218,13 @@ def test_it_says_nothing_on_the_terminal(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [".creating", "mlflow.db", "tracked.jsonl"]
 
 
+def test_mlflow_prints_no_address_of_a_run_that_ends_at_a_server(root: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    _Sender(sqlite_url(root / "mlflow.db"), root)
+    MlflowClient("http://127.0.0.1:9")._tracking_client._log_url("0" * 32)  # else it asks the server for what to print
+
+
 def test_what_was_sent_is_not_sent_again_and_mlflow_not_even_imported(root: Path) -> None:
     tracker = Tracker(None, root)
     fill(tracker)
