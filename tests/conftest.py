@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -23,9 +24,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several processes sl
 
 # `make test` runs two processes, a file's tests in one of them, since they share its fixtures. What starts Ray and engines
 # goes first and stands in one line: two clusters at once would want more memory than a small machine has, and would
-# see each other's processes.
+# see each other's processes. So does, in the other process, what takes ranks: their libraries are imported once.
 CLUSTERS = ["test_end_to_end.py", "serving/test_engine.py", "test_trainers.py", "test_execute.py", "test_nodes.py"]
-LONG = ["methods/test_contract.py", "test_sandbox.py", "test_study.py", "test_tracking.py"]  # before short ones
+RANKS = ["methods/test_contract.py", "training/test_loop.py", "training/test_ranks.py", "training/test_engine.py"]
+LONG = ["test_sandbox.py", "test_study.py", "test_tracking.py"]  # before short ones
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _soon_written() -> None:
+    """SQLite waits for the disk at every commit, which only a machine that loses its power would miss: processes that are
+    killed do not. Studies and MLflow commit thousands of times."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    @event.listens_for(Engine, "connect")
+    def connected(connection: Any, _: Any) -> None:
+        if type(connection).__module__.startswith("sqlite3"):
+            connection.execute("PRAGMA synchronous = OFF")
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +79,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     ray_cluster.stop(Execution(), "")
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules and items live to the end: without them a collection of garbage is short
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {name: place for place, name in enumerate(CLUSTERS + LONG)}
+    order = {name: place for place, name in enumerate(CLUSTERS + RANKS + LONG)}
     items.sort(key=lambda item: order.get(_file(item.nodeid), len(order)))
 
 
@@ -75,7 +94,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return "clusters" if _file(nodeid) in CLUSTERS else _file(nodeid)
+            file = _file(nodeid)
+            return "clusters" if file in CLUSTERS else "ranks" if file in RANKS else file
 
     return ByFile(config, log)
 

@@ -321,8 +321,10 @@ def driver_that_dies(storage: str, sampler: str, at_once: int, trials: int, prun
     ("sampler", "prunes"),
     [
         ("tpe", True),
-        ("random", False),
-        *(pytest.param(*more, marks=pytest.mark.slow) for more in (("tpe", False), ("random", True))),
+        *(
+            pytest.param(*more, marks=pytest.mark.slow)
+            for more in (("tpe", False), ("random", False), ("random", True))
+        ),
     ],
 )
 def test_whatever_order_results_come_in_and_whoever_is_killed_a_study_asks_the_same(

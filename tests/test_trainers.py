@@ -161,6 +161,34 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_uninterrupted_one(
     assert (found / "curves.jsonl").read_text() == (alone / "curves.jsonl").read_text()
 
 
+def test_memory_returns_between_finetunes_and_those_that_wait_hold_no_process(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.conftest import build_model, build_tokenizer
+
+    large = tmp_path / "large"
+    build_tokenizer(large)
+    build_model(large, vocab_size=100_000)
+    size = (large / "model.safetensors").stat().st_size
+    model = Stage("model", {"source": {"local": 1}, "dtype": "float32"}, {}, hints={"path": str(large)})
+    monkeypatch.setattr(running, "model", model)
+    running.ensure(running.finetune(0), running.finetune(1))
+    [pid] = running.pids()
+    before, processes = psutil.Process(pid).memory_info().rss, _ray_processes()
+    import ray
+
+    done = running.broker.ensure.remote([running.finetune(seed) for seed in range(2, 7)])
+    most = 0
+    while not ray.wait([done], timeout=0.2)[0]:
+        most = max(most, len(_ray_processes() - processes))
+    ray.get(done)
+    assert most == 0
+    assert psutil.Process(pid).memory_info().rss - before < size  # five models, five optimizers and their batches
+
+
+# Below: tests with a trainer of their own. Those above share one.
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("running", [{"checkpoint_every_s": 1e6}], indirect=True)
 def test_a_finetune_that_kills_its_worker_too_often_fails_alone(running: Running) -> None:
@@ -209,31 +237,6 @@ def test_killed_controllers_and_a_killed_broker_cost_a_finetune_nothing_but_time
     assert causes.count("controller") == cpus and causes.count("broker") == 1
     alone = _alone(running, stage, tiny_model, tmp_path / "alone")
     assert contract.same_bits(_tensors(running.store.path(stage) / "adapter"), _tensors(alone / "adapter"))
-
-
-def test_memory_returns_between_finetunes_and_those_that_wait_hold_no_process(
-    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tests.conftest import build_model, build_tokenizer
-
-    large = tmp_path / "large"
-    build_tokenizer(large)
-    build_model(large, vocab_size=100_000)
-    size = (large / "model.safetensors").stat().st_size
-    model = Stage("model", {"source": {"local": 1}, "dtype": "float32"}, {}, hints={"path": str(large)})
-    monkeypatch.setattr(running, "model", model)
-    running.ensure(running.finetune(0), running.finetune(1))
-    [pid] = running.pids()
-    before, processes = psutil.Process(pid).memory_info().rss, _ray_processes()
-    import ray
-
-    done = running.broker.ensure.remote([running.finetune(seed) for seed in range(2, 7)])
-    most = 0
-    while not ray.wait([done], timeout=0.2)[0]:
-        most = max(most, len(_ray_processes() - processes))
-    ray.get(done)
-    assert most == 0
-    assert psutil.Process(pid).memory_info().rss - before < size  # five models, five optimizers and their batches
 
 
 @pytest.mark.parametrize("running", [{"num_workers": 2, "engine": "deepspeed", "zero": 2}], indirect=True)

@@ -47,12 +47,26 @@ PLACES = [
     *[pytest.param(zero, 1, id=f"{zero}-1", marks=pytest.mark.slow) for zero in ("zero0", "zero1", "zero2", "zero3")],
 ]
 Corner = tuple[str, str, str]  # architecture, dtype, adapter
-CORNERS: list[Corner] = [
-    ("mistral", "float32", "continue"),
-    ("gemma2", "float32", "stack"),
-    ("gemma2", "bfloat16", "continue"),
-    ("llama", "bfloat16", "stack"),
+HOOKS = (
+    "prepare",
+    "before_step",
+    "loss",
+    "after_backward",
+    "after_step",
+)  # by which a method acts in the training loop
+CORNERS = [
+    pytest.param(corner, id="-".join(corner))
+    for corner in (
+        ("mistral", "float32", "continue"),
+        ("gemma2", "float32", "stack"),
+        ("gemma2", "bfloat16", "continue"),
+        ("llama", "bfloat16", "stack"),
+    )
 ]
+
+
+def _slow(param: Any) -> Any:
+    return pytest.param(*param.values, id=param.id, marks=pytest.mark.slow)
 
 
 class _Contract:
@@ -104,6 +118,18 @@ class MethodContract(_Contract):
     @classmethod
     def _kind(cls) -> type[methods.Method]:
         return methods.load(cls.method)
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Engines and corners. A method that only says what is trained on is SFT in the loop, and SFT is tried in all of
+        them: of such a method the first alone is not slow."""
+        for asked, params in ((("engine", "num"), PLACES), (("corner",), CORNERS)):
+            if set(asked) <= set(metafunc.fixturenames):
+                metafunc.parametrize(asked, [params[0], *(params[1:] if self._acts() else map(_slow, params[1:]))])
+
+    @classmethod
+    def _acts(cls) -> bool:
+        kind = cls._kind()
+        return cls.method == "sft" or any(getattr(kind, hook) is not getattr(methods.Method, hook) for hook in HOOKS)
 
     def _once(self) -> Path:
         """The scratch folder of this method, trained once on one rank of the reference engine."""
@@ -168,7 +194,6 @@ class MethodContract(_Contract):
         assert world.same_bits(world.adapter(tmp_path), world.adapter(self._once()))
         assert world.curves(tmp_path) == world.curves(self._once())
 
-    @pytest.mark.parametrize(("engine", "num"), PLACES)
     def test_ranks_engines_and_micro_batches_change_only_rounding(self, engine: str, num: int, tmp_path: Path) -> None:
         """On real ranks, with micro-batches of 2."""
         from safecl.testing import world
@@ -203,7 +228,6 @@ class MethodContract(_Contract):
         config = json.loads((self._once() / "result" / "adapter" / "adapter_config.json").read_text())
         assert config["modules_to_save"] is None and config["bias"] == "none"
 
-    @pytest.mark.parametrize("corner", CORNERS, ids="-".join)
     def test_it_trains_with_other_architectures_types_and_adapters(self, corner: Corner, tmp_path: Path) -> None:
         """Neutral is SFT bit for bit, what it holds starts at zero, and the adapter has the shape of its mode; or it is
         refused with that adapter, because of what it needs."""

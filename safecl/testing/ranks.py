@@ -4,6 +4,7 @@ on and takes one job after the other, so that a job costs neither imports nor a 
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import sys
@@ -37,6 +38,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, folder: Path) -> None:
     try:
         import torch
 
+        gc.freeze()  # what was imported lives on: DeepSpeed collects garbage in every set-up, for .8 s with all of it
         torch.set_num_threads(1)
         meeting = f"file://{folder / 'meeting'}"
         torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)

@@ -310,6 +310,7 @@ def test_memory_is_flat_over_fifty_swaps(engines: Engines, weights: dict[str, We
     assert grown < one_leaked_copy_a_swap / 4, f"{grown / 2**20:.1f} MiB more after 50 swaps"
 
 
+@pytest.mark.slow  # a boot; test_gate.py has the failed swap, the next test the replica that is replaced
 def test_a_swap_that_fails_half_way_costs_the_replica_its_place(
     engines: Engines, weights: dict[str, WeightsRef], tiny_model: Path, tmp_path: Path
 ) -> None:

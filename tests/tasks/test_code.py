@@ -242,8 +242,9 @@ def row(name: str, plus: str = "") -> Row:
     return Row(name, "prompt", meta=meta)
 
 
-def test_scores_run_what_the_answers_hold() -> None:
+def test_scores_run_what_the_answers_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Right; right on the visible test only; wrong; endless; leaves early; no program."""
+    monkeypatch.setattr("safecl.tasks.code.TIMEOUT_S", 1)
     answers = [
         BODY,
         "    return 6\n",
