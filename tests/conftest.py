@@ -27,7 +27,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several processes sl
 # see each other's processes. So does, in the other process, what takes ranks: their libraries are imported once.
 CLUSTERS = ["test_end_to_end.py", "serving/test_engine.py", "test_trainers.py", "test_execute.py", "test_nodes.py"]
 RANKS = ["methods/test_contract.py", "training/test_loop.py", "training/test_ranks.py", "training/test_engine.py"]
-LONG = ["test_sandbox.py", "test_study.py", "test_tracking.py"]  # before short ones
+# Of the others, those that take longest begin first.
+LONG = ["test_tracking.py", "test_aligned.py", "test_trained.py", "test_sandbox.py", "tasks/test_code.py"]
 
 
 @pytest.fixture(scope="session", autouse=True)
