@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 NOTE = "claims-"
 LOOK_S = 0.5  # between two looks at what another driver makes
+TELL_S = 0.05  # what nobody here waits for is written down together with what else comes by then
 DIGITS = 24  # of a key, in a note
 
 Rivals = dict[str, dict[str, list[str]]]  # other live drivers' notes, by owner
@@ -34,6 +35,7 @@ class Claims:
         self.wanted: set[str] = set()
         self._running: asyncio.Task[Rivals] | None = None
         self._coming: asyncio.Task[Rivals] | None = None
+        self._telling: asyncio.TimerHandle | None = None
         self._beats: dict[str, tuple[int, float]] = {}  # of drivers on other machines: their beat, and since when
 
     async def take(self, stage: Stage) -> bool:
@@ -49,7 +51,7 @@ class Claims:
             others = [owner for owner, note in rivals.items() if key in note["wanted"]]
             if not at_work and not others:
                 self.held.add(key)
-                if await asyncio.to_thread(self.store.has, stage):  # made while we asked
+                if await self._is_made(stage):  # while we asked
                     self.leave(stage)
                     return False
                 self._tell()
@@ -60,7 +62,7 @@ class Claims:
                 continue
             self._tell()
             await asyncio.sleep(LOOK_S)
-            if await asyncio.to_thread(self.store.has, stage):
+            if await self._is_made(stage):
                 return False
 
     def leave(self, stage: Stage) -> None:
@@ -68,8 +70,18 @@ class Claims:
         self.held.discard(stage.key[:DIGITS])
         self._tell()
 
+    async def _is_made(self, stage: Stage) -> bool:
+        if self.store.remote is None:
+            return self.store.has(stage)
+        return await asyncio.to_thread(self.store.has, stage)
+
     def _tell(self) -> None:
         """Write what is new soon, without waiting for it."""
+        if self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(TELL_S, self._tell_now)
+
+    def _tell_now(self) -> None:
+        self._telling = None
         self._round()
 
     def _round(self) -> asyncio.Task[Rivals]:

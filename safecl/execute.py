@@ -36,7 +36,7 @@ from safecl.store import Stage, Store, below
 from safecl.times import Times, queue
 from safecl.trainers import GROUP as TRAINERS
 from safecl.trainers import Trainers
-from safecl.work import Hand, run_stage
+from safecl.work import Begun, Hand, Ran, run_stage
 
 DRAIN_S = 2.0  # how often is looked for nodes that are being drained; a spot warning comes 30 s to 2 minutes before
 WATCH_S = 5.0  # how often the cluster's size is asked for
@@ -215,19 +215,26 @@ class Broker:
             places = self.light.setdefault(line, Line(2 * self.num_light))
             await places.enter(turn)
             try:
-                return float(await self._hand().run.remote(stage, {}, turn.level))
+                return await self._in_hand(stage, {}, turn.level)
             finally:
                 places.leave()
         weights = stage.inputs.get("weights", stage.inputs["model"]).key
         async with self.fleet.lease(role, stage.inputs["model"], stage.key, weights, turn, line) as groups:
-            return float(await self._hand().run.remote(stage, groups, self.turns[stage.key].level))
+            return await self._in_hand(stage, groups, self.turns[stage.key].level)
+
+    async def _in_hand(self, stage: Stage, groups: dict[str, tuple[str, ...]], level: int) -> float:
+        ran: Ran = await self._hand().run.remote(stage, groups, level)
+        if ran.began:  # it may be done before its beginning was told
+            self.times.begins(stage.key, at=ran.began)
+            self.times.works(stage.key, ran.where)
+        return ran.seconds
 
     def _starts(self, stage: Stage) -> None:
         self._begin(stage.kind, stage.key, load(stage.kind).unit)
 
-    def _begin(self, kind: str, key: str, unit: str = "") -> None:
-        self.live[key] = _live(kind, key, unit)
-        self.times.begins(key, kind)
+    def _begin(self, kind: str, key: str, unit: str = "", at: float | None = None) -> None:
+        self.live[key] = _live(kind, key, unit, at)
+        self.times.begins(key, kind, at)
 
     def _end(self, key: str) -> None:
         self.live.pop(key, None)
@@ -295,10 +302,12 @@ class Broker:
         """`Trainers.done`, for a trainer's workers."""
         await self.trainers.done(trainer, rank, key, error)
 
-    async def begins(self, kind: str, key: str) -> None:
-        """Called by the Hand when it is a light stage's turn; what was done before this came is no longer under way."""
-        if key in self.running:
-            self._begin(kind, key, load(kind).unit)
+    async def begun(self, stages: Sequence[Begun], where: dict[str, Any]) -> None:
+        """Called by the Hand once it is the turn of light stages; what was done before this came is no longer under way."""
+        for kind, key, at in stages:
+            if key in self.running:
+                self._begin(kind, key, load(kind).unit, at)
+                self.times.works(key, where)
 
     async def progress(self, key: str, done: int, total: int, metrics: dict[str, float]) -> bool:
         """Called by stages under way; whether they are to write a checkpoint now. `metrics["checkpoint"]`: they have. `ends`:
@@ -375,12 +384,12 @@ class Broker:
         }
 
 
-def _live(kind: str, key: str, unit: str = "") -> dict[str, Any]:
-    """What begins now."""
+def _live(kind: str, key: str, unit: str = "", at: float | None = None) -> dict[str, Any]:
+    """What begins now, or began `at`."""
     return {
         "kind": kind,
         "key": key,
-        "start": time.time(),
+        "start": time.time() if at is None else at,
         "done": 0,
         "total": 0,
         "unit": unit,

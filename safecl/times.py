@@ -44,9 +44,9 @@ class Times:
         """All its inputs are there."""
         self._add(key, ready=time.time())
 
-    def begins(self, key: str, kind: str = "") -> None:
-        """Its turn has come. An engine's boot (`kind`), which nobody asks for by a stage, is opened by this."""
-        now = time.time()
+    def begins(self, key: str, kind: str = "", at: float | None = None) -> None:
+        """Its turn has come, or came `at`. An engine's boot (`kind`), which nobody asks for by a stage, is opened by this."""
+        now = time.time() if at is None else at
         if kind.startswith("engine"):
             self._open[key] = {
                 "key": key,

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NamedTuple
 
 from safecl import printed, registry, underway
 from safecl.base import Infrastructure, Json
@@ -24,6 +25,7 @@ from safecl.store import Context, Place, Stage, Store
 from safecl.times import here
 
 EVENTS = frozenset({"checkpoint", "halved"})  # metrics that say what happened once
+TOGETHER_S = 0.2  # light stages that begin within it are told of in one call: people look twice a second
 
 
 def run_stage(
@@ -55,7 +57,8 @@ def run_stage(
         if own_process:
             held.enter_context(output_to(log))
         progress = Progress(broker, stage.key)
-        progress.begins(place)
+        if own_process:
+            progress.begins(place)
         try:
             check_here()
             if own_process:
@@ -171,6 +174,14 @@ class Progress:
             return False
 
 
+class Ran(NamedTuple):
+    """What a light stage took; when it began (0: it was there), in seconds since the epoch; and where."""
+
+    seconds: float
+    began: float
+    where: dict[str, Any]
+
+
 class Hand:
     """Runs light stages, each in a thread: most of them only wait for an engine. Made a Ray actor by the Broker."""
 
@@ -179,24 +190,54 @@ class Hand:
         self.freed = time.monotonic()
         self.broker, self.at_once = broker, at_once
         self.slots: dict[tuple[str, int], threading.Semaphore] = {}
+        self.where = here(Place())
+        self.begun: SimpleQueue[Begun] = SimpleQueue()
+        threading.Thread(target=self._tell, daemon=True).start()
 
-    def run(self, stage: Stage, groups: dict[str, tuple[str, ...]], level: int) -> float:
-        """`run_stage` in this process; the seconds that it took. Of a kind and level (order.Turn) so many are at work
-        `at_once`; others are made ready, or published, meanwhile: else each slot would be empty for that long."""
+    def run(self, stage: Stage, groups: dict[str, tuple[str, ...]], level: int) -> Ran:
+        """`run_stage` in this process. Of a kind and level (order.Turn) so many are at work `at_once`; others are made ready,
+        or published, meanwhile: else each slot would be empty for that long."""
+        began = 0.0
+
+        @contextmanager
+        def slot() -> Iterator[None]:
+            nonlocal began
+            with self.slots.setdefault((stage.kind, level), threading.Semaphore(self.at_once)):
+                began = time.time()
+                self.begun.put(Begun(stage.kind, stage.key, began))
+                yield
+
         try:
-            return run_stage(
-                stage, *self.given, groups=groups, rank=level, own_process=False, slot=self._slot(stage, level)
-            )
+            seconds = run_stage(stage, *self.given, groups=groups, rank=level, own_process=False, slot=slot())
+            return Ran(seconds, began, self.where)
+        except BaseException:
+            with suppress(Exception):  # a failure is shown with when and where it began
+                import ray
+
+                begun = Begun(stage.kind, stage.key, began or time.time())
+                ray.get(self.broker.begun.remote([begun], self.where), timeout=10)
+            raise
         finally:
             if time.monotonic() - self.freed > 1.0:
                 self.freed = time.monotonic()
                 free_heap()
 
-    @contextmanager
-    def _slot(self, stage: Stage, level: int) -> Iterator[None]:
-        with self.slots.setdefault((stage.kind, level), threading.Semaphore(self.at_once)):
-            self.broker.begins.remote(stage.kind, stage.key)
-            yield
+    def _tell(self) -> None:
+        """Tell the Broker whose turn has come, those of a moment in one call."""
+        while True:
+            begun = [self.begun.get()]
+            time.sleep(TOGETHER_S)
+            while not self.begun.empty():
+                begun.append(self.begun.get())
+            self.broker.begun.remote(begun, self.where)
+
+
+class Begun(NamedTuple):
+    """A light stage whose turn has come, and when, in seconds since the epoch."""
+
+    kind: str
+    key: str
+    at: float
 
 
 def free_heap() -> None:

@@ -131,7 +131,7 @@ def test_claims_that_come_together_are_written_together_and_work_at_a_url(monkey
         assert len(store.noted(NOTE + store.owner)["held"]) == len(stages)
         for stage in stages:
             mine.leave(stage)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(4 * claims.TELL_S)
 
     asyncio.run(take())
     assert len(written) <= 4 and store.noted(NOTE + store.owner) is None
