@@ -67,7 +67,8 @@ class Holder:
 @dataclass(eq=False)
 class Group:
     """`wanted`: how many holders its work, waiting or under way, could keep busy; `rank`: the lowest of that work; `coming`:
-    how many it will want as well; `since`: when it became starved."""
+    how many it will want as well; `since`: when it became starved; `num_present`: holders that are there or will be, those
+    included that are asked to make way."""
 
     name: str
     size: float
@@ -79,15 +80,11 @@ class Group:
     since: float = 0.0
     holders: dict[str, Holder] = field(default_factory=dict)
     idle: dict[Holder, None] = field(default_factory=dict)  # up and without work, who has been so for longest first
+    num_present: int = 0
     num_starting: int = 0
     num_stopping: int = 0
     num_started: int = 0
     num_warmed: int = 0
-
-    @property
-    def num_present(self) -> int:
-        """Holders that are there or will be, those included that are asked to make way."""
-        return len(self.holders) - self.num_stopping
 
     @property
     def starved(self) -> bool:
@@ -177,6 +174,8 @@ class Devices:
         if holder.state == "stopping":
             group.num_stopping -= 1
             self._leaving -= holder.size
+        else:
+            group.num_present -= 1
         self.held = max(0.0, self.held - holder.size)
         group.idle.pop(holder, None)
         self._draining.pop(holder, None)
@@ -269,6 +268,8 @@ class Devices:
 
     def _warm(self) -> Iterator[Start]:
         """One after the other, and only as long as every group that is needed has one."""
+        if not any(group.coming for group in self.groups.values()):
+            return
         needed = [group for group in self.groups.values() if group.coming or group.wanted or group.num_present]
         total = sum(max(1, group.num_present) * group.size for group in needed)
         for group in needed:
@@ -300,6 +301,7 @@ class Devices:
     def _start(self, group: Group) -> Start:
         group.num_started += 1
         group.num_starting += 1
+        group.num_present += 1
         holder = Holder(f"{group.name}-{group.num_started}", group.name, group.size)
         group.holders[holder.name] = holder
         self.held += group.size
@@ -310,6 +312,7 @@ class Devices:
         was_starved = group.starved
         holder.state, holder.closed = "stopping", True
         group.num_stopping += 1
+        group.num_present -= 1
         self._leaving += holder.size
         group.idle.pop(holder, None)
         self._draining.pop(holder, None)

@@ -63,6 +63,7 @@ class Broker:
         self.seconds = seconds or (lambda stage: 1.0)
         self.running: dict[str, asyncio.Task[None]] = {}
         self.turns: dict[str, Turn] = {}  # of what is running: the lowest of those who wait for it
+        self.training: dict[str, float] = {}  # seconds of what trainers are to do of it
         self.failed: dict[str, BaseException] = {}
         self.live: dict[str, dict[str, Any]] = {}
         self.finished: list[dict[str, Any]] = []
@@ -84,6 +85,7 @@ class Broker:
             self.journal.add(faults.BROKER)
             clear(store.short)
         held = held or capacity(execution, {"CPU": num_cpus}, math.inf)
+        self.num_trainers = held.num_trainers
         self.lender = Lender(Devices(held.num_units, execution.turn_s, room=self._room))
         self.trainers = Trainers(store, execution, logs, self.lender, held, self._starts)
         self.fleet = Fleet(
@@ -109,10 +111,14 @@ class Broker:
         """Give what must be run its turn; what others wait for already goes forward where this one's is lower."""
         place = {stage.key: number for number, stage in enumerate(todo)}
         needs = [[place[s.key] for s in stage.inputs.values() if s.key in place] for stage in todo]
-        for stage, chain in zip(todo, chains([self.seconds(stage) for stage in todo], needs), strict=True):
-            turn = Turn.of(claim, chain, number)
+        seconds = [self.seconds(stage) for stage in todo]
+        left_s = sum(self.training.values()) / max(1, self.num_trainers)
+        for stage, its, chain in zip(todo, seconds, chains(seconds, needs), strict=True):
+            turn = Turn.of(claim, chain, number, left_s)
             if stage.key not in self.turns:
                 self.turns[stage.key] = turn
+                if needs_trainer(stage):
+                    self.training[stage.key] = its
             elif turn < self.turns[stage.key]:
                 self.turns[stage.key] = turn
                 self.trainers.hurry(stage, turn)
@@ -127,7 +133,7 @@ class Broker:
         if stage.key in self.failed:
             raise self.failed[stage.key]
         if stage.key not in self.running and await self._asked(self.store.has, stage):
-            self.turns.pop(stage.key, None)
+            self._leave(stage)
             return
         if stage.key in self.failed:
             raise self.failed[stage.key]
@@ -176,7 +182,12 @@ class Broker:
                 self.fleet.expect(role, stage.inputs["model"], -1)
             self.live.pop(stage.key, None)
             self.running.pop(stage.key, None)
-            self.turns.pop(stage.key, None)
+            self._leave(stage)
+
+    def _leave(self, stage: Stage) -> None:
+        """Nobody waits for it any more."""
+        self.turns.pop(stage.key, None)
+        self.training.pop(stage.key, None)
 
     async def _persist(self, stage: Stage, heavy: bool) -> float:
         """`_run`, and again where the machine failed: for light stages here, for heavy ones trainers see to it."""

@@ -1,18 +1,21 @@
 """Whose turn it is: the order of what is ready, where devices are short. Pure; a run's Broker and `plan --cluster` share it.
 
 What a user wants first is first (`execution.turns`). Then what something else waits for, as a search for the trial that it
-chooses the next one by. Then cells take turns, each its first trial before any its second, so that the seeds of one do not
-hold up another's. Then the stage that the longest chain of others waits for: the critical path.
+chooses the next one by. Then what the end waits for: a chain of stages that alone takes as long as all the training that was
+asked for before it. Then cells take turns, each its first trial before any its second, so that the seeds of one do not hold up
+another's. Then the stage that the longest chain of others waits for: the critical path.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 NUM_RANKS = 3  # see Claim
+AT_ONCE = -1.0  # the round of what the end waits for: before any other
 
 
 class Claim(NamedTuple):
@@ -38,8 +41,9 @@ class Turn(NamedTuple):
     number: int
 
     @classmethod
-    def of(cls, claim: Claim, chain: float, number: int) -> Turn:
-        return cls(-claim.priority, claim.rank, claim.round, -chain, number)
+    def of(cls, claim: Claim, chain: float, number: int, left_s: float = math.inf) -> Turn:
+        """`left_s`: until all training that was asked for before it is done, on as many trainers as there may be."""
+        return cls(-claim.priority, claim.rank, AT_ONCE if chain >= left_s else claim.round, -chain, number)
 
     @property
     def level(self) -> int:

@@ -62,6 +62,7 @@ class _Builder:
             Group("trainers", "training", execution.num_workers * execution.worker_units, 1, TRAINER_S, execution.num_workers),
             Group("light", "light", 0.0, NUM_LIGHT, 0.0),
         ], checkpoint_s=execution.checkpoint_every_s)  # fmt: skip
+        self.has = project.store.listed()
         self.stages: list[Stage] = []
         self.at: dict[str, int] = {}  # stage's key -> its number; -1: it is there
         self.kinds: dict[str, int] = {}
@@ -141,7 +142,7 @@ class _Builder:
         """A stage's number, given to it and what it waits for where they have none; -1: it is in the store."""
         number = self.at.get(stage.key)
         if number is None:
-            if self.project.store.has(stage):
+            if self.has(stage):
                 number = -1
             else:
                 number = self.append(stage, {self.place(other, after) for other in stage.inputs.values()}, after, None)

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from safecl import devices
 from safecl.base import PrerequisiteError
 from safecl.devices import IDLE_S, Devices, Holder, Start
-from safecl.order import NUM_RANKS, Claim
-from safecl.workload import LIGHT, Bound, Bounds, Grid, Node
+from safecl.order import AT_ONCE, NUM_RANKS, Claim
+from safecl.workload import LIGHT, TRAINERS, Bound, Bounds, Grid, Node
 
 UNASKED, WAITS, READY, RUNS, DONE = range(5)  # a stage's state
 _OVER, _UP, _GONE, _TAKEN, _BACK = range(5)  # what an event is
@@ -77,6 +77,7 @@ class _Run:
         self.num_working = [0] * len(grid.groups)
         self.num_ready = [0] * len(grid.groups)
         self.num_coming = [0] * len(grid.groups)  # asked for, and waiting for others
+        self.training_s = 0.0  # of trainers, for what is asked for and not done
         # Of stages that wait for an engine or have it, how many ask for each weights.
         self.asking: list[Counter[int]] = [Counter() for _ in grid.groups]
         self.changed: set[int] = set()  # groups whose work is another than the devices were told
@@ -176,19 +177,25 @@ class _Run:
         """As Broker.ensure: what is not there is lined up, and what was goes forward where this turn is lower."""
         self.num_asked += 1
         first, rank, rounds, number = -claim.priority, claim.rank, claim.round, self.num_asked
+        trainers = self.grid.groups[TRAINERS]
+        fit = self.devices.num_units / trainers.size if trainers.size else math.inf
+        left_s = self.training_s / max(1.0, min(trainers.at_most, fit))
         stack = list(targets)
         needs, turns, chain, state = self.grid.needs, self.turn, self.chain, self.state
         while stack:
             stage = stack.pop()
             if state[stage] >= RUNS:
                 continue
-            turn, known = (first, rank, rounds, -chain[stage], number), turns[stage]
+            its = AT_ONCE if chain[stage] >= left_s else rounds
+            turn, known = (first, rank, its, -chain[stage], number), turns[stage]
             if known is not None and known <= turn:
                 continue
             turns[stage] = turn
             if state[stage] == UNASKED:
                 state[stage] = WAITS
                 self.num_coming[self.grid.group[stage]] += self.grid.ranks[stage]
+                if self.grid.group[stage] == TRAINERS:
+                    self.training_s += self.grid.seconds[stage]
             if not self.waits[stage]:
                 self._ready(stage)  # if it was already, the entry with its old turn is passed over
             stack.extend(needs[stage])
@@ -258,6 +265,8 @@ class _Run:
             self.idle[number][holder] = self.idle[number].get(holder, 0) + places
         self._worked(stage, number)
         self.state[stage] = DONE
+        if number == TRAINERS:
+            self.training_s -= self.grid.seconds[stage]
         for above in self.above[stage]:
             self.waits[above] -= 1
             if not self.waits[above] and self.state[above] == WAITS:

@@ -6,7 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from safecl.order import chains
+
+Floats = NDArray[np.float64]
 
 TRAINERS, LIGHT = 0, 1  # groups that every grid has
 
@@ -89,7 +94,7 @@ class Grid:
 
 class Bound(NamedTuple):
     """No schedule takes less than `seconds`, for this reason (`why`): the critical path, all devices, or a group that may have no
-    more holders. `path`: the critical path, as numbers of stages; `group_s`: seconds of each group's work."""
+    more holders. `path`: the critical path, as numbers of stages; `group_s`: the least by each group's holders."""
 
     seconds: float
     why: str
@@ -127,39 +132,44 @@ class Bounds:
             self.path.append(at)
             at = before[at]
         self.path.reverse()
-        self.work = [0.0] * len(grid.groups)  # seconds of places
         of_unit = [0.0 if number == LIGHT else group.size / group.at_once for number, group in enumerate(grid.groups)]
-        unit_s = []
-        for group, seconds, ranks in zip(grid.group, grid.seconds, grid.ranks, strict=True):
-            self.work[group] += seconds * ranks
-            unit_s.append(seconds * ranks * of_unit[group])
-        tails = (chain - seconds for chain, seconds in zip(grid.chains(), grid.seconds, strict=True))
-        self.unit_s = sum(unit_s)
-        # (earliest start, unit-seconds of what cannot start before); (shortest rest, unit-seconds of what has no less after it)
-        self.heads, self.tails = _steps(self.starts, unit_s), _steps(tails, unit_s)
+        alone, group = np.array(grid.seconds), np.array(grid.group, dtype=int)
+        places = alone * np.array(grid.ranks)  # seconds of places
+        unit_s = places * np.array(of_unit)[group]
+        heads, tails = np.array(self.starts), np.array(grid.chains()) - alone
+        self.unit_s = float(unit_s.sum())
+        self.of_all = _within(heads, tails, unit_s)
+        self.of_group = {
+            number: _within(heads[group == number], tails[group == number], places[group == number])
+            for number in range(len(grid.groups))
+            if number != LIGHT
+        }
 
     def on(self, nodes: Sequence[Node]) -> Bound:
         fastest, power = max(node.pace for node in nodes), sum(node.units * node.pace for node in nodes)
-        devices_s = max(
-            (least / fastest + work / power for steps in (self.heads, self.tails) for least, work in steps), default=0.0
-        )
-        group_s = {
-            group.name: work / (group.at_most * group.at_once * fastest)
-            for number, (group, work) in enumerate(zip(self.grid.groups, self.work, strict=True))
-            if number != LIGHT and work
-        }
+        devices_s = max((outside / fastest + work / power for outside, work in self.of_all), default=0.0)
+        group_s = {}
+        for number, parts in self.of_group.items():
+            group = self.grid.groups[number]
+            places = group.at_most * group.at_once * fastest
+            if parts:
+                group_s[group.name] = max(outside / fastest + work / places for outside, work in parts)
         reasons = {"the critical path": self.path_s / fastest, "all devices": devices_s, **group_s}
         why = max(reasons, key=reasons.__getitem__)
         return Bound(reasons[why], why, self.path_s / fastest, self.path, devices_s, group_s)
 
 
-def _steps(least: Iterable[float], unit_s: Sequence[float]) -> list[tuple[float, float]]:
-    """For each value in `least`: it, and the sum of all whose value is no lower. Of many values a hundred."""
-    ordered = sorted(zip(least, unit_s, strict=True), reverse=True)
-    total, found = 0.0, []
-    every = max(1, len(ordered) // 100)
-    for number, (value, seconds) in enumerate(ordered):
-        total += seconds
-        if number % every == 0 or number == len(ordered) - 1:
-            found.append((value, total))
+def _within(heads: Floats, tails: Floats, work: Floats) -> list[tuple[float, float]]:
+    """Of sets of stages: the seconds in which none of them can run, since what each waits for comes before it (`heads`) or
+    what waits for it after (`tails`), and all their work, which must be done in the rest. Of the sets, which are what has the
+    longest heads, or tails, some two hundred."""
+    heads, tails, work = heads[work > 0], tails[work > 0], work[work > 0]
+    if not len(work):
+        return []
+    some = np.append(np.arange(0, len(work) - 1, max(1, len(work) // 100)), len(work) - 1)
+    found: list[tuple[float, float]] = []
+    for long, other in ((heads, tails), (tails, heads)):
+        order = np.argsort(-long, kind="stable")
+        outside, total = long[order] + np.minimum.accumulate(other[order]), np.cumsum(work[order])
+        found += zip(outside[some].tolist(), total[some].tolist(), strict=True)
     return found

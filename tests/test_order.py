@@ -30,6 +30,15 @@ def test_chains_are_the_longest_of_all_that_wait() -> None:
         assert chains(seconds, needs) == pytest.approx([longest(place) for place in range(num)])
 
 
+def test_what_the_end_waits_for_does_not_wait_for_its_round() -> None:
+    ordered = [
+        Turn.of(Claim(rank=0, round=9), 1.0, 3, left_s=99.0),
+        Turn.of(Claim(rank=1, round=3), 100.0, 2, left_s=100.0),  # as long as all training that was asked for before it
+        Turn.of(Claim(rank=1, round=0), 99.0, 1, left_s=100.0),
+    ]
+    assert sorted(reversed(ordered)) == ordered
+
+
 def test_turns_go_by_priority_then_rank_then_round_then_chain_then_who_asked_first() -> None:
     ordered = [
         Turn.of(Claim(priority=0, rank=2, round=9), 1.0, 9),

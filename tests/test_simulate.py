@@ -132,6 +132,28 @@ def test_what_fits_no_node_is_said() -> None:
         simulate(made, [Node("a", 2), Node("b", 2)], 10)
 
 
+def test_a_long_trial_of_a_later_round_starts_first_where_the_end_waits_for_it() -> None:
+    made = grid()
+    for _ in range(20):
+        rows(made, 2, 100.0)
+    long = made.add(0, TRAINERS, 1500.0, ())
+    made.cells[-1].batches[0][1] = (long,)  # the second trial of the last row
+    found = simulate(made, [Node("a", 10)], 100)
+    assert found.makespan_s == pytest.approx(1500.0) and found.bound.why == "the critical path"
+
+
+def test_the_bound_knows_what_comes_before_and_after_the_work_of_a_group() -> None:
+    made = grid(at_most=2, engines=1)
+    for _ in range(8):
+        tuned = made.add(0, TRAINERS, 100.0, ())
+        asked = made.add(0, 2, 90.0, (tuned,))
+        made.cells.append(Cell([[(made.add(0, LIGHT, 10.0, (asked,)),)]]))
+    bound = Bounds(made).on([Node("a", 100)])
+    assert bound.group_s["engine 0"] == 100 + 8 * 90 / 2 + 10 and bound.group_s["trainers"] == 8 * 100 / 2 + 100
+    assert bound.seconds == 500.0 and bound.why == "trainers"
+    assert simulate(made, [Node("a", 100)], 100).makespan_s >= bound.seconds
+
+
 def test_bounds_are_of_any_nodes() -> None:
     made = grid(at_most=3)
     rows(made, 12, 100.0)
