@@ -11,23 +11,22 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from safecl import claims, cluster, dtypes, execute, hardware, nodes, preflight, trainers
-from safecl.base import ConfigError, Damaged, Infrastructure, PrerequisiteError, json_lines
+from safecl.base import ConfigError, Infrastructure, PrerequisiteError
 from safecl.config import Sweep
 from safecl.cost import missing, slots
 from safecl.eta import Eta
 from safecl.faults import CLUSTER, DRIVER, PATIENCE_S, PAUSE_S, Journal
-from safecl.graph import REFERENCES
 from safecl.judging.served import check_endpoints, key_variables
 from safecl.lease import NOTE, Lease, is_here, owners
 from safecl.order import Claim
 from safecl.panel import all_seats
 from safecl.project import Project
-from safecl.schedule import Done, Schedule
+from safecl.schedule import Schedule
 from safecl.stages import engine_of
 from safecl.stats import as_json
 from safecl.store import Stage, Store, short_of
@@ -171,16 +170,19 @@ def _run(
     lease: Lease,
     again: Callable[[], None] | None,
 ) -> list[str]:
-    from safecl.tracking import Tracker
+    from safecl.tracking import Logbook, Tracker
 
     problems: list[str] = []
     tracker = Tracker(project.sweep.execution.tracking_uri, project.store.local)
-    schedule = project.schedule(on_done=lambda done: track(tracker, project, done))
+    logbook = Logbook(tracker, project)
+    schedule = project.schedule(on_done=logbook.done)
+    is_over = False  # by itself, not by an interruption
     try:
         first = schedule.next()
         guard = [stage for stage in project.guard_stages() if not project.store.sound(stage)]
         if first is None and not guard:
             dtypes.remember(project.sweep, project.store, project.auto)
+            is_over = True
             if not (missing_rows := schedule.missing()):
                 show("nothing left to do: everything that this sweep reports is finished")
             return missing_rows
@@ -190,6 +192,7 @@ def _run(
         preflight.check(project.sweep)
         check_endpoints(all_seats(project.sweep), show)
         _settle_dtype(project, show)
+        logbook.begin()
         names = {cell.job({}, 0, "final").graph.base.key: cell.recipe.model.name for cell in project.cells}
         eta = Eta(
             project.store,
@@ -225,9 +228,11 @@ def _run(
                     ray.get(waiting)
                 except Exception as error:
                     problems.append(f"the guard on held-out pairs: {execute.plain_error(error)}")
+        is_over = True
     finally:
         with suppress(Exception):  # what cannot be said now, the next run finds
             schedule.close()
+        logbook.end([*schedule.missing(), *problems] if is_over else None)
         if not tracker.close(timeout_s=30.0):
             show(f"tracking: {tracker.problem}; what was not sent is kept, and sent by the next run")
         for line in (met := journal.told()):
@@ -372,48 +377,3 @@ def _warm(broker: Any, schedule: Schedule, project: Project) -> None:
     }
     for (role, _), model in wanted.items():
         broker.warm.remote(role, model)
-
-
-def track(tracker: Any, project: Project, done: Done) -> None:
-    """Put a finished job into MLflow, from the store: curves exist also where every stage was cached. A job that the machine
-    failed is asked again, so it is no trial yet."""
-    if done.result is None and done.kind != "trial":
-        return
-    job, graph, store = done.job, done.job.graph, project.store
-    stages = {"metrics": job.evidence.metrics.key}
-    curves: list[dict[str, Any]] = []
-    if job.cell.recipe.method not in REFERENCES:
-        stages["finetune"] = graph.tuned.key
-        with suppress(Damaged, KeyError):
-            curves = json_lines(store.file(graph.tuned, "curves.jsonl"))
-    if graph.final is not None:
-        stages["served"] = graph.final.key
-    split = job.split
-    tracker.trial(
-        sweep=project.sweep.name,
-        cell=job.cell.label,
-        trial=f"{job.evidence.metrics.key[:16]}-{split}",
-        params={**graph.recipe.params, "seed": job.seed, "split": split, "adapter": project.sweep.adapter},
-        metrics=_measured([done.result or {}]),
-        curves=curves,
-        tags={
-            "safecl.method": graph.recipe.method,
-            **({"safecl.error": done.error} if done.error else {}),
-            **({"safecl.pruned": done.pruned} if done.pruned else {}),
-        },
-        stages=stages,
-        failed=done.result is None,
-    )
-    tops = [job.cell.job(job.params, seed, "final").evidence.metrics for seed in project.sweep.seeds]
-    if job.role == "final" and all(map(store.has, tops)):
-        found = _measured([store.record(top)["result"] for top in tops])
-        tracker.cell(project.sweep.name, job.cell.label, {**job.cell.defaults, **job.params}, found)
-
-
-def _measured(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Each metric's mean over results of the metrics stage, of those in which it could be read."""
-    values: dict[str, list[float]] = {}
-    for result in results:
-        for name, entry in result.items():
-            values.setdefault(name, []).extend([] if entry["value"] is None else [entry["value"]])
-    return {name: sum(of_metric) / len(of_metric) for name, of_metric in values.items() if of_metric}

@@ -1,4 +1,4 @@
-"""Verbs for finished work: report, view, label, compare, best, show. No logic, as in cli.py."""
+"""Verbs for finished work: report, view, label, compare, best, show, ui, promote. No logic, as in cli.py."""
 
 from __future__ import annotations
 
@@ -182,6 +182,64 @@ def label(
     _serve(labelling.server(project.store, project.sweep.name, question, drawn, port))
 
 
+def ui(
+    file: Annotated[Path | None, typer.Argument(help="A sweep file, whose tracking_uri and store are shown")] = None,
+    set_: Set = [],  # noqa: B006
+    root: Annotated[str, typer.Option(help="The store, without a sweep file")] = "runs",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of MLflow; 0: a free one")] = 0,
+) -> None:
+    """Start MLflow on this machine's own address, and optuna-dashboard where it is installed; print their addresses; end them
+    at Ctrl-C. A tracking server that runs is pointed at.
+    """
+    import signal
+
+    from safecl.base import sqlite_url
+    from safecl.store import Store
+    from safecl.sweepfile import load
+    from safecl.tracking import ui as pages
+
+    execution = None if file is None else load(file, set_).execution
+    local = Store(root if execution is None else execution.root).local
+    tracking, studies = (None, None) if execution is None else (execution.tracking_uri, execution.study_uri)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with (
+            pages.opened(tracking or sqlite_url(local / "mlflow.db"), local / "logs", port) as mlflow,
+            pages.dashboard(studies or sqlite_url(local / "study.db"), local / "logs") as optuna,
+        ):
+            print(f"MLflow: {mlflow}  (Ctrl-C ends it)", flush=True)
+            if optuna is not None:
+                print(f"Optuna: {optuna}", flush=True)
+            signal.pause()
+    except KeyboardInterrupt:
+        pass
+
+
+def promote(
+    file: File,
+    set_: Set = [],  # noqa: B006
+    row: Annotated[str, typer.Option(help="Words of a row's label, as `sst2 p=0.1`: the best of these rows")] = "",
+    name: Annotated[
+        str | None, typer.Option(help="Of the registered model (default: safecl-NAME of the sweep)")
+    ] = None,
+    alias: Annotated[str, typer.Option(help="Of the version in MLflow: `models:/NAME@best`")] = "best",
+    merged: Annotated[bool, typer.Option(help="Write the whole model to MLflow, not the adapter alone")] = False,
+) -> None:
+    """Register the best finished row in MLflow under an alias: its first seed's weights are written there, with their card.
+
+    The best: of the rows that meet the search's bounds on test prompts the one with the most of what it maximises.
+    """
+    from safecl.base import sqlite_url
+    from safecl.tracking.promote import promote as register
+
+    project = opened(file, set_, None, reads=True)
+    uri = project.sweep.execution.tracking_uri or sqlite_url(project.store.local / "mlflow.db")
+    found = register(project, uri, row, name, alias, merged)
+    print(f"models:/{found.name}@{alias} is version {found.version}: {found.title}")
+    if not found.feasible:
+        print("it does not meet the bounds; no finished row does, and it violates them least", file=sys.stderr)
+
+
 def _serve(server: Any) -> None:
     from safecl.report import serve
 
@@ -192,5 +250,5 @@ def _serve(server: Any) -> None:
 
 def add_to(app: typer.Typer) -> None:
     """The verbs of this file, as commands of `app`."""
-    for verb in (report, view, label, compare, best, show):
+    for verb in (report, view, label, compare, best, show, ui, promote):
         app.command()(verb)

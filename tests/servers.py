@@ -65,8 +65,8 @@ def s3() -> Iterator[S3]:
 
 @contextmanager
 def postgres() -> Iterator[str]:
-    """URL of a PostgreSQL of its own with two empty databases, `/studies` and `/tracking`; skips the test where none is
-    installed, and fails it in CI."""
+    """URL of a PostgreSQL of its own with three empty databases, `/studies`, `/tracking` and `/server`; skips the test where
+    none is installed, and fails it in CI."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     if not programs:
         if os.environ.get("CI"):
@@ -92,12 +92,24 @@ def postgres() -> Iterator[str]:
             shutil.rmtree(data)
 
 
+@contextmanager
+def mlflow(backend: str, folder: Path) -> Iterator[str]:
+    """Address of a tracking server with its tables at `backend`, which takes artifacts in its clients' stead."""
+    from safecl.tracking import ui
+
+    port = ui.free_port()
+    where = ["--backend-store-uri", backend, "--artifacts-destination", str(folder), "--host", ui.HOST]
+    command = [sys.executable, "-m", "mlflow", "server", *where, "--port", str(port), "--workers", "1"]
+    with ui.server(command, port, folder / "log.txt") as address:
+        yield address
+
+
 def _make_databases(url: str) -> None:
     import psycopg
 
     try:
         with psycopg.connect(url, autocommit=True) as connection:
-            for name in ("studies", "tracking"):
+            for name in ("studies", "tracking", "server"):
                 connection.execute(f"CREATE DATABASE {name}")
     except psycopg.OperationalError as error:  # it is starting
         raise OSError(str(error)) from None

@@ -22,7 +22,6 @@ from safecl.base import PrerequisiteError
 from safecl.hardware import Speed
 from safecl.project import Project, load
 from safecl.report import progress
-from safecl.schedule import Done
 from tests.made_up import put
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
@@ -53,7 +52,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     monkeypatch.setattr(driver, "_cluster", no_cluster)
     monkeypatch.setattr(driver, "watched", no_display)
     monkeypatch.setattr(
-        "safecl.tracking.Tracker", lambda *_: SimpleNamespace(trial=_nothing, cell=_nothing, close=lambda **_: True)
+        "safecl.tracking.Tracker", lambda *_: SimpleNamespace(put=_nothing, knows=_nothing, close=lambda **_: True)
     )
     return found
 
@@ -162,40 +161,13 @@ def test_a_run_within_its_hours_leaves_no_timer_behind(project: Project, monkeyp
 
 def test_a_dead_tracker_is_said_and_costs_nothing_else(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = SimpleNamespace(
-        trial=_nothing, cell=_nothing, close=lambda **_: False, problem="http://nowhere did not answer"
+        put=_nothing, knows=_nothing, close=lambda **_: False, problem="http://nowhere did not answer"
     )
     jobs_in_turn(monkeypatch, 0.0)
     monkeypatch.setattr("safecl.tracking.Tracker", lambda *_: tracker)
     said: list[str] = []
     assert driver.run(project, said.append) == []
     assert [line for line in said if "tracking: http://nowhere" in line and "sent by the next run" in line]
-
-
-def test_trials_are_tracked_with_their_stages_cells_over_their_seeds_and_failures_as_such(tmp_path: Path) -> None:
-    settings = ["methods=[{name: sft}]", "seeds=[0, 1]", "poison.ratios=[0.1]", "models.0.dtype=float32"]
-    project = Project(load(QUICKSTART, [*settings, f"execution.root={tmp_path}"]))
-    trials: list[dict[str, Any]] = []
-    cells: list[Any] = []
-    tracker = SimpleNamespace(trial=lambda **given: trials.append(given), cell=lambda *given: cells.append(given))
-    [cell] = [cell for cell in project.cells if cell.recipe.method == "sft"]
-    values = []
-    for seed in (0, 1):
-        job = cell.job({}, seed, "final")
-        put(project.store, [stage for stage in job.evidence.metrics.walk() if not project.store.has(stage)])
-        result = project.store.record(job.evidence.metrics)["result"]
-        driver.track(tracker, project, Done(job, result, ""))
-        values.append(result["utility"]["value"])
-        stages, key = trials[-1]["stages"], job.graph.tuned.key
-        assert stages == {"metrics": job.evidence.metrics.key, "finetune": key, "served": key}
-        assert trials[-1]["metrics"]["utility"] == values[-1] and len(trials[-1]["curves"]) == 9
-        assert len(cells) == seed and not trials[-1]["failed"]
-    [(sweep, label, params, measured)] = cells
-    assert (sweep, label, params) == ("quickstart", cell.label, cell.defaults)
-    assert measured["utility"] == pytest.approx(sum(values) / 2)
-    driver.track(tracker, project, Done(cell.job({}, 7, "final"), None, "a node was lost", "infrastructure"))
-    assert len(trials) == 2, "it is asked again"
-    driver.track(tracker, project, Done(cell.job({}, 7, "final"), None, "loss is NaN", "trial"))
-    assert trials[-1]["failed"] and trials[-1]["tags"]["safecl.error"] == "loss is NaN" and trials[-1]["metrics"] == {}
 
 
 def test_a_run_keeps_the_speed_it_measured(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,12 +241,28 @@ def test_mlflow_shows_sweep_cells_and_trials_with_the_stores_numbers(finished: t
     client = mlflow.MlflowClient(f"sqlite:///{finished[1] / 'mlflow.db'}")
     [experiment] = [e for e in client.search_experiments() if e.name != "Default"]
     runs = client.search_runs([experiment.experiment_id], max_results=100)
-    trials = [run for run in runs if "split" in run.data.params]
+    trials = [run for run in runs if run.data.tags["safecl.level"] == "trial"]
     assert len(trials) == 7  # base, aligned, sft, der, magmax on test; two searched trials on validation
     [sft] = [run for run in trials if run.data.tags["safecl.method"] == "sft"]
     [row] = [row for row in json.loads(finished[2])["rows"] if row["method"] == "sft"]
     assert sft.data.metrics["utility"] == pytest.approx(row["metrics"]["utility"]["value"])
-    assert len(client.get_metric_history(sft.info.run_id, "loss")) == 3  # ceil(20 / 8) steps
+    assert len(client.get_metric_history(sft.info.run_id, "train/loss")) == 3  # ceil(20 / 8) steps
+    assert sft.outputs.model_outputs and {run.info.status for run in runs} == {"FINISHED"}
+    profiles = {d.dataset.name: json.loads(d.dataset.profile) for d in sft.inputs.dataset_inputs}
+    assert all(profile["num_rows"] > 0 for profile in profiles.values())
+
+
+def test_the_best_row_is_promoted_with_its_weights_and_again_changes_nothing(finished: tuple[Path, Path, str]) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{finished[1] / 'mlflow.db'}")
+    for _ in range(2):
+        told = safecl("promote", str(finished[0]), "--row", "sft", timeout_s=60)
+        assert told.stdout.startswith("models:/safecl-tiny@best is version 1: sft · mini"), told.stderr
+    version = client.get_model_version_by_alias("safecl-tiny", "best")
+    assert version.model_id and len(client.search_model_versions("name = 'safecl-tiny'")) == 1
+    kept = {each.path for each in client.list_logged_model_artifacts(version.model_id, "adapter")}
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= kept
 
 
 def test_report_status_plan_show_and_logs_work_on_the_finished_sweep(finished: tuple[Path, Path, str]) -> None:

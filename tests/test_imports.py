@@ -72,7 +72,8 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
     "study": {"config", "grid", "objective", "space", "storage", "store", "suggest"},
     "suggest": {"store"},
     "tune": {"execute", "faults", "grid", "order", "schedule", "store"},
-    "tracking": {"store", "stats", "objective"},
+    "tracking": {"config", "export", "graph", "grid", "labels", "metrics", "objective", "project", "records", "report",
+                 "schedule", "store"},
     "inside": set(),
     "sandbox": {"inside"},
     "preflight": {"capacity", "config", "cost", "models", "panel", "sandbox", "tasks"},
@@ -103,7 +104,7 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
     "cli": {"check", "clusterfile", "config", "datafile", "doctor", "driver", "export", "init", "judge_cli", "judging", "live",
             "ops_cli", "options", "overview", "power", "rehearse", "report", "review_cli", "schema", "store", "sweepfile"},
     "schema": {"config"},
-    "review_cli": {"options", "overview", "report", "review", "store"},
+    "review_cli": {"options", "overview", "report", "review", "store", "sweepfile", "tracking"},
     "review": {"contrasts", "grid", "graph", "metrics", "project", "report", "stages", "store", "sweepfile"},
     "options": {"driver", "project", "report"},
     "judge_cli": {"driver", "judging", "options", "registry"},
@@ -126,13 +127,13 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
 HOME = {  # library -> the only files that may import it
     "deepspeed": {"training/engine.py"},
     "pytest": {"testing/__init__.py", "testing/ranks.py"},
-    "mlflow": {"tracking.py"},
+    "mlflow": {"tracking/server.py"},
     "vllm": {"serving/engine.py", "serving/swap.py"},
     "ray.serve": {"serving/client.py", "serving/deploy.py"},
     "pandas": {"frames.py"},
     "optuna": {"storage.py", "study.py", "suggest.py"},
     "triton": {"training/kernels.py"},
-    "vl_convert": {"report/page.py"},
+    "vl_convert": {"report/page.py", "report/pictures.py"},
 }
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from safecl.project import Project
 from safecl.storage import open_storage, open_to_read
 from safecl.study import CellStudy
-from safecl.tracking import EXPERIMENT, Tracker
-from tests.servers import postgres
+from safecl.tracking import EXPERIMENT, Tracker, ui
+from tests.servers import mlflow, postgres
+from tests.test_tracking import tell
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +53,37 @@ def test_a_trial_is_tracked(url: str, tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
     tracker = Tracker(f"{url}/tracking", tmp_path)
-    tracker.trial("quick", "der", "0", {"weight": 0.5}, {"asr": 0.25}, [{"step": 0, "loss": 1.0}], {"note": "n"}, {})
+    tell(tracker, "quick", "der", "0", params={"weight": 0.5}, metrics={"asr": 0.25}, curves=[{"step": 0, "loss": 1.0}])
     assert tracker.close(timeout_s=120), tracker.problem
     client = MlflowClient(f"{url}/tracking")
     found = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
     assert [run.data.metrics["asr"] for run in found if "asr" in run.data.metrics] == [0.25]
+
+
+@pytest.mark.slow
+def test_a_server_on_it_takes_a_whole_sweep_and_its_artifacts_and_nothing_twice(url: str, tmp_path: Path) -> None:
+    """Also where it is away for a while: what is told then waits on disk."""
+    from mlflow import MlflowClient
+
+    from tests import test_logbook
+
+    with mlflow(f"{url}/server", tmp_path / "server") as address:
+        of = test_logbook.project(tmp_path / "runs", f"execution.tracking_uri={address}")
+        done = test_logbook.run(of)
+        (tmp_path / "runs" / "tracked.jsonl").unlink()
+        test_logbook.run(Project(of.sweep))
+        read = MlflowClient(address)
+        experiment = read.get_experiment_by_name(EXPERIMENT)
+        assert experiment.artifact_location.startswith("mlflow-artifacts:")
+        found = read.search_runs([experiment.experiment_id], "tags.`safecl.level` = 'trial'", max_results=1000)
+        assert len(found) == len(done) and {run.info.status for run in found} == {"FINISHED"}
+        assert all(len(read.get_metric_history(run.info.run_id, "asr")) == 1 for run in found)
+        assert len(read.search_logged_models([experiment.experiment_id])) == 4
+        [sweep] = read.search_runs([experiment.experiment_id], "tags.`safecl.level` = 'sweep'")
+        plots = read.list_artifacts(sweep.info.run_id, "plots")
+        picture = Path(read.download_artifacts(sweep.info.run_id, plots[0].path, str(tmp_path)))
+        assert picture.read_bytes().startswith(b"\x89PNG") and not (tmp_path / "runs" / "artifacts").exists()
+        assert ui._runs(address) == f"{address}/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=safecl"
+    away = Tracker(address, tmp_path / "runs")
+    tell(away, "late", "c", "0", metrics={"asr": 0.5})
+    assert not away.close(40) and away.num_spooled == 1

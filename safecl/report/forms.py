@@ -76,9 +76,9 @@ def markdown(rows: Sequence[Row], facts: Facts) -> str:
     for text in (facts.doubt, facts.about):
         lines += ["", text] if text else []
     for block in blocks(rows, facts):
-        lines += ["", f"## {block.title}", "", *_markdown(block.header, [_strong(line) for line in block.lines])]
+        lines += ["", f"## {block.title}", "", *markdown_table(block.header, [strong(line) for line in block.lines])]
         for detail in block.details:
-            lines += ["", f"{detail.title}:", "", *_markdown(detail.header, detail.lines)]
+            lines += ["", f"{detail.title}:", "", *markdown_table(detail.header, detail.lines)]
     lines += ["", *(f"- {line}" for line in [*caption(rows, facts), BOLD, *notes(rows)])]
     if params(rows):
         lines += ["", "Hyperparameters:", "", *(f"- {where}: {text}" for where, text in params(rows))]
@@ -88,12 +88,15 @@ def markdown(rows: Sequence[Row], facts: Facts) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _strong(line: Line) -> list[str]:
+def strong(line: Line) -> list[str]:
+    """A line's texts, its best numbers bold in Markdown."""
     bold = _bold(line)
     return [f"**{text}**" if i in bold else text for i, text in enumerate(line.texts)]
 
 
-def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of one table."""
+
     def joined(texts: Sequence[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 

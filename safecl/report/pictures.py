@@ -1,0 +1,33 @@
+"""Charts as files, for what shows pictures and no Vega: PNG, drawn by the wheel vl-convert-python without a browser."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from safecl.report.charts import Chart
+
+WIDTH = 720  # pixels of a chart that would fill its page
+
+
+def pictures(charts: Sequence[Chart], folder: str = "plots") -> dict[str, bytes]:
+    """PNG by path, in the order of the charts. One that cannot be drawn is left out."""
+    found: dict[str, bytes] = {}
+    for number, chart in enumerate(charts, 1):
+        name = re.sub(r"[^A-Za-z0-9.=%-]+", "-", chart.title).strip("-")[:80]
+        with suppress(ValueError):
+            found[f"{folder}/{number:02d}-{name}.png"] = png(chart.title, chart.spec)
+    return found
+
+
+def png(title: str, spec: Mapping[str, Any]) -> bytes:
+    """One chart on white. Raises ValueError for what Vega-Lite does not take."""
+    import vl_convert
+
+    fixed = {**spec, "title": title, "background": "white", "padding": 12}
+    if fixed.get("width") == "container":
+        fixed |= {"width": WIDTH, "autosize": {"type": "pad"}}
+    found: bytes = vl_convert.vegalite_to_png(fixed, scale=1.5)
+    return found

@@ -1,0 +1,99 @@
+"""What MLflow is told of a cell: what its search chose, its numbers over seeds, how the search went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from safecl.base import Damaged
+from safecl.graph import REFERENCES
+from safecl.report import charts
+from safecl.report.pictures import pictures
+from safecl.report.searches import searched as searched
+from safecl.tracking.messages import Run, Status
+from safecl.tracking.names import Names
+from safecl.tracking.trials import numbers, numbers_table, values
+
+if TYPE_CHECKING:
+    from safecl.grid import Cell, Job
+    from safecl.project import Project
+
+
+def row(
+    project: Project, names: Names, jobs: Sequence[Job], place: int | None, search: Mapping[str, Any] | None
+) -> Run:
+    """A row of the table, all seeds of it finished. `place`: which of its cell's front; `search`: see searches.searched."""
+    cell, params = jobs[0].cell, jobs[0].params
+    of_seeds: dict[int, list[dict[str, Any]]] = {}
+    for job in jobs:
+        with suppress(Damaged, OSError):
+            if (found := project.outcomes(job)) is not None:
+                of_seeds[job.seed] = found
+    measured = numbers(of_seeds)
+    if not measured:
+        measured = values(project.store.record(jobs[0].evidence.metrics)["result"])
+    settings = {} if cell.recipe.method in REFERENCES else {**cell.defaults, **params}
+    lines = [
+        f"{len(of_seeds)} seeds ({', '.join(map(str, of_seeds))}), test prompts.",
+        "",
+        *numbers_table(measured),
+    ]
+    if settings:
+        lines += ["", "| setting | value |", "|:--|--:|"]
+        lines += [f"| {name}{' (searched)' if name in params else ''} | {value} |" for name, value in settings.items()]
+    curves = [curve for job in jobs if (curve := _curve(project, names, job))]
+    drawn = [*charts.curves(curves), *(charts.search(search) if search is not None and place is None else [])]
+    return Run(
+        names.cell(cell, params, place),
+        names.params(cell, params),
+        measured,
+        tags={"safecl.method": cell.recipe.method, "safecl.seeds": list(of_seeds)},
+        note="\n".join([*lines, *_history(search)]),
+        files=pictures(drawn),
+    )
+
+
+def front(names: Names, cell: Cell, search: Mapping[str, Any] | None) -> Run:
+    """A search whose front has several rows, each a run of its own."""
+    return Run(
+        f"{names.cell(cell, {})} · search",
+        names.params(cell, {}),
+        tags={"safecl.method": cell.recipe.method},
+        note="\n".join(["Every configuration on the front is a row of its own: see the runs `#1`, `#2`, ...", *_history(search)]),
+        files=pictures(charts.search(search)) if search is not None else {},
+    )  # fmt: skip
+
+
+def incomplete(names: Names, cell: Cell, status: Status, why: Sequence[str]) -> Run:
+    """A cell without a complete row; `why`: of one that failed."""
+    told = "; ".join(line.removeprefix(f"{cell.label} ") for line in why)
+    said = {"RUNNING": "Under way.", "KILLED": "Interrupted: the same command continues."}
+    return Run(
+        names.cell(cell, {}),
+        names.params(cell, {}),
+        tags={"safecl.method": cell.recipe.method, **({"safecl.error": told} if told else {})},
+        status=status,
+        note=f"**Not complete**: {told}" if told else said.get(status, ""),
+    )
+
+
+def _history(search: Mapping[str, Any] | None) -> list[str]:
+    """How a row was chosen, in words."""
+    if search is None:
+        return []
+    bounds = ", ".join(f"{name} at most {bound}" for name, bound in search["bounds"].items())
+    return [
+        "",
+        f"Searched: {len(search['trials'])} trials on validation prompts ({search['failed']} failed, {search['pruned']} ended "
+        f"early); {search['maximise']} maximised subject to {bounds or 'no bound'}; trial {search['chosen']} was chosen.",
+    ]
+
+
+def _curve(project: Project, names: Names, job: Job) -> dict[str, Any] | None:
+    if job.cell.recipe.method in REFERENCES:
+        return None
+    with suppress(Damaged, KeyError, OSError):
+        points = project.lines(job.graph.tuned, "curves")
+        return {"run": names.trial(job), "method": job.cell.method, "points": points}
+    return None

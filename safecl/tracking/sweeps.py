@@ -1,0 +1,169 @@
+"""What MLflow is told of a sweep: its file, plan and environment as it begins; table, plots and choices at its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import distributions
+from typing import TYPE_CHECKING, Any, Literal
+
+from safecl.records import libraries
+from safecl.report import charts, forms
+from safecl.report.costs import costs
+from safecl.report.facts import readable
+from safecl.report.pictures import pictures
+from safecl.report.rows import curves
+from safecl.report.tables import Facts, Row, blocks
+from safecl.store import below
+from safecl.tracking.messages import TEXT, Run
+from safecl.tracking.names import CORE, Names
+
+if TYPE_CHECKING:
+    from safecl.config import Sweep
+    from safecl.project import Project
+
+MAX_COLUMNS = 6  # of metrics, and of params, that the table of runs shows first
+
+
+def tags(sweep: Sweep) -> dict[str, Any]:
+    """What every run is tagged with."""
+    return {
+        "safecl.version": libraries().get("safecl", "unknown"),
+        "mlflow.source.name": f"safecl run {sweep.name}",
+        "mlflow.source.type": "LOCAL",
+    }
+
+
+def under_way(project: Project, status: Literal["RUNNING", "KILLED"] = "RUNNING") -> Run:
+    """A sweep that runs, or was interrupted: what is known before there are results."""
+    sweep = project.sweep
+    told = {"RUNNING": "Under way.", "KILLED": "Interrupted: the same command continues."}[status]
+    return Run(
+        sweep.name,
+        _params(sweep),
+        tags=tags(sweep),
+        status=status,
+        note="\n\n".join(filter(None, [sweep.about, f"{told} The table stands here at the end of a run; `safecl status` and "
+                                       "`safecl report` have it at any time."])),
+        files={"sweep.yaml": sweep_file(sweep), "plan.json": plan(project), **environment()},
+    )  # fmt: skip
+
+
+def finished(project: Project, names: Names, missing: Sequence[str]) -> Run:
+    """A sweep at the end of a run. Reads the studies."""
+    sweep = project.sweep
+    found, facts = readable(project)
+    rows = [row for row in found if row["metrics"]]
+    spent = costs(project)
+    drawn = [
+        *charts.front(rows, facts),
+        *charts.by_setting(rows, facts, "poison", "poison, % of the task's rows"),
+        *charts.by_setting(rows, facts, "memory", "safety rows kept"),
+        *charts.dots(blocks(rows, facts)),
+        *charts.fronts(rows),
+        *charts.curves(curves(project)),
+        *charts.cost(spent),
+    ]
+    chosen = {
+        cell.label: {"params": {**cell.defaults, **params}, "note": how}
+        for cell, params, jobs, how in project.finals()
+        if jobs
+    }
+    num_trials = sum(method["trials"] + method["finals"] for method in spent["methods"])
+    lacking = {"safecl.error": "; ".join(missing)} if missing else {}
+    return Run(
+        sweep.name,
+        _params(sweep),
+        {"trials": num_trials, "rows": len(rows), "rows missing": len(missing), "seconds": spent["spent"],
+         "seconds without sharing": spent["alone"]},
+        tags={**tags(sweep), **lacking, **({"safecl.doubt": facts.doubt} if facts.doubt else {})},
+        status="FAILED" if missing else "FINISHED",
+        note=note(rows, facts, missing),
+        files={
+            "sweep.yaml": sweep_file(sweep),
+            "plan.json": plan(project),
+            **environment(),
+            "results.md": forms.markdown(rows, facts),
+            "results.csv": forms.to_csv(rows, facts),
+            "chosen.json": json.dumps(chosen, indent=1),
+            **pictures(drawn),
+        },
+        columns=columns(project, names, rows, facts),
+    )  # fmt: skip
+
+
+def note(rows: Sequence[Row], facts: Facts, missing: Sequence[str]) -> str:
+    """The result table in Markdown, as much of it as MLflow keeps."""
+    lines = [text for line in (facts.doubt, facts.about) if line for text in (line, "")]
+    lines += [text for line in missing for text in (f"**Missing**: {line}", "")]
+    for block in blocks(rows, facts):
+        table = forms.markdown_table(block.header, [forms.strong(line) for line in block.lines])
+        lines += [f"**{block.title}** (percent, 95 % intervals)", "", *table, ""]
+    last = "All tables, and what the numbers rest on: `results.md`. The answers: `safecl view`."
+    while len("\n".join([*lines, "", last])) > TEXT:
+        lines = [*lines[:-2], "| ... |"] if lines[-1] == "| ... |" else [*lines[:-1], "| ... |"]
+    return "\n".join([*lines, "", last])
+
+
+def columns(project: Project, names: Names, rows: Sequence[Row], facts: Facts) -> list[str]:
+    """Of the table of runs, in MLflow's words: what the report's main table shows, then the params that differ."""
+    from safecl.report.tables import columns as shown
+
+    measured = [column.metric.name for column in shown(rows, facts)][:MAX_COLUMNS]
+    differing: dict[str, set[str]] = {}
+    for cell in project.cells:
+        for name, value in names.params(cell, {}).items():
+            differing.setdefault(name, set()).add(str(value))
+    params = [name for name in (*CORE, *sorted(differing.keys() - {*CORE})) if len(differing.get(name, ())) > 1]
+    params = [*params[:MAX_COLUMNS], "seed"]
+    return [
+        "attributes.`Duration`",
+        *(f"metrics.`{name}`" for name in measured),
+        *(f"params.`{name}`" for name in params),
+    ]
+
+
+def _params(sweep: Sweep) -> dict[str, Any]:
+    """What all of a sweep's rows have in common, and what they are of."""
+    return {
+        "models": ", ".join(model.name for model in sweep.models),
+        "tasks": ", ".join(task.task for task in sweep.tasks),
+        "poison ratios": ", ".join(f"{ratio:g}" for ratio in sweep.poison.ratios),
+        "methods": ", ".join(dict.fromkeys(method.label or method.name for method in sweep.methods)),
+        "seeds": ", ".join(map(str, sweep.seeds)),
+        "adapter": sweep.adapter,
+        "lora": f"rank {sweep.lora.rank}, alpha {sweep.lora.alpha}, dropout {sweep.lora.dropout:g}, {sweep.lora.targets}",
+        "search trials": sweep.search.trials if any(method.search is not None for method in sweep.methods) else 0,
+    }
+
+
+def sweep_file(sweep: Sweep) -> str:
+    """The sweep as it was read, less its databases' addresses, which may hold passwords."""
+    import yaml
+
+    found = sweep.model_dump(mode="json", exclude_defaults=True, exclude={"execution": {"tracking_uri", "study_uri"}})
+    text: str = yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=120)
+    return text
+
+
+def plan(project: Project) -> str:
+    """Rows, trials and stages of a sweep, as far as they are known before a search."""
+    seeds = project.sweep.seeds
+    cells = [
+        {"cell": cell.label, "searched": list(cell.space or ()), "trials": len(seeds) + (cell.num_trials if cell.space else 0)}
+        for cell in project.cells
+    ]  # fmt: skip
+    tops = [cell.job({}, seed, "final").evidence.metrics for cell in project.cells for seed in seeds]
+    stages = Counter(stage.kind for stage in below(tops))
+    return json.dumps({"cells": cells, "stages of the final trials": dict(sorted(stages.items()))}, indent=1)
+
+
+def environment() -> dict[str, str]:
+    """This machine and what is installed."""
+    told = {"python": sys.version.split()[0], "platform": platform.platform(), "cpus": os.cpu_count(), **libraries()}
+    pins = sorted({f"{dist.metadata['Name']}=={dist.version}" for dist in distributions() if dist.metadata["Name"]})
+    return {"environment.json": json.dumps(told, indent=1), "requirements.txt": "\n".join(pins) + "\n"}

@@ -1,0 +1,211 @@
+"""What MLflow is told of one trial, from the store: its numbers with intervals, curves, costs, data, answers and weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from safecl import labels, metrics
+from safecl.base import Damaged, json_lines
+from safecl.graph import REFERENCES
+from safecl.report.answers import answers
+from safecl.report.rows import by_metric, entry
+from safecl.report.tables import number
+from safecl.tracking.messages import DataSet, Model, Run
+from safecl.tracking.names import Names
+
+if TYPE_CHECKING:
+    from safecl.grid import Job
+    from safecl.project import Project
+    from safecl.schedule import Done
+
+
+def name_of(job: Job) -> str:
+    """What tells a trial from all others: a rerun finds its run by it."""
+    return f"{job.evidence.metrics.key[:16]}-{job.split}"
+
+
+def trial(project: Project, names: Names, done: Done) -> Run:
+    """All of a finished job's run. Reads the store alone: it is called beside the driver."""
+    job, graph = done.job, done.job.graph
+    stages = {"metrics": job.evidence.metrics.key}
+    trained = job.cell.recipe.method not in REFERENCES
+    if trained:
+        stages["finetune"] = graph.tuned.key
+    if graph.final is not None:
+        stages["served"] = graph.final.key
+    known = {**names.params(job.cell, job.params), "seed": job.seed, "prompts": job.split}
+    why = done.error or done.pruned
+    measured, told = {}, {}
+    if done.result is not None:
+        outcomes = _outcomes(project, job)
+        measured = numbers({job.seed: outcomes}) if outcomes else values(done.result)
+        told = _answered(project, job, outcomes or [])
+    began, ended, seconds = _spent(project, job)
+    return Run(
+        name=names.trial(job),
+        params=known,
+        metrics={**measured, **seconds},
+        curves=_curves(project, job) if trained else [],
+        tags={
+            "safecl.method": graph.recipe.method,
+            "safecl.role": job.role,
+            **({"safecl.error": done.error, "safecl.failure": done.kind} if done.error else {}),
+            **({"safecl.pruned": done.pruned} if done.pruned else {}),
+            **{f"safecl.stage.{role}": key for role, key in stages.items()},
+        },
+        status="KILLED" if done.pruned else "FINISHED" if done.result is not None else "FAILED",
+        note=f"**{'Ended early' if done.pruned else 'Failed'}**: {why}" if why else "",
+        data=list(data(project, job)),
+        tables=told,
+        model=_model(names, job, known, measured) if job.role == "final" and done.result is not None else None,
+        began=began,
+        ended=ended,
+    )
+
+
+def numbers(of_seeds: Mapping[int, list[dict[str, Any]]]) -> dict[str, float | None]:
+    """Every metric over seeds: `asr`, `asr.low` and `asr.high` (95 %), where there are several sets of prompts each of them
+    (`sets/asr.attack.mini`), and how many verdicts could not be read."""
+    found: dict[str, float | None] = {}
+    measured = by_metric(of_seeds)
+    for metric in metrics.ordered(measured):
+        one = entry(metric.name, measured[metric.name])
+        if one is None:
+            continue
+        found |= _ends(metric.name, one)
+        for name, of_set in one.get("sets", {}).items():
+            if of_set is not None:
+                found |= _ends(f"sets/{metric.name}.{name.replace('/', '.')}", of_set)
+        if one["unparsed"]:
+            found[f"unparsed/{metric.name}"] = one["unparsed"]
+    return found
+
+
+def _ends(name: str, one: Mapping[str, Any]) -> dict[str, float]:
+    ends = {name: one["value"], f"{name}.low": one["low"], f"{name}.high": one["high"]}
+    return {name: value for name, value in ends.items() if value is not None}
+
+
+def values(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """A metrics stage's result alone, where its outcomes cannot be read."""
+    return {name: entry["value"] for name, entry in result.items()}
+
+
+def _outcomes(project: Project, job: Job) -> list[dict[str, Any]] | None:
+    with suppress(Damaged, OSError):
+        return project.outcomes(job)
+    return None
+
+
+def _curves(project: Project, job: Job) -> list[dict[str, Any]]:
+    with suppress(Damaged, KeyError, OSError):
+        lines = json_lines(project.store.file(job.graph.tuned, "curves.jsonl"))
+        return [{name if name == "step" else f"train/{name}": value for name, value in line.items()} for line in lines]
+    return []
+
+
+def _spent(project: Project, job: Job) -> tuple[float | None, float | None, dict[str, float | None]]:
+    """When the first of a trial's own stages began and the last ended, and their seconds by kind, as measured."""
+    began, ended, seconds = [], [], dict[str, float | None]()
+    for stage in job.own or [job.evidence.metrics]:
+        with suppress(Damaged, KeyError, OSError, ValueError):
+            record = project.store.record(stage)
+            at = datetime.fromisoformat(str(record["created"])).timestamp()
+            took = float(record["seconds"])
+            began.append(at - took)
+            ended.append(at)
+            name = f"seconds/{stage.kind}"
+            seconds[name] = (seconds.get(name) or 0.0) + took
+    if not seconds:
+        return None, None, {}
+    return min(began), max(ended), {"seconds": sum(value or 0.0 for value in seconds.values()), **seconds}
+
+
+def data(project: Project, job: Job) -> Iterator[DataSet]:
+    """The rows that a trial was trained on and asked, by what they are made of."""
+    seen = set()
+    for stage in job.evidence.metrics.walk():
+        role = str(stage.config.get("role", "")) if stage.kind == "data" else ""
+        if not role or role == "exclude" or stage.key in seen:
+            continue
+        seen.add(stage.key)
+        config: Any = stage.config
+        num = None
+        with suppress(Damaged, KeyError, OSError):
+            num = project.store.record(stage)["result"].get("num_rows")
+        asked = role.partition(".")[0] in ("attack", "benign", "utility") and not role.endswith(".train")
+        title = f"{labels.task(stage).strip(' ,')} rows" if role == "user" else labels.answered(stage)
+        source = {"parts": config.get("parts"), "poison": config.get("poison"), "seed": config.get("seed")}
+        yield DataSet(title, stage.key, "evaluation" if asked else "training", {"stage": stage.key, **source}, num)
+
+
+def _answered(project: Project, job: Job, outcomes: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Answers with what was measured of each, a table a set: of final trials, whose answers a reader compares."""
+    if job.role != "final":
+        return {}
+    measured: dict[tuple[str, str], dict[str, Any]] = {}
+    for outcome in outcomes:
+        measured.setdefault((outcome["set"], outcome["id"]), {})[outcome["metric"]] = outcome["value"]
+    tables: dict[str, list[dict[str, Any]]] = {}
+    with suppress(Damaged, KeyError, OSError):
+        for line in answers(project, job):
+            said = [f"{role}: {text}" for role, text in line["before"]]
+            row = {
+                "id": line["id"],
+                "prompt": "\n".join([*said, line["prompt"]]),
+                "answer": line["answer"],
+                "finish": line["finish"],
+                **measured.get((f"{line['role']}/{line['set']}", line["id"]), {}),
+            }
+            tables.setdefault(f"answers/{line['role']}.{line['set']}.json".replace(" ", "_"), []).append(row)
+    return tables
+
+
+def _model(names: Names, job: Job, params: Mapping[str, Any], measured: Mapping[str, float | None]) -> Model | None:
+    """A final trial's adapter: its card, and where its weights lie."""
+    final = job.graph.final
+    if final is None or job.cell.recipe.method in REFERENCES:
+        return None
+    title = names.trial(job)
+    return Model(
+        title,
+        params,
+        {"safecl.stage.served": final.key},
+        {"README.md": card(title, job, params, measured), "safecl.json": json.dumps({"stage": final.key}, indent=1)},
+    )
+
+
+def card(title: str, job: Job, params: Mapping[str, Any], measured: Mapping[str, float | None]) -> str:
+    """What whoever finds these weights must know."""
+    recipe, final = job.cell.recipe, job.graph.final
+    assert final is not None
+    settings = [f"| {name} | {value} |" for name, value in params.items()]
+    lines = [
+        f"# {title}",
+        "",
+        f"A LoRA adapter on {recipe.model.name} (`{recipe.model.source}`), made by method `{recipe.method}` of safecl: aligned, "
+        f"then fine-tuned on {recipe.task.task} with a poison ratio of {recipe.poison_ratio:g}.",
+        "",
+        f"Weights: `safecl export {final.key[:12]} OUT` writes them as a PEFT adapter, with `--merged` as a whole model.",
+        "",
+        *numbers_table(measured),
+        "",
+        *("| setting | value |", "|:--|--:|", *settings),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def numbers_table(measured: Mapping[str, float | None]) -> list[str]:
+    """Metrics as lines of a Markdown table, percent as in the report."""
+    lines = ["| measured, percent | value | 95 % interval |", "|:--|--:|--:|"]
+    plain = [name for name in measured if "/" not in name and not name.endswith((".low", ".high"))]
+    for metric in metrics.ordered(plain):
+        ends = {end: measured.get(f"{metric.name}.{end}") for end in ("low", "high")}
+        shown, _, interval = number({"value": measured[metric.name], **ends}, metric.unit).partition(" ")
+        unit = "" if metric.unit == "%" else f" ({metric.unit})"
+        lines.append(f"| {metric.title}{unit} | {shown} | {interval.strip('[]')} |")
+    return lines

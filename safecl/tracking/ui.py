@@ -1,0 +1,112 @@
+"""MLflow's own pages on this machine's own address, and Optuna's where optuna-dashboard is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+from safecl.base import ConfigError, PrerequisiteError, sqlite_path
+from safecl.tracking.messages import EXPERIMENT, VIEW
+
+HOST = "127.0.0.1"
+WAIT_S = 120.0  # MLflow takes ten seconds to start, on a busy machine minutes
+
+
+@contextmanager
+def opened(uri: str, logs: Path, port: int = 0) -> Iterator[str]:
+    """MLflow's address, where the table of runs has the newest sweep's columns. A server that runs is pointed at; else one is
+    started for as long as the block runs, with its output under `logs`.
+
+    Raises:
+        ConfigError: nothing was tracked there yet.
+        PrerequisiteError: the server ended, or did not answer in time.
+    """
+    if uri.startswith("http"):
+        yield _runs(uri.rstrip("/"))
+        return
+    database = sqlite_path(uri)
+    if database is not None and not database.exists():
+        raise ConfigError(
+            f"{str(database)!r} is not there: nothing was tracked yet; run a sweep, or name its store by --root"
+        )
+    where = ["--backend-store-uri", uri, "--host", HOST, "--port", str(port or free_port()), "--workers", "1"]
+    with server([sys.executable, "-m", "mlflow", "server", *where], int(where[5]), logs / "mlflow-ui.txt") as address:
+        yield _runs(address)
+
+
+@contextmanager
+def dashboard(url: str, logs: Path) -> Iterator[str | None]:
+    """Optuna's dashboard of the studies at this URL; None where there are none, or it is not installed."""
+    database = sqlite_path(url)
+    if find_spec("optuna_dashboard") is None or (database is not None and not database.exists()):
+        yield None
+        return
+    port = free_port()
+    command = [sys.executable, "-m", "optuna_dashboard", url, "--host", HOST, "--port", str(port)]
+    with server(command, port, logs / "optuna-dashboard.txt") as address:
+        yield address
+
+
+@contextmanager
+def server(command: list[str], port: int, log: Path) -> Iterator[str]:
+    """A server's address once it answers; it and all that it started end with the block."""
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env={**os.environ, **quiet}, cwd=log.parent, start_new_session=True
+        )
+    address = f"http://{HOST}:{port}"
+    try:
+        deadline = time.monotonic() + WAIT_S
+        while not _answers(address):
+            if process.poll() is not None or time.monotonic() > deadline:
+                how = "did not answer" if process.poll() is None else f"ended with {process.returncode}"
+                raise PrerequisiteError(f"`{' '.join(command[1:4])}` {how}; what it printed: {log}")
+            time.sleep(0.2)
+        yield address
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _answers(address: str) -> bool:
+    with suppress(OSError), urllib.request.urlopen(f"{address}/", timeout=5) as answer:
+        return bool(answer.status == 200)
+    return False
+
+
+def _runs(address: str) -> str:
+    """The address of the experiment's table of runs; MLflow's own where it has none."""
+    asked = urllib.parse.quote(EXPERIMENT)
+    with suppress(OSError, ValueError, KeyError):
+        url = f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name={asked}"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            found = json.load(answer)["experiment"]
+        is_seen = any(tag["key"] == f"mlflow.sharedViewState.{VIEW}" for tag in found.get("tags", ()))
+        return f"{address}/#/experiments/{found['experiment_id']}/runs" + (
+            f"?viewStateShareKey={VIEW}" if is_seen else ""
+        )
+    return f"{address}/"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
