@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safecl.schedule import Done
 from safecl.tracking import EXPERIMENT, Logbook, Tracker
 from safecl.tracking.names import Names, abbreviated, number
 from tests import made_up
+from tests.test_tracking import made
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 DER = "{name: der, config: {memory_size: 20}, search: {weight: {low: 0.1, high: 30.0}, memory_size: [10, 20]}}"
@@ -72,9 +73,23 @@ def runs(of: Project, level: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, list[Done]]]:
-    of = project(tmp_path_factory.mktemp("finished") / "runs")
-    yield of, run(of)
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("template"))
+
+
+@pytest.fixture
+def root(template: Path, tmp_path: Path) -> Path:
+    """A store with an empty database, whose making takes seconds."""
+    shutil.copy(template / "mlflow.db", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(template: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, list[Done]]:
+    root = tmp_path_factory.mktemp("finished")
+    shutil.copy(template / "mlflow.db", root)
+    of = project(root)
+    return of, run(of)
 
 
 def test_trials_have_names_and_params_that_people_know_and_the_stores_numbers(
@@ -171,8 +186,8 @@ def test_a_rerun_sends_nothing_and_a_lost_note_doubles_nothing(finished: tuple[P
 
 
 @pytest.mark.parametrize("kind", ["trial", "infrastructure"])
-def test_failed_trials_are_there_with_their_reason_until_they_succeed(tmp_path: Path, kind: str) -> None:
-    of = project(tmp_path / "runs", "methods=[{name: sft}]", "seeds=[0]")
+def test_failed_trials_are_there_with_their_reason_until_they_succeed(root: Path, kind: str) -> None:
+    of = project(root, "methods=[{name: sft}]", "seeds=[0]")
     run(of, "loss is NaN", kind)
     [failed] = [each for name, each in runs(of, "trial").items() if name.startswith("sft")]
     [cell] = [each for name, each in runs(of, "cell").items() if name.startswith("sft")]
@@ -187,9 +202,9 @@ def test_failed_trials_are_there_with_their_reason_until_they_succeed(tmp_path: 
             assert each.info.status == "FINISHED" and "safecl.error" not in each.data.tags
 
 
-def test_each_configuration_on_a_front_has_a_run_of_its_own(tmp_path: Path) -> None:
+def test_each_configuration_on_a_front_has_a_run_of_its_own(root: Path) -> None:
     pareto = "search.objective={pareto: [asr, utility], choose: front, bounds: {}}"
-    of = project(tmp_path / "runs", f"methods=[{DER}]", pareto, "search.trials=6", "seeds=[0]")
+    of = project(root, f"methods=[{DER}]", pareto, "search.trials=6", "seeds=[0]")
     run(of)
     rows = [params for cell, params, jobs, _ in of.finals() if cell.space is not None and jobs]
     cells = runs(of, "cell")

@@ -22,11 +22,16 @@ from safecl.tracking.server import Server
 CURVE = [{"step": step, "loss": 1 / (step + 1), "safety_loss": 2.0} for step in range(30)]
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("template")
+def made(root: Path) -> Path:
+    """A folder with an empty database of MLflow's."""
+    root.mkdir(exist_ok=True)
     Server(f"sqlite:///{root / 'mlflow.db'}", root)
     return root
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("template"))
 
 
 @pytest.fixture
@@ -156,7 +161,7 @@ def test_all_of_a_run_stands_once_however_often_it_is_sent(root: Path) -> None:
     assert [output.model_id for output in run.outputs.model_outputs] == [logged.model_id]
     from mlflow.models import Model as Loaded
 
-    folder = root / "artifacts" / "models" / logged.model_id / "artifacts"
+    folder = Path(logged.artifact_location.removeprefix("file://"))
     assert (folder / "README.md").read_text() == "# card"
     assert Loaded.load(folder / "MLmodel").signature.inputs.input_names() == ["prompt"]
 
@@ -164,7 +169,7 @@ def test_all_of_a_run_stands_once_however_often_it_is_sent(root: Path) -> None:
 def test_the_experiment_opens_on_its_runs_with_the_sweeps_columns(root: Path) -> None:
     tracker = Tracker(None, root)
     tell(tracker, "quick", "der", metrics={"asr": 0.5})
-    tell(tracker, "quick", columns=["attributes.`Duration`", "metrics.`asr`"])
+    tell(tracker, "quick", view={"selectedColumns": ["attributes.`Duration`", "metrics.`asr`"]})
     assert tracker.close(60), tracker.problem
     tags = client(root).get_experiment_by_name(EXPERIMENT).tags
     assert tags["mlflow.experimentKind"] == "custom_model_development"

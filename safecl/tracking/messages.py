@@ -51,7 +51,7 @@ class Run:
     `curves`: points `{"step": int, name: float, ...}`. A metric that is None, NaN or infinite is not a number to plot: it becomes
     a tag `safecl.not_finite.<name>`, and so do such points of a curve, with their count. `files`: text, or bytes of a picture, by
     path; `tables`: rows by path, which MLflow's evaluation view compares across runs. `note`: Markdown. `began`, `ended`:
-    seconds since the epoch. `columns`: of a sweep, what the table of runs shows first, the metric that matters most in front.
+    seconds since the epoch. `view`: of a sweep, how MLflow's UI shows its table of runs (see sweeps.view).
     """
 
     name: str
@@ -67,7 +67,7 @@ class Run:
     model: Model | None = None
     began: float | None = None
     ended: float | None = None
-    columns: Sequence[str] = ()
+    view: Mapping[str, Any] = field(default_factory=dict)
 
 
 def path_of(path: Sequence[str]) -> list[str]:
@@ -111,7 +111,7 @@ def message(path: Sequence[str], digest: str, at: float, run: Run) -> Message:
         "data": [_data(each) for each in run.data],
         "files": {**{name: _content(value) for name, value in run.files.items()}, **tables},
         "model": None if run.model is None else _model(run.model),
-        "columns": list(run.columns),
+        "view": dict(run.view),
     }
 
 

@@ -152,7 +152,7 @@ def number(value: Any) -> str:
         try:
             value = float(value)
         except ValueError:
-            return value
+            return str(value)
     if not isinstance(value, int | float):
         return str(value)
     text: str = re.sub(r"^(-?)0\.", r"\1.", f"{value:.4g}")

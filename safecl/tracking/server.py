@@ -106,8 +106,8 @@ class Server:
             self._write(run, message)
         if run.status != message["status"]:
             self._end(run, message["status"], message["ended"])
-        if message["columns"]:
-            self._show(path[0], message["columns"])
+        if message["view"]:
+            self._show(path[0], message["view"])
 
     def _run(self, path: tuple[str, ...], parent: _Known | None, message: Message) -> _Known:
         of_sweep = self._of_sweep(path[0])
@@ -226,16 +226,12 @@ class Server:
             self._client.log_outputs(run.id, [LoggedModelOutput(model.model_id, 0)])
         return str(model.model_id)
 
-    def _show(self, sweep: str, columns: Sequence[str]) -> None:
-        """Columns of the runs table for who opens it by VIEW: the newest sweep's, its cells unfolded."""
-        view = {
-            "selectedColumns": list(columns),
-            "orderByKey": "attributes.start_time",
-            "orderByAsc": False,
-            "runsExpanded": {run.id: True for path, run in self._of_sweep(sweep).items() if len(path) == 1},
-        }
-        primary = next((name.split("`")[1] for name in columns if name.startswith("metrics.")), "")
-        self._client.set_experiment_tag(self._experiment, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
+    def _show(self, sweep: str, view: Message) -> None:
+        """The table of runs for who opens it by VIEW: as the newest sweep wants it, its cells unfolded."""
+        unfolded = {run.id: True for path, run in self._of_sweep(sweep).items() if len(path) == 1}
+        primary = next((name.split("`")[1] for name in view["selectedColumns"] if name.startswith("metrics.")), "")
+        value = json.dumps({**view, "runsExpanded": unfolded})
+        self._client.set_experiment_tag(self._experiment, f"mlflow.sharedViewState.{VIEW}", value)
         self._client.set_experiment_tag(self._experiment, "mlflow.experiment.primaryMetric.name", primary)
 
 

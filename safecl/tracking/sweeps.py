@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from importlib.metadata import distributions
 from typing import TYPE_CHECKING, Any, Literal
 
+from safecl import metrics
 from safecl.records import libraries
 from safecl.report import charts, forms
 from safecl.report.costs import costs
 from safecl.report.facts import readable
 from safecl.report.pictures import pictures
 from safecl.report.rows import curves
-from safecl.report.tables import Facts, Row, blocks
+from safecl.report.tables import Facts, Row, blocks, columns
 from safecl.store import below
-from safecl.tracking.messages import TEXT, Run
+from safecl.tracking.messages import TEXT, VIEW, Run
 from safecl.tracking.names import CORE, Names
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def finished(project: Project, names: Names, missing: Sequence[str]) -> Run:
             "chosen.json": json.dumps(chosen, indent=1),
             **pictures(drawn),
         },
-        columns=columns(project, names, rows, facts),
+        view=view(project, names, rows, facts),
     )  # fmt: skip
 
 
@@ -109,22 +110,40 @@ def note(rows: Sequence[Row], facts: Facts, missing: Sequence[str]) -> str:
     return "\n".join([*lines, "", last])
 
 
-def columns(project: Project, names: Names, rows: Sequence[Row], facts: Facts) -> list[str]:
-    """Of the table of runs, in MLflow's words: what the report's main table shows, then the params that differ."""
-    from safecl.report.tables import columns as shown
-
-    measured = [column.metric.name for column in shown(rows, facts)][:MAX_COLUMNS]
+def view(project: Project, names: Names, rows: Sequence[Row], facts: Facts) -> dict[str, Any]:
+    """MLflow's table of runs, in the words in which its UI keeps a shared view: the metrics of the report's main table and the
+    params that differ as columns; as charts harm against use, and the params against both."""
+    measured = [column.metric.name for column in columns(rows, facts)][:MAX_COLUMNS]
     differing: dict[str, set[str]] = {}
     for cell in project.cells:
         for name, value in names.params(cell, {}).items():
             differing.setdefault(name, set()).add(str(value))
+        for name in cell.space or ():
+            differing[name] = {"searched", "otherwise"}
     params = [name for name in (*CORE, *sorted(differing.keys() - {*CORE})) if len(differing.get(name, ())) > 1]
-    params = [*params[:MAX_COLUMNS], "seed"]
-    return [
-        "attributes.`Duration`",
-        *(f"metrics.`{name}`" for name in measured),
-        *(f"params.`{name}`" for name in params),
-    ]
+    params = params[:MAX_COLUMNS]
+    harm, use = (metric.name for metric in metrics.plane())
+    common = {"metricSectionId": VIEW, "deleted": False, "isGenerated": False, "runsCountToCompare": 100}
+    axes = {"xaxis": {"key": harm, "type": "METRIC"}, "yaxis": {"key": use, "type": "METRIC"}}
+    chosen = {"selectedParams": params, "selectedMetrics": [harm, use], "showAllRuns": True}
+    return {
+        "selectedColumns": [
+            "attributes.`Duration`",
+            *(f"metrics.`{name}`" for name in measured),
+            *(f"params.`{name}`" for name in (*params, "seed")),
+        ],
+        "orderByKey": "attributes.start_time",
+        "orderByAsc": False,
+        "compareRunCharts": [
+            {**common, "type": "SCATTER", "uuid": f"{VIEW}-front", **axes},
+            {**common, "type": "PARALLEL", "uuid": f"{VIEW}-params", **chosen},
+        ],
+        "compareRunSections": [
+            {"uuid": VIEW, "name": "Safety and usefulness", "display": True, "isReordered": True, "deleted": False,
+             "isGenerated": False}
+        ],
+        "isAccordionReordered": True,
+    }  # fmt: skip
 
 
 def _params(sweep: Sweep) -> dict[str, Any]:
