@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def name_of(job: Job) -> str:
-    """What tells a trial from all others: a rerun finds its run by it."""
-    return f"{job.evidence.metrics.key[:16]}-{job.split}"
+    """What tells a trial from all others of its cell: a rerun finds its run by it. Seeds of base have one key."""
+    return f"{job.evidence.metrics.key[:16]}-{job.split}-{job.seed}"
 
 
 def trial(project: Project, names: Names, done: Done) -> Run:
