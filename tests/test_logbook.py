@@ -203,7 +203,7 @@ def test_failed_trials_are_there_with_their_reason_until_they_succeed(root: Path
 
 
 def test_each_configuration_on_a_front_has_a_run_of_its_own(root: Path) -> None:
-    pareto = "search.objective={pareto: [asr, utility], choose: front, bounds: {}}"
+    pareto = "search.objective={pareto: [utility, asr, over_refusal], choose: front, bounds: {}}"
     of = project(root, f"methods=[{DER}]", pareto, "search.trials=6", "seeds=[0]")
     run(of)
     rows = [params for cell, params, jobs, _ in of.finals() if cell.space is not None and jobs]

@@ -180,6 +180,7 @@ class Server:
         for key in _STALE:
             if key in run.tags and key not in tags:
                 self._client.delete_tag(run.id, key)
+                del run.tags[key]
         # Curve points take their time from their step, so that sending a curve again adds no second line: the
         # database knows equal points. Final metrics take the message's, and only what changed is told: the last one is what
         # the run shows.
