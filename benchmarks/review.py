@@ -29,18 +29,23 @@ METHODS = [f"{{name: {name}, config: {{memory_size: 20}}, {WEIGHT}}}" for name i
 METHODS += [f"{{name: {name}, search: {{weight: {{low: 0.1, high: 30.0}}}}}}" for name in ("ewc", "lwf")]
 
 
-def made(root: Path, trials: int) -> Project:
-    """The store, opened to be read."""
+def project(root: Path, trials: int) -> Project:
+    """The sweep."""
     settings = [
         f"methods=[{{name: sft}}, {', '.join(METHODS)}]",
         f"search.trials={trials // 10}",
         "search.sampler=random",
     ]
     settings += ["seeds=[0, 1, 2]", "models.0.dtype=float32", "evaluate.judges.asr=keywords", f"execution.root={root}"]
-    project = Project(load(QUICKSTART, settings))
-    made_up.search(project)
-    made_up.finish(project)
-    return Project(project.sweep, reads=True)
+    return Project(load(QUICKSTART, settings))
+
+
+def made(root: Path, trials: int) -> Project:
+    """The store, opened to be read."""
+    found = project(root, trials)
+    made_up.search(found)
+    made_up.finish(found)
+    return Project(found.sweep, reads=True)
 
 
 def opened(folder: Path) -> tuple[float, float, float]:

@@ -8,14 +8,16 @@ long MLflow then takes to list all runs. `--quick`: 20 trials and 20 prompts.
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 import time
 from pathlib import Path
 
 import _bench
-from review import made
+from review import made, project
 
 from safecl.base import sqlite_url
+from safecl.config import Sweep
 from safecl.project import Project
 from safecl.schedule import Done
 from safecl.tracking import EXPERIMENT, Logbook, Tracker
@@ -55,37 +57,49 @@ def run(project: Project) -> tuple[Told, float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
-    trials, made_up.NUM_PROMPTS = (20, 20) if quick else (500, 200)
+    parser.add_argument("--folder", type=Path, help="where the made-up store is kept for the next time")
+    arguments = parser.parse_args()
+    trials, made_up.NUM_PROMPTS = (20, 20) if arguments.quick else (500, 200)
     with tempfile.TemporaryDirectory() as name:
-        root = Path(name) / "runs"
-        sweep = made(root, trials).sweep
-        first, wall, cpu, end = run(Project(sweep))
-        _, again, again_cpu, _ = run(Project(sweep))
-        from safecl.tracking.server import client
-
-        read = client(sqlite_url(root / "mlflow.db"))
-        experiment = read.get_experiment_by_name(EXPERIMENT).experiment_id
-        start = time.monotonic()
-        runs = read.search_runs([experiment], max_results=1000)
-        numbers = {
-            f"{first.num} trials, {made_up.NUM_PROMPTS} prompts a set": {
-                "sent, s": wall,
-                "sent, CPU s": cpu,
-                "a trial, CPU ms": 1000 * cpu / first.num,
-                "the driver waited, s": first.waited + end,
-                "of it for table and plots, s": end,
-                "rerun, s": again,
-                "rerun, CPU s": again_cpu,
-                "all runs listed, s": time.monotonic() - start,
-                "runs": len(runs),
-                "database, MB": (root / "mlflow.db").stat().st_size / 1e6,
-                "artifacts, MB": sum(f.stat().st_size for f in (root / "artifacts").rglob("*") if f.is_file()) / 1e6,
-            }
-        }
+        root = (arguments.folder or Path(name)).absolute() / "runs"
+        done = root / "made"
+        if not done.exists():
+            made(root, trials)
+            done.touch()
+        for file in ("mlflow.db", "tracked.jsonl"):
+            (root / file).unlink(missing_ok=True)
+        shutil.rmtree(root / "artifacts", ignore_errors=True)
+        numbers = measured(project(root, trials).sweep)
     print(numbers)
-    if not quick:
+    if not arguments.quick:
         _bench.write("tracking", numbers)
+
+
+def measured(sweep: Sweep) -> dict[str, dict[str, float]]:
+    root = Path(sweep.execution.root)
+    first, wall, cpu, end = run(Project(sweep))
+    _, again, again_cpu, _ = run(Project(sweep))
+    from safecl.tracking.server import client
+
+    read = client(sqlite_url(root / "mlflow.db"))
+    experiment = read.get_experiment_by_name(EXPERIMENT).experiment_id
+    start = time.monotonic()
+    runs = read.search_runs([experiment], max_results=1000)
+    return {
+        f"{first.num} trials, {made_up.NUM_PROMPTS} prompts a set": {
+            "sent, s": wall,
+            "sent, CPU s": cpu,
+            "a trial, CPU ms": 1000 * cpu / first.num,
+            "the driver waited, s": first.waited + end,
+            "of it for table and plots, s": end,
+            "rerun, s": again,
+            "rerun, CPU s": again_cpu,
+            "all runs listed, s": time.monotonic() - start,
+            "runs": len(runs),
+            "database, MB": (root / "mlflow.db").stat().st_size / 1e6,
+            "artifacts, MB": sum(f.stat().st_size for f in (root / "artifacts").rglob("*") if f.is_file()) / 1e6,
+        }
+    }
 
 
 if __name__ == "__main__":
