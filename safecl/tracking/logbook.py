@@ -38,12 +38,10 @@ class Logbook:
         with self._never_raises():
             project, store = self._project, self._project.store
             self._put((), {"state": "under way"}, lambda: sweeps.under_way(project), now=True)
-            with store.listed():
-                self._complete = {
-                    cell
-                    for cell, _, jobs, _ in project.finals()
-                    if jobs and all(store.has(job.evidence.metrics) for job in jobs)
-                }
+            has = store.listed()
+            self._complete = {
+                cell for cell, _, jobs, _ in project.finals() if jobs and all(has(job.evidence.metrics) for job in jobs)
+            }
             for cell in project.cells:
                 if cell not in self._complete:
                     self._open(cell, "RUNNING")
@@ -73,9 +71,9 @@ class Logbook:
                 if self._begun:
                     self._put((), {"state": "interrupted"}, lambda: sweeps.under_way(project, "KILLED"), now=True)
                 return
-            with project.store.listed():
-                tops = [job.evidence.metrics for _, _, jobs, _ in project.finals() for job in jobs]
-                found = sorted({top.key for top in tops if project.store.has(top)})
+            has = project.store.listed()
+            tops = [job.evidence.metrics for _, _, jobs, _ in project.finals() for job in jobs]
+            found = sorted({top.key for top in tops if has(top)})
             self._put((), {"rows": found, "missing": list(missing), "about": project.sweep.about},
                       lambda: sweeps.finished(project, names, missing), now=True)  # fmt: skip
 
