@@ -107,7 +107,7 @@ class Server:
         if run.status != message["status"]:
             self._end(run, message["status"], message["ended"])
         if message["view"]:
-            self._show(path[0], message["view"])
+            self._show(message["view"])
 
     def _run(self, path: tuple[str, ...], parent: _Known | None, message: Message) -> _Known:
         of_sweep = self._of_sweep(path[0])
@@ -227,12 +227,10 @@ class Server:
             self._client.log_outputs(run.id, [LoggedModelOutput(model.model_id, 0)])
         return str(model.model_id)
 
-    def _show(self, sweep: str, view: Message) -> None:
-        """The table of runs for who opens it by VIEW: as the newest sweep wants it, its cells unfolded."""
-        unfolded = {run.id: True for path, run in self._of_sweep(sweep).items() if len(path) == 1}
+    def _show(self, view: Message) -> None:
+        """The table of runs for who opens it by VIEW: as the newest sweep wants it."""
         primary = next((name.split("`")[1] for name in view["selectedColumns"] if name.startswith("metrics.")), "")
-        value = json.dumps({**view, "runsExpanded": unfolded})
-        self._client.set_experiment_tag(self._experiment, f"mlflow.sharedViewState.{VIEW}", value)
+        self._client.set_experiment_tag(self._experiment, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
         self._client.set_experiment_tag(self._experiment, "mlflow.experiment.primaryMetric.name", primary)
 
 

@@ -112,7 +112,7 @@ def note(rows: Sequence[Row], facts: Facts, missing: Sequence[str]) -> str:
 
 def view(project: Project, names: Names, rows: Sequence[Row], facts: Facts) -> dict[str, Any]:
     """MLflow's table of runs, in the words in which its UI keeps a shared view: the metrics of the report's main table and the
-    params that differ as columns; as charts harm against use, and the params against both."""
+    params that differ as columns, of the table's rows; as charts harm against use, and the params against both."""
     measured = [column.metric.name for column in columns(rows, facts)][:MAX_COLUMNS]
     differing: dict[str, set[str]] = {}
     for cell in project.cells:
@@ -132,8 +132,10 @@ def view(project: Project, names: Names, rows: Sequence[Row], facts: Facts) -> d
             *(f"metrics.`{name}`" for name in measured),
             *(f"params.`{name}`" for name in (*params, "seed")),
         ],
-        "orderByKey": "attributes.start_time",
-        "orderByAsc": False,
+        # Rows of the table, the safest first. Without a filter, sorted by time, MLflow nests trials below them.
+        "searchFilter": f"tags.`safecl.sweep` = '{project.sweep.name}' and tags.`safecl.level` = 'cell'",
+        "orderByKey": f"metrics.`{harm}`",
+        "orderByAsc": True,
         "compareRunCharts": [
             {**common, "type": "SCATTER", "uuid": f"{VIEW}-front", **axes},
             {**common, "type": "PARALLEL", "uuid": f"{VIEW}-params", **chosen},
