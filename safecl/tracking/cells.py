@@ -13,7 +13,7 @@ from safecl.report.pictures import pictures
 from safecl.report.searches import searched as searched
 from safecl.tracking.messages import Run, Status
 from safecl.tracking.names import Names
-from safecl.tracking.trials import numbers, numbers_table, values
+from safecl.tracking.trials import answered, numbers, numbers_table, values
 
 if TYPE_CHECKING:
     from safecl.grid import Cell, Job
@@ -51,6 +51,7 @@ def row(
         tags={"safecl.method": cell.recipe.method, "safecl.seeds": list(of_seeds)},
         note="\n".join([*lines, *_history(search)]),
         files=pictures(drawn),
+        tables=answered(project, jobs[0], of_seeds.get(jobs[0].seed, [])),  # to be compared from row to row
     )
 
 

@@ -43,7 +43,7 @@ def trial(project: Project, names: Names, done: Done) -> Run:
     if done.result is not None:
         outcomes = _outcomes(project, job)
         measured = numbers({job.seed: outcomes}) if outcomes else values(done.result)
-        told = _answered(project, job, outcomes or [])
+        told = answered(project, job, outcomes or [])
     began, ended, seconds = _spent(project, job)
     return Run(
         name=names.trial(job),
@@ -143,7 +143,7 @@ def data(project: Project, job: Job) -> Iterator[DataSet]:
         yield DataSet(title, stage.key, "evaluation" if asked else "training", {"stage": stage.key, **source}, num)
 
 
-def _answered(project: Project, job: Job, outcomes: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def answered(project: Project, job: Job, outcomes: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Answers with what was measured of each, a table a set: of final trials, whose answers a reader compares."""
     if job.role != "final":
         return {}
