@@ -83,7 +83,7 @@ def test_a_server_on_it_takes_a_whole_sweep_and_its_artifacts_and_nothing_twice(
         plots = read.list_artifacts(sweep.info.run_id, "plots")
         picture = Path(read.download_artifacts(sweep.info.run_id, plots[0].path, str(tmp_path)))
         assert picture.read_bytes().startswith(b"\x89PNG") and not (tmp_path / "runs" / "artifacts").exists()
-        assert ui._runs(address) == f"{address}/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=safecl"
+        assert ui._runs(address).startswith(f"{address}/#/experiments/{experiment.experiment_id}/runs?")
     away = Tracker(address, tmp_path / "runs")
     tell(away, "late", "c", "0", metrics={"asr": 0.5})
     assert not away.close(40) and away.num_spooled == 1

@@ -99,10 +99,9 @@ def _runs(address: str) -> str:
         url = f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name={asked}"
         with urllib.request.urlopen(url, timeout=30) as answer:
             found = json.load(answer)["experiment"]
-        is_seen = any(tag["key"] == f"mlflow.sharedViewState.{VIEW}" for tag in found.get("tags", ()))
-        return f"{address}/#/experiments/{found['experiment_id']}/runs" + (
-            f"?viewStateShareKey={VIEW}" if is_seen else ""
-        )
+        has_view = any(tag["key"] == f"mlflow.sharedViewState.{VIEW}" for tag in found.get("tags", ()))
+        query = "?workflowType=machine_learning" + (f"&viewStateShareKey={VIEW}" if has_view else "")
+        return f"{address}/#/experiments/{found['experiment_id']}/runs{query}"
     return f"{address}/"
 
 
