@@ -109,5 +109,6 @@ def _version(read: Any, name: str, model_id: str, run_id: str, title: str) -> st
     for version in read.search_model_versions(f"name = '{name}'"):
         if version.model_id == model_id:
             return str(version.version)
-    made = read.create_model_version(name, f"models:/{model_id}", run_id, description=title, model_id=model_id)
+    source = read.get_logged_model(model_id).artifact_location  # `models:/ID` is looked up at MLflow's global address
+    made = read.create_model_version(name, source, run_id, description=title, model_id=model_id)
     return str(made.version)

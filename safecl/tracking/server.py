@@ -51,6 +51,7 @@ def client(uri: str) -> Any:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
         "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # where a server is used; the table goes there
         "GIT_PYTHON_REFRESH": "quiet",
     }.items():
         os.environ.setdefault(name, value)
