@@ -155,7 +155,7 @@ def test_cells_and_sweep_carry_choice_numbers_table_and_plots(finished: tuple[Pr
                 assert shown.data.metrics[f"{name}{end}"] == pytest.approx(entry[key])
     assert float(der.data.params["weight"]) == reported["der"]["params"]["weight"]
     assert "3 trials on validation prompts" in der.data.tags["mlflow.note.content"]
-    assert [each.path for each in read.list_artifacts(der.info.run_id)] == ["plots"]
+    assert [each.path for each in read.list_artifacts(der.info.run_id)] == ["answers", "plots"]
     kept = {each.path for each in read.list_artifacts(sweep.info.run_id)}
     assert {"sweep.yaml", "plan.json", "environment.json", "requirements.txt", "results.md", "results.csv"} < kept
     plots = [each.path for each in read.list_artifacts(sweep.info.run_id, "plots")]
