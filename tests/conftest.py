@@ -28,7 +28,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several processes sl
 CLUSTERS = ["test_end_to_end.py", "serving/test_engine.py", "test_trainers.py", "test_execute.py", "test_nodes.py"]
 RANKS = ["methods/test_contract.py", "training/test_loop.py", "training/test_ranks.py", "training/test_engine.py"]
 # Of the others, those that take longest begin first.
-LONG = ["test_tracking.py", "test_logbook.py", "test_aligned.py", "test_trained.py", "test_sandbox.py", "tasks/test_code.py"]
+LONG = [
+    "test_tracking.py",
+    "test_logbook.py",
+    "test_aligned.py",
+    "test_trained.py",
+    "test_sandbox.py",
+    "tasks/test_code.py",
+]
 
 
 @pytest.fixture(scope="session", autouse=True)

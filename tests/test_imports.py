@@ -16,7 +16,7 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
     "registry": set(),
     "lease": set(),
     "capacity": {"config"},
-    "cluster": {"capacity", "config", "nodes", "reclaim", "serving"},
+    "cluster": {"capacity", "config", "lease", "nodes", "reclaim", "serving"},
     "lender": {"devices"},
     "fleet": {"capacity", "config", "devices", "lender", "order", "serving", "store", "training"},
     "devices": set(),
