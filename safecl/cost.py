@@ -13,12 +13,16 @@ from datetime import datetime
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from safecl.config import Execution
 from safecl.estimate import BOOT_S, Estimate, Estimator
 from safecl.grid import Cell, Job
 from safecl.stages import load, names
 from safecl.store import Stage, Store, below
 
+Places = NDArray[np.int64]
 _LAST = 500  # stages of an engine that its pace is read from
 # The first stage that an engine finishes waited with others for it, and says little: estimates weigh as much as this.
 PRIOR_S = 30.0
@@ -204,12 +208,13 @@ class Remaining:
         self._items = list(todo)
         self._at = {item.stage.key: place for place, item in enumerate(todo)}
         at = self._at
-        self._needs = [[at[key] for key in item.needs if key in at] for item in todo]
-        self._left = [True] * len(todo)  # whether it is still to be run
-        self._estimated = [item.estimate.seconds for item in todo]
+        self._left = np.ones(len(todo), dtype=bool)  # whether it is still to be run
+        self._estimated = np.array([item.estimate.seconds for item in todo])
+        self._steps = _steps([[at[key] for key in item.needs if key in at] for item in todo])
         groups: dict[tuple[str, str, bool], int] = {}  # (kind, its part, on an engine) -> number
-        self._group = [groups.setdefault((*item.estimate.group, item.estimate.on_engine), len(groups)) for item in todo]
-        one_of = dict(zip(reversed(self._group), reversed(self._items), strict=True))
+        of = [groups.setdefault((*item.estimate.group, item.estimate.on_engine), len(groups)) for item in todo]
+        one_of = dict(zip(reversed(of), reversed(self._items), strict=True))
+        self._group = np.array(of, dtype=np.int64)
         self._groups = [one_of[group] for group in range(len(groups))]  # an item of each
         self.settle(open_cells)
 
@@ -224,29 +229,22 @@ class Remaining:
         self.kinds: dict[str, float] = defaultdict(float)  # seconds by kind
         self.later: Counter[str] = Counter()  # stages by kind of trials that are not suggested yet
         self._engine = 0.0  # of `kinds`, what engines do
-        factors = [self.forecast.factor(item.estimate) for item in self._groups]
-        sums = [0.0] * len(factors)
-        waits = [0.0] * len(self._items)  # seconds of the longest chain of stages that waits for one
-        chains: list[tuple[float, str]] = []  # of those that wait for none: the longest begins with one of them
-        left, needs, group, estimated = self._left, self._needs, self._group, self._estimated
-        for place in range(len(waits) - 1, -1, -1):
-            if not left[place]:
-                continue
-            seconds = estimated[place] * factors[group[place]]
-            sums[group[place]] += seconds
-            chain = waits[place] + seconds
-            is_first = True
-            for other in needs[place]:
-                if left[other]:
-                    is_first = False
-                    if waits[other] < chain:
-                        waits[other] = chain
-            if is_first:
-                chains.append((chain, self._items[place].stage.key))
-        for item, seconds in zip(self._groups, sums, strict=True):
-            self.kinds[item.stage.kind] += seconds
-            self._engine += seconds if item.estimate.on_engine else 0.0
-        self._waits, self._chains = waits, sorted(chains, reverse=True)
+        left, factors = self._left, np.array([self.forecast.factor(item.estimate) for item in self._groups])
+        seconds = self._estimated * factors[self._group] * left if len(left) else self._estimated
+        waits = np.zeros(len(left))  # seconds of the longest chain of stages that waits for one
+        is_first = left.copy()  # waits for none
+        for stages, others in self._steps:
+            np.maximum.at(waits, others, (waits + seconds)[stages] * left[stages])
+            is_first[stages[left[others]]] = False
+        sums = np.bincount(self._group, seconds, len(factors)).tolist()
+        for item, of_group in zip(self._groups, sums, strict=True):
+            self.kinds[item.stage.kind] += of_group
+            self._engine += of_group if item.estimate.on_engine else 0.0
+        first = np.flatnonzero(is_first)
+        chains = (waits + seconds)[first]
+        order = np.argsort(-chains)
+        # Of those that wait for none: the longest chain begins with one of them.
+        self._waits, self._chains = waits, list(zip(chains[order].tolist(), first[order].tolist(), strict=True))
         self._later_s = max((self._open(cell) for cell in open_cells), default=0.0)
 
     def _open(self, cell: Open) -> float:
@@ -283,13 +281,29 @@ class Remaining:
                 engine -= whole - min(whole, left)  # its own pace counts the others' turns
             else:
                 compute += left - whole
-            longest = max(longest, left + self._waits[place])
-        longest = max(longest, next((chain for chain, key in self._chains if key not in running), 0.0))
+            longest = max(longest, left + float(self._waits[place]))
+        longest = max(
+            longest, next((chain for chain, place in self._chains if self._items[place].stage.key not in running), 0.0)
+        )
         if self._engine:
             engine += boot_s
         local_cpu = not self.forecast.execution.use_gpu and self.forecast.execution.address == "local"
         shared = compute + (engine if local_cpu else 0.0)  # there the engine computes on the same cores
         return max(longest + self._later_s, engine, shared / self.slots, 0.0)
+
+
+def _steps(needs: Sequence[Sequence[int]]) -> list[tuple[Places, Places]]:
+    """(stages, those they wait for) in pairs, in an order in which a stage comes as the first of a pair once it has come as
+    the second of all of its own. `needs`: places of what each waits for, all before it."""
+    depth = [0] * len(needs)  # how many stages at most wait for one, in a row
+    pairs: dict[int, tuple[list[int], list[int]]] = {}
+    for place in range(len(needs) - 1, -1, -1):
+        stages, others = pairs.setdefault(depth[place], ([], []))
+        for other in needs[place]:
+            depth[other] = max(depth[other], depth[place] + 1)
+            stages.append(place)
+            others.append(other)
+    return [(np.array(pairs[at][0], np.int64), np.array(pairs[at][1], np.int64)) for at in sorted(pairs)]
 
 
 def rounds(cell: Open, execution: Execution) -> int:

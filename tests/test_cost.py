@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from safecl import cost, estimate, hardware, identity
 from safecl.config import Execution
-from safecl.cost import Forecast, Open, Remaining, _uses, rounds
-from safecl.estimate import Estimator
+from safecl.cost import Forecast, Open, Remaining, Todo, _uses, rounds
+from safecl.estimate import Estimate, Estimator
 from safecl.eta import EVERY_S, Eta
 from safecl.graph import Graph
 from safecl.grid import Cell, cells
@@ -508,3 +510,37 @@ def test_searches_begin_first_and_results_are_told_in_the_tables_order(tmp_path:
         given.append(job.cell.recipe.method)
     assert given == ["der", "der", "base", "aligned", "sft", "sft"]
     assert [queue.cell.recipe.method for queue in schedule.queues] == ["base", "aligned", "sft", "der", "sft", "der"]
+
+
+def test_what_is_left_is_what_a_walk_over_the_stages_counts() -> None:
+    draw = random.Random(3)
+    forecast: Any = SimpleNamespace(
+        factor=lambda estimate: {"a": 2.0, "b": 0.5, "generate": 1.0}[estimate.group[0]],
+        seconds=lambda stage: stage.config["seconds"],
+        execution=Execution(use_gpu=True),
+    )
+    for num in (0, 1, 60):
+        todo: list[Todo] = []
+        for number in range(num):
+            kind = draw.choice(["a", "b", "generate"])
+            stage, seconds = Stage(kind, {"number": number}), draw.uniform(1, 100)
+            needs = draw.sample([other.stage.key for other in todo], min(len(todo), draw.randint(0, 3)))
+            todo.append(Todo(stage, Estimate(seconds, (kind, ""), kind == "generate"), tuple(needs)))
+        remaining = Remaining(forecast, todo, (), slots=1000)
+        done: set[str] = set()
+        for _ in range(5):
+            left = {item.stage.key: item for item in todo if item.stage.key not in done}
+            takes = {key: item.estimate.seconds * forecast.factor(item.estimate) for key, item in left.items()}
+            ends: dict[str, float] = {}  # of the longest chain that ends with it
+            for key, item in left.items():
+                ends[key] = takes[key] + max((ends[need] for need in item.needs if need in left), default=0.0)
+            by_kind = {item.stage.kind: 0.0 for item in todo}
+            for key, item in left.items():
+                by_kind[item.stage.kind] += takes[key]
+            assert remaining.kinds == pytest.approx(by_kind)
+            assert remaining.seconds({}) == pytest.approx(max([*ends.values(), by_kind.get("generate", 0.0), 0.0]))
+            # The inputs of what is done are done.
+            ready = [key for key, item in left.items() if done.issuperset(item.needs)]
+            done.update(draw.sample(ready, len(ready) // 2 + len(ready) % 2))
+            remaining.finish(done)
+            remaining.settle(())
