@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from safecl.store import Stage, Store, short_of
 from safecl.watch import watched
 
 BEGUN_ANEW = "SAFECL_BEGUN_ANEW"  # in the environment of a run that took its own place: how often, and when
+TOGETHER_S = 1.0  # in which SIGTERM reaches this process after it reached the cluster's
 SAVE_S = 15.0  # for checkpoints, when a run is told to end: who sends SIGTERM often kills half a minute later
 
 
@@ -92,20 +94,20 @@ def run(
         Terminated: SIGTERM came.
         Lost: the local cluster was lost, and `again` did not begin anew.
     """
-    with _alone(project) as (journal, lease):
-        return _run(project, show, max_hours, journal, lease, again)
+    with _alone(project) as (journal, lease, told):
+        return _run(project, show, max_hours, journal, lease, told, again)
 
 
 @contextmanager
-def _alone(project: Project) -> Iterator[tuple[Journal, Lease]]:
-    """One driver a sweep."""
+def _alone(project: Project) -> Iterator[tuple[Journal, Lease, threading.Event]]:
+    """One driver a sweep. The event: SIGTERM came."""
     _check_writable(project.store)
     lease, journal = project.lease(), Journal(project.logs)
-    terminated = False
+    told = threading.Event()
 
     def end(number: int, *_: object) -> None:
-        nonlocal terminated
-        terminated = terminated or number == signal.SIGTERM
+        if number == signal.SIGTERM:
+            told.set()
         if number == signal.SIGTERM or lease.lost:
             raise KeyboardInterrupt
 
@@ -122,7 +124,7 @@ def _alone(project: Project) -> Iterator[tuple[Journal, Lease]]:
                     cluster.end_local(owner)
             _tidy(project)
             try:
-                yield journal, lease
+                yield journal, lease, told
             finally:
                 _tidy(project)
     except (KeyboardInterrupt, SystemExit) as error:
@@ -130,7 +132,7 @@ def _alone(project: Project) -> Iterator[tuple[Journal, Lease]]:
             raise PrerequisiteError(
                 f"sweep {project.sweep.name!r}: this run gave no sign of life for so long that another one took over"
             ) from None
-        if terminated or getattr(error, "code", None) == signal.SIGTERM:  # the second: while Ray starts
+        if told.is_set() or getattr(error, "code", None) == signal.SIGTERM:  # the second: while Ray starts
             raise Terminated from None
         raise
     finally:
@@ -168,6 +170,7 @@ def _run(
     max_hours: float | None,
     journal: Journal,
     lease: Lease,
+    told: threading.Event,
     again: Callable[[], None] | None,
 ) -> list[str]:
     from safecl.tracking import Logbook, Tracker
@@ -204,7 +207,7 @@ def _run(
         with (
             _at_most(max_hours, lambda: show(_left(eta, schedule))),
             _cluster(project, show, eta.forecast.seconds) as (broker, ray),
-            _guarded(project, journal, again),
+            _guarded(project, journal, lease, told, again),
         ):
             if project.sweep.execution.address != "local":
                 for owner in lease.dead:  # on a cluster that goes on, engines outlive their driver
@@ -256,7 +259,9 @@ def _saved(broker: Any, ray: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _guarded(project: Project, journal: Journal, again: Callable[[], None] | None) -> Iterator[None]:
+def _guarded(
+    project: Project, journal: Journal, lease: Lease, told: threading.Event, again: Callable[[], None] | None
+) -> Iterator[None]:
     """Sees to it that a local cluster that lost its raylet or its head's server is missed within a second: calls under way
     would wait for minutes, and then end this process."""
     if project.sweep.execution.address != "local":
@@ -269,9 +274,17 @@ def _guarded(project: Project, journal: Journal, again: Callable[[], None] | Non
         while not stop.wait(0.5):
             if all(part.poll() is None for part in parts):
                 continue
+            is_ending = told.wait(TOGETHER_S)  # whoever ends all of a process group means this run as well
+            cluster.end_local(project.store.owner)
+            if is_ending and again is not None:  # Ray's calls in the main thread would go on for a minute
+                with suppress(Exception):
+                    _tidy(project)
+                with suppress(Exception):
+                    lease.__exit__(None, None, None)
+                print("stopped; run the same command to continue from what is finished", file=sys.stderr, flush=True)
+                os._exit(128 + signal.SIGTERM)
             lost.set()
             journal.add(CLUSTER)
-            cluster.end_local(project.store.owner)
             if again is not None:
                 again()
             if callable(signal.getsignal(signal.SIGTERM)):  # `_alone`'s: Ctrl-C may be ignored

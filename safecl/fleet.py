@@ -8,6 +8,7 @@ gets the one that has its weights already, else the one with the fewest stages.
 from __future__ import annotations
 
 import asyncio
+import os
 from bisect import insort
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
@@ -25,6 +26,7 @@ from safecl.store import Stage, Store
 # Weights that one engine is asked for at a time: it answers with one after the other, so that more would only wait there,
 # whatever their turn, and while it drains.
 WEIGHTS_AT_ONCE = 4
+MOST_THREADS = 8  # of an engine on this machine's CPUs: with more of them small batches only wait for one another
 
 
 @dataclass(eq=False)
@@ -213,11 +215,21 @@ class Fleet:
             gpu_memory=chosen.engine_gpu_memory or 0.9 * min(1.0, chosen.engine_units),
             max_num_seqs=chosen.engine_max_seqs,
             batch_invariant=chosen.batch_invariant,
+            num_threads=self._num_threads(),
             use_gpu=chosen.use_gpu,
             num_gpus=chosen.engine_units,
             dtype=str(group.model.config["dtype"]),
             quantization=None if packed is None else str(packed),
         )
+
+    def _num_threads(self) -> int:
+        """Of an engine on CPUs. Those of one on this machine's own CPUs sleep while others work, and compute wherever a core is
+        free."""
+        if self.execution.batch_invariant:  # how a sum is split over threads would be the machine's
+            return 1
+        if self.capacity.unit == GIB:
+            return min(MOST_THREADS, os.cpu_count() or 1)
+        return max(1, int(self.execution.engine_units))
 
     def _failed(self, group: Group, error: Exception) -> None:
         """Those who wait are told, unless another engine serves them; who asks next boots one anew."""

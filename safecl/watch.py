@@ -120,7 +120,8 @@ class Notes:
             return
         self._at = now
         with suppress(Exception):
-            self._cluster = cluster(self.eta.forecast.execution.use_gpu)
+            if not how:  # at the end the cluster may be gone, and Ray waits a minute for it
+                self._cluster = cluster(self.eta.forecast.execution.use_gpu)
         while self._unsaved:
             chunk: Any = self.times[self._written : self._written + CHUNK]
             self.store.note(f"{TRACE}{self.run}-{self._written // CHUNK:05d}", chunk)

@@ -119,6 +119,19 @@ def test_sigterm_writes_a_checkpoint_ends_everything_and_the_same_command_contin
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > step > 1
 
 
+def test_a_process_group_that_is_told_to_end_ends_and_does_not_begin_anew(tiny_model: Path, tmp_path: Path) -> None:
+    """As `timeout`, a closed terminal or a scheduler do it: the local cluster's own processes are told as well."""
+    root = tmp_path / "root"
+    with running(tmp_path, sweep(tiny_model, root, "group", ["sft"], epochs=20)) as run:
+        until(lambda: any((root / "scratch").glob("*/*/curves.jsonl")) and len(finished(root, "finetune")) == 1, run)
+        all_of_it = children(run)
+        os.killpg(run.pid, signal.SIGTERM)
+        assert run.wait(60) == 143, said(tmp_path, "group")[-3000:]
+    _, alive = psutil.wait_procs(all_of_it, timeout=30)
+    assert not alive, [process.cmdline() for process in alive]
+    assert "starting it again" not in said(tmp_path, "group") and not left_under_way(root)
+
+
 @pytest.mark.parametrize("part", ["/raylet/raylet ", "/gcs/gcs_server "])
 def test_a_run_whose_local_cluster_is_killed_begins_anew_by_itself(part: str, tiny_model: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,19 +89,41 @@ def _unpack(gguf: Path, out: Path, dtype: str) -> dict[str, Json]:
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """transformers parses a GGUF file's header once each for config, weights and tokenizer (4 s each with a vocabulary of
-    49,000), and builds the table of tensor names once a module (272 times). Both are the same every time."""
+    """transformers parses a GGUF file's header once each for config, weights and tokenizer, and reads each value of it anew
+    (seconds, with a vocabulary of 49,000); it builds the table of tensor names once a module (272 times), and before it saves
+    it imports DeepSpeed to see whether the model is one of its engines. The results are the same every time."""
     import gguf
+    import numpy as np
+    from transformers import modeling_gguf_pytorch_utils, modeling_utils
 
-    names = ("GGUFReader", "get_tensor_name_map")
-    whole = {name: getattr(gguf, name) for name in names}
-    for name, function in whole.items():
-        setattr(gguf, name, lru_cache(function))
-    try:
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        """Cuts a plain array: each cut of a memory map is another one, five times slower."""
+
+        @property
+        def data(self) -> Any:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._data = mapped.view(np.ndarray)
+
+    value_of, found = modeling_gguf_pytorch_utils._gguf_parse_value, dict[int, tuple[Any, Any]]()
+
+    def value_once(value: Any, kind: Any) -> Any:
+        if id(value) not in found:
+            found[id(value)] = value, value_of(value, kind)  # kept, or another could get its id
+        return found[id(value)][1]
+
+    with ExitStack() as changed:
+        for module, name, function in (
+            (gguf, "GGUFReader", lru_cache(Reader)),
+            (gguf, "get_tensor_name_map", lru_cache(gguf.get_tensor_name_map)),
+            (modeling_gguf_pytorch_utils, "_gguf_parse_value", value_once),
+            (modeling_utils, "unwrap_model", lambda model: model),
+        ):
+            changed.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, function)
         yield
-    finally:
-        for name, function in whole.items():
-            setattr(gguf, name, function)
 
 
 def _download(source: dict[str, str]) -> str:
