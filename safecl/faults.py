@@ -104,6 +104,8 @@ def cause_of(error: BaseException) -> Cause:
             if name in names:
                 return _by_text(text, cause) if cause is SERVICE else cause
     if isinstance(error, Infrastructure):  # told by another process as "<type>: <text>", or in words of ours
+        if _by_text(text, WORKER) is DISK:  # of which that process died
+            return DISK
         first = re.match(r"(\w+): ", text)
         named = {"ActorDiedError": CONTROLLER, **_NAMES}  # trainers tell it of the process that holds their workers
         return named.get(first[1] if first else "") or _by_text(text, WORKER)
@@ -132,7 +134,9 @@ class Journal:
     def add(self, cause: Cause, where: str = "", error: BaseException | str = "") -> None:
         """Never raises: the journal must not cost the run what the fault has spared. `where`: a stage, an engine."""
         told = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
-        line = {"at": round(time.time(), 1), "cause": cause.name, "where": where, "error": told[:1000]}
+        if len(told) > 1000:  # a traceback says at its end what happened
+            told = f"{told[:300]} ... {told[-700:]}"
+        line = {"at": round(time.time(), 1), "cause": cause.name, "where": where, "error": told}
         if self.path.parent == Path():  # no folder for logs: a Broker without a run
             return
         with suppress(OSError):

@@ -82,6 +82,10 @@ def test_every_cause_has_its_name_and_keeps_it_on_the_way_to_the_driver() -> Non
             assert cause_of(error) is cause, repr(error)
             assert cause_of(_portable(error)) in (cause, faults.CONFIGURATION), repr(error)
     assert cause_of(Infrastructure("ActorDiedError: of the process that held the workers")) is faults.CONTROLLER
+    died = (
+        "ActorDiedError: an error raised in its creation task\n  File ...\nOSError: [Errno 28] No space left on device"
+    )
+    assert cause_of(Infrastructure(died)) is faults.DISK, "passes by itself: another trainer, for as long as it takes"
 
 
 def test_the_journal_counts_what_a_run_met_and_keeps_what_earlier_ones_did(tmp_path: Path) -> None:
@@ -89,12 +93,13 @@ def test_the_journal_counts_what_a_run_met_and_keeps_what_earlier_ones_did(tmp_p
     earlier.add(faults.DRIVER)
     mine, broker = Journal(tmp_path / "logs"), Journal(tmp_path / "logs")
     broker.add(faults.WORKER, "finetune abc", Infrastructure("its worker died"))
-    broker.add(faults.WORKER, "finetune abc", "again")
+    broker.add(faults.WORKER, "finetune abc", "ActorDiedError: in its creation task" + "\n  File" * 400 + "\nits end")
     with mine.path.open("a") as file:
         file.write('{"at": 1, "cau')  # of a writer that was killed
     assert mine.told() == [f"2 x {faults.WORKER.what}"]
     assert mine.counts() == {"worker": 2, "driver": 1}
     assert mine.lines()[0]["where"] == "finetune abc" and "its worker died" in mine.lines()[0]["error"]
+    assert mine.lines()[1]["error"].startswith("ActorDiedError") and mine.lines()[1]["error"].endswith("its end")
     (tmp_path / "no").touch()
     Journal(tmp_path / "no" / "folder").add(faults.BUG)  # never raises
 
