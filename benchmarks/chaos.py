@@ -1,7 +1,7 @@
 """Nothing is lost, whatever is killed: python benchmarks/chaos.py --folder FOLDER
 
 A small real sweep (training, engines, search, tracking) runs again and again, each round in a new store, while random
-processes of it are killed with -9, ten soon one after the other and again ten when it has recovered, the tracker stops
+processes of it are killed with -9, twelve soon one after the other and again twelve when it has recovered, the tracker stops
 answering for a while, and the disk is full for a while. A round is over when the command has ended by itself; it is begun
 again as a person would, by the same command.
 After each round: the table is that of an undisturbed run, no finished stage was made again, and nothing is left of the
@@ -51,11 +51,11 @@ KINDS = {  # what is killed: how its command begins or what it holds, and how of
 WORKING = {"training worker", "Serve replica", "engine core"}
 NODE = "node"  # of a cluster of several: its raylet, and with it all that runs there
 OF_THE_CLUSTER = {"raylet, with its object store", "head's server (GCS)", "Serve controller"}  # stay when a driver ends
-BURST = 10  # so many kills come one soon after the other
+BURST = 12  # so many kills come one soon after the other
 CALM = (
     0.1  # then none until a stage is finished, and for this share of an undisturbed run: else no round would ever end
 )
-WHILE_BOOTING_S = 12.0  # between kills of a burst while nothing is at work yet
+WHILE_BOOTING_S = 8.0  # between kills of a burst while nothing is at work yet
 FIRST_S = 20.0  # without a kill, after a round has begun or goes on
 LIMIT_S = 3600.0  # of a round
 ORPHAN_S = 90.0  # what a driver that was killed leaves ends by itself; Ray's agents wait a minute for the head
@@ -233,7 +233,7 @@ class Round:
         )
         for kind in OF_THE_CLUSTER if self.of.cluster is not None else ():
             by_kind.pop(kind, None)
-        wait_s = WHILE_BOOTING_S if self.burst else 240.0  # a burst begins when it is at work
+        wait_s = WHILE_BOOTING_S if self.burst and "Broker" in by_kind else 240.0  # a burst begins when it is at work
         if not by_kind.keys() & WORKING and time.monotonic() - self.killed < wait_s:
             return
         names = sorted(by_kind) + ([NODE] if nodes else [])
