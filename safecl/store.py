@@ -391,9 +391,14 @@ class Store:
             return
         path = self.local / "notes" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}")
-        temporary.write_text(json.dumps(value, indent=1))
-        os.replace(temporary, path)
+        folder = (
+            self.new_folder()
+        )  # what is half written when a process is killed, or a disk is full, is found and removed
+        try:
+            (folder / path.name).write_text(json.dumps(value, indent=1))
+            os.replace(folder / path.name, path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def noted(self, name: str) -> Any:
         """What `note` kept last; None if there is nothing."""

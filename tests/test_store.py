@@ -139,6 +139,23 @@ def test_kill_9_in_the_middle_of_writing_leaves_no_stage_and_the_next_attempt_su
     assert not list((tmp_path / "tmp").iterdir())
 
 
+def test_a_note_that_could_not_be_written_leaves_nothing_and_one_that_was_cut_short_is_removed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, half = Store(str(tmp_path), owner=DEAD), []
+
+    def fails(written: Path, to: Path) -> None:
+        half.append(written)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safecl.store.os.replace", fails)
+    with pytest.raises(OSError, match="No space"):
+        store.note("fact", {"a": 1})
+    assert half[0].parent.parent == tmp_path / "tmp", "where `sweep_temporary` finds what was being written"
+    assert half[0].parent.name.startswith(DEAD)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()] and not list((tmp_path / "tmp").iterdir())
+
+
 def test_a_full_disk_leaves_no_stage(tmp_path: Path) -> None:
     """A real write limit: the process may write 4 KiB a file, the record is refused."""
     code = textwrap.dedent(f"""
