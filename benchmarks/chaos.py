@@ -58,7 +58,7 @@ CALM = (
 WHILE_BOOTING_S = 8.0  # between kills of a burst while nothing is at work yet
 FIRST_S = 20.0  # without a kill, after a round has begun or goes on
 LIMIT_S = 3600.0  # of a round
-ORPHAN_S = 90.0  # what a driver that was killed leaves ends by itself; Ray's agents wait a minute for the head
+ORPHAN_S = 45.0  # for so long may live what a driver that was killed has left: the next one ends it as it starts
 
 
 def sweep(model: Path, root: str, tracker: str | None, address: str) -> dict[str, Any]:
