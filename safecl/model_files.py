@@ -219,6 +219,9 @@ def _gguf_layers(path: Path) -> Layers:
 _GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
+_GGUF_LENGTH = struct.Struct("<Q")  # of a text, which follows
+
+
 def _gguf_text(file: BinaryIO) -> str:
     return file.read(*struct.unpack("<Q", file.read(8))).decode(errors="replace")
 
@@ -233,6 +236,10 @@ def _gguf_value(file: BinaryIO, kind: int) -> Any:
     inner, num = struct.unpack("<IQ", file.read(12))
     if inner in _GGUF_NUMBERS:
         file.seek(num * struct.calcsize(f"<{_GGUF_NUMBERS[inner]}"), 1)
+    elif inner == 8:
+        for _ in range(num):
+            (size,) = _GGUF_LENGTH.unpack(file.read(8))
+            file.seek(size, 1)
     else:
         for _ in range(num):
             _gguf_value(file, inner)

@@ -82,11 +82,23 @@ def metadata(path: Path) -> dict[str, Any]:
             at += num
             return data[at - num : at].decode("utf-8", errors="replace")
 
+        def texts(num: int) -> list[str]:
+            nonlocal at
+            found, end, length = list[str](), at, struct.Struct("<Q").unpack_from
+            for _ in range(num):
+                [size] = length(data, end)
+                end += 8 + size
+                found.append(data[end - size : end].decode("utf-8", errors="replace"))
+            at = end
+            return found
+
         def value(kind: int) -> Any:
             if kind == _TEXT:
                 return text()
             if kind == _LIST:
                 [of], [num] = number("I"), number("Q")
+                if of == _TEXT:
+                    return texts(num)
                 return list(number(_NUMBERS[of], num)) if of in _NUMBERS else [value(of) for _ in range(num)]
             return number(_NUMBERS[kind])[0]
 
