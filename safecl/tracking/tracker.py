@@ -184,6 +184,8 @@ class Tracker:
 
     def _next(self, retry_at: float | None) -> _Put | None:
         """The next run; None at the end, or when it is time to try the spool again."""
+        if self._closed and self._queue.empty():
+            return None  # the mark of the end may have been taken by a look that was there for the spool
         if retry_at is None:
             return self._queue.get()
         try:
