@@ -260,9 +260,9 @@ def test_the_best_row_is_promoted_with_its_weights_and_again_changes_nothing(fin
         told = safecl("promote", str(finished[0]), "--row", "sft", timeout_s=60)
         assert told.stdout.startswith("models:/safecl-tiny@best is version 1: sft · mini"), told.stderr
     version = client.get_model_version_by_alias("safecl-tiny", "best")
-    assert version.model_id and len(client.search_model_versions("name = 'safecl-tiny'")) == 1
-    kept = {each.path for each in client.list_logged_model_artifacts(version.model_id, "adapter")}
-    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= kept
+    assert [each.version for each in client.search_model_versions("name = 'safecl-tiny'")] == [version.version]
+    kept = {path.name for path in (Path(version.source.removeprefix("file://")) / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= kept
 
 
 def test_report_status_plan_show_and_logs_work_on_the_finished_sweep(finished: tuple[Path, Path, str]) -> None:

@@ -106,9 +106,10 @@ def _version(read: Any, name: str, model_id: str, run_id: str, title: str) -> st
     """The version of a registered model that is this model; both are made unless they are there."""
     if not read.search_registered_models(f"name = '{name}'"):
         read.create_registered_model(name, description="Registered by `safecl promote`.")
+    # Not `models:/ID`, which is looked up at MLflow's global address; by the source too a version is known again.
+    source = read.get_logged_model(model_id).artifact_location
     for version in read.search_model_versions(f"name = '{name}'"):
-        if version.model_id == model_id:
+        if version.source == source:
             return str(version.version)
-    source = read.get_logged_model(model_id).artifact_location  # `models:/ID` is looked up at MLflow's global address
     made = read.create_model_version(name, source, run_id, description=title, model_id=model_id)
     return str(made.version)
