@@ -444,6 +444,9 @@ def write(lines: list[dict[str, Any]], undisturbed: dict[str, Any], wanted: int)
     print(f"{kills.total()} kills: {dict(kills)}; {len(rounds)} rounds complete")
     if kills.total() < wanted:
         return
+    wrong = [said for line in lines for said in line.get("wrong", ())]
+    left = [said for said in wrong if said.startswith(("left behind", "a process is left"))]
+    ends = Counter(line["code"] for line in lines if line["what"] == "end")
     spent = sum(b["at"] - a["at"] for a, b in pairwise(lines) if a["round"] == b["round"] and a["what"] != "pause")
     numbers = {
         "killed with -9": [{"what": kind, "times": kills[kind]} for kind in (*KINDS, NODE) if kills[kind]],
@@ -454,7 +457,9 @@ def write(lines: list[dict[str, Any]], undisturbed: dict[str, Any], wanted: int)
         "what came of it": {
             "rounds": len(rounds),
             "stages finished": sum(line["finished"] for line in rounds),
-            "results lost, finished stages made again, things left behind": sum(len(line["wrong"]) for line in rounds),
+            "results lost or changed, finished stages made again": len(wrong) - len(left),
+            "things left behind": len(left),
+            "ended with exit code 1 (the same command went on)": ends[1],
             "seconds undisturbed": round(undisturbed["seconds"]),
             "seconds a round under fire": round(spent / max(1, len(rounds))),
         },
