@@ -23,6 +23,7 @@ CONTEXT.set_forkserver_preload(
     ["torch", "transformers", "peft", "deepspeed", "transformers.models.llama.modeling_llama"]
 )
 TIMEOUT_S = 120.0  # of one job; the longest takes about 10 on a free core
+START_S = 180.0
 GRACE_S = 20.0
 TAIL = 3000  # characters of a rank's output that a failure shows
 
@@ -42,6 +43,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, folder: Path) -> None:
         torch.set_num_threads(1)
         meeting = f"file://{folder / 'meeting'}"
         torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
+        pipe.send("ready")
         while pipe.poll(None):
             try:
                 function, arguments = pipe.recv()
@@ -73,6 +75,10 @@ class Group:
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
+        for pipe in self.pipes:  # a job's time begins when all are there, however long a busy machine takes over that
+            with contextlib.suppress(EOFError, ConnectionError):  # a rank that died meanwhile: seen by the first job
+                if pipe.poll(START_S):
+                    pipe.recv()
 
     def run(self, function: Callable[..., None], arguments: tuple[Any, ...], timeout_s: float) -> Ends:
         """Run `function(rank, world_size, *arguments)` on every rank and wait. Once one has failed, the others have
@@ -107,9 +113,13 @@ class Group:
         }
         return "\n".join(
             f"rank {rank} of {len(ends)}: {said.get(str(end), f'exit code {end}')}; the end of its output:\n"
-            + (self.folder / f"rank-{rank}.log").read_text(errors="replace")[-TAIL:]
+            + self._said(rank)
             for rank, end in sorted(ends.items())
         )
+
+    def _said(self, rank: int) -> str:
+        log = self.folder / f"rank-{rank}.log"
+        return log.read_text(errors="replace")[-TAIL:] if log.exists() else "(it did not begin)"
 
     def close(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
