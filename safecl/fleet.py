@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from safecl.capacity import GIB, Capacity, reserved
+from safecl.capacity import GIB, Capacity, reserved, unit
 from safecl.config import Execution
 from safecl.devices import IDLE_S, Holder
 from safecl.lender import Lender
@@ -227,7 +227,7 @@ class Fleet:
         free."""
         if self.execution.batch_invariant:  # how a sum is split over threads would be the machine's
             return 1
-        if self.capacity.unit == GIB:
+        if unit(self.execution) == GIB:
             return min(MOST_THREADS, os.cpu_count() or 1)
         return max(1, int(self.execution.engine_units))
 

@@ -19,7 +19,7 @@ from safecl.store import below
 from tests.made_up import finish, put
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
-WRITING = {"run", "judge", "init", "submit", "cancel"}  # and all that `judge` has
+WRITING = {"run", "judge", "init", "promote", "submit", "cancel"}  # and all that `judge` has
 OWN: dict[str, list[str]] = {
     "schema": [],  # what a verb takes, where it is not a sweep file
     "view": ["FILE", "--set", "SETTING", "--set", "DTYPE", "--out", "OUT"],
@@ -70,7 +70,7 @@ def test_a_reading_verb_changes_nothing_beside_a_live_driver(
         try:
             cli.app([verb, *(words.get(word, word) for word in given)], standalone_mode=False)
         except Exception as error:  # what has no result yet may be refused
-            assert verb in ("export", "label", "trace"), error
+            assert verb in ("export", "label", "trace", "ui"), error
         after = {name: found for name, found in contents(root).items() if "lease-" not in name}  # its driver lives
         assert after == {name: found for name, found in before.items() if "lease-" not in name}
         assert not list(root.glob("tmp/*"))

@@ -120,11 +120,11 @@ MISDEEDS = {
         "import signal\nfor n in (1, 2, 15, 24): signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
         "timeout killed",
     ),
-    "closes everything and stays": ("import os, time\nos.closerange(0, 64)\ntime.sleep(600)", "timeout"),
+    "closes everything and stays": ("import os, time\nos.closerange(0, 1024)\ntime.sleep(600)", "timeout"),
     "floods stdout": ("while True: print('x' * 65536)", "timeout"),
     "floods stderr": ("import sys\nwhile True: print('x' * 65536, file=sys.stderr)", "timeout"),
     "floods every open file": (
-        "import os\nfor _ in range(1000):\n for fd in range(64):\n  try: os.write(fd, b's' * 4096)\n  except OSError: pass",
+        "import os\nfor _ in range(100):\n for fd in range(1024):\n  try: os.write(fd, b's' * 4096)\n  except OSError: pass",
         "failed",
     ),
     "backtracks": ("import re; re.match('(a+)+$', 'a' * 64 + 'b')", "timeout"),

@@ -125,7 +125,10 @@ def test_what_waits_for_a_trainer_is_taken_in_its_turn(running: Running) -> None
     def nap(name: str, seconds: float = 0.02, **inputs: Stage) -> Stage:
         return beside.Outside("nap", {"name": name, "seconds": seconds}, inputs)
 
-    claims: list[tuple[Stage, Claim]] = [(nap("holds it up", 2.0), Claim())]
+    claims: list[tuple[Stage, Claim]] = [(nap("holds it up", 2.0), Claim(2))]
+    # So much is asked for before the others that none of them is what the end waits for: that would go first.
+    first = [f"before {number}" for number in range(8)]
+    claims += [(nap(name), Claim(1, 1, number)) for number, name in enumerate(first)]
     for number in range(3):  # all seeds of a cell ask before anybody else
         claims.append((nap(f"many {number}"), Claim(-1, 1, number)))
     claims.append((nap("chain above", below=nap("chain 0")), Claim(-1, 1, 0)))
@@ -138,8 +141,8 @@ def test_what_waits_for_a_trainer_is_taken_in_its_turn(running: Running) -> None
     named = {s.key: str(s.config["name"]) for stage, _ in claims for s in stage.walk()}
     finished = [named[each["key"]] for each in ray.get(running.broker.snapshot.remote(num_before))["finished"]]
     # What lies above becomes ready as the trainer asks for more: it may be just too late, and is one later then.
-    assert len(finished) == 9
-    in_turn = ["holds it up", "first of all", "searched", "many 2", "chain 0", "many 0", "many 1"]
+    assert len(finished) == 17
+    in_turn = ["holds it up", *first, "first of all", "searched", "many 2", "chain 0", "many 0", "many 1"]
     assert [name for name in finished if "above" not in name] == in_turn
 
 
