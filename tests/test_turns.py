@@ -25,16 +25,11 @@ from tests.cluster import nodes
 class StandIn:
     """In vLLM's place: which model it serves."""
 
-    def __init__(self, folder: str, settings: Any) -> None:
-        self.folder = folder
+    def __init__(self, base: Any, settings: Any, store: Any) -> None:
+        self.key = base.key
 
     async def status(self) -> str:
-        return self.folder
-
-
-class OnCluster(Fleet):
-    def _folder(self, model: Stage) -> str:
-        return str(model.config["source"])
+        return str(self.key)
 
 
 @pytest.mark.slow
@@ -53,7 +48,7 @@ def test_engines_of_three_models_in_two_roles_take_turns_on_one_unit(
         chosen = Execution(address=cluster.address, unit="slot", root=str(tmp_path / "root"))
         held = capacity(chosen, ray.cluster_resources(), 0.0)
         lender = Lender(Devices(held.num_units, turn_s=2.0, linger_s=0.1))
-        fleet = OnCluster(Store(chosen.root), chosen, lender, held, 8, lambda *_: None, lambda key: None)
+        fleet = Fleet(Store(chosen.root), chosen, lender, held, 8, lambda *_: None, lambda key: None)
 
         async def ask(role: str, model: Stage, number: int) -> str:
             async with fleet.lease(role, model, f"{number}", "w", Turn.of(UNNAMED, 0.0, number)) as groups:
@@ -67,7 +62,7 @@ def test_engines_of_three_models_in_two_roles_take_turns_on_one_unit(
             return await asyncio.wait_for(asyncio.gather(*asked), 240)
 
         found = asyncio.run(scene())
-        assert found == [model.config["source"] for _ in range(2) for model in models for _ in range(2)]
+        assert found == [model.key for _ in range(2) for model in models for _ in range(2)]
         booted = {name: group.num_started for name, group in lender.devices.groups.items()}
         assert len(booted) == 6 and set(booted.values()) == {1}
         deploy.shutdown_all(fleet.store.short)
@@ -91,7 +86,7 @@ def sweep(models: dict[str, Path], root: Path, address: str) -> dict[str, Any]:
         "seeds": [0],
         "evaluate": {
             "validation": prompts, "test": prompts, "max_new_tokens": 8, "max_prompt_tokens": 400,
-            "judges": {"asr": "guard", "over_refusal": "keywords", "guard": {**guard, "epochs": 12}},
+            "judges": {"asr": "guard", "over_refusal": "keywords", "guard": {**guard, "epochs": 24}},
         },
         "execution": {"root": str(root), "engine_max_tokens": 2048, "engine_memory_gib": 0.2, "address": address,
                       "unit": "slot", "turn_s": 20},
