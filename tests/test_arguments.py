@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from pydantic import ValidationError
 from safecl.base import ConfigError
 from safecl.config import Execution, Model
 from safecl.devices import Holder
-from safecl.fleet import Fleet, Group
+from safecl.fleet import MOST_THREADS, Fleet, Group
 from safecl.models import model_stage, tokenizer_stage
 from safecl.project import load
+from safecl.serving.deploy import environment
 from safecl.serving.engine import arguments
 from safecl.serving.messages import Settings
 from safecl.store import Store
@@ -101,3 +103,24 @@ def test_a_judge_may_be_packed_which_changes_what_it_is_and_a_candidate_may_not(
     ):
         with pytest.raises(ConfigError, match=said):
             load(QUICKSTART, settings)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "num_threads"),
+    [
+        ({}, min(MOST_THREADS, os.cpu_count() or 1)),  # every core of this machine that is free
+        ({"batch_invariant": True}, 1),  # how a sum is split over threads would be the machine's
+        ({"address": "auto"}, 1),  # as many as it asks the cluster for
+        ({"address": "auto", "engine_units": 4}, 4),
+    ],
+)
+def test_an_engine_on_cpus_computes_with_the_cores_that_it_may_have(
+    chosen: dict[str, Any], num_threads: int, tmp_path: Path
+) -> None:
+    fleet = Fleet.__new__(Fleet)
+    fleet.execution, fleet.store = Execution(**chosen), Store(str(tmp_path))
+    settings = fleet._settings(
+        Group("judge-1", "judge", model_stage(Model(**LLAMA))), Holder("judge-1-1", "judge-1", 1.0)
+    )
+    assert settings.num_threads == num_threads
+    assert environment(settings)["OMP_NUM_THREADS"] == str(num_threads)
