@@ -21,7 +21,8 @@ OWNER = "SAFECL_CLUSTER_OF"  # in the environment of all processes of a local cl
 
 
 def start(execution: Execution, logs: Path, need: int | None = None) -> None:
-    """Connect to Ray: a local cluster of our own, or the one at `execution.address`.
+    """Connect to Ray: a local cluster of our own, or the one at `execution.address`. Whoever calls this calls `stop` (or
+    `ray.shutdown`) as well, whatever it raises.
 
     `need`: how many GPUs (without `use_gpu`: CPUs) are held at once; None: a trainer's or an engine's, which take turns.
     Raises PrerequisiteError if the cluster lacks them, and will never have them, before anything is held.
@@ -48,8 +49,6 @@ def start(execution: Execution, logs: Path, need: int | None = None) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     import logging
 
-    import ray
-
     logging.getLogger("ray").setLevel(logging.ERROR)
     before = signal.getsignal(signal.SIGTERM)
     if execution.address == "local":
@@ -60,7 +59,6 @@ def start(execution: Execution, logs: Path, need: int | None = None) -> None:
         signal.signal(signal.SIGTERM, before)  # Ray's own prints a stack and aborts
     _keep_messages(logs / "ray.log")
     if missing := lacking(execution, need):
-        ray.shutdown()
         raise PrerequisiteError(missing)
 
 
@@ -116,13 +114,26 @@ def stop(execution: Execution, owner: str) -> None:
     ray.shutdown()
 
 
-def local_processes() -> list[Any]:
-    """The processes that a local cluster of ours cannot do without."""
-    from ray._private import worker
+def local_processes() -> dict[int, Any]:
+    """The processes that a local cluster of ours cannot do without, from the moment that Ray starts them, by their ids."""
+    import psutil
 
-    node = worker._global_node
-    kinds = ("gcs_server", "raylet") if node is not None else ()
-    return [info.process for kind in kinds for info in node.all_processes.get(kind, [])]
+    found = {}
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if child.name() in ("gcs_server", "raylet"):
+                found[child.pid] = child
+    return found
+
+
+def is_alive(process: Any) -> bool:
+    """Whether it is there; of a dead one its parent may not have taken notice yet."""
+    import psutil
+
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def end_local(owner: str) -> None:

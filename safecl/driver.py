@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 from safecl import claims, cluster, dtypes, execute, hardware, nodes, preflight, trainers
@@ -48,8 +48,8 @@ def open_to_run(sweep: Sweep) -> Project:
     import ray
 
     was_connected = ray.is_initialized()
-    cluster.start(execution, Store(execution.root).local / "logs")
     try:
+        cluster.start(execution, Store(execution.root).local / "logs")
         nodes = hardware.nodes(execution.use_gpu, measure=dtypes.has_bfloat16(sweep))
     finally:
         if not was_connected:
@@ -204,10 +204,10 @@ def _run(
             project.guard_stages(),
             (names if len(names) > 1 else {}) | ({} if project.sweep.align.train else {"": "aligned"}),
         )
+        guarded = _guarded(project, journal, lease, told, again)
         with (
             _at_most(max_hours, lambda: show(_left(eta, schedule))),
-            _cluster(project, show, eta.forecast.seconds) as (broker, ray),
-            _guarded(project, journal, lease, told, again),
+            _cluster(project, show, eta.forecast.seconds, guarded) as (broker, ray),
         ):
             if project.sweep.execution.address != "local":
                 for owner in lease.dead:  # on a cluster that goes on, engines outlive their driver
@@ -262,17 +262,20 @@ def _saved(broker: Any, ray: Any) -> Iterator[None]:
 def _guarded(
     project: Project, journal: Journal, lease: Lease, told: threading.Event, again: Callable[[], None] | None
 ) -> Iterator[None]:
-    """Sees to it that a local cluster that lost its raylet or its head's server is missed within a second: calls under way
-    would wait for minutes, and then end this process."""
+    """Sees to it that a local cluster that lost its raylet or its head's server is missed within a second, while it starts as
+    well: calls under way would wait for minutes, and then end this process."""
     if project.sweep.execution.address != "local":
         yield
         return
-    parts = cluster.local_processes()
     stop, lost = threading.Event(), threading.Event()
+    before = cluster.local_processes()  # of the command that this process was before it began anew: dead
 
     def watch() -> None:
+        parts: dict[int, Any] = {}
         while not stop.wait(0.5):
-            if all(part.poll() is None for part in parts):
+            if len(parts) < 2:
+                parts |= {pid: part for pid, part in cluster.local_processes().items() if pid not in before}
+            if all(cluster.is_alive(part) for part in parts.values()):
                 continue
             is_ending = told.wait(TOGETHER_S)  # whoever ends all of a process group means this run as well
             cluster.end_local(project.store.owner)
@@ -361,17 +364,22 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
 
 @contextmanager
 def _cluster(
-    project: Project, show: Callable[[str], None], seconds: Callable[[Stage], float] | None = None
+    project: Project,
+    show: Callable[[str], None],
+    seconds: Callable[[Stage], float] | None = None,
+    guard: AbstractContextManager[None] | None = None,
 ) -> Iterator[tuple[Any, Any]]:
+    """`guard`: held while the cluster starts and is used, and let go before it ends."""
     show("starting Ray")
-    cluster.start(project.sweep.execution, project.logs)
-    import ray
-
     lost = False
     try:
-        if project.sweep.execution.address != "local" and project.store.remote is None:
-            nodes.check_folder(ray, project.store.local / "notes" / f"{NOTE}{project.store.owner}.json")
-        yield execute.broker(project.store, project.sweep.execution, project.logs, seconds), ray
+        with guard or nullcontext():
+            cluster.start(project.sweep.execution, project.logs)
+            import ray
+
+            if project.sweep.execution.address != "local" and project.store.remote is None:
+                nodes.check_folder(ray, project.store.local / "notes" / f"{NOTE}{project.store.owner}.json")
+            yield execute.broker(project.store, project.sweep.execution, project.logs, seconds), ray
     except Lost:
         lost = True  # nobody is there to take leave of
         raise

@@ -134,6 +134,7 @@ def nodes(
     what is `hidden`, what the head's machine has."""
     import pytest
     import ray
+    from ray._private.utils import get_ray_address_file
     from ray.cluster_utils import Cluster
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,6 +144,7 @@ def nodes(
             patch.setenv(name, value)
         # Paths of sockets may be 107 characters long.
         sockets = tempfile.mkdtemp(prefix="r", dir=os.environ.get("RAY_TMPDIR"))
+        Path(get_ray_address_file(None)).parent.mkdir(exist_ok=True)  # Ray makes none beside the one named
         cluster = Nodes(folder, Cluster(), environment or {}, hidden, sockets, shown_to_head)
         try:
             for each in resources:

@@ -39,7 +39,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     )
 
     @contextmanager
-    def no_cluster(project: Project, show: Any, seconds: Any = None) -> Iterator[Any]:
+    def no_cluster(*_: Any) -> Iterator[Any]:
         broker = SimpleNamespace(
             ensure=SimpleNamespace(remote=_put(found)), warm=SimpleNamespace(remote=lambda *_: None)
         )

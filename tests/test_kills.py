@@ -149,6 +149,22 @@ def test_a_run_whose_local_cluster_is_killed_begins_anew_by_itself(part: str, ti
     assert told.count("starting Ray") == 2 and "1 x the local Ray cluster was lost" in told
 
 
+@pytest.mark.parametrize("part", ["/raylet/raylet ", "/gcs/gcs_server "])
+def test_a_local_cluster_that_is_lost_while_it_starts_is_started_again_at_once(
+    part: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    with running(tmp_path, sweep(tiny_model, tmp_path / "root", "early", ["sft"])) as run:
+        until(lambda: children(run, part), run)
+        for victim in children(run, part):
+            victim.kill()
+        killed = time.monotonic()
+        until(lambda: said(tmp_path, "early").count("starting Ray") == 2, run)
+        assert time.monotonic() - killed < 30, said(tmp_path, "early")  # Ray itself waits for a minute
+        until(lambda: children(run, "ray::Broker"), run)
+        run.terminate()
+        assert run.wait(60) == 143, said(tmp_path, "early")
+
+
 @pytest.mark.parametrize("joined", [False, True], ids=["each its own cluster", "one cluster"])
 def test_two_drivers_of_one_store_share_what_both_need_and_leave_each_other_alone(
     joined: bool, tiny_model: Path, tmp_path: Path

@@ -99,9 +99,9 @@ class OwnEngine:
         store = Store(self._execution.root)
         logs = store.local / "logs"
         self._show("starting Ray and the judge's engine; their output is under " + str(logs))
-        cluster.start(self._execution, logs, need=1)
         self._open.callback(cluster.stop, self._execution, store.short)
         try:
+            cluster.start(self._execution, logs, need=1)
             broker = execute.broker(store, self._execution, logs)
             self._open.callback(lambda held: None, broker)  # it lives as long as someone holds it
             groups = ray.get(broker.hold.remote("judge", self._stage))
