@@ -1,6 +1,6 @@
-"""Engines and trainers of three models on a cluster with one unit, which is a resource of Ray's that a node was given: once
-engines alone, with a stand-in for vLLM inside real Serve applications; once a whole sweep (slow), where all is real and the
-models are tiny and random."""
+"""Engines and trainers of several models on a cluster with one unit, which is a resource of Ray's that a node was given: once
+engines of three models alone, with a stand-in for vLLM inside real Serve applications; once a whole sweep of two, where all is
+real and the models are tiny and random: each turn of an engine is a boot of vLLM, most of a minute on a busy machine."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def sweep(models: dict[str, Path], root: Path, address: str) -> dict[str, Any]:
             {"name": name, "source": str(path), "dtype": "float32", "template": "chatml"} for name, path in models.items()
         ],
         "lora": {"rank": 4, "alpha": 8, "dropout": 0.0},
-        "align": {"safety": [{"task": "mini", "num_rows": 8}], **training},
+        "align": {"train": False},
         "tasks": [{"task": "mini", "num_rows": 8, **training}],
         "poison": {"task": "mini", "ratios": [0.1]},
         "methods": [{"name": "sft"}],
@@ -94,18 +94,19 @@ def sweep(models: dict[str, Path], root: Path, address: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_one_unit_brings_a_sweep_of_three_models_in_two_roles_to_its_end(
+def test_one_unit_brings_a_sweep_of_two_models_in_two_roles_to_its_end(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     from tests.test_end_to_end import safecl
 
     file, root = tmp_path / "turns.yaml", tmp_path / "root"
+    models = {name: tiny_models[name] for name in ("llama", "gemma2")}
     with nodes(tmp_path / "cluster", {"num_cpus": 2}, {"num_cpus": 2, "resources": {"slot": 1}}) as cluster:
-        file.write_text(yaml.safe_dump(sweep(tiny_models, root, cluster.address)))
+        file.write_text(yaml.safe_dump(sweep(models, root, cluster.address)))
         done = safecl("run", str(file), "--json", "--accept-judge", timeout_s=570)
         logs = sorted((root / "logs").glob("*.log"))
         assert done.returncode == 0, (done.stderr[-3000:], [(log.name, log.read_text()[-800:]) for log in logs])
     rows = json.loads(done.stdout)["rows"]
-    assert {row["model"] for row in rows} == set(tiny_models)
+    assert {row["model"] for row in rows} == set(models)
     booted = {log.name.removeprefix("engine-").rsplit("-", 2)[0] for log in logs if log.name.startswith("engine-")}
-    assert len(booted) == 6  # candidate and judge of each model, each on the one unit
+    assert len(booted) == 4  # candidate and judge of each model, each on the one unit
