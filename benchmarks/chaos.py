@@ -44,14 +44,14 @@ KINDS = {  # what is killed: how its command begins or what it holds, and how of
     "Broker": ("ray::Broker", 1.0),
     "Serve replica": ("ray::ServeReplica", 1.5),
     "Serve controller": ("ray::ServeController", 1.0),
-    "engine core": ("VLLM::EngineCore", 1.5),
+    "engine core": ("VLLM::EngineCore", 8.0),  # it is there half a minute after its replica, seldom within a burst
     "process of light stages": ("ray::Hand", 1.0),
     "trial": ("ray::ImplicitFunc", 1.0),
 }
 WORKING = {"training worker", "Serve replica", "engine core"}
 NODE = "node"  # of a cluster of several: its raylet, and with it all that runs there
 OF_THE_CLUSTER = {"raylet, with its object store", "head's server (GCS)", "Serve controller"}  # stay when a driver ends
-BURST = 12  # so many kills come one soon after the other
+BURST = 12  # so many kills come one soon after the other, unless --burst says another number
 CALM = (
     0.1  # then none until a stage is finished, and for this share of an undisturbed run: else no round would ever end
 )
@@ -194,8 +194,10 @@ def kind_of(process: psutil.Process, driver: int) -> str | None:
 class Round:
     """One sweep under fire."""
 
-    def __init__(self, of: Sweep, dice: random.Random, every: tuple[float, float], calm_s: float, log: Any) -> None:
-        self.of, self.dice, self.every, self.calm_s, self.log = of, dice, every, calm_s, log
+    def __init__(
+        self, of: Sweep, dice: random.Random, every: tuple[float, float], most: int, calm_s: float, log: Any
+    ) -> None:
+        self.of, self.dice, self.every, self.most, self.calm_s, self.log = of, dice, every, most, calm_s, log
         self.known = of.kept.records(now=True)
         self.burst = 0  # kills of the present burst
         self.killed = self.due = time.monotonic()  # when the last one was, and when the next may be
@@ -211,7 +213,7 @@ class Round:
                 self.wrong.append(f"the record of {key[:12]} was written again")
             if key not in now:
                 self.wrong.append(f"the record of {key[:12]} is gone")
-        if now.keys() - self.known.keys() and self.burst >= BURST:
+        if now.keys() - self.known.keys() and self.burst >= self.most:
             self.burst, self.due = 0, time.monotonic() + self.calm_s
         old = {key[:24] for key, (_, written) in self.known.items() if time.time() - written > 5}
         for held in self.of.kept.claimed().values():
@@ -276,7 +278,7 @@ class Round:
                     if now - began > LIMIT_S:
                         self.wrong.append(f"not done in {LIMIT_S:.0f} s")
                     return False
-                if now > self.due and self.burst < BURST:
+                if now > self.due and self.burst < self.most:
                     if pending and len(self.known) > 10:
                         pending.pop(0)(self.log)
                     self.kill_one()
@@ -343,6 +345,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=3600.0, help="stop after so long; started again, it goes on")
     parser.add_argument("--every", type=float, nargs=2, default=(2.0, 6.0), help="seconds between kills of a burst")
+    parser.add_argument("--burst", type=int, default=BURST, help="kills of a burst")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--server", action="store_true", help="track to an MLflow server, which stops for a while each round"
@@ -393,7 +396,7 @@ def main() -> None:
         place = folder / f"round-{number}"
         with places(arguments, place, met) as (of, tracker, faults):
             dice, calm_s = random.Random(f"{arguments.seed}/{len(lines())}"), CALM * undisturbed["seconds"]
-            one = Round(of, dice, tuple(arguments.every), calm_s, log)
+            one = Round(of, dice, tuple(arguments.every), arguments.burst, calm_s, log)
             log({"what": "begin", "finished": len(one.known)})
             if complete := one.run(model, tracker, until, faults):
                 one.check(undisturbed, tracker)
@@ -402,7 +405,8 @@ def main() -> None:
                 raise SystemExit(f"round {number}, see {place}: " + "; ".join(one.wrong))
         if complete:
             shutil.rmtree(place)
-    write(lines(), undisturbed, arguments.kills)
+    name = "chaos" + ("_s3" if arguments.s3 else "") + (f"_{arguments.nodes}_nodes" if arguments.nodes else "")
+    write(name, lines(), undisturbed, arguments.kills)
 
 
 @contextmanager
@@ -438,16 +442,21 @@ def places(arguments: Any, place: Path, met: set[str]) -> Iterator[tuple[Sweep, 
         yield of, tracker, faults
 
 
-def write(lines: list[dict[str, Any]], undisturbed: dict[str, Any], wanted: int) -> None:
+def write(name: str, lines: list[dict[str, Any]], undisturbed: dict[str, Any], wanted: int) -> None:
     kills = Counter(line["kind"] for line in lines if line["what"] == "kill")
     rounds = [line for line in lines if line["what"] == "round"]
+    ended = {line["round"] for line in rounds}
     print(f"{kills.total()} kills: {dict(kills)}; {len(rounds)} rounds complete")
     if kills.total() < wanted:
         return
     wrong = [said for line in lines for said in line.get("wrong", ())]
     left = [said for said in wrong if said.startswith(("left behind", "a process is left"))]
     ends = Counter(line["code"] for line in lines if line["what"] == "end")
-    spent = sum(b["at"] - a["at"] for a, b in pairwise(lines) if a["round"] == b["round"] and a["what"] != "pause")
+    spent = sum(
+        b["at"] - a["at"]
+        for a, b in pairwise(lines)
+        if a["round"] == b["round"] and a["round"] in ended and a["what"] != "pause"
+    )
     numbers = {
         "killed with -9": [{"what": kind, "times": kills[kind]} for kind in (*KINDS, NODE) if kills[kind]],
         "beside that": [
@@ -455,16 +464,17 @@ def write(lines: list[dict[str, Any]], undisturbed: dict[str, Any], wanted: int)
             for what in ("disk full", "tracker stopped", "store stopped", "SIGTERM", "refused")
         ],
         "what came of it": {
-            "rounds": len(rounds),
+            "rounds that ended": len(rounds),
+            "kills in them": sum(line["what"] == "kill" and line["round"] in ended for line in lines),
             "stages finished": sum(line["finished"] for line in rounds),
             "results lost or changed, finished stages made again": len(wrong) - len(left),
             "things left behind": len(left),
             "ended with exit code 1 (the same command went on)": ends[1],
             "seconds undisturbed": round(undisturbed["seconds"]),
-            "seconds a round under fire": round(spent / max(1, len(rounds))),
+            "seconds a round under fire": round(spent / len(rounds)) if rounds else None,
         },
     }
-    print(_bench.write("chaos", numbers))
+    print(_bench.write(name, numbers))
 
 
 if __name__ == "__main__":
