@@ -32,7 +32,8 @@ class Sampling(Strict):
     """temperature 0 is greedy. Only `stop_token_ids` end an answer early: the model's own EOS must be among them. With a
     `seed` each request of a batch is sampled from a stream of its own (seed, request id), whatever engine takes it.
     `logprobs`: how many of the likeliest tokens to tell at each place of the answer. `of_prompt`: tell the log-probability
-    of each token of the prompt but the first in place of that."""
+    of each token of the prompt but the first in place of that. `remembered`: the same prompt is likely to come again, and
+    gets the answer that it got (greedy ones only)."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -41,6 +42,7 @@ class Sampling(Strict):
     seed: int | None = None
     logprobs: int = 0
     of_prompt: bool = False
+    remembered: bool = False
 
 
 class Completion(NamedTuple):

@@ -181,7 +181,7 @@ def ask(
             requests.append(Request(key, ids))
     end = None if reach.end is None else reach.tokenizer.id_of(reach.end)
     stop = tuple(sorted({*reach.tokenizer.eos_ids, *([] if end is None else [end])}))
-    sampling = Sampling(max_tokens=judge.max_tokens, stop_token_ids=stop, logprobs=judge.logprobs)
+    sampling = Sampling(max_tokens=judge.max_tokens, stop_token_ids=stop, logprobs=judge.logprobs, remembered=True)
     reach.engines.generate(
         reach.name,
         reach.weights,

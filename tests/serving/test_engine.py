@@ -165,6 +165,24 @@ def test_a_stop_token_ends_an_answer_and_nothing_else_does(engines: Engines, wei
     assert stopped.finish == "stop" and stopped.token_ids == free.token_ids[:upto]
 
 
+def test_a_question_that_came_before_gets_the_answer_that_it_got_without_another_swap(
+    engines: Engines, weights: dict[str, WeightsRef]
+) -> None:
+    """Judges ask so. Their prompts come again in other stages, under other names."""
+    asked = GREEDY.model_copy(update={"logprobs": 3, "remembered": True})
+    again = [Request(f"again/{request.id}", request.token_ids) for request in PROMPTS]
+    first = {name: engines.generate(ENGINE, weights[name], PROMPTS, asked) for name in ("a", "b")}
+    before = engines.status(ENGINE)
+    for name in ("a", "b"):
+        found = engines.generate(ENGINE, weights[name], again, asked)
+        assert [one[1:] for one in found.values()] == [one[1:] for one in first[name].values()]
+    after = engines.status(ENGINE)
+    assert after["num_reused"] - before["num_reused"] == 2 * len(PROMPTS)
+    assert (after["num_swaps"], after["key"]) == (before["num_swaps"], before["key"])
+    engines.generate(ENGINE, weights["b"], again, GREEDY.model_copy(update={"logprobs": 3}))
+    assert engines.status(ENGINE)["num_reused"] == after["num_reused"], "what nobody wants remembered is computed"
+
+
 def test_log_probabilities_come_when_asked_for_and_are_those_of_hugging_face(
     engines: Engines, weights: dict[str, WeightsRef]
 ) -> None:
