@@ -176,7 +176,7 @@ def make_run(
     import torch
 
     from safecl.config import Training
-    from safecl.training import batches, engine, fit, losses, model, tokens
+    from safecl.training import batches, below, engine, fit, losses, model, tokens
     from safecl.training.run import Memory, Run
 
     if device == "cpu":
@@ -215,6 +215,14 @@ def make_run(
     fitted = fit.choose(base.config, config["lora"], encoded, drawn, execution, free, head.weight_VD.element_size())
     if fitted.checkpointing:
         fit.checkpoint_layers(hidden_states)
+    elif (
+        device == "cpu" and world_size == 1
+    ):  # on a GPU a graph holds the whole forward; ranks would share out the groups
+        num_taken = len(encoded) * training.epochs
+        num_steps = math.ceil(num_taken / training.batch_size)
+        used = below.Used(encoded, num_taken), below.Used(memory.rows if memory else [], num_steps * len(drawn))
+        weights = (str(folder), config["dtype"], str(inputs.get("safe")) if config["adapter"] == "stack" else None)
+        hidden_states.below = below.of(hidden_states, config["lora"].get("last_layers"), weights, used)
     run = Run(
         hidden_states=hidden_states,
         head=head,
@@ -385,7 +393,10 @@ def merge_gap(run: Run, model: Path, adapter: Path, continues: bool) -> tuple[di
     rows = run.rows[:GAP_ROWS]
     batch = batches.collate(rows, range(len(rows)), [0] * len(rows), 1, rows[0], run.device)
     mask_P, _ = losses.targets(batch.labels_P)
-    base = run.model.get_base_model().float()
+    base = run.model.get_base_model()
+    if base.dtype != torch.float32:
+        run.hidden_states.below = None  # what it holds was rounded
+    base = base.float()
     head = losses.head_of(base)
     trained = {name: p.detach().clone() for name, p in factors(run.model).items()}
     run.hidden_states.eval()

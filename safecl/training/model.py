@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from safecl.training import attention, lora, norms, weights
 from safecl.training import fused as kernels
 from safecl.training.batches import Batch, collate, stream
 from safecl.training.tokens import Encoded, base_folder
+
+if TYPE_CHECKING:
+    from safecl.training.below import Below
 
 PADDED = ("minimax", "zaya")  # models whose rows laid end to end were seen to differ, or may
 HEADS = ("lm_head", "embed_tokens", "wte", "embed_out", "output_layer")
@@ -237,6 +241,7 @@ class HiddenStates(nn.Module):
         super().__init__()
         self.peft_model = peft_model
         self.base = getattr(peft_model, "get_base_model", lambda: peft_model)()
+        self.below: Below | None = None  # what frozen layers give is known for some rows
         self.rows = lora.Rows()  # of the running forward
         lora.seed_dropout(peft_model, self.rows)
         if fused:
@@ -245,9 +250,15 @@ class HiddenStates(nn.Module):
             kernels.fuse(self.base)
 
     def forward(self, batch: Batch) -> Tensor:
-        self.rows.set(zip(batch.dropout_seeds, batch.lengths, strict=True))
         if not self.takes_rows:
             return self._padded(self.inner, batch)
+        known = self.below is not None and self.below.knows(batch)
+        with self.below.given(batch) if self.below is not None and known else nullcontext():
+            return self.through(batch)
+
+    def through(self, batch: Batch) -> Tensor:
+        """The same by the model itself, of rows end to end."""
+        self.rows.set(zip(batch.dropout_seeds, batch.lengths, strict=True))
         return _end_to_end(self.inner, batch)
 
     @property
