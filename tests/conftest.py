@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else transformers' integration prints that it found none
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+gc.set_threshold(50_000, 10, 10)  # as cli.py does: what imports and fixtures make lives on
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several processes slow each other twentyfold
 
 # `make test` runs two processes, a file's tests in one of them, since they share its fixtures. What starts Ray and engines

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,7 @@ HOME = {  # library -> the only files that may import it
 }
 
 
+@cache
 def imports(path: Path) -> set[str]:
     tree = ast.parse(path.read_text())
     typing_only = {

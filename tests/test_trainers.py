@@ -60,6 +60,12 @@ class Running:
             time.sleep(0.02)
 
 
+def _private(pid: int) -> int:
+    """Bytes of memory that are this process's alone: pages of libraries come and go as the machine has room."""
+    memory = psutil.Process(pid).memory_info()
+    return int(memory.rss - memory.shared)
+
+
 def _title(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
@@ -137,7 +143,11 @@ def test_what_waits_for_a_trainer_is_taken_in_its_turn(running: Running) -> None
     # A stage that somebody waits for already goes forward with who has a lower turn.
     claims.append((nap("above many 2", below=nap("many 2")), Claim(-1, 0, 6)))
     num_before = len(ray.get(running.broker.snapshot.remote())["finished"])
-    ray.get([running.broker.ensure.remote([stage], claim) for stage, claim in claims], timeout=60)
+    asked = []
+    for stage, claim in claims:
+        asked.append(running.broker.ensure.remote([stage], claim))
+        ray.get(running.broker.pid.remote())  # calls that are on their way together may arrive in any order
+    ray.get(asked, timeout=60)
     named = {s.key: str(s.config["name"]) for stage, _ in claims for s in stage.walk()}
     finished = [named[each["key"]] for each in ray.get(running.broker.snapshot.remote(num_before))["finished"]]
     # What lies above becomes ready as the trainer asks for more: it may be just too late, and is one later then.
@@ -177,7 +187,7 @@ def test_memory_returns_between_finetunes_and_those_that_wait_hold_no_process(
     monkeypatch.setattr(running, "model", model)
     running.ensure(running.finetune(0), running.finetune(1))
     [pid] = running.pids()
-    before, processes = psutil.Process(pid).memory_info().rss, _ray_processes()
+    before, processes = _private(pid), _ray_processes()
     import ray
 
     done = running.broker.ensure.remote([running.finetune(seed) for seed in range(2, 7)])
@@ -186,7 +196,7 @@ def test_memory_returns_between_finetunes_and_those_that_wait_hold_no_process(
         most = max(most, len(_ray_processes() - processes))
     ray.get(done)
     assert most == 0
-    assert psutil.Process(pid).memory_info().rss - before < size  # five models, five optimizers and their batches
+    assert _private(pid) - before < size  # five models, five optimizers and their batches
 
 
 # Below: tests with a trainer of their own. Those above share one.
@@ -242,7 +252,7 @@ def test_killed_controllers_and_a_killed_broker_cost_a_finetune_nothing_but_time
     assert contract.same_bits(_tensors(running.store.path(stage) / "adapter"), _tensors(alone / "adapter"))
 
 
-@pytest.mark.parametrize("running", [{"num_workers": 2, "engine": "deepspeed", "zero": 2}], indirect=True)
+@pytest.mark.parametrize("running", [{"num_workers": 2}], indirect=True)
 def test_two_ranks_take_the_same_finetunes_and_other_stages_one_by_one(
     running: Running, tmp_path: Path, tiny_model: Path
 ) -> None:
