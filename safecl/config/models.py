@@ -123,7 +123,9 @@ class Lora(Strict):
     alpha: Count = 4
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    last_layers: Count | None = None  # adapt only the last N layers: backward passes end there and lower layers pass a row once
+    last_layers: Count | None = (
+        None  # adapt only the last N layers: backward passes end there and lower layers pass a row once
+    )
 
 
 class Training(Strict):

@@ -72,7 +72,7 @@ class Der(Method):
         from safecl.training import losses
 
         if self.config.weight > 0:
-            self.distance = losses.LogitDistance(run.head)
+            self.distance = losses.LogitDistance(run.head, self.config.center_logits)
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
         from safecl.training import losses

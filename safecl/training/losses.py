@@ -246,30 +246,33 @@ def centred_gram(head: Head) -> tuple[Tensor, Tensor]:
 
 class _ExactDistance(torch.autograd.Function):
     """Sum over tokens of |f(x) - z|^2 / V through the whole head, logits for one chunk of tokens at a time; the gradient
-    is made in the forward pass. Gives (raw, centred), both with respect to their own gradient."""
+    is made in the forward pass. Gives (raw, centred), of which `centre` says which has a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, states_ND: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden_ND: Tensor, states_ND: Tensor, head: Head, centre: bool) -> tuple[Tensor, Tensor]:
         raw, centred = (torch.zeros((), dtype=torch.float32, device=hidden_ND.device) for _ in range(2))
-        grads = [torch.empty_like(hidden_ND) for _ in range(2)] if hidden_ND.requires_grad else []
+        grad_ND = torch.empty_like(hidden_ND) if hidden_ND.requires_grad else None
         step = head.rows_at_once
         for start in range(0, len(hidden_ND), step):
             logits_NV = head.logits(hidden_ND[start : start + step]).float()
-            slope_NV = 1.0 if head.soft_cap is None else 1 - (logits_NV / head.soft_cap) ** 2
             apart_NV = logits_NV - head.logits(states_ND[start : start + step].to(hidden_ND.dtype)).float()
             centred_NV = apart_NV - apart_NV.mean(1, keepdim=True)
             raw += apart_NV.square().sum() / head.num_vocab
             centred += centred_NV.square().sum() / head.num_vocab
-            for grad_ND, by_NV in zip(grads, (apart_NV, centred_NV), strict=False):
-                slope = (2 / head.num_vocab) * by_NV * slope_NV
-                grad_ND[start : start + step] = slope.to(head.weight_VD.dtype) @ head.weight_VD
-        ctx.save_for_backward(*grads)
+            if grad_ND is not None:
+                by_NV = (centred_NV if centre else apart_NV).mul_(2 / head.num_vocab)
+                if head.soft_cap is not None:
+                    by_NV.mul_(logits_NV.div_(head.soft_cap).square_().neg_().add_(1))
+                grad_ND[start : start + step] = by_NV.to(head.weight_VD.dtype) @ head.weight_VD
+        ctx.save_for_backward(grad_ND)
+        ctx.place = int(centre)
+        ctx.mark_non_differentiable(raw if centre else centred)
         return raw, centred
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
-        raw_ND, centred_ND = ctx.saved_tensors
-        return (raw_ND.float() * outer[0] + centred_ND.float() * outer[1]).to(raw_ND.dtype), None, None
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_ND,) = ctx.saved_tensors
+        return (grad_ND.float() * outer[ctx.place]).to(grad_ND.dtype), None, None, None
 
 
 class LogitDistance:
@@ -279,20 +282,21 @@ class LogitDistance:
 
     Softmax does not see the mean, so the raw distance holds a part that changes no probability. A plainly linear head
     takes the quadratic forms dh^T G dh and dh^T G dh + V (w . dh)^2 of `centred_gram`: no logits at all. A head with a
-    bias or a soft cap goes through chunks of logits.
+    bias or a soft cap goes through chunks of logits. `centre`: which of the two is trained on.
     """
 
-    def __init__(self, head: Head) -> None:
-        self.head = head
+    def __init__(self, head: Head, centre: bool = False) -> None:
+        self.head, self.centre = head, centre
         if head.linear:
             self.gram_DD, self.mean_D = centred_gram(head)
 
     def __call__(self, hidden_ND: Tensor, states_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """(raw, centred), float32 scalars, both with gradients."""
+        """(raw, centred), float32 scalars; the one that is trained on has a gradient."""
         if not self.head.linear:
-            raw, centred = _ExactDistance.apply(hidden_ND, states_ND, self.head)  # type: ignore[no-untyped-call]
+            raw, centred = _ExactDistance.apply(hidden_ND, states_ND, self.head, self.centre)  # type: ignore[no-untyped-call]
             return raw, centred
         with torch.autocast(hidden_ND.device.type, enabled=False):
             difference_ND = hidden_ND.float() - states_ND.float()
             centred = ((difference_ND @ self.gram_DD) * difference_ND).sum() / self.head.num_vocab
-            return centred + (difference_ND @ self.mean_D).square().sum(), centred
+            raw = centred + (difference_ND @ self.mean_D).square().sum()
+            return (raw.detach(), centred) if self.centre else (raw, centred.detach())

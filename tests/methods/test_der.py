@@ -91,7 +91,9 @@ def test_both_distances_and_their_gradients_are_those_of_the_literal_logits(
         return 2.0 * torch.tanh(z / 2.0) if "soft_cap" in extra else z
 
     first, second = student.clone().requires_grad_(), student.clone().requires_grad_()
-    ours = losses.LogitDistance(losses.Head(weight_VD, **extra))(first, states)[centred]
+    pair = losses.LogitDistance(losses.Head(weight_VD, **extra), centred)(first, states)
+    ours = pair[centred]
+    assert not pair[not centred].requires_grad
     apart = logits(second) - logits(states)
     literal = ((apart - apart.mean(1, keepdim=True) if centred else apart) ** 2).mean(1).sum()
     (0.3 * ours).backward()
