@@ -112,9 +112,9 @@ def status(project: Project, run: Mapping[str, Any] | None = None) -> list[dict[
     """How far each cell is, from the store and the studies alone; `weights`: of its first finished seed, for `safecl export`.
     `run`: what its driver noted (live.state): which cells it works on, and how far searches are whose study lies elsewhere."""
     under_way, searched = (run or {}).get("cells", ()), (run or {}).get("searched", {})
-    found = []
+    found, has = [], project.store.listed()
     for cell, _, jobs, note in project.finals():
-        done = sum(project.store.has(job.evidence.metrics) for job in jobs)
+        done = sum(has(job.evidence.metrics) for job in jobs)
         num_seeds = len(project.sweep.seeds)
         if cell.space is None:
             search = "-"
@@ -128,7 +128,7 @@ def status(project: Project, run: Mapping[str, Any] | None = None) -> list[dict[
         state = "done" if done == num_seeds else "searching" if note.startswith("search:") else "to do"
         state = "failed" if not jobs and note.startswith("all ") else state
         state = "under way" if state == "to do" and cell.label in under_way else state
-        ready = [job.graph.final for job in jobs if project.store.has(job.evidence.metrics)]
+        ready = [job.graph.final for job in jobs if has(job.evidence.metrics)]
         weights = next((final.key[:12] for final in ready if final is not None), "-")
         found.append(
             {

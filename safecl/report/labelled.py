@@ -1,7 +1,7 @@
 """What a person says of a sweep's answers: drawing a sample, keeping the labels, and what they say of judge and rates.
 
 Labels are of *answers* (the key of the stage that generated one, and the row's id), so that they hold whatever sweep or method
-shows it. They lie in the store under `labels/`, a line each, the last of an answer counts.
+shows it. Each is a note of the store, so that all who use one store add to the same labels; the last of an answer counts.
 
 A row's corrected rate is prediction-powered (Angelopoulos et al. 2023, arXiv 2301.09633): the judge's rate of all answers plus
 the mean of (label - verdict) over the labelled ones. It is unbiased whatever the judge, because those were drawn at random from
@@ -10,13 +10,12 @@ the row's answers, as many from each set; the better the judge, the narrower its
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safecl import metrics
@@ -56,28 +55,18 @@ class Found(NamedTuple):
     rows: dict[int, tuple[Interval, int]]
 
 
-def file_of(store: Store, question: str) -> Path:
-    return store.local / "labels" / f"{question}.jsonl"
-
-
 def read(store: Store, question: str) -> dict[_ANSWER, bool]:
     """Labels by answer; those that were taken back or skipped are left out."""
-    found: dict[_ANSWER, bool | None] = {}
-    with suppress(FileNotFoundError):
-        for line in file_of(store, question).read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # a line that was cut short by a crash
-                kept = json.loads(line)
-                found[kept["generation"], kept["id"]] = kept["label"]
-    return {answer: label for answer, label in found.items() if label is not None}
+    kept = store.notes(f"label-{question}-").values()
+    return {(one["generation"], one["id"]): one["label"] for one in kept if one["label"] is not None}
 
 
 def keep(store: Store, question: str, answer: _ANSWER, label: bool | None) -> None:
     """Add one label; None takes an earlier one back."""
-    path = file_of(store, question)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = {"generation": answer[0], "id": answer[1], "label": label, "at": datetime.now(UTC).isoformat("T", "seconds")}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    generation, row = answer
+    at = datetime.now(UTC).isoformat("T", "seconds")
+    name = f"label-{question}-{generation[:16]}-{hashlib.sha256(row.encode()).hexdigest()[:16]}"
+    store.note(name, {"generation": generation, "id": row, "label": label, "at": at})
 
 
 def items(project: Project, question: str, only: Iterable[_ANSWER] | None = None) -> list[Item]:

@@ -16,6 +16,7 @@ from safecl.project import Project, load
 from safecl.report import forms, labelled, labelling, serve
 from safecl.report.facts import readable
 from safecl.stats import Interval, wilson
+from safecl.store import Store
 from tests import made_up
 from tests.browser import browser
 
@@ -81,8 +82,6 @@ def test_labels_are_kept_taken_back_and_printed_with_the_table(project: Project)
         labelled.keep(project.store, "asr", item.answer, not item.said)
         labelled.keep(project.store, "asr", item.answer, item.said if item.row else True)
     labelled.keep(project.store, "asr", drawn[0].answer, None)
-    with labelled.file_of(project.store, "asr").open("a") as file:
-        file.write('{"generation": "cut sho')
     assert len(labelled.read(project.store, "asr")) == len(drawn) - 1
     rows, facts = readable(project)
     [detail] = facts.labelled["smollm2-135m / mini"]
@@ -97,6 +96,18 @@ def test_labels_are_kept_taken_back_and_printed_with_the_table(project: Project)
     assert len(exported) == len(drawn) - 1 and {pair["label"] for pair in exported} <= {True, False}
     assert {pair["prompt"] for pair in exported} <= {item.prompt for item in drawn}
     assert detail.title in text and f"A person labelled {len(drawn) - 1} answers for ASR: its judge agrees in" in text
+
+
+def test_all_who_use_a_store_at_a_url_add_to_the_same_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = []
+    for person in ("one", "two"):
+        monkeypatch.setenv("SAFECL_CACHE", str(tmp_path / person))
+        stores.append(Store("memory://labels-of-two"))
+    labelled.keep(stores[0], "asr", ("key", "mini/1"), True)
+    labelled.keep(stores[1], "asr", ("key", "mini/2"), False)
+    labelled.keep(stores[1], "over_refusal", ("key", "mini/1"), False)
+    for store in stores:
+        assert labelled.read(store, "asr") == {("key", "mini/1"): True, ("key", "mini/2"): False}
 
 
 def test_a_person_labels_by_keys_and_sees_neither_method_nor_verdict(project: Project, tmp_path: Path) -> None:
