@@ -215,9 +215,8 @@ def make_run(
     fitted = fit.choose(base.config, config["lora"], encoded, drawn, execution, free, head.weight_VD.element_size())
     if fitted.checkpointing:
         fit.checkpoint_layers(hidden_states)
-    elif (
-        device == "cpu" and world_size == 1
-    ):  # on a GPU a graph holds the whole forward; ranks would share out the groups
+    elif device == "cpu" and world_size == 1 and not sharded:
+        # On a GPU a graph holds the whole forward; ranks would share out the groups.
         num_taken = len(encoded) * training.epochs
         num_steps = math.ceil(num_taken / training.batch_size)
         used = below.Used(encoded, num_taken), below.Used(memory.rows if memory else [], num_steps * len(drawn))
