@@ -78,7 +78,6 @@ class Forecast:
     def __init__(self, store: Store, execution: Execution, estimator: Estimator, learns: bool = True) -> None:
         """`learns`: from the records of the store; without, estimates are of other machines."""
         self.store, self.execution, self.estimator = store, execution, estimator
-        self._estimates: dict[str, Estimate] = {}
         self._ratios: dict[tuple[str, str], list[float]] = {}  # measured / estimated
         self._of_kind: dict[str, list[float]] = {}
         self._engine: list[tuple[float, float, float]] = []  # (began, ended, estimated seconds)
@@ -90,20 +89,15 @@ class Forecast:
         if learns:
             self._learn_from_store()
 
-    def estimate(self, stage: Stage) -> Estimate:
-        if stage.key not in self._estimates:
-            self._estimates[stage.key] = self.estimator(stage)
-        return self._estimates[stage.key]
-
     def seconds(self, stage: Stage) -> float:
         """How long a stage will take: of one that needs an engine, how long it adds to the engine's work."""
-        estimate = self.estimate(stage)
+        estimate = self.estimator(stage)
         return estimate.seconds * self.factor(estimate)
 
     def finished(self, stages: Iterable[tuple[Stage, float]], now: float) -> None:
         """Learn from stages of this run: each with the seconds it took; they ended at `now`."""
         for stage, seconds in stages:
-            self._learn(self.estimate(stage), now - seconds, now)
+            self._learn(self.estimator(stage), now - seconds, now)
         self._settle()
 
     def factor(self, estimate: Estimate) -> float:
@@ -120,7 +114,7 @@ class Forecast:
         """Stages that must all be run, inputs first, as `Remaining` takes them."""
         keys = {stage.key for stage in stages}
         return [
-            Todo(stage, self.estimate(stage), tuple([s.key for s in stage.inputs.values() if s.key in keys]))
+            Todo(stage, self.estimator(stage), tuple([s.key for s in stage.inputs.values() if s.key in keys]))
             for stage in stages
         ]
 
@@ -255,7 +249,7 @@ class Remaining:
             for stage in stages:
                 seconds = num * self.forecast.seconds(stage)
                 self.kinds[stage.kind] += seconds
-                self._engine += seconds if self.forecast.estimate(stage).on_engine else 0.0
+                self._engine += seconds if self.forecast.estimator(stage).on_engine else 0.0
                 self.later[stage.kind] += num
         return rounds(cell, self.forecast.execution) * self._chain(first) + max(map(self._chain, finals))
 

@@ -54,13 +54,15 @@ class Estimator:
         self.typical = TYPICAL_SPEED[self.device]
         self._sizes: dict[str, Size] = {}
         self._lengths: dict[str, Length] = {}
-        self._alike: dict[tuple[object, ...], Estimate] = {}  # of stages with one config and rows of one stage
+        self._alike: dict[
+            object, Estimate
+        ] = {}  # of stages with one config and rows of one stage; of another one by its key
 
     def __call__(self, stage: Stage) -> Estimate:
-        if not isinstance(stage.config, SharedConfig):
-            return self._estimate(stage)
-        rows, model = stage.inputs.get("rows"), stage.inputs.get("model")
-        alike = (stage.kind, stage.config.text, rows and rows.key, model and model.key, *stage.hints)
+        alike: object = stage.key
+        if isinstance(stage.config, SharedConfig):
+            rows, model = stage.inputs.get("rows"), stage.inputs.get("model")
+            alike = (stage.kind, stage.config.text, rows and rows.key, model and model.key, *stage.hints)
         if (known := self._alike.get(alike)) is None:
             known = self._alike[alike] = self._estimate(stage)
         return known

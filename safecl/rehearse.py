@@ -150,7 +150,7 @@ class _Builder:
         return number
 
     def append(self, stage: Stage, needs: set[int], after: int, weights: str | None) -> int:
-        estimate, kind = self.forecast.estimate(stage), load(stage.kind)
+        estimate, kind = self.forecast.estimator(stage), load(stage.kind)
         seconds = estimate.seconds * self.forecast.factor(estimate)
         group, ranks, asked = LIGHT, 1, -1
         if estimate.on_engine:

@@ -22,7 +22,7 @@ from safecl import registry
 from safecl.base import ConfigError, Json
 from safecl.config import Model, Prompts, Rows, Template
 from safecl.graph.judging import JudgeStages
-from safecl.graph.recipe import MODEL, REFERENCES, SEED, USER, Evidence, Recipe, make, resolved
+from safecl.graph.recipe import MODEL, REFERENCES, SEED, USER, Evidence, Recipe, make
 from safecl.memo import shared
 from safecl.models import model_stage
 from safecl.panel import Seat, named, trained
@@ -179,7 +179,7 @@ class Graph(JudgeStages):
 
     def _tuned(self, method: str, params: dict[str, Json]) -> Stage:
         kind = methods.load(method)
-        needed = kind(kind.Config(**params)).requires(self)
+        needed = self._method(kind, params).requires(self)
         inputs = {**self._safe, "rows": self.user_rows, **needed}
         text = dict(self._around(self.recipe.task.template))
         if self.recipe.task.template is not None and "replay" in needed:  # rows that theta_safe wrote, in its own words
@@ -204,10 +204,10 @@ class Graph(JudgeStages):
             return self.tuned
         config: dict[str, Json] = {
             "method": recipe.method,
-            "params": resolved(kind, recipe.params),
+            "params": self._params(kind, recipe.params),
             "dtype": recipe.model.dtype,
         }
-        method = kind(kind.Config(**recipe.params))
+        method = self._method(kind, recipe.params)
         inputs = {**self._safe, "tuned": self.tuned}
         if needed := method.requires(self):  # it reads rows
             inputs |= {"model": self.base, **needed}

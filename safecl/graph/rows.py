@@ -168,6 +168,15 @@ class RowStages:
             ("plain", kind), config, lambda: SharedConfig(config.model_dump(mode="json", include=fields))
         )
 
+    # Every seed of a cell is given the same object of hyperparameters.
+
+    def _method(self, kind: type[methods.Method], given: dict[str, Json]) -> methods.Method:
+        return self.shared.once(("method", kind), given, lambda: kind(kind.Config(**given)))
+
+    def _params(self, kind: type[methods.Method], given: dict[str, Json]) -> SharedConfig:
+        """With the defaults."""
+        return self.shared.once(("params", kind), given, lambda: SharedConfig(resolved(kind, given)))
+
     def generate(self, final: Stage | None, rows: Stage, max_new_tokens: int, **more: Json) -> Stage:
         """A model's answers to rows' prompts: greedy, unless `more` says otherwise (`sampling`, another `template`)."""
         config = self._generation(max_new_tokens)
@@ -188,7 +197,7 @@ class RowStages:
         recipe, kind = self.recipe, methods.load(method)
         config: dict[str, Json] = {
             "method": method,
-            "params": resolved(kind, params),
+            "params": self._params(kind, params),
             "training": self._plain(training, Training),
             "lora": self._plain(recipe.lora),
             "adapter": recipe.adapter,
