@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from safecl import reclaim
-from safecl.base import ConfigError, Damaged, Infrastructure, PrerequisiteError
+from safecl.base import ConfigError, Damaged, Infrastructure, PrerequisiteError, importing
 from safecl.capacity import Capacity, reserved
 from safecl.config import Execution
 from safecl.devices import Holder
@@ -269,8 +269,9 @@ def fit(name: str, store: Store, execution: Execution, logs: str, broker: Any) -
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     for variable, value in settings.items():
         os.environ.setdefault(variable, value)
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
+    with importing():
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig
 
     folder = Path(logs) / "train"
     trainer = _trainer_class()(
@@ -337,7 +338,8 @@ def worker(loop: dict[str, Any]) -> None:
         import ray.train.torch
 
         device = str(ray.train.torch.get_device())
-    _import_what_stages_need()
+    with importing():
+        _import_what_stages_need()
     group = [ray.get_runtime_context().get_actor_id()]
     if context.get_world_size() > 1:
         import torch

@@ -1,12 +1,15 @@
 """Who may import whom (the rooms), which library lives in which file, and that light commands stay light."""
 
 import ast
+import gc
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from safecl.base import importing
 
 PACKAGE = Path(__file__).parents[1] / "safecl"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -208,3 +211,11 @@ def test_plan_ls_show_report_and_help_never_load_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_nobody_looks_for_garbage_among_what_imports_make_neither_meanwhile_nor_after() -> None:
+    before = gc.get_freeze_count()
+    with importing():
+        assert not gc.isenabled()
+        made = [[number] for number in range(1000)]
+    assert gc.isenabled() and gc.get_freeze_count() >= before + len(made)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safecl import underway
-from safecl.base import PrerequisiteError
+from safecl.base import PrerequisiteError, importing
 from safecl.faults import kind_of
 from safecl.identity import Ref
 from safecl.serving.gate import Gate, GateBroken
@@ -39,11 +39,12 @@ class Engine:
             _send_output_to(Path(settings.log_dir), settings.name)
         elif store is not None:
             self._open.enter_context(underway.kept(store, _send_output_to(store.logs, settings.name)))
-        from vllm import AsyncEngineArgs
-        from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.async_llm import AsyncLLM
+        with importing():
+            from vllm import AsyncEngineArgs
+            from vllm.usage.usage_lib import UsageContext
+            from vllm.v1.engine.async_llm import AsyncLLM
 
-        from safecl.serving import swap
+            from safecl.serving import swap
 
         # Its files stay on this node for as long as the engine lives.
         self._base, _ = self._open.enter_context(self._folders(base, None))
