@@ -327,6 +327,17 @@ def test_a_killed_driver_leaves_nothing_that_the_next_run_cannot_mend(root: Path
         assert len(client(root).get_metric_history(run.info.run_id, "loss")) == 50
 
 
+@pytest.mark.slow
+def test_a_database_that_was_half_made_when_its_process_was_killed_is_made_anew(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path), "hang"], stdout=subprocess.DEVNULL) as child:
+        while not any(file.stat().st_size > 50_000 for file in tmp_path.glob("mlflow.db*")):  # of a megabyte in the end
+            assert child.poll() is None
+        child.kill()
+    made(tmp_path)
+    assert client(tmp_path).get_experiment_by_name(EXPERIMENT) is not None
+    assert [file.name for file in tmp_path.glob("mlflow.db*")] == ["mlflow.db"]
+
+
 def test_it_says_nothing_on_the_terminal(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from safecl.tracking import Run, Tracker\n"
     code += "t = Tracker(None, Path(sys.argv[1])); t.put(('s', 'c', '0'), 1, lambda: Run('a', files={'a': 'x'}))\n"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safecl.base import sqlite_path
+from safecl.base import sqlite_path, sqlite_url
 from safecl.tracking import messages
 from safecl.tracking.messages import EXPERIMENT, LEVELS, VIEW, Message
 from safecl.tracking.spool import one_at_a_time
@@ -62,6 +62,19 @@ def client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def _make(file: Path) -> None:
+    """An SQLite database with MLflow's tables, there as a whole or not at all: MLflow makes them in dozens of steps, and can
+    never use a database that a process left, which was killed in between."""
+    from mlflow.store.db import utils
+
+    half = file.with_name(f"{file.name}.half")
+    half.unlink(missing_ok=True)
+    engine = utils.create_sqlalchemy_engine_with_retry(sqlite_url(half))
+    utils._initialize_tables(engine)
+    engine.dispose()
+    half.replace(file)
+
+
 class Server:
     """The MLflow client. Building one imports mlflow, creates the database and the experiment, or raises."""
 
@@ -70,6 +83,8 @@ class Server:
         self._runs: dict[str, dict[tuple[str, ...], _Known]] = {}  # by sweep and path
         with one_at_a_time(root / ".creating"):  # concurrent first use of an SQLite database fails
             self._client = client(uri)
+            if (file := sqlite_path(uri)) is not None and not file.exists():
+                _make(file)
             misread = Path(uri.removeprefix("sqlite:///")).parent
             if (database := sqlite_path(uri)) is not None and misread != database.parent:
                 with suppress(OSError):
