@@ -34,6 +34,7 @@ from safecl.store import Stage, Store, short_of
 from safecl.watch import watched
 
 BEGUN_ANEW = "SAFECL_BEGUN_ANEW"  # in the environment of a run that took its own place: how often, and when
+JOURNAL_FROM = "SAFECL_JOURNAL_FROM"  # likewise: where in the journal it began the first time
 TOGETHER_S = 1.0  # in which SIGTERM reaches this process after it reached the cluster's
 SAVE_S = 15.0  # for checkpoints, when a run is told to end: who sends SIGTERM often kills half a minute later
 
@@ -102,7 +103,8 @@ def run(
 def _alone(project: Project) -> Iterator[tuple[Journal, Lease, threading.Event]]:
     """One driver a sweep. The event: SIGTERM came."""
     _check_writable(project.store)
-    lease, journal = project.lease(), Journal(project.logs)
+    began = os.environ.get(JOURNAL_FROM)
+    lease, journal = project.lease(), Journal(project.logs, int(began) if began else None)
     told = threading.Event()
 
     def end(number: int, *_: object) -> None:
@@ -289,6 +291,7 @@ def _guarded(
             lost.set()
             journal.add(CLUSTER)
             if again is not None:
+                os.environ[JOURNAL_FROM] = str(journal.begin)
                 again()
             if callable(signal.getsignal(signal.SIGTERM)):  # `_alone`'s: Ctrl-C may be ignored
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)

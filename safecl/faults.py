@@ -127,9 +127,10 @@ class Journal:
     """What went wrong under way, a line each in `<logs>/faults.jsonl`: processes of the driver's node append to it, the
     driver reads it. It stays, for whoever asks later."""
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, begin: int | None = None) -> None:
+        """`begin`: where in the file this run's lines begin; None: at its end."""
         self.path = logs / "faults.jsonl"
-        self._begin = self.path.stat().st_size if self.path.exists() else 0
+        self.begin = begin if begin is not None else self.path.stat().st_size if self.path.exists() else 0
 
     def add(self, cause: Cause, where: str = "", error: BaseException | str = "") -> None:
         """Never raises: the journal must not cost the run what the fault has spared. `where`: a stage, an engine."""
@@ -145,10 +146,10 @@ class Journal:
                 file.write(json.dumps(line) + "\n")
 
     def lines(self, of_this_run: bool = True) -> list[dict[str, Any]]:
-        """What was added since this object was made, by any process; or all that there is."""
+        """What was added since this run began, by any process; or all that there is."""
         found = []
         with suppress(OSError), self.path.open("rb") as file:
-            file.seek(self._begin if of_this_run else 0)
+            file.seek(self.begin if of_this_run else 0)
             for line in file:
                 with suppress(ValueError):  # cut short by a kill or a full disk
                     found.append(json.loads(line))
