@@ -23,14 +23,14 @@ from safecl.cost import missing, slots
 from safecl.eta import Eta
 from safecl.faults import CLUSTER, DRIVER, PATIENCE_S, PAUSE_S, Journal
 from safecl.judging.served import check_endpoints, key_variables
-from safecl.lease import NOTE, Lease, is_here, owners
+from safecl.lease import NOTE, Lease, is_here, owners, short_of
 from safecl.order import Claim
 from safecl.panel import all_seats
 from safecl.project import Project
 from safecl.schedule import Schedule
 from safecl.stages import engine_of
 from safecl.stats import as_json
-from safecl.store import Stage, Store, short_of
+from safecl.store import Stage, Store
 from safecl.watch import watched
 
 BEGUN_ANEW = "SAFECL_BEGUN_ANEW"  # in the environment of a run that took its own place: how often, and when

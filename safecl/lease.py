@@ -66,6 +66,11 @@ def owners(store: Store) -> list[str]:
     return [name.removeprefix(NOTE) for name in store.notes(NOTE)]
 
 
+def short_of(owner: str) -> str:
+    """Eight digits that tell this owner from others."""
+    return hashlib.sha256(owner.encode()).hexdigest()[:8]
+
+
 def is_name(text: str) -> bool:
     """Whether `me` gives such names."""
     return _NAME.fullmatch(text) is not None

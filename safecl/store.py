@@ -80,7 +80,7 @@ class Store:
     @property
     def short(self) -> str:
         """Eight digits that tell this owner from others: for names of what it starts on a cluster."""
-        return short_of(self.owner)
+        return lease.short_of(self.owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process it is the same store, and works for the same owner; on another node by that one's cache."""
@@ -446,8 +446,7 @@ class Store:
         remote.remove(f"uploads/{upload}.json")
 
     def check_writable(self, needed_gib: float) -> None:
-        """PrerequisiteError if the root cannot be written or its disk (at a URL: the cache's) has less than `needed_gib`
-        free."""
+        """PrerequisiteError if the root cannot be written or its disk (at a URL: the cache's) has less free."""
         what, remedy = "execution.root", "name another folder with --set execution.root=FOLDER"
         if self.remote is not None:
             self.remote.check(uuid.uuid4().hex)
@@ -477,11 +476,6 @@ def _record(stage: Stage | Ref) -> str:
 def _name(stage: Stage | Ref) -> str:
     """Of a stage in the cache."""
     return f"{stage.kind}.{stage.key}"
-
-
-def short_of(owner: str) -> str:
-    """`Store.short` of an owner."""
-    return hashlib.sha256(owner.encode()).hexdigest()[:8]
 
 
 def _damaged(stage: Stage | Ref, wrong: str | None) -> Damaged:
