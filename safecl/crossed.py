@@ -245,10 +245,10 @@ def _minus(first: Outcome, second: Outcome) -> list[float]:
 def intervals(outcomes: Sequence[Sequence[Outcome]], confidence: float = 0.95, bounded: bool = True) -> Interval | None:
     """Value and interval of one metric as a table prints them. `outcomes[s]` are its rows of seed s; None if empty.
 
-    `bounded` (values in [0, 1]): the prompts' part is Wilson's interval with as many prompts as would give the variance
-    seen, set by set (`_wilson_set`), so that it stays inside [0, 1], has width at its ends (0 of 40 prompts in every seed is
-    Wilson's 0 of 40) and grows with whatever spread is added; the parts of seeds and guards are Student's, squared and
-    added, and cut to [0, 1]. One seed: prompts (and guards) only. Else all parts are Student's (`crossed`).
+    `bounded`: values are in [0, 1]. Then the prompts' part is Wilson's interval, set by set, with as many prompts as would give
+    the variance seen (`_wilson_set`). It stays inside [0, 1], has width at its ends (0 of 40 prompts in every seed is Wilson's
+    0 of 40) and grows with whatever spread is added. The parts of seeds and guards are Student's, squared and added, and cut to
+    [0, 1]. With one seed there are prompts (and guards) only. Not bounded: all parts are Student's (`crossed`).
     """
     if not (sets := _sets(outcomes)):
         return None

@@ -66,21 +66,19 @@ class Holder:
 
 @dataclass(eq=False)
 class Group:
-    """`wanted`: how many holders its work, waiting or under way, could keep busy; `rank`: the lowest of that work; `coming`:
-    how many it will want as well; `since`: when it became starved; `num_present`: holders that are there or will be, those
-    included that are asked to make way."""
+    """Holders of one kind, and the work that they are for."""
 
     name: str
     size: float
     at_most: int
     idle_s: float
-    wanted: int = 0
-    rank: int = 0
-    coming: int = 0
-    since: float = 0.0
+    wanted: int = 0  # how many holders its work, waiting or under way, could keep busy
+    rank: int = 0  # the lowest of that work
+    coming: int = 0  # how many holders it will want as well
+    since: float = 0.0  # when it became starved
     holders: dict[str, Holder] = field(default_factory=dict)
     idle: dict[Holder, None] = field(default_factory=dict)  # up and without work, who has been so for longest first
-    num_present: int = 0
+    num_present: int = 0  # holders that are there or will be, those included that are asked to make way
     num_starting: int = 0
     num_stopping: int = 0
     num_started: int = 0

@@ -141,7 +141,7 @@ class Broker:
             self.turns.setdefault(stage.key, turn)
             self.times.asked(stage, self.turns[stage.key].rank)
             self.running[stage.key] = asyncio.create_task(self._make(stage, needs_trainer(stage)))
-        # Shielded: who stops waiting does not stop the stage for the others.
+        # shield: cancelling one waiter must not cancel the shared stage.
         await asyncio.shield(self.running[stage.key])
 
     async def _asked(self, look: Callable[..., T], *arguments: Any) -> T:

@@ -68,14 +68,26 @@ def name_of(cell: Cell, sweep: Sweep) -> str:
 
 
 class CellStudy:
-    """One searched cell: `ask`, then `tell` or `fail`. Driver only, one object per study at a time.
-
-    `space`: see `space_check`; `defaults`: at least the searched parameters; `storage`: a database URL or what
-    `open_storage` gave; `trials`: how many may count; `sampler`: "tpe", "random" or "grid" (of lists); `at_once`: how many
-    may run; `first`: what a new study asks before it suggests anything, in place of the defaults; `goals`: maximize or
-    minimize by objective, `Trial.value` first; `prunes`: trials may be pruned. Opening creates or continues.
+    """One searched cell: `ask`, then `tell` or `fail`. Opening creates the study or continues it. Driver only, one object per
+    study at a time.
 
     A trial's place is its number, less what ghosts took: a ghost's copy stands at the ghost's place.
+
+    Args:
+        space: see `space_check`.
+        defaults: values of at least the searched parameters.
+        storage: a database URL, or what `open_storage` gave.
+        trials: how many may count.
+        sampler: "tpe", "random" or "grid" (of lists).
+        at_once: how many may run.
+        first: what a new study asks before it suggests anything, in place of the defaults.
+        goals: maximize or minimize by objective, that of `Trial.value` first.
+        prunes: whether trials may be pruned.
+
+    Example:
+        study = CellStudy("der", {"weight": {"low": 0.1, "high": 9.0}}, {"weight": 1.0}, "sqlite:///study.db", seed=0, trials=4)
+        number, params = study.ask()  # {"weight": 1.0}: the defaults come first
+        study.tell(number, 0.7, {"asr": -0.02})
     """
 
     def __init__(

@@ -52,20 +52,19 @@ class Cell:
 
 @dataclass
 class Grid:
-    """Stages that must be run, inputs first, as arrays by their number. `needs`: those each waits for; `after`: the batch (a
-    number in `gates`) that must be over before it is asked for, -1 for none, which a lower bound must know; `resumes`: whether
-    it goes on from a checkpoint; `ranks`: how many of a trainer's it takes; `weights`: a number of those it asks an engine for,
-    which has one of them at a time (-1: it asks for none)."""
+    """Stages that must be run, inputs first, as arrays by their number."""
 
     groups: list[Group]
     kinds: list[str] = field(default_factory=list)
     kind: list[int] = field(default_factory=list)
     group: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    ranks: list[int] = field(default_factory=list)
-    resumes: list[bool] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)  # how many of a trainer's it takes
+    resumes: list[bool] = field(default_factory=list)  # whether it goes on from a checkpoint
+    # A number of the weights it asks an engine for, which has one of them at a time; -1: it asks for none.
     weights: list[int] = field(default_factory=list)
-    needs: list[tuple[int, ...]] = field(default_factory=list)
+    needs: list[tuple[int, ...]] = field(default_factory=list)  # the stages it waits for
+    # The batch (a number in `gates`) that must be over before it is asked for; -1: none. A lower bound must know it.
     after: list[int] = field(default_factory=list)
     gates: list[list[int]] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)

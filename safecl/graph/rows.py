@@ -79,9 +79,9 @@ class RowStages:
     def _source(self, task: str, split: str) -> Json:
         return identity(self._task(task), split, self.shared.folder, self.shared.planned)
 
-    # Where two roles hold a prompt alike, the later of these gives way: test, validation (attack before benign), rows of
-    # alignment, user rows with poison, a guard's held-out pairs, its training pairs. What must keep clear of a role keeps
-    # clear of all that its sources hold, whatever share is drawn: another size or seed moves nobody else's rows.
+    # Deduplication across roles. Priority, highest first: test, validation (attack before benign), rows of alignment, user rows
+    # with poison, a guard's held-out pairs, its training pairs. A lower role drops each prompt that nearly equals any row of a
+    # higher role's whole source, so another num_rows or seed never changes another role's data.
 
     def _all(self, split: str, parts: Iterable[Rows], inputs: dict[str, Stage] | None = None) -> Stage:
         return self.data("exclude", split, [Rows(task=part.task) for part in parts], seed=0, inputs=inputs)

@@ -2,7 +2,8 @@
 
 More than `max_waiting` requests at once are turned away with 429 and Retry-After, in place of waiting until they time
 out; GET /health says how many there are. A request counts once its body is read, for which it has `read_timeout_s`
-(then 408): half-sent ones take no one's place. It listens on the loopback address; on another one it wants a token.
+(then 408). Incomplete requests do not count towards `max_waiting`. It listens on the loopback address; on another one it
+wants a token.
 """
 
 from __future__ import annotations

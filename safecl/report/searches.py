@@ -54,9 +54,11 @@ def searched(project: Project, cell: Cell) -> dict[str, Any] | None:
 
 
 def told(project: Project, cell: Cell) -> dict[str, Any]:
-    """What a cell's search told, all of it measured on validation prompts: how many trials finished, failed and were pruned;
-    with several objectives each of them (`is_taken`: its values are a row's), the front of them, and its hypervolume (the
-    share of what could be had that it is at least as good as; None where an objective is no fraction)."""
+    """What a cell's search told, measured on validation prompts: how many trials finished, failed and were pruned.
+
+    With several objectives also each trial (`is_taken`: its values are a row's), the front, and the front's hypervolume. That is
+    the share of what could be had that the front is at least as good as; None where an objective is no fraction.
+    """
     study, objective = project.past(cell), project.sweep.search.objective
     trials = study.complete() if study else []
     failed, pruned = (len(study.failures), len(study.pruned)) if study else (0, 0)

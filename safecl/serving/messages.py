@@ -65,7 +65,7 @@ class Unavailable(RuntimeError):
 
 
 class Settings(Strict):
-    """One engine. None of it may change an answer, except as rounding order does; and `dtype`, which is the model's."""
+    """One engine. No setting but `dtype`, which is the model's, may change an answer beyond floating-point rounding."""
 
     name: str
     dtype: str | None = None  # in which it computes and rounds merged weights; None: its files'

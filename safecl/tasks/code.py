@@ -235,8 +235,8 @@ def _continued(start: str, body: str, names: Sequence[str], least: int) -> tuple
 
 
 def _longest(start: str, lines: list[str], tries: Iterator[int]) -> tuple[int, list[Part]]:
-    """(number of lines, statements) of the most lines that parse after `start`; (0, []) if not even one does. Each parse
-    takes one of `tries`, so that what a model repeats without end costs no more than they allow."""
+    """(number of lines, statements) of the most lines that parse after `start`; (0, []) if not even one does. Each call
+    of ast.parse takes one of `tries`, so that endless repetition cannot make extraction slow."""
     num, before = len(lines), start.count("\n")
     for _ in tries:
         while num > 0 and not lines[num - 1].strip():
