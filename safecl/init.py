@@ -167,7 +167,10 @@ def _counts(data: Data, file: Path, splits: tuple[str, ...]) -> dict[str, int]:
     kind = kind_of(data.model_copy(update={"file": str(file)}))
     found = {split: len(kind().rows(split, None, 0)) for split in splits}
     if empty := [split for split, num in found.items() if not num]:
-        raise ConfigError(f"{file.name}: too few rows: none is left for {' or '.join(empty)}; bring more of them")
+        raise ConfigError(
+            f"{file.name}: too few rows ({sum(found.values())}): none is left for {' or '.join(empty)}; a hash of each row "
+            "divides them 80 : 10 : 10, so bring 50 or more"
+        )
     return found
 
 
@@ -207,7 +210,7 @@ def _text(model: Model, own: Data, seen: Seen, bad: Data | None, goal: Goal, out
     return f"""# {goal.about[0].upper()}{goal.about[1:]}
 #   safecl plan {out.name}     what it would do, and for how long
 #   safecl run {out.name}      do it; the same command continues
-# Small on purpose. Every key is in safecl/config/ with its default; errors name what was meant.
+# Small on purpose. Every key is in docs/sweep-file.md with its default; errors name what was meant.
 name: {name}
 about: {json.dumps(goal.about, ensure_ascii=False)}
 
@@ -253,7 +256,7 @@ evaluate:
   max_new_tokens: 48
   max_prompt_tokens: {room}
   judges:  # a guard trained here; `asr: llamaguard` with guard_model names a published one; one that is served elsewhere:
-    # asr: {{judge: llamaguard, endpoint: "http://127.0.0.1:8000/v1", model: NAME}}  (README, "Whose judgement": in your words)
+    # asr: {{judge: llamaguard, endpoint: "http://127.0.0.1:8000/v1", model: NAME}}  (docs/judges.md: in your words)
     asr: guard
     guard:
       rows: [{{task: mini, num_rows: 128}}]
