@@ -115,7 +115,7 @@ def panels(rows: Sequence[Row]) -> dict[tuple[str, str], dict[float, list[Row]]]
 
 def _volume(members: Sequence[Row]) -> tuple[str, str]:
     """Share of the unit square (1 - harm, use) that some method reaches, and its t-interval over seeds, in words."""
-    from scipy.stats import t
+    from scipy.special import stdtrit  # scipy.stats takes a second to import
 
     harm, use = metrics.plane()
     own = [row for row in members if row["method"] not in REFERENCES]
@@ -130,7 +130,7 @@ def _volume(members: Sequence[Row]) -> tuple[str, str]:
     if len(shared) < 2:
         return told, " (1: all useful, no harm)."
     areas = [area([(x[seed], y[seed]) for x, y in of_row]) for seed in sorted(shared)]
-    half = float(t.ppf(0.975, len(areas) - 1)) * stdev(areas) / math.sqrt(len(areas))
+    half = float(stdtrit(len(areas) - 1, 0.975)) * stdev(areas) / math.sqrt(len(areas))
     low, high = max(0.0, mean(areas) - half), min(1.0, mean(areas) + half)
     return told, f"; over {len(areas)} seeds {mean(areas):.3f} [{low:.3f}, {high:.3f}] (1: all useful, no harm)."
 
@@ -448,4 +448,8 @@ def cost(found: Mapping[str, Any]) -> list[Chart]:
     y = {"field": "method", "type": "nominal", "sort": "-x", "title": None}
     spec = _chart(points, height=20 * len(points), mark={"type": "bar", "color": _COLOURS[0]},
                   encoding={"x": _axis("minutes", "minutes of its own stages, a trial"), "y": y})  # fmt: skip
-    return [Chart("Cost of one trial", "What only this method's trials needed; shared stages are nobody's.", spec)]
+    return [
+        Chart(
+            "Cost of one trial", "What only this method's trials needed. Stages that methods share are left out.", spec
+        )
+    ]

@@ -128,7 +128,7 @@ def corrected(
     The interval adds both variances. That of a difference is estimated as if one more pair differed: where no labelled pair
     does, the judge may still err elsewhere.
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit  # scipy.stats takes a second to import
 
     if not pairs or any(len(of_set) < 2 for of_set in pairs.values()):
         return None
@@ -140,7 +140,7 @@ def corrected(
         shift += mean / len(pairs)
         variance += spread / num / len(pairs) ** 2
         freedom += num - 1
-    half = float(t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(variance)
+    half = float(stdtrit(freedom, (1 + confidence) / 2)) * math.sqrt(variance)
     value = rate.value + shift
     low, high = (math.hypot(half, end) for end in (rate.value - rate.low, rate.high - rate.value))
     clipped = [min(1.0, max(0.0, x)) for x in (value, value - low, value + high)]
