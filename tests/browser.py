@@ -1,5 +1,5 @@
-"""A headless Chromium, driven over its DevTools protocol: real clicks and keys on a page. Tests that need it skip where no
-Chromium is installed; CI installs Debian's."""
+"""A headless Chromium, driven over its DevTools protocol: real clicks and keys on a page. Tests ask for the fixture `web`: one
+browser for all of a process's tests. They skip where no Chromium is installed, and fail in CI, which installs Debian's."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 def program() -> str:
-    """The browser's path; skips the test where there is none."""
+    """The browser's path; where there is none the test is skipped, and fails in CI."""
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
-        pytest.skip("no chromium here: `apt-get install chromium`")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("no chromium here: `apt-get install chromium`")
     return found
 
 
@@ -35,6 +35,14 @@ class Browser:
         self.asked: list[str] = []  # addresses that were requested
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+
+    def forget(self) -> None:
+        """An empty page of no test before: as wide as a desk's, nothing asked for, nothing wrong."""
+        self.call("Emulation.setEmulatedMedia", media="")
+        self.open("about:blank")
+        self.size(1400)
+        self.errors.clear()
+        self.asked.clear()
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         self.num += 1

@@ -16,6 +16,7 @@ from safecl.testing.tiny import build_tokenizer as build_tokenizer
 
 if TYPE_CHECKING:
     from safecl.testing.world import World
+    from tests.browser import Browser
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else transformers' integration prints that it found none
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,11 +29,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several processes sl
 # goes first and stands in one line: two clusters at once would want more memory than a small machine has, and would
 # see each other's processes. So does, in the other process, what takes ranks: their libraries are imported once.
 CLUSTERS = ["test_end_to_end.py", "serving/test_engine.py", "test_trainers.py", "test_execute.py", "test_nodes.py"]
+PAGES = ["report/test_page.py", "report/test_labelled.py"]  # in one process: they share a browser
 RANKS = ["methods/test_contract.py", "training/test_loop.py", "training/test_ranks.py", "training/test_engine.py"]
 # Of the others, those that take longest begin first.
 LONG = [
-    "test_tracking.py",
-    "test_logbook.py",
+    "tracking/test_tracker.py",
+    "tracking/test_logbook.py",
     "test_aligned.py",
     "test_trained.py",
     "test_sandbox.py",
@@ -89,6 +91,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     ray_cluster.stop(Execution(), "")
 
 
+@pytest.fixture(scope="session")
+def _browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    from tests.browser import browser
+
+    with browser(tmp_path_factory.mktemp("browser")) as found:
+        yield found
+
+
+@pytest.fixture
+def web(_browser: Browser) -> Browser:
+    """A headless Chromium, one for all tests of this process, on an empty page."""
+    _browser.forget()
+    return _browser
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # modules and items live to the end: without them a collection of garbage is short
 
@@ -105,7 +122,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = _file(nodeid)
-            return "clusters" if file in CLUSTERS else "ranks" if file in RANKS else file
+            return next((f"with {files[0]}" for files in (CLUSTERS, RANKS, PAGES) if file in files), file)
 
     return ByFile(config, log)
 

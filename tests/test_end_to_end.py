@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ import yaml
 from typer.testing import CliRunner
 
 from safecl import cli
+from tests.browser import Browser
 from tests.mini import TRAINING, mini
 from tests.serving.test_endpoint import Server
 
@@ -271,6 +274,60 @@ def test_the_best_row_is_promoted_with_its_weights_and_again_changes_nothing(fin
     assert [each.version for each in client.search_model_versions("name = 'safecl-tiny'")] == [version.version]
     kept = {path.name for path in (Path(version.source.removeprefix("file://")) / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= kept
+
+
+@contextmanager
+def ui(root: Path) -> Iterator[str]:
+    """The address that `safecl ui` prints, for as long as it runs."""
+    command = [sys.executable, "-m", "safecl.cli", "ui", "--root", str(root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            [address] = re.findall(r"MLflow: (\S+)", process.stdout.readline())
+            yield address
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+
+
+def test_mlflows_own_pages_show_the_sweep_and_a_model_is_promoted_through_their_server(
+    finished: tuple[Path, Path, str], web: Browser
+) -> None:
+    """As `safecl ui` opens them, by real clicks. SAFECL_PICTURES: a folder for what a reader sees."""
+    file, root, _ = finished
+
+    def shown(*words: str) -> None:
+        for word in words:
+            web.wait(f"document.body.innerText.includes({json.dumps(word)})")
+        if folder := os.environ.get("SAFECL_PICTURES"):
+            web.picture(Path(folder) / f"mlflow-{re.sub('[^a-z]+', '-', words[0].lower())}.png")
+
+    with ui(root) as address:
+        server = address.partition("/#")[0]
+        assert server.startswith("http://127.0.0.1:") and address.endswith("&viewStateShareKey=safecl")
+        web.size(2400)
+        web.open(address)
+        shown("asr", "over_refusal", "utility", "seconds", "sft · mini p=.1", "base · mini")
+        assert "seed 0" not in web.js("document.body.innerText"), "the rows of the table"
+        web.click("label:has(input[value=CHART])")
+        web.wait("document.querySelectorAll('.js-plotly-plot .scatterlayer .js-line').length >= 3")  # sft, der, magmax
+        shown("train/loss", "asr vs. utility")
+        web.click("label:has(input[value=ARTIFACT])")
+        shown("[asr ", "answers/attack.mini.json")
+        web.click("label:has(input[value=TABLE])")
+        boxes = "[...document.querySelectorAll('.ag-row input[type=checkbox]')].filter((box) => box.getClientRects().length)"
+        web.wait(f"{boxes}.length >= 2")
+        for place in (0, 1):
+            web.js(f"{boxes}[{place}].id = 'box{place}'")
+            web.click(f"#box{place}")
+        web.click("[data-testid=runs-compare-button]")
+        shown("Comparing 2 Runs from 1 Experiment", "Show diff only")
+        told = here("promote", str(file), "--row", "sft", "--merged", "--set", f"execution.tracking_uri={server}")
+        assert told.startswith("models:/safecl-tiny@best is version 1: sft · mini")
+        web.open(f"{server}/#/models/safecl-tiny/versions/1")
+        shown("sft · mini p=.1 · seed 0", "best")
+    kept = {path.name for path in (root / "artifacts").glob("models/*/artifacts/model/*")}
+    assert {"config.json", "model.safetensors"} <= kept
 
 
 def test_report_status_plan_show_and_logs_work_on_the_finished_sweep(finished: tuple[Path, Path, str]) -> None:

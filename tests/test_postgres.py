@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from safecl.base import ConfigError
 from safecl.project import Project
 from safecl.storage import open_storage, open_to_read
 from safecl.study import CellStudy
 from safecl.tracking import EXPERIMENT, Tracker, ui
 from tests.servers import mlflow, postgres
-from tests.test_tracking import tell
+from tests.tracking.test_tracker import tell
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,9 @@ def test_a_study_is_searched_and_goes_on_from_another_process_and_reading_it_wri
 def test_a_trial_is_tracked(url: str, tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
+    with pytest.raises(ConfigError, match="nothing was tracked yet"), ui.opened(f"{url}/tracking", tmp_path):
+        pass
+    assert tables(f"{url}/tracking") == [], "a look makes no tables"
     tracker = Tracker(f"{url}/tracking", tmp_path)
     tell(tracker, "quick", "der", "0", params={"weight": 0.5}, metrics={"asr": 0.25}, curves=[{"step": 0, "loss": 1.0}])
     assert tracker.close(timeout_s=120), tracker.problem
@@ -61,11 +68,28 @@ def test_a_trial_is_tracked(url: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_mlflows_pages_are_opened_on_it_and_its_address_is_in_no_command_line(url: str, tmp_path: Path) -> None:
+    tracker = Tracker(f"{url}/tracking", tmp_path)
+    tell(tracker, "shown", "der", "0", metrics={"asr": 0.5})
+    assert tracker.close(timeout_s=120), tracker.problem
+    with ui.opened(f"{url}/tracking", tmp_path) as address:
+        asked = urllib.request.Request(
+            f"{address.partition('/#')[0]}/api/2.0/mlflow/runs/search",
+            json.dumps({"experiment_ids": ["1"], "filter": "tags.`safecl.sweep` = 'shown'"}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            assert len(json.load(answer)["runs"]) == 3
+        running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+        assert f"{url}/tracking" not in running
+
+
+@pytest.mark.slow
 def test_a_server_on_it_takes_a_whole_sweep_and_its_artifacts_and_nothing_twice(url: str, tmp_path: Path) -> None:
     """Also where it is away for a while: what is told then waits on disk."""
     from mlflow import MlflowClient
 
-    from tests import test_logbook
+    from tests.tracking import test_logbook
 
     with mlflow(f"{url}/server", tmp_path / "server") as address:
         of = test_logbook.project(tmp_path / "runs", f"execution.tracking_uri={address}")

@@ -12,11 +12,12 @@ from safecl.report.charts import Chart
 WIDTH = 720  # pixels of a chart that would fill its page
 
 
-def pictures(charts: Sequence[Chart], folder: str = "plots") -> dict[str, bytes]:
-    """PNG by path, in the order of the charts. One that cannot be drawn is left out."""
+def pictures(charts: Mapping[str, Sequence[Chart]], folder: str = "plots") -> dict[str, bytes]:
+    """PNG by path (`plots/01-safety-and-usefulness-smol-mini-10-poison.png`), in the order of the charts, which are given by
+    what they are of. One that cannot be drawn is left out."""
     found: dict[str, bytes] = {}
-    for number, chart in enumerate(charts, 1):
-        name = re.sub(r"[^A-Za-z0-9.=%-]+", "-", chart.title).strip("-")[:80]
+    for number, (of, chart) in enumerate(((of, chart) for of, some in charts.items() for chart in some), 1):
+        name = re.sub(r"[^A-Za-z0-9.=]+", "-", f"{of} {chart.title}").strip("-")[:80]
         with suppress(ValueError):
             found[f"{folder}/{number:02d}-{name}.png"] = png(chart.title, chart.spec)
     return found

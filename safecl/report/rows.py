@@ -59,7 +59,7 @@ def rows(project: Project) -> list[dict[str, Any]]:
             "metrics": entries,
             "agreement": agreement(measured[-1]),
             "beside": _beside(measured[-1]),
-            "seconds": sum(_own_seconds(project, job) for job in finished),
+            "seconds": sum(own_seconds(project, job) for job in finished),
             # Keys of what was served, a seed each; for `safecl export`.
             "weights": [final.key for job in finished if (final := job.graph.final) is not None],
             "note": note if finished else note or "not run yet",
@@ -229,7 +229,7 @@ def _worst(served: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"gap": gap, "mean": mean, "tokens": sum(result["served_tokens"] for result in served)}
 
 
-def _own_seconds(project: Project, job: Job) -> float:
+def own_seconds(project: Project, job: Job) -> float:
     """Wall time of the stages that this row alone needed: those of the aligned row are everyone's."""
     shared: set[str] = set()
     if job.cell.recipe.method not in REFERENCES:

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 from safecl.base import Damaged
 from safecl.graph import REFERENCES
 from safecl.report import charts
+from safecl.report.forms import markdown_table
 from safecl.report.pictures import pictures
+from safecl.report.rows import own_seconds
 from safecl.report.searches import searched as searched
-from safecl.tracking.messages import Run, Status
+from safecl.tracking import trials
+from safecl.tracking.messages import Run, Status, text
 from safecl.tracking.names import Names
-from safecl.tracking.trials import answered, numbers, numbers_table, values
+from safecl.tracking.trials import numbers, numbers_table, values
 
 if TYPE_CHECKING:
     from safecl.grid import Cell, Job
@@ -35,23 +38,31 @@ def row(
         measured = values(project.store.record(jobs[0].evidence.metrics)["result"])
     settings = {} if cell.recipe.method in REFERENCES else {**cell.defaults, **params}
     lines = [
-        f"{len(of_seeds)} seeds ({', '.join(map(str, of_seeds))}), test prompts.",
+        f"{len(of_seeds)} seed{'s' if len(of_seeds) > 1 else ''} ({', '.join(map(str, of_seeds))}), test prompts.",
         "",
         *numbers_table(measured),
     ]
     if settings:
-        lines += ["", "| setting | value |", "|:--|--:|"]
-        lines += [f"| {name}{' (searched)' if name in params else ''} | {value} |" for name, value in settings.items()]
+        named = [[f"{name}{' (searched)' if name in params else ''}", text(value)] for name, value in settings.items()]
+        lines += ["", *markdown_table(["setting", "value"], named)]
     curves = [curve for job in jobs if (curve := _curve(project, names, job))]
-    drawn = [*charts.curves(curves), *(charts.search(search) if search is not None and place is None else [])]
+    spans = [trials.spent(project, job) for job in jobs]
+    first = jobs[0]  # its data, curves and answers stand for the row's, to be compared from row to row
+    drawn = {"curves": charts.curves(curves)}
+    if search is not None and place is None:
+        drawn["search"] = charts.search(search)
     return Run(
         names.cell(cell, params, place),
         names.params(cell, params),
-        measured,
+        {**measured, "seconds": sum(own_seconds(project, job) for job in jobs)},
         tags={"safecl.method": cell.recipe.method, "safecl.seeds": list(of_seeds)},
         note="\n".join([*lines, *_history(search)]),
+        data=list(trials.data(project, first)),
+        curves=trials.curves(project, first),
         files=pictures(drawn),
-        tables=answered(project, jobs[0], of_seeds.get(jobs[0].seed, [])),  # to be compared from row to row
+        tables=trials.answered(project, first, of_seeds.get(first.seed, [])),
+        began=min((began for began, *_ in spans if began is not None), default=None),
+        ended=max((ended for _, ended, _ in spans if ended is not None), default=None),
     )
 
 
@@ -62,7 +73,7 @@ def front(names: Names, cell: Cell, search: Mapping[str, Any] | None) -> Run:
         names.params(cell, {}),
         tags={"safecl.method": cell.recipe.method},
         note="\n".join(["Every configuration on the front is a row of its own: see the runs `#1`, `#2`, ...", *_history(search)]),
-        files=pictures(charts.search(search)) if search is not None else {},
+        files=pictures({"search": charts.search(search)}) if search is not None else {},
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from safecl.schedule import Done
     from safecl.tracking.tracker import Tracker
 
-VERSION = 1  # of what a run is told; raised, everything is sent again by the next run of a sweep
+VERSION = 2  # of what a run is told; raised, everything is sent again by the next run of a sweep
 
 
 class Logbook:

@@ -52,10 +52,12 @@ def promote(project: Project, uri: str, words: str, name: str | None, alias: str
     model_id, final = outputs[0].model_id, job.graph.final
     assert final is not None
     folder = "model" if merged else "adapter"
-    if folder not in {each.path for each in read.list_logged_model_artifacts(model_id)}:
+    whole = f"safecl.written.{folder}"  # a tag that is set last: what was cut short is written again
+    if whole not in read.get_logged_model(model_id).tags:
         with tempfile.TemporaryDirectory(prefix="safecl-") as temporary:
             out = export(project.store, final.key, Path(temporary) / folder, merged)
             read.log_model_artifacts(model_id, str(out), folder)
+        read.set_logged_model_tags(model_id, {whole: "yes"})
     name = name or f"safecl-{project.sweep.name}"
     version = _version(read, name, model_id, found[0].info.run_id, Names(project.cells).trial(job))
     read.set_registered_model_alias(name, alias, version)

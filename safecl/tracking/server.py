@@ -112,7 +112,7 @@ class Server:
         path = tuple(message["path"])
         parent = None
         for depth in range(1, len(path)):
-            parent = self._run(path[:depth], parent, {"name": path[depth - 1], "began": None})
+            parent = self._run(path[:depth], parent, {"name": path[depth - 1], "began": message["began"]})
         run = self._run(path, parent, message)
         if message["at"] < run.at:
             return  # it waited on disk while a later one was sent
@@ -180,7 +180,8 @@ class Server:
         if status == "RUNNING":
             self._client.update_run(run.id, status=status)
         else:
-            self._client.set_terminated(run.id, status, ended)
+            # What was tracked after it ended, and has no beginning of its own, would have taken less than no time.
+            self._client.set_terminated(run.id, status, None if ended is None else max(ended, run.start))
         run.status = status
 
     def _write(self, run: _Known, message: Message) -> None:
@@ -201,11 +202,13 @@ class Server:
         # database knows equal points. Final metrics take the message's, and only what changed is told: the last one is what
         # the run shows.
         at = int(1000 * message["at"])
+        changed = {k: v for k, v in message["metrics"].items() if run.metrics.get(k) != v}
         metrics = [
+            Metric(k, v, at, 0, model_id=model) for k, v in changed.items()
+        ]  # first: as MLflow's pages list them
+        metrics += [
             Metric(k, v, run.start + int(p["step"]), int(p["step"])) for p in message["curves"] for k, v in p["values"]
         ]
-        changed = {k: v for k, v in message["metrics"].items() if run.metrics.get(k) != v}
-        metrics += [Metric(k, v, at, 0, model_id=model) for k, v in changed.items()]
         params = [Param(key, value) for key, value in message["params"].items() if key not in run.params]
         pairs = [RunTag(key, value) for key, value in tags.items()]
         while metrics or params or len(pairs) >= _PAIRS:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from safecl.config import Sweep
     from safecl.project import Project
 
+LOSS = "train/loss"
 MAX_COLUMNS = 6  # of metrics, and of params, that the table of runs shows first
 
 
@@ -60,15 +61,15 @@ def finished(project: Project, names: Names, missing: Sequence[str]) -> Run:
     found, facts = readable(project)
     rows = [row for row in found if row["metrics"]]
     spent = costs(project)
-    drawn = [
-        *charts.front(rows, facts),
-        *charts.by_setting(rows, facts, "poison", "poison, % of the task's rows"),
-        *charts.by_setting(rows, facts, "memory", "safety rows kept"),
-        *charts.dots(blocks(rows, facts)),
-        *charts.fronts(rows),
-        *charts.curves(curves(project)),
-        *charts.cost(spent),
-    ]
+    drawn = {
+        "safety and usefulness": charts.front(rows, facts),
+        "poison ratio": charts.by_setting(rows, facts, "poison", "poison, % of the task's rows"),
+        "memory size": charts.by_setting(rows, facts, "memory", "safety rows kept"),
+        "every metric": charts.dots(blocks(rows, facts)),
+        "searches": charts.fronts(rows),
+        "curves": charts.curves(curves(project)),
+        "cost": charts.cost(spent),
+    }
     chosen = {
         cell.label: {"params": {**cell.defaults, **params}, "note": how}
         for cell, params, jobs, how in project.finals()
@@ -112,8 +113,12 @@ def note(rows: Sequence[Row], facts: Facts, missing: Sequence[str]) -> str:
 
 def view(project: Project, names: Names, rows: Sequence[Row], facts: Facts) -> dict[str, Any]:
     """MLflow's table of runs, in the words in which its UI keeps a shared view: the metrics of the report's main table and the
-    params that differ as columns, of the table's rows; as charts harm against use, and the params against both."""
-    measured = [column.metric.name for column in columns(rows, facts)][:MAX_COLUMNS]
+    params that differ as columns, of the table's rows; as charts harm against use, what all methods' params do to both, and
+    the training loss."""
+    table = [column.metric for column in columns(rows, facts)]
+    # Harm and use first; of the others those in which methods are tested. MLflow shows them by name, whatever their order.
+    main = sorted((metric for metric in table if metric.axis or metric.margin), key=lambda metric: not metric.axis)
+    measured = [metric.name for metric in main][:MAX_COLUMNS]
     differing: dict[str, set[str]] = {}
     for cell in project.cells:
         for name, value in names.params(cell, {}).items():
@@ -125,11 +130,18 @@ def view(project: Project, names: Names, rows: Sequence[Row], facts: Facts) -> d
     harm, use = (metric.name for metric in metrics.plane())
     common = {"metricSectionId": VIEW, "deleted": False, "isGenerated": False, "runsCountToCompare": 100}
     axes = {"xaxis": {"key": harm, "type": "METRIC"}, "yaxis": {"key": use, "type": "METRIC"}}
-    chosen = {"selectedParams": params, "selectedMetrics": [harm, use], "showAllRuns": True}
+    # A line needs every one of them: with a param that some methods lack, their rows would have none.
+    chosen = {
+        "selectedParams": [name for name in params if name in CORE],
+        "selectedMetrics": [harm, use],
+        "showAllRuns": True,
+    }
+    loss = {"metricKey": LOSS, "selectedMetricKeys": [LOSS], "xAxisKey": "step", "xAxisScaleType": "linear",
+            "scaleType": "linear", "yAxisKey": "metric", "lineSmoothness": 0, "useGlobalXaxisKey": False,
+            "useGlobalLineSmoothing": False}  # fmt: skip
     return {
         "selectedColumns": [
-            "attributes.`Duration`",
-            *(f"metrics.`{name}`" for name in measured),
+            *(f"metrics.`{name}`" for name in (*measured, "seconds")),
             *(f"params.`{name}`" for name in (*params, "seed")),
         ],
         # Rows of the table, the safest first. Without a filter, sorted by time, MLflow nests trials below them.
@@ -139,6 +151,7 @@ def view(project: Project, names: Names, rows: Sequence[Row], facts: Facts) -> d
         "compareRunCharts": [
             {**common, "type": "SCATTER", "uuid": f"{VIEW}-front", **axes},
             {**common, "type": "PARALLEL", "uuid": f"{VIEW}-params", **chosen},
+            {**common, "type": "LINE", "uuid": f"{VIEW}-loss", **loss},
         ],
         "compareRunSections": [
             {"uuid": VIEW, "name": "Safety and usefulness", "display": True, "isReordered": True, "deleted": False,

@@ -12,9 +12,10 @@ from safecl import labels, metrics
 from safecl.base import Damaged, json_lines
 from safecl.graph import REFERENCES
 from safecl.report.answers import answers
+from safecl.report.forms import markdown_table
 from safecl.report.rows import by_metric, entry
 from safecl.report.tables import number
-from safecl.tracking.messages import DataSet, Model, Run
+from safecl.tracking.messages import DataSet, Model, Run, text
 from safecl.tracking.names import Names
 
 if TYPE_CHECKING:
@@ -44,12 +45,12 @@ def trial(project: Project, names: Names, done: Done) -> Run:
         outcomes = _outcomes(project, job)
         measured = numbers({job.seed: outcomes}) if outcomes else values(done.result)
         told = answered(project, job, outcomes or [])
-    began, ended, seconds = _spent(project, job)
+    began, ended, seconds = spent(project, job)
     return Run(
         name=names.trial(job),
         params=known,
         metrics={**measured, **seconds},
-        curves=_curves(project, job) if trained else [],
+        curves=curves(project, job),
         tags={
             "safecl.method": graph.recipe.method,
             "safecl.role": job.role,
@@ -58,7 +59,7 @@ def trial(project: Project, names: Names, done: Done) -> Run:
             **{f"safecl.stage.{role}": key for role, key in stages.items()},
         },
         status="KILLED" if done.pruned else "FINISHED" if done.result is not None else "FAILED",
-        note=f"**{'Ended early' if done.pruned else 'Failed'}**: {why}" if why else "",
+        note=f"**{'Ended early' if done.pruned else 'Failed'}**: {why}" if why else "\n".join(numbers_table(measured)),
         data=list(data(project, job)),
         tables=told,
         model=_model(names, job, known, measured) if job.role == "final" and done.result is not None else None,
@@ -69,7 +70,7 @@ def trial(project: Project, names: Names, done: Done) -> Run:
 
 def numbers(of_seeds: Mapping[int, list[dict[str, Any]]]) -> dict[str, float | None]:
     """Every metric over seeds: `asr`, `asr.low` and `asr.high` (95 %), where there are several sets of prompts each of them
-    (`sets/asr.attack.mini`), and how many verdicts could not be read."""
+    (`asr.attack.mini`), and how many verdicts could not be read."""
     found: dict[str, float | None] = {}
     measured = by_metric(of_seeds)
     for metric in metrics.ordered(measured):
@@ -79,7 +80,7 @@ def numbers(of_seeds: Mapping[int, list[dict[str, Any]]]) -> dict[str, float | N
         found |= _ends(metric.name, one)
         for name, of_set in one.get("sets", {}).items():
             if of_set is not None:
-                found |= _ends(f"sets/{metric.name}.{name.replace('/', '.')}", of_set)
+                found |= _ends(f"{metric.name}.{name.replace('/', '.')}", of_set)
         if one["unparsed"]:
             found[f"unparsed/{metric.name}"] = one["unparsed"]
     return found
@@ -101,14 +102,17 @@ def _outcomes(project: Project, job: Job) -> list[dict[str, Any]] | None:
     return None
 
 
-def _curves(project: Project, job: Job) -> list[dict[str, Any]]:
+def curves(project: Project, job: Job) -> list[dict[str, Any]]:
+    """A trial's training curves as metrics by step; none of what was not trained."""
+    if job.cell.recipe.method in REFERENCES:
+        return []
     with suppress(Damaged, KeyError, OSError):
         lines = json_lines(project.store.file(job.graph.tuned, "curves.jsonl"))
         return [{name if name == "step" else f"train/{name}": value for name, value in line.items()} for line in lines]
     return []
 
 
-def _spent(project: Project, job: Job) -> tuple[float | None, float | None, dict[str, float | None]]:
+def spent(project: Project, job: Job) -> tuple[float | None, float | None, dict[str, float | None]]:
     """When the first of a trial's own stages began and the last ended, and their seconds by kind, as measured."""
     began, ended, seconds = [], [], dict[str, float | None]()
     for stage in job.own or [job.evidence.metrics]:
@@ -118,7 +122,7 @@ def _spent(project: Project, job: Job) -> tuple[float | None, float | None, dict
             took = float(record["seconds"])
             began.append(at - took)
             ended.append(at)
-            name = f"seconds/{stage.kind}"
+            name = f"seconds.{stage.kind}"
             seconds[name] = (seconds.get(name) or 0.0) + took
     if not seconds:
         return None, None, {}
@@ -144,7 +148,8 @@ def data(project: Project, job: Job) -> Iterator[DataSet]:
 
 
 def answered(project: Project, job: Job, outcomes: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Answers with what was measured of each, a table a set: of final trials, whose answers a reader compares."""
+    """Answers with what was measured of each, a table a set: of final trials, whose answers a reader compares. MLflow opens such
+    a table with its rows grouped by the first column, and the second compared from run to run."""
     if job.role != "final":
         return {}
     measured: dict[tuple[str, str], dict[str, Any]] = {}
@@ -154,12 +159,15 @@ def answered(project: Project, job: Job, outcomes: Sequence[Mapping[str, Any]]) 
     with suppress(Damaged, KeyError, OSError):
         for line in answers(project, job):
             said = [f"{role}: {text}" for role, text in line["before"]]
+            verdicts = measured.get((f"{line['role']}/{line['set']}", line["id"]), {})
+            told = [f"{name} {'?' if value is None else f'{value:g}'}" for name, value in verdicts.items()]
             row = {
-                "id": line["id"],
                 "prompt": "\n".join([*said, line["prompt"]]),
+                "judged": f"{line['answer']}\n\n[{' · '.join(told)}]",
                 "answer": line["answer"],
                 "finish": line["finish"],
-                **measured.get((f"{line['role']}/{line['set']}", line["id"]), {}),
+                **verdicts,
+                "id": line["id"],
             }
             tables.setdefault(f"answers/{line['role']}.{line['set']}.json".replace(" ", "_"), []).append(row)
     return tables
@@ -171,11 +179,12 @@ def _model(names: Names, job: Job, params: Mapping[str, Any], measured: Mapping[
     if final is None or job.cell.recipe.method in REFERENCES:
         return None
     title = names.trial(job)
+    told = card(title, job, params, measured)
     return Model(
         title,
         params,
-        {"safecl.stage.served": final.key},
-        {"README.md": card(title, job, params, measured), "safecl.json": json.dumps({"stage": final.key}, indent=1)},
+        {"safecl.stage.served": final.key, "mlflow.note.content": told},
+        {"README.md": told, "safecl.json": json.dumps({"stage": final.key}, indent=1)},
     )
 
 
@@ -183,7 +192,6 @@ def card(title: str, job: Job, params: Mapping[str, Any], measured: Mapping[str,
     """What whoever finds these weights must know."""
     recipe, final = job.cell.recipe, job.graph.final
     assert final is not None
-    settings = [f"| {name} | {value} |" for name, value in params.items()]
     lines = [
         f"# {title}",
         "",
@@ -194,18 +202,18 @@ def card(title: str, job: Job, params: Mapping[str, Any], measured: Mapping[str,
         "",
         *numbers_table(measured),
         "",
-        *("| setting | value |", "|:--|--:|", *settings),
+        *markdown_table(["setting", "value"], [[name, text(value)] for name, value in params.items()]),
     ]
     return "\n".join(lines) + "\n"
 
 
 def numbers_table(measured: Mapping[str, float | None]) -> list[str]:
     """Metrics as lines of a Markdown table, percent as in the report."""
-    lines = ["| measured, percent | value | 95 % interval |", "|:--|--:|--:|"]
-    plain = [name for name in measured if "/" not in name and not name.endswith((".low", ".high"))]
+    lines = []
+    plain = [name for name in measured if not {"/", "."} & {*name}]
     for metric in metrics.ordered(plain):
         ends = {end: measured.get(f"{metric.name}.{end}") for end in ("low", "high")}
         shown, _, interval = number({"value": measured[metric.name], **ends}, metric.unit).partition(" ")
         unit = "" if metric.unit == "%" else f" ({metric.unit})"
-        lines.append(f"| {metric.title}{unit} | {shown} | {interval.strip('[]')} |")
-    return lines
+        lines.append([f"{metric.title}{unit}", shown, interval.strip("[]")])
+    return markdown_table(["measured, percent", "value", "95 % interval"], lines)

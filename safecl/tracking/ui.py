@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,8 +40,12 @@ def opened(uri: str, logs: Path, port: int = 0) -> Iterator[str]:
         raise ConfigError(
             f"{str(database)!r} is not there: nothing was tracked yet; run a sweep, or name its store by --root"
         )
-    where = ["--backend-store-uri", uri, "--host", HOST, "--port", str(port or free_port()), "--workers", "1"]
-    with server([sys.executable, "-m", "mlflow", "server", *where], int(where[5]), logs / "mlflow-ui.txt") as address:
+    if database is None and not _has_tables(uri):
+        raise ConfigError("the database of execution.tracking_uri is empty: nothing was tracked yet; run a sweep")
+    port = port or free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    # Not as an argument: every user of this machine may read those, and the address may hold a password.
+    with server(command, port, logs / "mlflow-ui.txt", {"MLFLOW_BACKEND_STORE_URI": uri}) as address:
         yield _runs(address)
 
 
@@ -59,13 +63,13 @@ def dashboard(url: str, logs: Path) -> Iterator[str | None]:
 
 
 @contextmanager
-def server(command: list[str], port: int, log: Path) -> Iterator[str]:
-    """A server's address once it answers; it and all that it started end with the block."""
+def server(command: list[str], port: int, log: Path, told: Mapping[str, str] = {}) -> Iterator[str]:
+    """A server's address once it answers; it and all that it started end with the block. `told`: by its environment."""
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=out, env={**os.environ, **quiet}, cwd=log.parent, start_new_session=True
+            command, stdout=out, stderr=out, env={**os.environ, **quiet, **told}, cwd=log.parent, start_new_session=True
         )
     address = f"http://{HOST}:{port}"
     try:
@@ -84,6 +88,21 @@ def server(command: list[str], port: int, log: Path) -> Iterator[str]:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _has_tables(uri: str) -> bool:
+    """Whether MLflow has ever written to a database; a server that is started on an empty one would make its tables."""
+    from sqlalchemy import create_engine, inspect
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        engine = create_engine(uri)
+        found = bool(inspect(engine).has_table("experiments"))
+    except (SQLAlchemyError, ImportError) as error:
+        told = (str(error).strip().splitlines() or [""])[0]
+        raise PrerequisiteError(f"the database of execution.tracking_uri cannot be read: {told}") from None
+    engine.dispose()
+    return found
 
 
 def _answers(address: str) -> bool:

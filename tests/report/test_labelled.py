@@ -18,7 +18,7 @@ from safecl.report.facts import readable
 from safecl.stats import Interval, wilson
 from safecl.store import Store
 from tests import made_up
-from tests.browser import browser
+from tests.browser import Browser
 
 QUICKSTART = Path(__file__).parents[2] / "sweeps" / "quickstart.yaml"
 
@@ -110,7 +110,7 @@ def test_all_who_use_a_store_at_a_url_add_to_the_same_labels(tmp_path: Path, mon
         assert labelled.read(store, "asr") == {("key", "mini/1"): True, ("key", "mini/2"): False}
 
 
-def test_a_person_labels_by_keys_and_sees_neither_method_nor_verdict(project: Project, tmp_path: Path) -> None:
+def test_a_person_labels_by_keys_and_sees_neither_method_nor_verdict(project: Project, web: Browser) -> None:
     drawn = labelled.draw(labelled.items(project, "asr"), 3)
     found = labelling.server(project.store, "quickstart", "asr", drawn)
     threading.Thread(target=found.serve_forever, daemon=True).start()
@@ -125,17 +125,16 @@ def test_a_person_labels_by_keys_and_sees_neither_method_nor_verdict(project: Pr
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(request, timeout=10)
         assert labelled.read(project.store, "asr") == {}
-        with browser(tmp_path) as web:
-            web.size(412)
-            web.open(serve.address(found))
-            assert web.js("document.getElementById('answer').textContent") == drawn[0].text
-            for key, done in (("y", 1), ("n", 2), ("s", 2), ("b", 2), ("y", 3)):
-                web.type(key)
-                web.wait(f"document.getElementById('place').textContent.includes('{done} labelled')")
-                web.wait("!busy")
-            web.click("#no")
-            web.wait("document.getElementById('place').textContent.includes('4 labelled')")
-            assert web.errors == []
+        web.size(412)
+        web.open(serve.address(found))
+        assert web.js("document.getElementById('answer').textContent") == drawn[0].text
+        for key, done in (("y", 1), ("n", 2), ("s", 2), ("b", 2), ("y", 3)):
+            web.type(key)
+            web.wait(f"document.getElementById('place').textContent.includes('{done} labelled')")
+            web.wait("!busy")
+        web.click("#no")
+        web.wait("document.getElementById('place').textContent.includes('4 labelled')")
+        assert web.errors == []
         kept = labelled.read(project.store, "asr")
         assert [kept[item.answer] for item in drawn[:4]] == [True, False, True, False]
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safecl.report.costs import costs
 from safecl.report.facts import readable
 from safecl.report.methodology import methodology
 from tests import made_up
-from tests.browser import Browser, browser
+from tests.browser import Browser
 from tests.report import golden
 
 QUICKSTART = Path(__file__).parents[2] / "sweeps" / "quickstart.yaml"
@@ -43,12 +42,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture(scope="module")
 def report(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return overview.write_report(project, tmp_path_factory.mktemp("report"))
-
-
-@pytest.fixture(scope="module")
-def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("browser")) as found:
-        yield found
 
 
 class Reader(HTMLParser):
@@ -80,7 +73,7 @@ def test_the_page_is_whole_escaped_and_refers_to_nothing_outside() -> None:
     assert "default-src 'none'" in text and "@import" not in (page.HERE / "page.css").read_text()
 
 
-def testembedded_text_cannot_end_its_element() -> None:
+def test_embedded_text_cannot_end_its_element() -> None:
     told = page.embedded({"text": "</script><script>alert(1)</script>"})
     assert "<" not in told and json.loads(told)["text"].startswith("</script>")
 
@@ -88,7 +81,6 @@ def testembedded_text_cannot_end_its_element() -> None:
 @pytest.mark.parametrize("width", [1400, 412])
 def test_it_loads_without_an_error_or_a_request_and_draws_every_chart(report: Path, web: Browser, width: int) -> None:
     web.size(width)
-    web.asked.clear()
     web.open(report.as_uri())
     web.wait("document.documentElement.dataset.drawn === 'all'")
     num = web.js("document.querySelectorAll('.chart').length")

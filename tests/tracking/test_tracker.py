@@ -1,4 +1,4 @@
-"""The tracker against real MLflow on SQLite. Creating a database takes seconds, so one is made and copied."""
+"""The tracker against real MLflow on SQLite."""
 
 import json
 import math
@@ -20,24 +20,6 @@ from safecl.tracking.messages import DataSet, Model
 from safecl.tracking.server import Server
 
 CURVE = [{"step": step, "loss": 1 / (step + 1), "safety_loss": 2.0} for step in range(30)]
-
-
-def made(root: Path) -> Path:
-    """A folder with an empty database of MLflow's."""
-    root.mkdir(exist_ok=True)
-    Server(f"sqlite:///{root / 'mlflow.db'}", root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("template"))
-
-
-@pytest.fixture
-def root(template: Path, tmp_path: Path) -> Path:
-    shutil.copy(template / "mlflow.db", tmp_path / "mlflow.db")
-    return tmp_path
 
 
 def client(root: Path) -> Any:
@@ -64,6 +46,13 @@ def fill(tracker: Tracker, asr: float = 0.25) -> None:
     tell(tracker, "quick", "der", params={"weight": 0.5}, metrics={"asr": asr}, name=f"der, asr {asr}")
     tell(tracker, "quick", "sft", params={"weight": 0.5}, metrics={"asr": asr})
     tell(tracker, "quick", metrics={"trials": 4.0})
+
+
+FILL = """import sys
+from pathlib import Path
+from tests.tracking.test_tracker import fill
+from safecl.tracking import Tracker
+"""
 
 
 def test_a_root_of_any_name_holds_its_database(template: Path, tmp_path: Path) -> None:
@@ -297,7 +286,7 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from safecl.tracking import Tracker
-from tests.test_tracking import trial
+from tests.tracking.test_tracker import trial
 tracker = Tracker(None, Path(sys.argv[1]))
 for i in range(1000):
     trial(tracker, i)
@@ -359,8 +348,7 @@ def test_what_was_sent_is_not_sent_again_and_mlflow_not_even_imported(root: Path
     fill(tracker)
     assert tracker.close(60), tracker.problem
     code = (
-        "import sys; from pathlib import Path; from tests.test_tracking import fill; from safecl.tracking import Tracker\n"
-        "t = Tracker(None, Path(sys.argv[1])); fill(t); print(t.close(60), 'mlflow' in sys.modules)\n"
+        f"{FILL}t = Tracker(None, Path(sys.argv[1])); fill(t); print(t.close(60), 'mlflow' in sys.modules)\n"
         "t = Tracker(None, Path(sys.argv[1])); fill(t, asr=0.5); print(t.close(60), 'mlflow' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, timeout=90)
@@ -369,8 +357,7 @@ def test_what_was_sent_is_not_sent_again_and_mlflow_not_even_imported(root: Path
 
 
 def test_a_database_that_is_gone_is_made_again(root: Path) -> None:
-    code = "import sys; from pathlib import Path; from tests.test_tracking import fill; from safecl.tracking import Tracker\n"
-    code += "t = Tracker(None, Path(sys.argv[1])); fill(t); assert t.close(60), t.problem"
+    code = f"{FILL}t = Tracker(None, Path(sys.argv[1])); fill(t); assert t.close(60), t.problem"
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code, str(root)], check=True, timeout=90)
         with sqlite3.connect(root / "mlflow.db") as database:

@@ -16,9 +16,8 @@ from safecl.schedule import Done
 from safecl.tracking import EXPERIMENT, Logbook, Tracker
 from safecl.tracking.names import Names, abbreviated, number
 from tests import made_up
-from tests.test_tracking import made
 
-QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[2] / "sweeps" / "quickstart.yaml"
 DER = "{name: der, config: {memory_size: 20}, search: {weight: {low: 0.1, high: 30.0}, memory_size: [10, 20]}}"
 SETTINGS = [
     f"methods=[{{name: sft}}, {DER}]",
@@ -73,18 +72,6 @@ def runs(of: Project, level: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("template"))
-
-
-@pytest.fixture
-def root(template: Path, tmp_path: Path) -> Path:
-    """A store with an empty database, whose making takes seconds."""
-    shutil.copy(template / "mlflow.db", tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
 def finished(template: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, list[Done]]:
     root = tmp_path_factory.mktemp("finished")
     shutil.copy(template / "mlflow.db", root)
@@ -136,9 +123,12 @@ def test_final_trials_have_their_data_answers_and_adapter(finished: tuple[Projec
     }
     assert {line["id"]: line["asr"] for line in lines} == outcomes
     assert all(line["prompt"].startswith("ask") and line["answer"].startswith("answer") for line in lines)
+    assert table["columns"][:2] == ["prompt", "judged"], "how MLflow opens it: rows by the first, the second compared"
+    assert all(line["judged"].startswith(f"{line['answer']}\n\n[asr {line['asr']:g} · ") for line in lines)
     [output] = shown.outputs.model_outputs
     model = read.get_logged_model(output.model_id)
     assert model.tags["safecl.stage.served"] == job.graph.final.key
+    assert "safecl export" in model.tags["mlflow.note.content"] and "| ASR |" in shown.data.tags["mlflow.note.content"]
     assert not found["base · mini · seed 0"].outputs or not found["base · mini · seed 0"].outputs.model_outputs
 
 
@@ -153,12 +143,18 @@ def test_cells_and_sweep_carry_choice_numbers_table_and_plots(finished: tuple[Pr
         for name, entry in row["metrics"].items():
             for end, key in (("", "value"), (".low", "low"), (".high", "high")):
                 assert shown.data.metrics[f"{name}{end}"] == pytest.approx(entry[key])
+        assert shown.data.metrics["seconds"] == pytest.approx(row["seconds"])
+        assert len(read.get_metric_history(shown.info.run_id, "train/loss")) == 9, "of its first seed"
+        assert {each.tags[0].value for each in shown.inputs.dataset_inputs} == {"training", "evaluation"}
     assert float(der.data.params["weight"]) == reported["der"]["params"]["weight"]
     assert "3 trials on validation prompts" in der.data.tags["mlflow.note.content"]
     assert [each.path for each in read.list_artifacts(der.info.run_id)] == ["answers", "plots"]
     kept = {each.path for each in read.list_artifacts(sweep.info.run_id)}
     assert {"sweep.yaml", "plan.json", "environment.json", "requirements.txt", "results.md", "results.csv"} < kept
     plots = [each.path for each in read.list_artifacts(sweep.info.run_id, "plots")]
+    assert plots[0].startswith("plots/01-safety-and-usefulness-smollm2-135m-mini-") and not any(
+        "%" in name for name in plots
+    )
     picture = Path(read.download_artifacts(sweep.info.run_id, plots[0])).read_bytes()
     assert len(plots) >= 4 and picture.startswith(b"\x89PNG")
     note = sweep.data.tags["mlflow.note.content"]
@@ -167,6 +163,9 @@ def test_cells_and_sweep_carry_choice_numbers_table_and_plots(finished: tuple[Pr
     assert again.methods == of.sweep.methods and again.tasks == of.sweep.tasks
     view = json.loads(read.get_experiment_by_name(EXPERIMENT).tags["mlflow.sharedViewState.safecl"])
     assert {"metrics.`asr`", "metrics.`utility`", "params.`method`", "params.`seed`"} <= {*view["selectedColumns"]}
+    kinds = {chart["type"]: chart for chart in view["compareRunCharts"]}
+    assert kinds["LINE"]["metricKey"] == "train/loss"
+    assert kinds["PARALLEL"]["selectedParams"] == ["method"], "what every row of a method has"
 
 
 def test_a_rerun_sends_nothing_and_a_lost_note_doubles_nothing(finished: tuple[Project, list[Done]]) -> None:
