@@ -322,7 +322,7 @@ def test_a_database_that_was_half_made_when_its_process_was_killed_is_made_anew(
         while not any(file.stat().st_size > 50_000 for file in tmp_path.glob("mlflow.db*")):  # of a megabyte in the end
             assert child.poll() is None
         child.kill()
-    made(tmp_path)
+    Server(sqlite_url(tmp_path / "mlflow.db"), tmp_path)
     assert client(tmp_path).get_experiment_by_name(EXPERIMENT) is not None
     assert [file.name for file in tmp_path.glob("mlflow.db*")] == ["mlflow.db"]
 
