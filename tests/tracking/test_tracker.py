@@ -156,6 +156,17 @@ def test_all_of_a_run_stands_once_however_often_it_is_sent(root: Path) -> None:
     assert Loaded.load(folder / "MLmodel").signature.inputs.input_names() == ["prompt"]
 
 
+def test_a_cell_begins_with_its_first_trial_and_no_run_ends_before_it_began(root: Path) -> None:
+    """Also where all of it is told long after."""
+    tracker = Tracker(None, root)
+    tell(tracker, "s", "c", "0", began=100.0, ended=160.0)
+    tell(tracker, "s", "c", ended=160.0)
+    tell(tracker, "s", "late", ended=160.0)
+    assert tracker.close(60), tracker.problem
+    spans = {run.info.run_name: (run.info.start_time, run.info.end_time) for run in runs(root)}
+    assert spans["c"] == spans["0"] == (100_000, 160_000) and spans["late"][0] == spans["late"][1]
+
+
 def test_the_experiment_opens_on_its_runs_with_the_sweeps_columns(root: Path) -> None:
     tracker = Tracker(None, root)
     tell(tracker, "quick", "der", metrics={"asr": 0.5})
