@@ -244,7 +244,10 @@ class Round:
             node = self.dice.choice(nodes)
             self.of.cluster.kill(node)
             self.of.lost.add(node)
-            self.of.cluster.add(num_cpus=1)
+            try:
+                self.of.cluster.add(num_cpus=1)
+            except Exception as error:  # Ray gives a node half a minute to start: a busy machine may need more
+                self.log({"what": "no node in its place", "error": str(error)[:100]})
             self.killed = time.monotonic()
             self.burst += 1
             self.log({"what": "kill", "kind": kind, "pid": 0, "finished": len(self.known)})
@@ -457,6 +460,11 @@ def write(name: str, lines: list[dict[str, Any]], undisturbed: dict[str, Any], w
         for a, b in pairwise(lines)
         if a["round"] == b["round"] and a["round"] in ended and a["what"] != "pause"
     )
+    most: dict[int, int] = {}  # stages of each round
+    last = {line["round"]: line["what"] for line in lines}
+    is_told = set(last.values()) <= {"round", "pause"}  # else this program was ended before it said what was wrong
+    for line in lines:
+        most[line["round"]] = max(most.get(line["round"], 0), line.get("finished", 0))
     numbers = {
         "killed with -9": [{"what": kind, "times": kills[kind]} for kind in (*KINDS, NODE) if kills[kind]],
         "beside that": [
@@ -466,10 +474,11 @@ def write(name: str, lines: list[dict[str, Any]], undisturbed: dict[str, Any], w
         "what came of it": {
             "rounds that ended": len(rounds),
             "kills in them": sum(line["what"] == "kill" and line["round"] in ended for line in lines),
-            "stages finished": sum(line["finished"] for line in rounds),
-            "results lost or changed, finished stages made again": len(wrong) - len(left),
-            "things left behind": len(left),
+            "stages finished": sum(most.values()),
+            "results lost or changed, finished stages made again": len(wrong) - len(left) if is_told else None,
+            "things left behind": len(left) if is_told else None,
             "ended with exit code 1 (the same command went on)": ends[1],
+            "ended with exit code 2 (a person would have had to look)": ends[2],
             "seconds undisturbed": round(undisturbed["seconds"]),
             "seconds a round under fire": round(spent / len(rounds)) if rounds else None,
         },

@@ -133,16 +133,18 @@ def _reads(path: str) -> bool:
 
 
 def _on_each(ray: Any, function: Callable[..., T], *arguments: Any) -> tuple[dict[str, T], dict[str, str]]:
-    """What it gives on each node that is there now, by name, and why it does not on others."""
+    """What it gives on each node that is there now, by name, and why it does not on others; those that were lost meanwhile
+    are left out."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(num_cpus=0, max_retries=0)(function)
-    asked = {}
+    asked, ids = {}, {}
     for node in ray.nodes():
         if node["Alive"]:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:8]})"
             asked[name] = task.options(scheduling_strategy=there).remote(*arguments)
+            ids[name] = node["NodeID"]
     found: dict[str, T] = {}
     failed: dict[str, str] = {}
     for name, told in asked.items():
@@ -150,7 +152,8 @@ def _on_each(ray: Any, function: Callable[..., T], *arguments: Any) -> tuple[dic
             found[name] = ray.get(told, timeout=LOOK_S)
         except Exception as error:  # no safecl there; or no such process
             failed[name] = " ".join(str(error).split())[-200:]
-    return found, failed
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if failed else set()
+    return found, {name: why for name, why in failed.items() if ids[name] in alive}
 
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, Mapping[str, str]]) -> list[str]:

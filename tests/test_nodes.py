@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,11 @@ def test_a_cluster_that_is_joined_gets_the_runs_environment_and_one_odd_node_is_
         assert f"torch is {nodes.versions()['torch']} here, 0.0.1 on" in str(caught.value)
         assert cluster.node_id(third)[:8] in str(caught.value) and "\n" not in str(caught.value)
         assert not ray.is_initialized()
+        # A node that is lost while nodes are compared is none of them any more.
+        ray.init(address=cluster.address, log_to_driver=False)
+        listed, now = [ray.nodes()], ray.nodes
+        cluster.kill(third)
+        while len([node for node in now() if node["Alive"]]) > 2:
+            time.sleep(0.1)
+        monkeypatch.setattr(ray, "nodes", lambda: listed.pop() if listed else now())
+        nodes.check(ray)
