@@ -138,10 +138,13 @@ class Devices:
     def ask(self, group: str, wanted: int, now: float, rank: int = 0, coming: int = 0) -> None:
         """What there is to do for a group, whenever that changes."""
         known = self.groups[group]
-        if (known.wanted, known.rank, known.coming) != (wanted, rank, coming):
-            was_starved = known.starved
-            known.wanted, known.rank, known.coming = wanted, rank, coming
-            self._settle(known, was_starved, now)
+        before, now_wanted = (min(num, known.at_most) for num in (known.wanted, wanted))
+        if (before, known.rank, known.coming) == (now_wanted, rank, coming):
+            known.wanted = wanted  # of a queue that is long anyway: who has the longest matters when a unit comes free
+            return
+        was_starved = known.starved
+        known.wanted, known.rank, known.coming = wanted, rank, coming
+        self._settle(known, was_starved, now)
 
     def up(self, holder: Holder, now: float) -> None:
         if holder.state == "starting":

@@ -382,7 +382,9 @@ class _Run:
                 first = self._first(number)
                 turn = None if first is None else self.turn[first]
                 rank = 0 if turn is None else NUM_RANKS * turn[0] + turn[1]
-                wanted = min(len(self.asking[number]) or -(-there // group.at_once), group.at_most)
+                wanted = len(self.asking[number]) or -(-there // group.at_once)
+                if number == TRAINERS:  # as trainers tell it
+                    wanted = min(wanted, group.at_most)
                 coming = min(self.num_coming[number], group.at_most)
                 lender.ask(group.name, wanted, self.now, rank, coming)
         self.changed.clear()

@@ -88,7 +88,8 @@ class Trainers:
         self.store, self.execution, self.logs, self.on_start = store, execution, logs, on_start
         self.journal = Journal(Path(logs))
         self.lender = lender
-        lender.add(GROUP, self, capacity.trainer, capacity.num_trainers)
+        self.num_trainers = capacity.num_trainers
+        lender.add(GROUP, self, capacity.trainer, self.num_trainers)
         self.expected = 0  # heavy stages that wait for their inputs, are queued or under way
         self.queue: deque[Work] = deque()
         self.trainers: dict[str, Trainer] = {}
@@ -179,6 +180,7 @@ class Trainers:
         under_way = [work for trainer in self.trainers.values() for work in dict.fromkeys(trainer.work.values())]
         every = [*self.queue, *under_way]
         wanted = -(-sum(work.num_ranks for work in every) // self.execution.num_workers)
+        wanted = min(wanted, self.num_trainers)  # their queue is long from the start; that of engines comes from them
         rank = min((work.turn.level for work in every), default=0)
         self.lender.ask(GROUP, wanted, rank, max(0, self.expected - len(every)))
 
