@@ -1,8 +1,8 @@
-"""What a finetune costs beside its steps: python benchmarks/fixed_cost.py
+"""What a finetune costs beside its steps, and an engine beside its answers: python benchmarks/fixed_cost.py
 
 Starts safecl's own local cluster on a tiny random model, runs finetunes through the Broker one after the other (the first
-is cold), then a long one, then waiting Tune trials, and prints where time, CPU and memory go. PSS: resident memory, a
-page that n processes share counted as 1/n. Needs no engine; about two minutes.
+is cold), by PyTorch alone and by DeepSpeed, then a long one, then waiting Tune trials, then boots an engine twice, and
+prints where time, CPU and memory go. PSS: resident memory, a page that n processes share counted as 1/n. About three minutes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import _bench
+import _boot
 import psutil
 import yaml
 
@@ -55,11 +56,14 @@ def measure(folder: Path, num_warm: int, idle_s: float) -> dict[str, Any]:
     ray.get(broker.ensure.remote([model, rows]))
     numbers: dict[str, Any] = {"cluster and data": {"wall_s": time.time() - began, "cpu_s": cpu_s() - cpu}}
     before = processes()
-    first = [first_step(broker, store, finetune(model, rows, seed)) for seed in range(1 + num_warm)]
-    numbers["finetunes"] = first
-    print(f"{'ready to first step, s':28}{'cold':>8}{'warm':>8}   (median of {num_warm})")
-    for name in first[0]:
-        print(f"  {name:26}{first[0][name]:8.2f}{median(one[name] for one in first[1:]):8.2f}")
+    numbers["finetunes"] = first_steps("torch", broker, store, model, rows, num_warm)
+    deep = execution.model_copy(update={"root": str(folder / "deep"), "engine": "deepspeed"})
+    other = execute.broker(Store(deep.root), deep, folder / "logs")
+    ray.get(other.ensure.remote([model, rows]))
+    numbers["finetunes"] += first_steps("deepspeed", other, Store(deep.root), model, rows, num_warm)
+    ray.kill(other)
+    while sum("TrainWorker" in name for name, _ in processes().values()) > 1:
+        time.sleep(0.1)
 
     # A finetune under way: what runs beside its worker.
     long = broker.ensure.remote([finetune(model, rows, 99, epochs=60.0 * idle_s / 15)])
@@ -72,6 +76,11 @@ def measure(folder: Path, num_warm: int, idle_s: float) -> dict[str, Any]:
     ray.get(long)
     numbers["control plane, idle"] = share(idle_s)
     numbers["waiting trial"] = waiting_trials(folder, model)
+    numbers["an engine's boot"] = booted = list(_boot.boots(folder, folder / "model", adapters(folder), cpu_s))
+    for name in booted[0]:
+        print(
+            f"  {name:28}" + "".join(f"{one[name]:>9.9}" if name == "boot" else f"{one[name]:9.2f}" for one in booted)
+        )
     cluster.stop(execution, "")
     return numbers
 
@@ -92,6 +101,21 @@ def inputs(folder: Path) -> tuple[Any, Any]:
     source: Any = {"source": {"local": "tiny"}, "dtype": "float32"}
     model = Stage("model", source, {}, models.VERSION, {"path": str(folder / "model")})
     return model, Stage("data", config, {}, data.VERSION)
+
+
+def adapters(folder: Path) -> list[Path]:
+    from tests.serving.adapters import make_adapter
+
+    return [make_adapter(folder / "model", folder / f"adapter-{seed}", seed) for seed in (0, 1)]
+
+
+def first_steps(engine: str, broker: Any, store: Any, model: Any, rows: Any, num_warm: int) -> list[dict[str, Any]]:
+    """One cold finetune and so many warm ones: each by part."""
+    found = [first_step(broker, store, finetune(model, rows, seed)) for seed in range(1 + num_warm)]
+    print(f"{engine}, ready to first step, s".ljust(36) + f"{'cold':>8}{'warm':>8}   (median of {num_warm})")
+    for name in found[0]:
+        print(f"  {name:34}{found[0][name]:8.2f}{median(one[name] for one in found[1:]):8.2f}")
+    return [{"engine": engine, "start": "warm" if number else "cold", **one} for number, one in enumerate(found)]
 
 
 def finetune(model: Any, rows: Any, seed: int, epochs: float = 2.0) -> Any:
