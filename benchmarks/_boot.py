@@ -60,11 +60,10 @@ def _watch(log: Path, began: float, is_up: Callable[[], bool]) -> dict[str, floa
         for process in psutil.Process().children(recursive=True) if "core" not in seen else ():
             try:
                 title = "".join(process.cmdline()[:1])
-                if process.create_time() > began and title.startswith("ray::ServeReplica"):
-                    seen["replica"] = process.create_time()
-                    for child in process.children():
-                        if "spawn_main" in " ".join(child.cmdline()):
-                            seen["core"] = child.create_time()
+                if process.create_time() > began - 5 and title.startswith("ray::ServeReplica"):
+                    seen.setdefault("replica", time.time())
+                    if any("spawn_main" in " ".join(child.cmdline()) for child in process.children()):
+                        seen["core"] = time.time()
             except psutil.Error:
                 continue
         if WRITES[-1] in seen and time.time() - asked > 0.2:
