@@ -185,7 +185,7 @@ def waiting_trials(folder: Path, model: Any) -> dict[str, Any]:
 
             self.over = asyncio.Event()
 
-        async def ensure(self, stages: Any) -> None:
+        async def ensure(self, stages: Any, claim: Any) -> None:
             await self.over.wait()
             raise RuntimeError("nobody makes these stages")
 
