@@ -144,7 +144,9 @@ def browser(folder: Path) -> Iterator[Browser]:
         number = port.read_text().split()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{number}/json/list", timeout=30) as answer:
             pages = [page for page in json.load(answer) if page["type"] == "page"]
-        with connect(pages[0]["webSocketDebuggerUrl"], max_size=None, open_timeout=60) as socket:
+        # Without pings: a browser that computes for long on a busy machine does not answer them.
+        address = pages[0]["webSocketDebuggerUrl"]
+        with connect(address, max_size=None, open_timeout=60, ping_interval=None) as socket:
             yield Browser(socket)
     finally:
         process.terminate()
