@@ -27,15 +27,21 @@ if TYPE_CHECKING:
     from safecl.config import Sweep
     from safecl.project import Project
 
-# A sweep file, or what one holds as plain values; plugins then lie relative to the working directory.
+# A sweep file's path, or the contents of one as a mapping. In a mapping, paths of plugins are relative to the working directory.
 Given = str | Path | Mapping[str, Any]
-# `--set`: `path=value` each, or values by path.
+# As `--set` on the command line: a list of `path=value` texts, or a mapping from path to value.
 Settings = Sequence[str] | Mapping[str, Json]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A row of the table. `searched`: hyperparameters; `trials`: of its search and of every seed."""
+    """One cell of the sweep, which is one row of its tables.
+
+    Attributes:
+        label: the row's name, as in `smollm2-135m / mini / p=0.1 / der`.
+        searched: names of the hyperparameters that a search chooses; empty if nothing is searched.
+        trials: number of trials, those of the search and one for each seed.
+    """
 
     label: str
     searched: tuple[str, ...]
@@ -44,8 +50,15 @@ class Planned:
 
 @dataclass(frozen=True)
 class Stages:
-    """Of one kind: how many are to run, will be suggested by a search, are in the store, and are used by several trials; and
-    what is missing in hours."""
+    """Counts of the stages of one kind.
+
+    Attributes:
+        to_run: stages that must run.
+        later: stages of trials that a search has yet to suggest.
+        cached: stages that are finished in the store.
+        shared: uses that need no run of their own. A stage that three trials need counts 2 here.
+        hours: time of all stages that are still to run, those of `later` included.
+    """
 
     to_run: int
     later: int
@@ -56,7 +69,17 @@ class Stages:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do. `hours` of this machine for what is missing; `gib`: hidden states of theta_safe to be written."""
+    """What a run would do.
+
+    Attributes:
+        name: the sweep's name.
+        cells: one entry for each row of the tables.
+        stages: counts by kind of stage, as `finetune`.
+        hours: estimated time until everything is finished, on this machine.
+        gib: GiB of theta_safe's hidden states that will be written (LwF's teacher, DER's memory).
+        dtypes: the dtype that each model computes in, by the model's name.
+        warnings, notes: lines for a person to read.
+    """
 
     name: str
     cells: tuple[Planned, ...]
@@ -69,15 +92,15 @@ class Plan:
 
     @property
     def trials(self) -> int:
-        """Of all cells."""
+        """Number of trials of all cells."""
         return sum(cell.trials for cell in self.cells)
 
 
 def plan(sweep: Given, *, set: Settings = (), limit: int | None = None) -> Plan:
-    """What `safecl plan` prints. Spends nothing but what it takes to measure this machine's speed.
+    """Return what `safecl plan` prints. Runs no stage; at most it measures this machine's speed (about a second).
 
     Raises:
-        ConfigError: what is wrong with the sweep, all at once.
+        ConfigError: the sweep is wrong. The message lists every error.
         PrerequisiteError: data or a model is not here.
     """
     from safecl.overview import plan as found_by
@@ -113,11 +136,16 @@ def run(
     max_hours: float | None = None,
     show: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> Project:
-    """What `safecl run` does: run what is missing and give the project. `show` is told of progress. A row that failed is
-    a Python warning; the same call tries it again.
+    """Run what is missing of a sweep, as `safecl run` does, and return the project.
+
+    Args:
+        max_hours: stop after so many hours. The same call continues.
+        show: called with each line of progress; the default prints it to the standard error stream.
+
+    Each row that failed gives one Python warning. The same call tries it again.
 
     Raises:
-        ConfigError: what is wrong with the sweep, all at once.
+        ConfigError: the sweep is wrong. The message lists every error.
         PrerequisiteError: the machine lacks something, or another driver runs this sweep.
     """
     from safecl import driver
@@ -129,7 +157,7 @@ def run(
 
 
 def read(sweep: Given, set: Settings = (), limit: int | None = None) -> Sweep:
-    """A sweep as `safecl` would read it, with its settings. Raises ConfigError."""
+    """Return the sweep as `safecl` reads it, with the settings of `set` in place. Raises ConfigError."""
     from safecl import sweepfile
 
     settings = [f"{path}={json.dumps(value)}" for path, value in set.items()] if isinstance(set, Mapping) else list(set)

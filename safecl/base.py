@@ -1,5 +1,5 @@
-"""What every room may import: strict configs, the two errors that a person can mend, and how names and paths that people
-write are read. Imports nothing of safecl."""
+"""What every module may import: strict configs, the errors that a user can mend, and functions that read names and
+paths. Imports nothing of safecl."""
 
 import gc
 import json
@@ -19,14 +19,17 @@ Json = TypeAliasType("Json", "bool | int | float | str | list[Json] | dict[str, 
 
 
 class Strict(BaseModel):
-    """A frozen config that refuses unknown keys, so that a misspelt key is never a silent default."""
+    """A frozen config that refuses unknown keys, so that a misspelt key is an error and not a silent default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def later(default: Any) -> Any:
-    """The default of a setting that came after results were stored. At it the setting stays out of every dump, and so out of
-    identity: what was finished before the setting existed is still found."""
+    """Declare a setting that was added after results had been stored, with its default.
+
+    At its default the setting is left out of every dump, and so out of a stage's identity. Results that were finished before
+    the setting existed are therefore still found.
+    """
     return Field(default, exclude_if=lambda value: value == default)
 
 
@@ -39,34 +42,37 @@ class PrerequisiteError(Exception):
 
 
 class Infrastructure(RuntimeError):
-    """The machine failed, not what it was asked to do: a process was killed, memory or a disk was full, a node was lost."""
+    """The machine failed, not the stage: a process was killed, memory or a disk was full, or a node was lost."""
 
 
 class Damaged(PrerequisiteError):
-    """A finished stage's files are not what was written. `safecl run` makes it again."""
+    """A finished stage's files differ from what was written. `safecl run` makes the stage again."""
 
 
 _Config = TypeVar("_Config", bound=Strict)
 
 
 def strictly(kind: type[_Config], given: Mapping[str, Any]) -> _Config:
-    """A config of what a person wrote. No value is made into another type: "12", true and 3.0 are no whole numbers.
+    """Return a config from values that a user wrote. No value is converted: "12", true and 3.0 are not whole numbers.
 
     Raises:
-        ValidationError: a value is of another type or out of its range.
-        TypeError: a value is nothing that JSON can hold.
-        ValueError: one holds itself.
+        ValidationError: a value has the wrong type or is out of its range.
+        TypeError: a value cannot be written as JSON.
+        ValueError: a value contains itself.
     """
     return kind.model_validate_json(json.dumps(given), strict=True)
 
 
 def json_lines(path: Path) -> list[Any]:
-    """The values of a JSON Lines file, one a line. Lines end with a newline alone: JSON may hold what else ends one."""
+    """Return the values of a JSON Lines file, one a line.
+
+    Only a newline ends a line. JSON texts may contain the other characters at which `str.splitlines` splits (as U+2028).
+    """
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def near(wrong: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` of the known name most like this one; nothing where none is like it."""
+    """Return ` Did you mean 'x'?` with the known name that is most similar, or "" if none is similar."""
     from difflib import get_close_matches
 
     found = get_close_matches(wrong, list(known), 1)
@@ -74,8 +80,11 @@ def near(wrong: str, known: Iterable[str]) -> str:
 
 
 def expanded(path: str) -> str:
-    """A path as a shell reads it: `~` and `$NAME` for what they stand for, `$$` for a `$`. Raises ValueError for a variable
-    that is not set, and for an empty path."""
+    """Return a path with `~` and `$NAME` replaced as a shell does, and `$$` replaced by `$`.
+
+    Raises:
+        ValueError: the path is empty, or a variable is not set.
+    """
     if not path.strip():
         raise ValueError("is empty; expected a path")
     parts = [os.path.expandvars(part) for part in path.split("$$")]
@@ -85,25 +94,31 @@ def expanded(path: str) -> str:
 
 
 def literal(path: str) -> str:
-    """What `expanded` makes this very path of."""
+    """Return the text that `expanded` turns into exactly this path: each `$` is doubled. (A leading `~` is not escaped.)"""
     return path.replace("$", "$$")
 
 
 def sqlite_url(path: Path) -> str:
-    """SQLAlchemy's URL of a database file, whatever its name: `?`, `#`, `%` and what else would be read otherwise there
-    (Optuna: braces) is written as URLs do."""
+    """Return SQLAlchemy's URL of a database file.
+
+    Characters of the file's name that have a meaning in a URL (`%`, `?`, `#`, `+`) or for Optuna (braces) are
+    percent-encoded.
+    """
     return "sqlite:///" + "".join(f"%{ord(c):02X}" if c in "%?#{}+" else c for c in str(path))
 
 
 def sqlite_path(url: str) -> Path | None:
-    """The file of `sqlite_url`; None for another kind of URL."""
+    """Return the file that a URL of `sqlite_url` names; None for another kind of URL."""
     return Path(unquote(url.removeprefix("sqlite:///"))) if url.startswith("sqlite:///") else None
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """For imports of libraries in a process that lives on: nobody looks for garbage among what they make, neither
-    meanwhile (a tenth to a fifth of their time) nor ever after (DeepSpeed's set-up does, for most of a second)."""
+    """Keep the garbage collector away from the objects that imports inside the block make, in a process that lives on.
+
+    It does not run during the imports, which saves a tenth to a fifth of their time. These objects are also frozen, so that
+    no later collection looks at them: DeepSpeed's set-up collects garbage, which otherwise takes most of a second.
+    """
     gc.disable()
     try:
         yield

@@ -1,8 +1,10 @@
-"""What a node keeps of a store at a URL: how several processes share it, and what makes room when it is full.
+"""A node's local copies of things from a store at a URL: locks that let several processes share them, and removal of
+the least recently used ones when the space is full.
 
-<folder>/locks/<name>    its content is the size of the thing of that name (empty: it is not here), its time of
-                         writing when it was used last. Whoever fetches or removes the thing holds the lock alone,
-                         whoever uses it holds it with others; a process that dies lets go.
+<folder>/locks/<name>    The file's content is the size of the thing in bytes (empty: the thing is not here). Its time of
+                         modification is when the thing was last used. A process that fetches or removes the thing
+                         holds the lock alone (exclusive flock). Processes that use it hold the lock together (shared
+                         flock). The system frees the lock of a process that dies.
 """
 
 from __future__ import annotations
@@ -15,18 +17,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FRESH_S = 60.0  # what was used so lately stays, though nobody holds it: it may be read at this moment
+FRESH_S = 60.0  # a thing used so recently stays, even without a lock: a process may be reading it at this moment
 
 
 class Cache:
-    """Things under names. `limit_gib`: how much may lie here; None: half of what the disk could give it."""
+    """Things in a folder, each under a name.
+
+    Args:
+        folder: where they lie.
+        limit_gib: how many GiB they may take together. None: half of (their size + the disk's free space).
+    """
 
     def __init__(self, folder: Path, limit_gib: float | None = None) -> None:
         self.folder, self.limit_gib = folder, limit_gib
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """Wait until nobody else holds this name, and hold it alone."""
+        """Wait until no other process holds this name, and hold it alone for the block."""
         opened = self._open(name)
         try:
             fcntl.flock(opened, fcntl.LOCK_EX)
@@ -35,7 +42,7 @@ class Cache:
             os.close(opened)
 
     def hold(self, name: str) -> int:
-        """Hold this name with others, so that the thing stays, until `let_go`."""
+        """Hold this name together with other users, so that the thing is not removed. Returns what `let_go` takes."""
         opened = self._open(name)
         fcntl.flock(opened, fcntl.LOCK_SH)
         os.utime(opened)
@@ -46,16 +53,20 @@ class Cache:
         os.close(held)
 
     def used(self, name: str) -> None:
-        """Say that the thing is used now."""
+        """Record that the thing is used now."""
         self._lock(name).parent.mkdir(parents=True, exist_ok=True)
         self._lock(name).touch()
 
     def put(self, name: str, num_bytes: int) -> None:
-        """Say that the thing is here, by who holds it alone."""
+        """Record that the thing is here, with its size. Only for the process that holds the name alone."""
         self._lock(name).write_text(str(num_bytes))
 
     def make_room(self, num_bytes: int, remove: Callable[[str], None]) -> None:
-        """Remove what was used longest ago, until so much more may lie here; nothing that is held or was used just now."""
+        """Remove the least recently used things until `num_bytes` more fit within the limit.
+
+        Things that are held, or were used within the last FRESH_S seconds, stay. So there may be too little room afterwards.
+        `remove(name)` deletes one thing.
+        """
         things = []
         for entry in os.scandir(self.folder / "locks") if (self.folder / "locks").is_dir() else ():
             told = Path(entry.path).read_text()

@@ -1,5 +1,5 @@
-"""End a sweep's run, wherever it is: a note in the store asks its driver to stop, as SIGTERM would. It looks for one with
-each beat of its lease (lease.py)."""
+"""End a sweep's run on any machine. A note in the store asks its driver to stop, as SIGTERM would. The driver looks for
+this note with each beat of its lease (lease.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ EVERY_S = 0.5
 
 
 def cancel(store: Store, sweep: str, wait_s: float, show: Callable[[str], None]) -> bool:
-    """Ask every live driver of a sweep to stop; whether all are gone within `wait_s`. Raises PrerequisiteError: none runs."""
+    """Ask every live driver of a sweep to stop, and return whether all are gone within `wait_s` seconds.
+
+    Raises:
+        PrerequisiteError: no driver of this sweep runs.
+    """
     found = {
         name: told
         for name, told in store.notes(lease.NOTE).items()

@@ -1,5 +1,7 @@
-"""What trainers and engines hold, in units of what is scarce: GPUs, a cluster's CPUs, or this machine's memory; how many units
-a cluster has, what autoscaling may bring to it, and whether that suffices."""
+"""How many units trainers and engines hold, how many a cluster has or may get by autoscaling, and whether these suffice.
+
+A unit is one of the scarce resource: a GPU, one of a cluster's CPUs, or a GiB of this machine's memory.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,14 @@ GIB = "GiB"
 
 
 class Capacity(NamedTuple):
-    """`unit`: by Ray's name, or GiB of memory here. `trainer`, `engine`: how many one of them holds; `num_trainers`: as many
-    as there may be at once."""
+    """How many units there are, and how many trainers and engines hold.
+
+    Attributes:
+        unit: Ray's name of the scarce resource, or `GIB` for GiB of memory on this machine.
+        num_units: how many units there are.
+        trainer, engine: how many units one trainer, or one engine, holds.
+        num_trainers: how many trainers there may be at once.
+    """
 
     unit: str
     num_units: float
@@ -26,25 +34,30 @@ class Capacity(NamedTuple):
     num_trainers: int
 
     def needed(self) -> float:
-        """The least with which a run comes to its end: trainers and engines take turns."""
+        """Return the smallest number of units with which a run can finish: one trainer or one engine, which take turns."""
         return max(self.trainer, self.engine)
 
 
 def unit(execution: Execution) -> str:
-    """What is scarce."""
+    """Return the scarce resource: Ray's name of it, or `GIB` on one machine's CPUs."""
     if execution.address == "local" and not execution.use_gpu and execution.unit is None:
         return GIB
     return execution.unit or ("GPU" if execution.use_gpu else "CPU")
 
 
 def reserved(execution: Execution, num: float) -> dict[str, float]:
-    """So many units as a worker or an engine asks Ray for them. On this machine's CPUs engines ask for none."""
+    """Return `num` units as a request to Ray. On one machine's CPUs nothing is requested: memory is counted by safecl."""
     scarce = unit(execution)
     return {} if scarce == GIB else {scarce: num}
 
 
 def capacity(execution: Execution, have: Mapping[str, float], free_gib: float) -> Capacity:
-    """`have`: Ray's resources, with what autoscaling may bring; `free_gib`: memory here."""
+    """Return what trainers and engines may hold.
+
+    Args:
+        have: Ray's resources by name, those that autoscaling may bring included.
+        free_gib: GiB of free memory on this machine; read only where memory is the scarce resource.
+    """
     scarce = unit(execution)
     if scarce == GIB:
         trainer, engine = execution.num_workers * GIB_PER_WORKER, GIB_PER_ENGINE
@@ -56,15 +69,21 @@ def capacity(execution: Execution, have: Mapping[str, float], free_gib: float) -
 
 
 def free_gib() -> float:
-    """Memory that programs may still take here."""
+    """Return how many GiB of this machine's memory programs may still take."""
     import psutil
 
     return float(psutil.virtual_memory().available) / 2**30
 
 
 class Found(NamedTuple):
-    """Of one resource: `have` now, `largest` on one node; `may` and `may_node` with what autoscaling may bring; `said` is who
-    says so, empty where nobody does."""
+    """How much a cluster has of one resource.
+
+    Attributes:
+        have: units on all nodes now.
+        largest: units on the largest node now.
+        may, may_node: `have` and `largest` with what autoscaling may bring.
+        said: the source of `may`, in words; empty if no source says what autoscaling may bring.
+    """
 
     have: float
     largest: float
@@ -74,7 +93,7 @@ class Found(NamedTuple):
 
 
 def find(execution: Execution, resource: str) -> Found:
-    """Asks the cluster that this process is connected to."""
+    """Ask the Ray cluster that this process is connected to how much it has of a resource."""
     import ray
 
     nodes = [float(node["Resources"].get(resource, 0.0)) for node in ray.nodes() if node["Alive"]]
@@ -92,7 +111,7 @@ def find(execution: Execution, resource: str) -> Found:
 
 
 def _reported(resource: str) -> list[tuple[float, float]]:
-    """(of one node, nodes at most) by type of node, where the platform has told Ray."""
+    """(units of one node, largest number of nodes) for each type of node, if the platform has told Ray; else empty."""
     from ray._private.state import state
 
     config = state.get_cluster_config()
@@ -102,7 +121,7 @@ def _reported(resource: str) -> list[tuple[float, float]]:
 
 
 def _written(resource: str) -> list[tuple[float, float]]:
-    """Likewise, from the file that this machine's autoscaler was started with (`ray up` writes it on the head)."""
+    """As `_reported`, from the file with which this machine's autoscaler was started (`ray up` writes it on the head)."""
     import yaml
 
     for path in _config_files():
@@ -115,7 +134,7 @@ def _written(resource: str) -> list[tuple[float, float]]:
 
 
 def node_types(config: Mapping[str, Any], resource: str) -> list[tuple[float, float]]:
-    """(of one node, nodes at most) by type of node, in a config of Ray's cluster launcher."""
+    """Return (units of one node, largest number of nodes) for each type of node in a config of Ray's cluster launcher."""
     most = float(config.get("max_workers", 2))
     found = []
     for name, kind in config.get("available_node_types", {}).items():
@@ -138,11 +157,14 @@ def _config_files() -> list[Path]:
 
 
 def lacking(execution: Execution, need: int | None = None) -> str:
-    """What this cluster lacks, in words, if autoscaling can never bring it; else empty. `need`: of its devices at once; None: a
-    trainer's or an engine's, since these take turns."""
+    """Return what this cluster lacks, in words, if autoscaling can never bring it; else "".
+
+    Args:
+        need: how many units must be there at once. None: enough for one trainer or one engine, since these take turns.
+    """
     held = capacity(execution, {}, 0.0)
     scarce = unit(execution)
-    if scarce == GIB:  # there a rank takes a CPU, and an engine none
+    if scarce == GIB:  # on one machine's CPUs a rank takes a CPU, and an engine none
         scarce, trainer, engine = "CPU", float(execution.num_workers), 0.0
     else:
         trainer, engine = held.trainer, held.engine

@@ -1,10 +1,11 @@
-"""Which stages this driver makes, of those that other drivers of the store may want as well: each is made once.
+"""Claims on stages: several drivers of one store may need the same stage, and only one of them makes it.
 
-A driver's claims are one note in the store (`notes/claims-<owner>.json`): keys that it makes (`held`) and keys that it would
-like to (`wanted`). It writes a key down first and reads the others' notes after that, so of two that want one key at once
-one gives way (the first by name stays), on a folder and at a URL alike. Claims that come together share one writing. They
-hold for as long as their driver lives: who waits for one takes over from a driver whose process is gone, or whose lease
-(lease.py) was seen to stand still.
+A driver's claims are one note in the store (`notes/claims-<owner>.json`). It lists the keys of stages that the driver makes
+(`held`) and of those that it wants to make (`wanted`). A driver first writes a key into its note, and then reads the notes
+of the other drivers. So when two drivers want one key at the same time, at least one sees the other; the driver whose name
+sorts first keeps the key. This works for a store in a folder and for one at a URL. Claims that come together share one
+write. A claim holds as long as its driver lives. A waiting driver takes the stage over when the other driver's process is
+gone, or when the beat of its lease (lease.py) no longer changes.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
     from safecl.store import Stage, Store
 
 NOTE = "claims-"
-LOOK_S = 0.5  # between two looks at what another driver makes
-TELL_S = 0.05  # what nobody here waits for is written down together with what else comes by then
-DIGITS = 24  # of a key, in a note
+LOOK_S = 0.5  # seconds between two looks at what another driver makes
+TELL_S = 0.05  # after this time a change that no stage waits for is written, with all changes that came meanwhile
+DIGITS = 24  # a note holds so many digits of a key
 
 Rivals = dict[str, dict[str, list[str]]]  # other live drivers' notes, by owner
 
 
 class Claims:
-    """Of one driver; lives in its Broker, on the event loop."""
+    """The claims of one driver. Lives in the driver's Broker, on its event loop."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -36,10 +37,10 @@ class Claims:
         self._running: asyncio.Task[Rivals] | None = None
         self._coming: asyncio.Task[Rivals] | None = None
         self._telling: asyncio.TimerHandle | None = None
-        self._beats: dict[str, tuple[int, float]] = {}  # of drivers on other machines: their beat, and since when
+        self._beats: dict[str, tuple[int, float]] = {}  # of drivers on other machines: last beat, first seen when
 
     async def take(self, stage: Stage) -> bool:
-        """Return True when the stage is ours to make (`leave` it afterwards), False once another driver has made it."""
+        """Wait for the stage. Returns True when this driver is to make it (then call `leave`), False once it has been made."""
         key = stage.key[:DIGITS]
         while True:
             self.wanted.add(key)
@@ -66,7 +67,7 @@ class Claims:
                 return False
 
     def leave(self, stage: Stage) -> None:
-        """The stage is made, or failed: whoever waits for it may look."""
+        """Give up the claim on a stage that is made or has failed. Drivers that wait for the stage then look again."""
         self.held.discard(stage.key[:DIGITS])
         self._tell()
 
@@ -76,7 +77,7 @@ class Claims:
         return await asyncio.to_thread(self.store.has, stage)
 
     def _tell(self) -> None:
-        """Write what is new soon, without waiting for it."""
+        """Write the changed claims within TELL_S, without waiting for the write."""
         if self._telling is None:
             self._telling = asyncio.get_running_loop().call_later(TELL_S, self._tell_now)
 
@@ -85,7 +86,7 @@ class Claims:
         self._round()
 
     def _round(self) -> asyncio.Task[Rivals]:
-        """A writing and reading that begins after this call."""
+        """A task that writes this driver's note and reads the others', and that begins after this call."""
         if self._coming is None:
             self._coming = asyncio.create_task(self._write_and_read(self._running))
             self._coming.add_done_callback(_heard)
@@ -126,11 +127,11 @@ class Claims:
 
 def _heard(done: asyncio.Task[Rivals]) -> None:
     if not done.cancelled():
-        done.exception()  # whoever waits raises it; of a `_tell` that failed the next one makes up for it
+        done.exception()  # `take` raises it where it waits; a failed `_tell` is made good by the next write
 
 
 def forget_dead(store: Store) -> None:
-    """Remove this process's claims, and those that dead drivers left. For a driver at its start and end."""
+    """Remove this process's claims and those of dead drivers. A driver calls this at its start and at its end."""
     for name in store.notes(NOTE):
         owner = name.removeprefix(NOTE)
         if owner == store.owner or not store.is_alive(owner):

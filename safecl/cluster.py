@@ -1,4 +1,4 @@
-"""Ray, started and left: a local cluster of our own, or one that runs and is joined."""
+"""Start and leave Ray: a local cluster of our own, or a running cluster that is joined."""
 
 from __future__ import annotations
 
@@ -17,15 +17,22 @@ from safecl.config import Execution
 from safecl.lease import me
 
 AGENTS = (["ray::DashboardAgent"], ["ray::RuntimeEnvAgent"])
-OWNER = "SAFECL_CLUSTER_OF"  # in the environment of all processes of a local cluster: whose it is (lease.me)
+OWNER = "SAFECL_CLUSTER_OF"  # environment variable of all processes of a local cluster: its owner, as lease.me names it
 
 
 def start(execution: Execution, logs: Path, need: int | None = None) -> None:
-    """Connect to Ray: a local cluster of our own, or the one at `execution.address`. Whoever calls this calls `stop` (or
-    `ray.shutdown`) as well, whatever it raises.
+    """Connect to Ray: start a local cluster of our own, or join the one at `execution.address`.
 
-    `need`: how many GPUs (without `use_gpu`: CPUs) are held at once; None: a trainer's or an engine's, which take turns.
-    Raises PrerequisiteError if the cluster lacks them, and will never have them, before anything is held.
+    The caller must call `stop` (or `ray.shutdown`) afterwards, also when this raises.
+
+    Args:
+        logs: folder for `ray.log`.
+        need: how many of the scarce resource (capacity.unit: GPUs, CPUs, ...) are held at once. None: enough for one
+            trainer or one engine, since these take turns.
+
+    Raises:
+        PrerequisiteError: Ray does not start, or the cluster lacks units and autoscaling can never bring them. Nothing is
+            held then.
     """
     # Read by Ray and its workers at start; one OpenMP thread wherever processes share cores (2 slow each other 20x).
     quiet = {
@@ -63,8 +70,8 @@ def start(execution: Execution, logs: Path, need: int | None = None) -> None:
 
 
 def _start_local(resources: dict[str, float]) -> None:
-    """Start a cluster on this machine. One that is very busy may need more than a try: Ray's parts do not wait long for
-    each other."""
+    """Start a cluster on this machine, in up to three tries. A very busy machine may need more than one, because Ray's
+    processes do not wait long for each other."""
     import psutil
     import ray
 
@@ -76,7 +83,7 @@ def _start_local(resources: dict[str, float]) -> None:
                 address="local",
                 num_cpus=os.cpu_count(),
                 resources=resources,
-                include_dashboard=False,  # eleven processes that nobody looks at
+                include_dashboard=False,  # saves eleven processes; we do not use its pages
                 log_to_driver=False,
                 logging_level="ERROR",
             )
@@ -89,12 +96,12 @@ def _start_local(resources: dict[str, float]) -> None:
                     "/tmp/ray/session_latest/logs"
                 ) from None
         finally:
-            del os.environ[OWNER]  # other processes of ours are none of the cluster's
+            del os.environ[OWNER]  # processes that we start later do not belong to the cluster
 
 
 def _keep_messages(path: Path) -> None:
-    """Ray prints its daemons' warnings on the driver's terminal whatever the log level; they belong into a file. There
-    is no setting for it, so the function that prints them is replaced."""
+    """Write the warnings of Ray's daemons into a file. Ray prints them on the driver's terminal at any log level. It has no
+    setting for that, so the function that prints them is replaced."""
     from ray._private import worker
 
     def write(data: dict[str, Any], ignore_prefix: bool = False) -> None:
@@ -105,8 +112,7 @@ def _keep_messages(path: Path) -> None:
 
 
 def stop(execution: Execution, owner: str) -> None:
-    """Leave Ray. A local cluster ends with its engines; on one that we joined, those of `owner` are taken down first, and
-    nobody else's."""
+    """Leave Ray. A local cluster ends, with its engines. On a joined cluster only the engines of `owner` are shut down first."""
     import ray
 
     if execution.address != "local" and ray.is_initialized():
@@ -115,7 +121,10 @@ def stop(execution: Execution, owner: str) -> None:
 
 
 def local_processes() -> dict[int, Any]:
-    """The processes that a local cluster of ours cannot do without, from the moment that Ray starts them, by their ids."""
+    """Return the processes without which our local cluster cannot work (gcs_server, raylet), by their process ids.
+
+    They are found as soon as Ray has started them.
+    """
     import psutil
 
     found = {}
@@ -127,7 +136,7 @@ def local_processes() -> dict[int, Any]:
 
 
 def is_alive(process: Any) -> bool:
-    """Whether it is there; of a dead one its parent may not have taken notice yet."""
+    """Return whether a process runs. A zombie (dead, but not yet reaped by its parent) does not count as running."""
     import psutil
 
     try:
@@ -137,8 +146,10 @@ def is_alive(process: Any) -> bool:
 
 
 def end_local(owner: str) -> None:
-    """Kill what is left of the local cluster of this driver, or of one that is gone. By themselves Ray's agents wait a
-    minute for a head's server that died, and workers without a raylet finish what they are at."""
+    """Kill the processes that are left of the local cluster of `owner` (this driver, or one that is gone).
+
+    Left alone, Ray's agents wait a minute for a head's server that died, and workers without a raylet finish their task.
+    """
     import psutil
 
     for _ in range(5):  # a raylet may start one more while we look
@@ -153,7 +164,8 @@ def end_local(owner: str) -> None:
 
 
 def _is_orphan(process: Any) -> bool:
-    """Whether it is an agent of a raylet that is gone, whoever's: its title is written over its environment."""
+    """Whether it is an agent whose raylet is gone, of any owner. An agent's title overwrites its environment, so that its
+    owner cannot be read."""
     import psutil
 
     return process.cmdline()[:1] in AGENTS and psutil.Process(process.ppid()).name() != "raylet"
@@ -169,10 +181,10 @@ def _kill(processes: Sequence[Any]) -> None:
 
 
 def clear(owner: str) -> None:
-    """Free what a Broker that died has left: it alone knew what its trainers and engines were for."""
+    """Free the trainers and engines that a dead Broker left. Only that Broker knew which work they had."""
     from safecl.serving.deploy import shutdown_all
 
     with suppress(Exception):
         reclaim.free()
-    with suppress(Exception):  # Serve may be away as well: an engine of that name is deployed anew
+    with suppress(Exception):  # Serve may be gone as well; deploying an engine of the same name replaces the old one
         shutdown_all(owner)

@@ -1,4 +1,4 @@
-"""A cluster as `plan --cluster` is told of it: a small YAML of node types, or a Ray cluster file."""
+"""Read the description of a cluster for `plan --cluster`: a small YAML file of node types, or a Ray cluster file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from safecl.sweepfile import explained, read_yaml
 Positive = Annotated[float, Field(gt=0)]
 NotBelow = Annotated[float, Field(ge=0)]
 
-SPOT_PER_H = 0.02  # how often a spot node of a Ray cluster file is taken away, which says nothing of it
+SPOT_PER_H = 0.02  # preemptions an hour assumed for a spot node of a Ray cluster file, which does not state them
 
 
 class NodeType(Strict):
-    """`count` nodes alike. How fast one of their GPUs (without any: CPU threads) is, in one of two ways: `tflops`, what it really
-    does in the matrix products of a finetune (about half of what a data sheet says), or `speed`, as a multiple of what the
-    records of this store were made on."""
+    """`count` equal nodes.
+
+    The speed of one GPU (of one CPU thread, on nodes without GPUs) is given in one of two ways. `tflops` is what it reaches
+    in the matrix products of a finetune, in TFLOP/s (about half of a data sheet's number). `speed` is a multiple of the
+    device that made the records of this store. `price_per_h` is of one node. `boot_s` is in seconds.
+    """
 
     name: str
     count: Annotated[int, Field(ge=1)] = 1
@@ -29,12 +32,12 @@ class NodeType(Strict):
     tflops: Positive | None = None
     speed: Positive = 1.0
     price_per_h: NotBelow = 0.0
-    preemptions_per_h: NotBelow = 0.0  # of a spot node: how often it is taken away, on average
-    boot_s: NotBelow = 180.0  # until another one is there in its place
+    preemptions_per_h: NotBelow = 0.0  # how often a spot node is taken away, on average
+    boot_s: NotBelow = 180.0  # seconds until a new node has taken its place
 
 
 class Cluster(Strict):
-    """A cluster. `storage_gib_per_s`: at which a node reads what others wrote."""
+    """A cluster of nodes. `storage_gib_per_s`: GiB/s at which a node reads files that other nodes wrote."""
 
     name: str = ""
     nodes: Annotated[tuple[NodeType, ...], Field(min_length=1)]
@@ -56,14 +59,15 @@ class Cluster(Strict):
 
 
 class Instance(NamedTuple):
-    """A cloud's node type: memory of a GPU, what it does in a finetune (TFLOP/s), list price an hour on demand."""
+    """A cloud's node type: GiB of one GPU's memory, TFLOP/s of one GPU in a finetune, and the on-demand list price of an hour."""
 
     gpu_memory_gib: float
     tflops: float
     price_per_h: float
 
 
-# AWS, us-east-1, as listed in 2025: for the Ray cluster file that comes with safecl. Others are told by a file of their own.
+# AWS, us-east-1, list prices of 2025, in US dollars: for the Ray cluster file that comes with safecl. Describe other node
+# types in a file of node types.
 INSTANCES = {
     "g5.xlarge": Instance(24, 35, 1.006),
     "g5.2xlarge": Instance(24, 35, 1.212),
@@ -83,7 +87,7 @@ INSTANCES = {
 
 
 def load(path: Path) -> Cluster:
-    """A cluster from a file. Raises ConfigError for all that is wrong with it."""
+    """Read a cluster from a file. Raises ConfigError, which lists every error."""
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping with `nodes` (docs/cluster.md), or a Ray cluster file")
@@ -94,7 +98,8 @@ def load(path: Path) -> Cluster:
 
 
 def _of_ray(raw: dict[str, Any], path: Path) -> Cluster:
-    """What a Ray cluster file may bring: each worker type at its most, as far as `max_workers` goes."""
+    """The largest cluster that a Ray cluster file allows: each worker type with GPUs at its largest number, in the order of
+    the file, until `max_workers` is reached."""
     left = int(raw.get("max_workers", 2**31))
     nodes = []
     for name, kind in raw["available_node_types"].items():
