@@ -1,10 +1,17 @@
-"""Methods: one file each. A method is plain SFT plus what it overrides; the loop (training/loop.py) owns accumulation,
-clipping, schedule, stepping and checkpoints.
+"""Methods: one file each. A method is plain SFT plus the functions that it overrides. The loop (training/loop.py)
+owns accumulation, clipping, schedule, stepping and checkpoints.
 
-Life of a method: `requires` and `rows` declare (in the driver and the data path, no torch); then on every worker
-`prepare` once, and per optimizer step `before_step`, per micro-batch `loss`, `after_backward` when whole averaged
-gradients are readable and writable, and `after_step`. Post-hoc methods train nothing: `trains_as` names the method whose
-adapter they take, and `finalize` maps its weights, after `read` has been given what `requires` asked for.
+The order of calls:
+
+    requires, rows      once, in the driver and in the data path; they must not import torch
+    prepare             on every worker, once, before the first step
+    before_step         once per optimizer step
+    loss                once per micro-batch
+    after_backward      once per optimizer step; the whole gradient, summed over ranks, can be read and written
+    after_step          once per optimizer step
+
+A post-hoc method trains nothing. `trains_as` names the method whose adapter it takes. `read` is given the inputs that
+`requires` asked for. Then `finalize` makes the final weights.
 """
 
 from __future__ import annotations
@@ -32,7 +39,8 @@ MEMORY_SIZE = 250  # safety rows that a method keeps unless told otherwise: the 
 
 
 class Needs(Protocol):
-    """What a method may be built of: the experiment below it. `graph.Graph` is one, `Asked` another."""
+    """The parts of an experiment that a method may build its own stages from. `graph.Graph` implements it for a
+    sweep, `Asked` without one."""
 
     @property
     def base(self) -> Stage: ...  # the base model
@@ -45,47 +53,49 @@ class Needs(Protocol):
     @property
     def user_rows(self) -> Stage: ...  # task and poison
     @property
-    def held_out(self) -> dict[str, Stage]: ...  # inputs `exclude_*`: prompts that no row made here may be like
+    def held_out(self) -> dict[str, Stage]: ...  # inputs `exclude_*`: rows made here must not resemble these prompts
 
     def memory(self, num_rows: int, positions: str | None = None) -> Stage:
-        """So many of the safety rows; with `positions`, theta_safe's hidden states there."""
+        """A stage with `num_rows` of the safety rows. With `positions` it also holds theta_safe's hidden states
+        there."""
 
     def fisher(self, num_rows: int, labels: str) -> Stage:
-        """How much safety depends on each factor of theta_safe's adapter; ConfigError where that is fresh."""
+        """The diagonal Fisher information of theta_safe's adapter on safety rows; ConfigError for a fresh adapter."""
 
     def teacher(self, positions: str) -> Stage:
         """theta_safe's hidden states on the user rows."""
 
     def generate(self, final: Stage | None, rows: Stage, max_new_tokens: int, **more: Json) -> Stage:
-        """A model's answers to rows' prompts; `more`: `sampling`, another `template`."""
+        """A model's answers to the prompts of `rows`. `more` may hold `sampling` and another `template`."""
 
     def verdicts(self, inputs: dict[str, Stage]) -> Stage:
-        """What the sweep's judge of harm says of `generations` to `rows`, or without them of the rows' own answers."""
+        """Verdicts of the sweep's judge of harm on `generations` to `rows`; without `generations`, on the rows' own
+        answers."""
 
     def step(self, kind: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
-        """A stage of this kind (a file of safecl/stages)."""
+        """A stage of the kind `kind` (a file of safecl/stages)."""
 
     def model(self, model: Model) -> Stage:
-        """Another model."""
+        """The stage of another model."""
 
     def once(self, make: Callable[[Needs, Any], Stage], config: Any) -> Stage:
-        """`make(needs, config)`, made once for all recipes with one stage one, on which alone it may depend."""
+        """`make(needs, config)`, made once for all recipes with the same stage one. It may depend on stage one only."""
 
     @property
-    def seed(self) -> int: ...  # of stage one and what is made of it
+    def seed(self) -> int: ...  # of stage one and of every stage made from it
     @property
     def template(self) -> Template: ...
     @property
-    def max_new_tokens(self) -> int: ...  # of answers to attack and benign prompts
+    def max_new_tokens(self) -> int: ...  # longest answer to attack and benign prompts, in tokens
     @property
-    def fits(self) -> dict[str, Json]: ...  # the setting of a stage that leaves out rows too long to be trained on
+    def fits(self) -> dict[str, Json]: ...  # setting with which a stage leaves out rows too long for training
 
 
 class Contract(NamedTuple):
-    """What the contract (safecl.testing) must know of a method."""
+    """What the tests of safecl.testing must know about a method."""
 
-    # Settings at which runs that differ by rounding alone stay close: where an element's gradient is rounding and nothing
-    # else, Adam's first step moves it as far as all others. They fit 12 memory rows and 7 steps of 5 rows.
+    # Settings at which runs that differ only by rounding stay close. (Where an element's gradient is only a rounding error,
+    # Adam's first step still moves it as far as every other element.) They fit 12 memory rows and 7 steps of 5 rows.
     params: Mapping[str, Json] = {}
     variants: tuple[Mapping[str, Json], ...] = ()  # settings with a default search space of their own
     zero_at_start: tuple[str, ...] = ()  # figures it logs that are 0 at theta_safe and grow from there
@@ -93,20 +103,20 @@ class Contract(NamedTuple):
 
 
 class Method:
-    """Defaults are SFT: cross-entropy on the user rows."""
+    """A method. The defaults are SFT: cross-entropy on the user rows."""
 
     class Config(Strict):
-        """Hyperparameters; subclasses replace it."""
+        """Hyperparameters. Each method has its own class in place of this one."""
 
     MUST: ClassVar[tuple[str, ...]] = ("equation",)  # what every method declares
     VERSION: ClassVar[str] = "1"
-    source: ClassVar[str] = ""  # paper or code, in a few words; the module's docstring has it whole
+    source: ClassVar[str] = ""  # paper or code, in a few words; the module's docstring gives it in full
     equation: ClassVar[str] = ""
     cost: ClassVar[str] = "1x"  # time of a finetune relative to SFT
     trains_as: ClassVar[str | None] = None  # post-hoc methods: "sft", then finalize only
     contract: ClassVar[Contract] = Contract()
     space: ClassVar[dict[str, Json]] = {}  # default search space at the default config, in the sweep file's form
-    # The hyperparameter that says how many safety rows it keeps, where it has such a one: `--limit` cuts it.
+    # Name of the hyperparameter that says how many safety rows the method keeps, if it has one. `--limit` lowers it.
     memory_key: ClassVar[str] = "memory_size"
 
     def __init__(self, config: Any) -> None:
@@ -114,83 +124,86 @@ class Method:
 
     @property
     def needs_base(self) -> bool:
-        """Whether `finalize` works on what the alignment changed, theta_safe - theta_0. With `align: none` that is known only
-        where the model names its base (`aligned_from`); a method that does without gets zero for it."""
+        """Whether `finalize` works on what the alignment changed, theta_safe - theta_0. With `align: none` this
+        change is known only if the model names its base (`aligned_from`). A method that does not need it is given
+        zero."""
         return True
 
     @property
     def longest_answer(self) -> int:
-        """Tokens of the longest answer that its own stages ask of a model; 0 where they ask for none."""
+        """Tokens of the longest answer that the method's own stages generate; 0 if they generate none."""
         return 0
 
-    # What it costs beside the user rows of a step, for estimates and for what a forward must hold. Rows pass through the model
-    # forward and back.
+    # The cost of a step, for estimates of time and of the memory of a forward. In one pass rows go through the model forward
+    # and backward.
 
     @property
     def passes(self) -> float:
-        """Passes of the user rows of a step."""
+        """How many times the user rows of a step pass through the model."""
         return 1.0
 
     @property
     def draws(self) -> float:
-        """Draws of memory rows in a step (`run.draw`); one, where the config says how large a draw is."""
+        """How many times a step draws memory rows (`run.draw`); 1 by default if the config has `memory_batch_size`."""
         return 1.0 if hasattr(self.config, "memory_batch_size") else 0.0
 
     def draw_size(self, batch_size: int) -> int:
-        """Rows of a draw, over all ranks: the config's `memory_batch_size`, else as many as user rows."""
+        """Rows of one draw over all ranks: the config's `memory_batch_size`, or as many as user rows."""
         return getattr(self.config, "memory_batch_size", None) or batch_size
 
     def num_trained(self, user: int, kept: int) -> int:
-        """How many rows `rows` makes of so many user rows and rows of its memory."""
+        """How many rows `rows` returns for `user` user rows and `kept` memory rows."""
         return user
 
     def looks(self, size: Size) -> float:
-        """Post-hoc: rows that a model of this size is given, once for each time."""
+        """Post-hoc: number of rows that a model of this size reads in `finalize`. A row that is read twice counts
+        twice."""
         return 0.0
 
     def check_steps(self, num_steps: int) -> None:
-        """Raise ConfigError where a finetune of so many optimizer steps is too short for this config."""
+        """Raise ConfigError if `num_steps` optimizer steps are too few for this config."""
 
     def requires(self, needs: Needs) -> dict[str, Stage]:
-        """Declare: inputs beyond theta_safe and the user rows, by name, built with `needs.memory(...)` and the like."""
+        """Inputs beyond theta_safe and the user rows, by name. Build them with `needs.memory(...)` and the like."""
         return {}
 
     def rows(self, user: Sequence[Row], memory: Sequence[Row]) -> list[Row]:
-        """Declare: what is trained on."""
+        """The rows to train on, made from the user rows and the memory rows."""
         return list(user)
 
     def prepare(self, run: Run) -> None:
-        """Once, on every worker, before the first step."""
+        """Called once on every worker, before the first step."""
 
     def before_step(self, run: Run, batch: Batch) -> None:
-        """Before the first backward of an optimizer step; `batch` is this rank's share of the global batch."""
+        """Called before the first backward of an optimizer step. `batch` is this rank's part of the global batch."""
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
-        """Loss of a micro-batch, normalised over the global batch (scalar; gradients add up over micro-batches)."""
+        """Loss of a micro-batch (scalar), divided by the global batch's count; gradients add up over micro-batches."""
         return run.cross_entropy(batch)
 
     def after_backward(self, run: Run, batch: Batch) -> None:
-        """After the last backward of an optimizer step, before clipping."""
+        """Called after the last backward of an optimizer step, before clipping."""
 
     def after_step(self, run: Run) -> None:
-        """After the optimizer's step: the parameters are new."""
+        """Called after the optimizer has updated the parameters."""
 
     def read(self, given: Given) -> None:
-        """Post-hoc: once before `finalize`, with the rows and models that `requires` asked for."""
+        """Post-hoc: called once before `finalize`, with the rows and models that `requires` asked for."""
 
     def finalize(self, safe: Weights, tuned: Weights, log: dict[str, Json]) -> Iterator[tuple[str, LoRA | Dense]]:
-        """Post-hoc: the final deltas from the base, module by module, from those of theta_safe and of the tuned adapter
-        (both from the base). Figures worth reporting go into `log`."""
+        """Post-hoc: yield (module name, final delta from the base), module by module. `safe` and `tuned` are the
+        deltas of theta_safe and of the tuned adapter, both from the base. Write figures worth reporting into `log`."""
         raise NotImplementedError(f"{type(self).__name__} is no post-hoc method")
 
     @classmethod
     def search_space(cls, config: Any) -> dict[str, Json]:
-        """The default search space under what a sweep file fixes: what has no effect there is not searched."""
+        """The default search space for the fixed settings in `config`, without hyperparameters that have no effect
+        there."""
         return cls.space
 
     @classmethod
     def neutral(cls) -> Strict | None:
-        """The setting under which this IS SFT, held bit for bit by a test; None where there is none."""
+        """Settings with which the method equals SFT bit for bit (a test checks it); None if there are none."""
         return None
 
 
@@ -205,8 +218,9 @@ def load(name: str) -> type[Method]:
 
 
 def of_stage(config: Mapping[str, Any]) -> Method:
-    """The method of a finetune or merge as its stage has it. Of one that this process does not know (a record of another
-    sweep's plugin, or of other settings than the method has now) what SFT says holds."""
+    """The method of a finetune or merge stage, by the stage's config. Plain `Method` (the values of SFT) if this
+    process does not know the method: for example a record of another sweep's plugin, or settings that the method no
+    longer has."""
     from pydantic import ValidationError
 
     try:
@@ -217,16 +231,16 @@ def of_stage(config: Mapping[str, Any]) -> Method:
 
 
 def needed(kind: type[Method], adapter: str = "continue") -> dict[str, str]:
-    """What a method at its defaults asks for: the inputs it names, each with what it is (`memory`, `fisher`, ...).
+    """The inputs that a method asks for at its defaults: {name: kind}, with kinds such as `memory` and `fisher`.
 
     Raises:
-        ConfigError: it cannot do its work with this kind of adapter.
+        ConfigError: the method cannot work with this kind of adapter.
     """
     return {name: stage.kind for name, stage in kind(kind.Config()).requires(Asked(adapter)).items()}
 
 
 class Asked:
-    """A `Needs` that knows no sweep: every stage is a name without content."""
+    """A `Needs` without a sweep: every stage has a kind and no content."""
 
     def __init__(self, adapter: str = "continue") -> None:
         from safecl.config import Template

@@ -1,20 +1,22 @@
-"""A-GEM: averaged gradient episodic memory. Take off the user gradient what would raise the loss on a memory batch.
+"""A-GEM: averaged gradient episodic memory. Remove from the user gradient the part that would raise the loss on a
+memory batch.
 
     g <- g - (g . g_s / g_s . g_s) g_s   if g . g_s < 0,   else g stays;     g = grad CE(user), g_s = grad CE(memory)
 
     paper               code
-    g                   run.engine.full_grad after the last backward: averaged over ranks, accumulated, not yet clipped
-    g_s                 the same after a memory backward of its own, kept, cleared
+    g                   run.gradient() after the last backward: summed over micro-batches and ranks, not yet clipped
+    g_s                 the same after a backward on memory rows; it is kept, then the gradients are cleared
     B                   run.draw(); config.memory_size rows, config.memory_batch_size a step
 
 Source: Chaudhry et al. 2019, Eq. 11; arXiv 2512.10150, section 4.1.2.
 
 Same as the reference code (mammoth and avalanche, agem): one dot product over all trained parameters. Different: the
-memory holds what `memory_size` says (mammoth fills it from one loader batch); products are summed in float64; g_s is
-taken under the same dropout rate, with masks of its own.
+memory holds `memory_size` rows (mammoth fills it from one loader batch). Products are summed in float64. g_s is
+computed at the same dropout rate, with its own masks.
 
-The guarantee holds for g alone. AdamW's step is another direction, so its sign against g_s is logged (`step_along_ref`):
-positive means that this step lowered the memory loss to first order. `violation` is 1 where the projection acted.
+The guarantee holds for g only. AdamW's step has another direction, so the sign of the step against g_s is logged as
+`step_along_ref`: positive means that this step lowered the memory loss to first order. `violation` is 1 if g was
+projected.
 """
 
 from __future__ import annotations
@@ -35,11 +37,11 @@ if TYPE_CHECKING:
 
 
 class Agem(Method):
-    """SFT whose gradient never points against the memory's."""
+    """SFT whose gradient never points against the gradient of the memory rows."""
 
     class Config(Strict):
         memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
-        memory_batch_size: Annotated[int, Field(ge=1)] | None = 20  # rows a step; more: a steadier g_s, a dearer step
+        memory_batch_size: Annotated[int, Field(ge=1)] | None = 20  # rows a step; more: less noise in g_s, more cost
 
     source = "Chaudhry 2019, Eq. 11 (mammoth, avalanche)"
     equation = "g - (g.g_s / g_s.g_s) g_s where g.g_s < 0; g = grad CE(user), g_s = grad CE(memory)"
@@ -62,9 +64,7 @@ class Agem(Method):
         violated = along < 0
         run.log_whole("violation", violated)
         run.log_whole("cosine", along / (dot(gradient_n, gradient_n) * size).sqrt().clamp(min=1e-30))
-        share = (
-            violated * along / (size + 1e-12)
-        )  # 0 where nothing is violated, without waiting for the device to say so
+        share = violated * along / (size + 1e-12)  # 0 without a violation, and no wait for the device
         run.set_gradient(gradient_n - share.float() * reference_n)
         self.before = run.theta().clone()
 

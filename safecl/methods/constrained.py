@@ -1,4 +1,4 @@
-"""Constrained SFT: learn each token of an answer only so far from theta_safe, the first ones least.
+"""Constrained SFT: limit how far each answer token may move from theta_safe. The early tokens are limited most.
 
     L(theta) = - E over user tokens of (2 / beta_t) log sigmoid(beta_t (log p_theta(y_t | x, y_<t) - log p_safe(y_t | x, y_<t)))
 
@@ -6,16 +6,16 @@
     beta_t              config.first_beta at t = 1, config.early_beta at 2 <= t <= config.num_early, config.beta later
     pi_aligned          theta_safe; its log-probabilities come from the teacher stage's hidden states on the user rows
     w_t                 2 sigmoid(-beta_t D_t), D_t = log p_theta - log p_safe: the gradient is w_t times cross-entropy's,
-                        logged as `token_weight` (1 at theta_safe, towards 0 as a token grows likelier than it was there)
+                        logged as `token_weight` (1 at theta_safe, towards 0 as a token becomes likelier than it was there)
 
-Source: Qi et al., Safety Alignment Should Be Made More Than Just a Few Tokens Deep (ICLR 2025, arXiv 2406.05946), Eq. 3 and
-section 4.1; beta .5, 2, .1 and 5 early tokens are the paper's. As beta_t -> 0 the gradient is SFT's; beta_t = 0 stands for
-that limit, cross-entropy without the constant.
+Source: Qi et al., Safety Alignment Should Be Made More Than Just a Few Tokens Deep (ICLR 2025, arXiv 2406.05946), Eq.
+3 and section 4.1. The values .5, 2 and .1 of beta and the 5 early tokens are the paper's. As beta_t -> 0 the gradient
+becomes SFT's. Here beta_t = 0 means that limit: cross-entropy without the constant.
 
-Differences from the released code (Unispac/shallow-vs-deep-alignment, trainer.py), which weighs cross-entropy by w_t kept
-above .001 and takes a mean over each answer, then over answers: w_t has no floor here, and the mean is over the global
-batch's tokens, as in every method of this house. Its first version added 1 inside the sigmoid for the early tokens and
-multiplied by 5; the paper does neither.
+Differences from the released code (Unispac/shallow-vs-deep-alignment, trainer.py): that code multiplies cross-entropy
+by w_t with a floor of .001, and takes a mean over each answer, then over answers. Here w_t has no floor, and the mean
+is over the global batch's tokens, as in every method of safecl. The first version of that code added 1 inside the
+sigmoid for the early tokens and multiplied by 5. The paper does neither.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Constrained(Method):
     """SFT that stops learning a token once it is much likelier than under theta_safe."""
 
     class Config(Strict):
-        beta: Annotated[float, Field(ge=0)] = 0.1  # of later tokens; larger holds theta_safe harder
+        beta: Annotated[float, Field(ge=0)] = 0.1  # of later tokens; a larger value keeps them closer to theta_safe
         first_beta: Annotated[float, Field(ge=0)] = 0.5  # of the first token, whose loss is large from the start
         early_beta: Annotated[float, Field(ge=0)] = 2.0  # of the second to the num_early-th
-        num_early: Annotated[int, Field(ge=0)] = 5  # tokens at an answer's beginning that are held harder
+        num_early: Annotated[int, Field(ge=0)] = 5  # tokens at an answer's beginning that are limited more
 
     source = "Qi 2025 (arXiv 2406.05946), Eq. 3"
     equation = "-E (2/beta_t) log sigmoid(beta_t (log p(y_t) - log p_safe(y_t))) on user rows"
@@ -81,7 +81,7 @@ class Constrained(Method):
         return torch.where(beta_N > 0, held_N, each_N).sum() / batch.num_targets
 
     def betas(self, lengths: list[int]) -> Tensor:
-        """beta_t of each response token of answers of these lengths, one after the other, [N]."""
+        """beta_t of each response token, [N]: answers with these numbers of tokens, one after another."""
         import torch
 
         config = self.config

@@ -1,4 +1,5 @@
-"""EWC: elastic weight consolidation. Pull each parameter back to theta_safe by how much safety depends on it.
+"""EWC: elastic weight consolidation. Pull each parameter back to theta_safe, in proportion to how much safety depends
+on it.
 
     L(theta) = CE(user) + (lambda/2) sum_i F_i (theta_i - theta*_i)^2,   F_i = E_T1 (d log p(y|x) / d theta_i)^2 at theta*
 
@@ -6,18 +7,19 @@
     lambda              config.weight
     theta*              theta_safe's adapter
     F                   the fisher stage: squared gradients of whole responses, a row at a time, averaged over rows
-    T1                  the first config.num_rows of the safety rows, both kinds
+    T1                  the first config.num_rows of the safety rows, harmful and benign requests
 
 Source: Kirkpatrick et al. 2017, Eq. 3; arXiv 2512.10150, section 4.1.1.
 
-Choices where the paper is silent: F is divided by its mean (`fisher_norm: mean`), so that one lambda fits other models and
-lengths of answers (`none` keeps it raw; lambda is then about 1e2 to 1e8).
+Choices where the paper is silent: F is divided by its mean (`fisher_norm: mean`), so that one lambda fits other
+models and other lengths of answers. `none` does not divide; lambda is then about 1e2 to 1e8.
 
-Differences from the reference codes: mammoth weights a row's squared gradient by p(y|x) and has no 1/2; avalanche and
-git-disl square gradients of whole batches, where rows cancel. `fisher: true` samples labels from the model in place of the
-data's.
+Differences from the reference codes: mammoth multiplies a row's squared gradient by p(y|x) and has no 1/2. avalanche
+and git-disl square gradients of whole batches, in which the gradients of rows cancel. `fisher: true` samples the
+labels from the model instead of taking the data's.
 
-Refused with `adapter: stack` and `align: none`: a fresh adapter has B = 0, so the gradient and with it the Fisher of A is zero.
+Refused with `adapter: stack` and `align: none`: a fresh adapter has B = 0, so the gradient of A is zero, and so is
+its Fisher information.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class Ewc(Method):
             self.anchor = run.theta_safe()
 
     def after_backward(self, run: Run, batch: Batch) -> None:
-        """The penalty has no rows in it: its gradient lambda F (theta - theta*) is added once a step."""
+        """Add the penalty's gradient lambda F (theta - theta*), once per step: the penalty does not depend on rows."""
         if self.config.weight == 0:
             return
         apart_n = run.theta() - self.anchor

@@ -1,24 +1,32 @@
-"""GR-SAP: generative replay for safety alignment preservation. Mix in safety rows that the aligned model makes itself.
+"""GR-SAP: generative replay for safety alignment preservation. Add safety rows that the aligned model writes itself.
 
     L(theta) = CE(user + B'),    B' = {(x', y')}: x' extracted from theta_safe domain by domain, y' its own safe answer
 
     paper               code
     B'                  the cached `replay` stages: `replayed`, at the end of this file
     x'                  the quoted continuation of: Sure, the \\textbf{specific request} is "
-    y' (easy, hard)     an answer that the sweep's judge calls safe; else one given again with a reminder to refuse
+    y' (easy, hard)     an answer that the sweep's judge calls safe; if it is unsafe, a second one with a reminder to refuse
     control, ratio      config.mix (`add` or `replace` user rows), config.num_rows, config.hard_share
 
-Source: arXiv 2603.10243 (GR-SAP; the paper's text was not at hand) and its released code (chili-lab/GR-SAP: helper.py,
-extract_data.py, postprocess.py, train.py), read at hand.
+Source: arXiv 2603.10243 (GR-SAP) and its released code (chili-lab/GR-SAP: helper.py, extract_data.py, postprocess.py,
+train.py). We read the code; the paper's text was not available to us.
 
-Same as the released code: its 38 domains, prompt and prefill; temperature, top-p and length of requests (1.0, 1.0, 256
-tokens), of answers (.8, .95, 1024) and of answers after a reminder (.7, .95, 512); perplexity percentiles 5-95, cosines .85
-and .5, half of the rows hard. Different: 64 requests a domain in place of 512 (`num_per_domain`); the perplexity is the
-sweep's base model's (theirs: Qwen2.5-0.5B); near-duplicates are found by words and relevance is not filtered unless
-`embedder` names an encoder (theirs: bge-small-en-v1.5); the judge is the sweep's (theirs: WildGuard); an answer that is cut
-at its length loses its last, unfinished sentence; a verdict that cannot be read drops the row (theirs: a hard request);
-requests like a test prompt are dropped; everything drawn is seeded (theirs: the second answers alone). Their training
-settings (lr 2e-6, one epoch, batch 32) are the sweep file's to choose.
+Same as the released code: its 38 domains, prompt and prefill; temperature, top-p and maximum tokens of requests (1.0,
+1.0, 256), of answers (.8, .95, 1024) and of answers after a reminder (.7, .95, 512); perplexity percentiles 5-95,
+cosines .85 and .5, half of the rows hard.
+
+Different from the released code:
+
+    requests per domain     64 (`num_per_domain`); there 512
+    perplexity              by the sweep's base model; there Qwen2.5-0.5B
+    near-duplicates         by words, and no filter of relevance, unless `embedder` names an encoder; there bge-small-en-v1.5
+    judge                   the sweep's; there WildGuard
+    unfinished answers      an answer cut at its maximum length loses its last, unfinished sentence
+    unreadable verdict      drops the row; there it counts as a hard request
+    test prompts            requests like a test prompt are dropped
+    seeds                   everything drawn is seeded; there only the second answers
+
+The released training settings (lr 2e-6, one epoch, batch 32) are not built in: set them in the sweep file.
 """
 
 from __future__ import annotations
@@ -53,16 +61,16 @@ class Grsap(Method):
 
     class Config(Strict):
         num_rows: Annotated[int, Field(ge=1)] = 100  # replayed rows in the mix
-        mix: Literal["add", "replace"] = "add"  # beside the user rows, or in place of as many
-        hard_share: Annotated[float, Field(ge=0, le=1)] = (
-            0.5  # of rows that were first answered unsafely, where there are
-        )
+        mix: Literal["add", "replace"] = "add"  # add them to the user rows, or replace as many user rows
+        # share of rows whose first answer was unsafe, if there are as many
+        hard_share: Annotated[float, Field(ge=0, le=1)] = 0.5
         domains: Annotated[tuple[str, ...], Field(min_length=1)] = DOMAINS
-        num_per_domain: Annotated[int, Field(ge=1)] = 64  # requests asked for (released: 512)
-        request_tokens: Annotated[int, Field(ge=1)] = 256  # of a request, at most
-        answer_tokens: Annotated[int, Field(ge=1)] = 1024  # of an answer
-        reminded_tokens: Annotated[int, Field(ge=1)] = 512  # of an answer after the reminder to refuse
-        perplexity_percentiles: tuple[float, float] = (5, 95)  # (0, 100): no filter, no forward
+        num_per_domain: Annotated[int, Field(ge=1)] = 64  # requests generated per domain (released code: 512)
+        request_tokens: Annotated[int, Field(ge=1)] = 256  # longest request, in tokens
+        answer_tokens: Annotated[int, Field(ge=1)] = 1024  # longest answer, in tokens
+        reminded_tokens: Annotated[int, Field(ge=1)] = 512  # longest answer after the reminder to refuse, in tokens
+        # requests outside are dropped; (0, 100): no filter, no forward
+        perplexity_percentiles: tuple[float, float] = (5, 95)
         max_similarity: Annotated[float, Field(gt=0, le=1)] = 0.85  # to any earlier query
         min_relevance: Annotated[float, Field(ge=-1, le=1)] = 0.5  # cosine to the domain's name, with an embedder
         embedder: Model | None = None  # an encoder for similarity and relevance, e.g. a bge model
@@ -92,7 +100,8 @@ class Grsap(Method):
 
 
 def replayed(needs: Needs, config: Grsap.Config) -> Stage:
-    """Safety rows that theta_safe makes: it names requests, answers them, is judged, answers the unsafe ones again."""
+    """Stages of the safety rows that theta_safe makes. It writes requests and answers them; the sweep's judge reads
+    the answers; theta_safe answers again where the first answer was unsafe."""
     template = needs.template
 
     def step(name: str, inputs: dict[str, Stage], **settings: Json) -> Stage:

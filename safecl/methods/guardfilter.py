@@ -1,17 +1,17 @@
-"""Guard filter: SFT on the user rows that the sweep's judge calls safe. The baseline that every provider runs.
+"""Guard filter: SFT on the user rows that the sweep's judge calls safe. A common baseline of providers.
 
     L(theta) = CE({(x, y) in user: judge(x, y) = safe})
 
     symbol              code
-    judge               `evaluate.judges.asr`, asked once of each user row's own answer (the judge stage, shared by all trials)
-    filtered            rows judged harmful, and rows whose verdict could not be read: none is trained on
+    judge               `evaluate.judges.asr`, asked once about each user row's own answer (the judge stage, shared by all trials)
+    filtered            rows judged harmful, and rows whose verdict could not be read (unless `unread: keep`): not trained on
 
-Source: common practice; e.g. the moderation of fine-tuning data described by OpenAI, and the filtering baseline of Huang et
-al. (harmful fine-tuning survey, arXiv 2409.18169). No reference code.
+Source: common practice; e.g. the moderation of fine-tuning data described by OpenAI, and the filtering baseline of
+Huang et al. (harmful fine-tuning survey, arXiv 2409.18169). No reference code.
 
-The judge that filters is the one that later measures ASR: what it misses here it misses there too. Read it beside a second
-judge. Fewer rows are fewer steps: `rows`, `filtered` and `filtered_poison` of each record say how many, and a table's notes
-repeat it.
+The judge that filters also measures ASR later. A harmful row that it misses when filtering, it also misses when
+measuring. So read the result beside a second judge. Fewer rows mean fewer steps: `rows`, `filtered` and
+`filtered_poison` of each record give the numbers, and a table's notes repeat them.
 """
 
 from __future__ import annotations

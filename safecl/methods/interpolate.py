@@ -10,15 +10,17 @@
     theta_0, S, T, U    base; theta_safe - theta_0; tuned - theta_0; tuned - theta_safe = T - S
     lambda              config.share; config.safe_share (task_arithmetic's own weight of S; null: 1 - a)
 
-Source: Farn et al. 2024 (arXiv 2412.19512); SLERP after Shoemake 1985, TIES after Yadav et al. 2023, DARE after Yu et al. 2024.
+Source: Farn et al. 2024 (arXiv 2412.19512); SLERP after Shoemake 1985, TIES after Yadav et al. 2023, DARE after Yu et
+al. 2024.
 
-With `align: none` linear is theta_safe + a U and needs no base; the others need the model's `aligned_from`.
+With `align: none` linear is theta_safe + a U and needs no base. The other kinds need the model's `aligned_from`.
 
-All are defined on changes from the base, module by module. Linear and task arithmetic stay low-rank and exact (factors side by
-side; averaging A and B themselves is another thing, and errs). SLERP's angle is between S and T, not between whole weights,
-where every pair is parallel and SLERP is linear. TIES as in mergekit: trim each to its `density` largest entries, elect the
-sign of the weighted sum, average what agrees over the weights that took part. DARE rescales by 1/density as its paper does
-(mergekit 0.1.5: so that the L1 norm stays, the same in expectation).
+Every kind works on changes from the base, module by module. Linear and task arithmetic stay low-rank and exact: the
+factors are laid side by side. (Averaging A and B themselves would give another, wrong result.) SLERP's angle is
+between S and T. Between whole weights every pair is almost parallel, so SLERP would equal linear. TIES as in
+mergekit: keep the `density` largest entries of each, take the sign of the weighted sum, and average the entries of
+that sign over the weights that took part. DARE divides by density, as its paper does. (mergekit 0.1.5 rescales so
+that the L1 norm stays, which is the same in expectation.)
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ class Interpolate(Method):
 
     @property
     def needs_base(self) -> bool:
-        return bool(self.config.kind != "linear")  # which is theta_safe + a U, whatever theta_safe came from
+        return bool(self.config.kind != "linear")  # linear is theta_safe + a U, for any theta_safe
 
     def finalize(self, safe: Weights, tuned: Weights, log: dict[str, Json]) -> Iterator[tuple[str, LoRA | Dense]]:
         from safecl.training.weights import Dense, combine
@@ -95,7 +97,8 @@ class Interpolate(Method):
 
 
 def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """Along the arc between two tensors as vectors; linear where they are all but parallel, or one is zero."""
+    """The point at `share` of the arc from `first` to `second`, both taken as vectors. Linear if they are almost
+    parallel (|cosine| above .9995) or one is zero."""
     import torch
 
     size = first.norm() * second.norm()
@@ -107,7 +110,7 @@ def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
 
 
 def ties(deltas: list[Tensor], weights: list[float], density: float) -> Tensor:
-    """TIES merge: trim, elect signs, disjoint mean."""
+    """TIES merge of `deltas`: trim, take the sign of the weighted sum, mean over the entries of that sign."""
     import torch
 
     trimmed = []
@@ -126,7 +129,8 @@ def ties(deltas: list[Tensor], weights: list[float], density: float) -> Tensor:
 
 
 def drop(delta: Tensor, density: float, stream: str) -> Tensor:
-    """DARE's random mask, from a named stream, rescaled so that the mean stays."""
+    """`delta` under DARE's random mask (from the random stream `stream`), divided by `density` so that the mean
+    stays."""
     import torch
 
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(stream.encode()).digest()[:7], "big"))

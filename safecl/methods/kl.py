@@ -1,4 +1,4 @@
-"""KL: hold the distribution of each next token where theta_safe had it.
+"""KL: keep the distribution of each next token close to theta_safe's.
 
     L(theta) = CE(user) + weight * sum over the chosen rows of T^2 E_tokens KL(p_safe || p_theta)      (direction: forward)
                                                      or of T^2 E_tokens KL(p_theta || p_safe)          (direction: reverse)
@@ -10,12 +10,12 @@
     T                   config.temperature; T^2 keeps the gradient's size when T changes
     m                   config.memory_size; memory rows are the draws of DER and replay
 
-Source: no single paper. A KL penalty to the starting model as in RLHF (Ziegler et al. 2019, Eq. 2, direction reverse) and
-distillation (Hinton et al. 2015, whose T^2 this is; Li and Hoiem 2016 on new-task rows, direction forward).
+Source: no single paper. A KL penalty to the starting model as in RLHF (Ziegler et al. 2019, Eq. 2, direction
+reverse), and distillation (Hinton et al. 2015 for T^2; Li and Hoiem 2016 on new-task rows, direction forward).
 
-Forward asks theta to cover all that theta_safe may say; reverse asks it to say nothing that theta_safe would not. On poisoned
-user rows theta_safe's distribution after each harmful token is held too: unlike refusals in a memory it says nothing of where
-the answer should have gone.
+Forward asks theta to give probability to every token to which theta_safe gives it. Reverse asks theta to give none to
+tokens to which theta_safe gives none. On poisoned user rows the distribution after each harmful token is kept close
+to theta_safe's too. Unlike refusals in a memory, this does not teach the answer that would have been right.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class Kl(Method):
     """Cross-entropy on user rows plus the KL divergence to theta_safe."""
 
     class Config(Strict):
-        weight: Annotated[float, Field(ge=0)] = 1.0  # holds theta_safe harder as it grows, at the task's cost
-        on: Literal["user", "memory", "both"] = "both"  # rows whose next tokens are held
+        # a larger value keeps theta closer to theta_safe, at the task's cost
+        weight: Annotated[float, Field(ge=0)] = 1.0
+        on: Literal["user", "memory", "both"] = "both"  # rows on which the KL divergence is computed
         direction: Literal["forward", "reverse"] = "forward"  # forward: KL(p_safe || p); reverse: KL(p || p_safe)
         temperature: Annotated[float, Field(gt=0)] = 1.0  # above 1: unlikely tokens count more
         memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
@@ -97,7 +98,7 @@ class Kl(Method):
     def divergence(
         self, run: Run, name: str, batch: Batch, hidden_PD: torch.Tensor, safe_ND: torch.Tensor
     ) -> torch.Tensor:
-        """This micro-batch's part of the mean over the batch's response tokens; logged as `name`."""
+        """This micro-batch's part of the mean divergence over the batch's response tokens; logged as `name`."""
         from safecl.training import losses
 
         mask_P, _ = losses.targets(batch.labels_P)

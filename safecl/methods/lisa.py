@@ -49,7 +49,7 @@ class Lisa(Method):
     source = "Huang 2024, Algorithm 2 (git-disl)"
     equation = "CE(memory) and CE(user) in turns, + (rho/2) |theta - theta_other|^2"
     cost = "1x"
-    # At other draws one element makes 70 to 99 % of the gap between runs, which else is 4e-7 to 8e-7.
+    # With other draws one element causes 70 to 99 % of the gap between runs; otherwise the gap is 4e-7 to 8e-7.
     contract = Contract(params={"cycles": 3, "alignment_share": 0.5, "memory_batch_size": 8})
     space = {
         "rho": {"low": 1e-3, "high": 10.0, "log": True},
@@ -93,7 +93,8 @@ class Lisa(Method):
         return run.cross_entropy(run.draw() if self.aligning else batch)
 
     def after_backward(self, run: Run, batch: Batch) -> None:
-        """The proximal term has no rows in it: its gradient rho (theta - theta_other) is added once a step."""
+        """Add the proximal term's gradient rho (theta - theta_other), once per step: the term does not depend on
+        rows."""
         if self.config.rho == 0 or run.step < self.config.free_share * run.num_steps:
             return
         apart_n = run.theta() - run.kept["other"]

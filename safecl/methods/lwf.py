@@ -1,22 +1,23 @@
-"""LwF: learning without forgetting. Hold the hidden states on the user's own rows where theta_safe had them.
+"""LwF: learning without forgetting. Keep the hidden states on the user's own rows close to theta_safe's.
 
     L(theta) = CE(user) + beta * E over user tokens of |h_theta(x) - h_theta_safe(x)|^2 / D
 
     paper               code
     beta                config.weight
     h                   the last hidden state, after the final norm
-    h_theta_safe(x)     a cached stage over the user rows, once for all epochs and trials
-    x                   user rows, poisoned ones included: there the teacher refuses, which is why it fails at high p
+    h_theta_safe(x)     a cached stage over the user rows, computed once for all epochs and trials
+    x                   user rows, with the poisoned ones; on those the teacher refuses, and so LwF fails at high p
 
-Source: arXiv 2512.10150, section 4.1.1 (after Li and Hoiem 2016, who distil softened logits in place of hidden states).
+Source: arXiv 2512.10150, section 4.1.1 (after Li and Hoiem 2016, who distil softened logits in place of hidden
+states).
 
-With `align: none` h_theta_safe is the model's own, its adapter off.
+With `align: none` h_theta_safe is the model itself without its adapter.
 
-Choices where the paper is silent: a mean over positions and over D; `positions: response` are those that predict a
-response token (`all`: every token; `last`: the one that predicts the end).
+Choices where the paper is silent: the mean is over positions and over D. `positions: response` are the positions that
+predict a response token, `all` every token, `last` the one that predicts the end.
 
-Differences from reference codes: mammoth and avalanche distil logits at T = 2; git-disl's nearest relative holds every MLP's
-output and drops large terms.
+Differences from reference codes: mammoth and avalanche distil logits at T = 2. The nearest method in git-disl
+compares every MLP's output and drops large terms.
 """
 
 from __future__ import annotations

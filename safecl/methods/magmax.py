@@ -1,4 +1,4 @@
-"""MagMax: per weight, keep the change of larger magnitude, of theta_safe or of the tuned model.
+"""MagMax: for each weight keep the change of larger magnitude, either theta_safe's or the tuned model's.
 
     theta = theta_0 + lambda * (T where |T| >= |S| else S),    S = theta_safe - theta_0, T = theta_tuned - theta_0
 
@@ -8,11 +8,12 @@
 
 Source: Marczak et al. 2024 (MagMax), Eq. 1; arXiv 2512.10150, section 4.1.3.
 
-With `align: none` S is the model less its base, which `aligned_from` names.
+With `align: none` S is the model minus its base, which `aligned_from` names.
 
-Same as the reference code (magmax, merge with max_abs): elementwise, ties to the later model. It is defined on dense weight
-changes: picking among LoRA factors would be another method. The result has full rank, so it is saved dense. As fine-tuning
-is sequential, T = S + a small update, and MagMax mostly takes T (the share is logged).
+Same as the reference code (magmax, merge with max_abs): elementwise, and ties go to the later model. MagMax is
+defined on dense weight changes. Choosing among LoRA factors would be another method. The result has full rank, so it
+is saved dense. Fine-tuning starts from theta_safe, so T = S + a small update, and MagMax takes T for most weights
+(the share is logged).
 """
 
 from __future__ import annotations

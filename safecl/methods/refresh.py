@@ -6,25 +6,27 @@
 
     paper               code
     J                   config.unlearn_steps
-    gamma               config.gamma; released: the share of its own norm by which a tensor moves, 1e-5 in the code
+    gamma               config.gamma; released: a tensor moves by this share of its own norm, 1e-5 in the code
     F                   the fisher stage, divided by its mean; the paper's F^-1 is 1 / (F + config.damping)
     |theta|, |d|        norms of one tensor
     B                   run.draw(): relearning is `replay`'s loss on the same draws
 
-Source: Wang et al. 2024 (arXiv 2403.13249, Algorithm 1; the paper's text was not at hand) and its released code
-(CL-refresh-learning, models/derpp.py, read at hand); arXiv 2512.10150, section 4.1.2, has the paper's step and no value of
-gamma.
+Source: Wang et al. 2024 (arXiv 2403.13249, Algorithm 1) and its released code (CL-refresh-learning, models/derpp.py).
+We read the code; the paper's text was not available to us. arXiv 2512.10150, section 4.1.2, has the paper's step and
+no value of gamma.
 
-Why the released step is the default: the paper's moves weights by gamma and shakes them by sqrt(gamma), and no gamma makes
-the first the larger in a model of this size. At gamma 1e-8 the ascent moved SmolLM2's factors by 8e-7 of their norm and a
-tiny model's by 1e-8, the noise by 1e-3: Refresh was replay with noise. The released step moves them by 1e-5, its noise by
-2e-7. Both are logged every step as `unlearned` and `unlearn_noise`, in norms of theta.
+Why the released step is the default: the paper's ascent is proportional to gamma and its noise to sqrt(gamma). In a
+model of this size no gamma makes the ascent larger than the noise. At gamma 1e-8 the ascent moved SmolLM2's factors
+by 8e-7 of their norm and a tiny model's by 1e-8, the noise by 1e-3. So Refresh was replay with noise. The released
+step moves them by 1e-5, its noise by 2e-7. Both are logged every step as `unlearned` and `unlearn_noise`, relative to
+the norm of theta.
 
-Choices: in `paper` the noise of each element is capped at `max_noise` of its tensor's RMS (where F is near 0 it would be many
-times the parameter). Noise comes from a stream of (seed, step), the same on every rank.
-Unlearning comes first, as in both papers; the released code unlearns after its step, on the batch just learned.
+Choices: in `paper` the noise of each element is at most `max_noise` times its tensor's RMS (where F is near 0 it
+would be many times the parameter). Noise comes from a random stream of (seed, step), the same on every rank.
+Unlearning comes before the step, as in both papers. The released code unlearns after the step, on the batch just
+learned.
 
-With gamma 0 both are `replay`. Refused with `adapter: stack` and `align: none`, for EWC's reason.
+With gamma 0 both variants are `replay`. Refused with `adapter: stack` and `align: none`, for the same reason as EWC.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class Refresh(Method):
         gamma: Annotated[float, Field(ge=0)] = 1e-5  # unlearning step; released: in norms of each tensor
         unlearn_steps: Annotated[int, Field(ge=1)] = 1  # J
         variant: Literal["released", "paper"] = "released"
-        damping: Annotated[float, Field(gt=0)] = 0.01  # paper: added to the mean-normalised Fisher before inverting
+        # paper: added to the Fisher (divided by its mean) before inverting
+        damping: Annotated[float, Field(gt=0)] = 0.01
         max_noise: Annotated[float, Field(ge=0)] = (
             1e-3  # paper: cap of the noise's sd, in RMS of its tensor; 0: no noise
         )
@@ -67,8 +70,8 @@ class Refresh(Method):
     source = "Wang 2024 and its code; `variant: paper` as arXiv 2512.10150"
     equation = "theta + gamma (1 + .001 F)^-1 |theta| grad / |grad|, then CE(user) + weight * CE(memory)"
     cost = "(J + 2)x"
-    # Noise that is large enough to be seen; five times as much took the gradient of one element next to 0, which then made 91
-    # to 95 % of the gap between runs, which else is 5e-7 to 1e-6.
+    # This gamma makes the noise large enough to be seen. Five times as much brought the gradient of one element close to 0.
+    # That element then caused 91 to 95 % of the gap between runs; otherwise the gap is 5e-7 to 1e-6.
     contract = Contract(params={"gamma": 1e-3}, variants=({"variant": "paper"},), in_bfloat16=True)
     space = {
         "gamma": {"low": 1e-6, "high": 1e-3, "log": True},
@@ -114,7 +117,7 @@ class Refresh(Method):
     def change(
         self, theta_n: Tensor, gradient_n: Tensor, sizes: Sequence[int], noise: Generator
     ) -> tuple[Tensor, Tensor]:
-        """The unlearning step of parameters of these sizes: up the gradient, and at random."""
+        """(ascent, noise): the unlearning step for parameters `theta_n` [n] whose tensors have these sizes."""
         import torch
 
         config = self.config
@@ -138,7 +141,7 @@ class Refresh(Method):
 
 
 def norms(flat_n: Tensor, sizes: Sequence[int], mean: bool = False) -> Tensor:
-    """The L2 norm (`mean`: the RMS) of the tensor that each element belongs to, [n]."""
+    """For each element the L2 norm of its tensor, or with `mean` the RMS, [n]."""
     import torch
 
     found = torch.stack(torch._foreach_norm(list(torch.split(flat_n, list(sizes)))))

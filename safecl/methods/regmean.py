@@ -1,21 +1,21 @@
-"""RegMean: merge each linear module so that on each model's own data it answers as that model does.
+"""RegMean: merge each linear module so that on each model's own data its outputs stay close to that model's.
 
     W = argmin (1 - a) E_safety |W x - S x|^2 + a E_user |W x - T x|^2
       = S + U a G_u ((1 - a) G_s + a G_u)^-1,                                   G = E x x^T over the tokens of rows
     S = theta_safe, T = theta_tuned, U = T - S
 
     paper               code
-    X_i^T X_i           G_s: what the module is given in theta_safe on memory rows; G_u: in the tuned model on user rows
+    X_i^T X_i           G_s: of the module's inputs in theta_safe on memory rows; G_u: in the tuned model on user rows
     alpha               config.off_diagonal: elements off the diagonal of each G are multiplied by it
     -                   config.share, a: of the tuned model (the paper: equal)
 
-Source: Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models (ICLR 2023, arXiv 2212.09849), Eq. 2 and
-its reduction of off-diagonal items (alpha .9; .1 for T5).
+Source: Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models (ICLR 2023, arXiv 2212.09849), Eq.
+2 and its reduction of off-diagonal items (alpha .9; .1 for T5).
 
-Where a direction is seen on user rows alone, the user's update stays whole; where it is seen on safety rows alone, it is
-taken off. Differences: G is a mean over tokens, so that the longer rows do not decide; only adapted modules are merged. The
-result has the rank of U. Memory: two I x I matrices a module, made for as many modules at once as fit into a gibibyte, each
-group by forwards of its own.
+In a direction that only user rows use, the user's update stays whole. In a direction that only safety rows use, the
+update is removed. Differences from the paper: G is a mean over tokens, so that a longer set of rows has no more
+weight; only adapted modules are merged. The result has the rank of U. Memory: two I x I matrices per module. As many
+modules as fit into one GiB are handled together, with their own forwards.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ class Regmean(Method):
 
     class Config(Strict):
         share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # a: the weight of user rows, towards the tuned model
-        off_diagonal: Annotated[float, Field(ge=0, lt=1)] = 0.9  # less: steadier; at 1 what few rows see has no inverse
-        num_rows: Annotated[int, Field(ge=1)] = 100  # rows looked at, of each kind
+        # less: more stable; at 1 a G of few rows has no inverse
+        off_diagonal: Annotated[float, Field(ge=0, lt=1)] = 0.9
+        num_rows: Annotated[int, Field(ge=1)] = 100  # rows of each kind (memory, user) that are read
 
     source = "Jin 2023 (arXiv 2212.09849), Eq. 2"
     equation = "theta_safe + U a G_u ((1 - a) G_s + a G_u)^-1, G = E x x^T of a module's inputs"
@@ -63,8 +64,8 @@ class Regmean(Method):
         return {"user": needs.user_rows, "memory": needs.memory(self.config.num_rows)}
 
     def looks(self, size: Size) -> float:
-        """Both models see all rows again for each group of modules. Of a common shape: six modules of a layer are given a hidden
-        state, one the MLP's, three times as wide."""
+        """Both models read all rows again for each group of modules. Estimated for a common shape: in a layer six
+        modules take a hidden state as input, and one takes the MLP's state, three times as wide."""
         num_groups = 2 * 4 * (6 + 3**2) * size.layers * size.width**2 / GROUP_BYTES
         return 2.0 * int(self.config.num_rows) * math.ceil(num_groups)
 
@@ -87,7 +88,7 @@ class Regmean(Method):
                     gram_II.mul_(config.off_diagonal + (1 - config.off_diagonal) * torch.eye(len(gram_II)).to(gram_II))
                 user_II *= config.share
                 both_II = (1 - config.share) * safe_II + user_II
-                both_II.diagonal().add_(1e-6 * both_II.diagonal().mean())  # a direction that nothing sees
+                both_II.diagonal().add_(1e-6 * both_II.diagonal().mean())  # for directions in no row's input
                 kept_II = torch.linalg.solve(both_II, user_II).T.float().cpu()
                 update = combine([(tuned[name], 1.0), (safe[name], -1.0)])
                 if isinstance(update, LoRA):
@@ -97,7 +98,7 @@ class Regmean(Method):
 
 
 def groups(tuned: Weights) -> Iterator[list[str]]:
-    """Names of modules whose inner products fit into memory together."""
+    """Names of modules, in groups whose inner products fit into GROUP_BYTES together."""
 
     def width(name: str) -> int:
         delta = tuned[name]

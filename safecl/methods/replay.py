@@ -1,4 +1,4 @@
-"""Replay: experience replay of refusals. The control that DER needs: cross-entropy on the very rows that DER draws.
+"""Replay: experience replay of refusals. A control for DER: cross-entropy on the same rows that DER draws.
 
     L(theta) = CE(user) + weight * CE(memory)
 
@@ -6,10 +6,12 @@
     m = |B|             config.memory_size
     (x, y) in B         run.draw(): the same stream as DER's, so with equal sizes the same rows at every step
 
-Source: Rolnick et al. 2019, experience replay; arXiv 2512.10150 has no such row. A memory row is seen about 20 times as often
-as under SafeInstr's mixing, so a good DER result cannot be credited to logits without this control.
+Source: Rolnick et al. 2019, experience replay. arXiv 2512.10150 has no such row. A memory row is seen about 20 times
+as often as when SafeInstr mixes it in. So without this control a good DER result could come from that alone, and not
+from the logits.
 
-Choices: `weight` multiplies the memory batch's own token mean (1 is the relearning step of Refresh, Eq. 9 there).
+Choices: `weight` multiplies the mean over the memory batch's own tokens (1 is the relearning step of Refresh, Eq. 9
+there).
 """
 
 from __future__ import annotations

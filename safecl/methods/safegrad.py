@@ -1,24 +1,25 @@
-"""SafeGrad: gradient surgery. Take off the user gradient what works against the alignment, then add the alignment's own.
+"""SafeGrad: gradient surgery. Remove from the user gradient the part against the alignment gradient, then add that
+gradient.
 
     g_align = grad E over memory tokens of KL(p_safe || p_theta)
     g_user <- g_user - (g_user . g_align / g_align . g_align) g_align   where g_user . g_align < 0
     g = g_user + rho g_align
 
     paper               code
-    g_user              run.gradient() after the last backward: averaged over ranks, accumulated, not yet clipped
-    g_align             the same after a memory backward of its own, kept, cleared
+    g_user              run.gradient() after the last backward: summed over micro-batches and ranks, not yet clipped
+    g_align             the same after a backward on memory rows; it is kept, then the gradients are cleared
     theta_0, D_align    theta_safe by its stored hidden states; the memory, config.memory_batch_size rows a step
     rho                 config.rho
 
-Source: Yi et al., Gradient Surgery for Safe LLM Fine-Tuning (arXiv 2508.07172), Eqs. 3-6. The paper's text was not at hand:
-the equations and rho = 1 are those that two independent ports of its code give.
+Source: Yi et al., Gradient Surgery for Safe LLM Fine-Tuning (arXiv 2508.07172), Eqs. 3-6. The paper's text was not
+available to us. The equations and rho = 1 are those of two independent ports of its code.
 
-As in those ports: one conflict test over all trained parameters, none where |g_align|^2 <= 1e-9 (at theta_safe without
-dropout g_align is rounding and nothing else). Different: the KL is over response tokens (the code's sum holds prompt and
-padding positions too); products are summed in float64; gradients are accumulated before the surgery (in the code the last
-micro-batch overwrites the others).
+As in those ports: one conflict test over all trained parameters, and no projection where |g_align|^2 <= 1e-9 (at
+theta_safe without dropout g_align is only rounding error). Different: the KL is over response tokens (the code's sum
+also has prompt and padding positions). Products are summed in float64. Gradients are accumulated before the surgery
+(in the code the last micro-batch overwrites the others).
 
-A-GEM with another reference gradient, and with a pull to it besides the projection; `agem` has the projection alone.
+SafeGrad is A-GEM with another reference gradient, and it also adds that gradient. `agem` only projects.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ LEAST_SQUARE = 1e-9  # of g_align, below which nothing is projected
 
 
 class Safegrad(Method):
-    """SFT whose gradient is freed of conflicts with the KL to theta_safe on memory rows, plus that KL's own gradient."""
+    """SFT without the part of its gradient against the gradient of the KL to theta_safe on memory rows, plus that
+    gradient."""
 
     class Config(Strict):
-        rho: Annotated[float, Field(ge=0)] = 1.0  # of the alignment's gradient; 0: the projection alone
+        rho: Annotated[float, Field(ge=0)] = 1.0  # weight of the alignment's gradient; 0: only the projection
         memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept (the paper: 100)
         memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
 

@@ -8,8 +8,8 @@
 
 Source: Bianchi et al. 2024 (safety-tuned LLaMAs); a baseline of arXiv 2512.10150, sections 5.4 and 5.5.
 
-Differences from the reference code: the loss is on responses only (theirs is on the prompt too). More rows are more steps
-than SFT takes, and another learning-rate schedule: the `steps` of each record say how many.
+Differences from the reference code: the loss is on responses only (there it is on the prompt too). More rows mean
+more steps than SFT takes, and so another learning-rate schedule. `steps` of each record gives their number.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ class Safeinstr(Method):
     """SFT on user rows and refusals together."""
 
     class Config(Strict):
-        memory_size: Annotated[int, Field(ge=0)] = (
-            MEMORY_SIZE  # m: refusals mixed in; too many teach to refuse everything
-        )
+        # m: refusals mixed in; too many teach the model to refuse everything
+        memory_size: Annotated[int, Field(ge=0)] = MEMORY_SIZE
 
     source = "Bianchi 2024"
     equation = "CE(user + memory)"

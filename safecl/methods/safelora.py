@@ -67,14 +67,15 @@ class Safelora(Method):
         log["projected"] = len(chosen)
         log["modules"] = len(order)
         log["cosines"] = [cosines[name] for name in order]
-        for name, aligned in safe.items():  # made anew: dense updates of a whole model would not fit into memory
+        for name, aligned in safe.items():  # computed again: dense updates of all modules would not fit in memory
             update = combine([(tuned[name], 1.0), (aligned, -1.0)])
             kept = project(update, aligned, self.config.projector) if name in chosen else update
             yield name, combine([(aligned, 1.0), (kept, 1.0)])
 
 
 def project(update: LoRA | Dense, aligned: LoRA | Dense, projector: str) -> LoRA | Dense:
-    """C U, C of theta_safe's delta V = `aligned`, in factored form where both are; U itself where V is zero."""
+    """C U for an update U and theta_safe's delta V = `aligned`. In factored form if both are low-rank; U itself if V
+    is zero."""
     import torch
 
     from safecl.training.weights import Dense, LoRA
@@ -105,7 +106,7 @@ def project(update: LoRA | Dense, aligned: LoRA | Dense, projector: str) -> LoRA
 
 
 def cosine(first: LoRA | Dense, second: LoRA | Dense) -> float:
-    """Cosine of two deltas as vectors (two low-rank ones share `down_RI`); 1 where one is zero (nothing to disagree about)."""
+    """Cosine of two deltas taken as vectors; 1 if one is zero. Two low-rank deltas must have the same `down_RI`."""
     from safecl.training.weights import Dense
 
     if isinstance(first, Dense) or isinstance(second, Dense):

@@ -8,15 +8,16 @@
     tau                 config.threshold
     alpha, 1 - alpha    config.share of the tuned model, the rest of theta_safe
 
-Source: Djuhera et al., SafeMERGE (ICLR 2025 workshop, arXiv 2503.17239) and its released code (aladinD/SafeMERGE, utils.py),
-read at hand: threshold .35, weights .8 and .2, cosines rounded to 5 digits, `<`.
+Source: Djuhera et al., SafeMERGE (ICLR 2025 workshop, arXiv 2503.17239) and its released code (aladinD/SafeMERGE,
+utils.py), which we read: threshold .35, weights .8 and .2, cosines rounded to 5 digits, `<`.
 
-With `align: none` V is the model less its base, which `aligned_from` names.
+With `align: none` V is the model minus its base, which `aligned_from` names.
 
-Differences: their safe model is a second adapter, tuned on safety rows on top of an aligned model; here theta_safe is both
-the aligned and the safe model, so that a merged module keeps the share `a` of its own update. They average LoRA factors
-(PEFT's `linear`), which gives cross terms that no merge asked for; here deltas are merged, exactly. A module whose V is zero
-has nothing to disagree with and is left alone (their cosine is then 0, and it is merged).
+Differences: the safe model of the paper is a second adapter, tuned on safety rows on top of an aligned model. Here
+theta_safe is both the aligned and the safe model, so a merged module keeps the share `a` of its own update. The
+released code averages LoRA factors (PEFT's `linear`), which adds unwanted cross terms. Here deltas are merged,
+exactly. A module whose V is zero is left alone, because there is no alignment to compare with (in the released code
+its cosine is then 0, and it is merged).
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Safemerge(Method):
     """SFT, then a merge with theta_safe of the modules that moved away from the alignment."""
 
     class Config(Strict):
-        threshold: Annotated[float, Field(ge=-1, le=1)] = 0.35  # tau: merged are modules whose cosine is below
-        share: Annotated[float, Field(ge=0, le=1)] = 0.8  # a: of the tuned model in a merged module
+        threshold: Annotated[float, Field(ge=-1, le=1)] = 0.35  # tau: a module is merged if its cosine is below
+        share: Annotated[float, Field(ge=0, le=1)] = 0.8  # a: weight of the tuned model in a merged module
         projector: Literal["frobenius", "exact"] = "frobenius"
 
     source = "Djuhera 2025 (arXiv 2503.17239) and its code"

@@ -1,4 +1,4 @@
-"""SAM: sharpness-aware minimisation. Take each step by the gradient at the worst point nearby, so that minima are flat.
+"""SAM: sharpness-aware minimisation. Each step uses the gradient at the worst point nearby, so that minima are flat.
 
     e = rho g / |g|,  g = grad CE(rows) at theta;     theta <- AdamW step at theta by grad CE(rows) at theta + e
 
@@ -6,12 +6,12 @@
     rho                 config.rho, in the L2 norm of all trained factors
     w + e(w)            run.set_theta, from the step's beginning to its last backward
 
-Source: Foret et al. 2021 (SAM, arXiv 2010.01412), Algorithm 1, p = 2. Meant for the alignment (`align.method: sam`): what
-lies in a flat minimum is forgotten less by later training (Mehta et al. 2023, arXiv 2112.09153). As a method of stage two it
-is SFT on the user rows with flat minima, a control that holds nothing of safety.
+Source: Foret et al. 2021 (SAM, arXiv 2010.01412), Algorithm 1, p = 2. It is meant for the alignment (`align.method:
+sam`): later training forgets less of what was learnt in a flat minimum (Mehta et al. 2023, arXiv 2112.09153). As a
+method of stage two it is SFT on the user rows with flat minima. That is a control: it uses nothing of safety.
 
-Same as the reference code: both gradients are of one batch, dropout masks included. Different: weight decay is AdamW's, at
-theta.
+Same as the reference code: both gradients are of one batch, with the same dropout masks. Different: weight decay is
+AdamW's, at theta.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 class Sam(Method):
-    """SFT by gradients of the worst point nearby."""
+    """SFT with the gradient at the worst point nearby."""
 
     class Config(Strict):
-        rho: Annotated[float, Field(ge=0)] = 0.05  # how far the point is; a flatter minimum, at the cost of the fit
+        rho: Annotated[float, Field(ge=0)] = 0.05  # distance of the point; larger: a flatter minimum, a worse fit
 
     source = "Foret 2021, Algorithm 1"
     equation = "CE(rows) at theta + rho g/|g|, g = grad CE(rows)"

@@ -1,9 +1,9 @@
-"""SFT: supervised fine-tuning on the user rows, the baseline that every other method changes.
+"""SFT: supervised fine-tuning on the user rows. It is the baseline that every other method changes.
 
     L(theta) = - sum over the global batch's response tokens of log p_theta(y_t | x, y_<t) / their number
 
-Source: arXiv 2512.10150, section 4, which names it and writes no equation of its own; its first term in EWC, LwF and DER
-(section 4.1) is this. A token mean over the batch is our reading; the paper does not say.
+Source: arXiv 2512.10150, section 4. The paper names SFT and gives no equation of its own. The first term of its EWC,
+LwF and DER (section 4.1) is this loss. The mean over the batch's tokens is our reading; the paper does not say.
 """
 
 from __future__ import annotations
