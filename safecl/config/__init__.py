@@ -1,7 +1,7 @@
-"""The schema of a sweep file. Every key is here, with its default and what it trades; nothing heavy is imported.
+"""The schema of a sweep file: every key with its type, its default and its trade-off. Imports no heavy library.
 
-What determines a number (`models` ... `evaluate`, `search`) is kept apart from where and how fast it is computed
-(`execution`), which never enters a stage's identity.
+Keys that determine a result (`models` ... `evaluate`, `search`) are kept apart from keys that say where and how fast
+it is computed (`execution`). `execution` is never part of a stage's identity.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ __all__ = [
 
 
 class Method(Strict):
-    """A row of the table. `config` fixes hyperparameters, `search` opens some (`{}`: the method's default space):
-    a list is a choice, `{low, high, log}` a range (of ints where the hyperparameter is one), `{low, high, step}` an int range.
-    `grid` makes a row of each combination of its lists' values. A whole number may be a share of the task's rows: `5%`.
+    """A method of the sweep: one row of its tables. `config` fixes hyperparameters. `search` gives hyperparameters to
+    search (`{}`: the method's default space): a list is a choice, `{low, high, log}` a range (of whole numbers if the
+    hyperparameter is one), `{low, high, step}` a range of whole numbers. `grid` makes one row for each combination of
+    its lists' values. A whole number may be a share of the task's rows: `5%`.
 
     Example:
         {name: der, label: DER, config: {memory_size: 5%}, grid: {weight: [0.3, 1.0, 3.0]}}     three rows
@@ -70,12 +71,12 @@ class Method(Strict):
     config: dict[str, Json] = {}
     search: dict[str, Json] | None = None
     grid: dict[str, Annotated[tuple[Json, ...], Field(min_length=1)]] = later({})
-    # What tables call it; two entries of one method with other settings are told apart by those without one.
+    # Name in tables; null: the method's name, followed by its settings where two entries share one method.
     label: Annotated[str, Field(pattern=r"^[^/\n]+$")] | None = later(None)
 
 
 class _OrName:
-    """Lets a name alone stand for an entry without settings."""
+    """Accepts a name alone in place of an entry without settings."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         named = core_schema.no_info_after_validator_function(lambda name: source(name=name), core_schema.str_schema())
@@ -86,11 +87,12 @@ class _OrName:
 class Align(Training):
     """Stage one: SFT of the base model on safety rows gives theta_safe.
 
-    `train: false` where the model is aligned already: it *is* theta_safe, nothing is trained, and stage two trains a fresh
-    adapter on it. `align: none` is short for that alone. Its `safety` rows (answers cut to `max_tokens`) are what methods
-    with a memory draw from; or `safety_from` names a method that makes such rows from the model itself.
+    Use `train: false` if the model is aligned already. The model itself is then theta_safe: stage one trains nothing,
+    and stage two trains a fresh adapter on it. `align: none` is short for `align: {train: false}`. With `train:
+    false`, methods with a memory draw from the rows of `safety` (answers cut to `max_tokens`). Or `safety_from` names
+    a method that makes such rows with the model itself.
 
-    `method` trains it another way than plain SFT: one that needs no theta_safe, such as `sam`.
+    `method` is the method of stage one, by default plain SFT. It must need no theta_safe, such as `sam`.
 
     Example:
         align: {safety: [{task: mini, num_rows: 600}], method: {name: sam, config: {rho: 0.1}}}
@@ -100,7 +102,8 @@ class Align(Training):
 
     train: bool = later(True)
     safety: tuple[Rows, ...] = ()
-    # Benign requests answered by the base model itself, for safety sets that hold none (they teach over-refusal).
+    # Benign requests that the base model itself answers. Use it if the safety rows have no benign requests: such rows
+    # teach over-refusal.
     self_answered: tuple[Rows, ...] = ()
     safety_from: Method | None = later(None)
     method: Annotated[Method, _OrName()] = later(Method(name="sft"))
@@ -122,7 +125,7 @@ class Align(Training):
 
 
 class _OrNone:
-    """Lets `none` stand for `{train: false}`."""
+    """Accepts `none` in place of `{train: false}`."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         given = core_schema.literal_schema(["none"])
@@ -131,15 +134,15 @@ class _OrNone:
 
 
 class UtilityRows(Strict):
-    """Prompts of one task; what is left out is as `evaluate` says."""
+    """Number of utility prompts of one task, per split; null: as in `evaluate`."""
 
     validation: Count | None = None
     test: Count | None = None
 
 
 class UserTask(Training):
-    """Stage two: what the user fine-tunes on. `utility_rows`: of this task, where it is not as `evaluate` says. `template`: the
-    text around a request in its rows, where it is not the model's."""
+    """Stage two: the task that the user fine-tunes on. `utility_rows`: number of utility prompts of this task, if
+    other than in `evaluate`. `template`: the text around a request in this task's rows, if other than the model's."""
 
     task: str
     num_rows: Count | None = 5000
@@ -148,8 +151,9 @@ class UserTask(Training):
 
 
 class Poison(Strict):
-    """`floor(ratio * N)` user rows are replaced by harmful ones; the total stays N. `keep_task_rows`: they are added to
-    all N, so that a poisoned model has seen as much of its task as a clean one, in more steps."""
+    """`floor(ratio * N)` of the N user rows are replaced by harmful ones, so the total stays N. With `keep_task_rows`
+    the harmful rows are added to all N user rows instead: a poisoned model then sees as many task rows as a clean
+    one, in more steps."""
 
     task: str
     ratios: tuple[Fraction, ...] = (0.0, 0.1)
@@ -157,8 +161,8 @@ class Poison(Strict):
 
 
 class Some(Strict):
-    """Some rows of the whole grid, by the names of their models, tasks, poison ratios and methods (their labels, where they
-    have them); what is left out is all of them."""
+    """Some rows of the whole grid, by the names of models and tasks, by poison ratios, and by methods (by their
+    labels, if they have them). A key that is left out selects all."""
 
     models: tuple[str, ...] | None = None
     tasks: tuple[str, ...] | None = None
@@ -167,112 +171,128 @@ class Some(Strict):
 
 
 class Standing(Some):
-    """How these rows stand among all where devices are short: those of a higher `priority` go first, whatever else waits; of
-    one priority each row's first trial goes before any's second, and one with `share: 2` has two for one of the others'."""
+    """Which rows go first when devices are short. Rows of a higher `priority` go before all others. Among rows of one
+    priority, every row's first trial goes before any row's second one, and a row with `share: 2` gets two trials for
+    each trial of a row with `share: 1`."""
 
     priority: Annotated[int, Field(ge=-9, le=9)] = 0
     share: Annotated[float, Field(gt=0)] = 1.0
 
 
 class Prompts(Strict):
-    """Evaluation sets of one split."""
+    """The evaluation prompts of one split."""
 
     attack: Annotated[tuple[Rows, ...], Field(min_length=1)]
-    benign: Annotated[tuple[Rows, ...], Field(min_length=1)]  # look-alike benign prompts, for over-refusal
-    utility_rows: Count | None = None  # prompts of the cell's own task
+    # benign prompts that look harmful, to measure over-refusal
+    benign: Annotated[tuple[Rows, ...], Field(min_length=1)]
+    utility_rows: Count | None = None  # number of utility prompts of the row's own task; null: all
 
 
 class Evaluate(Strict):
-    """The search reads `validation` only; the tables read `test` only."""
+    """What is measured. The search reads `validation` only; the tables read `test` only."""
 
     validation: Prompts
     test: Prompts
     judges: Judges
-    metrics: tuple[str, ...] = later(())  # what is measured beside what always is (metrics.py)
-    max_new_tokens: Count = 128  # for attack and benign prompts; a utility task has its own length
-    max_prompt_tokens: Count = 1024  # of longer ones the request loses its beginning, inside the template
-    # The text around every request that is answered, where it is not the model's: a safety prompt that training has not seen
-    # (PTST, arXiv 2402.18540). Of all rows alike, base and aligned too.
+    metrics: tuple[str, ...] = later(())  # metrics beyond those that are always measured (metrics.py)
+    max_new_tokens: Count = 128  # longest answer to attack and benign prompts; a utility task sets its own
+    max_prompt_tokens: Count = 1024  # a longer prompt loses the beginning of its request, never its template
+    # The text around every request at evaluation, if other than the model's: for example a safety prompt that training
+    # did not use (PTST, arXiv 2402.18540). It applies to all rows, base and aligned too.
     template: Around = later(None)
-    # Consent to run a model's programs (task `code`) with rlimits alone where this machine cannot isolate them.
+    # Consent to run programs that a model wrote (task `code`) with only rlimits, if this machine cannot isolate them.
     unsafe_code: bool = False
 
 
 class Objective(Strict):
-    """`maximise` subject to bounds. A bound `safe + x` is relative to theta_safe's own value on the same prompts."""
+    """Maximise `maximise` within bounds. The bound `safe + x` is theta_safe's own value on the same prompts, plus x."""
 
     maximise: str = "utility"
     bounds: dict[str, str | float] = {"asr": "safe + 0.05", "over_refusal": "safe + 0.10", "degenerate": 0.05}
-    # Several objectives, each towards its better end, `maximise` among them: TPE then looks for the whole front within the
-    # bounds (trials of which no other is better in one and as good in the rest).
+    # Several objectives, with `maximise` among them; each is improved towards its better end. TPE then looks for the
+    # Pareto front within the bounds: trials for which no other trial is better in one objective and at least as good in
+    # the rest.
     pareto: tuple[str, ...] = later(())
-    # Who of the front is run on the reported seeds. bounds: it with the most of `maximise`, as without a front; nearest: it
-    # with the least distance to perfect values (Euclidean, fractions as they are); front: all of it, a row each.
+    # Which trials of the front run on the reported seeds. bounds: the one with the largest `maximise`, as without a
+    # front; nearest: the one with the least distance to perfect values (Euclidean, fractions not rescaled); front: all,
+    # one row each.
     choose: Literal["bounds", "nearest", "front"] = later("bounds")
 
 
 class Search(Strict):
-    """Optuna's study per searched cell. Trial 0 is the defaults; every method gets the same number of trials."""
+    """The search of each cell: one Optuna study. Trial 0 has the default values. Every method gets the same number of
+    trials."""
 
     trials: Count = 20
-    # Of every trial, and of no row: on a reported seed the chosen values would carry their luck with it into the table.
+    # The seed of every trial; no reported row uses it. If trials used a reported seed, the values chosen for that
+    # seed's luck would be reported with it.
     seed: int = 1000
-    # false: trials start from the alignment of the first reported seed. Saves an alignment a model; what the chosen values
-    # owe to that alignment stays in its rows.
+    # false: trials start from the alignment of the first reported seed. This saves one alignment per model, but values
+    # chosen to fit that alignment are then reported on it too.
     realign: bool = True
-    # `grid`: every combination of lists, which all that is searched must then be; `trials` does not count there.
+    # `grid`: every combination of values; everything searched must then be a list, and `trials` is not used.
     sampler: Literal["tpe", "random", "grid"] = "tpe"
-    # Trials of one study that run beside one another: so many times less waiting. With `tpe` they are suggested in batches,
-    # and those of one batch know nothing of one another's results: a somewhat worse choice (docs/search.md has it measured).
+    # Trials of one study that run at the same time. With n of them the study waits n times less. With `tpe` they are
+    # suggested in batches, without the results of the other trials in the batch. The choice is then somewhat worse
+    # (docs/search.md has measurements).
     at_once: Count = 1
-    # Trials that cannot be chosen are ended early: attack prompts are answered first, then utility's, then the rest. bounds:
-    # those that break a bound or are no better than what met all bounds in the batches before (which loses no choice);
-    # wilcoxon: also those whose answers to a fourth of the utility prompts are worse than its, by that test at 5 %.
+    # End trials early that cannot be chosen: attack prompts are answered first, then utility prompts, then the rest.
+    # bounds: a trial that breaks a bound, or is no better than the best trial of earlier batches that met all bounds
+    # (this never loses the best trial); wilcoxon: also a trial whose answers to a fourth of the utility prompts are
+    # worse than that trial's, by a Wilcoxon test at 5 %.
     prune: Literal["none", "bounds", "wilcoxon"] = "none"
     objective: Objective = Objective()
 
 
 class Execution(Strict):
-    """Where and how fast. Never part of a stage's identity: changing it cannot change which results exist."""
+    """Where and how fast results are computed. Never part of a stage's identity: no key here can change which results
+    exist."""
 
-    root: Place = "runs"  # folder (or any fsspec URL every node reaches) of store, study, tracking and logs
-    cache_gib: Annotated[float, Field(gt=0)] | None = None  # of each node, where root is a URL; null: half of its disk
-    data_dir: Place | None = None  # folder of local data files; null: the hub
-    address: str = "local"  # Ray: "local" starts a cluster of its own, "auto" joins a running one
+    root: Place = "runs"  # folder (or fsspec URL that every node can reach) of store, study, tracking and logs
+    # cache of each node if root is a URL; null: half of its disk
+    cache_gib: Annotated[float, Field(gt=0)] | None = None
+    data_dir: Place | None = None  # folder of local data files; null: load them from the Hugging Face hub
+    address: str = "local"  # Ray: "local" starts its own cluster, "auto" joins a running one
     num_trials_at_once: Count = 3
-    turns: tuple[Standing, ...] = later(())  # whose trials go first; of several that name a row the last one counts
+    turns: tuple[Standing, ...] = later(())  # whose trials go first; if several entries name a row, the last one counts
     num_workers: Count = 1  # data-parallel ranks of one finetune
-    # Of a finetune. auto: DeepSpeed where there are several workers, plain PyTorch where one has nothing to share.
+    # Training engine. auto: DeepSpeed with several workers, plain PyTorch with one, where there is nothing to shard.
     engine: Literal["auto", "deepspeed", "torch"] = "auto"
     zero: Literal[0, 1, 2, 3] = 1
-    micro_batch_size: Count = 8  # rows per forward on one worker, at most: fewer where they do not fit into memory
-    # Compute layers again in the backward in place of keeping them: a third slower, a fraction of the memory. auto: where
-    # the estimate says that it is needed.
+    micro_batch_size: Count = 8  # most rows per forward on one worker; fewer if they do not fit in memory
+    # Compute layers again in the backward instead of keeping their states: a third slower, with a fraction of the
+    # memory. auto: on if the memory estimate says that it is needed.
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     checkpoint_every_s: Annotated[float, Field(gt=0)] = 60.0
     max_failures: Annotated[int, Field(ge=0)] = 2  # restarts of a finetune whose worker died
-    # What is scarce on the cluster is lent to trainers and engines in turn: any number of models makes progress on one GPU.
-    # These are the most engines of one model at once; one is booted when there is work for it and a place.
+    # Most engines of one candidate model at the same time. An engine starts when it has work and a device is free.
+    # Trainers and engines take turns on the devices, so any number of models can share one GPU.
     num_candidate_engines: Count = 1
-    # 0: judges answer from the engines of candidates with the same base, in turn. Saves an engine's memory and boot.
+    # Engines of each judge's model. 0: judges share, in turn, the engines of candidates with the same base, which saves
+    # the memory and the start of an engine.
     num_judge_replicas: Annotated[int, Field(ge=0)] = 1
-    turn_s: Annotated[float, Field(ge=1)] = 600.0  # how long a trainer or an engine keeps its place while another waits
-    unit: str | None = None  # Ray's name of what they hold; null: GPU with `use_gpu`, else CPU
-    may_bring: Annotated[int, Field(ge=0)] | None = None  # so many more by autoscaling; null: as the autoscaler says
-    worker_units: Annotated[float, Field(gt=0, le=1)] = 1.0  # of one training rank; below 1 several share one
-    # Of one engine: a part of one, or several on one node, over which it is then tensor-parallel.
+    # seconds that a trainer or an engine keeps its device while another waits
+    turn_s: Annotated[float, Field(ge=1)] = 600.0
+    unit: str | None = None  # Ray's name of the resource that they hold; null: GPU with `use_gpu`, else CPU
+    # units that autoscaling may add; null: what the autoscaler says
+    may_bring: Annotated[int, Field(ge=0)] | None = None
+    # units of one training rank; below 1 ranks of several finetunes share a device
+    worker_units: Annotated[float, Field(gt=0, le=1)] = 1.0
+    # Units of one engine: a part of a device, or several devices of one node (the engine is then tensor-parallel).
     engine_units: Annotated[float, Field(gt=0)] = 1.0
-    # KV cache of one engine (on each of its GPUs). null: with `use_gpu` what `engine_gpu_memory` leaves, else 1 GiB.
+    # KV cache of one engine on each of its GPUs, in GiB. null: with `use_gpu` what `engine_gpu_memory` leaves, else 1
+    # GiB.
     engine_memory_gib: Annotated[float, Field(gt=0)] | None = None
-    engine_gpu_memory: Annotated[float, Field(gt=0, lt=1)] | None = None  # an engine's part of a GPU's memory; null: .9
+    # an engine's share of a GPU's memory, 0 to 1; null: .9
+    engine_gpu_memory: Annotated[float, Field(gt=0, lt=1)] | None = None
     engine_max_seqs: Count | None = None  # requests decoded together; null: 256 on a GPU, 64 on a CPU
-    engine_max_tokens: Count = 2048  # prompt + answer; checked to hold what `evaluate` asks for
-    # Answers that do not depend on what else is decoded at the time, to the bit; on a CPU one request after the other.
+    engine_max_tokens: Count = 2048  # prompt + answer, in tokens; checked to be enough for `evaluate`
+    # Make answers the same bit for bit whatever else is decoded at the same time. On a CPU this decodes one request
+    # after another.
     batch_invariant: bool = False
     use_gpu: bool = False
-    device_price: Annotated[float, Field(ge=0)] | None = (
-        None  # of a GPU-hour (without use_gpu: CPU-hour): `status` adds it up
-    )
+    # price of a GPU-hour (without use_gpu: of a CPU-hour); `status` adds up the cost
+    device_price: Annotated[float, Field(ge=0)] | None = None
     tracking_uri: Place | None = None  # null: SQLite under root
     study_uri: Place | None = None  # null: SQLite under root
 
@@ -310,35 +330,36 @@ class Execution(Strict):
 
 
 class PublishedNumbers(Strict):
-    """Numbers that a report prints beside this sweep's: see report/published.py. `models`: what they call a model of ours."""
+    """Published numbers that a report prints beside this sweep's (see report/published.py). `models` maps the name of
+    a model in this sweep to its name in the file."""
 
     file: Place  # from the folder of the sweep file
     models: dict[str, str] = {}
 
 
 class Sweep(Strict):
-    """One sweep file."""
+    """A whole sweep file."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     about: str = ""
     published: PublishedNumbers | None = None
-    # Python files with methods, tasks or judges of your own, relative to this file. Their content is part of the identity of
-    # what uses them. They are run like any program that you start.
+    # Python files with your own methods, tasks or judges, relative to this file. Their content is part of the identity
+    # of everything that uses them. They run with your permissions, like any program that you start.
     plugins: tuple[Place, ...] = ()
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
-    # Stage two goes on training theta_safe's adapter, or folds it into the base and trains a fresh one on top. The paper
-    # does not say which it did; every report prints it.
+    # continue: stage two trains theta_safe's adapter further; stack: it folds that adapter into the base and trains a
+    # fresh one on top. The paper does not say which it did; every report prints it.
     adapter: Literal["continue", "stack"] = "continue"
     lora: Lora = Lora()
-    data: tuple[Data, ...] = ()  # tasks of your own
+    data: tuple[Data, ...] = ()  # your own tasks
     align: Annotated[Align, _OrNone()]
-    # Of which safety rows a method's memory is: refusals alone, or every kind (each source's harmful and benign requests)
-    # in proportion. Its size is the method's own (`memory_size`).
+    # The safety rows that a method's memory is drawn from: refusals only, or every kind (each source's harmful and
+    # benign requests) in proportion. The method sets the memory's size (`memory_size`).
     memory_mix: Literal["refusals", "stratified"] = "refusals"
     tasks: Annotated[tuple[UserTask, ...], Field(min_length=1)]
     poison: Poison
     methods: Annotated[tuple[Annotated[Method, _OrName()], ...], Field(min_length=1)]
-    # Rows that any of these name, in place of every model x task x ratio x method.
+    # Run only the rows that one of these entries selects, in place of every model x task x ratio x method.
     only: tuple[Some, ...] = ()
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
     evaluate: Evaluate

@@ -1,4 +1,5 @@
-"""Tasks that the sweep file writes: a file or hub data set, how its rows are read, for which roles, and scored."""
+"""Tasks that the sweep file writes: a file or hub data set, how its rows are read, which roles they have, and how
+answers are scored."""
 
 from __future__ import annotations
 
@@ -17,9 +18,12 @@ Score = Literal["none", "exact", "choice", "number", "regex", "contains", "judge
 
 
 class Split(Strict):
-    """Which rows of one file are trained on, searched with and reported on: by a hash of the prompt and `seed`, so that equal
-    prompts stay together and no row moves when others are added. Shares of parts that no role uses go to the others. Without
-    a `split`, data with the role `attack` or `benign` are shared .4, .2, .4."""
+    """Shares of a file's rows for training, search (validation) and report (test).
+
+    A row's part follows from a hash of its prompt and `seed`. So equal prompts stay together, and no row moves when
+    others are added. The share of a part that no role uses goes to the other parts. Without `split`, data with the
+    role `attack` or `benign` are divided .4, .2, .4.
+    """
 
     train: Fraction = 0.8
     validation: Fraction = 0.1
@@ -28,13 +32,13 @@ class Split(Strict):
 
 
 class Data(Strict):
-    """A task written in the sweep file: rows of a file or hub data set, what they may be used for, and how answers are
-    scored. `name` then stands wherever a task may.
+    """A task written in the sweep file: rows of a file or hub data set, the roles they may have, and how answers are
+    scored. Use its `name` wherever a task may stand.
 
-    `file`: one, or one a part (`{train: a.jsonl, test: b.jsonl}`); what has no file of its own is taken out of `train`.
-    Places are relative to the sweep file, or to `execution.data_dir`. `columns`: the format's fields by the file's names
-    (`{prompt: question, response: reply}`), and of any format `system`, `harmful`, `answer`, `tests`, `split` (train,
-    validation or test).
+    `file`: one file, or one per part (`{train: a.jsonl, test: b.jsonl}`). A part without a file is taken out of
+    `train`. Paths are relative to the sweep file, or to `execution.data_dir`. `columns` maps the format's fields to
+    the file's names (`{prompt: question, response: reply}`). Every format also has `system`, `harmful`, `answer`,
+    `tests` and `split` (train, validation or test).
 
     Example:
         {name: support, file: support.jsonl, format: messages}                       `tasks: [{task: support, ...}]`
@@ -45,26 +49,26 @@ class Data(Strict):
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     file: Place | dict[Part, Place] | None = None
     hub: str | None = None
-    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = (
-        None  # commit, so that the rows stay what they were
-    )
+    # commit of the hub data set (40 hex digits), so that its rows do not change
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
     subset: str | None = None  # the hub's `config`
     hub_split: str | dict[Part, str] = "train"
     format: Literal["prompt_response", "alpaca", "messages", "sharegpt"] = "prompt_response"
     columns: dict[str, str] = {}
-    roles: Role | Annotated[tuple[Role, ...], Field(min_length=1)] = "user"  # `user` has its utility prompts with it
-    train_on: Literal["last", "all"] = "last"  # answers of a dialogue; `all`: a row each, behind what came before it
-    harmful_values: tuple[str, ...] = ()  # of the `harmful` column; none: true or 1
-    # `none`: no answer is generated; utility is the probability of a token of the held-out answers (1 / perplexity).
+    # what the rows are used for; `user` includes its own utility prompts
+    roles: Role | Annotated[tuple[Role, ...], Field(min_length=1)] = "user"
+    # Answers of a dialogue that are trained on: the last one, or all (one row per answer, with the turns before it).
+    train_on: Literal["last", "all"] = "last"
+    harmful_values: tuple[str, ...] = ()  # values of the `harmful` column that mean harmful; empty: true or 1
+    # How answers are scored. `none`: no answer is generated; utility is the probability of a token of the held-out
+    # answers (1 / perplexity).
     score: Score = "none"
-    choices: tuple[str, ...] = ()  # of `choice`: an answer is right that names the row's and no other
-    pattern: str | None = (
-        None  # of `regex`: its first group's last match in the answer must be that of the row's answer
-    )
-    judge: str | Judge | None = (
-        None  # of `judge`: its True is a good answer; a model's is judges.guard_model or an `endpoint`
-    )
-    max_new_tokens: Count = 128  # of an answer to utility prompts
+    choices: tuple[str, ...] = ()  # of `choice`: an answer is right if it names the row's choice and no other
+    # of `regex`: the first group of the last match in the answer must equal that of the row's own answer
+    pattern: str | None = None
+    # of `judge`: True means a good answer. A judge with a model uses judges.guard_model or an `endpoint`.
+    judge: str | Judge | None = None
+    max_new_tokens: Count = 128  # longest answer to a utility prompt, in tokens
     split: Split | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""Who judges: a guard trained here, published ones, endpoints, and judges that the sweep file writes itself."""
+"""The judges: guards trained here, published guards, endpoints, and judges that the sweep file writes."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from safecl.config.models import Count, Lora, Model, Place, Rows, Training
 
 
 class Guard(Training):
-    """A guard trained here, for machines without a published one: finetunes of `model` on labelled pairs, one a seed, which
-    vote. How far they part enters every interval of what they decide. Rows come as pairs, an unsafe answer and a safe one to
-    the same request where there are both, and stay together: a guard of a few hundred rows else learns which is more
-    frequent."""
+    """A guard trained here, for machines without a published one. `model` is finetuned on labelled pairs once per
+    seed, and the resulting guards vote. How much they disagree enters every interval of the metrics they decide.
+
+    A pair is an unsafe and a safe answer to the same request, where the data has both. The two stay together in a
+    batch. Otherwise a guard trained on a few hundred rows learns only which label is more frequent.
+    """
 
     shuffle: bool = False
     batch_size: Annotated[int, Field(ge=2, multiple_of=2)] = 4
 
     rows: Annotated[tuple[Rows, ...], Field(min_length=1)]
     heldout: Annotated[tuple[Rows, ...], Field(min_length=1)]
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (
-        0,
-        1,
-        2,
-    )  # of rows and initialisation; odd numbers never tie
+    # of rows and initialisation; an odd number of guards never ties
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
     lora: Lora = Lora()
 
     @field_validator("rows")
@@ -46,32 +45,35 @@ class Guard(Training):
 
 
 class Judge(Strict):
-    """One judge of a question: by its name, or written here (`template`, `labels`, `parse`: see judges/written.py).
+    """One judge of a question: by its name (`judge`), or written here (`template`, `labels`, `parse`; see
+    judges/written.py).
 
-    One that reads a model's answer is answered by `model` on an engine of ours, by the guards trained here (`model: guard`),
-    or by an OpenAI-compatible `endpoint`, where `model` is the server's name of it; without any, by `judges.guard_model`.
+    A judge may need a model's answer. `model` says which model: one on our own engine, the guards trained here
+    (`model: guard`), or the model that an OpenAI-compatible `endpoint` serves under this name. Without `model` it is
+    `judges.guard_model`.
     """
 
     judge: str | None = None
-    # Of its column, and of its metric (`asr:LABEL`) unless it decides; null: the judge's name.
+    # Name of its column and of its metric (`asr:LABEL`; the deciding judge's metric is plain `asr`). null: the judge's
+    # name.
     label: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")] | None = None
-    decides: bool = False  # of several judges of a question one does: the first, unless another says so
+    decides: bool = False  # true: this judge decides the question. Exactly one does; by default the first.
     config: dict[str, Json] = {}  # the judge's own settings
     template: str | None = None
     labels: dict[str, bool] | None = None
     parse: Literal["first_word"] | dict[str, str] | None = None
 
     model: Model | str | None = None
-    endpoint: str | None = (
-        None  # http://HOST:PORT/v1. Where it is never enters identity: the model's name and these do:
-    )
-    version: str | None = None  # what else says which model answers there (a commit, a date)
-    # The model's tokenizer, a folder: prompts then go as token ids, exactly as to an engine of ours. Without it they go as
-    # text, in which what looks like a special token of a candidate's is broken up.
+    # URL of the server, http://HOST:PORT/v1. It is not part of the identity; the model's name and the next keys are.
+    endpoint: str | None = None
+    version: str | None = None  # anything else that says which model answers there (a commit, a date)
+    # Folder of the model's tokenizer. With it, prompts are sent as token ids, exactly as to our own engine. Without it
+    # they are sent as text; text in a candidate's answer that looks like a special token is broken up.
     tokenizer: Place | None = None
-    chat: bool = False  # send the text as a user's message, in the server's own template
-    at_once: Count = 16  # requests under way there, over all stages
-    # Environment variable with the server's key, which is sent and never kept; null: SAFECL_ENDPOINT_KEY, if it is set.
+    chat: bool = False  # send the text as a user message; the server applies its own template
+    at_once: Count = 16  # most requests at the server at the same time, over all stages
+    # Environment variable with the server's key. The key is sent and never stored. null: SAFECL_ENDPOINT_KEY, if it is
+    # set.
     key_variable: str | None = None
 
     @model_validator(mode="after")
@@ -111,7 +113,7 @@ class Judge(Strict):
 
 
 def url_problem(url: str) -> str | None:
-    """What is wrong with an endpoint's URL."""
+    """What is wrong with an endpoint's URL; None if nothing is."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -122,23 +124,23 @@ def url_problem(url: str) -> str | None:
     return None if usable else "expected http://HOST:PORT/v1 (or https)"
 
 
-QUESTIONS = ("asr", "over_refusal")  # keys of `judges`, which are the metrics of those who decide
+QUESTIONS = ("asr", "over_refusal")  # keys of `judges`; also the metric names of the deciding judges
 # One judge, or several side by side on the same answers.
 Judged = str | Judge | Annotated[tuple[str | Judge, ...], Field(min_length=1)]
 
 
 class Judges(Strict):
-    """Who answers which question: a judge's name, a Judge, or a list of either, of which one decides. What decides has the
-    metric `asr` (`over_refusal`), each other one `asr:LABEL`. Which judges answer a question, and what model they need, they
-    declare themselves (panel.py)."""
+    """Which judges answer each question: a judge's name, a Judge, or a list of these of which one decides. The
+    deciding judge has the metric `asr` (or `over_refusal`), every other judge `asr:LABEL`. Each judge itself declares
+    which questions it answers and what model it needs (panel.py)."""
 
     asr: Judged = "llamaguard"
     over_refusal: Judged = "xstest_match"
-    guard_model: Model | None = None  # of published guards that name no model of their own
+    guard_model: Model | None = None  # model of published guards that name no model of their own
     guard: Guard | None = None
 
     def of(self, question: str) -> tuple[Judge, ...]:
-        """The judges of `asr` or `over_refusal`, the one that decides first."""
+        """The judges of `asr` or `over_refusal`, the deciding one first."""
         given: Judged = getattr(self, question)
         found = [
             Judge(judge=one) if isinstance(one, str) else one
@@ -158,7 +160,7 @@ class Judges(Strict):
         return self
 
     def with_models(self, of: Callable[[Model], Model]) -> Self:
-        """These judges with `of(model)` in place of each model."""
+        """These judges with each model replaced by `of(model)`."""
 
         def judged(one: Any) -> Any:
             if isinstance(one, tuple):
@@ -173,7 +175,7 @@ class Judges(Strict):
 
     @property
     def models(self) -> dict[str, Model]:
-        """Every model named here, by its key."""
+        """Every model named here, by its key in the sweep file."""
         found = {} if self.guard_model is None else {"guard_model": self.guard_model}
         for question in QUESTIONS:
             given = getattr(self, question)

@@ -1,4 +1,4 @@
-"""Models, the text around a request, adapters and training: what several parts of a sweep file share."""
+"""Models, templates, adapters and training: parts that several places of a sweep file share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
-# A path or URL: `~` and `$NAME` stand for what they do in a shell; what is dumped is read again as what it was.
+# A path or URL. `~` and `$NAME` are expanded as in a shell. A dumped value is read again as the same path.
 Place = Annotated[str, AfterValidator(expanded), PlainSerializer(literal)]
 
 
@@ -23,30 +23,26 @@ def _holds_prompt(text: str | None) -> str | None:
 
 
 class Template(Strict):
-    """How a request becomes text. `prompt` holds `{prompt}` once; the answer follows it and ends with `end`. Special tokens
-    in a request or an answer stay plain text."""
+    """How a request becomes text. `prompt` holds `{prompt}` once. The answer follows it and ends with `end`. Text in
+    a request or an answer that looks like a special token stays plain text."""
 
     prompt: str = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-    end: str = "<|im_end|>"  # one control token; where a sweep file gives a prompt alone, the tokenizer's EOS
-    # Further tokens that end generation, beside `end` and the model's own EOS tokens.
+    end: str = "<|im_end|>"  # one control token; if a sweep file gives only `prompt`, the tokenizer's EOS
+    # Further tokens that end generation, besides `end` and the model's own EOS tokens.
     stop: tuple[str, ...] = ("<|endoftext|>",)
-    lead: str = ""  # written before every answer and read with its first word: Llama-2's space
-    strip: bool = False  # take whitespace off both ends of a request, as many chat templates do
-    # Of conversations, each "" where the template cannot write it. They stand in the configs of those stages alone whose
-    # rows may be conversations.
-    system: Annotated[str, Field(exclude=True)] = (
-        ""  # with {system}: what stands before a first request in place of its head
-    )
-    between: Annotated[str, Field(exclude=True)] = (
-        ""  # between an earlier answer and the next request, its end included
-    )
-    past: Annotated[str | None, Field(exclude=True)] = (
-        None  # between an earlier request and its answer; None: as the last
-    )
+    lead: str = ""  # text before every answer, tokenised with its first word: Llama-2's space
+    strip: bool = False  # remove whitespace at both ends of a request, as many chat templates do
+    # For conversations; "" where the template cannot write it. Only configs of stages whose rows may be conversations have
+    # these keys. Holds {system}: the text before a first request, in place of the usual one.
+    system: Annotated[str, Field(exclude=True)] = ""
+    # Text between an earlier answer and the next request, with the end of the answer.
+    between: Annotated[str, Field(exclude=True)] = ""
+    # Text between an earlier request and its answer; None: as before the last answer.
+    past: Annotated[str | None, Field(exclude=True)] = None
 
     @property
     def conversation(self) -> dict[str, Json]:
-        """The parts that only conversations need."""
+        """The keys that only conversations need."""
         return {"system": self.system, "between": self.between, "past": self.past}
 
     @field_validator("system")
@@ -63,41 +59,42 @@ class Template(Strict):
         return value
 
 
-# The text around a request where it is not the model's own: `prompt` of a template, whose end and rest stay the model's.
+# Another text around a request: `prompt` of a template. `end` and the other keys stay those of the model's template.
 Around = Annotated[str | None, AfterValidator(_holds_prompt)]
 
 Named = Literal["chatml", "alpaca", "llama2", "gemma"]
 
 
 class Origin(Strict):
-    """Where a model comes from, in the words of `Model`."""
+    """Where a model comes from: the same keys as in `Model`."""
 
     source: Place
     revision: str | None = None
 
 
 class Model(Strict):
-    """A model. `source`: `wheel:PACKAGE` (a GGUF file inside an installed package), a folder (beside the sweep file, else from
-    where the command is run), or a hub id."""
+    """A model. `source`: `wheel:PACKAGE` (a GGUF file inside an installed package), a folder (relative to the sweep
+    file, or else to where the command runs), or a hub id."""
 
     name: str
     source: Place
-    revision: str | None = None  # commit of a hub id; required for one, so that a result stays what it was
-    # Of the frozen base; LoRA factors are always float32. `auto`: bfloat16 where the device that computes multiplies it
-    # natively (GPUs from Ampere on; CPUs with AVX512_BF16, AMX_BF16 or ARM's BF16), else float32. What it became is part
-    # of the identity of every result: two kinds of machine share none by accident.
+    revision: str | None = None  # commit of a hub id; required for one, so that results stay reproducible
+    # Number type of the frozen base; LoRA factors are always float32. `auto`: bfloat16 if the device that computes
+    # multiplies it natively (GPUs from Ampere on; CPUs with AVX512_BF16, AMX_BF16 or ARM's BF16), else float32. The
+    # chosen type is part of every result's identity, so machines that choose different types share no results.
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    # `auto`: the tokenizer's own chat template, with whatever system prompt it writes. A base model without one needs one
-    # named or written out. What it became is checked token by token, printed, and part of every result's identity.
+    # `auto`: the tokenizer's own chat template, with the system prompt that it writes. A base model has none: name one
+    # or write it here. The resulting template is checked token by token, printed, and part of every result's identity.
     template: Literal["auto"] | Named | Template = "auto"
-    # Whether every prompt begins with the tokenizer's BOS (exactly once). `auto`: as the tokenizer's rule or the template
-    # says.
+    # Whether every prompt begins with the tokenizer's BOS (exactly once). `auto`: as the tokenizer's own rule or the
+    # template says.
     bos: Literal["auto"] | bool = "auto"
-    # With `align: none`: the base model that this one was aligned from. Methods that work on what the alignment changed
-    # (SafeLoRA, MagMax, ...) need it.
+    # With `align: none`: the base model from which this model was aligned. Methods that work on what the alignment
+    # changed (SafeLoRA, MagMax, ...) need it.
     aligned_from: Origin | None = later(None)
-    # Of a judge's model, as its engine packs the weights while it boots (on GPUs alone): half or a quarter of the memory, and
-    # other answers, so that it is part of the identity of every verdict. A model whose files are packed needs no word.
+    # Only for a judge's model, on GPUs: how its engine quantizes the weights when it starts. This takes half or a
+    # quarter of the memory and changes answers, so it is part of every verdict's identity. A model whose files are
+    # quantized already needs no value here.
     quantization: Literal["fp8", "bitsandbytes"] | None = later(None)
 
     @field_validator("template")
@@ -111,39 +108,43 @@ class Model(Strict):
 
     @property
     def text(self) -> Template:
-        """The template that `auto` or a name became; it must be resolved (templates.py)."""
+        """The template, after `auto` or a name has been resolved (templates.py)."""
         assert isinstance(self.template, Template), f"model {self.name!r}: its template is not resolved"
         return self.template
 
 
 class Lora(Strict):
-    """The adapter's shape (PEFT's names). The paper: rank 8, alpha 4, dropout .1; target modules unsaid."""
+    """The adapter's shape, with PEFT's names. The paper: rank 8, alpha 4, dropout .1; it does not give the target
+    modules."""
 
     rank: Count = 8
     alpha: Count = 4
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    last_layers: Count | None = (
-        None  # adapt only the last N layers: backward passes end there and lower layers pass a row once
-    )
+    # Adapt only the last N layers. Backward passes end there, and a row passes the lower layers only once; null: all
+    # layers.
+    last_layers: Count | None = None
 
 
 class Training(Strict):
-    """One finetune. The paper: 3 epochs, batch 5, lr 5e-5 cosine, 10 % warm-up, weight decay .1."""
+    """The settings of one finetune. The paper: 3 epochs, batch 5, lr 5e-5 cosine, 10 % warm-up, weight decay .1."""
 
     epochs: Annotated[float, Field(gt=0)] = 3.0
-    batch_size: Count = 5  # global: rows per optimizer step over all workers
+    batch_size: Count = 5  # rows per optimizer step, over all workers
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     warmup_ratio: Fraction = 0.1
-    # After the warm-up: down to 0 (`cosine`, `linear`), to `min_rate` of the peak (`cosine_with_min_lr`), or not at all.
+    # The learning rate after the warm-up: falls to 0 (`cosine`, `linear`), falls to `min_rate` of the peak
+    # (`cosine_with_min_lr`), or stays.
     schedule: Literal["cosine", "linear", "constant", "cosine_with_min_lr"] = later("cosine")
     min_rate: Fraction = later(0.1)  # of `cosine_with_min_lr`: the last rate as a share of the peak (HF's min_lr_rate)
-    # The first of n warm-up steps has a rate of 1/n of the peak; true: of 0, and the n-th (n-1)/n, as Hugging Face's.
+    # false: the first of n warm-up steps has 1/n of the peak rate. true: the first has 0 and the n-th (n-1)/n, as in
+    # Hugging Face.
     warmup_from_zero: bool = later(False)
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    max_tokens: Annotated[int, Field(ge=8)] = 512  # prompt + answer; see `stages/data.py` for what is longer
-    shuffle: bool = True  # a new order each epoch; false keeps the rows' own
+    # prompt + answer, in tokens; `stages/data.py` says what happens to longer rows
+    max_tokens: Annotated[int, Field(ge=8)] = 512
+    shuffle: bool = True  # true: a new order each epoch; false: the rows' own order
 
     @model_validator(mode="after")
     def _has_a_schedule_that_ends_there(self) -> Self:
@@ -153,10 +154,11 @@ class Training(Strict):
 
 
 class Rows(Strict):
-    """So many rows of a task; `num_rows: null` takes all there are. The split follows from where it stands.
+    """Rows of a task. `num_rows: null` takes all of them. The split follows from where the entry stands in the sweep
+    file.
 
     Example:
-        {task: wildjailbreak, num_harmful: 5000, num_benign: 5000}     so many rows of each kind of request
+        {task: wildjailbreak, num_harmful: 5000, num_benign: 5000}     counts for each kind of request
     """
 
     task: str
@@ -172,11 +174,11 @@ class Rows(Strict):
 
     @property
     def kinds(self) -> dict[str, int]:
-        """Rows of each kind, where they are counted by kind; a kind that is not named has none."""
+        """Number of rows of each kind, if rows are counted by kind; a kind without a count has none."""
         given = {"harmful": self.num_harmful, "benign": self.num_benign}
         return {kind: num for kind, num in given.items() if num is not None}
 
     @property
     def total(self) -> int | None:
-        """Of all kinds."""
+        """Number of rows over all kinds; None: all rows."""
         return sum(self.kinds.values()) if self.kinds else self.num_rows

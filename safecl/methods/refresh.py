@@ -21,8 +21,8 @@ by 8e-7 of their norm and a tiny model's by 1e-8, the noise by 1e-3. So Refresh 
 step moves them by 1e-5, its noise by 2e-7. Both are logged every step as `unlearned` and `unlearn_noise`, relative to
 the norm of theta.
 
-Choices: in `paper` the noise of each element is at most `max_noise` times its tensor's RMS (where F is near 0 it
-would be many times the parameter). Noise comes from a random stream of (seed, step), the same on every rank.
+Choices: in `paper` the standard deviation of an element's noise is at most `max_noise` times its tensor's RMS (where F is
+near 0 it would be many times the parameter). Noise comes from a random stream of (seed, step), the same on every rank.
 Unlearning comes before the step, as in both papers. The released code unlearns after the step, on the batch just
 learned.
 
