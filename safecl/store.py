@@ -1,25 +1,27 @@
-"""The content-addressed store of what stages made (identity.py): a folder, or an fsspec URL of which each node has a cache.
+"""The content-addressed store of finished stages (keys: identity.py). It is a folder, or an fsspec URL with a cache per
+node.
 
 <root>/store/<kind>/<key>/            files of the stage, and
 <root>/store/<kind>/<key>/record.json written last: a stage without it does not exist
-<root>/scratch/<key>/<owner>/         checkpoints of a stage that is under way, kept across attempts
-<root>/logs/<kind>-<key>.log          what a stage printed
-<root>/tmp/<owner>.<number>/          what is being written
-<root>/damaged/<kind>-<key>.<number>/ stages whose files were found to be other than what was written
+<root>/scratch/<key>/<owner>/         checkpoints of a running stage, kept across attempts
+<root>/logs/<kind>-<key>.log          output of a stage
+<root>/tmp/<owner>.<number>/          a stage that is being written
+<root>/damaged/<kind>-<key>.<number>/ stages whose files differ from what was written
 <root>/notes/<name>.json              facts of the machines that ran, not of any stage
 
-At a URL files and records lie apart, so that one short listing tells what is finished, and two who publish at once never mix:
+At a URL, files and records are stored apart. One short listing then tells which stages are finished, and two processes
+that publish at once never mix their files:
 
 <url>/files/<kind>/<key>/<upload>/    files of the stage, and
-<url>/records/<kind>/<key>.json       made last and by one alone, naming the upload that counts
-<url>/uploads/<upload>.json           what is being uploaded: what dead owners left is removed by it
+<url>/records/<kind>/<key>.json       created last and only once; names the upload that counts
+<url>/uploads/<upload>.json           an upload in progress; used to remove what dead owners left
 <url>/scratch, logs, damaged, notes   as above
 
-and <cache>/<hash of the url>/ is laid out as a root that is a folder. <cache> is SAFECL_CACHE of the node, by default
-~/.cache/safecl; cache.py keeps it within execution.cache_gib.
+The cache <cache>/<hash of the url>/ has the layout of a root that is a folder. <cache> is SAFECL_CACHE of the node, by
+default ~/.cache/safecl. cache.py keeps it within execution.cache_gib.
 
-A stage is compared with its record (records.py) when a process first reads it: what was cut short or changed is named and
-made again, never served.
+A process compares a stage with its record (records.py) when it first reads it. A stage that is cut short or changed is
+never used: the error names it, and a run makes it again.
 """
 
 from __future__ import annotations
@@ -51,15 +53,21 @@ from safecl.remote import Remote, is_url, names_below
 class Store:
     """Finished stages under a root: a local folder, or an fsspec URL with a local folder as this node's cache.
 
-    Publishing is atomic and first-wins: a stage is written into a temporary place, `record.json` last, and appears
-    under its key in one rename (at a URL: the record is created once, after the files). A crash leaves nothing under a key.
+    Publishing is atomic, and the first process to publish a key wins. A stage is written into a temporary folder,
+    `record.json` last, and then renamed to its key. At a URL the record is created once, after the files. A crash
+    leaves no stage under a key.
     """
 
     def __init__(
         self, root: str, owner: str | None = None, cache_gib: float | None = None, patient: bool = False
     ) -> None:
-        """`owner`: on whose behalf scratch folders are kept, by default this process's (see lease.me). `cache_gib`: see
-        cache.py. `patient`: see remote.py.
+        """Open the store; the folder need not exist.
+
+        Args:
+            root: a folder, or an fsspec URL.
+            owner: name under which scratch folders are kept, by default this process's (see lease.me).
+            cache_gib: see cache.py.
+            patient: see remote.py.
 
         Raises:
             PrerequisiteError: the driver of a URL is not installed.
@@ -74,21 +82,21 @@ class Store:
             self.local = Path(root.removeprefix("file://")).absolute()
         self.cache = Cache(self.local, cache_gib)
         self._stages = str(self.local / "store")
-        self._sound: set[str] = set()  # keys of what this process has compared with its record
-        self._known: set[str] = set()  # keys of what is finished at the URL
+        self._sound: set[str] = set()  # keys of stages that this process has compared with their record
+        self._known: set[str] = set()  # keys of stages that are finished at the URL
 
     @property
     def short(self) -> str:
-        """Eight digits that tell this owner from others: for names of what it starts on a cluster."""
+        """Eight digits that identify this owner, for the names of what it starts on a cluster."""
         return lease.short_of(self.owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """In another process it is the same store, and works for the same owner; on another node by that one's cache."""
+        """Pickled, it is the same store with the same owner. On another node it uses that node's cache."""
         return Store, (str(self.local) if self.remote is None else self.root, self.owner, self.cache_gib, True)
 
     @property
     def logs(self) -> Path:
-        """Folder of what stages print on this node."""
+        """Folder of the stages' output on this node."""
         return self.local / "logs"
 
     def _folder(self, stage: Stage | Ref) -> Path:
@@ -103,7 +111,7 @@ class Store:
         return stage.key in self._known
 
     def listed(self) -> Callable[[Stage | Ref], bool]:
-        """`has`, from one listing made now: for who asks for thousands."""
+        """Returns `has`, answered from one listing made now. Use it to ask for thousands of stages."""
         if self.remote is not None:
             self._known |= {Path(name).stem for name in self.remote.list("records")}
             return lambda stage: stage.key in self._known
@@ -112,13 +120,17 @@ class Store:
         return lambda stage: stage.key in there and self.has(stage)
 
     def path(self, stage: Stage | Ref) -> Path:
-        """Local folder of a finished stage (fetched first where the store is a URL; it may be removed again later unless
-        `using` holds it). KeyError if it is not finished; Damaged if its files are not what was written."""
+        """Returns the local folder of a finished stage. At a URL it is fetched first; it may be removed again later
+        unless `using` holds it.
+
+        Raises:
+            KeyError: the stage is not finished.
+            Damaged: its files are not what was written."""
         folder = self._local(stage)
         if stage.key not in self._sound:
             wrong = records.damage(folder)
             if wrong is not None and self.remote is not None:
-                self._set_aside(folder)  # this machine's copy: the original may be whole
+                self._set_aside(folder)  # this machine's copy is damaged; the original may be whole
                 wrong = records.damage(self._local(stage))
             if wrong is not None:
                 raise _damaged(stage, wrong)
@@ -127,7 +139,7 @@ class Store:
 
     @contextmanager
     def using(self, stages: Iterable[Stage | Ref]) -> Iterator[list[Path]]:
-        """Local folders of finished stages, which stay while the block runs. Raises as `path` does."""
+        """Local folders of finished stages, which are kept while the block runs. Raises as `path` does."""
         held: list[int] = []
         try:
             paths = []
@@ -137,7 +149,7 @@ class Store:
                     if self.remote is None:
                         break
                     held.append(self.cache.hold(_name(stage)))
-                    if (path / "record.json").is_file():  # else another process made room in between
+                    if (path / "record.json").is_file():  # else another process removed it in between, to make room
                         break
                 paths.append(path)
             yield paths
@@ -146,7 +158,7 @@ class Store:
                 self.cache.let_go(each)
 
     def file(self, stage: Stage | Ref, name: str) -> Path:
-        """One file of a finished stage, as `path` gives the folder; the others are not looked at."""
+        """Path of one file of a finished stage, as in the folder that `path` gives. The other files are not checked."""
         path = self._local(stage) / name
         if stage.key not in self._sound and (wrong := records.damage(path.parent, name)) is not None:
             raise _damaged(stage, wrong)
@@ -170,7 +182,8 @@ class Store:
         return KeyError(f"stage {stage.kind} {stage.key[:12]} is not in the store at {self.root}")
 
     def sound(self, stage: Stage) -> bool:
-        """Whether the stage is finished and whole. One that is damaged makes way, to be made again; for runs only."""
+        """Whether the stage is finished and undamaged. A damaged stage is moved to `damaged/`, so that it is made
+        again. Only runs may call this."""
         try:
             self.path(stage)
         except KeyError:
@@ -194,8 +207,8 @@ class Store:
             os.rename(folder, target)
 
     def record(self, stage: Stage | Ref) -> dict[str, Any]:
-        """The record of a finished stage: config, inputs, result, seconds, created, libraries, files. Raises as `path` does,
-        but does not look at the files."""
+        """Returns the record of a finished stage: config, inputs, result, seconds, created, libraries, files. Raises as
+        `path` does, but does not check the files."""
         path = self._folder(stage) / "record.json"
         if path.is_file() or self.remote is None:
             if not path.is_file():
@@ -207,39 +220,45 @@ class Store:
             raise self._absent(stage) from None
 
     def scratch(self, stage: Stage) -> Path:
-        """Folder for checkpoints of a stage under way, of this owner alone: what an owner that is gone has left there is
-        taken over, so it is kept across attempts. Removed when the stage is published. At a URL: see underway.py."""
+        """Folder for checkpoints of a running stage. It belongs to this owner alone. The folder of an owner that has
+        ended is taken over, so checkpoints are kept across attempts. Removed when the stage is published. At a URL: see
+        underway.py."""
         folder = self.local / "scratch" / stage.key / self.owner
         if folder.is_dir():
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         for left in sorted(folder.parent.iterdir(), key=_changed, reverse=True):
             if lease.is_name(left.name) and not self.is_alive(left.name):
-                with suppress(OSError):  # another rank of ours, or another run, was first
+                with suppress(OSError):  # another rank of this run, or another run, was first
                     os.rename(left, folder)
                     return folder
         folder.mkdir(exist_ok=True)
         return folder
 
     def is_alive(self, owner: str) -> bool:
-        """Whether the process of this name is at work: on this machine its process says so, on another its lease."""
+        """Whether the process of this name is running. On this machine the process itself is checked, on another its
+        lease."""
         here = lease.is_here(owner)
         return self.noted(lease.NOTE + owner) is not None if here is None else here
 
     def new_folder(self) -> Path:
         """An empty folder on the store's disk to write a stage into."""
-        owner = self.owner if self.remote is None else lease.me()  # whose end this disk's node can see
+        owner = self.owner if self.remote is None else lease.me()  # an owner that this node can see end
         folder = self.local / "tmp" / f"{owner}.{uuid.uuid4().hex}"
         folder.mkdir(parents=True)
         return folder
 
     def publish(self, stage: Stage, made: Path, result: dict[str, Json], seconds: float) -> Path:
-        """Put the files in `made` under the stage's key. If the key exists already the first one stays.
+        """Move the files in `made` to the stage's key and write its record. If the key exists already, the first stage
+        stays.
 
         Args:
-            made: a folder from `new_folder`; it is consumed.
-            result: what the stage found, kept in the record.
+            made: a folder from `new_folder`; it is moved or removed.
+            result: what the stage returned, kept in the record.
             seconds: wall time of the work.
+
+        Returns:
+            The local folder of the stage.
         """
         record: dict[str, Any] = {
             "key": stage.key,
@@ -280,7 +299,7 @@ class Store:
             os.rename(made, folder)
         except OSError:
             if not (folder / "record.json").is_file():
-                # What lies there is no stage (its record was deleted): it makes way for the finished one.
+                # This folder is no stage (its record was deleted). It is replaced by the finished one.
                 shutil.rmtree(folder, ignore_errors=True)
                 os.rename(made, folder)
             else:
@@ -299,7 +318,7 @@ class Store:
         return is_ours
 
     def _fetch(self, stage: Stage | Ref, folder: Path, remote: Remote) -> None:
-        """Bring a stage from the URL, by who holds its lock."""
+        """Fetch a stage from the URL. The caller holds the stage's lock."""
         for tries_left in (1, 0):
             try:
                 text = remote.read(_record(stage))
@@ -313,7 +332,7 @@ class Store:
             try:
                 target = made / stage.key
                 target.mkdir()
-                with suppress(FileNotFoundError):  # said below
+                with suppress(FileNotFoundError):  # reported below
                     remote.download(f"files/{stage.kind}/{stage.key}/{record['upload']}", list(record["files"]), target)
                 (target / "record.json").write_bytes(text)
                 wrong = records.damage(target)
@@ -344,7 +363,7 @@ class Store:
                     self.remote.remove(f"scratch/{stage.key}/{owner}")
 
     def find(self, prefix: str) -> list[dict[str, Any]]:
-        """Records whose key starts with `prefix` (as printed by the commands)."""
+        """Records whose key starts with `prefix` (as the commands print it)."""
         if self.remote is None:
             return [records.load(path) for path in sorted(self.local.glob(f"store/*/{prefix}*/record.json"))]
         names = [name for name in self.remote.list("records") if Path(name).name.startswith(prefix)]
@@ -352,7 +371,7 @@ class Store:
         return [records.read(found[name], Path(name).stem, f"{self.root}/{name}") for name in sorted(found)]
 
     def by_key(self, key: str) -> dict[str, Any] | None:
-        """The record of this whole key, whatever its kind."""
+        """The record of this full key, of any kind; None if there is none."""
         for kind in os.listdir(self._stages) if os.path.isdir(self._stages) else ():
             path = Path(self._stages, kind, key, "record.json")
             if path.is_file():
@@ -360,12 +379,12 @@ class Store:
         return next(iter(self.find(key)), None) if self.remote is not None else None
 
     def folder(self, record: dict[str, Any]) -> Path:
-        """Local folder of a stage that `find` gave."""
+        """Local folder of a stage whose record `find` returned."""
         ref = Ref(str(record["kind"]), str(record["key"]))
         return self._folder(ref) if self.remote is None else self.path(ref)
 
     def records(self, kind: str, at_most: int = 100) -> list[dict[str, Any]]:
-        """The newest records of one kind, oldest first: what past work cost."""
+        """The newest records of one kind, at most `at_most`, oldest first. Used to estimate costs from past work."""
         found = []
         if self.remote is not None:
             listed = self.remote.list(f"records/{kind}")
@@ -385,7 +404,7 @@ class Store:
         return sorted(found, key=lambda record: str(record["created"]))
 
     def note(self, name: str, value: Json) -> None:
-        """Keep a fact beside the stages, for readers that cannot see where it came from. The last one stays."""
+        """Store a fact beside the stages, for readers that cannot see its origin. A later value replaces it."""
         if self.remote is not None:
             self.remote.note(f"notes/{name}.json", value)
             return
@@ -393,7 +412,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = (
             self.new_folder()
-        )  # what is half written when a process is killed, or a disk is full, is found and removed
+        )  # a killed process or a full disk leaves only a temporary folder, which is found and removed
         try:
             (folder / path.name).write_text(json.dumps(value, indent=1))
             os.replace(folder / path.name, path)
@@ -401,7 +420,7 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
 
     def noted(self, name: str) -> Any:
-        """What `note` kept last; None if there is nothing."""
+        """The latest value that `note` stored under this name; None if there is none."""
         if self.remote is not None:
             return self.remote.noted(f"notes/{name}.json")
         try:
@@ -410,7 +429,7 @@ class Store:
             return None
 
     def notes(self, prefix: str) -> dict[str, Any]:
-        """What `note` kept last under every name that begins so."""
+        """The latest values that `note` stored, by name, for all names that begin with `prefix`."""
         if self.remote is not None:
             paths = [name for name in self.remote.list("notes") if Path(name).name.startswith(prefix)]
             return {Path(name).stem: json.loads(text) for name, text in sorted(self.remote.read_all(paths).items())}
@@ -419,15 +438,15 @@ class Store:
         return {name: value for name, value in found.items() if value is not None}
 
     def forget(self, name: str) -> None:
-        """Take a note away, if it is there."""
+        """Remove a note if it exists."""
         if self.remote is not None:
             self.remote.remove(f"notes/{name}.json")
         else:
             (self.local / "notes" / f"{name}.json").unlink(missing_ok=True)
 
     def sweep_temporary(self) -> None:
-        """Remove half-written folders and half uploads that processes left which are gone, this one before it began anew
-        included. Nothing of this owner may be under way."""
+        """Remove half-written folders and unfinished uploads of processes that have ended, and those of this owner from
+        before. This owner must have no stage in progress."""
         for folder in (self.local / "tmp").glob("*"):
             owner = folder.name.partition(".")[0]
             if owner == self.owner or not self.is_alive(owner):
@@ -446,7 +465,8 @@ class Store:
         remote.remove(f"uploads/{upload}.json")
 
     def check_writable(self, needed_gib: float) -> None:
-        """PrerequisiteError if the root cannot be written or its disk (at a URL: the cache's) has less free."""
+        """Raises PrerequisiteError if the root cannot be written, or its disk (at a URL: the cache's) has less than
+        `needed_gib` GiB free."""
         what, remedy = "execution.root", "name another folder with --set execution.root=FOLDER"
         if self.remote is not None:
             self.remote.check(uuid.uuid4().hex)
@@ -474,7 +494,7 @@ def _record(stage: Stage | Ref) -> str:
 
 
 def _name(stage: Stage | Ref) -> str:
-    """Of a stage in the cache."""
+    """Name of a stage in the cache."""
     return f"{stage.kind}.{stage.key}"
 
 
@@ -485,7 +505,7 @@ def _damaged(stage: Stage | Ref, wrong: str | None) -> Damaged:
 def _changed(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:  # another rank of ours, or another run, was first
+    except FileNotFoundError:  # another rank of this run, or another run, was first
         return 0.0
 
 

@@ -1,12 +1,13 @@
-"""One searched cell as an Optuna study, driven by ask and tell from the driver alone. With suggest.py and
-storage.py the only file that imports optuna.
+"""Searched cells as Optuna studies. Only the driver uses them, by ask and tell. Only this file, suggest.py and
+storage.py import optuna.
 
 What `CellStudy` promises:
-- trial 0 is the method's defaults; a quarter of the trials at most is random (with TPE), the rest is modelled;
-- a suggestion is a function of recipe seed, study name, place among the trials, and what was told of the batches before
-  (suggest.py): whatever was killed, and in whatever order results came, a study asks what it would have asked;
-- a crash loses nothing: `repair` puts what was running back into the queue, then closes the ghost;
-- nor does a fault of the machine: `release` does so with one trial.
+- Trial 0 uses the method's defaults. At most a quarter of the trials is random (with TPE); TPE models the rest.
+- A suggestion depends only on the recipe's seed, the study's name, the trial's place, and the results of the earlier
+  batches (suggest.py). A restarted study therefore asks the same trials, in whatever order results come.
+- A crash of the driver loses no trial: `repair` first queues a running trial again, then closes the old one (the
+  ghost).
+- A fault of a machine loses no trial either: `release` does the same for one trial.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from safecl.suggest import Sampling, known_params
 _GHOST = "safecl:ghost"  # user attribute of a trial that died with its driver: it does not count as a trial
 _REPAIRS = "safecl:repairs"  # user attribute of the queued copy: the ghost's number
 _ONE = {"value": "maximize"}
-_FIRST = "safecl:first"  # user attribute of a study: what it asks before it suggests anything
-_WHY = "safecl:why"  # user attribute of a trial that failed
+_FIRST = "safecl:first"  # user attribute of a study: the trials it asks before it suggests any
+_WHY = "safecl:why"  # user attribute of a trial that failed or was pruned: the reason
 
 
 def study_name(
@@ -42,10 +43,14 @@ def study_name(
     at_once: int = 1,
     prune: str = "none",
 ) -> str:
-    """`<cell>-<12 hex digits>` of (cell, space, objective, seeds): Optuna ignores or mixes changed ranges and directions of
-    a study that it reopens, so a changed search must be another study. A grid is one too: it asks each of its points, and
-    not as many as others have left over. So are batches, whose trials know less of one another, and one that prunes."""
-    objectives = objective.model_dump(mode="json", exclude={"choose"})  # who is chosen is not who is asked
+    """Returns `<cell>-<12 hex digits>`; the digits are a hash of the cell, the space, the objective and the seeds.
+
+    A changed search needs another study, because Optuna ignores or mixes changed ranges and directions when it reopens
+    one. The hash also holds:
+    - the sampler, if it is a grid: a grid asks each of its points, not the trials that another study left;
+    - `at_once`, if above 1 with TPE or with pruning: trials of one batch know less of one another;
+    - `prune`, if it is not "none"."""
+    objectives = objective.model_dump(mode="json", exclude={"choose"})  # `choose` changes no trial
     identity: list[Json] = [cell, dict(space), objectives, list(seeds)]
     identity += ["grid"] if sampler == "grid" else []
     identity += ["at_once", at_once] if (sampler == "tpe" or prune != "none") and at_once > 1 else []
@@ -54,9 +59,9 @@ def study_name(
 
 
 def name_of(cell: Cell, sweep: Sweep) -> str:
-    """The study of a searched cell. Its trials rest on the code and data of today: a new VERSION, an edited plugin or an
-    edited file of rows makes another study, so that no old number chooses a value. What only the tables read (test
-    prompts) is none of its business."""
+    """Returns the name of a searched cell's study. It changes with a new VERSION, an edited plugin or an edited data
+    file, so that no result of old code or data chooses a value. Data that only the tables read (test prompts) does not
+    change it."""
     assert cell.space is not None
     metrics = cell.trial({}).evidence.metrics
     below: Json = {name: stage.key for name, stage in metrics.inputs.items()}
@@ -68,21 +73,24 @@ def name_of(cell: Cell, sweep: Sweep) -> str:
 
 
 class CellStudy:
-    """One searched cell: `ask`, then `tell` or `fail`. Opening creates the study or continues it. Driver only, one object per
-    study at a time.
+    """One searched cell: `ask`, then `tell`, `fail`, `prune` or `release`. Opening creates the study or continues it.
+    Only the driver may open it, and only one object per study at a time.
 
-    A trial's place is its number, less what ghosts took: a ghost's copy stands at the ghost's place.
+    A trial's place is its number minus the number of ghosts before it. The copy of a ghost has the ghost's place.
 
     Args:
         space: see `space_check`.
         defaults: values of at least the searched parameters.
-        storage: a database URL, or what `open_storage` gave.
-        trials: how many may count.
-        sampler: "tpe", "random" or "grid" (of lists).
-        at_once: how many may run.
-        first: what a new study asks before it suggests anything, in place of the defaults.
-        goals: maximize or minimize by objective, that of `Trial.value` first.
+        storage: a database URL, or the result of `open_storage`.
+        trials: maximum number of trials; ghosts do not count.
+        sampler: "tpe", "random" or "grid" (lists only).
+        at_once: maximum number of trials that run at the same time.
+        first: parameters that a new study asks before it suggests any, instead of the defaults.
+        goals: "maximize" or "minimize" by objective. The first one is that of `Trial.value`.
         prunes: whether trials may be pruned.
+
+    Raises:
+        ConfigError: `space`, `sampler`, `trials` or `at_once` is invalid; one line per error.
 
     Example:
         study = CellStudy("der", {"weight": {"low": 0.1, "high": 9.0}}, {"weight": 1.0}, "sqlite:///study.db", seed=0, trials=4)
@@ -121,27 +129,27 @@ class CellStudy:
             name, seed, sampler, at_once, num_random, tuple(goals.values()), distributions, sampler == "tpe" or prunes
         )
         self._live: dict[int, Any] = {}
-        self._known: list[Any] | None = None  # the study's trials, until something is written: only this object writes
+        self._known: list[Any] | None = None  # the study's trials, read again after each write: only this object writes
         self._study = optuna.create_study(
             study_name=name,
             storage=open_storage(storage) if isinstance(storage, str) else storage,
             directions=self._sampling.directions,
             load_if_exists=True,
-            sampler=optuna.samplers.RandomSampler(seed=0),  # of no use: each trial is stored with all its parameters
+            sampler=optuna.samplers.RandomSampler(seed=0),  # not used: each trial is stored with all its parameters
         )
-        # Of a grid all points are queued at once, and asked in their order. (Optuna's GridSampler deals them out by trial
-        # number, so that a trial that died and is queued again would cost another point.)
+        # A grid queues all its points at once and asks them in order. (Optuna's GridSampler picks points by trial
+        # number. A trial that died and was queued again would then skip another point.)
         if sampler == "grid":
             first = points(self.space)
         for queued in self._begin(list(first)[:trials] or [{key: defaults[key] for key in self.space}]):
             self._enqueue(queued)
 
     def _begin(self, first: Sequence[Mapping[str, Json]]) -> list[dict[str, Any]]:
-        """What is still to be queued of what this study asks before it suggests anything. A study that was begun keeps to
-        what it began with, whatever others have found since."""
+        """Trials still to be queued before the study suggests any. A study that was begun keeps its first list, even if
+        other studies have finished more trials since."""
         begun = self._study.user_attrs.get(_FIRST)
         if begun is None:
-            if self._trials():  # of a version that noted nothing: it is past its beginning
+            if self._trials():  # written by a version that stored no first list: its first trials were already asked
                 return []
             begun = list(map(self._encode, first))
             self._study.set_user_attr(_FIRST, begun)
@@ -154,8 +162,8 @@ class CellStudy:
 
     @property
     def ready(self) -> bool:
-        """Whether the next trial may be asked now: of what knows other trials' results all batches before its own must be
-        told, else fewer than `at_once` be running."""
+        """Whether the next trial may be asked now. With TPE or pruning, all earlier batches must be finished. Otherwise
+        fewer than `at_once` trials must be running."""
         places = _places(self._trials())
         if self._sampling.sampler != "tpe":
             return bool(sum(trial.state.name == "RUNNING" for trial in places) < self._sampling.at_once)
@@ -167,11 +175,12 @@ class CellStudy:
 
     @property
     def is_done(self) -> bool:
-        """Nothing left to ask, and nothing running."""
+        """Whether all trials were asked and none is running."""
         return _is_done(self._trials(), self.trials)
 
     def ask(self) -> tuple[int, dict[str, Json]]:
-        """(trial number, parameters) of the next trial. Raises RuntimeError when none remains or may be asked yet."""
+        """Returns (trial number, parameters) of the next trial. Raises RuntimeError if none remains, or none may be
+        asked yet."""
         if self.remaining == 0:
             raise RuntimeError(f"study {self.name}: all {self.trials} trials were asked; look at `remaining` first")
         if not self.ready:
@@ -185,11 +194,15 @@ class CellStudy:
         return trial.number, _decode(trial.params, self.space)
 
     def tell(self, number: int, value: float | Mapping[str, float], violations: Mapping[str, float]) -> None:
-        """Finish a trial asked from this object. `value`: of the objective, or of each by name; a violation above 0 makes the
-        trial infeasible.
+        """Finish a trial that this object asked.
 
-        Raises ValueError for a NaN or infinite number, naming it, and for a trial that is not running here; the trial
-        then stays as it was.
+        Args:
+            value: value of the objective, or of each objective by name.
+            violations: by bounded metric; above 0 makes the trial infeasible.
+
+        Raises:
+            ValueError: a number is NaN or infinite (the message names it), or the trial is not running here. The trial
+                then stays as it was.
         """
         values = value if isinstance(value, Mapping) else {self._goals[0]: value}
         named = {("value" if len(self._goals) == 1 else repr(goal)): values[goal] for goal in self._goals}
@@ -204,8 +217,8 @@ class CellStudy:
         del self._live[number]
 
     def fail(self, number: int, why: str) -> None:
-        """Close a trial that gave no result for a fault of its own. It counts as one of the trials and is never suggested
-        from."""
+        """Close a trial that gave no result because of an error of its own. It counts as one of the trials. No
+        suggestion is based on it."""
         import optuna
 
         trial = self._running(number)
@@ -215,13 +228,14 @@ class CellStudy:
         del self._live[number]
 
     def before(self, number: int) -> list[Trial]:
-        """Finished trials of the batches before a trial's own: what may be known of it, whenever it is asked."""
+        """Finished trials of the batches before this trial's batch. They are the same whenever they are read."""
         trials = self._trials()
         begins = self._sampling.begins(_places(trials).index(trials[number]))
         return [trial for trial in self.complete() if trial.number < begins]
 
     def prune(self, number: int, why: str, violations: Mapping[str, float], value: float | None = None) -> None:
-        """Close a trial that can be chosen no more. It counts as one of the trials; `violations` and `value`: what is known."""
+        """Close a trial that can no longer be chosen. It counts as one of the trials. `violations` and `value`: what
+        was measured."""
         import optuna
 
         trial = self._running(number)
@@ -235,15 +249,16 @@ class CellStudy:
         del self._live[number]
 
     def release(self, number: int) -> None:
-        """Close a trial that gave no result for a fault of another's. It does not count, and is asked again with its
-        parameters."""
+        """Close a trial that gave no result because of an error outside it, such as a lost machine. It does not count,
+        and its parameters are asked again."""
         self._running(number)
         del self._live[number]
         self._again([next(trial for trial in self._trials() if trial.number == number)])
 
     def repair(self) -> int:
-        """Call once after opening, before `ask`. Trials left RUNNING by a dead driver are queued again with their
-        parameters and then told FAIL (in this order, so that a crash in between loses none). Returns how many."""
+        """Queue again the trials that a dead driver left RUNNING, with their parameters, then close the old ones as
+        FAIL. In this order a crash in between loses none. Call once after opening, before `ask`. Returns their
+        number."""
         ghosts = [t for t in self._trials() if t.state.name == "RUNNING" and t.number not in self._live]
         self._again(ghosts)
         return len(ghosts)
@@ -251,7 +266,7 @@ class CellStudy:
     def _again(self, ghosts: Sequence[Any]) -> None:
         import optuna
 
-        self._known = None  # who lost its lease is no longer alone
+        self._known = None  # a driver that lost its lease may not be the only writer
         trials = self._trials()
         queued = {t.user_attrs[_REPAIRS] for t in trials if _REPAIRS in t.user_attrs}
         places = _places(trials)
@@ -260,7 +275,7 @@ class CellStudy:
                 continue
             if ghost.number not in queued:
                 known = known_params(ghost)
-                if len(known) < len(self.space):  # only drivers of older versions left such a one
+                if len(known) < len(self.space):  # only drivers of older versions left such a trial
                     place = places.index(ghost)
                     known = {**self._sampling.suggest(place, places[:place]), **known}
                 self._enqueue(known, {_REPAIRS: ghost.number})
@@ -270,16 +285,16 @@ class CellStudy:
 
     @property
     def failures(self) -> list[str]:
-        """Why trials failed for a fault of their own, by place."""
+        """Reasons of the trials that failed by an error of their own, in order of place."""
         return _failures(self._trials())
 
     @property
     def pruned(self) -> list[str]:
-        """Why trials were pruned, by place."""
+        """Reasons of the trials that were pruned, in order of place."""
         return _failures(self._trials(), "PRUNED")
 
     def complete(self) -> list[Trial]:
-        """Finished trials by place."""
+        """Finished trials in order of place."""
         return _complete(self._trials(), self.space, self._goals)
 
     def _trials(self) -> list[Any]:
@@ -302,8 +317,10 @@ class CellStudy:
 
 
 class Past(NamedTuple):
-    """A cell's study as it was when it was read: finished trials by number, whether nothing was left to ask or running,
-    why others failed for a fault of their own; and the parameters of those that are not finished, as far as they are set."""
+    """A cell's study as it was when it was read.
+
+    Fields: finished trials in order of place; whether no trial was left to ask or running; the reasons of failed
+    trials; and the parameters of trials that are not finished, if all of them are set."""
 
     finished: list[Trial]
     is_done: bool
@@ -316,8 +333,9 @@ class Past(NamedTuple):
 
 
 def importance(trials: Sequence[Trial], space: Mapping[str, Json]) -> dict[str, float]:
-    """How much of what tells good trials from others each searched parameter explains, as shares that add up to 1
-    (PED-ANOVA). Empty for fewer than ten trials, one parameter, or where all have one value."""
+    """Returns the fraction that each searched parameter explains of the difference between good and other trials
+    (PED-ANOVA). The fractions add up to 1. Empty for fewer than 10 trials, fewer than 2 parameters, or if all trials
+    have one value."""
     import optuna
 
     if len(trials) < 10 or len(space) < 2 or len({trial.value for trial in trials}) < 2:
@@ -334,7 +352,7 @@ def importance(trials: Sequence[Trial], space: Mapping[str, Json]) -> dict[str, 
 
 
 def _places(trials: Sequence[Any]) -> list[Any]:
-    """The trial at each place, in order: a ghost's copy takes the ghost's."""
+    """The trial at each place, in order. The copy of a ghost has the ghost's place."""
     found: list[Any] = []
     place_of: dict[int, int] = {}
     for trial in trials:
@@ -359,7 +377,7 @@ def _failures(trials: Sequence[Any], state: str = "FAIL") -> list[str]:
 
 
 def _complete(trials: Sequence[Any], space: Mapping[str, Json], goals: Sequence[str]) -> list[Trial]:
-    """The number of a trial is its place: that of a copy would tell of the ghost."""
+    """A trial's number here is its place, because the number of a copy depends on how many ghosts there were."""
     return [
         Trial(
             place,
@@ -389,9 +407,10 @@ def _distribution(form: Json) -> Any:
 
 
 def elsewhere(cell: Cell, sweep: Sweep, storage: Any) -> list[dict[str, Json]]:
-    """Parameters of the finished trials that studies of this cell have under another objective or other bounds, in order, each
-    once; those that its space holds. Such a study rests on the same code, data and seed, so its trials' stages are this
-    search's too, and only what they are worth must be told anew."""
+    """Returns the parameters of finished trials that other studies of this cell hold, each once, in order. Those
+    studies have another objective or other bounds. Only parameters that the cell's space contains are returned. Such a
+    study rests on the same code, data and seed, so the trials' stages are valid here too. Only their values must be
+    computed again."""
     if cell.space is None:
         return []
     own, space = name_of(cell, sweep), cell.space
@@ -408,19 +427,19 @@ def elsewhere(cell: Cell, sweep: Sweep, storage: Any) -> list[dict[str, Json]]:
 
 
 def _within(form: Json, value: Any) -> Any:
-    """A stored value, or None where a space's form does not hold it."""
+    """The stored value, or None if the space does not contain it."""
     distribution = _distribution(form)
     try:
         return value if distribution._contains(distribution.to_internal_repr(value)) else None
-    except (ValueError, TypeError):  # of another type
+    except (ValueError, TypeError):  # the value is of another type
         return None
 
 
 def study_of(
     cell: Cell, sweep: Sweep, storage: Any, first: Sequence[Mapping[str, Json]] | None = None
 ) -> CellStudy | None:
-    """The study of a cell, continued if it exists, its ghosts repaired; None where nothing is searched. A new one asks `first`
-    what `elsewhere` finds, whose stages are finished: another bound costs no run."""
+    """Opens a cell's study and repairs it; creates it if needed. None if the cell searches nothing. A new study first
+    asks the trials that `elsewhere` finds. Their stages are finished, so a changed bound costs no run."""
     if cell.space is None:
         return None
     study = CellStudy(
@@ -441,7 +460,7 @@ def study_of(
 
 
 def past_of(cell: Cell, sweep: Sweep, storage: Any) -> Past | None:
-    """What a cell's study holds, changing nothing; None where nothing is searched or no search was started."""
+    """Reads a cell's study without changing it. None if the cell searches nothing, or no search was started."""
     if cell.space is None:
         return None
     try:

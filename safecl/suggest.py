@@ -1,9 +1,10 @@
-"""What a search asks next, as a function: of the recipe's seed, the study's name, the trial's place and what was told before it.
+"""A search's next trial, as a function of the recipe's seed, the study's name, the trial's place and the results before
+it.
 
-A fresh sampler over a study in memory gives each suggestion, so nothing of a sampler is ever stored: a study that is
-reopened, replayed or finished in another order asks the same. Trials go in batches of `at_once`. Those of one batch know
-what was told of the batches before; of their own they know which values were asked before them, and Optuna's constant liar
-takes these for bad, so that the batch spreads out.
+Each suggestion comes from a fresh sampler over a study in memory, so no state of a sampler is stored. A study that is
+reopened, repeated, or finished in another order therefore asks the same trials. Trials are asked in batches of
+`at_once`. A trial knows the results of the earlier batches. Of its own batch it knows only the values asked before it.
+Optuna's constant liar treats these as bad, so that the batch spreads out.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from safecl.store import canonical
 
 
 class Sampling(NamedTuple):
-    """How a study suggests. `directions`: minimize or maximize, an objective each; `distributions`: Optuna's, by parameter;
-    `num_random`: finished trials without which nothing is modelled."""
+    """How a study suggests. `directions`: "minimize" or "maximize" for each objective. `distributions`: Optuna's, by
+    parameter. `num_random`: TPE models nothing before this many trials are finished."""
 
     name: str
     seed: int
-    sampler: str  # tpe, random or grid (whose points are all known, and never suggested)
+    sampler: str  # tpe, random or grid (all points of a grid are queued at first, so none is suggested)
     at_once: int
     num_random: int
     directions: tuple[str, ...]
     distributions: Mapping[str, Any]
-    in_batches: bool  # whether a trial waits for the batches before its own: with TPE, and where it may be pruned
+    in_batches: bool  # whether a trial waits for the batches before its own: with TPE, and if trials may be pruned
 
     def begins(self, place: int) -> int:
-        """The first place of the batch that this place is in: what a suggestion waits for lies before it."""
+        """The first place of the batch that contains `place`. A suggestion waits for all trials before it."""
         return place - place % self.at_once if self.in_batches else 0
 
     def suggest(self, place: int, before: Sequence[Any]) -> dict[str, Any]:
@@ -42,7 +43,7 @@ class Sampling(NamedTuple):
         for trial in before[:begins]:
             if trial.state != TrialState.FAIL:
                 study.add_trial(trial)
-        for params in map(known_params, before[begins:]):  # whatever has become of them since
+        for params in map(known_params, before[begins:]):  # whatever their result is by now
             if params.keys() == self.distributions.keys():
                 pending = create_trial(state=TrialState.RUNNING, params=params, distributions=dict(self.distributions))
                 study.add_trial(pending)
@@ -62,13 +63,14 @@ class Sampling(NamedTuple):
 
 
 def known_params(trial: Any) -> dict[str, Any]:
-    """Parameters of a trial, those included that were fixed for it while it was in the queue and are not stored as its own."""
+    """Parameters of a trial, including those that were fixed in the queue and are not stored as its own."""
     return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
 def is_worse(values: Mapping[str, float], best: Mapping[str, float], p: float = 0.05) -> bool:
-    """Whether values (more is better) are below those of the best trial on the same prompts: Optuna's WilcoxonPruner, a
-    prompt a step."""
+    """Whether `values` are significantly below `best`, those of the best trial, on the same prompts. More is better.
+    The test is Optuna's WilcoxonPruner at threshold `p`, with each prompt as one step. False for fewer than two common
+    prompts."""
     import warnings
 
     import optuna
