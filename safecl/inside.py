@@ -1,13 +1,15 @@
-"""What runs inside the sandboxes: `candidate` answers calls with a program that nobody vouches for, `tests` asks and checks.
+"""Code that runs inside the sandboxes. `candidate` runs an untrusted program and answers calls to it; `tests` calls and
+checks.
 
-Each is a process in a sandbox of its own (`sandbox.py`), handed to a bare interpreter as text: it imports nothing of
-safecl. Their one link is a pipe each way, a JSON text a line. A call is [function, arguments, keyword arguments], its
-answer [true, result] or [false, exception's name, message]; the first answer says that the program ran to its end.
+Each is a process in its own sandbox (`sandbox.py`). A bare interpreter gets this file as text, so it imports nothing of
+safecl. The two are linked only by a pipe each way, with one JSON text per line. A call is [function, arguments, keyword
+arguments]. Its answer is [true, result] or [false, exception's name, message]. The first answer says that the program
+ran to its end.
 
-Only data pass: None, bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset. They are rebuilt from JSON
-as objects of just these types, so that whatever a test does with a result runs no code of the candidate's. An object
-of a class of theirs becomes what its plain base holds (a Counter a dict), an iterator its items. All else stays where it
-is, and the tests get a `Stranger` in its place.
+Only data pass: None, bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset. They are rebuilt from
+JSON as objects of exactly these types, so no test can run the candidate's code by using a result. An object of a
+subclass becomes an object of the base class (a Counter becomes a dict). An iterator becomes its items. Every other
+object stays in the candidate's process, and the tests get a `Stranger` for it.
 """
 
 from __future__ import annotations
@@ -23,17 +25,19 @@ from collections import deque
 from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
 from itertools import islice
 
-TYPE_CHECKING = False  # importing it would take a tenth of a short program's time
+TYPE_CHECKING = False  # importing it from typing would take a tenth of a short program's time
 if TYPE_CHECKING:
     from typing import Any, BinaryIO, Never
 
 MAX_LINE = 1 << 26  # bytes of an answer; the longest of HumanEval+'s is under 1 MB
-MAX_ITEMS = 1 << 17  # of an iterator that a candidate returns: it may never end, and is no data then
-LONG_INT = 1 << 64  # from here on hexadecimal: decimal digits take quadratic time, and Python refuses many
-BEGUN, PASSED, GONE = b"s", b"p", b"g"  # what the tests' process says of itself, and of a candidate that is no more
+MAX_ITEMS = 1 << 17  # of an iterator that a candidate returns; a longer or endless one is not passed as data
+# Longer integers are sent as hexadecimal: decimal digits take quadratic time, and Python refuses many of them.
+LONG_INT = 1 << 64
+# The tests' process reports: begun, passed, and that the candidate's process has ended.
+BEGUN, PASSED, GONE = b"s", b"p", b"g"
 
 _ITERATED = (Iterator, range, deque, KeysView, ValuesView, ItemsView)
-_EXACT: dict[type, Callable[[Any], Any]] = {  # of an object of a subclass, whatever that overrides
+_EXACT: dict[type, Callable[[Any], Any]] = {  # for an object of a subclass, whatever it overrides
     int: int.__int__, float: float.__float__, complex: complex.__complex__, str: str.__str__, bytes: bytes.__bytes__,
     bytearray: bytes, tuple: tuple, list: list, dict: dict, set: set, frozenset: frozenset,
 }  # fmt: skip
@@ -41,8 +45,8 @@ _TYPES = {kind.__name__: kind for kind in (bool, *_EXACT)}
 
 
 class Stranger:
-    """Something in the candidate's process: it may be called and be given back. All else raises: a comparison that has
-    an answer, be it only False, is one that a candidate could ask for."""
+    """An object in the candidate's process. It can only be called, or be passed back. All else raises. Even a
+    comparison that is always False would be an answer that a candidate could ask for."""
 
     def __init__(self, call: Callable[..., Any], reference: int | str) -> None:
         self._call, self._reference = call, reference
@@ -57,7 +61,7 @@ class Stranger:
 
 
 def encoded(value: Any, keep: Callable[[object], int]) -> Any:
-    """A value as JSON. `keep` holds on to what is no data, and gives the number under which it can be found again."""
+    """A value as JSON. `keep` stores an object that is no data, and returns the number by which it is found again."""
     kind = type(value)
     if value is None or kind is str or kind is bool:
         return value
@@ -83,7 +87,7 @@ def encoded(value: Any, keep: Callable[[object], int]) -> Any:
         if isinstance(value, base):
             return encoded(exact(value), keep)
     numpys = kind.__module__ == "numpy"
-    if numpys and value.shape == ():  # one of its numbers
+    if numpys and value.shape == ():  # a numpy scalar
         return encoded(value.item(), keep)
     if numpys or isinstance(value, _ITERATED):
         items = [*islice(value, MAX_ITEMS + 1)]
@@ -93,10 +97,10 @@ def encoded(value: Any, keep: Callable[[object], int]) -> Any:
 
 
 def decoded(form: Any, find: Callable[[Any], object]) -> Any:
-    """The value that JSON stands for, of plain types only; `find` gives what a stranger's reference means.
+    """The value that a JSON form stands for, of plain types only. `find` returns the object of a stranger's reference.
 
     Raises:
-        ValueError, TypeError, LookupError: it stands for none.
+        ValueError, TypeError, LookupError: the form stands for no value.
     """
     if isinstance(form, list):
         return [decoded(item, find) for item in form]
@@ -126,9 +130,12 @@ _SCALARS: dict[str, Callable[[str], object]] = {
 
 
 def candidate(source: str, requests: BinaryIO, answers: BinaryIO, call_s: float) -> None:
-    """Run a program, then answer calls of what it defines until nobody asks. A call that takes more than `call_s`
-    seconds of CPU time (0: any) ends the process as its limit on all of them does. That is for slow programs, not for
-    hostile ones: these can stop the timer, and then run on into the limit on all."""
+    """Run a program, then answer calls of its functions until no more come.
+
+    A call that takes more than `call_s` seconds of CPU time (0: no limit) ends the process, as the limit on all calls
+    does. This limit is for slow programs, not for hostile ones: a hostile program can stop the timer, but not the limit
+    on all calls.
+    """
     scope: dict[str, Any] = {}
     kept: list[object] = []
 
@@ -168,8 +175,8 @@ def candidate(source: str, requests: BinaryIO, answers: BinaryIO, call_s: float)
 
 
 def tests(source: str, names: list[str], requests: BinaryIO, answers: BinaryIO, say: Callable[[bytes], object]) -> None:
-    """Run tests in which `names` stand for what the candidate's program defines, and say so when they came to their end.
-    An answer that is none ends them: tests could take an exception for what they wait for."""
+    """Run tests in which `names` stand for the candidate's functions, and report when the tests have come to their end.
+    An answer that is invalid ends the process, because tests could take an exception for one that they expect."""
 
     def leave(why: str, said: bytes = b"") -> Never:
         say(said)
@@ -207,16 +214,17 @@ def tests(source: str, names: list[str], requests: BinaryIO, answers: BinaryIO, 
     read()
     exec(compile(source, "<tests>", "exec", dont_inherit=True), {name: stranger(name) for name in names})
     say(PASSED)
-    os._exit(0)  # at once: what is left to do is not worth its time
+    os._exit(0)  # at once: cleaning up would only take time
 
 
 def _raised(name: str, message: str) -> Exception:
-    """An exception by its name, if it is one of Python's own; StopIteration would end a test's loop in silence."""
+    """An exception by its name, if it is one of Python's own. Not StopIteration, which would end a test's loop
+    silently."""
     kind = getattr(builtins, name, None)
     known = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, StopIteration)
     try:
         return kind(message) if known and kind is not None else RuntimeError(f"{name}: {message}")
-    except TypeError:  # UnicodeDecodeError and its like want more than a message
+    except TypeError:  # UnicodeDecodeError and similar ones need more than a message
         return RuntimeError(f"{name}: {message}")
 
 
@@ -229,10 +237,10 @@ def _no_constant(name: str) -> Never:
 
 
 def main() -> None:
-    """Arguments: what to be, numpy's folder, the limits (bytes, seconds, seconds a call), descriptors (program, word of
-    the begin and, from tests, of the end; requests, answers), names."""
+    """Entry point. Arguments: role, numpy's folder, limits (bytes, seconds, seconds per call), file descriptors
+    (program, report of the begin and, from tests, of the end; requests, answers), names."""
     role, site, memory, seconds, call_s, program, word, requests, answers, *names = sys.argv[1:]
-    with open(int(program), "rb") as file:  # closed before any of it runs
+    with open(int(program), "rb") as file:  # closed before the program runs
         source = file.read().decode("utf-8", "surrogatepass")
     sys.path.append(site)
     cpu_s = int(seconds) + 1 + int(sum(os.times()[:2]))

@@ -1,10 +1,10 @@
-"""Who is at work in a store: names of processes that outlive them, and the lease that one driver holds on a sweep.
+"""Which processes work in a store: names that stay unique after a process has ended, and one driver's lease on a sweep.
 
-A lease is a note in the store (`notes/lease-<owner>.json`) whose `beat` its driver counts up every BEAT_S seconds. Whoever
-wants one writes a candidate first and reads the others after that, so of two that start together one gives way, on a
-folder and at a URL alike. A driver whose process is gone from this machine is dead at once; one of another machine when
-its beat was seen to stand still. One that only hung, and goes on beside who took its place, is seen by both at their next
-beat: the first by name stays.
+A lease is a note in the store (`notes/lease-<owner>.json`). Its driver increases the note's `beat` every BEAT_S
+seconds. A driver that wants a lease first writes a candidate and then reads the others. So of two drivers that start
+together one gives way, on a folder and at a URL alike. A driver of this machine is dead as soon as its process is gone.
+A driver of another machine is dead when its beat was seen to stand still. A driver that only hung may continue beside
+the one that replaced it. Both see this at their next beat, and the one whose name comes first stays.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ if TYPE_CHECKING:
     from safecl.store import Store
 
 BEAT_S = 5.0
-DEAD_AFTER = 3  # beats that another machine's driver may miss
-FORGOTTEN_AFTER = 60  # beats that stood still while a driver beside it ran: nobody waits for it, so there is time
+DEAD_AFTER = 3  # beats that a driver on another machine may miss
+# Beats of a running driver during which another one stood still; nothing waits for it, so there is time.
+FORGOTTEN_AFTER = 60
 NOTE = "lease-"
-CANCEL = "cancel-"  # a note of this name and a driver's asks that driver to stop (safecl cancel)
+CANCEL = "cancel-"  # a note with this prefix and a driver's name asks that driver to stop (safecl cancel)
 _NAME = re.compile(r"([0-9a-f]{10})-(\d+)-(\d+)")
 
 
 @cache
 def machine() -> str:
-    """Ten hex digits: this boot of this machine, or of this container, where process ids mean something."""
+    """Ten hex digits that identify this boot of this machine, or of this container. Process ids are unique only within
+    it."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
@@ -49,12 +51,13 @@ def machine() -> str:
 
 
 def me() -> str:
-    """This process's name: `<machine>-<pid>-<when it began>`, which no later process has."""
+    """This process's name: `<machine>-<pid>-<start time>`. No later process has the same name."""
     return f"{machine()}-{os.getpid()}-{_began(os.getpid())}"
 
 
 def is_here(owner: str) -> bool | None:
-    """Whether the process of this name runs on this machine; None if it is another machine's (or no such name)."""
+    """Whether the process of this name runs on this machine. None if it belongs to another machine, or is no such
+    name."""
     found = _NAME.fullmatch(owner)
     if found is None or found[1] != machine():
         return None
@@ -62,25 +65,25 @@ def is_here(owner: str) -> bool | None:
 
 
 def owners(store: Store) -> list[str]:
-    """Who has a lease in the store, dead ones included."""
+    """Owners that have a lease in the store, dead ones included."""
     return [name.removeprefix(NOTE) for name in store.notes(NOTE)]
 
 
 def short_of(owner: str) -> str:
-    """Eight digits that tell this owner from others."""
+    """Eight digits that identify this owner."""
     return hashlib.sha256(owner.encode()).hexdigest()[:8]
 
 
 def is_name(text: str) -> bool:
-    """Whether `me` gives such names."""
+    """Whether the text has the form of a name that `me` returns."""
     return _NAME.fullmatch(text) is not None
 
 
 def _began(pid: int) -> int:
-    """When a process began, in its system's own count; 0 where there is none, or only what its parent has not collected."""
+    """When a process began, in its system's own unit. 0 if there is no such process, or only a zombie."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return 0 if state in "ZX" else int(fields[18])  # ticks since the boot: no clock that is set moves it
+        return 0 if state in "ZX" else int(fields[18])  # ticks since the boot: setting a clock does not change them
     except FileNotFoundError:
         if Path("/proc/self").exists():
             return 0
@@ -96,31 +99,32 @@ def _began(pid: int) -> int:
 
 
 class Lease:
-    """Held while the block runs. `holds`: names (a sweep, its studies) that no two live leases of a store share.
+    """A context manager that holds the lease while the block runs. `holds`: names (a sweep, its studies) that no two
+    live leases of a store share.
 
     Raises:
-        PrerequisiteError: another live driver holds one of them; or, later and by way of Ctrl-C (KeyboardInterrupt, with
-            `lost` set), this one was taken for dead, since it could not write for too long.
+        PrerequisiteError: another live driver holds one of the names.
+        KeyboardInterrupt: later, with `lost` set: this driver could not write for too long and was taken for dead.
     """
 
     def __init__(self, store: Store, sweep: str, holds: Collection[str]) -> None:
         self.store, self.holds = store, set(holds)
         self.name = NOTE + store.owner
         self.lost = False
-        self.dead: list[str] = []  # owners that were found dead; first those that held a name of ours
-        self.num_dead = 0  # these
+        self.dead: list[str] = []  # owners that were found dead; those that held one of our names come first
+        self.num_dead = 0  # number of dead owners that held one of our names
         self._told: dict[str, Any] = {
             "sweep": sweep, "holds": sorted(holds), "host": socket.gethostname(), "pid": os.getpid(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"), "held": False, "beat": 0,
         }  # fmt: skip
-        self._seen: dict[str, tuple[Any, int]] = {}  # others' notes, and for how many of our beats they were the same
+        self._seen: dict[str, tuple[Any, int]] = {}  # notes of others, and for how many of our beats each was unchanged
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="safecl-lease", daemon=True)
 
     def __enter__(self) -> Self:
         self._write()
-        self._thread.start()  # who only waits beats too: another that waits must not take it for dead
+        self._thread.start()  # a driver that waits beats too, so that another waiting driver does not take it for dead
         try:
             self._give_way()
             self._told["held"] = True
@@ -148,7 +152,7 @@ class Lease:
             self.store.note(self.name, self._told)
 
     def _rival(self) -> dict[str, Any] | None:
-        """A lease that is held though this one is, and comes first."""
+        """Another lease that is held at the same time and whose name comes first."""
         others: dict[str, dict[str, Any]] = self.store.notes(NOTE)
         for name, other in others.items():
             shares = other["held"] and not self.holds.isdisjoint(other["holds"])
@@ -157,7 +161,7 @@ class Lease:
         return None
 
     def _give_way(self) -> None:
-        """Return when no other live lease shares a name; leases of the dead are removed on the way."""
+        """Return when no other live lease shares a name. Leases of dead drivers are removed."""
         for name, other in self.store.notes(NOTE).items():
             if name == self.name:
                 continue
@@ -167,7 +171,7 @@ class Lease:
                 self.dead.insert(0 if shares else len(self.dead), name.removeprefix(NOTE))
                 self.store.forget(name)
             while shares and (now := self.store.noted(name)) is not None:
-                # Of two candidates that saw each other, the first by name waits for the other to go.
+                # Of two candidates that saw each other, the first by name waits until the other has gone.
                 if now["held"] or name < self.name:
                     raise PrerequisiteError(_refusal(now))
                 time.sleep(0.2)
@@ -182,7 +186,7 @@ class Lease:
             return not found
         seen = self.store.noted(name)
         for _ in range(4 * DEAD_AFTER):
-            time.sleep(BEAT_S / 4)  # clocks of two machines differ: only a beat that is seen to change says something
+            time.sleep(BEAT_S / 4)  # clocks of two machines differ: only a changed beat shows life
             if seen is None or (now := self.store.noted(name)) is None:
                 return True
             if now["beat"] != seen["beat"] or now["held"] != seen["held"]:
@@ -190,7 +194,8 @@ class Lease:
         return True
 
     def _forget_still(self) -> None:
-        """Remove leases of other machines whose beat stood still for long: what their drivers left can be taken over then."""
+        """Remove leases of other machines whose beat stood still for long. What their drivers left can then be taken
+        over."""
         for name, other in self.store.notes(NOTE).items():
             before, num = self._seen.get(name, (None, 0))
             self._seen[name] = other, num + 1 if other == before else 0
@@ -200,8 +205,8 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
-            with suppress(Exception):  # a disk that is full for a while: the next beat tells
-                # Looked for before and after writing, which may hang for as long as another needs to take over.
+            with suppress(Exception):  # the disk may be full for a while: the next beat shows it
+                # Checked before and after writing: a write may hang for so long that another driver takes over.
                 gone = self.store.noted(self.name) is None
                 if not gone:
                     self._told["beat"] += 1

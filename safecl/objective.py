@@ -1,11 +1,12 @@
-"""Metrics -> bounds, violations, selection, Pareto front. Pure; metrics are fractions in [0, 1].
+"""From metrics to bounds, violations, selection and the Pareto front. Pure functions; metrics are fractions in [0, 1].
 
-With several objectives (`pareto`) what is compared are losses: each metric turned so that less of it is better, and 0 is
-perfect. A front says what can be had for what; which of it is run is a rule that the sweep file names (`choose`).
+With several objectives (`pareto`) losses are compared. A loss is a metric turned so that less is better and 0 is
+perfect. A front shows the possible trade-offs. The sweep file names the rule (`choose`) that picks the trials to run
+from it.
 
-A bound is an upper limit on a metric of which less is better: a number, or relative to theta_safe's own value on the
-same prompts (`safe + 0.05`). How much a trial may lose is then said against what the aligned model had, so that one
-sweep file serves models of different safety.
+A bound is an upper limit on a metric of which less is better. It is a number, or relative to theta_safe's own value on
+the same prompts (`safe + 0.05`). A relative bound limits how much a trial may lose of the aligned model's safety, so
+one sweep file serves models of different safety.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from safecl.base import ConfigError, Json
 from safecl.config import Objective
 
 _RELATIVE = re.compile(r"safe\s*(?:(?P<sign>[+-])\s*(?P<offset>\d*\.?\d+(?:[eE][+-]?\d+)?))?")
-_TOLERANCE = 1e-9  # safe + 0.05 and a counted fraction may differ in the last bit; that is no violation
+_TOLERANCE = 1e-9  # safe + 0.05 and a counted fraction may differ in the last bit; this is no violation
 
 
 class Trial(NamedTuple):
-    """A finished trial. `value` is the maximised metric; a violation above 0 makes the trial infeasible. `values`: of all
-    objectives, where there are several."""
+    """A finished trial. `value` is the maximised metric. A violation above 0 makes the trial infeasible. `values` holds
+    all objectives, if there are several."""
 
     number: int
     params: dict[str, Json]
@@ -69,7 +70,7 @@ def _parse(metric: str, bound: str | float) -> _Bound:
 
 
 def _highest(metric: str) -> float:
-    """The largest value of a metric, infinity where it has none. What is no metric is refused elsewhere (check.py)."""
+    """The largest value of a metric; infinity if it has none. check.py refuses names that are no metric."""
     try:
         top = declared.of(metric).bounds[1]
     except ConfigError:
@@ -78,7 +79,7 @@ def _highest(metric: str) -> float:
 
 
 def check(objective: Objective) -> list[str]:
-    """Every error of the bounds as one line each; empty if there is none. Needs no metric values."""
+    """All errors of the bounds and the front, one line each; empty if there is none. Needs no metric values."""
     errors = []
     for metric, bound in objective.bounds.items():
         try:
@@ -107,7 +108,7 @@ def _front_errors(objective: Objective) -> list[str]:
 
 
 def goals(objective: Objective) -> dict[str, str]:
-    """What a study optimises: maximize or minimize by metric, the maximised one first."""
+    """The objectives of a study: "maximize" or "minimize" by metric, the maximised one first."""
     others = [name for name in objective.pareto if name != objective.maximise]
     return {
         objective.maximise: "maximize",
@@ -125,9 +126,11 @@ def _read(metrics: Mapping[str, float | None], name: str, of: str) -> float:
 
 
 def bounds(objective: Objective, safe_metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """Upper limits as numbers. `safe_metrics` are theta_safe's, read only for relative bounds.
+    """Upper limits as numbers. `safe_metrics` are theta_safe's metrics; only relative bounds read them.
 
-    Raises ConfigError for a bound that cannot be read, ValueError naming a missing or NaN metric of theta_safe.
+    Raises:
+        ConfigError: a bound cannot be read.
+        ValueError: a metric of theta_safe is missing or NaN; the message names it.
     """
     limits = {}
     for metric, bound in objective.bounds.items():
@@ -137,9 +140,10 @@ def bounds(objective: Objective, safe_metrics: Mapping[str, float | None]) -> di
 
 
 def violations(metrics: Mapping[str, float | None], limits: Mapping[str, float]) -> dict[str, float]:
-    """`metric - limit` for every bounded metric, in fractions: above 0 is violated (Optuna's convention).
+    """`metric - limit` for every bounded metric, in fractions. Above 0 is violated (Optuna's convention).
 
-    Raises ValueError naming a missing or NaN metric or limit.
+    Raises:
+        ValueError: a metric or limit is missing or NaN; the message names it.
     """
     result = {}
     for name in limits:
@@ -151,11 +155,15 @@ def violations(metrics: Mapping[str, float | None], limits: Mapping[str, float])
 def hopeless(
     known: Mapping[str, float | None], limits: Mapping[str, float], maximise: str, before: Sequence[Trial]
 ) -> str:
-    """Why a trial of which these metrics are known can be chosen no more (see `select`), whatever the others are; "" while it
-    may. `before`: trials told before it. Exact: among the same trials the choice is as if it had been measured whole."""
+    """Why a trial can no longer be chosen (see `select`), given the metrics that are `known`, whatever its other
+    metrics are. "" if it still can.
+
+    `before` holds the trials that were told earlier. The result is exact: `select` would choose the same trial if this
+    one were measured completely.
+    """
     within = [trial for trial in before if trial.feasible]
     if not within:
-        return ""  # who breaks the bounds least is chosen, as long as all do
+        return ""  # if all trials break the bounds, the one that breaks them least is chosen
     read = {name: value for name, value in known.items() if value is not None and math.isfinite(value)}
     for name, excess in violations(read, {name: limit for name, limit in limits.items() if name in read}).items():
         if excess > 0:
@@ -167,10 +175,12 @@ def hopeless(
 
 
 def select(trials: Sequence[Trial]) -> Trial:
-    """The best trial: feasible before infeasible, then the higher value, then the earlier number.
+    """The best trial: feasible before infeasible, then the higher value, then the lower number.
 
-    Where none is feasible, the least summed violation comes first: the trial closest to what was asked.
-    Raises ValueError on no trials, and on a NaN.
+    If no trial is feasible, the one with the smallest sum of violations is best.
+
+    Raises:
+        ValueError: there is no trial, or one holds a NaN.
     """
     if not trials:
         raise ValueError("no finished trial to select from; expected at least one")
@@ -185,7 +195,8 @@ def select(trials: Sequence[Trial]) -> Trial:
 
 
 def losses(trial: Trial) -> tuple[float, ...]:
-    """A trial's objectives, each turned so that less is better: of a fraction what it lacks of a perfect value."""
+    """A trial's objectives, each turned so that less is better. For a fraction it is the distance to the perfect
+    value."""
     return tuple(_loss(name, value) for name, value in trial.values.items())
 
 
@@ -197,10 +208,12 @@ def _loss(name: str, value: float) -> float:
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:
-    """Trials within the bounds of which no other is better in one objective and as good in the rest, by falling `value`; of
-    equals the earliest. Where none is within the bounds: it that violates them least.
+    """The Pareto front of the trials within the bounds, sorted by falling `value`. No other trial is better than one of
+    these in one objective and at least as good in the rest. Of equal trials the earliest is kept. If no trial is within
+    the bounds: the trial that violates them least.
 
-    Raises ValueError as `select` does.
+    Raises:
+        ValueError: as `select` does.
     """
     best = select(trials)
     if not best.feasible:
@@ -220,9 +233,10 @@ def _beats(number: int, point: tuple[float, ...], other: int, points: Mapping[in
 
 
 def chosen(trials: Sequence[Trial], objective: Objective) -> list[Trial]:
-    """The trials whose values run on every reported seed, by the rule that `objective.choose` names.
+    """The trials whose parameters run on every reported seed, by the rule `objective.choose`.
 
-    Raises ValueError as `select` does.
+    Raises:
+        ValueError: as `select` does.
     """
     if not objective.pareto:
         return [select(trials)]
@@ -233,9 +247,11 @@ def chosen(trials: Sequence[Trial], objective: Objective) -> list[Trial]:
 
 
 def hypervolume(points: Sequence[tuple[float, ...]]) -> float:
-    """The share of [0, 1]^d that some point is at least as good as in every loss; a loss above 1 counts as 1.
+    """The fraction of [0, 1]^d that some point dominates: the point is at least as good in every loss. A loss above 1
+    counts as 1.
 
-    Raises ValueError on a NaN.
+    Raises:
+        ValueError: a point holds a NaN.
 
     >>> round(hypervolume([(0.5, 0.5), (0.1, 0.8)]), 2)
     0.33
@@ -257,16 +273,19 @@ def hypervolume(points: Sequence[tuple[float, ...]]) -> float:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other point beats, both coordinates maximised, by rising first coordinate.
+    """Indices of the points that no other point beats, sorted by rising first coordinate. Both coordinates are
+    maximised.
 
-    A point beats another if it is at least as good in both and better in one, so equal points stay together.
-    Raises ValueError on a NaN.
+    A point beats another if it is at least as good in both coordinates and better in one, so equal points are all kept.
+
+    Raises:
+        ValueError: a point holds a NaN.
     """
     for index, point in enumerate(points):
         if any(math.isnan(x) for x in point):
             raise ValueError(f"point {index} is {point}; expected two numbers")
     front: list[int] = []
-    best = -math.inf  # second coordinate of everything further right
+    best = -math.inf  # highest second coordinate of the points further right
     order = sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1], i))
     for position, index in enumerate(order):
         same = position > 0 and points[order[position - 1]] == points[index] and order[position - 1] in front

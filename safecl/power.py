@@ -1,13 +1,14 @@
-"""`safecl power`: what difference between two methods a sweep can mark, and what it would take to mark a given one.
+"""`safecl power`: the difference between two methods that a sweep can detect, and what it takes to detect a given one.
 
-The test is `contrasts`' own: a difference over seeds S and prompt clusters C has the variance
+The test is that of `contrasts`. A difference over S seeds and C prompt clusters has the variance
 
     V = s^2 / S + p^2 / C + e^2 / (S C) + g
 
-with s, p and e the sd of a difference between seeds, between prompts, and of one answer (in fractions: 0.1 is 10
-points), and g what several guards add that disagree, known from finished rows only. A difference is detectable if it
-is marked in POWER of all such sweeps: the half-width of the interval, plus how far the estimate falls short of it in
-one of five. The level is Holm's first, .05 over the number of methods beside sft.
+s, p and e are the standard deviations (sd) of a difference between seeds, between prompts, and of one answer, as
+fractions (0.1 is 10 points). g is the variance that several disagreeing guards add; it is known from finished rows
+only. A difference is detectable if it is marked in a fraction POWER of all such sweeps. It is the half-width of the
+interval, plus the amount by which the estimate falls short of it in one of five sweeps. The level is Holm's first one:
+.05 divided by the number of methods other than sft.
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ if TYPE_CHECKING:
 
 POWER = 0.8
 DISCORDANT = (
-    0.3  # of prompts, where nothing is known: two methods answer so many differently, half of them in every seed
+    0.3  # of prompts, if nothing is known: two methods answer this fraction differently, half of it in every seed
 )
-MOST_SEEDS, MOST_PROMPTS = 100, 100_000  # beyond that a sweep is called out of reach
-SEEDS = (3, 5, 10, 20)  # for which the prompts needed are said
+MOST_SEEDS, MOST_PROMPTS = 100, 100_000  # a sweep that needs more is called out of reach
+SEEDS = (3, 5, 10, 20)  # the numbers of seeds for which the needed prompts are reported
 
 
 class Noise(NamedTuple):
-    """sd of a difference of two methods: between seeds, between prompts, and of one answer. `source`: in words. `guards`:
-    the variance that comes from which guards judged, and its degrees of freedom; None: unknown, or one judge."""
+    """Standard deviations of a difference of two methods: between seeds, between prompts, and of one answer. `source`:
+    their origin as text. `guards`: the variance from the choice of guards and its degrees of freedom; None if unknown,
+    or for one judge."""
 
     seeds: float
     prompts: float
@@ -50,7 +52,8 @@ class Noise(NamedTuple):
 
 
 def detectable(noise: Noise, num_seeds: int, num_prompts: float, num_tests: int = 1) -> float | None:
-    """The smallest difference that is marked in POWER of all sweeps; None with one seed or prompt, where none is."""
+    """The smallest difference that is marked in a fraction POWER of all sweeps. None with one seed or one prompt, where
+    no difference can be marked."""
     if num_seeds < 2 or num_prompts < 2:
         return None
     of_seeds = noise.seeds**2 / num_seeds + noise.cells**2 / (num_seeds * num_prompts)
@@ -60,12 +63,13 @@ def detectable(noise: Noise, num_seeds: int, num_prompts: float, num_tests: int 
 
 
 def seeds_for(aim: float, noise: Noise, num_prompts: float, num_tests: int = 1) -> int | None:
-    """The fewest seeds with which `aim` is detectable; None if MOST_SEEDS do not."""
+    """The smallest number of seeds with which `aim` is detectable; None if more than MOST_SEEDS are needed."""
     return next((n for n in range(2, MOST_SEEDS + 1) if _reaches(aim, noise, n, num_prompts, num_tests)), None)
 
 
 def prompts_for(aim: float, noise: Noise, num_seeds: int, num_tests: int = 1) -> int | None:
-    """The fewest prompts (clusters) with which `aim` is detectable; None if MOST_PROMPTS do not."""
+    """The smallest number of prompts (clusters) with which `aim` is detectable; None if more than MOST_PROMPTS are
+    needed."""
     if not _reaches(aim, noise, num_seeds, MOST_PROMPTS, num_tests):
         return None
     low, high = 1, MOST_PROMPTS
@@ -81,11 +85,15 @@ def _reaches(aim: float, noise: Noise, num_seeds: int, num_prompts: float, num_t
 
 
 def power(project: Project, noise: float | None, discordant: float | None, aim: float | None) -> list[dict[str, Any]]:
-    """A row for each metric (utility: for each task). `noise`: the sd between seeds, `discordant`: the share of prompts that
-    two methods answer differently; what is not stated comes from the store's finished trials. `aim`: a difference.
+    """A row for each metric; for utility a row for each task.
+
+    Args:
+        noise: sd between seeds, in (0, 1). If None, it is estimated from the store's finished trials.
+        discordant: fraction of prompts that two methods answer differently. If None, likewise.
+        aim: a difference, in (0, 1), for which to report the seeds and prompts needed.
 
     Raises:
-        ConfigError: a number outside (0, 1).
+        ConfigError: a number is outside (0, 1).
     """
     for name, value in (("--noise", noise), ("--discordant", discordant), ("--detect", aim)):
         if value is not None and not 0 < value < 1:
@@ -97,7 +105,7 @@ def power(project: Project, noise: float | None, discordant: float | None, aim: 
     found = []
     for metric, task, parts in _sets(project):
         sizes = [_num_clusters(project, part, split) for part, split in parts]
-        worth = len(sizes) ** 2 / sum(1 / num for _, num in sizes)  # of one set with the same error of the mean
+        worth = len(sizes) ** 2 / sum(1 / num for _, num in sizes)  # size of one set with the same error of the mean
         own = _noise(project, metric, task, noise, discordant)
         row: dict[str, Any] = {
             "metric": metric,
@@ -119,7 +127,8 @@ def power(project: Project, noise: float | None, discordant: float | None, aim: 
 
 
 def _sets(project: Project) -> Iterator[tuple[str, str | None, list[tuple[Rows, str]]]]:
-    """Metrics that methods are tested in and that are of one kind of prompts, with the sets they are the mean of."""
+    """Metrics that are tested between methods and measured on one kind of prompts, with the sets they are the mean
+    of."""
     from safecl.config import Rows
 
     test = project.sweep.evaluate.test
@@ -133,7 +142,7 @@ def _sets(project: Project) -> Iterator[tuple[str, str | None, list[tuple[Rows, 
 
 
 def _num_clusters(project: Project, part: Rows, split: str) -> tuple[int, int]:
-    """Prompts of a set, and groups of them that are not near-duplicates."""
+    """Number of prompts of a set, and number of groups of near-duplicates among them."""
     rows = find(part.task, project.sweep.data)(project.folder).rows(split, part.num_rows, 0)
     return len(rows), len(set(clusters(rows)))
 
@@ -141,11 +150,11 @@ def _num_clusters(project: Project, part: Rows, split: str) -> tuple[int, int]:
 def _noise(
     project: Project, metric: str, task: str | None, seeds: float | None, discordant: float | None
 ) -> Noise | None:
-    """None where the noise between seeds is neither stated nor in the store."""
+    """None if the noise between seeds is neither given nor in the store."""
     pairs = list(_differences(project, metric, task))
     of = [components(pair) for pair in pairs if len(pair) > 1 and len({o["cluster"] for o in pair[0]}) > 1]
     share = discordant
-    if share is None and not of and pairs:  # one seed
+    if share is None and not of and pairs:  # only one seed
         values = [float(outcome["value"]) ** 2 for pair in pairs for of_seed in pair for outcome in of_seed]
         share = sum(values) / len(values) if values else None
     if seeds is None and not of:
@@ -168,7 +177,7 @@ def _noise(
 
 
 def _differences(project: Project, metric: str, task: str | None) -> Iterator[list[list[dict[str, Any]]]]:
-    """Of every two methods of one block of the table: outcome differences by common seed."""
+    """For every two methods of one block of the table: outcome differences by common seed."""
     blocks: dict[Any, list[dict[int, Any]]] = {}
     for cell, _, jobs, _ in project.finals():
         recipe = cell.recipe
@@ -186,7 +195,7 @@ def _differences(project: Project, metric: str, task: str | None) -> Iterator[li
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, columns and rows of text: what is detectable, and what `aim` takes. In points."""
+    """Title, columns and rows of text: what is detectable, and what `aim` needs. In percentage points."""
     lines = []
     for row in rows:
         noise, least = row["noise"], row["detectable"]
@@ -210,7 +219,7 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What the numbers rest on, one line each."""
+    """What the numbers are based on, one line each."""
     found = [
         f"In points. Detectable: marked as different from sft in {POWER:.0%} of all sweeps, after Holm. Groups: prompts that "
         "are not near-duplicates. sd: of a difference between seeds, between prompts, and of one answer. What guards "

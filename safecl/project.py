@@ -1,4 +1,4 @@
-"""A sweep file as a checked project: config, store and studies. Opening it spends nothing."""
+"""A sweep file as a checked project: config, store and studies. Opening it runs no stage."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def unknown_sources(cells: Sequence[Cell]) -> list[str]:
-    """Data sets of these cells that are not known: by their hub id or file."""
+    """Data sets of these cells whose content is unknown (see `planned` of Project), as hub ids or file names."""
     tops = [cell.job({}, cell.recipe.seed, "final").evidence.metrics for cell in cells]
     configs: list[Any] = [stage.config for stage in below(tops) if stage.kind == "data"]
     parts = [part for config in configs for part in (*config["parts"], config["poison"]) if part is not None]
@@ -53,7 +53,11 @@ def _refuse_without_driver(where: str, uri: str) -> None:
 
 
 class Swing(NamedTuple):
-    """`num` guards judged the same answers, those of `source`; their shares of harmful ones part by `points`, in [0, 1]."""
+    """How much the choice of the guard changes the share of harmful answers.
+
+    Fields: the number of guards that judged the same answers; the difference between their highest and lowest share, in
+    [0, 1]; and whose answers these are.
+    """
 
     num: int
     points: float
@@ -61,20 +65,30 @@ class Swing(NamedTuple):
 
 
 class _Read:
-    """A store that is only read: what is damaged stays where it is."""
+    """A store that is only read: a damaged stage is not moved."""
 
     def __init__(self, store: Store) -> None:
         self.sound, self.record = store.has, store.record
 
 
 class Project:
-    """A checked sweep with its store and paths. Opening it spends nothing."""
+    """A checked sweep with its store and paths. Opening it runs no stage."""
 
     def __init__(
         self, sweep: Sweep, nodes: Sequence[Node] | None = None, reads: bool = False, planned: bool = False
     ) -> None:
-        """`nodes` and `reads`: see dtypes.auto. `planned`: nothing will be run of it, so that what the hub alone knows (commits
-        of data sets, tokenizers) may be unknown; it is said in `warnings`."""
+        """Check the sweep and open its store.
+
+        Args:
+            nodes: see dtypes.auto.
+            reads: see dtypes.auto.
+            planned: nothing of it will be run. Facts that only the hub knows (commits of data sets, tokenizers) may
+                then be unknown, which `warnings` reports.
+
+        Raises:
+            ConfigError: the sweep is wrong; one line per error.
+            PrerequisiteError: a folder, a driver of a database or a tokenizer is missing.
+        """
         registry.use(sweep.plugins)
         self.store = Store(sweep.execution.root, cache_gib=sweep.execution.cache_gib)
         if self.store.local.exists() and not self.store.local.is_dir():
@@ -83,8 +97,8 @@ class Project:
         self.nodes, self.auto = nodes, auto(sweep, self.store, nodes, reads)
         settled = settle(sweep if self.auto is None else resolved(sweep, self.auto.dtype))
         self.sweep = sweep = settled.sweep
-        self.templates = settled.told  # by model, where its template comes from
-        self.warnings: list[str] = []  # what `plan` and `run` found that a reader should know
+        self.templates = settled.told  # by model name: where its template comes from
+        self.warnings: list[str] = []  # warnings of `plan` and `run` for the reader
         self.folder = Path(sweep.execution.data_dir).absolute() if sweep.execution.data_dir else None
         if self.folder is not None and not self.folder.is_dir():
             raise PrerequisiteError(
@@ -121,25 +135,25 @@ class Project:
             _refuse_without_driver(f"execution.{where}", uri or "")
         self.study_url = sweep.execution.study_uri or sqlite_url(self.store.local / "study.db")
         self._storage: Any = None
-        self._snapshot: Any = None  # of the studies, where this process only reads them
-        self._studies: dict[Cell, Study] = {}  # those that this process drives
-        self._pasts: dict[Cell, Past | None] = {}  # those that it only reads, as they were the first time
+        self._snapshot: Any = None  # snapshot of the studies, if this process only reads them
+        self._studies: dict[Cell, Study] = {}  # studies that this process drives
+        self._pasts: dict[Cell, Past | None] = {}  # studies that it only reads, as they were when first read
 
     @cached_property
     def expected(self) -> dict[str, Trained | None]:
-        """What the finetunes of the first seed will be trained on, by cell. Reads data and tokenizers, no model.
+        """What the finetunes of the first seed will be trained on, by cell. Reads data and tokenizers, but no model.
 
         Raises:
-            ConfigError: rows, poison or memory would be fewer than asked for.
+            ConfigError: there would be fewer rows, poisoned rows or memory rows than the sweep asks for.
         """
         return expected(self.cells, self.sweep.seeds[0], Preview(self.store, self.folder, self.planned))
 
     def template_of(self, model: Model) -> str:
-        """A model's template in one line, and where it comes from."""
+        """A model's template in one line, with its origin."""
         return described(model, self.templates.get(model.name, ""))
 
     def study(self, cell: Cell) -> Study | None:
-        """A cell's study, started or continued by this process; None where nothing is searched."""
+        """A cell's study, which this process starts or continues. None if the cell searches nothing."""
         from safecl.storage import open_storage
         from safecl.study import study_of
 
@@ -151,7 +165,7 @@ class Project:
         return self._studies.get(cell)
 
     def past(self, cell: Cell) -> Past | Study | None:
-        """What a cell's study holds, changing nothing; None where nothing is searched or no search was started."""
+        """A cell's study, read without changing it. None if the cell searches nothing, or no search was started."""
         if cell.space is None or cell in self._studies:
             return self._studies.get(cell)
         from safecl.storage import open_to_read
@@ -167,8 +181,8 @@ class Project:
         return self._pasts[cell]
 
     def _chosen_anew(self, cell: Cell, storage: Any) -> Past | None:
-        """What a search that was never started would be told of trials that are finished, because another objective or other
-        bounds asked for them: what it is, if they are enough; else None."""
+        """The result of a search that was never started, from finished trials that studies with another objective or
+        other bounds asked. None if these are not enough to finish the search."""
         from safecl.storage import in_memory
         from safecl.study import elsewhere, past_of, study_of
 
@@ -177,12 +191,13 @@ class Project:
         memory = in_memory()
         reading: Any = _Read(self.store)
         schedule = Schedule(self.sweep, reading, [cell], lambda cell: study_of(cell, self.sweep, memory, first))
-        schedule.next()  # tells the study of every stored trial, up to the first that would have to run
+        schedule.next()  # tells the study each stored trial, up to the first that would have to run
         past = past_of(cell, self.sweep, memory)
         return past if past is not None and past.is_done else None
 
     def lease(self) -> Lease:
-        """What a run of this sweep holds: its name, and its studies, which a sweep of another name may share."""
+        """The lease of a run of this sweep. It holds the sweep's name and its studies, which a sweep of another name
+        may share."""
         from safecl.study import name_of
 
         studies = [name_of(cell, self.sweep) for cell in self.cells if cell.space is not None]
@@ -192,22 +207,24 @@ class Project:
         return Schedule(self.sweep, self.store, self.cells, self.study, on_done)
 
     def forecast(self, keep: bool = False) -> Forecast:
-        """How long stages will take on this machine. Measures its speed unless the store knows it; `keep`: for others."""
+        """A forecast of how long stages will take on this machine. Measures the machine's speed if the store does not
+        hold it. `keep`: also note that speed in the store."""
         execution = self.sweep.execution
         found = speeds(self.store, execution.use_gpu, keep)
         return Forecast(self.store, execution, Estimator(self.store, execution, found))
 
     def num_devices(self) -> int:
-        """CPUs of this machine; with `use_gpu` its GPUs."""
+        """Number of CPUs of this machine; with `use_gpu`, of its GPUs."""
         return len(hardware.gpus()) if self.sweep.execution.use_gpu else os.cpu_count() or 1
 
     def guard_evidence(self, alone: bool = False) -> Evidence | None:
-        """What measures the trained guards on labelled pairs: constructed ones, and answers of base, aligned and sft to
-        validation prompts (`alone`: without these, which need models). None where a published guard judges."""
+        """The stages that measure the trained guards on labelled pairs. The pairs are constructed ones, and answers of
+        base, aligned and sft to validation prompts. `alone`: without these answers, which need models. None if a
+        published guard judges."""
         first, seed = self.cells[0].recipe, self.sweep.seeds[0]
         answering = [cell for cell in self.cells if (cell.recipe.model, cell.recipe.task) == (first.model, first.task)
                      and cell.space is None and cell.recipe.method in (*REFERENCES, "sft")]  # fmt: skip
-        worst = {cell.recipe.method: cell for cell in answering}  # of sft the last: the most poison
+        worst = {cell.recipe.method: cell for cell in answering}  # of sft the last cell, which has the most poison
         graphs = {} if alone else {name: cell.job({}, seed, "final").graph for name, cell in worst.items()}
         return self.cells[0].job({}, seed, "final").graph.guard_agreement(graphs.values())
 
@@ -217,8 +234,8 @@ class Project:
         return () if evidence is None else (*evidence.judged, evidence.metrics)
 
     def guard_quality(self, alone: bool = False) -> Quality | None:
-        """How well the trained guards' vote tells the labels of held-out pairs (`alone`: constructed ones); None where none
-        is trained, or not judged yet."""
+        """How well the trained guards' vote agrees with the labels of held-out pairs. `alone`: of constructed pairs
+        only. None if no guard is trained, or the pairs are not judged yet."""
         from safecl.stats import quality
 
         if (heldout := self._heldout(alone)) is None:
@@ -232,8 +249,9 @@ class Project:
         )
 
     def guard_swing(self) -> Swing | None:
-        """How far several guards part on the held-out answers of one model (constructed pairs where no model answered): the
-        most that a share of harmful answers depends on which guard judged. None for one guard, or before it was judged."""
+        """How far several guards differ on the held-out answers of one model, for the model where they differ most.
+        This is the largest change of a share of harmful answers that the choice of a guard can make. If no model
+        answered, the constructed pairs are used. None for one guard, or if the pairs are not judged yet."""
         if (heldout := self._heldout()) is None:
             return None
         votes: dict[str, list[list[bool]]] = {}
@@ -249,7 +267,7 @@ class Project:
         return max(swings, key=lambda swing: swing.points, default=None)
 
     def _heldout(self, alone: bool = False) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]] | None:
-        """The held-out pairs of the trained guards, and the verdicts on them by id; None where there are none yet."""
+        """The held-out pairs of the trained guards, and the verdicts on them by id. None if there are none yet."""
         evidence = self.guard_evidence(alone)
         if evidence is None or not all(map(self.store.has, evidence.judged)):
             return None
@@ -258,12 +276,14 @@ class Project:
         return self.lines(judged.inputs["rows"], "rows"), verdicts
 
     def lines(self, stage: Stage, name: str) -> list[dict[str, Any]]:
-        """A file `NAME.jsonl` of a finished stage. Raises KeyError if it is not finished, Damaged if it was changed."""
+        """The lines of file `NAME.jsonl` of a finished stage. Raises KeyError if it is not finished, Damaged if it was
+        changed."""
         return [json.loads(line) for line in self.store.file(stage, f"{name}.jsonl").read_text().splitlines()]
 
     def finals(self) -> list[tuple[Cell, dict[str, Any], list[Job], str]]:
-        """Per cell: the parameters its final trials use, those trials, and a note. A cell whose search is unfinished
-        has no final trials yet; one of which a front is run stands once for each of it."""
+        """Returns for each cell: the parameters of its final trials, those trials, and a note. A cell whose search is
+        not finished has no final trials yet. A cell of which a front is run appears once for each trial of the
+        front."""
         found: list[tuple[Cell, dict[str, Any], list[Job], str]] = []
         for cell in self.cells:
             if cell.space is not None:
@@ -286,7 +306,7 @@ class Project:
         return [cell.job(params, seed, "final") for seed in self.sweep.seeds]
 
     def _note(self, study: Past | Study, taken: Sequence[Trial], place: int) -> str:
-        """How the values of a row were chosen."""
+        """How the values of a row were chosen, as text."""
         one, objective = taken[place], self.sweep.search.objective
         values = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in one.params.items())
         rule = ""
@@ -299,14 +319,14 @@ class Project:
         return note + ("" if one.feasible else "; none met the bounds, this violates them least")
 
     def outcomes(self, job: Job) -> list[dict[str, Any]] | None:
-        """What was measured of a job's answers, a line an outcome; None where it is not finished."""
+        """The measured outcomes of a job's answers, one dict each. None if the job is not finished."""
         metrics = job.evidence.metrics
         return self.lines(metrics, "outcomes") if self.store.has(metrics) else None
 
 
 class Trials(NamedTuple):
-    """A row's trials: searched ones that are over, those that are certain to come, and how many more its search may suggest,
-    after which the final ones come (None: it is over, or there is none)."""
+    """A row's trials: searched ones that are finished; ones that are certain to run; and how many more its search may
+    suggest before the final ones. `num_more` is None if the search is finished, or nothing is searched."""
 
     cell: Cell
     done: list[Job]
@@ -315,7 +335,7 @@ class Trials(NamedTuple):
 
 
 def trials(project: Project) -> Iterator[Trials]:
-    """Row by row, what a sweep runs. Reads its studies."""
+    """Yields the trials that a sweep runs, row by row. Reads its studies."""
     for cell, _, finals, _ in project.finals():
         study = project.past(cell)
         tried = [trial.params for trial in study.complete()] if study else []

@@ -1,13 +1,14 @@
-"""Methods, tasks, judges and metrics by name: safecl's own, installed packages' entry points, and files that a sweep names.
+"""Methods, tasks, judges and metrics by name. They are safecl's own, entry points of installed packages, or in plugin
+files.
 
-    safecl's own     one file a name: `methods/der.py` holds `Der`, called `der`
+    safecl's own     one file per name: `methods/der.py` holds `Der`, called `der`
     installed        entry points of the groups `safecl.methods`, `safecl.tasks`, `safecl.judges` and `safecl.metrics`
-    plugins          files that a sweep names: every class in them that subclasses Method, Task or Judge, `MyMethod`
-                     called `my_method`; and every Metric that stands in one
+    plugins          files that a sweep names: each class in them that subclasses Method, Task or Judge (`MyMethod` is
+                     called `my_method`), and each Metric at the top level
 
-What comes from outside carries its content in the `VERSION` of its classes (see `_stamp`), so it is in the identity of
-every stage that uses one of them and of no other. Where the file lies is no identity. A stage brings the plugins that its
-version names to the process that runs it.
+A class from outside safecl carries a hash of its content in its `VERSION` (see `_stamp`). The hash is therefore in the
+identity of each stage that uses the class, and of no other stage. The path of the file is not part of an identity. A
+stage sends the plugins that its version names to the process that runs it.
 """
 
 from __future__ import annotations
@@ -40,27 +41,29 @@ KINDS = {
     "methods": "Method",
     "tasks": "Task",
     "judges": "Judge",
-}  # a package of safecl, and the class that its own subclass
+}  # a package of safecl, and the base class of what is in it
 VERSIONS = ("VERSION", "SCORING")  # attributes that enter the identity of stages
-HINT = "plugins"  # of a stage: the plugins it needs, as JSON
+HINT = "plugins"  # key in a stage's hints: the plugins that it needs, as JSON
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """A file of a sweep's `plugins`, as it was when it was read. `path` is for people: it is no identity."""
+    """A file of a sweep's `plugins`, with the content it had when it was read. `path` is for people and in no
+    identity."""
 
     path: str
     source: str
 
     @cached_property
     def tag(self) -> str:
-        """What stands in the `VERSION` of its classes."""
+        """The text that is added to the `VERSION` of its classes: `plugin:` and a SHA-256 hash of the source."""
         return f"plugin:{hashlib.sha256(self.source.encode()).hexdigest()}"
 
 
 @dataclass
 class _Process:
-    """What this process knows beside what is installed. State, as `sys.path` is: names are looked up everywhere."""
+    """The plugins that this process knows. It is global state, like `sys.path`, because names are looked up
+    everywhere."""
 
     plugins: tuple[Plugin, ...] = ()
     lock: Lock = field(default_factory=Lock)
@@ -70,11 +73,11 @@ _process = _Process()
 
 
 def use(paths: Iterable[str]) -> None:
-    """From now on this process knows the classes of these files, and those of no other file.
+    """From now on this process knows the plugins in these files, and no others.
 
     Raises:
-        ConfigError: a file is missing, cannot be imported, holds no class of ours or one that lacks something, or a name
-            is taken. One line each.
+        ConfigError: one line per file that is missing, cannot be imported, holds no class or metric of a known kind, or
+            holds a class that lacks something; or a name is taken.
     """
     _process.plugins = read(paths)
 
@@ -102,8 +105,9 @@ def read(paths: Iterable[str]) -> tuple[Plugin, ...]:
 
 
 def add(plugins: Iterable[Plugin]) -> None:
-    """This process knows these too; of two with one name the later."""
-    with _process.lock:  # light stages are threads of one process
+    """Add plugins to those that this process knows. If two have a class or metric of one name, only the later plugin is
+    kept."""
+    with _process.lock:  # light stages run as threads of one process
         for plugin in plugins:
             if plugin not in _process.plugins:
                 kept = [old for old in _process.plugins if not _names_of(old) & _names_of(plugin)]
@@ -116,7 +120,7 @@ def in_use() -> tuple[Plugin, ...]:
 
 
 def hints(version: str) -> dict[str, str]:
-    """What a stage of this version brings along: the plugins that it names."""
+    """The hints of a stage of this version: the plugins that the version names. Empty if it names none."""
     if not _process.plugins:
         return {}
     used = [plugin for plugin in _process.plugins if plugin.tag in version]
@@ -124,10 +128,10 @@ def hints(version: str) -> dict[str, str]:
 
 
 def prepare(version: str, given: Mapping[str, str]) -> None:
-    """In the process of a stage of this version: know the plugins that its hints bring.
+    """Make the plugins in a stage's hints known to this process, which runs a stage of this version.
 
     Raises:
-        PrerequisiteError: an installed package that the stage uses is missing here, or another version of it is installed.
+        PrerequisiteError: an installed package that the stage uses is missing here, or has another version.
     """
     if HINT in given:
         add(Plugin(path, source) for path, source in json.loads(given[HINT]))
@@ -143,23 +147,26 @@ def prepare(version: str, given: Mapping[str, str]) -> None:
 
 
 def metrics() -> dict[str, Metric]:
-    """Metrics from outside by name, with the content that they come from in their `version`. Raises ConfigError as `load`
-    does, and for a name that is taken."""
+    """Metrics from outside safecl, by name. Their `version` contains a hash of their content.
+
+    Raises:
+        ConfigError: a metric cannot be imported, or its name is taken.
+    """
     return _metrics(_process.plugins)
 
 
 def any_outside() -> bool:
-    """Whether anything is known that is not safecl's own."""
+    """Whether any plugin or installed entry point is known."""
     return bool(_process.plugins) or any(map(_installed, (*KINDS, "metrics")))
 
 
 def tags(version: str) -> list[str]:
-    """The parts of a version that say which content from outside is used."""
+    """The parts of a version that name content from outside safecl."""
     return re.findall(r"(?:plugin|installed:.+?):[0-9a-f]{64}", version)
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """Names of all of a kind (`methods`, ...), sorted, without importing what is not imported yet."""
+    """All names of a kind (`methods`, ...), sorted. Imports no module of safecl's own that is not imported yet."""
     return _names(kind, _process.plugins)
 
 
@@ -167,13 +174,14 @@ def load(kind: str, name: str) -> type:
     """The class of a kind called `name`.
 
     Raises:
-        ConfigError: there is none (with the near miss), or it cannot be imported or lacks what it must declare.
+        ConfigError: there is none (the message suggests a similar name), it cannot be imported, or it lacks a
+            declaration.
     """
     return _load(kind, name, _process.plugins)
 
 
 def origin(kind: str, name: str) -> str:
-    """Where it comes from, in words: `safecl`, a package and its version, or a file."""
+    """Where a name comes from, as text: `safecl`, a package and its version, or a file."""
     known = _metric_sources(_process.plugins) if kind == "metrics" else _known(kind, _process.plugins)
     found = known.get(name)
     if isinstance(found, Plugin):
@@ -205,7 +213,8 @@ def _text(plugins: tuple[Plugin, ...]) -> str:
 
 @cache
 def _module(plugin: Plugin) -> ModuleType:
-    """The module of a plugin's text. It is in `sys.modules`, where pydantic looks for the names in annotations."""
+    """The module of a plugin's source. It is put into `sys.modules`, where pydantic looks up the names in
+    annotations."""
     module = ModuleType(f"safecl_plugin_{plugin.tag[-16:]}_{Path(plugin.path).stem}")
     module.__file__ = plugin.path
     sys.modules[module.__name__] = module
@@ -223,11 +232,11 @@ def _module(plugin: Plugin) -> ModuleType:
 
 
 def _refuse_neighbours(plugin: Plugin) -> None:
-    """Raises ConfigError for a plugin that imports a module of its own folder, unless that is of an installed package."""
+    """Raises ConfigError if a plugin imports a module of its own folder that is not part of an installed package."""
     folder, found = Path(plugin.path).parent, set[str]()
     try:
         tree = ast.parse(plugin.source)
-    except SyntaxError:  # said where it is run
+    except SyntaxError:  # reported when the source is run
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -245,7 +254,7 @@ def _refuse_neighbours(plugin: Plugin) -> None:
 
 @cache
 def _classes(plugin: Plugin) -> dict[tuple[str, str], type]:
-    """A plugin's classes by kind and name. Those whose name begins with `_` are its own business."""
+    """A plugin's classes by kind and name. Classes whose name begins with `_` are ignored."""
     module = _module(plugin)
     found: dict[tuple[str, str], type] = {}
     for kind in KINDS:
@@ -272,7 +281,7 @@ def _names_of(plugin: Plugin) -> set[tuple[str, str]]:
 
 @cache
 def _metrics_of(plugin: Plugin) -> dict[str, Any]:
-    """The metrics of a plugin. Those whose variable begins with `_` are its own business."""
+    """A plugin's metrics. Metrics whose variable begins with `_` are ignored."""
     made = [value for name, value in vars(_module(plugin)).items() if _is_metric(value) and not name.startswith("_")]
     return {each.name: _versioned(each, plugin.tag) for each in made}
 
@@ -282,13 +291,14 @@ def _is_metric(value: Any) -> bool:
 
 
 def _versioned(metric: Any, tag: str) -> Any:
-    """No metric from outside is measured unasked: results would depend on what is installed."""
+    """The metric with the tag in its version. It is measured only where a sweep names it. Otherwise results would
+    depend on what is installed."""
     return replace(metric, version=f"{metric.version}+{tag}", is_always_measured=False)
 
 
 @cache
 def _metric_sources(plugins: tuple[Plugin, ...]) -> dict[str, Plugin | EntryPoint]:
-    """Where each metric from outside comes from. Raises ConfigError if a name is taken."""
+    """Where each metric from outside safecl comes from. Raises ConfigError if a name is taken."""
     found: dict[str, Plugin | EntryPoint] = {}
     own = {metric.name for metric in importlib.import_module("safecl.metrics").METRICS}
     outside: list[tuple[str, Plugin | EntryPoint]] = [(entry.name, entry) for entry in _installed("metrics")]
@@ -334,7 +344,7 @@ def _base(kind: str) -> Any:
 
 
 def _checked(found: type, base: Any, where: str, tag: str) -> type:
-    """The class, stamped, if it declares what one of its kind must (`MUST` of the base)."""
+    """The class with its tag, if it declares everything that `MUST` of the base class lists."""
     name = found.__name__
     lacks = [need for need in base.MUST if all(_same(found, base, one) for one in need.split(" or "))]
     if lacks:
@@ -353,8 +363,8 @@ def _same(found: type, base: type, name: str) -> bool:
 
 
 def _stamp(found: type, where: str, tag: str) -> None:
-    """Put the content's tag behind the class's versions: whoever builds a stage from them cannot forget it. A version that
-    is inherited from a class of safecl stays in front, so a change of that one is seen too."""
+    """Append the content's tag to the class's versions, so that no stage built from them can omit it. A version
+    inherited from a class of safecl stays in front, so a change of that class changes the identity too."""
     for name in VERSIONS:
         own = getattr(found, name, None)
         if own is None:
@@ -365,7 +375,7 @@ def _stamp(found: type, where: str, tag: str) -> None:
             setattr(found, name, f"{own}+{tag}")
 
 
-@cache  # listing a folder takes longer than all else in a plan
+@cache  # listing a folder takes longer than everything else in a plan
 def _own(kind: str) -> frozenset[str]:
     package = importlib.import_module(f"safecl.{kind}")
     return frozenset(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
@@ -382,7 +392,7 @@ def _distribution(entry: EntryPoint) -> str:
 
 @cache
 def _known(kind: str, plugins: tuple[Plugin, ...]) -> dict[str, Plugin | EntryPoint | None]:
-    """Where each name comes from; None: safecl's own. Raises ConfigError if a name is taken."""
+    """Where each name comes from; None means safecl's own. Raises ConfigError if a name is taken."""
     known: dict[str, Plugin | EntryPoint | None] = dict.fromkeys(_own(kind))
     for name, source in _outside(kind, plugins):
         if name in known:
@@ -425,7 +435,7 @@ def _load(kind: str, name: str, plugins: tuple[Plugin, ...]) -> type:
 
 
 def _from_package(kind: str, entry: EntryPoint) -> type:
-    """An entry point's class. Its distribution's version and its file's content are its identity."""
+    """The class of an entry point. Its tag holds the distribution's version and a hash of the file's content."""
     where = f"package {_distribution(entry)}, {entry.value}"
     try:
         found = entry.load()

@@ -61,7 +61,7 @@ assert resource.getrlimit(resource.RLIMIT_NPROC) == (1, 1), "the limit on proces
 assert os.getuid() != 0, "runs as root"
 assert not os.path.exists("/proc") and not os.access("/", os.W_OK), "sees or writes what it should not"
 """
-_MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # the kernel's architecture numbers, as a seccomp filter reads them
+_MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # architecture numbers of a seccomp filter
 # The system calls that one process of Python and numpy needs to compute: numbers of x86-64 and arm64 (the generic
 # table). bwrap itself needs execve and wait4 when the filter is already active. They give a program no advantage.
 _ALLOWED: dict[str, tuple[int, int | None]] = {

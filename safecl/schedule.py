@@ -1,15 +1,16 @@
-"""Which trial comes next: references, then each cell's search on validation prompts, then its choice on test prompts.
+"""Which trial runs next: references, then each cell's search on validation prompts, then the chosen trials on test
+prompts.
 
-The same object serves a run (Ray Tune asks it), a rerun (everything is in the store: no Ray is started) and a report
-(nothing may be asked). A job whose evidence lies in the store is finished from there, whoever made it.
+The same object serves a run (Ray Tune asks it), a rerun (all stages are in the store, so Ray is not started) and a
+report (which may ask nothing). A job whose evidence is in the store is finished from there, whichever run made it.
 
-Of a search as many trials run at once as its study gives out (`search.at_once`, study.py). A searched trial that failed for
-a fault of its own counts, and is never suggested from. One that the machine or the configuration failed does not: it is
-asked again, with its parameters, by the next run, and its search waits until then (others would be suggested without its
-result); trials of the same search that are under way are finished and told.
+The study limits how many trials of a search run at once (`search.at_once`, study.py). A searched trial that failed by
+an error of its own counts as a trial, and no suggestion is based on it. A trial that failed by the machine or the
+configuration does not count. The next run asks it again, with the same parameters. Its search waits until then, because
+other suggestions would lack its result. Running trials of the same search are finished and told.
 
-With `search.prune` a searched trial is given out step by step (grid.STEPS), and goes no further once it cannot be chosen: it
-is told as pruned, with what is known of it.
+With `search.prune` a searched trial runs in steps (grid.STEPS). It stops as soon as it can no longer be chosen. The
+study is then told that it was pruned, with what was measured.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Metrics = dict[str, float | None]
 
 
 class Study(Protocol):
-    """What a schedule needs of study.CellStudy."""
+    """The part of study.CellStudy that a schedule uses."""
 
     @property
     def remaining(self) -> int: ...
@@ -55,8 +56,8 @@ class Study(Protocol):
 
 
 class Done(NamedTuple):
-    """A finished job: the metrics stage's result, or why there is none and what kind of failure that is. `pruned`: why it
-    was ended early, with the result of its last step."""
+    """A finished job: the result of its metrics stage, or the error and its kind. `pruned`: why it was ended early;
+    `result` is then that of its last step."""
 
     job: Job
     result: dict[str, Any] | None
@@ -69,26 +70,28 @@ class Done(NamedTuple):
 class _Queue:
     cell: Cell
     study: Study | None
-    waiting: deque[Job] = field(default_factory=deque)  # jobs that are known and not yet given out
-    # Metrics key of a searched job under way -> its trials' numbers: two trials of a batch may be one configuration.
+    waiting: deque[Job] = field(default_factory=deque)  # known jobs that are not given out yet
+    # Metrics key of a running searched job -> its trials' numbers. Two trials of a batch may have the same
+    # configuration.
     asked: dict[str, list[int]] = field(default_factory=dict)
     under_way: list[Job] = field(default_factory=list)
     chosen: list[Trial] = field(default_factory=list)
     finals_given: bool = False
-    stalled: bool = False  # its search goes on in the next run
-    priority: int = 0  # 0 the highest of the sweep's, others below
+    stalled: bool = False  # its search continues in the next run
+    priority: int = 0  # 0 is the sweep's highest priority; lower ones are negative
     share: float = 1.0
     num_given: int = 0
-    turn: tuple[int, int, float, int] | None = None  # its place in Schedule._turns; None: it has no job to give
+    turn: tuple[int, int, float, int] | None = None  # its entry in Schedule._turns; None: it has no job to give
 
     @property
     def claim(self) -> Claim:
-        """Of the job that is given out next."""
+        """Claim of its next job."""
         return Claim(self.priority, int(self.cell.space is None), self.num_given / self.share)
 
 
 class Schedule:
-    """`next` gives a job out, `finish` takes its result; both only from the driver."""
+    """The jobs of a sweep in order. `next` gives a job out, `finish` takes its result. Only the driver may call
+    them."""
 
     def __init__(
         self,
@@ -105,8 +108,8 @@ class Schedule:
         highest = max((its.priority for its in standings), default=0)
         for queue, its in zip(self.queues, standings, strict=True):
             queue.priority, queue.share = its.priority - highest, its.share
-        # Cells that may have a job to give, in their turn. A search is a chain of trials, each of which waits for the one
-        # before: what takes longest begins first.
+        # Cells that may have a job to give, in order. A search is a chain of trials, each of which waits for the one
+        # before. It takes longest, so it begins first.
         self._turns: list[tuple[int, int, float, int]] = []
         self._claims: dict[Job, Claim] = {}
         self._of_cell = {queue.cell: queue for queue in self.queues}
@@ -124,16 +127,16 @@ class Schedule:
         return all((q.finals_given or q.stalled) and not q.waiting and not q.under_way for q in self.queues)
 
     def next(self) -> Job | None:
-        """The next job that must really run, given out to the caller; None if none can start now. Jobs whose evidence
-        is in the store are finished on the way."""
+        """The next job that must run, given out to the caller. None if none can start now. Jobs whose evidence is in
+        the store are finished here, without running."""
         while self._turns:
             turn = heapq.heappop(self._turns)
             queue = self.queues[number := turn[-1]]
             if turn != queue.turn:
-                continue  # it has another one since
+                continue  # an outdated entry: the queue has a newer one
             queue.turn = None
             if (job := self._take(queue)) is None:
-                continue  # until one of its jobs is finished
+                continue  # it gets a new entry when one of its jobs is finished
             self._claims[job] = queue.claim
             queue.num_given += 1
             queue.under_way.append(job)
@@ -144,7 +147,7 @@ class Schedule:
         return None
 
     def claim(self, job: Job) -> Claim:
-        """Of a job given out by `next`: whose turn it is where devices are short."""
+        """Claim of a job that `next` gave out: it orders jobs where devices are short."""
         return self._claims[job]
 
     def _wake(self, number: int) -> None:
@@ -155,7 +158,7 @@ class Schedule:
             heapq.heappush(self._turns, turn)
 
     def finish(self, job: Job, error: str, kind: Kind = "infrastructure") -> None:
-        """A job given out by `next` is over; its result is read from the store, unless it failed (`kind`)."""
+        """End a job that `next` gave out. Its result is read from the store, unless it failed (`error`, `kind`)."""
         queue = self._of_cell[job.cell]
         queue.under_way.remove(job)
         metrics_stage = job.evidence.metrics
@@ -184,12 +187,12 @@ class Schedule:
 
     @property
     def _steps(self) -> list[str]:
-        """What a searched trial goes through, in order; the last measures it whole."""
+        """The steps of a searched trial, in order. The last one measures it completely."""
         steps = {"none": [], "bounds": ["search: attack", "search: utility"], "wilcoxon": list(STEPS)}
         return [*steps[self.sweep.search.prune], "search"]
 
     def _give(self, queue: _Queue, job: Job, numbers: Sequence[int]) -> bool:
-        """Put a step of these trials next in turn; False where it is under way for others of the same values."""
+        """Queue a step of these trials first. False if the same step already runs for trials with the same values."""
         waits = job.evidence.metrics.key in queue.asked
         queue.asked.setdefault(job.evidence.metrics.key, []).extend(numbers)
         if not waits:
@@ -197,7 +200,8 @@ class Schedule:
         return not waits
 
     def _step(self, queue: _Queue, number: int, job: Job, metrics: Metrics) -> tuple[str, Kind, str]:
-        """After a step: whether its trial is pruned, and why; or why that cannot be said, and whose fault that is."""
+        """After a step: why its trial is pruned ("" if it is not). Or an error and its kind, if that cannot be
+        decided."""
         study, objective = queue.study, self.sweep.search.objective
         assert study is not None
         before, known = study.before(number), metrics
@@ -206,7 +210,7 @@ class Schedule:
             limits, error, kind = self._limits(job)
             if error:
                 return error, kind, ""
-            # What is measured of other prompts too is not known yet.
+            # Metrics that also need other prompts are not known yet.
             known = {name: value for name, value in metrics.items() if {*declared.of(name).roles} <= {*STEPS[job.role]}}
             why = hopeless(known, limits, objective.maximise, before)
         else:
@@ -232,7 +236,7 @@ class Schedule:
         )
 
     def _utility(self, job: Job) -> dict[str, float] | None:
-        """The maximised metric by utility prompt; None where the store does not hold it any more."""
+        """The maximised metric by utility prompt. None if the store does not hold it any more."""
         wanted = self.sweep.search.objective.maximise
         try:
             lines = json_lines(self.store.file(job.evidence.metrics, "outcomes.jsonl"))
@@ -242,14 +246,14 @@ class Schedule:
                 if o["metric"] == wanted and o["value"] is not None}  # fmt: skip
 
     def _limits(self, job: Job) -> tuple[dict[str, float], str, Kind]:
-        """The bounds of a job's metrics, which are measured from theta_safe's own on the same prompts; or why there are none,
-        and whose fault that is."""
+        """The bounds of a job's metrics as numbers, relative to theta_safe's metrics on the same prompts. Or an error
+        and its kind."""
         safe = job.aligned.evidence.metrics
         if not self.store.sound(safe):
             return {}, "theta_safe's metrics were damaged, and are made again by the next run", "infrastructure"
         known = values(self.store.record(safe)["result"])
         objective = self.sweep.search.objective
-        if job.role in STEPS:  # of the others nothing is known of theta_safe either
+        if job.role in STEPS:  # theta_safe's other metrics are not known yet either
             kept = {name: bound for name, bound in objective.bounds.items() if name in known}
             objective = objective.model_copy(update={"bounds": kept})
         try:
@@ -258,7 +262,7 @@ class Schedule:
             return {}, str(error), "configuration"
 
     def _tell(self, study: Study, number: int, job: Job, metrics: Metrics) -> tuple[str, Kind]:
-        """Give a study its result; or why it can have none, and whose fault that is."""
+        """Tell a study its trial's result. Returns an error and its kind if it can have none."""
         objective = self.sweep.search.objective
         limits, error, kind = self._limits(job)
         if error:
@@ -272,7 +276,8 @@ class Schedule:
         return "", "trial"
 
     def missing(self) -> list[str]:
-        """A line for every cell whose row is not complete for a failure, now or in an earlier run: what and why."""
+        """One line for each cell whose row is incomplete after a failure in this or an earlier run: what failed and
+        why."""
         found = []
         for queue in self.queues:
             errors: dict[str, list[str]] = {}
@@ -290,7 +295,7 @@ class Schedule:
         return found
 
     def close(self) -> None:
-        """The run is over: searched trials that are still under way are asked again by the next one."""
+        """End the run. Searched trials that still run are released; the next run asks them again."""
         for queue in self.queues:
             for numbers in queue.asked.values():
                 for number in numbers:
@@ -299,7 +304,7 @@ class Schedule:
             queue.asked.clear()
 
     def give_back(self, job: Job) -> None:
-        """Undo `next`: the job is given out again, first in its cell."""
+        """Undo `next`: the job is given out again, as the first of its cell."""
         queue = self._of_cell[job.cell]
         queue.under_way.remove(job)
         queue.waiting.appendleft(job)
@@ -307,15 +312,16 @@ class Schedule:
         self._wake(self._number[job.cell])
 
     def open_jobs(self) -> list[Job]:
-        """Jobs under way and waiting. Trials that a search has yet to suggest are not known."""
+        """Running and waiting jobs. Trials that a search has yet to suggest are not included."""
         return [job for queue in self.queues for job in (*queue.under_way, *queue.waiting)]
 
     def searching(self) -> list[tuple[Cell, int]]:
-        """Cells whose search goes on, each with how many trials it may still suggest; its final trials wait for them."""
+        """Cells whose search continues, each with the number of trials it may still suggest. Their final trials wait
+        for these."""
         return [(q.cell, q.study.remaining) for q in self.queues if q.study and not (q.finals_given or q.stalled)]
 
     def num_unasked(self) -> int:
-        """Trials that searches may still suggest, plus the final trials that wait for them."""
+        """Number of trials that searches may still suggest, plus the final trials that wait for them."""
         return sum(remaining + len(self.sweep.seeds) for _, remaining in self.searching())
 
     def _take(self, queue: _Queue) -> Job | None:
@@ -328,10 +334,10 @@ class Schedule:
             if self._give(queue, queue.cell.trial(params, self._steps[0]), [number]):
                 return queue.waiting.popleft()
         if not queue.study.is_done:
-            return None  # what is under way decides what comes next
+            return None  # the running trials decide what comes next
         finished = queue.study.complete()
         if not finished:
-            queue.finals_given = True  # every trial failed: there is nothing to report but the failures
+            queue.finals_given = True  # every trial failed: only the failures can be reported
             return None
         queue.chosen = chosen(finished, self.sweep.search.objective)
         for trial in queue.chosen:
@@ -344,7 +350,7 @@ class Schedule:
 
     def _is_stored(self, job: Job) -> bool:
         stages = [*job.evidence.targets, *([job.aligned.evidence.metrics] if job.is_bounded else [])]
-        return all([self.store.sound(stage) for stage in stages])  # each: damaged ones make way
+        return all([self.store.sound(stage) for stage in stages])  # a list, so that each damaged stage is moved away
 
 
 def values(result: Mapping[str, Any]) -> Metrics:

@@ -1,4 +1,5 @@
-"""Intervals and paired tests of one sample. Pure: numbers in, numbers out; numpy and scipy are imported inside functions."""
+"""Intervals and paired tests of one sample. Pure functions of numbers. numpy and scipy are imported inside
+functions."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_CHUNK = 500  # bootstrap draws at once: bounds memory at about _CHUNK x clusters x 8 bytes
+_CHUNK = 500  # bootstrap draws at once: limits memory to about _CHUNK x clusters x 8 bytes
 
 
 class Interval(NamedTuple):
@@ -21,7 +22,7 @@ class Interval(NamedTuple):
 
 
 class NotCorrectable(ValueError):
-    """Why a judge's rate cannot be corrected, in words for a table's reader."""
+    """Why a judge's rate cannot be corrected. The message is for the reader of a table."""
 
 
 class McNemar(NamedTuple):
@@ -31,7 +32,8 @@ class McNemar(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """`kappa` is None where chance agreement is complete (both always give one and the same label)."""
+    """Agreement of two judges. `kappa` is None if chance agreement is complete (both always give the same single
+    label)."""
 
     num: int
     agree: Interval
@@ -40,16 +42,17 @@ class Agreement(NamedTuple):
 
 
 class Quality(NamedTuple):
-    """A yes/no judge against the truth. None: undefined here (no true row, no score, chance agreement complete)."""
+    """Quality of a yes/no judge, compared with the true labels. A field is None where it is undefined (no true row, no
+    score, complete chance agreement)."""
 
     num: int
     skipped: int  # rows whose verdict is None
-    truth: Interval  # share of rows that are true
-    said: Interval  # share of rows that the judge calls true
+    truth: Interval  # fraction of rows that are true
+    said: Interval  # fraction of rows that the judge calls true
     accuracy: Interval
-    sensitivity: Interval | None  # share called true of the true rows
-    specificity: Interval | None  # share called false of the others
-    balanced: Interval | None  # mean of the two: 1/2 is chance, whatever the share of true rows
+    sensitivity: Interval | None  # fraction called true of the true rows
+    specificity: Interval | None  # fraction called false of the false rows
+    balanced: Interval | None  # mean of sensitivity and specificity: 1/2 is chance, whatever the fraction of true rows
     f1: Interval | None
     kappa: Interval | None
     auroc: Interval | None
@@ -73,7 +76,11 @@ def checked_level(confidence: float) -> float:
 
 
 def wilson(successes: float, num: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a proportion (Wilson 1927). Never leaves [0, 1] and has width at 0 and 1."""
+    """Wilson's score interval of a proportion (Wilson 1927). It lies within [0, 1], and also has a width at 0 and 1.
+
+    Raises:
+        ValueError: `num` is below 1, or `successes` is not in [0, num].
+    """
     if num < 1 or not 0 <= successes <= num:
         raise ValueError(f"wilson: expected 0 <= successes <= num and num >= 1, got {successes} of {num}")
     return wilson_of(successes / num, num, confidence)
@@ -83,14 +90,14 @@ def wilson_of(p: float, num: float, confidence: float) -> Interval:
     z = NormalDist().inv_cdf((1 + checked_level(confidence)) / 2)
     centre = (p + z * z / (2 * num)) / (1 + z * z / num)
     half = z / (1 + z * z / num) * math.sqrt(p * (1 - p) / num + z * z / (4 * num * num))
-    # At the ends the bound is the observed value exactly; rounding must not put it beside it.
+    # At 0 and 1 the bound is exactly the observed value; rounding must not change it.
     low = 0.0 if p == 0 else max(0.0, centre - half)
     high = 1.0 if p == 1 else min(1.0, centre + half)
     return Interval(p, low, high)
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    """Exact two-sided McNemar test on 0/1 outcomes of the same prompts. Descriptive: one seed, one model each."""
+    """Exact two-sided McNemar test on 0/1 outcomes of the same prompts. Descriptive only: one seed, one model each."""
     if len(first) != len(second):
         raise ValueError(f"mcnemar: expected paired outcomes, got {len(first)} and {len(second)}")
     only_first = sum(bool(a) and not b for a, b in zip(first, second, strict=True))
@@ -118,11 +125,14 @@ def agreement(
     clusters: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> Agreement:
-    """Share of equal labels and Cohen's kappa (1960) of two judges on the same answers; pairs with a None are skipped.
+    """Fraction of equal labels, and Cohen's kappa (1960), of two judges on the same answers. Pairs with a None are
+    skipped.
 
-    The share has Wilson's interval, in which answers of one cluster (to one prompt) count once, as if they were one answer;
-    kappa's is the same, moved to kappa's scale with chance agreement as it was seen, which is what Cohen's standard error
-    does. Raises ValueError where no pair is left.
+    The fraction has Wilson's interval, in which all answers of one cluster (to one prompt) count as one answer. Kappa's
+    interval is the same, converted to kappa's scale with the observed chance agreement, as Cohen's standard error does.
+
+    Raises:
+        ValueError: no pair is left.
     """
     every = list(zip(first, second, clusters if clusters is not None else range(len(first)), strict=True))
     pairs = [(a, b) for a, b, _ in every if a is not None and b is not None]
@@ -139,12 +149,12 @@ def agreement(
 
 
 def as_json(found: Agreement | Quality) -> dict[str, Any]:
-    """With its intervals as objects of `value`, `low` and `high`."""
+    """The result as a dict, with intervals as objects of `value`, `low` and `high`."""
     return {name: x._asdict() if isinstance(x, Interval) else x for name, x in found._asdict().items()}
 
 
 def _mean_of_two(first: Interval, second: Interval) -> Interval:
-    """Of independent proportions, by squaring and adding their distances to the bounds (Newcombe 1998)."""
+    """Mean of two independent proportions: their distances to the bounds are squared and added (Newcombe 1998)."""
     value = (first.value + second.value) / 2
     below = math.hypot(first.value - first.low, second.value - second.low) / 2
     above = math.hypot(first.high - first.value, second.high - second.value) / 2
@@ -160,8 +170,14 @@ def quality(
     num_draws: int = 2000,
     confidence: float = 0.95,
 ) -> Quality:
-    """How well `said` tells `truth`. Wilson intervals for shares (rows taken as independent); for F1, Cohen's kappa and
-    AUROC (of `scores`, where every judged row has one) percentile bootstraps of clusters: rows with one prompt."""
+    """How well `said` agrees with `truth`. Rows whose `said` is None are skipped.
+
+    Fractions have Wilson intervals, for which rows count as independent. F1, Cohen's kappa and AUROC have percentile
+    bootstrap intervals over clusters (rows with one prompt). AUROC needs `scores` for every judged row.
+
+    Raises:
+        ValueError: lengths differ, or no verdict could be read.
+    """
     import numpy as np
 
     if not len(truth) == len(said) == len(clusters) or (scores is not None and len(scores) != len(truth)):
@@ -231,11 +247,11 @@ def _kappa(cells_D4: NDArray[np.float64]) -> NDArray[np.float64]:
 def _auroc(
     weights_DN: NDArray[np.float64], scores_N: NDArray[np.float64], true_N: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    """Chance that a true row scores above another; ties count half (Mann and Whitney 1947)."""
+    """Probability that a true row scores above a false one; ties count half (Mann and Whitney 1947)."""
     import numpy as np
 
     order_N = np.argsort(scores_N, kind="stable")
-    starts = np.flatnonzero(np.diff(scores_N[order_N], prepend=-np.inf))  # of runs of equal scores
+    starts = np.flatnonzero(np.diff(scores_N[order_N], prepend=-np.inf))  # starts of runs of equal scores
     true_DG, other_DG = (
         np.add.reduceat(weights_DN[:, order_N] * kind_N[order_N], starts, axis=1) for kind_N in (true_N, ~true_N)
     )
@@ -246,13 +262,14 @@ def _auroc(
 def rogan_gladen(
     said: tuple[int, int], sensitivity: tuple[int, int], specificity: tuple[int, int], confidence: float = 0.95
 ) -> Interval:
-    """The true rate behind a judge's rate, from (count, num) of what it said and of its sensitivity and specificity
-    elsewhere: (p + sp - 1) / (se + sp - 1), cut to [0, 1] (Rogan and Gladen 1978). The interval adds what is unknown of
-    all three (Lang and Reiczigel 2014).
+    """The true rate behind a judge's rate: (p + sp - 1) / (se + sp - 1), cut to [0, 1] (Rogan and Gladen 1978).
+
+    Each argument is (count, num): of the judge's yes verdicts, and of its sensitivity and specificity on a validation
+    set. The interval includes the uncertainty of all three (Lang and Reiczigel 2014).
 
     Raises:
-        NotCorrectable: the judge was not clearly better than chance (se + sp - 1 may be 0 at this confidence), or no true
-            rate gives the rate it said with these errors: they are not those it makes on these answers.
+        NotCorrectable: the judge is not clearly better than chance (se + sp - 1 may be 0 at this confidence). Or no
+            true rate explains the judge's rate with these error rates: it makes other errors on these answers.
     """
     (p, se, sp) = (count / num for count, num in (said, sensitivity, specificity))
     z = NormalDist().inv_cdf((1 + checked_level(confidence)) / 2)

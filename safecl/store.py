@@ -125,7 +125,8 @@ class Store:
 
         Raises:
             KeyError: the stage is not finished.
-            Damaged: its files are not what was written."""
+            Damaged: its files are not what was written.
+        """
         folder = self._local(stage)
         if stage.key not in self._sound:
             wrong = records.damage(folder)

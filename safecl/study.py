@@ -49,7 +49,8 @@ def study_name(
     one. The hash also holds:
     - the sampler, if it is a grid: a grid asks each of its points, not the trials that another study left;
     - `at_once`, if above 1 with TPE or with pruning: trials of one batch know less of one another;
-    - `prune`, if it is not "none"."""
+    - `prune`, if it is not "none".
+    """
     objectives = objective.model_dump(mode="json", exclude={"choose"})  # `choose` changes no trial
     identity: list[Json] = [cell, dict(space), objectives, list(seeds)]
     identity += ["grid"] if sampler == "grid" else []
@@ -320,7 +321,8 @@ class Past(NamedTuple):
     """A cell's study as it was when it was read.
 
     Fields: finished trials in order of place; whether no trial was left to ask or running; the reasons of failed
-    trials; and the parameters of trials that are not finished, if all of them are set."""
+    trials; and the parameters of trials that are not finished, if all of them are set.
+    """
 
     finished: list[Trial]
     is_done: bool

@@ -1,7 +1,8 @@
-"""A sweep file as people write it: YAML, `--set path=value` and `--limit`, and what is wrong with it, all at once.
+"""Reads a sweep file as people write it: YAML, `--set path=value` and `--limit`. Reports all errors at once.
 
-The YAML is 1.2's core, whatever the parser: only `true` and `false` are booleans (`yes`, `on` and `off` are words), a
-number is written as in JSON (`010`, `1:30`, `0x10` and `1_000` are words, which no number is made of), `1e-4` is a number.
+The YAML follows the core schema of 1.2, whatever the parser. Only `true` and `false` are booleans (`yes`, `on` and
+`off` are strings). A number is written as in JSON (`010`, `1:30`, `0x10` and `1_000` are strings, and never become
+numbers). `1e-4` is a number.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from safecl import registry
 from safecl.base import ConfigError, Strict, expanded, literal, near, strictly
 from safecl.config import Sweep
 
-# Of a plain scalar: (tag, pattern, first characters). Anything else is text.
+# For a plain scalar: (tag, pattern, first characters). Anything else is text.
 _SCALARS = (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
@@ -31,8 +32,12 @@ _SCALARS = (
 
 
 def load(path: Path, settings: Sequence[str], limit: int | None = None) -> Sweep:
-    """Read a sweep file, apply `--set path=value` and `--limit`, and validate: all errors at once (ConfigError). The
-    plugins it names are known to this process from then on."""
+    """Read a sweep file, apply `--set path=value` and `--limit`, and validate it. The plugins it names become known to
+    this process.
+
+    Raises:
+        ConfigError: all errors, one line each.
+    """
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping with `name`, `models`, ..., got {_kind(raw)}")
@@ -40,7 +45,7 @@ def load(path: Path, settings: Sequence[str], limit: int | None = None) -> Sweep
 
 
 def raw_of(path: Path, settings: Sequence[str]) -> dict[str, Any]:
-    """What a sweep file that can be loaded holds, with `--set`: places in it are as they were written."""
+    """The content of a valid sweep file, with `--set` applied. Paths in it stay as they were written."""
     raw: dict[str, Any] = read_yaml(path)
     for setting in settings:
         _set(raw, setting)
@@ -48,7 +53,8 @@ def raw_of(path: Path, settings: Sequence[str]) -> dict[str, Any]:
 
 
 def from_raw(raw: dict[str, Any], settings: Sequence[str], limit: int | None, path: Path) -> Sweep:
-    """`load`, of what a file holds. It is changed. `path`: of the file; plugins lie relative to its folder."""
+    """`load`, from the content of a file. `raw` is modified. `path` is the file's; plugins are relative to its
+    folder."""
     for setting in settings:
         _set(raw, setting)
     _place_data(raw, path.parent)
@@ -65,24 +71,27 @@ def from_raw(raw: dict[str, Any], settings: Sequence[str], limit: int | None, pa
         plugins = tuple(str((path.parent / plugin).absolute()) for plugin in sweep.plugins)
         registry.use(plugins)
         sweep = sweep.model_copy(update={"plugins": plugins})
-        if sweep.published is not None:  # beside the sweep file, wherever it is run from
+        if sweep.published is not None:  # beside the sweep file, wherever the command is run
             file = str(path.absolute().parent / sweep.published.file)
             sweep = sweep.model_copy(update={"published": sweep.published.model_copy(update={"file": file})})
         return sweep if limit is None else _with_small_memories(sweep, limit)
     except ValidationError as error:
         raise ConfigError("\n".join(explained(error, raw, Sweep))) from None
-    except (TypeError, ValueError, RecursionError) as error:  # what YAML holds and JSON cannot: bytes, a date, itself
+    except (TypeError, ValueError, RecursionError) as error:  # YAML can hold bytes, dates, cycles; JSON cannot
         raise ConfigError(f"{path}: expected plain values ({error})") from None
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises ConfigError: it cannot be read, or is no YAML."""
+    """The content of a YAML file. Raises ConfigError if it cannot be read, or is no valid YAML."""
     return _parsed(str(path), _text(path))
 
 
 def explained(error: ValidationError, given: Any, schema: type[Strict]) -> list[str]:
-    """What pydantic says of `given`, a line each: where, what is wrong, what is there. Of a value that may be of several
-    kinds each kind has its errors: they become one line, or those of the kind that was meant."""
+    """pydantic's errors about `given`, one line each: the place, what is wrong, and the present value.
+
+    For a value that may be of several kinds pydantic reports the errors of each kind. They become one line, or only the
+    errors of the kind that was meant.
+    """
     found: list[Any] = error.errors()
     # pydantic also reports too_short when every item is invalid. Show the item errors instead.
     found = [item for item in found if not (item["type"] == "too_short" and item.get("input"))] or found
@@ -107,7 +116,7 @@ def explained(error: ValidationError, given: Any, schema: type[Strict]) -> list[
 
 
 def _place_in(given: Any, item: Any) -> tuple[Any, ...]:
-    """Where an error is, less the names of pydantic's for the kinds that a value may be of."""
+    """The place of an error, without the names that pydantic adds for the kinds of a value."""
     at, place = given, item["loc"]
     for i, part in enumerate(place):
         is_there = part in at if isinstance(at, dict) else isinstance(at, list) and part in range(len(at))
@@ -119,7 +128,8 @@ def _place_in(given: Any, item: Any) -> tuple[Any, ...]:
 
 
 def _own_place(given: Any, item: Any) -> tuple[Any, ...]:
-    """The keys that a person wrote on the way to an error, without pydantic's names for kinds; a missing key is the last."""
+    """The keys that a person wrote on the way to an error, without pydantic's names for kinds. A missing key is the
+    last one."""
     at, place = given, []
     for part in item["loc"]:
         is_there = part in at if isinstance(at, dict) else isinstance(at, list) and part in range(len(at))
@@ -136,7 +146,7 @@ def _explained(item: Any, schema: type[Strict]) -> str:
         return f"{where}: unknown key.{near(str(item['loc'][-1]), known)} Known here: {', '.join(known)}"
     if item["type"] == "missing":
         return f"{where}: is required and not given"
-    if not where:  # of the whole file, which need not be shown again
+    if not where:  # an error of the whole file, which need not be shown again
         return str(item["msg"]).removeprefix("Value error, ")
     hint = ""
     if item["type"] == "literal_error" and isinstance(item.get("input"), str):
@@ -179,7 +189,7 @@ def _parsed(where: str, text: str) -> Any:
 
 @cache
 def _loader() -> Any:
-    """PyYAML's safe loader with the scalars of YAML 1.2; `twice` says which keys stand twice in one mapping."""
+    """PyYAML's safe loader with the scalars of YAML 1.2. `twice` lists keys that occur twice in one mapping."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -208,11 +218,11 @@ def _loader() -> Any:
 
 
 def _place_data(raw: dict[str, Any], folder: Path) -> None:
-    """Files of `data` by their whole places: what is relative lies beside the sweep file, else in the data folder."""
+    """Make the files of `data` absolute paths. A relative path is beside the sweep file, else in the data folder."""
     execution = raw.get("execution")
     data_dir = execution.get("data_dir") if isinstance(execution, dict) else None
     folders = [folder]
-    with suppress(ValueError):  # it is refused as what it is
+    with suppress(ValueError):  # its own check refuses it
         folders += [Path(expanded(data_dir))] if isinstance(data_dir, str) else []
 
     def placed(file: Any) -> Any:
@@ -223,7 +233,7 @@ def _place_data(raw: dict[str, Any], folder: Path) -> None:
         except ValueError:
             places = []
         if not places:
-            return file  # likewise
+            return file  # its own check refuses it
         return literal(str(next((place for place in places if os.path.exists(place)), places[0])))
 
     entries = raw.get("data")
@@ -233,11 +243,11 @@ def _place_data(raw: dict[str, Any], folder: Path) -> None:
 
 
 def _place_models(given: Any, folder: Path) -> None:
-    """Folders of models and tokenizers by their whole places, as workers stand elsewhere: beside the sweep file, else from
-    where the command is run."""
+    """Make folders of models and tokenizers absolute paths, because workers have another working folder. A relative
+    path is beside the sweep file, else in the folder where the command is run."""
     for key, value in given.items() if isinstance(given, dict) else enumerate(given) if isinstance(given, list) else ():
         if key in ("source", "tokenizer") and isinstance(value, str):
-            with suppress(ValueError):  # it is refused as what it is
+            with suppress(ValueError):  # its own check refuses it
                 place = next((each for each in (folder, Path()) if (each / expanded(value)).is_dir()), None)
                 given[key] = value if place is None else literal(str((place / expanded(value)).absolute()))
         else:
@@ -271,7 +281,8 @@ def _place(at: list[Any], part: str, setting: str) -> int:
 
 
 def _limit(raw: Any, limit: int) -> None:
-    """At most `limit` rows of every set, for a quick look. Other rows are another recipe: nothing is confused."""
+    """At most `limit` rows of every set, for a quick look. Other rows are another recipe, so no results are
+    confused."""
     if isinstance(raw, list):
         for item in raw:
             _limit(item, limit)
@@ -283,15 +294,15 @@ def _limit(raw: Any, limit: int) -> None:
                 raw[key] = {split: min(num, limit) if isinstance(num, int) else num for split, num in value.items()}
             elif key not in ("num_rows", "utility_rows"):
                 _limit(value, limit)
-            elif value is None or isinstance(value, int):  # else it is refused as what it is
+            elif value is None or isinstance(value, int):  # else its own check refuses it
                 raw[key] = limit if value is None else min(value, limit)
         if "task" in raw and not raw.keys() & {"ratios", "num_harmful", "num_benign"}:
             raw.setdefault("num_rows", limit)
 
 
 def _smaller_memories(sweep: Sweep, limit: int) -> dict[str, dict[Any, int]]:
-    """By method: what its rows' memories are, as the file says it, in fewer rows. Sizes that differ still do, as far as there
-    is room: rows that differ in nothing else stay apart."""
+    """By method: each memory size that the file writes, with a smaller number of rows. Different sizes stay different
+    as far as there is room, so that rows that differ only in memory size stay apart."""
     from safecl import methods
     from safecl.grid import share_of
 
@@ -314,7 +325,8 @@ def _smaller_memories(sweep: Sweep, limit: int) -> dict[str, dict[Any, int]]:
 
 
 def _with_small_memories(sweep: Sweep, limit: int) -> Sweep:
-    """Memories of at most a fourth of `limit`, searched ones too: of so few safety rows not all are refusals."""
+    """Memories of at most a fourth of `limit`, searched sizes too. With so few safety rows not all of them are
+    refusals."""
     from safecl import methods
     from safecl.grid import space_of
 
@@ -329,11 +341,11 @@ def _with_small_memories(sweep: Sweep, limit: int) -> Sweep:
             return list(dict.fromkeys(map(bounded, form)))
         if isinstance(form, dict):
             return form | {end: bounded(form[end]) for end in form.keys() & {"low", "high"}}
-        return min(form, most) if isinstance(form, int) else form  # else it is refused as what it is
+        return min(form, most) if isinstance(form, int) else form  # else its own check refuses it
 
     small = []
     for method in sweep.methods:
-        with suppress(ConfigError, ValidationError):  # check.py says what is wrong
+        with suppress(ConfigError, ValidationError):  # check.py reports the error
             kind = methods.load(method.name)
             fields, key = kind.Config.model_fields, kind.memory_key
             if key in method.grid:
@@ -345,7 +357,7 @@ def _with_small_memories(sweep: Sweep, limit: int) -> Sweep:
                 form = space[key] = bounded(space.get(key, []))
                 ends = {form.get("low"), form.get("high")} if isinstance(form, dict) else form
                 if isinstance(ends, list | set) and len(ends) < 2:
-                    del space[key]  # nothing is left to choose
+                    del space[key]  # there is nothing left to choose
                 config = {**method.config, key: bounded(size) if key in space else fixed(method.name, size)}
                 method = method.model_copy(update={"config": config, "search": space or None})
         small.append(method)
@@ -353,7 +365,7 @@ def _with_small_memories(sweep: Sweep, limit: int) -> Sweep:
 
 
 def _fields(schema: type[Strict], location: tuple[Any, ...]) -> list[str]:
-    """Names of the config at a place below `schema`."""
+    """Names of the config's fields at a place below `schema`."""
 
     def find(annotation: Any) -> type[Strict] | None:
         if isinstance(annotation, type) and issubclass(annotation, Strict):

@@ -1,8 +1,9 @@
-"""What `template: auto` or a named template becomes: the tokenizer decides, before any identity is formed. Every template is
-checked token by token against the tokenizer it is used with.
+"""Resolves `template: auto` and named templates with the model's tokenizer, before any identity is formed. Each
+template is checked token by token against the tokenizer that it is used with.
 
-`auto` is what the tokenizer's own chat template writes around a user's turn and before the assistant's answer, found by
-rendering it (in Jinja's sandbox, without a clock: a template that writes today's date gives its fixed one or is refused).
+`auto` is the text that the tokenizer's own chat template writes around a user's turn and before the assistant's answer.
+It is found by rendering the chat template in Jinja's sandbox, without a clock. A template that writes today's date must
+have a fixed date to use instead, or is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 NAMES = get_args(Named)
 CHOICES = f"name one ({', '.join(NAMES)}) or write it: template: {{prompt: '...{{prompt}}...', end: a special token}}"
-# These stand for a request, an answer and a system prompt: no chat template writes them.
+# Placeholders for a request, an answer and a system prompt. No chat template writes these texts.
 _ASKED, _ANSWERED, _SYSTEM = "Q7xQ", "A7xA", "S7xS"
 _TURNS = ("user", "assistant")
 _Render = Callable[[list[tuple[str, str]], bool], str]
@@ -54,7 +55,7 @@ _WITH_BOS = ("llama2", "gemma")
 
 
 class Resolved(NamedTuple):
-    """A model's template and BOS, and where they come from, in words."""
+    """A model's template and BOS, and their origin as text."""
 
     template: Template
     bos: bool
@@ -62,8 +63,11 @@ class Resolved(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A sweep whose templates are resolved; of each model by name, what was taken. `errors`: what is wrong with templates
-    and cannot be used; `lacking`: tokenizers that could not be had. Either leaves a stand-in in the sweep."""
+    """A sweep whose templates are resolved.
+
+    `told`: the origin of the template by model name. `errors`: templates that are wrong and cannot be used. `lacking`:
+    tokenizers that are not available. In both cases the sweep contains a stand-in template.
+    """
 
     sweep: Sweep
     told: dict[str, str]
@@ -81,7 +85,7 @@ def described(model: Model, why: str) -> str:
 
 
 def settle(sweep: Sweep) -> Settled:
-    """The sweep with each model's template and BOS in place of `auto` and names. Identities are formed of it."""
+    """Replaces `auto` and names in a sweep by each model's template and BOS. Identities are formed from the result."""
     told: dict[str, str] = {}
     errors: list[str] = []
     lacking: list[str] = []
@@ -116,14 +120,14 @@ def settle(sweep: Sweep) -> Settled:
 
 
 def settled(model: Model) -> tuple[Model, str]:
-    """A model with its template and BOS, and where they come from.
+    """A model with its template and BOS, and their origin as text.
 
     Raises:
-        ConfigError: the template does not go with the tokenizer.
-        PrerequisiteError: the tokenizer cannot be had.
+        ConfigError: the template does not fit the tokenizer.
+        PrerequisiteError: the tokenizer is not available.
     """
     if source_problem(model.source, model.revision) or folder_problems(model.source):
-        found = Resolved(_NAMED["chatml"], False, "")  # check.py refuses it
+        found = Resolved(_NAMED["chatml"], False, "")  # check.py refuses this source
     else:
         tokenizer = _tokenizer(tokenizer_folder(tokenizer_stage(model)))
         found = resolve(tokenizer, model.template, model.bos, model.source)
@@ -131,10 +135,10 @@ def settled(model: Model) -> tuple[Model, str]:
 
 
 def resolve(tokenizer: Tokenizer, template: str | Template, bos: bool | str = "auto", source: str = "it") -> Resolved:
-    """What `template` and `bos` of a sweep file mean with this tokenizer.
+    """The template and BOS that `template` and `bos` of a sweep file mean with this tokenizer.
 
     Raises:
-        ConfigError: the template does not go with the tokenizer.
+        ConfigError: the template does not fit the tokenizer.
     """
     if isinstance(template, Template):
         found, why = _written_out(template, tokenizer), "as the sweep file writes it"
@@ -149,7 +153,7 @@ def resolve(tokenizer: Tokenizer, template: str | Template, bos: bool | str = "a
             }
         )
         why = f"{template}, by name"
-    if isinstance(bos, str):  # a BOS that the template writes itself stands there once either way
+    if isinstance(bos, str):  # a BOS that the template itself writes appears once in both cases
         bos = tokenizer.adds_bos or template in _WITH_BOS
     elif not bos and template == "auto" and found.prompt.startswith(tokenizer.special_texts.get("bos_token", "\0")):
         raise ConfigError(
@@ -160,7 +164,7 @@ def resolve(tokenizer: Tokenizer, template: str | Template, bos: bool | str = "a
 
 
 def _misfit(model: Model, prompt: str) -> str:
-    """Why this text around a request does not go with a resolved model's template; nothing where it does."""
+    """Why this text around a request does not fit a resolved model's template; "" if it fits."""
     template = model.text.model_copy(update={"prompt": prompt})
     try:
         _check(template, model.bos is True, _tokenizer(tokenizer_folder(tokenizer_stage(model))), "")
@@ -170,7 +174,7 @@ def _misfit(model: Model, prompt: str) -> str:
 
 
 def _least_prompt(model: Model) -> int:
-    """Tokens of the shortest prompt that the template writes."""
+    """Number of tokens of the shortest prompt that the template writes."""
     from safecl.training.tokens import encode_prompts
 
     tokenizer = _tokenizer(tokenizer_folder(tokenizer_stage(model)))
@@ -193,9 +197,10 @@ def _eos(tokenizer: Tokenizer) -> str:
 
 
 def _written_out(template: Template, tokenizer: Tokenizer) -> Template:
-    """A sweep file's own: what it leaves out of `end` and `stop` is the tokenizer's EOS and nothing."""
+    """The sweep file's own template. If it leaves out `end`, that is the tokenizer's EOS. If it leaves out `stop`, that
+    is empty."""
     given = template.model_fields_set
-    if not given:  # ChatML as the class has it
+    if not given:  # ChatML, the default of the class
         return _NAMED["chatml"]
     end = template.end if "end" in given else _eos(tokenizer)
     return template.model_copy(update={"end": end, "stop": template.stop if "stop" in given else ()})
@@ -226,9 +231,9 @@ def _own(tokenizer: Tokenizer, source: str) -> tuple[Template, str]:
     why, lead = "the tokenizer's own chat template", ""
     between = before[len(asked) :]
     if before.startswith(asked) and between:
-        if between.isspace():  # read with the answer's first word, so that the prompt ends where the answer begins
+        if between.isspace():  # tokenized with the answer's first word, so that the prompt ends where the answer begins
             lead = between
-        else:  # a header that the template does not count to the prompt, or an empty train of thought
+        else:  # a header that the template does not count as prompt, or an empty reasoning block
             tail += between
     elif not before.startswith(asked):
         why += " (which writes earlier answers otherwise)"
@@ -246,8 +251,9 @@ def _own(tokenizer: Tokenizer, source: str) -> tuple[Template, str]:
 
 
 def _conversation(render: _Render, head: str, tail: str, answers: str) -> dict[str, str | None]:
-    """How the chat template writes a system prompt and earlier turns, for the fields of Template; nothing of what it cannot
-    write, or writes in another form each time. `head`, `tail`: around the one request; `answers`: between it and its answer."""
+    """How the chat template writes a system prompt and earlier turns, as fields of Template. Fields that it cannot
+    write, or writes differently each time, are left out. `head`, `tail`: text around the one request. `answers`: text
+    between it and its answer."""
     asked, told = [_ASKED, "Q8xQ", "Q9xQ"], [_ANSWERED, "A8xA"]
     several = [(role, text) for pair in zip(asked, told, strict=False) for role, text in zip(_TURNS, pair, strict=True)]
     found: dict[str, str | None] = {}
@@ -270,7 +276,7 @@ def _conversation(render: _Render, head: str, tail: str, answers: str) -> dict[s
 
 
 def _rendered(render: _Render, turns: list[tuple[str, str]]) -> str:
-    """What the chat template writes before an answer; nothing where it refuses."""
+    """The chat template's text before an answer; "" if it refuses the turns."""
     try:
         return render(turns, True)
     except ConfigError:
@@ -278,7 +284,7 @@ def _rendered(render: _Render, turns: list[tuple[str, str]]) -> str:
 
 
 def _renderer(text: str, specials: dict[str, str]) -> _Render:
-    """The chat template as a function of turns (role, text) and whether an answer is to follow."""
+    """The chat template as a function of turns (role, text) and of whether an answer follows."""
     import json
 
     import jinja2
@@ -323,12 +329,13 @@ def _renderer(text: str, specials: dict[str, str]) -> _Render:
 
 
 def whole(template: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """A stage's template with how it writes system prompts and several turns, also where its rows had none: as the named
-    template or the tokenizer's own that it is. One that a sweep file wrote out stays as it is."""
+    """A stage's template, completed with how it writes system prompts and several turns, even if the stage's rows had
+    none. These fields come from the named template, or the tokenizer's own, that it equals. A template that a sweep
+    file wrote out is returned unchanged."""
     if template.get("between"):
         return dict(template)
     known = list(_NAMED.values())
-    with suppress(ConfigError):  # a base model has none
+    with suppress(ConfigError):  # a base model has no chat template
         known.append(_own(tokenizer, "")[0])
     written = {"lead": "", "strip": False, **template}
     for found in known:
@@ -338,8 +345,8 @@ def whole(template: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def chat_template(template: Mapping[str, Any], bos: bool, bos_token: str | None) -> str:
-    """A resolved template as a chat template of turns of user and assistant, for those who serve an exported model. BOS
-    stands once, before the first turn, also where the template writes `bos_token` itself."""
+    """A resolved template as a Jinja chat template for user and assistant turns, for serving an exported model. BOS
+    stands once, before the first turn, even if the template itself writes `bos_token`."""
     import json
 
     head, _, tail = str(template["prompt"]).partition("{prompt}")
@@ -377,7 +384,7 @@ def chat_template(template: Mapping[str, Any], bos: bool, bos_token: str | None)
 
 
 def _check(template: Template, bos: bool, tokenizer: Tokenizer, name: str) -> None:
-    """Raises ConfigError where training and generation would not be of one text, or generation could not stop."""
+    """Raises ConfigError if training and generation would use different text, or generation could not stop."""
     from safecl.training.tokens import encode, encode_prompts
 
     what = f"template {name}" if name else "template"

@@ -1,14 +1,15 @@
-"""Trainers: long-lived Ray Train runs whose workers take one heavy stage after the other.
+"""Trainers: long-lived Ray Train runs whose workers run one heavy stage after the other.
 
-A worker takes about 15 s of CPU to start (torch, transformers, peft, Ray Train), more than many a finetune. So each
+A worker needs about 15 s of CPU to start (torch, transformers, peft, Ray Train). Many finetunes take less. So each
 trainer is one Ray Train run of `num_workers` ranks, which ask for work until there has been none for a while:
 
     Broker -- Trainers.run(stage) --> queue --> take <-- worker (rank 0 .. num_workers - 1), in a loop
                                                 done <-- its outcome
 
-A stage whose kind says `all_ranks` (a finetune) is given to all ranks of a trainer at once; any other needs one rank, and
-ranks take those one by one. When a worker dies, Ray Train starts its ranks anew and the stage is given out again, a
-finetune from its checkpoint; one that lost its worker `max_failures` times, and got no further in between, fails alone.
+A stage whose kind says `all_ranks` (a finetune) is given to all ranks of a trainer at once. Any other stage needs one
+rank, and ranks take such stages one by one. When a worker dies, Ray Train starts its ranks again and the stage is given
+out again; a finetune continues from its checkpoint. A stage that lost its worker `max_failures` times without a newer
+checkpoint in between fails, and no other stage does.
 """
 
 from __future__ import annotations
@@ -41,21 +42,23 @@ from safecl.work import free_heap, run_stage
 
 READY_S = 0.02
 GROUP = "trainers"
-START_S = 600  # until a trainer's workers must have been placed, else it is given up, and what waits for it is told
-REFUSALS = (ConfigError, PrerequisiteError, FloatingPointError)  # of every rank, and trying again would change nothing
+# Seconds until a trainer's workers must be placed. Else it is given up, and the stages that wait for it get an error.
+START_S = 600
+# Errors that every rank would raise again, so the stage is not tried again.
+REFUSALS = (ConfigError, PrerequisiteError, FloatingPointError)
 
 
 @dataclass(eq=False)
 class Work:
-    """A heavy stage that is queued or under way."""
+    """A heavy stage that is queued or running."""
 
     stage: Stage
     num_ranks: int
     turn: Turn
     done: asyncio.Future[None]
     ready: bool = False
-    failures: list[Exception] = field(default_factory=list)  # since its newest checkpoint: for each time it was lost
-    saved: int = 0  # steps in its newest checkpoint, of this run
+    failures: list[Exception] = field(default_factory=list)  # one for each time it was lost since its newest checkpoint
+    saved: int = 0  # steps in its newest checkpoint of this run
     began: float = field(default_factory=lambda: asyncio.get_running_loop().time())
 
 
@@ -65,15 +68,16 @@ class Trainer:
 
     name: str
     holder: Holder
-    group: str = ""  # of its present ranks: their first one's Ray actor id; empty before they are there
+    group: str = ""  # identifies its present ranks: the Ray actor id of their first one; empty before they have started
     waiting: dict[int, asyncio.Future[tuple[Stage, int] | None]] = field(default_factory=dict)  # ranks without work
-    work: dict[int, Work] = field(default_factory=dict)  # rank -> what it does
+    work: dict[int, Work] = field(default_factory=dict)  # rank -> its work
 
 
 class Trainers:
-    """The pool of trainers. Lives in the Broker, on its event loop; how many there are is the lender's to say (devices.py).
+    """The pool of trainers. It lives in the Broker, on its event loop. The lender (devices.py) decides how many
+    trainers there are.
 
-    `on_start` is told each stage that is given out.
+    `on_start` is called with each stage that is given out.
     """
 
     def __init__(
@@ -90,19 +94,20 @@ class Trainers:
         self.lender = lender
         self.num_trainers = capacity.num_trainers
         lender.add(GROUP, self, capacity.trainer, self.num_trainers)
-        self.expected = 0  # heavy stages that wait for their inputs, are queued or under way
+        self.expected = 0  # heavy stages that wait for their inputs, are queued or running
         self.queue: deque[Work] = deque()
         self.trainers: dict[str, Trainer] = {}
         self.started = 0
         self.fits: set[asyncio.Task[None]] = set()
 
     def expect(self, num: int) -> None:
-        """So many more (or fewer) heavy stages will come: trainers start while their inputs are made."""
+        """Announce `num` more (or fewer, if negative) heavy stages. Trainers then start while the stages' inputs are
+        made."""
         self.expected += num
         self._tell()
 
     def hurry(self, stage: Stage, turn: Turn) -> None:
-        """Give a stage that waits for a trainer another turn."""
+        """Give a queued stage another turn."""
         for work in [work for work in self.queue if work.stage.key == stage.key]:
             self.queue.remove(work)
             work.turn = turn
@@ -110,14 +115,15 @@ class Trainers:
             self._tell()
 
     def safe(self, key: str, step: int) -> None:
-        """A stage under way has written a checkpoint: a machine that is lost now and then never fails what gets on."""
+        """Note that a running stage has written a checkpoint. Losing a machine now and then thus never fails a stage
+        that makes progress."""
         for work in {id(w): w for trainer in self.trainers.values() for w in trainer.work.values()}.values():
             if work.stage.key == key and step > work.saved:
                 work.saved, work.failures = step, []
 
     async def run(self, stage: Stage, turn: Turn | None = None) -> None:
-        """Return when a trainer has published the stage; of those that wait, the lowest turn is next. Raises what the stage
-        raised, or Infrastructure if its workers died too often."""
+        """Run a stage; returns when a trainer has published it. Of the waiting stages the one with the lowest turn is
+        next. Raises the stage's error, or Infrastructure if its workers died too often."""
         num_ranks = self.execution.num_workers if load(stage.kind).all_ranks else 1
         work = Work(stage, num_ranks, turn or Turn.of(UNNAMED, 0.0, 0), asyncio.get_running_loop().create_future())
         insort(self.queue, work, key=lambda other: other.turn)
@@ -125,19 +131,20 @@ class Trainers:
         await work.done
 
     def _is_ready(self, work: Work) -> None:
-        """What becomes ready together (all wait for one model) is handed out in turn, not as it wakes up."""
+        """Stages that become ready together (all wait for one model) are given out by turn, not in the order of their
+        wake-up."""
         work.ready = True
         self._tell()
 
     async def take(self, name: str, rank: int, group: str) -> tuple[Stage, int] | None:
-        """Called by a worker without work: its next stage and how many ranks share it. None: the worker is to end.
-        `group`: the same for the ranks that Ray Train started together."""
+        """Called by a worker without work. Returns its next stage and the number of ranks that share it; None if the
+        worker shall end. `group` is the same for all ranks that Ray Train started together."""
         trainer = self.trainers.get(name)
         if trainer is None:
             return None
-        if trainer.group not in ("", group):  # Ray Train has started the ranks anew, whichever of them comes first
+        if trainer.group not in ("", group):  # Ray Train has started the ranks again; any of them may ask first
             self._lost(trainer, Infrastructure("its worker died"))
-            if name not in self.trainers:  # its units go to who waited for them
+            if name not in self.trainers:  # its units went to other holders that waited for them
                 return None
         trainer.group = group
         given: asyncio.Future[tuple[Stage, int] | None] = asyncio.get_running_loop().create_future()
@@ -163,7 +170,7 @@ class Trainers:
         self._tell()
 
     def give(self) -> None:
-        """Hand the queue out, in order, to whoever waits."""
+        """Give queued stages, in order, to the waiting ranks."""
         for trainer in self.trainers.values():
             while trainer.holder.open and self.queue and self.queue[0].ready:
                 if self.queue[0].num_ranks > len(trainer.waiting):
@@ -176,11 +183,12 @@ class Trainers:
                     trainer.waiting.pop(rank).set_result((work.stage, work.num_ranks))
 
     def _tell(self) -> None:
-        """Say what there is to do: it settles how many trainers there are, and who works."""
+        """Tell the lender how much work there is. It decides how many trainers there are and which ones work."""
         under_way = [work for trainer in self.trainers.values() for work in dict.fromkeys(trainer.work.values())]
         every = [*self.queue, *under_way]
         wanted = -(-sum(work.num_ranks for work in every) // self.execution.num_workers)
-        wanted = min(wanted, self.num_trainers)  # their queue is long from the start; that of engines comes from them
+        # Their queue is long from the start, while an engine's queue comes from their results.
+        wanted = min(wanted, self.num_trainers)
         rank = min((work.turn.level for work in every), default=0)
         self.lender.ask(GROUP, wanted, rank, max(0, self.expected - len(every)))
 
@@ -193,7 +201,7 @@ class Trainers:
         task.add_done_callback(self.fits.discard)
 
     def stop(self, holder: Holder) -> None:
-        """End a trainer that does nothing: its ranks are told when they ask for work."""
+        """End an idle trainer. Its ranks learn it when they ask for work."""
         trainer = next(trainer for trainer in self.trainers.values() if trainer.holder is holder)
         self.trainers.pop(trainer.name)
         for given in trainer.waiting.values():
@@ -209,20 +217,20 @@ class Trainers:
         with ThreadPoolExecutor(1) as thread:
             try:
                 await loop.run_in_executor(thread, fit, trainer.name, self.store, self.execution, self.logs, me)
-            except Exception as error:  # more restarts than it may have, or it never came up
+            except Exception as error:  # more restarts than allowed, or it never started
                 why = Infrastructure(f"{type(error).__name__}: {error}")
-                with suppress(Exception):  # a controller that was killed leaves what it had reserved
+                with suppress(Exception):  # a controller that was killed leaves its reserved resources
                     await loop.run_in_executor(thread, _reclaim)
         self.trainers.pop(trainer.name, None)
         never_came = why is not None and not trainer.group and self.lender.never_came(trainer.holder)
         if why and not trainer.group and self.queue and not never_came:
-            self._again(self.queue.popleft(), why)  # else a trainer that cannot start would be started for ever
+            self._again(self.queue.popleft(), why)  # else a trainer that cannot start is restarted forever
         self._lost(trainer, why or Infrastructure("its trainer ended"))
         self.lender.gone(trainer.holder)
         self._tell()
 
     def _lost(self, trainer: Trainer, why: Exception) -> None:
-        """The trainer's workers are gone: what they did is given out again."""
+        """The trainer's workers are gone: give their stages out again."""
         waiting, lost = trainer.waiting, dict.fromkeys(trainer.work.values())
         trainer.waiting, trainer.work = {}, {}
         for given in waiting.values():
@@ -244,12 +252,12 @@ class Trainers:
             loop.call_later(PAUSE_S, self._queue_again, work)
             return
         work.failures.append(why)
-        # Each time that memory was too small, half the rows a forward are tried.
+        # Each time memory was too small, half the rows per forward pass are tried.
         halvings = self.execution.micro_batch_size.bit_length() if cause is MEMORY else 0
         if len(work.failures) <= self.execution.max_failures + halvings:
             self._queue_again(work)
         elif not work.done.done():
-            if kind_of(why) == "trial":  # it raised this, time after time
+            if kind_of(why) == "trial":  # it raised this error each time
                 work.done.set_exception(why)
                 return
             lost = f"{work.stage.kind} {work.stage.key[:12]} lost its workers {len(work.failures)} times"
@@ -260,14 +268,14 @@ class Trainers:
 def fit(name: str, store: Store, execution: Execution, logs: str, broker: Any) -> None:
     """Hold one Ray Train run until its workers are told to end. Raises if they died too often."""
     settings = {
-        # Its workers only ask for work, so that this is how soon a death is seen.
+        # Workers only ask for work, so this is also the delay until a death is seen.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1.0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
-        # Its default of 60 s fails a run whose nodes the autoscaler still brings.
+        # The default of 60 s fails a run whose nodes the autoscaler is still starting.
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_S),
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in a sweep file are relative to where it is run
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in a sweep file are relative to the folder where it is run
     }
-    if execution.address == "local":  # nobody reclaims this machine: one process less to start
+    if execution.address == "local":  # this machine is not reclaimed: one process less to start
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     for variable, value in settings.items():
         os.environ.setdefault(variable, value)
@@ -298,7 +306,7 @@ def fit(name: str, store: Store, execution: Execution, logs: str, broker: Any) -
 
 
 def _reclaim() -> None:
-    """Ray may take a moment to see that a controller is dead."""
+    """Free the resources of a dead controller. Ray may need a moment to see that it is dead."""
     for _ in range(20):
         if reclaim.free():
             return
@@ -306,7 +314,8 @@ def _reclaim() -> None:
 
 
 def tidy(logs: Path, live: Collection[str]) -> None:
-    """Remove what Ray Train wrote for trainers, which nobody reads: of all but these owners (Store.short)."""
+    """Remove the files that Ray Train wrote for trainers, which are never read. Those of owners in `live` (Store.short)
+    are kept."""
     for folder in (logs / "train").glob("trainer-*"):
         if folder.name.split("-")[1] not in live:
             shutil.rmtree(folder, ignore_errors=True)
@@ -317,8 +326,8 @@ def tidy(logs: Path, live: Collection[str]) -> None:
 def _trainer_class() -> Any:
     from ray.train.torch import TorchTrainer
 
-    # Each starts a process: one hands out Ray Data sets, of which there are none; one frees the placement group of a
-    # controller that died, which reclaim.py does without.
+    # Each of these starts a process. One hands out Ray Data sets, which are not used. The other frees the placement
+    # group of a controller that died, which reclaim.py does.
     left_out = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
@@ -329,7 +338,7 @@ def _trainer_class() -> Any:
 
 
 def worker(loop: dict[str, Any]) -> None:
-    """What each rank of a trainer runs: take, work, say how it went."""
+    """The loop of each rank of a trainer: take a stage, run it, report the outcome."""
     import ray
     import ray.train
 
@@ -358,8 +367,8 @@ def worker(loop: dict[str, Any]) -> None:
         if error is not None or place.rank == 0:
             ray.get(broker.done.remote(name, rank, stage.key, error))
         if error is not None and not isinstance(error, REFUSALS) and (num_ranks > 1 or device != "cpu"):
-            raise error  # other ranks may wait for this one; a CUDA error spoils the process
-        error = None  # its traceback holds what the stage held
+            raise error  # other ranks may wait for this one, and a CUDA error makes the process unusable
+        error = None  # its traceback keeps the stage's objects alive
         _free_memory(device)
 
 
@@ -372,9 +381,9 @@ def _import_what_stages_need() -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error itself where every process can rebuild it from its text, else its text: some exceptions of libraries
-    cannot be made anew from what they carry."""
-    if kind_of(error) == "infrastructure":  # as only this process can tell by its type
+    """The error itself if every process can rebuild it from its text, else a new error with its text. Some exceptions
+    of libraries cannot be unpickled."""
+    if kind_of(error) == "infrastructure":  # only this process can see that by the error's type
         return Infrastructure(f"{type(error).__name__}: {error}")
     if type(error) in (*REFUSALS, Damaged, RuntimeError, ValueError, KeyError, TypeError, AssertionError):
         return error
@@ -385,7 +394,7 @@ def _portable(error: Exception) -> Exception:
 
 
 def _free_memory(device: str) -> None:
-    """Give what a stage held back, so that the next one's estimate of free memory is right."""
+    """Free the memory that a stage held, so that the next stage's estimate of free memory is right."""
     gc.collect()
     if device == "cpu":
         free_heap()
