@@ -31,14 +31,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several processes sl
 CLUSTERS = ["test_end_to_end.py", "serving/test_engine.py", "test_trainers.py", "test_execute.py", "test_nodes.py"]
 PAGES = ["report/test_page.py", "report/test_labelled.py"]  # in one process: they share a browser
 RANKS = ["methods/test_contract.py", "training/test_loop.py", "training/test_ranks.py", "training/test_engine.py"]
+# Programs that wait for their time to be over leave a core to the processes of a cluster, which need more than one.
+WAITING = ["test_sandbox.py", "test_fakes.py", "tasks/test_code.py", "tasks/test_program.py"]
 # Of the others, those that take longest begin first.
 LONG = [
     "tracking/test_tracker.py",
     "tracking/test_logbook.py",
     "test_aligned.py",
     "test_trained.py",
-    "test_sandbox.py",
-    "tasks/test_code.py",
 ]
 
 
@@ -111,7 +111,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {name: place for place, name in enumerate(CLUSTERS + RANKS + LONG)}
+    order = {name: place for place, name in enumerate(CLUSTERS + WAITING + RANKS + LONG)}
     items.sort(key=lambda item: order.get(_file(item.nodeid), len(order)))
 
 
