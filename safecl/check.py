@@ -1,4 +1,4 @@
-"""What is wrong with a sweep, before anything is spent: every error at once, of its settings, its data and its models."""
+"""Check a sweep's settings, data and models before anything is run, and report every error at once."""
 
 from __future__ import annotations
 
@@ -24,8 +24,14 @@ from safecl.tasks._written import find
 
 
 class Asked(NamedTuple):
-    """Rows that a sweep names. `where`: the key of the task; `counted`: that of the number of rows; `around`: that of the
-    text around their requests, where it is not the model's, and that text."""
+    """Rows that a sweep names.
+
+    Attributes:
+        where: the sweep file's key that names the task, as `tasks[0].task`.
+        task, split, num_rows: what is named; `num_rows` None: all rows.
+        counted: the key of the number of rows.
+        around: the key of the template that is used in place of the model's, and that template; None: the model's is used.
+    """
 
     where: str
     task: str
@@ -36,13 +42,16 @@ class Asked(NamedTuple):
 
 
 def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, planned: bool = False) -> list[Cell]:
-    """The sweep's cells, after everything that can be known to be wrong before anything is spent, all at once. Its data are
-    read only with `notes`, to which what a reader should know of them is added. `planned`: the cells are not to be run, and
-    the hub need not be asked.
+    """Check a sweep and return its cells. Everything that can be found before a run is reported at once.
+
+    Args:
+        folder: of local data files.
+        notes: a list to which notes on the data are added. None: the data are not read.
+        planned: the cells are not to be run, so that the hub need not be asked.
 
     Raises:
-        ConfigError: something is wrong with settings, data or a model; what is missing is said with it.
-        PrerequisiteError: nothing is wrong, but data or a model is not there.
+        ConfigError: settings, data or a model are wrong. The message also names what is missing.
+        PrerequisiteError: nothing is wrong, but data or a model is missing.
     """
     errors: list[str] = []
     lacking: list[str] = []
@@ -59,7 +68,7 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, pla
         return None
 
     known = (*(data.name for data in sweep.data), *tasks.names())
-    wrong: set[str] = set()  # keys of tasks that were said to be wrong: of each its first fault
+    wrong: set[str] = set()  # keys of tasks with an error; only the first error of each is reported
     for each in _asked(sweep):
         kind = None if each.where in wrong else attempt(each.where, partial(find, each.task, sweep.data))
         if kind is None or each.split not in kind.SPLITS:
@@ -128,7 +137,7 @@ def check(sweep: Sweep, folder: Path | None, notes: list[str] | None = None, pla
             errors += _twice(where, [canonical([name, settings]) for name, settings in named], [n for n, _ in named])
     if not errors:
         found_cells = cells(sweep, folder, planned)
-        for cell in found_cells:  # builds every stage: what else is missing raises here
+        for cell in found_cells:  # builds every stage; anything else that is missing raises here
             attempt(
                 f"method {cell.recipe.method!r}", partial(getattr, cell.job({}, sweep.seeds[0], "final"), "evidence")
             )
@@ -153,7 +162,7 @@ def _asked(sweep: Sweep) -> list[Asked]:
             if task.utility_rows is not None and (rows := getattr(task.utility_rows, split)) is not None:
                 num_rows, count = rows, f"{where}.utility_rows.{split}"
             found.append(Asked(f"{where}.task", task.task, f"utility.{split}", num_rows, count, asked))
-    # Also without a ratio: a guard's rows keep clear of it.
+    # Also without a poison ratio: a guard's rows must not repeat poison rows.
     found.append(Asked("poison.task", sweep.poison.task, "poison", None, "", trained))
     for key, role, listed in _listed(sweep):
         for i, rows in enumerate(listed):
@@ -164,7 +173,7 @@ def _asked(sweep: Sweep) -> list[Asked]:
 
 
 def _listed(sweep: Sweep) -> list[tuple[str, str, Any]]:
-    """(key, split, entries) of every list of sets of rows."""
+    """(key in the sweep file, split, entries) of every list whose entries name rows."""
     found: list[tuple[str, str, Any]] = [
         ("align.safety", "safety", sweep.align.safety),
         ("align.self_answered", "benign.train", sweep.align.self_answered),
@@ -186,7 +195,8 @@ class _Read(NamedTuple):
 
 @lru_cache
 def _read(kind: type[tasks.Task], split: str, folder: Path | None, source: str) -> _Read:
-    """How many rows a split has, and what was left out. `source`: its identity, so that a file that changed is read anew."""
+    """How many rows a split has, and what was left out. `source`: the data's identity. It is part of the cache's key, so that a
+    changed file is read again."""
     reader = kind(folder)
     rows = reader.rows(split, None, 0)
     blank = [_told_left_out(name, num) for name, num in reader.left_out.items()]
@@ -203,7 +213,7 @@ def _told_left_out(name: str, num: int) -> str:
 
 
 def _unwritable(sweep: Sweep, each: Asked, found: _Read) -> list[str]:
-    """Models whose template cannot write what these rows hold."""
+    """Errors for models whose template cannot write these rows (system prompts, several turns)."""
     errors = []
     parts = (("system", "a system prompt"), ("between", "several turns"))
     for model in sweep.models:
@@ -228,7 +238,7 @@ def _unwritable(sweep: Sweep, each: Asked, found: _Read) -> list[str]:
 
 
 def _named_twice(sweep: Sweep) -> list[str]:
-    """Entries of lists in which each may stand once."""
+    """Errors for entries that stand twice in a list where each may stand once."""
     errors = _twice("models", [model.name for model in sweep.models])
     errors += _twice("data", [data.name for data in sweep.data])
     errors += [f"data[{i}].name: {data.name!r} is a task of safecl; choose another name"
@@ -241,7 +251,7 @@ def _named_twice(sweep: Sweep) -> list[str]:
 
 
 def _only_errors(sweep: Sweep) -> list[str]:
-    """Names in `only` and `execution.turns` that the sweep has not."""
+    """Errors for names in `only` and `execution.turns` that the sweep does not have."""
     known: dict[str, list[Any]] = {
         "models": [model.name for model in sweep.models],
         "tasks": [task.task for task in sweep.tasks],
@@ -259,15 +269,15 @@ def _only_errors(sweep: Sweep) -> list[str]:
 
 
 def _twice(where: str, entries: Sequence[Any], names: Sequence[str] = ()) -> list[str]:
-    """What stands more than once among `entries`, by `names` where those are not names themselves."""
+    """Errors for entries that stand more than once. `names`: what to call the entries, if they are not names themselves."""
     shown = names or [str(entry) for entry in entries]
     twice = dict.fromkeys(shown[i] for i, entry in enumerate(entries) if entry in entries[:i])
     return [f"{where}: names {name} twice" for name in twice]
 
 
 def _one_recipe(found: list[Cell]) -> list[str]:
-    """Cells that would share studies and runs: methods that differ only in values that both search, or in how a number is
-    written."""
+    """Errors for cells with one key, which would share studies and runs. Their methods differ only in values that both
+    search, or in how a number is written."""
     first: dict[str, Cell] = {}
     return [
         f"methods: {other.label!r} and {cell.label!r} are one recipe: what tells them apart is searched in both, or is another "
@@ -280,7 +290,7 @@ def _one_recipe(found: list[Cell]) -> list[str]:
 def _method_errors(
     where: str, chosen: Method, task: UserTask | None, attempt: Callable[..., Any], sampler: str = "tpe"
 ) -> list[str]:
-    """What is wrong with an entry of `methods` as a user of this task has it; without a task, of which nothing is a share."""
+    """Errors of an entry of `methods` for the rows of this task. `task` None: no value may be a share of a task's rows."""
     method = attempt(where, lambda: methods.load(chosen.name))
     if method is None:
         return []
@@ -296,7 +306,7 @@ def _method_errors(
 
 
 def _grid_errors(where: str, chosen: Method, sweep: Sweep) -> list[str]:
-    """What cannot be enumerated, and what is told twice."""
+    """Errors of `grid`, `search` (ranges that a grid search cannot enumerate) and `label` that name a thing twice."""
     errors = [f"{where}.grid.{name}: stands in `config` too" for name in chosen.grid if name in chosen.config]
     errors += [f"{where}.grid.{name}: is searched too" for name in chosen.grid if name in (chosen.search or {})]
     if sweep.search.sampler == "grid" and chosen.search is not None and chosen.name in methods.names():
@@ -313,7 +323,7 @@ def _grid_errors(where: str, chosen: Method, sweep: Sweep) -> list[str]:
 
 
 def _own_answers(sweep: Sweep) -> list[int]:
-    """Tokens of the longest answers that methods' own stages ask of a model."""
+    """The most new tokens that each method's own stages ask of a model (0 or more, one number for each method and task)."""
     used = [*sweep.methods, *([sweep.align.safety_from] if sweep.align.safety_from else [])]
     rows = [for_task(row, task) for chosen in used for row in grid_rows(chosen) for task in sweep.tasks]
     kinds = [(methods.load(row.name), row.config) for row in rows]
@@ -321,13 +331,13 @@ def _own_answers(sweep: Sweep) -> list[int]:
 
 
 def _step_errors(sweep: Sweep) -> list[str]:
-    """Finetunes too short for their method, where the number of rows is known."""
+    """Errors for finetunes with too few optimizer steps for their method, where the number of rows is known."""
     errors = []
     for i, chosen in enumerate(sweep.methods):
         method = methods.load(chosen.name)
         for task in sweep.tasks:
             try:
-                if task.num_rows is not None:  # else known where the rows are
+                if task.num_rows is not None:  # else the number is known only when the rows are read
                     num_steps = -(-round(task.num_rows * task.epochs) // task.batch_size)
                     for row in grid_rows(chosen):
                         method(method.Config(**for_task(row, task).config)).check_steps(num_steps)
@@ -337,7 +347,7 @@ def _step_errors(sweep: Sweep) -> list[str]:
 
 
 def _model_errors(sweep: Sweep) -> list[str]:
-    """What is wrong with the folders, hub ids and adapters of the sweep, from headers alone."""
+    """Errors of the sweep's model folders, hub ids and adapters. Reads only headers, no weights."""
     errors = []
     guard = sweep.evaluate.judges.guard
     named: list[tuple[str, Model, Mapping[str, Lora]]] = [
@@ -366,7 +376,7 @@ def _model_errors(sweep: Sweep) -> list[str]:
 
 
 def folder_problems(source: str) -> list[str]:
-    """What is wrong with a model's folder; nothing where the source is none."""
+    """Return the errors of a model's folder; empty if the source is not a folder."""
     return model_files.problems(Path(source)) if Path(source).is_dir() and not source.startswith("wheel:") else []
 
 
@@ -374,12 +384,12 @@ def _lora_problems(source: str, lora: Lora) -> list[str]:
     try:
         path = Path(wheel_file(source.removeprefix("wheel:"))[1] if source.startswith("wheel:") else source)
     except PrerequisiteError:
-        return []  # said where its stage is built
+        return []  # reported where the model's stage is built
     return model_files.lora_problems(path, lora) if path.exists() else []
 
 
 def source_problem(source: str, revision: str | None) -> str | None:
-    """What is wrong with where a model comes from."""
+    """Return what is wrong with a model's `source` and `revision`; None if nothing is."""
     is_hub = not source.startswith("wheel:") and not Path(source).is_dir()
     if is_hub and (source.startswith((".", "/")) or source.count("/") != 1):
         what = "is a file" if Path(source).is_file() else "is no folder, no 'wheel:PACKAGE' and no hub id"
@@ -392,8 +402,8 @@ def source_problem(source: str, revision: str | None) -> str | None:
 
 
 def _unknown_metrics(sweep: Sweep, measured: Sequence[metrics.Metric]) -> list[str]:
-    """Metrics of the objective that validation prompts do not give, or of which another end is the better one: unknown ones,
-    and those that a search would have to read test prompts for."""
+    """Errors for metrics of the objective: unknown ones, those measured on test prompts only (which no search may read), and
+    those whose better end does not fit where they are used."""
     of_task = {task.task: metrics.of_task(find(task.task, sweep.data)) for task in sweep.tasks}
     asked = {metric.name: metric for metric in measured}
     known = asked | {name: metric for found in of_task.values() for name, metric in found.items()}
@@ -421,6 +431,7 @@ def _unknown_metrics(sweep: Sweep, measured: Sequence[metrics.Metric]) -> list[s
 
 
 def space_errors(method: type[methods.Method], chosen: Method, config: Any, sampler: str = "tpe") -> list[str]:
+    """Return the errors of a method's search space: unknown names, wrong forms, and ends that its config refuses."""
     space = space_of(chosen) or {}
     known = method.Config.model_fields
     unknown = [name for name in space if name not in known]
@@ -430,7 +441,7 @@ def space_errors(method: type[methods.Method], chosen: Method, config: Any, samp
             f"search.{name}: is no hyperparameter of {chosen.name}.{near(name, known)} It has: {names}"
             for name in unknown
         ]
-    errors = space_check(space, None if sampler == "grid" else config.model_dump(mode="json"))  # no trial of its own
+    errors = space_check(space, None if sampler == "grid" else config.model_dump(mode="json"))  # grid: no default trial
     for name, form in space.items() if not errors else ():
         ends = form if isinstance(form, list) else [form["low"], form["high"]]  # type: ignore[index]
         for value in ends:

@@ -1,22 +1,25 @@
-"""Which methods a table may call different, or alike: declared contrasts of the methods of one table block. Pure.
+"""Contrasts: which methods of one table block may be called different, or alike. Pure functions.
 
-A contrast is the mean difference of two methods over the seeds both have (same alignment, data order, poison and
-initialisation) and the prompts both answered, with the variance of both (`crossed.crossed`): it is to hold for other seeds
-and for other prompts of the same kind. With one common seed there is none: another seed may turn any order around.
+A contrast is the mean difference of two methods, over the seeds that both have (same alignment, data order, poison and
+initialisation) and the prompts that both answered. Its variance has a part from seeds and a part from prompts
+(`crossed.crossed`), because the claim must hold for other seeds and for other prompts of the same kind. With one common seed
+there is no contrast, since another seed may reverse the order of the methods.
 
-Two families for each model, task, poison ratio and metric, each held at .05 by Holm's procedure (familywise, so that one
-false claim anywhere in a family is as rare as one in a single test):
+There are two families of tests for each model, task, poison ratio and metric. Holm's procedure keeps the familywise error
+of each at .05: one false claim anywhere in a family is as rare as a false claim of a single test.
 
-- `sft`: every other method against sft, a reference that was named before any result;
-- `best`: every method against the best one. Which one is best is read from the same data, and testing only against the
-  winner would pick the largest of many chance differences. So the family is *all pairs* of methods: whichever wins, its
-  contrasts are among those that were corrected for. This costs power, and is honest.
+- `sft`: every other method against sft, a reference that was named before any result.
+- `best`: every method against the best one. The best one is read from the same data, and tests against the winner alone
+  would pick the largest of many chance differences. So the family is *all pairs* of methods. It contains the contrasts of
+  any winner, so that they are corrected for. This costs power.
 
-"Differs": the two-sided test. "Alike": two one-sided tests within the metric's margin (for utility: at most that much below, a
-non-inferiority test), in which prompts that all answered alike still leave open how others would. They are separate
-families; a difference may be real and small, then both hold. Neither holding means that the data cannot tell. Where not
-one answer differs from what its prompt and seed let expect, no spread can be estimated, and p is that of a sign test over
-seeds: six are the fewest that can be marked then.
+"Differs" is the two-sided test. "Alike" is two one-sided tests within the metric's margin. For a metric of which more is
+better (utility) only the lower side is tested: a non-inferiority test. If the prompts seen were all answered alike, "alike"
+still allows for other prompts that would be answered differently (`Crossed.least`). The tests of "differs" and of "alike"
+are separate families. Both hold for a difference that is real and small. If neither holds, the data cannot tell.
+
+If no answer differs from what its prompt and seed predict, no spread can be estimated. p is then that of a sign test over
+seeds (over prompts, if there are fewer of them), and a difference can be marked from six seeds on.
 """
 
 from __future__ import annotations
@@ -33,8 +36,15 @@ Seeds = Mapping[int, Sequence[Outcome]]
 
 
 class Contrast(NamedTuple):
-    """`value`: mean of (this - other) over `num` common seeds, `low`, `high` its own 95 % interval (not corrected);
-    `p`, `p_alike` after Holm."""
+    """The difference of one method from another.
+
+    Attributes:
+        other: name of the other method.
+        num: number of common seeds.
+        value: mean of (this - other).
+        low, high: its own 95 % interval, not corrected for the family.
+        p, p_alike: of "differs" and "alike", as `contrasts` gives them corrected by Holm's procedure.
+    """
 
     other: str
     num: int
@@ -46,25 +56,29 @@ class Contrast(NamedTuple):
 
     @property
     def differs(self) -> bool:
-        """After Holm."""
+        """Whether the methods differ, after Holm's correction."""
         return self.p < ALPHA
 
     @property
     def alike(self) -> bool:
-        """Within the margin, after Holm."""
+        """Whether the difference lies within the metric's margin, after Holm's correction."""
         return self.p_alike < ALPHA
 
 
 def means(seeds: Seeds) -> dict[int, float]:
-    """The macro mean of each seed that has a parsed outcome."""
+    """Return the macro mean of each seed that has a parsed outcome."""
     found = {seed: macro(outcomes) for seed, outcomes in seeds.items()}
     return {seed: value for seed, value in found.items() if value is not None}
 
 
 def contrasts(name: str, methods: Sequence[tuple[str, Seeds]]) -> list[dict[str, Contrast]]:
-    """Per method, in order: its contrasts in a metric by family, `sft` and `best`. Methods are (name, their outcomes by seed).
+    """Return each method's contrasts in a metric, by family (`sft`, `best`), in the order of `methods`.
 
-    A method without a second seed in common with the other one has no contrast with it, nor has a method with itself.
+    Args:
+        name: of the metric.
+        methods: (name, outcomes by seed) of each method.
+
+    Two methods with fewer than two common seeds have no contrast. A method has none with itself.
     """
     metric, found = of(name), [dict[str, Contrast]() for _ in methods]
     names = [name for name, _ in methods]
@@ -79,8 +93,8 @@ def contrasts(name: str, methods: Sequence[tuple[str, Seeds]]) -> list[dict[str,
         sign = 1 if metric.better == "high" else -1
         best = max(repeated, key=lambda i: sign * sum(values[i].values()) / len(values[i]))
         pairs = [(i, j) for i in repeated for j in repeated if i < j]
-        # A pair stands once in its family, against the best from the other's side. Non-inferiority is one-sided, but the
-        # hypotheses of the two sides exclude each other: choosing the side by the data costs nothing.
+        # Each pair stands once in the family; a pair with the best method is (other - best). Non-inferiority is one-sided,
+        # but the null hypotheses of the two directions exclude each other, so choosing the direction by the data costs nothing.
         pairs = [(j, i) if i == best else (i, j) for i, j in pairs]
         for (i, j), contrast in _family(metric, methods, pairs).items():
             if j == best:
@@ -91,19 +105,23 @@ def contrasts(name: str, methods: Sequence[tuple[str, Seeds]]) -> list[dict[str,
 def _family(
     metric: Metric, methods: Sequence[tuple[str, Seeds]], pairs: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, int], Contrast]:
-    """Contrasts of the pairs that share two seeds or more, corrected together."""
+    """The contrasts of all pairs with two or more common seeds, corrected together."""
     every = {(i, j): contrast for i, j in pairs if (contrast := paired(metric, methods[i][1], *methods[j]))}
     return dict(zip(every, holm_adjusted(list(every.values())), strict=True))
 
 
 def holm_adjusted(family: Sequence[Contrast]) -> list[Contrast]:
-    """The contrasts of one family, both their p corrected by Holm's procedure."""
+    """Return the contrasts of one family with `p` and `p_alike` corrected by Holm's procedure, each on its own."""
     adjusted, adjusted_alike = holm([each.p for each in family]), holm([each.p_alike for each in family])
     return [each._replace(p=p, p_alike=alike) for each, p, alike in zip(family, adjusted, adjusted_alike, strict=True)]
 
 
 def paired(metric: Metric, mine: Seeds, other: str, theirs: Seeds) -> Contrast | None:
-    """Mine less theirs, not corrected. None with fewer than two seeds or prompts that both have."""
+    """Return the contrast mine - theirs, not corrected. None if they have fewer than two seeds or prompts in common.
+
+    Args:
+        other: the name of the method of `theirs`.
+    """
     shared = sorted(mine.keys() & theirs.keys())
     rows = difference([mine[seed] for seed in shared], [theirs[seed] for seed in shared])
     sets = {row["set"] for of_seed in rows for row in of_seed}
@@ -122,8 +140,11 @@ def paired(metric: Metric, mine: Seeds, other: str, theirs: Seeds) -> Contrast |
 
 
 def discordant(first: Seeds, second: Seeds) -> dict[int, dict[str, float]]:
-    """McNemar's counts and p on the same prompts, for each common seed: how two trained models differ. Descriptive only: it
-    says nothing of the methods. Outcomes that are not 0 or 1, or were not parsed for both, take no part."""
+    """Return McNemar's counts and p on the common prompts, for each common seed.
+
+    They describe how two trained models differ, and say nothing about the methods. Outcomes that are not 0 or 1, or that
+    were not parsed for both, are left out.
+    """
     found = {}
     for seed in sorted(first.keys() & second.keys()):
         mine, theirs = ({(o["set"], o["id"]): o["value"] for o in seeds[seed]} for seeds in (first, second))

@@ -1,8 +1,9 @@
-"""What a run would do, and for how long: stages that must run, are finished or are shared; hours of each kind; time left.
+"""What a run would do and how long it takes: which stages must run, are finished or are shared, hours by kind, time left.
 
-A stage's time is estimate.py's, corrected by what past stages took: by the median of measured over estimated among stages
-of its kind and method (or judge), else of its kind, the estimate itself (1) among them. Stages that wait for one engine
-overlap, so there the time in which any of them ran counts, against all their estimates.
+A stage's time is the estimate of estimate.py times a factor learnt from past stages. The factor is the median of measured /
+estimated time over stages of the same kind and method (or judge), or, without these, of the same kind. The value 1 (the
+estimate itself) counts as one more stage. Stages that wait for one engine overlap. For them the factor is the time in which
+any of them ran, divided by the sum of all their estimates.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from safecl.stages import load, names
 from safecl.store import Stage, Store, below
 
 Places = NDArray[np.int64]
-_LAST = 500  # stages of an engine that its pace is read from
-# The first stage that an engine finishes waited with others for it, and says little: estimates weigh as much as this.
+_LAST = 500  # an engine's pace is read from so many stages, the latest
+# The first stage that an engine finishes has waited for it together with others, so its time says little. The estimate
+# therefore counts like so many seconds of finished work.
 PRIOR_S = 30.0
 
 
 class Open(NamedTuple):
-    """A cell whose search goes on: so many trials it may still suggest, and then its final ones on these seeds."""
+    """A cell whose search goes on. The search may still suggest `num_trials` trials; then come the final trials, one on each
+    of `seeds`."""
 
     cell: Cell
     num_trials: int
@@ -37,8 +40,15 @@ class Open(NamedTuple):
 
 
 class Count(NamedTuple):
-    """Stages of one kind: how many must run, come with trials that a search has yet to suggest, are finished, and how often
-    one was needed again (shared). `hours` of all that are still to run."""
+    """Counts of the stages of one kind.
+
+    Attributes:
+        to_run: stages that must run.
+        later: stages of trials that a search has yet to suggest.
+        cached: stages that are finished in the store.
+        shared: uses beyond the first. A stage that three trials need counts 2 here.
+        hours: time of all stages that are still to run, those of `later` included.
+    """
 
     to_run: int
     later: int
@@ -48,8 +58,14 @@ class Count(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """`hours`: until all is finished, on this machine. `states_gib`: of hidden states that will be written (LwF's teacher,
-    DER's memory); `disk_gib`: of these and of weights, beside which the rest of a store is small."""
+    """What a run takes.
+
+    Attributes:
+        kinds: counts by kind of stage.
+        hours: time until everything is finished, on this machine.
+        states_gib: GiB of hidden states that will be written (LwF's teacher, DER's memory).
+        disk_gib: GiB of hidden states and of weights that will be written. The rest of a store is small beside these.
+    """
 
     kinds: dict[str, Count]
     hours: float
@@ -58,8 +74,10 @@ class Cost(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """Estimates against records, in seconds: of stages of one kind that this store holds; all that need an engine are one
-    kind, and recorded of them is how long any was under way."""
+    """Estimated and recorded seconds of the `num` stages of one kind that this store holds.
+
+    All stages that need an engine count as one kind. Their recorded time is the time in which at least one of them ran.
+    """
 
     num: int
     estimated_s: float
@@ -67,16 +85,18 @@ class Checked(NamedTuple):
 
 
 def missing(targets: Iterable[Stage], store: Store) -> list[Stage]:
-    """The stages that must run, inputs first, so that every target is finished. A finished stage's inputs are not
-    needed: they may have been pruned."""
+    """Return the stages that must run so that every target is finished, inputs first.
+
+    Inputs of a finished stage are not needed, and may have been pruned from the store.
+    """
     return below(targets, store.listed())
 
 
 class Forecast:
-    """Seconds of stages on this machine, corrected by what past ones took."""
+    """Predicts the seconds of stages on this machine, corrected by what past stages took."""
 
     def __init__(self, store: Store, execution: Execution, estimator: Estimator, learns: bool = True) -> None:
-        """`learns`: from the records of the store; without, estimates are of other machines."""
+        """`learns`: learn from the records of the store. False for estimates of other machines."""
         self.store, self.execution, self.estimator = store, execution, estimator
         self._ratios: dict[tuple[str, str], list[float]] = {}  # measured / estimated
         self._of_kind: dict[str, list[float]] = {}
@@ -90,18 +110,18 @@ class Forecast:
             self._learn_from_store()
 
     def seconds(self, stage: Stage) -> float:
-        """How long a stage will take: of one that needs an engine, how long it adds to the engine's work."""
+        """Return the seconds that a stage will take. For a stage that needs an engine: the seconds of work that it adds to it."""
         estimate = self.estimator(stage)
         return estimate.seconds * self.factor(estimate)
 
     def finished(self, stages: Iterable[tuple[Stage, float]], now: float) -> None:
-        """Learn from stages of this run: each with the seconds it took; they ended at `now`."""
+        """Learn from stages of this run. Each comes with the seconds it took; all ended at `now` (seconds since the epoch)."""
         for stage, seconds in stages:
             self._learn(self.estimator(stage), now - seconds, now)
         self._settle()
 
     def factor(self, estimate: Estimate) -> float:
-        """What the records so far say to multiply an estimate with."""
+        """Return the number by which the estimate must be multiplied, learnt from the records so far."""
         if estimate.on_engine:
             return self._engine_ratio
         group = estimate.group
@@ -111,7 +131,7 @@ class Forecast:
         return self._factors[group]
 
     def todo(self, stages: Sequence[Stage]) -> list[Todo]:
-        """Stages that must all be run, inputs first, as `Remaining` takes them."""
+        """Return stages that must all be run, inputs first, in the form that `Remaining` takes."""
         keys = {stage.key for stage in stages}
         return [
             Todo(stage, self.estimator(stage), tuple([s.key for s in stage.inputs.values() if s.key in keys]))
@@ -152,7 +172,7 @@ class Forecast:
         self._settle()
 
     def _remembered(self, record: dict[str, Any]) -> Stage | None:
-        """A stage of the store, with as much of its inputs as an estimate reads; None where those were pruned."""
+        """A stage of the store with the inputs that an estimate reads; None if one of these was pruned."""
         inputs = {}
         for name in record["inputs"]:
             if name.partition(".")[0] in load(record["kind"]).reads:
@@ -177,7 +197,7 @@ class Forecast:
 
 
 def busy(intervals: Iterable[tuple[float, float, float]]) -> float:
-    """Seconds in which at least one of these (began, ended, ...) was under way."""
+    """Return the seconds in which at least one of these intervals (began, ended, ...) was under way."""
     total, until = 0.0, float("-inf")
     for began, ended, _ in sorted(intervals):
         total += max(0.0, ended - max(began, until))
@@ -186,7 +206,7 @@ def busy(intervals: Iterable[tuple[float, float, float]]) -> float:
 
 
 class Todo(NamedTuple):
-    """A stage to be run, with the keys of those inputs that must be run before it."""
+    """A stage to be run. `needs`: keys of the inputs that must be run before it."""
 
     stage: Stage
     estimate: Estimate
@@ -194,8 +214,15 @@ class Todo(NamedTuple):
 
 
 class Remaining:
-    """Stages still to be run, inputs first, and trials that searches have yet to suggest, as time. `slots`: how many
-    stages compute at once. `finish` and `settle` follow a run; of thousands of stages each is a matter of milliseconds."""
+    """The time of stages still to be run and of trials that searches have yet to suggest.
+
+    `finish` and `settle` follow a run. Each takes milliseconds for thousands of stages.
+
+    Args:
+        todo: the stages, inputs first.
+        open_cells: cells whose search goes on.
+        slots: how many stages compute at once.
+    """
 
     def __init__(self, forecast: Forecast, todo: Sequence[Todo], open_cells: Sequence[Open], slots: int) -> None:
         self.forecast, self.slots = forecast, slots
@@ -213,20 +240,20 @@ class Remaining:
         self.settle(open_cells)
 
     def finish(self, keys: Iterable[str]) -> None:
-        """These are done."""
+        """Mark these stages as done."""
         for key in keys:
             if (place := self._at.get(key)) is not None:
                 self._left[place] = False
 
     def settle(self, open_cells: Sequence[Open]) -> None:
-        """Count anew what is left, by what the forecast has learnt since."""
+        """Count what is left again, with what the forecast has learnt since."""
         self.kinds: dict[str, float] = defaultdict(float)  # seconds by kind
-        self.later: Counter[str] = Counter()  # stages by kind of trials that are not suggested yet
-        self._engine = 0.0  # of `kinds`, what engines do
+        self.later: Counter[str] = Counter()  # stages of trials that are not suggested yet, by kind
+        self._engine = 0.0  # the seconds of `kinds` that engines work
         left, factors = self._left, np.array([self.forecast.factor(item.estimate) for item in self._groups])
         seconds = self._estimated * factors[self._group] * left if len(left) else self._estimated
-        waits = np.zeros(len(left))  # seconds of the longest chain of stages that waits for one
-        is_first = left.copy()  # waits for none
+        waits = np.zeros(len(left))  # seconds of the longest chain of stages that waits for a stage
+        is_first = left.copy()  # whether it waits for no other stage
         for stages, others in self._steps:
             np.maximum.at(waits, others, (waits + seconds)[stages] * left[stages])
             is_first[stages[left[others]]] = False
@@ -237,12 +264,13 @@ class Remaining:
         first = np.flatnonzero(is_first)
         chains = (waits + seconds)[first]
         order = np.argsort(-chains)
-        # Of those that wait for none: the longest chain begins with one of them.
+        # Only of stages that wait for no other: the longest chain begins with one of them.
         self._waits, self._chains = waits, list(zip(chains[order].tolist(), first[order].tolist(), strict=True))
         self._later_s = max((self._open(cell) for cell in open_cells), default=0.0)
 
     def _open(self, cell: Open) -> float:
-        """Adds a cell's trials to come; gives the seconds of the chain they make: batch after batch, then the finals."""
+        """Add the trials that a cell still gets to the counts. Returns the seconds of their chain: the search's trials, batch
+        after batch, then the longest final trial."""
         first = cell.cell.trial({}).own
         finals = [cell.cell.job({}, seed, "final").own for seed in cell.seeds]
         for stages, num in ((first, cell.num_trials), *((own, 1) for own in finals)):
@@ -261,8 +289,13 @@ class Remaining:
         return max(ends.values(), default=0.0)
 
     def seconds(self, running: Mapping[str, tuple[float, float | None]], boot_s: float = 0.0) -> float:
-        """Until all is finished. `running`: of stages under way, how long already, and how long still at their own pace
-        where that is known; `boot_s`: until an engine can answer."""
+        """Return the seconds until everything is finished.
+
+        Args:
+            running: by key of a stage under way, (seconds since it began, seconds left at its own pace). None as the second
+                where the pace is not known.
+            boot_s: seconds until an engine can answer.
+        """
         engine, compute, longest = self._engine, sum(self.kinds.values()) - self._engine, 0.0
         for key, (age, left) in running.items():
             place = self._at.get(key)
@@ -272,7 +305,7 @@ class Remaining:
             whole = self.forecast.seconds(item.stage)
             left = max(whole - age, 0.1 * whole) if left is None else max(left, 0.0)
             if item.estimate.on_engine:
-                engine -= whole - min(whole, left)  # its own pace counts the others' turns
+                engine -= whole - min(whole, left)  # its own pace includes the engine's work for other stages
             else:
                 compute += left - whole
             longest = max(longest, left + float(self._waits[place]))
@@ -282,14 +315,18 @@ class Remaining:
         if self._engine:
             engine += boot_s
         local_cpu = not self.forecast.execution.use_gpu and self.forecast.execution.address == "local"
-        shared = compute + (engine if local_cpu else 0.0)  # there the engine computes on the same cores
+        shared = compute + (engine if local_cpu else 0.0)  # on a local CPU the engine computes on the same cores
         return max(longest + self._later_s, engine, shared / self.slots, 0.0)
 
 
 def _steps(needs: Sequence[Sequence[int]]) -> list[tuple[Places, Places]]:
-    """(stages, those they wait for) in pairs, in an order in which a stage comes as the first of a pair once it has come as
-    the second of all of its own. `needs`: places of what each waits for, all before it."""
-    depth = [0] * len(needs)  # how many stages at most wait for one, in a row
+    """Pairs (stages, stages that these wait for), in batches. A stage is the first of a pair only in a later batch than all
+    pairs in which it is the second.
+
+    Args:
+        needs: for each stage the places of the stages it waits for. All of them come before it.
+    """
+    depth = [0] * len(needs)  # number of stages in the longest chain that waits for this stage
     pairs: dict[int, tuple[list[int], list[int]]] = {}
     for place in range(len(needs) - 1, -1, -1):
         stages, others = pairs.setdefault(depth[place], ([], []))
@@ -301,13 +338,14 @@ def _steps(needs: Sequence[Sequence[int]]) -> list[tuple[Places, Places]]:
 
 
 def rounds(cell: Open, execution: Execution) -> int:
-    """How many of a cell's trials to come wait for one another. Those that fill a batch begun run beside it."""
+    """Return how many batches of a cell's remaining trials run one after the other. Trials that fill a batch which has already
+    begun run beside it."""
     at_once, num = min(cell.cell.at_once, execution.num_trials_at_once), cell.cell.num_trials
     return -(-num // at_once) - -(-(num - cell.num_trials) // at_once)
 
 
 def slots(execution: Execution, num_devices: int) -> int:
-    """How many finetunes compute at once on so many CPUs (GPUs): the trainers there are (trainers.py)."""
+    """Return how many finetunes compute at once on `num_devices` CPUs (GPUs): the number of trainers (trainers.py)."""
     engines = execution.num_candidate_engines + execution.num_judge_replicas if execution.use_gpu else 0
     return max(1, min((num_devices - engines) // execution.num_workers, execution.num_trials_at_once))
 
@@ -320,7 +358,12 @@ def cost(
     num_devices: int,
     instruments: Sequence[Stage] = (),
 ) -> Cost:
-    """What running these jobs and the searches still open would take, with the stages that measure the judges."""
+    """Return what these jobs and the searches still open take.
+
+    Args:
+        num_devices: GPUs, or CPUs without `use_gpu`.
+        instruments: stages that measure the judges.
+    """
     targets: list[Stage] = list(instruments)
     tops = list(instruments[-1:])
     for job in jobs:
@@ -346,10 +389,10 @@ def cost(
 
 
 def _uses(tops: Iterable[Stage]) -> tuple[dict[str, Stage], Counter[str]]:
-    """All stages at or below these, and for how many of them each is needed."""
+    """All stages at or below `tops`, and for how many of the tops each stage is needed."""
     stages: dict[str, Stage] = {}
     uses: Counter[str] = Counter()
-    below: dict[str, frozenset[str]] = {}  # of what was met again: most of a trial is shared, and counted as a whole
+    below: dict[str, frozenset[str]] = {}  # of stages met again: most of a trial is shared, and is counted as a whole
 
     def all_below(stage: Stage) -> frozenset[str]:
         if stage.key not in below:
@@ -357,7 +400,7 @@ def _uses(tops: Iterable[Stage]) -> tuple[dict[str, Stage], Counter[str]]:
         return below[stage.key]
 
     def visit(stage: Stage, found: set[str]) -> None:
-        """Of what was not met yet."""
+        """Collect the stages below one that was not met before."""
         for other in stage.inputs.values():
             key = other.key
             if key not in found:

@@ -1,13 +1,16 @@
-"""Seeds crossed with prompts: a mean over both, its variance and interval. Pure; numpy and scipy are imported inside functions.
+"""The mean of outcomes over seeds and prompts, with its variance and interval.
 
-What a table says of a *method* must survive other seeds (alignment, data order, poison draw, initialisation) *and* other
-prompts of the same kind, and every seed answered the same prompts: seeds and prompts are crossed. So the variance of a
-mean has a part from seeds and a part from prompts (`Crossed`), and an interval squares and adds their half-widths. One
-seed alone says how well one trained model was measured, no more. Near-duplicate prompts (a cluster) are one prompt.
+All functions are pure. numpy and scipy are imported inside functions.
 
-An outcome is one line of outcomes.jsonl: `{"set": str, "id": str, "value": 0|1|float|None, "cluster": str}`; None
-(unparsed) takes no part here and is counted elsewhere. Where several guards judged, `votes` holds what each of them said,
-in a fixed order: how far they part is a third part of the variance.
+What a table says about a *method* must hold for other seeds (alignment, data order, poison draw, initialisation) *and* for
+other prompts of the same kind. Every seed answered the same prompts: seeds and prompts are crossed. So the variance of a
+mean has a part from seeds and a part from prompts (`Crossed`). The squared half-width of an interval is the sum of the
+parts' squared half-widths. One seed alone shows only how precisely one trained model was measured. Near-duplicate prompts
+form a cluster, which counts as one prompt.
+
+An outcome is one line of outcomes.jsonl: `{"set": str, "id": str, "value": 0|1|float|None, "cluster": str}`. The value None
+(unparsed) is left out here and counted elsewhere. If several guards judged, `votes` holds the value that each of them gave,
+in a fixed order. The variance between guards is then a third part.
 """
 
 from __future__ import annotations
@@ -25,12 +28,15 @@ if TYPE_CHECKING:
 
 Outcome = Mapping[str, Any]
 _NO_SPREAD = 1e-18  # variances of fractions that are equal but for rounding
-_FLOOR = 1.96**2  # prompts (half of them for each side) that may differ where none of those seen did: Wilson's z^2
+_FLOOR = 1.96**2  # if all prompts seen were alike, so many others (half on each side) may still differ: Wilson's z^2
 
 
 class _Set(NamedTuple):
-    """Of one set: sums and numbers of values over seeds S and clusters C (a prompt without `cluster` is its own), and
-    `votes_GS`: each guard's mean by seed; None where one judge decided."""
+    """The outcomes of one set, with axes S (seeds), C (clusters; a prompt without `cluster` is one of its own), G (guards).
+
+    `sums_SC` and `counts_SC`: sum and number of the values of each cell. `votes_GS`: each guard's mean by seed; None if one
+    judge decided.
+    """
 
     sums_SC: NDArray[np.float64]
     counts_SC: NDArray[np.float64]
@@ -42,8 +48,8 @@ class _Set(NamedTuple):
         return found
 
     def deviations(self, centre: float | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """What each cluster, and each cell beyond its cluster, adds to the mean's distance from `centre` (the seed's own
-        mean). Counts are weights, so cells that could not be read are left out."""
+        """What adds to the mean's distance from `centre` (default: each seed's own mean): (of each cluster, of each cell beyond
+        its cluster), of shapes C and SC. Counts are weights, so cells without a parsed value add nothing."""
         at_S1 = self.means_S[:, None] if centre is None else centre
         of_cell_SC = (self.sums_SC - at_S1 * self.counts_SC) / self.counts_SC.sum(axis=1, keepdims=True)
         own_SC = (self.sums_SC - self.means_S[:, None] * self.counts_SC) / self.counts_SC.sum(axis=1, keepdims=True)
@@ -51,7 +57,7 @@ class _Set(NamedTuple):
 
     @property
     def cells(self) -> float:
-        """Squared standard error of the mean from cells alone: the noise that both other parts hold."""
+        """Squared standard error of the mean from single cells alone. The parts of seeds and of prompts both contain it."""
         (num_seeds, num), (_, own_SC) = self.sums_SC.shape, self.deviations()
         if num_seeds < 2 or num < 2:
             return 0.0
@@ -59,7 +65,7 @@ class _Set(NamedTuple):
 
 
 def _sets(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, _Set]:
-    """`outcomes[s]` are the rows of seed s. Raises ValueError for a set that a seed has nothing of."""
+    """The sets by name. `outcomes[s]` are the rows of seed s. Raises ValueError if a seed has no parsed outcome of a set."""
     import numpy as np
 
     places: dict[str, dict[str, int]] = {}
@@ -98,15 +104,21 @@ def _sets(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, _Set]:
 
 
 def macro(outcomes: Sequence[Outcome]) -> float | None:
-    """Mean over sets of the mean over prompts, of one seed; None without a parsed outcome."""
+    """Return the mean over sets of the mean over prompts, for one seed; None without a parsed outcome."""
     sets = _sets([outcomes])
     return sum(float(each.means_S[0]) for each in sets.values()) / len(sets) if sets else None
 
 
 class Crossed(NamedTuple):
-    """A mean over seeds, prompts and guards with its squared standard errors: `seeds`, `prompts` and `guards`, each with its
-    degrees of freedom, those that there are two of. `num`: the smaller number of seeds and prompts behind it. `least`: what
-    the prompts' part is at least where prompts all alike leave open how others would be (`_FLOOR` of them may differ)."""
+    """A mean over seeds, prompts and guards, with the parts of its variance.
+
+    Attributes:
+        mean: the mean.
+        seeds, prompts, guards: (squared standard error, degrees of freedom) of each part; None with fewer than two units.
+        num: the number of seeds or of prompts, whichever is smaller.
+        least: lower bound for the prompts' part (used by `floored`). Prompts that were all alike do not show that others
+            would be: `_FLOOR` of them may differ.
+    """
 
     mean: float
     seeds: tuple[float, float] | None
@@ -120,7 +132,7 @@ class Crossed(NamedTuple):
         return tuple(part for part in (self.seeds, self.prompts, self.guards) if part is not None)
 
     def floored(self) -> Crossed:
-        """With at least that part from prompts."""
+        """Return the same mean with the prompts' part raised to `least` if it is smaller."""
         if self.prompts is None:
             return self
         return self._replace(prompts=(max(self.prompts[0], self.least), self.prompts[1]))
@@ -130,14 +142,17 @@ class Crossed(NamedTuple):
         return any(variance > _NO_SPREAD for variance, _ in self.parts)
 
     def half(self, level: float) -> float:
-        """Half-width of the two-sided interval of that level."""
+        """Return the half-width of the two-sided interval of this level, as 0.95."""
         from scipy.special import stdtrit  # scipy.stats takes a second to import
 
         return math.sqrt(sum(float(stdtrit(df, (1 + level) / 2)) ** 2 * variance for variance, df in self.parts))
 
     def tail(self, distance: float) -> float:
-        """One-sided p of a mean that lies `distance` on the right side of what is tested: the level at which the interval
-        just reaches it. Without any spread the sign test's (1/2 to the number of units): a t test would be certain."""
+        """Return the one-sided p of a mean that lies `distance` beyond the tested value, on the side of the alternative.
+
+        p is the level at which the interval just reaches the tested value. Without any spread a t test would give p = 0, so
+        that p is a sign test's, 1/2 to the power of `num`.
+        """
         if distance <= 0:
             return 0.5 if distance == 0 else 1 - self.tail(-distance)
         if not self.has_spread:
@@ -150,14 +165,20 @@ class Crossed(NamedTuple):
 
 
 def crossed(outcomes: Sequence[Sequence[Outcome]]) -> Crossed | None:
-    """The mean over seeds of the macro mean, and where its variance comes from. `outcomes[s]` are the rows of seed s. None
-    without a parsed outcome.
+    """Return the mean over seeds of the macro mean, with the parts of its variance. None without a parsed outcome.
 
-    Seeds S and clusters C: V_S = var of seed means / S, V_C = var of cluster means / C, V_E the share of both that is the
-    cells' own noise. The seeds' part is max(V_S, V_E), the prompts' max(V_C - V_E, 0), so that the noise counts once
-    (Cameron, Gelbach and Miller 2011 subtract it likewise) and the part with few degrees of freedom is never below what
-    many say it is at least; each is taken with Student's t of its own degrees of freedom, half-widths squared and added
-    (as MOVER does). Picked by simulation among six: see `tests/test_crossed.py`. Sets add up, their prompts are others.
+    With S seeds and C clusters: V_S = variance of seed means / S, V_C = variance of cluster means / C, and V_E = the cells'
+    own noise, which both contain. The seeds' part is max(V_S, V_E) and the prompts' part is max(V_C - V_E, 0). So the noise
+    counts once (Cameron, Gelbach and Miller 2011 subtract it in the same way). The seeds' part has few degrees of freedom,
+    and V_E, estimated from many cells, is its lower bound. Each part gets Student's t of its own degrees of freedom, and the
+    squared half-widths are added (as MOVER does). This rule was chosen among six by simulation (`tests/test_crossed.py`).
+    Different sets have different prompts, so their variances from prompts add up.
+
+    Args:
+        outcomes: `outcomes[s]` are the rows of seed s.
+
+    Raises:
+        ValueError: a seed has no parsed outcome of a set that another seed has, or a value is not finite.
     """
     sets = _sets(outcomes)
     return _crossed(sets) if sets else None
@@ -191,8 +212,10 @@ def _crossed(sets: Mapping[str, _Set]) -> Crossed:
 
 
 def components(outcomes: Sequence[Sequence[Outcome]]) -> tuple[float, float, float]:
-    """Variances of single units behind a mean of two seeds or more, all sets taken as one: between seeds, between prompts
-    (clusters), and of one cell."""
+    """Return the variances of single units: (between seeds, between prompts or clusters, of one cell).
+
+    All sets are taken as one. Needs two seeds or more. `outcomes[s]` are the rows of seed s.
+    """
     [whole] = _sets(
         [[{**row, "set": "", "cluster": f"{row['set']}: {row['cluster']}"} for row in of_seed] for of_seed in outcomes]
     ).values()
@@ -203,7 +226,7 @@ def components(outcomes: Sequence[Sequence[Outcome]]) -> tuple[float, float, flo
 
 
 def _guards(sets: Mapping[str, _Set]) -> tuple[float, float] | None:
-    """The part of the variance that comes from which guards judged."""
+    """(squared standard error, degrees of freedom) from which guards judged; None if a set has no votes, or the numbers of guards differ."""
     means = [each.votes_GS.mean(axis=1) for each in sets.values() if each.votes_GS is not None]
     if len(means) < len(sets) or len({len(means_G) for means_G in means}) > 1:
         return None
@@ -212,7 +235,13 @@ def _guards(sets: Mapping[str, _Set]) -> tuple[float, float] | None:
 
 
 def difference(first: Sequence[Sequence[Outcome]], second: Sequence[Sequence[Outcome]]) -> list[list[dict[str, Any]]]:
-    """`first - second` as outcomes, seed by seed: prompts that could be read for both, votes guard by guard."""
+    """Return `first - second` as outcomes, seed by seed, for the prompts that were parsed for both.
+
+    Votes are subtracted guard by guard; they are empty if the two had different numbers of guards.
+
+    Raises:
+        ValueError: the two have different numbers of seeds.
+    """
     if len(first) != len(second):
         raise ValueError(f"difference: expected the same seeds, got {len(first)} and {len(second)}")
     found = []
@@ -243,12 +272,18 @@ def _minus(first: Outcome, second: Outcome) -> list[float]:
 
 
 def intervals(outcomes: Sequence[Sequence[Outcome]], confidence: float = 0.95, bounded: bool = True) -> Interval | None:
-    """Value and interval of one metric as a table prints them. `outcomes[s]` are its rows of seed s; None if empty.
+    """Return the value and interval of one metric, as a table prints them. None without a parsed outcome.
 
-    `bounded`: values are in [0, 1]. Then the prompts' part is Wilson's interval, set by set, with as many prompts as would give
-    the variance seen (`_wilson_set`). It stays inside [0, 1], has width at its ends (0 of 40 prompts in every seed is Wilson's
-    0 of 40) and grows with whatever spread is added. The parts of seeds and guards are Student's, squared and added, and cut to
-    [0, 1]. With one seed there are prompts (and guards) only. Not bounded: all parts are Student's (`crossed`).
+    If `bounded`, the prompts' part is Wilson's interval, set by set, with the number of prompts that would give the variance
+    seen (`_wilson_set`). It stays inside [0, 1] and has a width also at 0 and 1 (0 of 40 prompts in every seed gives Wilson's
+    interval for 0 of 40). It grows with any spread that is added. The parts of seeds and guards use Student's t. Squared
+    half-widths are added, and the interval is cut to [0, 1]. With one seed there are only the parts of prompts and guards.
+    If not `bounded`, all parts use Student's t (`crossed`).
+
+    Args:
+        outcomes: `outcomes[s]` are the metric's rows of seed s.
+        confidence: level of the two-sided interval.
+        bounded: whether values are in [0, 1].
     """
     if not (sets := _sets(outcomes)):
         return None
@@ -264,9 +299,9 @@ def intervals(outcomes: Sequence[Sequence[Outcome]], confidence: float = 0.95, b
 
 
 def _wilson_set(of_set: _Set, confidence: float) -> Interval:
-    """Wilson's interval of a set over prompts, from the variance that its clusters show beside z^2 / 2 prompts that all
-    answer 1 and as many that all answer 0: what Wilson's centre adds (Agresti and Coull 1998). Separate prompts of one
-    seed give Wilson's own interval exactly."""
+    """Wilson's interval of one set over prompts. The variance is that of the set's clusters together with z^2 / 2 prompts of
+    value 1 and z^2 / 2 prompts of value 0, which Wilson's centre adds (Agresti and Coull 1998). With one seed and no
+    clusters of several prompts this is exactly Wilson's own interval."""
     num, z = of_set.sums_SC.shape[1], NormalDist().inv_cdf((1 + confidence) / 2)
     value = min(1.0, max(0.0, float(of_set.means_S.mean())))
     centre = (value * num + z * z / 2) / (num + z * z)
