@@ -226,7 +226,8 @@ def components(outcomes: Sequence[Sequence[Outcome]]) -> tuple[float, float, flo
 
 
 def _guards(sets: Mapping[str, _Set]) -> tuple[float, float] | None:
-    """(squared standard error, degrees of freedom) from which guards judged; None if a set has no votes, or the numbers of guards differ."""
+    """(squared standard error, degrees of freedom) of the part from guards; None if a set has no votes, or if the sets' numbers
+    of guards differ."""
     means = [each.votes_GS.mean(axis=1) for each in sets.values() if each.votes_GS is not None]
     if len(means) < len(sets) or len({len(means_G) for means_G in means}) > 1:
         return None

@@ -1,5 +1,5 @@
-"""A data file as a model will see it: its format, three rows with every special token, lengths, the roles it can fill, and all
-that is wrong with it. For `safecl doctor --data` and `safecl init`; nothing is run."""
+"""Show a data file as a model will see it: its format, three rows with every special token, lengths in tokens, the roles that
+it can fill, and every error in it. For `safecl doctor --data` and `safecl init`. Runs no model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safecl.tasks._written import MAX_PROBLEMS
 from safecl.templates import settled
 from safecl.training.tokens import Tokenizer, encode, encode_prompts, least_tokens
 
-# What people call the fields of a format, the format's own name first.
+# Usual names for the fields of each format; the format's own name comes first.
 _NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "messages": {"messages": ("messages", "dialogue", "dialog", "chat")},
     "sharegpt": {"conversations": ("conversations", "conversation")},
@@ -27,13 +27,20 @@ _NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "response": ("response", "answer", "output", "completion", "reply", "target", "assistant"),
     },
 }
-_MAX_CHOICES = 12  # distinct answers of a file that are labels
+_MAX_CHOICES = 12  # a file with more distinct answers than this does not hold labels
 _NO_LIMIT = 1 << 20  # tokens
 
 
 class Lengths(NamedTuple):
-    """Tokens of the rows, prompt and answer together, at 50, 90, 99 and 100 %; `prompt`: likewise of the prompts alone. Of
-    the rows `too_long` would be left out at `max_tokens`, and `cut` lose the beginning of their request."""
+    """Lengths of the rows in tokens.
+
+    Attributes:
+        all: of prompt and answer together, at 50, 90, 99 and 100 % of the rows.
+        prompt: the same for the prompts alone.
+        max_tokens: the longest row that is trained on.
+        too_long: number of rows that are left out, because their answer does not fit into `max_tokens`.
+        cut: number of rows that lose the beginning of their request.
+    """
 
     all: tuple[int, int, int, int]
     prompt: tuple[int, int, int, int]
@@ -43,8 +50,17 @@ class Lengths(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What is to be known of a data file. `data`: the entry of a sweep file that reads it; None where its format is not
-    known. `roles`: that it can fill, and what it lacks for the others. `shown`: three rows as text."""
+    """What `look` found in a data file.
+
+    Attributes:
+        data: the entry of a sweep file that reads it; None if its format is not known.
+        num_records, num_rows: entries of the file, and rows that they give.
+        roles: by role "" if the file can fill it, else what it lacks.
+        problems, notes: errors, and things to know, a line each.
+        shown: up to three rows as text.
+        template: the model's template and why it was chosen; "" without a model.
+        lengths: None without a model.
+    """
 
     data: Data | None
     num_records: int
@@ -58,12 +74,17 @@ class Seen(NamedTuple):
 
 
 def look(file: Path, format: str | None = None, model: Model | None = None, max_tokens: int = 512) -> Seen:
-    """Look through a file. What is wrong with it is in `problems`, a line each.
+    """Read a data file and return what a model would see of it. Errors in its records are in `problems`, a line each.
+
+    Args:
+        format: messages, sharegpt, alpaca or prompt_response; None: found from the names of the fields.
+        model: the model whose template and tokenizer show the rows; None: rows are shown as plain text, without lengths.
+        max_tokens: the longest row that is trained on.
 
     Raises:
-        ConfigError: there is no such file or format, the file cannot be read at all, or the model's template does not go
-            with its tokenizer.
-        PrerequisiteError: the model's tokenizer cannot be had.
+        ConfigError: there is no such file or format, the file cannot be read at all, or the model's template does not fit
+            its tokenizer.
+        PrerequisiteError: the model's tokenizer is not here and cannot be fetched.
     """
     if not file.is_file() or not file.name.lower().endswith(_files.SUFFIXES):
         what = "is none of these" if file.is_file() else "is a folder" if file.is_dir() else "is not there"
@@ -102,7 +123,7 @@ def look(file: Path, format: str | None = None, model: Model | None = None, max_
 
 
 def entry(file: Path, records: Sequence[Record], format: str | None = None) -> Data | None:
-    """The entry of a sweep file that reads these records, by the names of their fields; None where they are of no format."""
+    """Return the entry of a sweep file that reads these records, found from the names of their fields; None if no format fits."""
     fields = {name for record in records[:100] for name in record}
     for form, columns in _NAMES.items():
         if format is not None and form != format:
@@ -125,7 +146,7 @@ def entry(file: Path, records: Sequence[Record], format: str | None = None) -> D
 
 
 def _asks_only(records: Sequence[Record], form: str, name: str) -> bool:
-    """Whether these dialogues hold no answer."""
+    """Whether these dialogues hold requests and no answer."""
     who = "from" if form == "sharegpt" else "role"
     turns = [turn for record in records[:100] if isinstance(record.get(name), list) for turn in record[name]]
     said = {_written.SPEAKERS.get(str(turn.get(who))) for turn in turns if isinstance(turn, dict)}
@@ -133,8 +154,11 @@ def _asks_only(records: Sequence[Record], form: str, name: str) -> bool:
 
 
 def labels(rows: Sequence[Row]) -> list[str]:
-    """The answers of a file where they are a few labels, each given often; none otherwise. Of two that differ in case alone
-    one stands for both."""
+    """Return the answers of a file if they are labels; else an empty list.
+
+    Answers are labels if there are 2 to 12 distinct ones, each of at most 4 words and none empty, with 5 or more rows for
+    each on average. Answers that differ only in upper and lower case count as one.
+    """
     found = {text.casefold(): text for text in sorted({row.response for row in rows}, reverse=True)}
     few = len(found) <= _MAX_CHOICES and len(rows) >= 5 * len(found) and all(len(text.split()) <= 4 for text in found)
     return sorted(found.values()) if few and len(found) > 1 and "" not in found else []
@@ -151,7 +175,7 @@ def _repeated(rows: Sequence[Row]) -> list[str]:
 
 
 def _roles(data: Data, records: Sequence[Record], rows: Sequence[Row]) -> dict[str, str]:
-    """Role -> "" where the file can fill it, else what it lacks."""
+    """By role: "" if the file can fill it, else what the file lacks."""
     answers = "" if any(row.response for row in rows) else "rows have no answer"
     flags = [
         name for name in dict.fromkeys(key for record in records[:100] for key in record) if _is_flag(records, name)
@@ -188,7 +212,7 @@ def _plain(row: Row) -> str:
 
 
 def _writable(rows: Sequence[Row], model: Model) -> tuple[list[Row], list[str]]:
-    """The rows that the model's template can write, and a line on each kind that it cannot."""
+    """The rows that the model's template can write, and a line for each kind of row that it cannot."""
     kept, lacking = [], Counter[str]()
     for row in rows:
         needs = [("system", "a system prompt")] if row.before and row.before[0][0] == "system" else []
@@ -234,7 +258,7 @@ def _percentiles(lengths: Sequence[int]) -> tuple[int, int, int, int]:
 
 
 def lines(seen: Seen) -> list[str]:
-    """What `doctor --data` prints."""
+    """Return the lines that `doctor --data` prints."""
     told = [f"{seen.num_records} records, {seen.num_rows} rows"]
     if seen.data is not None:
         columns = f", columns: {{{', '.join(f'{k}: {v}' for k, v in seen.data.columns.items())}}}"
@@ -262,7 +286,7 @@ def lines(seen: Seen) -> list[str]:
 
 
 def as_json(seen: Seen) -> dict[str, Any]:
-    """The same for `--json`."""
+    """Return the same facts for `doctor --data --json`."""
     found = seen._asdict()
     data = None if seen.data is None else seen.data.model_dump(mode="json", exclude_defaults=True)
     return found | {"data": data, "lengths": seen.lengths and seen.lengths._asdict()}

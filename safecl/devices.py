@@ -1,31 +1,35 @@
-"""Who holds the devices: trainers and engines take turns on them. Pure; it knows time only from its caller.
+"""Which trainers and engines hold the devices, and how they take turns on them. Pure: the caller tells it the time.
 
-A *unit* is what is scarce: a GPU, without GPUs a CPU, on one machine's CPUs a GiB of memory. A *group* is who may use units:
-the trainers, or the engines of one model in one role. Its *holders* (one trainer, one engine) hold `size` units each, from
-their start until they are gone. The rule:
+A *unit* is one of the scarce resource: a GPU; without GPUs a CPU; on one machine's CPUs a GiB of memory. A *group* is the
+trainers, or the engines of one model in one role. A *holder* is one trainer or one engine. It holds its group's `size`
+units from its start until it is gone. The rules, in this order:
 
-- A group with work and no holder is *starved*. Of those the lowest rank is next, then who has waited longest; nobody else
-  is started before it. It takes free units; else those of holders without work; else those of holders whose turn is over:
-  such a one is *closed* (it gets no new work), drains, and is stopped. A lower rank never makes way for a higher one.
-- Else a group whose work is to come is *warmed*, as long as one holder of every group that will be needed fits.
-- Else groups *grow* towards what they want, by what is free or has been without work for as long as a start takes.
-- What has been without work for `idle_s`, and has none to come, is stopped.
+- A group with work and no holder is *starved*. Of the starved groups the one with the lowest rank is next, and of equal
+  ranks the one that has waited longest. No other holder is started before it. It takes free units. If these do not suffice,
+  it takes the units of holders without work. If these do not suffice either, it takes those of holders whose turn is over:
+  such a holder is *closed* (it gets no new work), finishes its work, and is stopped. A holder of a group with a lower rank
+  never makes way for a group with a higher one.
+- Else a group whose work is to come is *warmed* (a holder is started ahead), as long as one holder of every group that will
+  be needed fits.
+- Else groups *grow* towards the number of holders that they want. They take free units, and units of holders that have been
+  without work for as long as a start takes.
+- A holder that has been without work for `idle_s`, and whose group has none to come, is stopped.
 
-So one unit suffices for any number of groups, and nobody is started and stopped more often than once a turn, or than its work
-comes and goes.
+So the units of the largest holder suffice for any number of groups. A holder is started and stopped at most once a turn, or
+as often as its work comes and goes.
 
-How it is driven. Tell it what happens; after each event, and not later than `next_at`, call `step` and do what it says:
+To use it, report what happens. After each event, and at `next_at` at the latest, call `step` and do what it says:
 
     devices = Devices(units); devices.add("trainers", size=2, at_most=8); devices.add("judge-1", size=1, at_most=2)
     devices.ask("trainers", wanted=3, now=now, rank=0, coming=1)   # at each change of what there is to do
     for act in devices.step(now):          # Start(holder) or Stop(holder)
         ...
-    devices.up(holder, now)                # a Start is done: it may be given work
-    devices.work(holder, +1, now)          # given, if holder.open; -1: done
-    devices.gone(holder, now)              # a Stop is done, or it died: its units are free
+    devices.up(holder, now)                # a Start is done: the holder may be given work
+    devices.work(holder, +1, now)          # the holder was given work (only if holder.open); -1: it has done it
+    devices.gone(holder, now)              # a Stop is done, or the holder died: its units are free
     devices.resize(units)                  # nodes came or went
 
-The Broker drives it by the real clock, `plan --cluster` by a virtual one.
+The Broker uses it with the real clock, `plan --cluster` with a simulated one. All times are in seconds.
 """
 
 from __future__ import annotations
@@ -37,27 +41,29 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
-TURN_S = 600.0  # an engine of a large model takes a minute or two to boot: a tenth of a turn
-LINGER_S = 2.0  # without work for so long: what comes at once after it is still its own
-SPARE_S = 30.0  # without work for as long as a start takes: who wants one more has it
+TURN_S = 600.0  # a turn; an engine of a large model takes a minute or two to boot, which is a tenth to a fifth of it
+# A holder without work for so long may be stopped for a starved group. Work that comes earlier still finds the holder.
+LINGER_S = 2.0
+# A holder without work for so long, which is as long as a start takes, may be stopped for a group that wants one more.
+SPARE_S = 30.0
 IDLE_S = 300.0
-_EPS = 1e-6  # of units, which may be fractions
+_EPS = 1e-6  # tolerance when units are compared; they may be fractions
 
 
 @dataclass(eq=False)
 class Holder:
-    """A trainer or an engine. `open`: it may be given work."""
+    """A trainer or an engine. `open`: whether it may be given work."""
 
     name: str
     group: str
     size: float
     state: str = "starting"  # up, stopping, gone
-    closed: bool = False  # it drains, to make way
+    closed: bool = False  # it gets no new work, so that it can make way for another group
     num_working: int = 0  # pieces of work that it has
     since: float = 0.0  # when it came up
     free_at: float = 0.0  # when it last had work
     began: float = 0.0  # when it was last given work
-    ends: float | None = None  # when that will be done, where it is known
+    ends: float | None = None  # when that work will be done; None: not known
 
     @property
     def open(self) -> bool:
@@ -66,19 +72,19 @@ class Holder:
 
 @dataclass(eq=False)
 class Group:
-    """Holders of one kind, and the work that they are for."""
+    """The holders of one kind, and how much work there is for them."""
 
     name: str
     size: float
     at_most: int
     idle_s: float
     wanted: int = 0  # how many holders its work, waiting or under way, could keep busy
-    rank: int = 0  # the lowest of that work
-    coming: int = 0  # how many holders it will want as well
+    rank: int = 0  # the lowest rank of that work
+    coming: int = 0  # how many holders more it will want for work to come
     since: float = 0.0  # when it became starved
     holders: dict[str, Holder] = field(default_factory=dict)
-    idle: dict[Holder, None] = field(default_factory=dict)  # up and without work, who has been so for longest first
-    num_present: int = 0  # holders that are there or will be, those included that are asked to make way
+    idle: dict[Holder, None] = field(default_factory=dict)  # up and without work, longest first
+    num_present: int = 0  # holders that are starting or up, closed ones included
     num_starting: int = 0
     num_stopping: int = 0
     num_started: int = 0
@@ -90,20 +96,27 @@ class Group:
 
 
 class Start(NamedTuple):
-    """Start this holder, and say `up`, or `gone` if it failed."""
+    """The caller must start this holder, and then call `up`, or `gone` if the start failed."""
 
     holder: Holder
 
 
 class Stop(NamedTuple):
-    """Stop this holder, which has no work, and say `gone`."""
+    """The caller must stop this holder, which has no work, and then call `gone`."""
 
     holder: Holder
 
 
 class Devices:
-    """`room(group)`: whether one node has the units that a holder of this group wants together, where it does not suffice to
-    count all that are free."""
+    """Decides which trainers and engines are started and stopped (the rules are in this module's docstring).
+
+    Args:
+        num_units: how many units there are.
+        turn_s: length of a turn, in seconds.
+        linger_s: seconds without work after which a holder may be stopped for a starved group.
+        room: whether one node has enough free units for a holder of this group. For holders that need all their units on
+            one node, where the sum of the free units is not enough to know.
+    """
 
     def __init__(
         self,
@@ -126,27 +139,40 @@ class Devices:
 
     @property
     def next_at(self) -> float:
-        """When `step` may do something though nothing happens until then."""
+        """The next time at which `step` may have something to do without an event; infinity if there is none."""
         return self._timers[0] if self._timers else math.inf
 
     def add(self, group: str, size: float, at_most: int = 1, idle_s: float = IDLE_S) -> None:
-        """Make a group known, or give a known one another bound."""
+        """Add a group, or give a known group another `at_most` and `idle_s` (its `size` stays).
+
+        Args:
+            size: units of one holder.
+            at_most: largest number of holders.
+            idle_s: seconds without work after which a holder is stopped.
+        """
         known = self.groups.setdefault(group, Group(group, size, at_most, idle_s))
         known.at_most, known.idle_s = at_most, idle_s
         self._changed = True
 
     def ask(self, group: str, wanted: int, now: float, rank: int = 0, coming: int = 0) -> None:
-        """What there is to do for a group, whenever that changes."""
+        """Report the work of a group, whenever it changes.
+
+        Args:
+            wanted: how many holders the work, waiting or under way, could keep busy.
+            rank: the lowest rank of that work.
+            coming: how many holders more the group will want for work to come.
+        """
         known = self.groups[group]
         before, now_wanted = (min(num, known.at_most) for num in (known.wanted, wanted))
         if (before, known.rank, known.coming) == (now_wanted, rank, coming):
-            known.wanted = wanted  # of a queue that is long anyway: who has the longest matters when a unit comes free
+            known.wanted = wanted  # beyond at_most only `_grow` reads it, to compare queues when a unit comes free
             return
         was_starved = known.starved
         known.wanted, known.rank, known.coming = wanted, rank, coming
         self._settle(known, was_starved, now)
 
     def up(self, holder: Holder, now: float) -> None:
+        """Report that a holder has been started."""
         if holder.state == "starting":
             self.groups[holder.group].num_starting -= 1
             holder.state, holder.since = "up", now
@@ -154,7 +180,10 @@ class Devices:
             self._rest(holder, now)
 
     def work(self, holder: Holder, num: int, now: float, ends: float | None = None) -> None:
-        """It was given so many pieces of work (or, below 0, has done them)."""
+        """Report that a holder was given `num` pieces of work, or, with a negative `num`, has done them.
+
+        `ends`: when the work will be done; None: not known.
+        """
         holder.num_working += num
         if holder.num_working <= 0:
             holder.num_working, holder.ends = 0, None
@@ -165,13 +194,14 @@ class Devices:
             holder.began, holder.ends = now, ends
 
     def gone(self, holder: Holder, now: float) -> None:
+        """Report that a holder has been stopped, has died, or could not be started. Its units are free."""
         group = self.groups[holder.group]
         was_starved = group.starved
         if group.holders.pop(holder.name, None) is None:
             return
         if holder.state == "starting":
             group.num_starting -= 1
-            group.num_warmed = group.at_most  # it failed: it is started again only for work that is there
+            group.num_warmed = group.at_most  # the start failed: start the next one only for work that is there
         if holder.state == "stopping":
             group.num_stopping -= 1
             self._leaving -= holder.size
@@ -184,17 +214,17 @@ class Devices:
         self._settle(group, was_starved, now)
 
     def resize(self, num_units: float) -> None:
-        """Nodes came or went. Who was on one that went is `gone`."""
+        """Report the number of units after nodes came or went. Report holders on lost nodes by `gone`."""
         self._changed = self._changed or num_units != self.num_units
         self.num_units = num_units
 
     def waiting(self) -> list[Group]:
-        """Starved groups, the next one first; without those that are larger than all there is."""
+        """Return the starved groups, the next one first, without those whose holder needs more units than there are."""
         starved = [g for g in self.groups.values() if g.starved and g.size <= self.num_units + _EPS]
         return sorted(starved, key=lambda group: (group.rank, group.since))
 
     def step(self, now: float) -> list[Start | Stop]:
-        """What to do now; the caller does all of it."""
+        """Return what to do now. The caller must do all of it."""
         while self._timers and self._timers[0] <= now:
             heapq.heappop(self._timers)
             self._changed = True
@@ -210,14 +240,14 @@ class Devices:
                 yield from self._make_way(waiting[0], now)
                 return
             yield self._start(waiting[0])
-        self._drain({})  # nobody waits any more
+        self._drain({})  # no group is starved any more
         yield from self._warm()
         yield from self._grow(now)
         for holder in self._spare(now, None):
             yield self._stop(holder, now)
 
     def _make_way(self, group: Group, now: float) -> Iterator[Stop]:
-        """Stop what has nothing to do, and close what has had its turn, as much as lets the group fit."""
+        """Stop holders without work, and close holders whose turn is over, as many as this starved group needs to fit."""
         lacking = group.size - self.free - self._leaving
         if lacking <= _EPS:
             if self._leaving > _EPS or self.room(group):
@@ -229,7 +259,7 @@ class Devices:
                 (each for other in self.groups.values() for each in other.idle), key=lambda each: each.free_at
             )
             chosen |= dict.fromkeys(holder for holder in idle if self._is_over(holder, group, now))
-            # What drains already goes on, unless another one has become free before it.
+            # Holders that are closed already stay closed, unless a holder without work can be stopped instead.
             chosen |= dict.fromkeys(holder for holder in self._draining if self._is_over(holder, group, now))
             if sum(holder.size for holder in chosen) < lacking - _EPS:
                 everyone = [holder for other in self.groups.values() for holder in other.holders.values()]
@@ -241,15 +271,15 @@ class Devices:
                 ways[holder] = None
                 lacking -= holder.size
         if lacking > _EPS:
-            ways = {}  # none of them stands idle until all can be had
+            ways = {}  # too few: close none, since closed holders would stand idle until enough units can be freed
         self._drain({holder: None for holder in ways if holder.num_working})
         for holder in ways:
             if not holder.num_working:
                 yield self._stop(holder, now)
 
     def _spare(self, now: float, for_s: float | None) -> list[Holder]:
-        """Without work for so long, and not wanted; who has been so for longest first. None: for what its group bears, and none
-        is to come."""
+        """Holders that have been without work for `for_s` seconds and are not wanted, longest first. `for_s` None: for their
+        group's `idle_s`, and only in groups without work to come."""
         found: list[Holder] = []
         for group in self.groups.values():
             left = group.num_present - group.wanted if group.idle and not (for_s is None and group.coming) else 0
@@ -257,18 +287,18 @@ class Devices:
                 least_s = (group.idle_s if for_s is None else for_s) - _EPS
                 for holder in islice(group.idle, left):
                     if now - holder.free_at < least_s:
-                        break  # all others have worked since
+                        break  # all others of this group have worked since
                     found.append(holder)
         return sorted(found, key=lambda holder: holder.free_at)
 
     def _is_over(self, holder: Holder, waiting: Group, now: float) -> bool:
-        """Its turn, by whoever waits; a lower rank never makes way."""
+        """Whether the holder's turn is over for this waiting group. A group with a lower rank never makes way."""
         group = self.groups[holder.group]
         ranks_first = group.wanted > 0 and group.rank < waiting.rank
         return holder.state == "up" and not ranks_first and now - holder.since >= self.turn_s - _EPS
 
     def _warm(self) -> Iterator[Start]:
-        """One after the other, and only as long as every group that is needed has one."""
+        """Start holders ahead of their work, one at a time in each group, while one of every needed group still fits."""
         if not any(group.coming for group in self.groups.values()):
             return
         needed = [group for group in self.groups.values() if group.coming or group.wanted or group.num_present]
@@ -284,7 +314,8 @@ class Devices:
                 yield self._start(group)
 
     def _grow(self, now: float) -> Iterator[Start | Stop]:
-        """More holders for who wants them; whose work waits most for each that is there is first."""
+        """Start more holders for groups that want them. The lowest rank is first, then the group with the most work wanted for
+        each holder that it has."""
         while short := [g for g in self.groups.values() if g.num_present < min(g.wanted, g.at_most)]:
             group = min(short, key=lambda group: (group.rank, -group.wanted / max(1, group.num_present)))
             if self._fits(group):

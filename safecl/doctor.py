@@ -1,4 +1,4 @@
-"""What this machine can run, and the remedy for what it cannot. Looks, and measures its speed; imports nothing heavy."""
+"""What this machine can run, and a remedy for what it cannot. Inspects it and measures its speed; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -20,11 +20,18 @@ from safecl.tasks._source import local_file
 from safecl.templates import described, settled
 
 NEEDED = ("torch", "transformers", "peft", "deepspeed", "ray", "optuna", "mlflow", "datasets")
-QUICKSTART = Execution(num_trials_at_once=5, num_judge_replicas=0)  # as its sweep file has it
+QUICKSTART = Execution(num_trials_at_once=5, num_judge_replicas=0)  # as in sweeps/quickstart.yaml
 
 
 class Finding(NamedTuple):
-    """`ok` None: optional and absent."""
+    """One thing that was looked for.
+
+    Attributes:
+        what: the thing, as `memory free`.
+        found: what is there, in words.
+        ok: True if it suffices, False if something essential is missing, None if it is optional and absent.
+        remedy: what to do if it is not ok.
+    """
 
     what: str
     found: str
@@ -33,7 +40,12 @@ class Finding(NamedTuple):
 
 
 def examine(root: str, data_dir: Path | None) -> list[Finding]:
-    """Every finding, the essential ones first."""
+    """Return every finding, the essential ones first.
+
+    Args:
+        root: where results would be stored: a folder or a URL.
+        data_dir: a folder of local data files to look through; None: no findings on data.
+    """
     is_311 = sys.version_info[:2] == (3, 11)
     free, need = free_gib(), preflight.needed_gib(QUICKSTART)
     stored = [_store(root)] if is_url(root) else []
@@ -87,7 +99,7 @@ def _store(url: str) -> Finding:
 
 
 def _dtype() -> Finding:
-    """What `dtype: auto` is on the CPU, and how fast it computes in either."""
+    """What `dtype: auto` is on the CPU, and how fast the CPU computes in bfloat16 and in float32."""
     speeds = hardware.measured()
     told = "not measured, without torch"
     if speeds is not None:

@@ -1,7 +1,7 @@
-"""What `dtype: auto` becomes: the devices that compute decide, before any identity is formed.
+"""What `dtype: auto` becomes. The devices that compute decide it, before any stage's identity is formed.
 
-A run asks them (this machine, or the nodes of the cluster that it joins) and notes the answer in the store, where
-commands that only read, and join no cluster, find it.
+A run asks the devices (this machine, or the nodes of the cluster that it joins) and notes the answer in the store. Commands
+that only read, and join no cluster, find it there.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from safecl.store import Store
 
 
 class Auto(NamedTuple):
-    """What `dtype: auto` means for a sweep, and whose hardware says so, in words."""
+    """What `dtype: auto` means for a sweep. `why`: which hardware decided it, in words."""
 
     dtype: Dtype
     why: str
 
 
 def auto(sweep: Sweep, store: Store, nodes: Sequence[Node] | None, reads: bool) -> Auto | None:
-    """What `auto` means; None for a sweep that does not say it.
+    """Return what `auto` means for this sweep; None if the sweep does not use `auto`.
 
     Args:
-        nodes: those that train, where they were asked. None: this machine says it; or on a cluster, which cannot be asked
-            without joining it, its last run.
-        reads: what was run is read (status, report), so that the last run goes first here too.
+        nodes: the nodes that train, if they were asked. None: the note of the last run decides for a sweep on a cluster
+            (which cannot be asked without joining it) and where `reads` is set. Without such a note this machine decides.
+        reads: the command reads what was run (status, report).
 
     Raises:
-        ConfigError: the nodes disagree.
+        ConfigError: some nodes mean bfloat16 and others float32.
     """
     if not has_auto(sweep):
         return None
@@ -52,8 +52,10 @@ def auto(sweep: Sweep, store: Store, nodes: Sequence[Node] | None, reads: bool) 
 
 
 def warnings(sweep: Sweep, store: Store, found: Auto | None, nodes: Sequence[Node] | None) -> list[str]:
-    """What a person should know of a resolved sweep's dtypes before it is run; measures (under a second) how slow bfloat16
-    is where it is emulated."""
+    """Return warnings on a resolved sweep's dtypes, for a person to read before it is run.
+
+    Measures how slow bfloat16 is where it is emulated (in less than a second).
+    """
     told = []
     last = None if found is None else store.noted(_note(sweep))
     if found is not None and last is not None and last["dtype"] != found.dtype:
@@ -78,7 +80,7 @@ def warnings(sweep: Sweep, store: Store, found: Auto | None, nodes: Sequence[Nod
 
 
 def remember(sweep: Sweep, store: Store, found: Auto | None) -> None:
-    """Keep what `auto` meant in a run, for those who read its results elsewhere."""
+    """Note in the store what `auto` meant in a run, for commands that read its results on other machines."""
     if found is not None:
         store.note(_note(sweep), {"dtype": found.dtype, "why": found.why})
 
@@ -88,18 +90,18 @@ def _note(sweep: Sweep) -> str:
 
 
 def has_auto(sweep: Sweep) -> bool:
-    """Whether what the sweep computes in depends on the device."""
+    """Return whether a model of the sweep has `dtype: auto`, so that its dtype depends on the device."""
     return resolved(sweep, "float32") != sweep
 
 
 def has_bfloat16(sweep: Sweep) -> bool:
-    """Whether one of its models is said to compute in bfloat16."""
+    """Return whether one of the sweep's models or judges has `dtype: bfloat16`."""
     return any(model.dtype == "bfloat16" for model in (*sweep.models, *sweep.evaluate.judges.models.values()))
 
 
 def resolved(sweep: Sweep, dtype: Dtype) -> Sweep:
-    """The sweep with `dtype` in place of every `auto`: of its models, its judges' models, and the models in methods'
-    configs. Identities are formed of what this returns."""
+    """Return the sweep with `dtype` in place of every `auto`: in its models, its judges' models and the models in methods'
+    configs. Identities of stages are formed from what this returns."""
 
     def of(model: Model) -> Model:
         return model.model_copy(update={"dtype": dtype}) if model.dtype == "auto" else model
@@ -124,7 +126,7 @@ def resolved(sweep: Sweep, dtype: Dtype) -> Sweep:
 
 
 def _named(method: str, name: str, value: Json, dtype: Dtype) -> Json:
-    """A value of a method's config, with its dtype if it is a model. What is wrong with it is said by check.py."""
+    """A value of a method's config, with its dtype set if it is a model. check.py reports errors in it."""
     try:
         field: Any = methods.load(method).Config.model_fields.get(name)
     except ConfigError:

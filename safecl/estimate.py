@@ -1,8 +1,8 @@
-"""How long a stage takes on this machine, before anything like it was run: tokens x parameters / measured speed, plus what
-a stage costs however small it is. cost.py corrects it by what past stages took.
+"""Estimate how long a stage takes on this machine before a similar one was run.
 
-Where something is not known yet (a data set's length, a hub model's size) a typical value stands in for it: an estimate
-always is a number.
+The estimate is tokens x parameters / measured speed, plus a fixed time of each kind of stage. cost.py corrects it by what
+past stages took. Where something is not known yet (a data set's length, a hub model's size) a typical value is used, so
+that an estimate is always a number.
 """
 
 from __future__ import annotations
@@ -23,20 +23,27 @@ from safecl.sizes import TYPICAL, TYPICAL_PARAMETERS, Length, Size, shape
 from safecl.stages import engine_of, load
 from safecl.store import SharedConfig, Stage, Store
 
-BOOT_S = 30.0  # an engine's start
-# GFLOP/s, where it could not be measured: of a thread, and of an A100 in bfloat16.
+BOOT_S = 30.0  # seconds of an engine's start
+# (forward, backward) in GFLOP/s, used if the speed could not be measured: of one CPU thread, and of an A100 in bfloat16.
 TYPICAL_SPEED = {"cpu": Speed(40.0, 40.0), "gpu": Speed(150_000.0, 150_000.0)}
-MEMORY_GB_PER_S = {"cpu": 8.0, "gpu": 1000.0}  # at which decoding reads the weights
-STEP_S = {"cpu": 0.015, "gpu": 0.004}  # of a decoding step, beside its arithmetic
-# Seconds a token, layer and hidden unit in what is no matrix product (norms, attention, loss, conversions), forward and
-# backward: of the quickstart's finetunes two at a time beside an engine. Matrix products of few rows count here too.
+MEMORY_GB_PER_S = {"cpu": 8.0, "gpu": 1000.0}  # GB/s at which decoding reads the weights
+STEP_S = {"cpu": 0.015, "gpu": 0.004}  # seconds of a decoding step beside its matrix products
+# Seconds for each token, layer and hidden unit that are not spent in matrix products (but in norms, attention, loss,
+# conversions), forward and backward together. Measured on the quickstart's finetunes, two at a time beside an engine. It
+# includes matrix products with few rows.
 OTHER_S = {"cpu": 2e-7, "gpu": 2e-10}
 AT_ONCE = {"cpu": 64, "gpu": 256}  # requests that an engine decodes together
 
 
 class Estimate(NamedTuple):
-    """`group`: stages that are corrected together. `on_engine`: it takes its turn on a served model. `states_gib`: of hidden
-    states that it writes; `weights_gib`: of weights."""
+    """The estimate of one stage.
+
+    Attributes:
+        seconds: how long it takes.
+        group: (kind, method or judge) of the stages that are corrected together.
+        on_engine: whether it asks a served model, which it shares with other stages.
+        states_gib, weights_gib: GiB of hidden states and of weights that it writes.
+    """
 
     seconds: float
     group: tuple[str, str]
@@ -46,7 +53,11 @@ class Estimate(NamedTuple):
 
 
 class Estimator:
-    """`speeds`: GFLOP/s by dtype, of one thread or of a GPU. Reads the store where it knows more, never writes."""
+    """Estimates stages. Reads the store for sizes and results that it knows, and never writes to it.
+
+    Args:
+        speeds: GFLOP/s by dtype, of one CPU thread or of one GPU.
+    """
 
     def __init__(self, store: Store, execution: Execution, speeds: Mapping[str, Speed]) -> None:
         self.store, self.execution, self.speeds = store, execution, speeds
@@ -56,7 +67,7 @@ class Estimator:
         self._lengths: dict[str, Length] = {}
         self._alike: dict[
             object, Estimate
-        ] = {}  # of stages with one config and rows of one stage; of another one by its key
+        ] = {}  # by what the estimate depends on (config, rows, model), or else by the stage's key
 
     def __call__(self, stage: Stage) -> Estimate:
         alike: object = stage.key
@@ -78,10 +89,13 @@ class Estimator:
             kind.weights_gib(stage, self),
         )
 
-    # -- what kinds reckon with ----------------------------------------------------------------------------------------
+    # -- what the kinds of stages compute with -------------------------------------------------------------------------
 
     def passes(self, stage: Stage, tokens: float, backward: float) -> float:
-        """Seconds of a forward and (for the share `backward` of the layers) a backward, with the base frozen."""
+        """Return the seconds of a forward pass of `tokens`, and of a backward pass, with the base frozen.
+
+        `backward`: for which fraction of the layers there is a backward pass, in [0, 1].
+        """
         size, speed = self.size_of(stage), self.speeds.get(str(stage.config.get("dtype")), self.typical)
         products = 2 * size.parameters / 1e9 * (1 / speed.forward + backward / speed.backward)
         other = size.layers * size.width * OTHER_S[self.device] * (1 + 2 * backward) / 3
@@ -89,7 +103,15 @@ class Estimator:
         return tokens * (products + other) / ranks
 
     def decode(self, stage: Stage, num: int, prompt: float, max_new_tokens: int) -> float:
-        """Seconds of an engine: a swap of weights, prompts, and steps that read all weights for the requests at once."""
+        """Return the seconds that an engine takes to answer `num` requests.
+
+        They are: a swap of weights, the matrix products of prompts and answers, and decoding steps. Each step reads all
+        weights once for all requests that are decoded together.
+
+        Args:
+            prompt: tokens of a prompt.
+            max_new_tokens: tokens of an answer.
+        """
         size, dtype = self.size_of(stage), str(stage.inputs["model"].config["dtype"])
         speed = self.speeds.get(dtype, self.typical)
         num_bytes = size.parameters * (4 if dtype == "float32" else 2)
@@ -99,26 +121,30 @@ class Estimator:
         return swap + products + steps * (STEP_S[self.device] + num_bytes / 1e9 / MEMORY_GB_PER_S[self.device])
 
     def length(self, rows: Stage) -> Length:
-        """Rows of a stage that gives some."""
+        """Return the number and length of the rows that a stage gives; a typical value if they are not known."""
         if rows.key not in self._lengths:
             self._lengths[rows.key] = load(rows.kind).length(rows, self) or TYPICAL
         return self._lengths[rows.key]
 
     def result(self, stage: Stage) -> dict[str, Any]:
-        """What a finished stage said of itself; empty where it is not there."""
+        """Return the `result` of a finished stage's record; empty if the stage is not finished or is damaged."""
         if self.store.has(stage):
             with suppress(Damaged):
                 return dict(self.store.record(stage)["result"])
         return {}
 
     def size_of(self, stage: Stage) -> Size:
-        """Of the model that a stage works with: its own, else that of its inputs."""
+        """Return the size of the model that a stage works with: its own input `model`, else that of one of its inputs."""
         below = (other.inputs["model"] for other in stage.inputs.values() if "model" in other.inputs)
         model = stage.inputs.get("model") or next(below, None)
         return Size(TYPICAL_PARAMETERS) if model is None else self.size(model)
 
     def size(self, model: Stage) -> Size:
-        """Of a model stage: from its config file where it lies here, else from a size in its name (`135M`, `7b`)."""
+        """Return the size of a model stage's model.
+
+        It is read from the model's config file if that is here, else from the stage's record, else from a size in the model's
+        name (`135M`, `7b`). Without any of these it is a typical size.
+        """
         if model.key not in self._sizes:
             self._sizes[model.key] = self._read_size(model)
         return self._sizes[model.key]
@@ -143,9 +169,11 @@ class Estimator:
 
 
 def speeds(store: Store, use_gpu: bool, keep: bool = False) -> dict[str, Speed]:
-    """GFLOP/s by dtype of a thread of this CPU (with `use_gpu`: of a GPU): noted in the store, else measured in about a
-    second; nothing where there is no such device. `keep`: note what was measured, by the device's name and what it multiplies
-    natively."""
+    """Return the GFLOP/s by dtype of one thread of this CPU, or with `use_gpu` of one GPU.
+
+    They are read from a note in the store, or else measured, in about a second. Empty if there is no such device, or if they
+    cannot be measured. `keep`: note what was measured, under the device's name and its native dtype.
+    """
     if use_gpu and not hardware.gpus():
         return {}
     name = f"{hardware.device(use_gpu)}, {hardware.native(use_gpu)}"

@@ -1,5 +1,5 @@
-"""What a run's progress display shows, a tick at a time: nothing that is derived from the sweep is built twice, and what
-finished stages say of the others soon changes the time left."""
+"""The state that a run's progress display shows at each tick. Nothing that is derived from the sweep is built twice, and the
+times of finished stages soon correct the time left."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from safecl.schedule import Schedule
 from safecl.stages import load
 from safecl.store import Stage, Store, below
 
-EVERY_S = 5.0  # at most so often is the time left counted anew
+EVERY_S = 5.0  # seconds between two recounts of the time left, at least
 
 
 class Eta:
-    """`instruments`: stages that the run needs beside its jobs. `models`: names by the key of a model stage."""
+    """Counts a run's time left.
+
+    Args:
+        num_devices: GPUs, or CPUs without `use_gpu`.
+        instruments: stages that the run needs beside its jobs.
+        models: models' names by the key of the model stage, for labels.
+    """
 
     def __init__(
         self,
@@ -29,20 +35,20 @@ class Eta:
     ) -> None:
         self.store, self.forecast, self.models = store, forecast, models or {}
         self.slots = slots(forecast.execution, num_devices)
-        self._of_job: dict[Job, list[Todo]] = {}  # what was missing when the job was first seen
+        self._of_job: dict[Job, list[Todo]] = {}  # stages that were missing when the job was first seen
         self._instruments = tuple(instruments)
         self._beside = forecast.todo(missing(instruments, store))
         self._known = {item.stage.key: item.stage for item in self._beside}
         self._labels: dict[str, str] = {}
         self._finished: set[str] = set()  # in this run
-        self._num_seen = 0  # of what the Broker finished
+        self._num_seen = 0  # how many stages that the Broker finished were read
         self._seen: object = None  # what the last `Remaining` was made of
-        self._at = 0.0  # and when
+        self._at = 0.0  # when it was made
         self._remaining = Remaining(forecast, self._beside, (), self.slots)
         self._counted: set[Job] | None = None  # jobs that it knows
 
     def state(self, schedule: Schedule, snapshot: dict[str, Any], now: float) -> dict[str, Any]:
-        """What Display shows. `snapshot`: the Broker's; `now`: seconds since the epoch."""
+        """Return what Display shows. `snapshot`: the Broker's snapshot. `now`: seconds since the epoch."""
         jobs, searching = schedule.open_jobs(), schedule.searching()
         self._update(jobs, searching, schedule.sweep.seeds, snapshot["finished"], now)
         running = {}
@@ -64,7 +70,7 @@ class Eta:
         }
 
     def left(self, schedule: Schedule) -> tuple[int, float]:
-        """(trials, seconds) still to do after a run has stopped; the store says what was finished."""
+        """Return (trials, seconds) still to do after a run has stopped, by what is finished in the store."""
         self._of_job.clear()
         self._counted = None
         self._beside, self._seen = self.forecast.todo(missing(self._instruments, self.store)), None
@@ -84,7 +90,7 @@ class Eta:
         has = None
         for job in jobs:
             if job not in self._of_job:
-                has = has or self.store.listed()  # once for all
+                has = has or self.store.listed()  # the store is listed once for all jobs
                 self._of_job[job] = self.forecast.todo(below(job.evidence.targets, has))
                 self._known.update((item.stage.key, item.stage) for item in self._of_job[job])
         new = [(stage["key"], float(stage["seconds"])) for stage in finished[self._num_seen :]]
@@ -107,7 +113,7 @@ class Eta:
         self._counted = set(jobs)
 
     def _goes_on(self, jobs: set[Job]) -> bool:
-        """Whether what is left is as it was counted, but for stages that were finished since: no job is new, none failed."""
+        """Whether what is left is as it was counted, except for stages that were finished since: no job is new, none failed."""
         if self._counted is None or not jobs <= self._counted:
             return False
         gone = self._counted - jobs
