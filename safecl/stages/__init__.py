@@ -1,7 +1,6 @@
-"""Stages: one file a kind. Each holds `run`, a `VERSION`, and a class that says all that is known of the kind.
+"""Kinds of stages, one file each. A file holds `run`, a `VERSION` and one subclass of `Kind` that describes the kind.
 
-What runs stages, how long they take and what a person calls
-them is read from there alone, so a new kind is one new file.
+The scheduler, the time estimates and the names shown to a person read only that class. So a new kind is one new file.
 """
 
 from __future__ import annotations
@@ -19,24 +18,25 @@ if TYPE_CHECKING:
 
 
 class Kind:
-    """What a kind of stage says of itself. `runs`, `unit` and `fixed_s` must be set; the rest has a default.
+    """Base class that describes a kind of stage. A subclass must set `runs`, `unit` and `fixed_s`.
 
-    Raises TypeError, when its file is imported, for a kind that leaves one out.
+    All other attributes and methods have a default. Raises TypeError when a subclass that leaves out one of the three is
+    defined (when its file is imported).
     """
 
-    # Where it runs. trainer: it computes, and has a CPU (GPU) of a warm process to itself. thread: it takes next to no CPU,
-    # mostly waiting for an engine; many at once, in one process. process: a process of its own that ends with it and no
-    # CPU, for what is done once and takes memory.
+    # Where the stage runs. trainer: it computes, on one CPU (or GPU) of a warm process that it does not share. thread: it
+    # uses almost no CPU and mostly waits for an engine; many such stages run at once in one process. process: a new
+    # process that ends with the stage and reserves no CPU, for work that is done once and takes much memory.
     runs: ClassVar[Literal["trainer", "thread", "process"]]
-    unit: ClassVar[str]  # what its progress counts, as in "steps"; empty where it reports none
-    fixed_s: ClassVar[float]  # seconds that it takes however small it is
-    at_driver: ClassVar[bool] = False  # it reads files of the driver's machine: it runs on that node
-    all_ranks: ClassVar[bool] = False  # on a trainer: all its ranks share the stage, else one does it
-    # Whether a failure of its own may be another rank's, so that it is run anew, from its checkpoint.
+    unit: ClassVar[str]  # the unit of its progress, such as "steps"; empty if it reports no progress
+    fixed_s: ClassVar[float]  # seconds that the stage takes whatever its size
+    at_driver: ClassVar[bool] = False  # it reads files of the driver's machine, so it must run on that node
+    all_ranks: ClassVar[bool] = False  # on a trainer: all ranks work on the stage together; else one rank does
+    # Whether its failure may be caused by another rank's failure. If so, the stage is run again from its checkpoint.
     runs_anew: ClassVar[bool] = False
-    engine: ClassVar[Literal["candidate", "judge"] | None] = None  # whose answers it waits for, if it has a `model`
-    apart_by: ClassVar[str] = ""  # estimates are corrected apart for each value of this config key
-    holds_weights: ClassVar[bool] = False  # whether what it writes can be exported
+    engine: ClassVar[Literal["candidate", "judge"] | None] = None  # role of the engine it waits for, given a `model`
+    apart_by: ClassVar[str] = ""  # config key; time estimates are corrected separately for each of its values
+    holds_weights: ClassVar[bool] = False  # whether the stage's output can be exported as a model
     reads: ClassVar[tuple[str, ...]] = ("rows", "model")  # inputs that `seconds` reads, by name before any dot
 
     def __init_subclass__(cls) -> None:
@@ -46,45 +46,45 @@ class Kind:
 
     @staticmethod
     def seconds(stage: Stage, of: Estimator) -> float:
-        """What it takes beside `fixed_s` by its size, on this machine."""
+        """Estimated seconds on this machine that depend on the stage's size. `fixed_s` comes on top."""
         return 0.0
 
     @staticmethod
     def memory_gib(stage: Stage) -> float:
-        """Memory that a process of its own takes for it, where that is much: a cluster's node must have it."""
+        """Memory of the stage's own process, in GiB. Only large amounts matter: a node of the cluster must have it."""
         return 0.0
 
     @staticmethod
     def states_gib(stage: Stage, of: Estimator) -> float:
-        """Hidden states that it writes, in GiB."""
+        """Size of the hidden states that the stage writes, in GiB."""
         return 0.0
 
     @staticmethod
     def weights_gib(stage: Stage, of: Estimator) -> float:
-        """Weights that it writes, in GiB."""
+        """Size of the weights that the stage writes, in GiB."""
         return 0.0
 
     @staticmethod
     def length(stage: Stage, of: Estimator) -> Length | None:
-        """Rows that it gives, for the estimates of what reads them; None: it gives none."""
+        """Number and length of the rows that the stage writes, for estimates of later stages. None if it writes no rows."""
         return None
 
     @staticmethod
     def label(stage: Stage, models: Mapping[str, str]) -> str:
-        """What a person calls it. `models`: names by the key of a model stage."""
+        """Name of the stage as shown to a person. `models` maps the key of a model stage to its name."""
         seed = f", seed {stage.config['seed']}" if "seed" in stage.config else ""
         return f"{stage.kind}{seed}"
 
 
 @cache
 def names() -> tuple[str, ...]:
-    """Names of all kinds, sorted, without importing any."""
+    """Names of all kinds, sorted. Imports none of them."""
     return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
 
 
 @cache
 def load(kind: str) -> type[Kind]:
-    """What is known of a kind. Raises LookupError if there is no such file, TypeError if it declares nothing."""
+    """The `Kind` subclass of a kind. Raises LookupError if the file does not exist, TypeError if it does not hold just one."""
     if kind not in names():
         raise LookupError(f"unknown stage kind {kind!r}: expected one of {', '.join(names())}")
     name = f"{__name__}.{kind}"
@@ -98,15 +98,15 @@ def load(kind: str) -> type[Kind]:
 
 
 def needs_trainer(stage: Stage) -> bool:
-    """Whether it computes; one whose kind does not may say so itself (`hints`: it runs programs)."""
+    """Whether the stage needs a trainer. A stage of another kind needs one if its hints hold `num_cpus` (it runs programs)."""
     return load(stage.kind).runs == "trainer" or "num_cpus" in stage.hints
 
 
 def stays(stage: Stage) -> bool:
-    """Whether it must run on the driver's node, whose files it reads: what other stages read lies in the store."""
+    """Whether the stage must run on the driver's node because it reads files there. Other stages read only the store."""
     return load(stage.kind).at_driver or "tokenizer" in stage.hints
 
 
 def engine_of(stage: Stage) -> Literal["candidate", "judge"] | None:
-    """The role of the engine that it waits for; None without one."""
+    """The role of the engine that the stage waits for. None if it waits for none."""
     return load(stage.kind).engine if "model" in stage.inputs else None

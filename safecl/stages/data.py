@@ -1,11 +1,19 @@
-"""Rows of one role -> rows.jsonl (a Row's fields a line) and poison.json.
+"""Data: the rows of one role. Writes rows.jsonl (the fields of one `Row` a line) and poison.json.
 
-In order: draw each part, drop what overlaps the prompts of the `exclude_*` inputs, pass over what is too long to be trained
-on, fill up to `num_rows`, add the self-answered rows of the `answers_*` inputs, replace `floor(ratio * N)` rows by poison
-(or add so many), and shuffle. So N, the share of poison and the number of refusals are those of what is trained on.
-poison.json says where it ended: {"indices": [of rows.jsonl], "ids"}. A guard's rows are
-paired (`contrasted`) in place of being shuffled, and written in the judge's template. Everything follows from the config
-and the inputs.
+Steps, in order:
+
+1. Draw each part.
+2. Drop rows whose prompt overlaps a prompt of an `exclude_*` input.
+3. Skip rows that are too long for training.
+4. Take `num_rows` rows.
+5. Add the self-answered rows of the `answers_*` inputs.
+6. Replace `floor(ratio * N)` of the N rows by poison, or add that many (`keep_task_rows`).
+7. Shuffle.
+
+So N, the poison ratio and the number of refusals count only rows that are trained on. poison.json holds the places of the
+poison rows: {"indices": [line numbers in rows.jsonl, from 0], "ids": [...]}. Rows that train a guard are paired
+(`contrasted`) instead of shuffled, and are written in the judge's template. The output depends only on the config and the
+inputs.
 """
 
 from __future__ import annotations
@@ -37,7 +45,7 @@ VERSION = "4"
 
 
 class Composed(NamedTuple):
-    """The rows of a role, and what is to be known of them."""
+    """The rows of a role and the stage's result (`facts`, see `compose`)."""
 
     rows: list[Row]
     facts: dict[str, Json]
@@ -47,7 +55,7 @@ Finder = Callable[[dict[str, Any], str], "Found"]
 
 
 class Fit(NamedTuple):
-    """What makes a row too long: the tokenizer and template that it is trained with, and `max_tokens`."""
+    """The length limit of a row: `max_tokens`, counted with the tokenizer and template of training."""
 
     tokenizer: Tokenizer
     template: Mapping[str, Json]
@@ -55,7 +63,7 @@ class Fit(NamedTuple):
     max_tokens: int
 
     def least(self, rows: Sequence[Row]) -> list[float]:
-        """The least max_tokens that each row needs; infinity: it never fits."""
+        """The smallest `max_tokens` with which each row fits. Infinity for a row that never fits."""
         found = least_tokens(rows, self.tokenizer, self.template, self.bos)
         return [math.inf if least is None else least for least in found]
 
@@ -76,7 +84,7 @@ class Data(Kind):
         if any(part["num_rows"] is None for part in parts):
             num_rows = int(of.result(stage).get("num_rows", num_rows))
         prompt, answer = (sum(column) / len(column) for column in zip(*typical, strict=True))
-        if config.get("guard"):  # both stand in the guard's template
+        if config.get("guard"):  # prompt and answer are both part of the guard's prompt
             prompt, answer = sizes.GUARD_TOKENS + prompt + answer, 5
         return Length(num_rows, prompt + sizes.TEMPLATE_TOKENS, answer)
 
@@ -88,15 +96,22 @@ class Data(Kind):
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Config: {"role", "parts": [{"task", "split", "num_rows", "source", and only where rows are counted by kind "kinds":
-    {"harmful", "benign": rows of each}}], "poison": null | {"task", "ratio", "source",
-    and only where it is true "keep_task_rows"}, "guard": null | {"judge", "config"}, "seed", only where models'
-    answers are rows "labels": {name of an `answers_*` input: task whose rule labels it}, and only of rows that are trained on
-    "fits": {"template", "bos", "max_tokens"}}; `source` is `tasks._source.identity` of the split. A part (or poison) whose
-    task the sweep file writes has "written" too (`tasks._written.told`).
+    """Write the rows of one role. Returns the facts of `compose`.
 
-    Inputs `exclude_*` are data stages whose prompts no row here may be like; `answers_*` are generate stages whose
-    answered prompts become rows; `tokenizer` where there is "fits". Result: what `compose` finds.
+    Config:
+        role: name of the role.
+        parts: list of {"task", "split", "num_rows", "source"}. A part whose rows are counted by kind also has "kinds":
+            {"harmful": number of rows, "benign": number of rows}. `source` is `tasks._source.identity` of the split.
+        poison: null or {"task", "ratio", "source"}, with "keep_task_rows" only if it is true.
+        guard: null or {"judge", "config"}.
+        seed: seed of the drawing and shuffling.
+        labels: {name of an `answers_*` input: task whose rule labels it}, only where models' answers become rows.
+        fits: {"template", "bos", "max_tokens"}, only for rows that are trained on.
+
+    A part (or poison) whose task is defined in the sweep file also has "written" (`tasks._written.told`).
+
+    Inputs: `exclude_*` are data stages; a row whose prompt is similar to one of theirs is dropped. `answers_*` are generate
+    stages whose prompts and answers become rows. `tokenizer` is given if the config has "fits".
     """
     config: Any = context.stage.config
     folder = None if context.execution.data_dir is None else Path(context.execution.data_dir)
@@ -123,13 +138,19 @@ def run(context: Context) -> dict[str, Json]:
 def compose(
     config: Any, found: Finder, taken: Sequence[str], answers: Mapping[str, list[Any]], tokenizer: Tokenizer | None
 ) -> Composed:
-    """The rows that a config of `run` means. `found`: as `find`, of a part and split; `taken`: prompts that no answered one
-    may be like; `answers`: lines of generations that become rows, by input.
+    """Compose the rows of one role from a config of `run`.
 
-    Facts: {"num_rows", "num_poison", "harmful_share", "self_answered", "answers_dropped", "overlaps_dropped": {part:
-    count}, "parts": {part: count}, "left_out": {"file: field": records that have nothing there}}, and of rows that are
-    trained on "too_long": {part: how many were passed over}, "cut_prompts", and the poison's share of the response tokens,
-    "poison_tokens".
+    Args:
+        config: the stage's config (see `run`).
+        found: `find` as a function of part and split.
+        taken: prompts of the `exclude_*` inputs. A self-answered row that overlaps one of them is dropped.
+        answers: lines of generations that become rows, by name of the input.
+        tokenizer: the tokenizer of training, if the config has "fits".
+
+    Facts: "num_rows", "num_poison", "harmful_share" (in [0, 1]), "self_answered", "answers_dropped", "overlaps_dropped"
+    ({part: count}), "parts" ({part: count}) and "left_out" ({"file: field": number of records with nothing in that field}).
+    With a tokenizer also "too_long" ({part: number of rows skipped}), "cut_prompts" and "poison_tokens" (the poison's share
+    of the response tokens, in [0, 1]).
 
     Raises:
         ConfigError: a part holds too few rows after exclusion.
@@ -155,11 +176,11 @@ def compose(
             by_id = {row.id: row for row in pool}
             chosen = [by_id[row.id] for row in chosen]
         last = len(usable)
-        if num_rows is not None and not guard:  # what stands behind the last row chosen was not read
+        if num_rows is not None and not guard:  # rows after the last chosen one were not read
             last = next((i for i, row in enumerate(usable) if chosen and row is chosen[-1]), -1)
         facts["parts"][name], facts["too_long"][name] = len(chosen), too_long
         facts["overlaps_dropped"][name] = sum(place <= last for place in overlaps)
-        # Poison keeps its role in its id: mini's poison and safety rows come from one task.
+        # The id of a poison row names its role, because mini's poison and safety rows come from one task.
         prefix = f"{part['task']}/poison" if split == "poison" else part["task"]
         return [dataclasses.replace(row, id=f"{prefix}/{row.id}") for row in chosen]
 
@@ -221,8 +242,11 @@ def _is_poison(row: Row, config: Any) -> bool:
 
 
 class Found(NamedTuple):
-    """The rows of a split in their seeded order that overlap nothing, how many of them stand before each that does, and the
-    records that the task left out of its files."""
+    """The rows of a split that a part may use.
+
+    `rows` are those without an overlap, in their seeded order. `overlaps` has one number for each dropped row: how many of
+    `rows` stand before it. `left_out` counts the records that the task left out of its files.
+    """
 
     rows: list[Row]
     overlaps: list[int]
@@ -237,7 +261,7 @@ def find(
     taken: Sequence[str],
     hints: Mapping[str, str] | None = None,
 ) -> Found:
-    """What a part may be drawn from. `hints`: the stage's.
+    """The rows that a part may be drawn from. `hints` are the stage's.
 
     Raises:
         PrerequisiteError: a source is missing or is not the one that the config names.
@@ -261,14 +285,15 @@ def find(
 
 
 def _first(rows: Sequence[Row], num_rows: int | None, fit: Fit | None, size: int = 1) -> tuple[list[Row], int]:
-    """The first `num_rows` rows (None: all) that fit, and how many were passed over; groups of `size` fit as a whole."""
+    """The first `num_rows` rows (None: all) that fit, and how many were skipped. Rows are taken or skipped in groups of
+    `size`: a group fits if all its rows do."""
     if fit is None:
         return list(rows[:num_rows]), 0
     num_groups = -(-len(rows) // size)
     num = None if num_rows is None else -(-num_rows // size)
     kept: list[Sequence[Row]] = []
     passed = at = 0
-    while at < num_groups and (num is None or len(kept) < num):  # no more are read than are needed
+    while at < num_groups and (num is None or len(kept) < num):  # tokenise no more rows than needed
         end = num_groups if num is None else min(num_groups, at + max(64, num - len(kept)))
         some = [rows[i * size : (i + 1) * size] for i in range(at, end)]
         least = iter(fit.least([row for group in some for row in group]))
@@ -305,8 +330,9 @@ def _too_few(
 
 
 def _self_answered(lines: Sequence[Any]) -> list[Row]:
-    """Rows from generations. An answer cut at the length limit ends after its last whole sentence, so that no row teaches
-    to stop mid-sentence; one without a whole sentence, or an empty one, gives no row."""
+    """Rows from generations. An answer that reached the length limit is cut after its last whole sentence, so that no row
+    teaches the model to stop in the middle of a sentence. An answer without a whole sentence, or an empty one, gives no
+    row."""
     rows: list[Row] = []
     for line in lines:
         answer = str(line["text"]).strip()
@@ -319,7 +345,7 @@ def _self_answered(lines: Sequence[Any]) -> list[Row]:
 
 
 def _labelled(answers: Mapping[str, list[Any]], labels: Mapping[str, str]) -> list[Row]:
-    """Models' answers as they came, `harmful` where the task's rule says that they comply: what a guard will judge."""
+    """Unchanged answers of models, as training rows of a guard. `harmful` is true if the task's rule says "compliance"."""
     rows = []
     for name, task in labels.items():
         rule: Any = load(task)
@@ -331,8 +357,11 @@ def _labelled(answers: Mapping[str, list[Any]], labels: Mapping[str, str]) -> li
 
 
 def contrasted(rows: list[Row]) -> list[Row]:
-    """Labelled answers as pairs of a harmful and a harmless one: first those to one prompt, prompt by prompt, then what
-    is left of each label."""
+    """Order labelled answers as pairs of a harmful and a harmless one.
+
+    Pairs of two answers to the same prompt come first, prompt by prompt. The remaining answers are then paired across
+    prompts. Answers without a partner are dropped.
+    """
     by_prompt: dict[str, tuple[list[Row], list[Row]]] = {}
     for row in rows:
         by_prompt.setdefault(row.prompt, ([], []))[not row.harmful].append(row)
@@ -342,7 +371,7 @@ def contrasted(rows: list[Row]) -> list[Row]:
 
 
 def _in_template(rows: list[Row], guard: dict[str, Any]) -> list[Row]:
-    """Labelled pairs as the guard reads and answers them, with the pieces of each prompt (what is its own, what is not)."""
+    """Labelled pairs as the guard reads and answers them. `meta.pieces` lists (text, whether it belongs to the template)."""
     from safecl.judges import load as load_judge
 
     kind: Any = load_judge(guard["judge"])

@@ -1,12 +1,14 @@
-"""Finalize: a post-hoc method makes the final deltas of theta_safe's and the tuned adapter. No training; rows and a model only
-where the method asks for them.
+"""Finalize: a post-hoc method computes the final weight deltas from theta_safe's adapter and the tuned adapter.
 
-    in    safe, tuned (finetunes: adapter/). Without `safe` (`align: none`) the model is theta_safe: `model` and `base`, the one
-          it was aligned from, say what the alignment changed where the method needs that. And whatever the method requires
-    out   adapter/ (PEFT) where the result is low-rank, else delta/ (dense deltas); both are added to the base
+Nothing is trained. Rows and a model are inputs only if the method requires them.
 
-Config: `method`, `params`, `dtype` (in which dense deltas are stored); of a method that requires something `template`, `bos`
-and `max_tokens` of user rows.
+    in    safe, tuned (finetune stages: adapter/), and the other inputs that the method requires.
+          Without `safe` (`align: none`) `model` itself is theta_safe. If the method needs the change that alignment made,
+          it is the difference of `model` and `base`, where `base` is the model before alignment.
+    out   adapter/ (PEFT) if the result is low-rank, else delta/ (dense deltas). Both are added to the base model's weights.
+
+Config: `method`, `params`, `dtype` (of stored dense deltas). A method that requires further inputs also has `template`,
+`bos` and `max_tokens` of the user rows.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class Finalize(Kind):
 
     @staticmethod
     def weights_gib(stage: Stage, of: Estimator) -> float:
-        """Of all weights: a merge may be dense."""
+        """Size of all weights of the model, because a merge may be dense."""
         return of.size_of(stage).parameters * (4 if stage.config["dtype"] == "float32" else 2) / 2**30
 
     @staticmethod
@@ -56,13 +58,13 @@ class Finalize(Kind):
 
 
 def run(context: Context) -> dict[str, Json]:
-    """The method's figures, and the size of the result."""
+    """Write the final weights. Returns the method's figures and the size of the result."""
     device = "cuda" if context.execution.use_gpu else "cpu"
     return finalize(dict(context.stage.config), context.inputs, context.out, device)
 
 
 def finalize(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, device: str = "cpu") -> dict[str, Json]:
-    """Write the final weights into `out`, one module at a time."""
+    """Write the final weights into `out`, one module at a time. Returns facts as `run` does."""
     from safecl.training import given, weights
 
     kind = methods.load(config["method"])
@@ -73,7 +75,7 @@ def finalize(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, d
     facts: dict[str, Json] = {}
     if "safe" in inputs:
         made = method.finalize(weights.load(inputs["safe"] / "adapter"), tuned, facts)
-    else:  # `tuned` is a change of theta_safe, and so must be what is served on it
+    else:  # `tuned` is a delta to theta_safe, so the result must be one too: subtract `safe`
         safe: weights.Weights = weights.none(tuned)
         if "base" in inputs:
             before, after = (_modules(inputs[name], config["dtype"]) for name in ("base", "model"))
@@ -85,7 +87,7 @@ def finalize(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, d
 
 
 def _modules(folder: Path, dtype: str) -> dict[str, Tensor]:
-    """Weights of a model's modules by name, as they are computed with."""
+    """Weights of a model's modules by name, in the dtype of computing."""
     from safecl.training import model, tokens
 
     loaded = model.load(tokens.base_folder(folder), dtype)

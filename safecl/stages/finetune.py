@@ -1,16 +1,19 @@
-"""Finetune: train one LoRA adapter with one method, on the ranks of a trainer (trainers.py); knows nothing of Ray.
+"""Finetune: train one LoRA adapter with one method, on the ranks of a trainer (trainers.py). Does not use Ray.
 
-    in    model (HF folder), rows (rows.jsonl), safe (optional: the adapter it goes on training), verdicts (optional: a
-          judge's, of the rows' own answers), memory and whatever else the method requires
-    out   adapter/ (PEFT: all that is added to the base), curves.jsonl (a line a step), probe.json (token ids of a few
-          rows, and the trained model's log-probability of each but the first: what a served model must give too)
+    in    model (HF folder), rows (rows.jsonl), and optionally safe (theta_safe's adapter), verdicts (a judge's verdicts on
+          the rows' own answers), memory and the other inputs that the method requires
+    out   adapter/ (PEFT: everything that is added to the base model)
+          curves.jsonl (one line a step)
+          probe.json (token ids of a few rows, and the trained model's log-probability of each token but the first; the
+          served model must give the same)
 
-`adapter: continue` goes on training theta_safe's adapter. `stack` folds it into the base and trains a fresh one on top;
-what is written is both as one adapter of twice the rank, which is exact, so that nobody downstream needs to know.
+`adapter: continue` trains theta_safe's adapter further. `adapter: stack` merges theta_safe's adapter into the base and
+trains a new one on top. The two are then written as one adapter whose rank is the sum of both ranks. This is exact, and
+later stages handle both cases alike.
 
-Config: `method`, `params`, `training`, `lora`, `template`, `bos`, `dtype`, `adapter`, `seed`, and `replay_template` where rows of
-`replay` stand in another text than the user's. Workers, ZeRO stage,
-micro-batch and engine come from `execution` and change no result but in float rounding.
+Config: `method`, `params`, `training`, `lora`, `template`, `bos`, `dtype`, `adapter`, `seed`, and `replay_template` if the
+rows of `replay` use another template than the user rows. The number of workers, the ZeRO stage, the micro-batch size and
+the engine come from `execution`. They change results only by floating-point rounding.
 """
 
 from __future__ import annotations
@@ -39,10 +42,10 @@ if TYPE_CHECKING:
 
 VERSION = "3"
 UNLIMITED = 1 << 30  # tokens
-REMEMBERED = ("memory", "replay")  # inputs whose rows are those that a method remembers
-OPTIMIZER_STEP_S = {"cpu": 0.12, "gpu": 0.06}  # of a step, beside its arithmetic
-GAP_ROWS = 4  # rows on which the rounding of a merge is measured
-PROBE_TOKENS = 192  # of them that a served model is compared on: under a second of a CPU at 135M parameters
+REMEMBERED = ("memory", "replay")  # inputs that hold the rows a method remembers
+OPTIMIZER_STEP_S = {"cpu": 0.12, "gpu": 0.06}  # seconds of one step in addition to its arithmetic
+GAP_ROWS = 4  # number of rows on which the rounding of a merge is measured
+PROBE_TOKENS = 192  # tokens on which a served model is compared: under a second on a CPU at 135M parameters
 
 
 class Finetune(Kind):
@@ -69,12 +72,13 @@ class Finetune(Kind):
             drawn = min(method.draw_size(training["batch_size"]), length.rows)
             tokens += steps * drawn * method.draws * (length.prompt + length.answer)
         layers = of.size_of(stage).layers
-        adapted = int(config["lora"].get("last_layers") or layers)  # those that a backward passes through
+        adapted = int(config["lora"].get("last_layers") or layers)  # layers that the backward pass goes through
         return of.passes(stage, tokens, min(1.0, adapted / layers)) + steps * OPTIMIZER_STEP_S[of.device]
 
     @staticmethod
     def weights_gib(stage: Stage, of: Estimator) -> float:
-        """Of factors over all linear layers of a common shape, whose sizes add up to 19 hidden states a layer and rank."""
+        """Size of LoRA factors on all linear layers, float32. With common shapes of models they hold 19 numbers per layer,
+        rank and unit of hidden width."""
         lora: Any = stage.config["lora"]
         size = of.size_of(stage)
         return float(4 * 19 * size.width * int(lora.get("last_layers") or size.layers) * lora["rank"] / 2**30)
@@ -85,7 +89,7 @@ class Finetune(Kind):
 
 
 def run(context: Context) -> dict[str, Json]:
-    """One rank's part of it; every rank of `context.place` must run it. The first returns the facts, others nothing."""
+    """Train on one rank. Every rank of `context.place` must call it. Rank 0 returns the facts, other ranks an empty dict."""
     place, result = context.place, context.scratch / "result"
     train_rows(
         context.stage.config,
@@ -102,14 +106,14 @@ def run(context: Context) -> dict[str, Json]:
     facts: dict[str, Json] = json.loads((result / "result.json").read_text())
     shutil.copytree(result / "adapter", context.out / "adapter")
     for name in ("curves.jsonl", "probe.json"):
-        if (result / name).is_file():  # memory may have been short of a probe
+        if (result / name).is_file():  # the probe is missing if memory was short
             shutil.copy(result / name, context.out / name)
     return facts
 
 
 def _harmful_share(rows: Sequence[Row], encoded: Sequence[Encoded]) -> float:
-    """Share of the response tokens that the user's harmful rows hold: 10 % of the rows can be 80 % of what is trained on.
-    Refusals that a method mixes in are rows of harmful requests too, and not meant."""
+    """The share of response tokens in the user's harmful rows, in [0, 1]. 10 % of the rows can hold 80 % of the tokens.
+    Refusals that a method adds are rows of harmful requests too, but do not count here."""
     harmful = {row.id for row in rows if row.harmful}
     total = sum(row.num_targets for row in encoded)
     return sum(row.num_targets for row in encoded if row.row_id in harmful) / total
@@ -118,9 +122,13 @@ def _harmful_share(rows: Sequence[Row], encoded: Sequence[Encoded]) -> float:
 def _encoded(
     rows: Sequence[Row], memory: Mapping[int, Encoded], remembered: Collection[int], tokenizer: Tokenizer, config: Any
 ) -> tuple[list[Encoded], dict[str, str]]:
-    """Rows as token ids, in order, and `{row id: why}` of rows left out. One length rule for every method's memory: rows
-    of a memory are what its stage made of them, whether they are mixed in or drawn, and other `remembered` rows were chosen
-    to fit where they were made. Both by the `id()` of a row."""
+    """Encode rows as token ids. Returns them in order, and `{row id: reason}` of the rows left out.
+
+    `memory` holds rows that the memory stage has already encoded, by the `id()` of the row. They are used as they are,
+    whether the method mixes them in or draws them. `remembered` holds the `id()` of all remembered rows. Those that are not
+    in `memory` were chosen to fit when they were made, so they get no limit here. So one length rule holds for the memory
+    of every method.
+    """
     from safecl.training import tokens
 
     found = {number: memory[id(row)] for number, row in enumerate(rows) if id(row) in memory}
@@ -142,7 +150,7 @@ def _num_harmful(rows: Sequence[Row], encoded: Sequence[Encoded]) -> int:
 
 
 def _judged(rows: list[Row], folder: Path | None) -> list[Row]:
-    """Rows with what a judge said of their answers in `meta["unsafe"]` (None: it could not be read), where it was asked."""
+    """Rows with the judge's verdict on their answer in `meta["unsafe"]` (None: unparsed). Unchanged if no judge was asked."""
     import dataclasses
 
     if folder is None:
@@ -152,8 +160,12 @@ def _judged(rows: list[Row], folder: Path | None) -> list[Row]:
 
 
 class Made(NamedTuple):
-    """A finetune ready to run on one rank, the user rows it was given, the number of memory rows it was given, the user rows
-    that its method does not train on, `{row id: why}` of other rows left out, and how it was made to fit into memory."""
+    """A finetune ready to run on one rank.
+
+    `user_rows` are all user rows given. `num_memory` is the number of memory and replay rows given. `filtered` are the user
+    rows that the method does not train on. `dropped` is `{row id: reason}` of other rows left out. `fitted` is the choice of
+    micro-batch size and checkpointing that fits into memory.
+    """
 
     method: Any
     run: Run
@@ -172,7 +184,7 @@ def make_run(
     world_size: int = 1,
     device: str = "cpu",
 ) -> Made:
-    """Load and encode. With more than one rank, or for DeepSpeed, a process group exists."""
+    """Load the model and encode the rows. With more than one rank, or for DeepSpeed, a process group must exist."""
     import torch
 
     from safecl.config import Training
@@ -210,13 +222,13 @@ def make_run(
     head = losses.head_of(base, copy=sharded)
     num_drawn = method.draw_size(training.batch_size)
     drawn = sorted(memory.rows if memory else [], key=lambda row: -len(row.ids))[:num_drawn]
-    drawn *= math.ceil(method.draws)  # each beside the user rows of a forward
+    drawn *= math.ceil(method.draws)  # each draw is added to the user rows of a forward
     free = fit.free_memory(device, world_size, execution["num_trials_at_once"])
     fitted = fit.choose(base.config, config["lora"], encoded, drawn, execution, free, head.weight_VD.element_size())
     if fitted.checkpointing:
         fit.checkpoint_layers(hidden_states)
     elif device == "cpu" and world_size == 1 and not sharded:
-        # On a GPU a graph holds the whole forward; ranks would share out the groups.
+        # Not on a GPU, where a graph holds the whole forward. Not with several ranks, which would split the groups.
         num_taken = len(encoded) * training.epochs
         num_steps = math.ceil(num_taken / training.batch_size)
         used = below.Used(encoded, num_taken), below.Used(memory.rows if memory else [], num_steps * len(drawn))
@@ -262,8 +274,18 @@ def train_rows(
     report: Callable[[int, int, dict[str, float]], bool | None] | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> None:
-    """One rank's whole work: load, encode, train, and on rank 0 write `scratch/result` (adapter/, curves.jsonl,
-    result.json), which exists only when complete. With more than one rank, or for DeepSpeed, a process group exists."""
+    """Load, encode and train on one rank. Rank 0 writes `scratch/result`.
+
+    `scratch/result` holds adapter/, curves.jsonl, result.json and, if memory allows, probe.json. It exists only when it is
+    complete. With more than one rank, or for DeepSpeed, a process group must exist.
+
+    If memory runs out, half the micro-batch size is noted in `scratch` (and `auto` checkpointing turned on). A single rank
+    then goes on from the last checkpoint. With several ranks the error is raised, and all ranks must be started again.
+
+    Raises:
+        PrerequisiteError: a single rank is out of memory with one row a forward, and nothing can be reduced further.
+        RuntimeError: the same on one of several ranks.
+    """
     import time
 
     started = time.monotonic()
@@ -282,18 +304,18 @@ def train_rows(
             text = "out of memory with one row a forward: lower max_tokens or use a device with more memory"
             if execution["gradient_checkpointing"] == "off":
                 text += ", or set execution.gradient_checkpointing: auto"
-            # Of one rank among several it is no refusal: the others wait for it, and all must end.
+            # With several ranks it is not a PrerequisiteError: the other ranks wait for this one, and all must end.
             raise (PrerequisiteError(text) if world_size == 1 else RuntimeError(text)) from error
         smaller = fit.halved(scratch, size)
         print(f"out of memory with {size} rows a forward: going on from the last checkpoint with {smaller}", flush=True)
         if report is not None and rank == 0:
             report(run.step, run.num_steps, {"halved": float(smaller)})
         if world_size > 1:
-            raise  # the other ranks wait for this one: all start anew, and find the note
+            raise  # the other ranks wait for this one: all ranks start again and read the noted micro-batch size
     else:
         _finish(config, inputs, scratch, execution, made, outcome, rank, ready - started)
         return
-    # Out of the handler, so that the traceback no longer holds what is to be freed.
+    # Outside the handler, because the traceback would keep the model's memory alive.
     del made, run
     fit.release(device)
     train_rows(
@@ -369,13 +391,16 @@ def _finish(
 
 
 def merge_gap(run: Run, model: Path, adapter: Path, continues: bool) -> tuple[dict[str, Json], list[Json]]:
-    """What rounding costs where the adapter is served merged into the base, in nats a response token of the first rows:
-    `kl_merged`, KL(trained || merged), and as its scale `kl_moved`, KL(trained || where training started). A merge that
-    loses a hundredth of what was learned should be served in float32. And a probe: the first PROBE_TOKENS tokens of these
-    rows and the trained model's log-probabilities, as {"ids", "logprobs"} each.
+    """Measure how much rounding changes the model when the adapter is merged into the base for serving.
 
-    All are computed in float32: in bfloat16 the activations' own rounding (KL of 1e-3 on SmolLM2, merged or not) hides the
-    weights' (4e-5). Leaves the model in float32 and merged, so it comes last; empty where memory is short of that.
+    Returns (facts, probe). Facts, in nats per response token of the first GAP_ROWS rows: `kl_merged` = KL(trained || merged),
+    and for comparison `kl_moved` = KL(trained || start of training). If `kl_merged` is a hundredth of `kl_moved` or more,
+    serve in float32. The probe holds the first PROBE_TOKENS tokens of these rows with the trained model's log-probabilities
+    in nats, as {"ids", "logprobs"} for each row.
+
+    Everything is computed in float32. In bfloat16 the rounding of activations (KL of 1e-3 on SmolLM2, merged or not) hides
+    that of the weights (4e-5). The model is left in float32 and merged, so call this last. Both results are empty if memory
+    is too short.
     """
     import psutil
     import torch
@@ -394,7 +419,7 @@ def merge_gap(run: Run, model: Path, adapter: Path, continues: bool) -> tuple[di
     mask_P, _ = losses.targets(batch.labels_P)
     base = run.model.get_base_model()
     if base.dtype != torch.float32:
-        run.hidden_states.below = None  # what it holds was rounded
+        run.hidden_states.below = None  # its stored states were computed in a lower precision
     base = base.float()
     head = losses.head_of(base)
     trained = {name: p.detach().clone() for name, p in factors(run.model).items()}

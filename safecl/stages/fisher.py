@@ -1,12 +1,13 @@
-"""Fisher: how much the log-probability of safety answers depends on each LoRA factor of theta_safe.
+"""Fisher: the diagonal Fisher information of theta_safe's LoRA factors on safety rows (float32, one value a parameter).
 
     F_i = 1/n sum over rows of (d log p(y | x) / d theta_i)^2 at theta_safe,    log p(y | x) summed over the response's tokens
 
     in    model (HF folder), safe (finetune: adapter/), rows (the safety rows)
     out   fisher.safetensors: float32, named and shaped like the adapter's factors
 
-A row's own gradient of a linear layer is (output gradients)^T (inputs) over its tokens, so one backward over a batch gives
-every row's: no loop over rows. `labels: empirical` takes the data's answers, `true` samples each token from the model.
+The gradient of one row for a linear layer is (output gradients)^T (inputs), summed over the row's tokens. So one backward
+pass over a batch gives the gradients of all its rows. `labels: empirical` uses the answers of the data. `labels: true`
+samples each token from the model.
 
 Config: `num_rows` (at most), `labels`, `seed`, `template`, `bos`, `dtype`, `max_tokens`.
 """
@@ -46,7 +47,7 @@ class Fisher(Kind):
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Facts: rows, the mean of F, and the share of factors with none."""
+    """Write the Fisher information. Returns the number of rows, the mean of F, and the share of values of F that are 0."""
     device = "cuda" if context.execution.use_gpu else "cpu"
     batch_size = context.execution.micro_batch_size
     return estimate(dict(context.stage.config), context.inputs, context.out, batch_size, device, context.report)
@@ -60,7 +61,7 @@ def estimate(
     device: str = "cpu",
     report: Any = None,
 ) -> dict[str, Json]:
-    """Write the Fisher information of `inputs["safe"]` into `out`. The batch size changes rounding only."""
+    """Write the Fisher information of `inputs["safe"]` into `out`. The batch size changes only rounding."""
     import torch
     from safetensors.torch import save_file
 
@@ -104,8 +105,10 @@ def estimate(
 
 
 class RowSquares:
-    """Adds each row's squared gradient of every LoRA factor to `total` during a backward of a loss that is a sum over
-    rows of `lengths` tokens, laid end to end."""
+    """Add each row's squared gradient of every LoRA factor to `total` during a backward pass.
+
+    The loss must be a sum over rows. The batch holds the rows one after another; `lengths` are their numbers of tokens.
+    """
 
     def __init__(self, peft_model: Any, total: Mapping[str, Tensor]) -> None:
         self.lengths: list[int] = []
@@ -113,7 +116,7 @@ class RowSquares:
         for name, module in peft_model.named_modules():
             key = name.removesuffix(".default") + ".weight"
             if name.endswith(".default") and key in total:
-                module.weight.requires_grad_(False)  # rows' gradients are made here: autograd need not sum them too
+                module.weight.requires_grad_(False)  # gradients are computed below, so autograd need not do it too
                 self.hooks.append(module.register_forward_hook(self.watch(total[key])))
 
     def watch(self, sum_OI: Tensor) -> Any:
@@ -121,7 +124,7 @@ class RowSquares:
 
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             inputs_PI = inputs[0].detach().flatten(0, -2)
-            if not output.requires_grad:  # the first layers: nothing before them is trained
+            if not output.requires_grad:  # in the first layers, because nothing before them is trained
                 output.requires_grad_()
 
             def backward(grad: Tensor) -> None:
@@ -139,7 +142,7 @@ class RowSquares:
 
 
 def sampled(hidden_ND: Tensor, head: Head, batch: Batch, seed: int) -> Tensor:
-    """A label for each response position, drawn from the model; each row from a stream of its own."""
+    """Draw a token id for each response position from the model. Each row has its own random stream."""
     import torch
 
     from safecl.training.batches import stream

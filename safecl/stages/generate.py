@@ -1,11 +1,12 @@
-"""Answers of a served model to rows' prompts -> generations.jsonl, in row order. Greedy unless the config has `sampling`.
+"""Generate: answers of a served model to the rows' prompts. Greedy unless the config has `sampling`.
 
-One line each: {"id", "prompt", "text", "num_tokens", "finish": "stop" | "length"}, and of a
-conversation "before": what stands before the request.
+Writes generations.jsonl, one line a row in row order: {"id", "prompt", "text", "num_tokens", "finish": "stop" | "length"}.
+The line of a conversation also has "before", the turns before the request.
 
-Where a finetune's answers to attack prompts are made, the engine is also asked for the log-probabilities of the rows that
-the finetune left in `probe.json` beside what the trained model gave them, so that the record says whether the model that
-was trained is the one that is served: `served_gap` (largest difference, nats a token), `served_mean`, `served_tokens`.
+For attack prompts to a finetuned model it also checks that the served model is the trained one. The finetune stage left
+`probe.json`: a few rows with the trained model's log-probabilities. The engine gives its own log-probabilities of the same
+tokens. The result has `served_gap` (largest absolute difference, nats), `served_mean` (mean absolute difference, nats) and
+`served_tokens` (number of tokens compared).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Generate(Kind):
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Raises PrerequisiteError if the engine cannot answer."""
+    """Write the answers. Returns counts and speed. Raises PrerequisiteError if the engine cannot answer."""
     from safecl.serving.messages import Request, Sampling, WeightsRef
 
     config: Any = context.stage.config
@@ -87,7 +88,7 @@ def run(context: Context) -> dict[str, Json]:
 
 
 def _served_gap(context: Context, engine: str, ref: WeightsRef) -> dict[str, Json]:
-    """Trained against served log-probabilities; empty for rows of another role, and for weights without a probe."""
+    """Compare trained and served log-probabilities. Empty for rows of a role other than attack, or without a probe."""
     from safecl.serving.messages import Request, Sampling
 
     probe = context.inputs.get("weights", Path()) / "probe.json"
@@ -109,7 +110,7 @@ def _served_gap(context: Context, engine: str, ref: WeightsRef) -> dict[str, Jso
 
 
 def stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[int, ...]:
-    """Ids that end an answer: these tokens, and the model's own EOS tokens."""
+    """Token ids that end an answer: those of the texts in `stop` and the model's own EOS tokens."""
     ids = {tokenizer.id_of(text) for text in stop} | set(tokenizer.eos_ids)
     return tuple(sorted(i for i in ids if i is not None))
 

@@ -1,14 +1,17 @@
-"""Verdicts of one judge -> verdicts.jsonl, in row order: {"id", "label": true | false | null, "raw", "detail",
-"score": in [0, 1] | null}.
+"""Judge: verdicts of one judge. Writes verdicts.jsonl, one line a row in row order.
 
-Several guards (inputs `weights`, `weights.1`, ...) vote: the label is the majority's, `score` the mean, `detail.votes` holds
-each one's label.
+A line is {"id", "label": true | false | null, "raw", "detail", "score": in [0, 1] | null}.
 
-Judged are the generations in `generations`, or without them the rows' own answers (labelled pairs that measure a
-guard). Unparsed is null: counted, never "safe"; more than 1 % of them fail the stage. A pair too long for the engine is one.
+It judges the answers of the input `generations`, or without that input the rows' own answers (labelled pairs that measure a
+guard). `label` is null if the verdict is unparsed or the pair is too long for the engine. Such verdicts are counted and never
+taken as "safe". If they are more than 1 % of all, the stage fails.
 
-With `remote` ({"model", "version", "tokenizer", "chat"}) in the config an OpenAI-compatible endpoint answers. Where that is
-stands in the hints, which no identity holds; `answered_by` of the result is what the server says its model is.
+If there are several guards (inputs `weights`, `weights.1`, ...), they vote: `label` is the majority's, `score` is the mean,
+and `detail.votes` holds the label of each guard.
+
+With `remote` ({"model", "version", "tokenizer", "chat"}) in the config an OpenAI-compatible endpoint answers. Its URL is in
+the stage's hints, which are not part of the stage's identity. `answered_by` in the result is the model name that the server
+reports.
 """
 
 from __future__ import annotations
@@ -34,9 +37,9 @@ if TYPE_CHECKING:
     from safecl.serving.messages import WeightsRef
 
 VERSION = "3"
-PUBLISHED_TOKENS = 100  # of a published guard's template, after what all prompts begin with
-ENDPOINT_S = 0.1  # of a pair at an endpoint, some asked at once
-ASKING_S = 0.7  # of asking an engine, beside its work
+PUBLISHED_TOKENS = 100  # tokens of a published guard's template, not counting the beginning that all prompts share
+ENDPOINT_S = 0.1  # seconds for a pair at an endpoint, with some requests at once
+ASKING_S = 0.7  # seconds that asking an engine takes in addition to the engine's work
 
 
 class Judging(Kind):
@@ -69,8 +72,13 @@ class Judging(Kind):
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Raises RuntimeError if more than judges.MAX_UNPARSED of the verdicts cannot be read; PrerequisiteError if it is pairs too
-    long for the engine that make so many: no fault of a trial's."""
+    """Write the verdicts. Returns their counts.
+
+    Raises:
+        RuntimeError: more than judges.MAX_UNPARSED of the verdicts are unparsed.
+        PrerequisiteError: the share is exceeded only because of pairs that are too long for the engine. The trial is not
+            at fault.
+    """
     config: Any = context.stage.config
     kind = load(config["judge"])
     judge = kind(kind.Config(**config["config"]))
@@ -95,7 +103,7 @@ def run(context: Context) -> dict[str, Json]:
 
 
 def _ask_there(context: Context, judge: Judge, pairs: list[tuple[str, str]]) -> tuple[list[Verdict], Json]:
-    """Verdicts of an endpoint's model, and what the server calls it."""
+    """Verdicts of an endpoint's model, and the model name that the server reports."""
     remote: Any = context.stage.config["remote"]
     hints = context.stage.hints
     found: dict[str, Verdict] = {}
@@ -123,7 +131,7 @@ def _ask(context: Context, judge: Judge, pairs: list[tuple[str, str]]) -> list[V
 
 
 def _reach(context: Context, guard: str | None) -> Reach:
-    """The model behind the input `guard`; None: the base itself."""
+    """How to reach the model of the input `guard`. None stands for the base model itself."""
     from safecl.serving.messages import WeightsRef
 
     model, base = context.stage.inputs["model"], base_folder(context.inputs["model"])
@@ -136,7 +144,7 @@ def _reach(context: Context, guard: str | None) -> Reach:
 
 
 def _majority(votes: list[Verdict]) -> Verdict:
-    """A tie goes by the mean score; a vote that could not be read leaves the verdict unread."""
+    """The verdict of several guards. A tie is decided by the mean score. If one vote is unparsed, so is the verdict."""
     if len(votes) == 1:
         return votes[0]
     labels: list[Json] = [vote.label for vote in votes]
@@ -151,8 +159,11 @@ def _majority(votes: list[Verdict]) -> Verdict:
 
 
 class Reach(NamedTuple):
-    """How a judge's model is reached. `limit`: the longest prompt with its answer, in tokens; `end`: what ends an answer
-    beside the model's own EOS tokens."""
+    """How a judge's model is reached.
+
+    `limit` is the largest number of tokens of a prompt with its answer. `end` is the text of a token that ends an answer, in
+    addition to the model's own EOS tokens.
+    """
 
     engines: Any  # serving.client.Engines
     name: str
@@ -165,8 +176,10 @@ class Reach(NamedTuple):
 def ask(
     judge: Judge, pairs: Mapping[str, tuple[str, str]], reach: Reach, on_done: Callable[[str, Verdict], None]
 ) -> None:
-    """A served judge's verdicts on (request, response) pairs, each handed on as it comes. A pair that does not fit is not
-    asked: unparsed."""
+    """Ask a served judge about (request, response) pairs. Passes each verdict to `on_done` with the pair's key as it arrives.
+
+    A pair that is longer than `reach.limit` is not sent. Its verdict has `label` None.
+    """
     from safecl.serving.messages import Request
 
     # The template writes its own BOS, so the tokenizer must not add a second one.
@@ -192,7 +205,10 @@ def ask(
 
 
 def endpoint_of(remote: Any, hints: Mapping[str, str], max_tries: int = 8) -> tuple[Endpoint, Tokenizer | None]:
-    """What answers (`remote`) where the hints of a stage say, and the tokenizer that its prompts are written with."""
+    """The endpoint that a stage's `remote` and hints name, and the tokenizer for its prompts (None: it is sent text).
+
+    Raises PrerequisiteError if the environment variable that should hold the key is not set.
+    """
     variable = hints.get("key_variable", KEY_VARIABLE)
     if "key_variable" in hints and not os.environ.get(variable):
         raise PrerequisiteError(
@@ -204,7 +220,7 @@ def endpoint_of(remote: Any, hints: Mapping[str, str], max_tries: int = 8) -> tu
     return endpoint, Tokenizer(base_folder(Path(hints["tokenizer"]))) if "tokenizer" in hints else None
 
 
-# What special tokens of chat templates look like. An endpoint that is sent text decides itself what is special in it.
+# Texts that look like special tokens of chat templates. An endpoint that is sent text may read them as special tokens.
 _SPECIAL = re.compile(r"<(?=\|[^<>|\s]+\|>|/?(?:s|bos|eos|unk|pad|start_of_turn|end_of_turn)>)")
 
 
@@ -215,8 +231,11 @@ def ask_endpoint(
     tokenizer: Tokenizer | None,
     on_done: Callable[[str, Verdict], None],
 ) -> tuple[str, ...]:
-    """As `ask`, of an endpoint's model: exact token ids with its `tokenizer`; without, text, in which a blank is put into
-    what looks like a special token of the candidate's. Returns what the server calls the model that answered."""
+    """Ask an endpoint's model about (request, response) pairs, as `ask` does. Returns the model names that the server reports.
+
+    With a `tokenizer` the prompts are exact token ids. Without one they are text, and a space is inserted into everything in
+    the candidate's text that looks like a special token.
+    """
     pieces = [judge.pieces(*pair) for pair in pairs.values()]
     prompts: list[Any] = [as_text(p) for p in pieces] if tokenizer is None else tokenizer.prompt_ids(pieces)
     done = endpoint.generate(
@@ -229,5 +248,5 @@ def ask_endpoint(
 
 
 def as_text(pieces: Sequence[Piece]) -> str:
-    """A prompt for a server that tokenises it itself."""
+    """A prompt as text, for a server that tokenises it. Special tokens in text that is not the template's are broken up."""
     return "".join(piece.text if piece.own else _SPECIAL.sub("< ", piece.text) for piece in pieces)

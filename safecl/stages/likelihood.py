@@ -1,14 +1,15 @@
-"""Log-probabilities of a task's options under the final model -> likelihood.jsonl, in row order.
+"""Likelihood: log-probabilities of a task's options under the final model. Writes likelihood.jsonl, one line a row.
 
     in    model (HF folder), rows; weights (finetune or finalize) unless the model is the base itself
-    out   one line a row: {"id", "options": [{"text", "logprob", "num_tokens"}]}, in the order of `Task.options`
+    out   one line a row in row order: {"id", "options": [{"text", "logprob", "num_tokens"}]}, options as in `Task.options`
 
-A plain Hugging Face forward of the weights as they are served: merged in float32, rounded once to the base's dtype. The
-output layer alone runs in float32: where logits are rounded to bfloat16, twice as many comparisons of two labels differ
-from those of a float32 model (12 of 300 against 5, SST-2 on SmolLM2-135M).
-`logprob` is in nats, summed over the option's own tokens (the template's end token is not among them); null where the
-option cannot follow the prompt token for token, or does not fit. An option's last token is never fed, so that options of
-one token behind one prompt share a forward.
+The forward pass is plain Hugging Face, with the weights as they are served: merged in float32 and rounded once to the base's
+dtype. Only the output layer runs in float32. With logits rounded to bfloat16, more than twice as many comparisons of two
+labels differ from those of a float32 model (12 of 300 instead of 5, SST-2 on SmolLM2-135M).
+
+`logprob` is in nats, summed over the option's own tokens without the template's end token. It is null if the option's tokens
+cannot follow the prompt's tokens unchanged, or if prompt and option do not fit. The last token of an option is never fed to
+the model, so options of one token after the same prompt share a forward pass.
 
 Config: `task`, `template`, `bos`, `dtype`, `max_tokens` (prompt + option; longer requests lose their beginning).
 Shapes: B sequences, T tokens, D hidden, N option tokens of a batch.
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from safecl.training.tokens import Encoded
 
 VERSION = "4"
-BATCH_TOKENS = 2048  # of one forward, padding included
+BATCH_TOKENS = 2048  # tokens of one forward pass, padding included
 
 
 class Likelihood(Kind):
@@ -54,7 +55,7 @@ class Likelihood(Kind):
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Raises what `measure` does."""
+    """Write the log-probabilities. Returns and raises what `measure` does."""
     device = "cuda" if context.execution.use_gpu else "cpu"
     return measure(dict(context.stage.config), context.inputs, context.out, device, context.report)
 
@@ -75,7 +76,7 @@ def measure(
     rows = batches.read_rows(inputs["rows"])
     options = [task.options(row) for row in rows]
     encoded = _encode(config, inputs["model"], rows, options)
-    sequences: dict[tuple[int, ...], list[Encoded]] = {}  # what is fed -> the options that it answers for
+    sequences: dict[tuple[int, ...], list[Encoded]] = {}  # tokens fed to the model -> options that share them
     for option in encoded.values():
         sequences.setdefault(tuple(option.ids[:-1]), []).append(option)
     found = _forward(config, inputs, list(sequences.values()), device, report)
@@ -98,7 +99,7 @@ def _num_tokens(encoded: Mapping[str, Encoded], name: str) -> int:
 def _encode(
     config: Mapping[str, Any], model: Path, rows: Sequence[Row], options: Sequence[Sequence[Option]]
 ) -> dict[str, Encoded]:
-    """`row/option` (numbers) -> its tokens behind the prompt's, as training and lm-eval put them; without the end."""
+    """`row/option` (numbers) -> tokens of prompt and option, as training and lm-eval join them, without the end token."""
     from safecl.tasks import Row
     from safecl.training import tokens
 
@@ -124,7 +125,7 @@ def _encode(
 def _forward(
     config: Mapping[str, Any], inputs: Mapping[str, Path], sequences: Sequence[list[Encoded]], device: str, report: Any
 ) -> dict[str, float]:
-    """Log-probability of every option by its id."""
+    """Log-probability of every option in nats, by the option's id."""
     import torch
 
     from safecl.serving import swap

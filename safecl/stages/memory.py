@@ -1,19 +1,19 @@
-"""Memory: rows with theta_safe's hidden states, made once before any fine-tuning.
+"""Memory: rows, and optionally theta_safe's hidden states on them, made once before any fine-tuning.
 
-    in    model (HF folder), rows; safe (finetune: adapter/) where states are asked for; without it the model is theta_safe
+    in    model (HF folder), rows, and safe (finetune: adapter/) if states are asked for. Without `safe`, `model` is theta_safe
     out   rows.jsonl, memory.safetensors: ids_N, num_tokens_R, num_prompt_R; states-*.safetensors: one tensor a row
 
-States are the last hidden states (after the final norm) at a rule's positions (training/losses.py), in the model's own
-dtype (nothing is lost where the model computes in it). They are written as they come and read as they are needed: those
-of 10,000 rows of 400 tokens at 4096 numbers are 33 GB. Two uses:
+States are the last hidden states (after the final norm) at the positions that `positions` names (training/losses.py). They
+have the model's own dtype, so nothing is lost if the model computes in it. They are written row by row and read when they
+are needed: the states of 10,000 rows of 400 tokens at width 4096 are 33 GB (bfloat16). `num_rows` decides between two uses:
 
-    num_rows    safety memory: that many refusals (rows whose request is harmful), the first of a seeded permutation, so
-                that a smaller memory is a prefix of a larger one. With `mix: stratified` rows of every kind (each
-                source's harmful and benign requests), any prefix in proportion to what the safety rows hold
-    null        a teacher's answers: every row, in order (LwF's targets on the user rows)
+    a number    Safety memory: that many refusals (rows whose request is harmful), the first of a seeded permutation. So a
+                smaller memory is a prefix of a larger one. With `mix: stratified` it holds rows of every kind (harmful and
+                benign requests of each source), and every prefix holds them in the proportions of the safety rows.
+    null        A teacher's answers: every row, in order (LwF's targets on the user rows).
 
-Config: `num_rows`, `positions` (`response`, `last`, `all`; null: no states, no model is loaded), `seed`, `template`,
-`bos`, `dtype`, `max_tokens`, `adapter`; `mix` only where it is not refusals.
+Config: `num_rows`, `positions` (`response`, `last`, `all`; null: no states, and no model is loaded), `seed`, `template`,
+`bos`, `dtype`, `max_tokens`, `adapter`, and `mix` only if it is not `refusals`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from safecl.training.tokens import Encoded
 
 VERSION = "4"
-FORWARD_TOKENS = 2048  # of the rows forwarded together
+FORWARD_TOKENS = 2048  # most tokens of rows that share a forward pass
 
 
 class Memory(Kind):
@@ -76,7 +76,7 @@ class Memory(Kind):
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Facts: rows, how many are harmful or were left out, states and their size."""
+    """Write the memory. Returns counts: rows, harmful rows, rows left out, cut prompts, and states with their size (MiB)."""
     device = "cuda" if context.execution.use_gpu else "cpu"
     return remember(dict(context.stage.config), context.inputs, context.out, device, context.report)
 
@@ -87,7 +87,7 @@ def remember(
     """Write the memory of `inputs["rows"]` into `out`.
 
     Raises:
-        ConfigError: fewer usable rows of the mix than `num_rows`.
+        ConfigError: there are fewer usable rows of the mix than `num_rows`.
         PrerequisiteError: the model's logits are not its output layer applied to the last hidden state.
     """
     import torch
@@ -131,7 +131,7 @@ def remember(
 
 
 def in_proportion(order: Sequence[int], kinds: Sequence[tuple[str, bool]]) -> list[int]:
-    """`order` so rearranged that in any prefix each kind is within one row of its share; within a kind it stays."""
+    """Reorder `order` so that in every prefix each kind is within one row of its share. The order within a kind is kept."""
     totals, seen = Counter(kinds), Counter[tuple[str, bool]]()
     places: dict[int, tuple[float, tuple[str, bool]]] = {}
     for i in order:
@@ -149,7 +149,7 @@ def _write_states(
     device: str,
     report: Callable[[int, int, dict[str, float]], None] | None,
 ) -> dict[str, Json]:
-    """theta_safe's hidden states of each row at the rule's positions, to `states-*.safetensors`, a shard at once."""
+    """Write theta_safe's hidden states of each row at the chosen positions to `states-*.safetensors`, shard by shard."""
     import torch
 
     from safecl.training import batches, losses, model
@@ -164,7 +164,8 @@ def _write_states(
     for start, end in _groups(rows):
         batch = batches.collate(rows[start:end], range(start, end), [0] * (end - start), 1, rows[0], device)
         with torch.no_grad():
-            if start == 0:  # on one row, both ways alone: in bfloat16 other shapes move logits by more
+            # Check on one row alone. In bfloat16 another batch shape changes logits by more than the check allows.
+            if start == 0:
                 one = batches.collate(rows[:1], [0], [0], 1, rows[0], device)
                 mask_P, _ = losses.targets(one.labels_P)
                 logits_PV = safe.peft_model(input_ids=one.ids_P[None]).logits[0]
@@ -181,7 +182,7 @@ def _write_states(
 
 
 def _groups(rows: Sequence[Encoded]) -> Iterator[tuple[int, int]]:
-    """(start, end) of rows to forward together: neighbours of at most FORWARD_TOKENS tokens in all, or one row."""
+    """(start, end) of neighbouring rows that share a forward pass: at most FORWARD_TOKENS tokens together, or one row."""
     start, num_tokens = 0, 0
     for i, row in enumerate(rows):
         if i > start and num_tokens + len(row.ids) > FORWARD_TOKENS:

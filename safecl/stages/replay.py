@@ -1,11 +1,16 @@
-"""Generative replay: safety rows that the aligned model makes of itself. One small step a stage, between the served ones.
+"""Replay: generative replay (GR-SAP), where the aligned model itself writes safety rows.
 
-    prompts    domains -> "which request of this domain did you refuse?" (the answer's opening is in generate's template)
-    queries    answers -> the quoted request, filtered: well-formed, perplexity, near-duplicates, relevance, test overlap
-    hard       queries whose answer the judge called unsafe, to be answered again with a reminder
-    rows       safe answers of both kinds, mixed
+Each stage does one step. Generate and judge stages run between these steps.
 
-Each writes rows.jsonl (Row's fields a line). Config: `step` and that step's settings (`methods/grsap.py` has them).
+    prompts    Ask for each domain: "Which request of this domain did you refuse?" (The opening of the answer is in the
+               template of the generate stage.)
+    queries    Take the quoted request from each answer and filter: well-formed, perplexity, near-duplicates, relevance,
+               overlap with test prompts.
+    hard       Keep the queries whose answer the judge called unsafe. They are answered again with a reminder.
+    rows       Mix the safe answers of both kinds.
+
+Each step writes rows.jsonl (the fields of one `Row` a line). Config: `step` and the settings of that step, which
+`methods/grsap.py` lists.
 """
 
 from __future__ import annotations
@@ -57,7 +62,7 @@ class Replay(Kind):
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Raises ConfigError if fewer rows are left at the end than were asked for."""
+    """Run one step. Returns its counts. Raises ConfigError if step `rows` has fewer rows left than were asked for."""
     step = {"prompts": _prompts, "queries": _queries, "hard": _hard, "rows": _rows}[str(context.stage.config["step"])]
     rows, facts = step(dict(context.stage.config), context)
     with (context.out / "rows.jsonl").open("w", encoding="utf-8") as file:
@@ -117,7 +122,7 @@ def _rows(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[str
     easy = list(_safe(context.inputs, "queries", "answers", "verdicts"))
     hard = list(_safe(context.inputs, "hard", "answers_hard", "verdicts_hard"))
     num_safe, fits = len(easy) + len(hard), config.get("fits")
-    if fits:  # the length rule of every method's memory
+    if fits:  # the same length rule as for the memory of every method
         text = (Tokenizer(context.inputs["tokenizer"]), fits["template"], fits["bos"])
         easy, hard = (
             [
@@ -146,7 +151,7 @@ def _rows(config: dict[str, Any], context: Context) -> tuple[list[Row], dict[str
 
 
 def _safe(inputs: Any, rows: str, answers: str, verdicts: str) -> Iterator[Row]:
-    """Rows with the answers that the judge called safe; a verdict that it could not read is none."""
+    """Rows with the answers that the judge called safe. Answers with an unparsed verdict are left out."""
     labels = {line["id"]: line["label"] for line in json_lines(inputs[verdicts] / "verdicts.jsonl")}
     texts = {line["id"]: line for line in json_lines(inputs[answers] / "generations.jsonl")}
     for row in _read(inputs[rows]):
@@ -161,21 +166,25 @@ def _safe(inputs: Any, rows: str, answers: str, verdicts: str) -> Iterator[Row]:
 
 
 def quoted(text: str) -> str | None:
-    """What stands before the closing quote, if there is one and it is at least three words."""
+    """The text before the closing quotation mark. None if there is no mark or the text has fewer than three words."""
     query, quote, _ = text.partition('"')
     query = " ".join(query.split())
     return query if quote and len(query.split()) >= 3 else None
 
 
 def within(rows: Sequence[Row], values: Sequence[float], low: float, high: float) -> list[Row]:
-    """The rows whose value lies within two percentiles of all."""
+    """The rows whose value lies between two percentiles of all values. `low` and `high` are in [0, 100]."""
     ordered = sorted(values)
     bounds = [ordered[round(p / 100 * (len(ordered) - 1))] for p in (low, high)]
     return [row for row, value in zip(rows, values, strict=True) if bounds[0] <= value <= bounds[1]]
 
 
 def distinct(rows: Sequence[Row], most: float) -> list[Row]:
-    """Rows like no earlier one: not equal but for case and punctuation, Jaccard similarity of content words <= `most`."""
+    """Drop rows that are similar to an earlier kept row.
+
+    Two rows are similar if their prompts differ only in case and punctuation, or if the Jaccard similarity of their content
+    words is above `most` (in [0, 1]).
+    """
     kept: list[Row] = []
     seen: set[str] = set()
     words: list[frozenset[str]] = []
@@ -207,8 +216,10 @@ def by_domain(rows: Sequence[Row]) -> dict[str, Json]:
 
 
 def perplexities(folder: Path, texts: Sequence[str], context: Context, dtype: str) -> list[float]:
-    """exp of the mean token cross-entropy of each text under the base model, from its second token on (with a tokenizer that
-    puts BOS first, from its first)."""
+    """Perplexity of each text under the base model: exp of the mean token cross-entropy.
+
+    The mean starts at the second token, or at the first one if the tokenizer puts BOS before it.
+    """
     import torch
 
     from safecl.training import batches, losses, model, tokens
@@ -232,8 +243,11 @@ def perplexities(folder: Path, texts: Sequence[str], context: Context, dtype: st
 
 
 def embeddings(folder: Path, texts: Sequence[str], context: Context, dtype: str) -> list[list[float]]:
-    """Unit vectors of texts: an encoder's last hidden states, pooled as its folder says (sentence-transformers' file) or
-    else the first token's (as bge models are used)."""
+    """Embed texts as unit vectors (L2 norm 1) with an encoder model, from its last hidden states.
+
+    The states are averaged if the folder's sentence-transformers file (1_Pooling/config.json) says so. Else the first
+    token's state is taken, as for bge models. A text is cut at 256 tokens.
+    """
     import torch
     from transformers import AutoModel, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""A model's tokenizer without its weights, in Hugging Face format: what tells which rows fit, before any model is loaded."""
+"""Tokenizer: a model's tokenizer without its weights, in Hugging Face format. It measures rows before a model is loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Tokenizer(Kind):
 
 
 def run(context: Context) -> dict[str, Json]:
-    """Raises PrerequisiteError if it cannot be had."""
+    """Write the tokenizer's files. Raises PrerequisiteError if they cannot be found or downloaded."""
     source: Any = context.stage.config["source"]
     tokenizer_files.write(source, context.stage.hints["path"], context.out)
     return {}

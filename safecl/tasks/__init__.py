@@ -1,17 +1,20 @@
-"""Data sets: one file each, class name = file name in CamelCase, found by `load(name)`.
+"""Tasks (data sets), one file each. The class name is the file name in CamelCase; `load(name)` finds it.
 
-A split says what its rows may be used for, so that no row can serve two roles by mistake:
+A split says what its rows may be used for, so that no row can serve two roles by mistake. The search reads only validation
+splits. The tables of results read test splits.
 
     safety               alignment rows: harmful requests with refusals, benign requests with help
     user                 fine-tuning rows of a utility task
     poison               harmful requests with compliance, mixed into user rows
-    benign.train         benign prompts that the base model answers itself, for safety sets without benign rows
-    attack.validation    harmful prompts the search may read       attack.test      those the tables read
-    benign.train         look-alike benign prompts that alignment may use, answered by the model itself
-    benign.validation    look-alike benign prompts, likewise       benign.test
-    utility.validation   prompts of a utility task, likewise       utility.test
+    attack.validation    harmful prompts for the search
+    attack.test          harmful prompts for the tables
+    benign.train         benign prompts for alignment, answered by the model itself (for safety sets without benign rows)
+    benign.validation    look-alike benign prompts for the search
+    benign.test          look-alike benign prompts for the tables
+    utility.validation   prompts of a utility task for the search
+    utility.test         prompts of a utility task for the tables
     guard                labelled (request, answer) pairs that train the small guard
-    guard.heldout        labelled pairs that measure it
+    guard.heldout        labelled (request, answer) pairs that measure the small guard
 """
 
 from __future__ import annotations
@@ -28,9 +31,12 @@ from safecl.metrics import Metric
 
 @dataclass(frozen=True)
 class Row:
-    """One example. `id` is unique within its task and stable over time; `harmful` is of the request (in guard splits:
-    of the answer); `meta` holds what scoring needs (a gold answer, a group) and is JSON. `before`: what stands before the
-    request, as (role, text): a system prompt, then requests and answers in turn."""
+    """One example of a task.
+
+    `id` is unique within its task and never changes. `harmful` describes the request (in guard splits: the answer). `meta`
+    is JSON with what scoring needs, such as a gold answer or a group. `before` holds the turns before the request as (role,
+    text): a system prompt if there is one, then requests and answers in turn.
+    """
 
     id: str
     prompt: str
@@ -41,25 +47,28 @@ class Row:
 
     @property
     def asked(self) -> str:
-        """All that a person said: what tells one conversation from another."""
+        """All requests of the conversation, joined by line breaks. Conversations are compared by this text."""
         return "\n".join([*(text for role, text in self.before if role == "user"), self.prompt])
 
     def as_json(self) -> dict[str, Json]:
-        """The fields of a line of rows.jsonl."""
+        """The fields of a line of rows.jsonl. `before` is left out if it is empty."""
         found = asdict(self)
         return found if self.before else {name: value for name, value in found.items() if name != "before"}
 
 
 class Option(NamedTuple):
-    """A text whose log-probability is asked for. It follows the row's prompt in the model's own template, or, where
-    `after` is given, that text as it stands: another harness's prompt."""
+    """A text whose log-probability is measured.
+
+    It follows the row's prompt in the model's own template. If `after` is given, it follows that text instead, without a
+    template: the prompt of another evaluation harness.
+    """
 
     text: str
     after: str | None = None
 
 
 class Found(NamedTuple):
-    """An option's log-probability in nats, summed over its tokens; None where it could not be measured."""
+    """An option's log-probability in nats, summed over its `num_tokens` tokens. None if it could not be measured."""
 
     logprob: float | None
     num_tokens: int
@@ -67,9 +76,12 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: a file in the sweep's data folder, or a hub data set at a commit. `file` is the name looked
-    for in the data folder, also with the ending of another format or case (`_files.find`); `hub` an id, `config`/`split`
-    its parts, `revision` a commit or tag."""
+    """Where rows come from: a file in the sweep's data folder, or else a hub data set at a commit.
+
+    `file` is the name to look for in the data folder. Upper and lower case and the ending of another format are accepted
+    too (`_files.find`). `hub` is the id of a data set, `config` and `split` are its parts, and `revision` is a commit, tag
+    or branch ("" means main).
+    """
 
     file: str
     hub: str = ""
@@ -77,68 +89,80 @@ class Source:
     config: str | None = None
     split: str = "train"
     gated: bool = False
-    page: str = ""  # where a person gets a source that is not on the hub
+    page: str = ""  # URL of a source that is not on the hub
     headerless: bool = False  # CSV files of one category each, without a header; a folder of them locally
     options: tuple[tuple[str, str | bool], ...] = ()  # further arguments of `datasets.load_dataset`
-    path: str = ""  # of a task that a sweep file writes: the file itself, wherever it lies
+    path: str = ""  # path of the file, for a task that is defined in a sweep file
 
 
 class Task:
-    """A data set. Subclasses set the class attributes and write `rows` (and `score` if they are a utility task)."""
+    """Base class of a task (data set). Subclasses set the class attributes and define `rows`.
 
-    MUST: ClassVar[tuple[str, ...]] = ("SPLITS", "rows")  # what every task declares
-    NAME: ClassVar[str] = ""  # of a task that a sweep file writes; the others' is their file's
-    VERSION: ClassVar[str] = "1"  # of the rows
+    A utility task also defines `score` (or `scores`).
+    """
+
+    MUST: ClassVar[tuple[str, ...]] = ("SPLITS", "rows")  # what every task must declare
+    NAME: ClassVar[str] = ""  # name of a task that is defined in a sweep file; other tasks have the name of their file
+    VERSION: ClassVar[str] = "1"  # version of the rows
     SCORING: ClassVar[str] = "1"  # version of `scores`, `options` and `likelihood_scores`
     SPLITS: ClassVar[tuple[str, ...]] = ()
     SOURCES: ClassVar[dict[str, tuple[Source, ...]]] = {}  # split -> its sources; empty for a generated suite
-    METRICS: ClassVar[tuple[Metric, ...]] = ()  # what is measured beside `utility`; what is not declared is refused
-    RUNS_CODE: ClassVar[bool] = False  # whether scoring runs what the model wrote
-    TYPICAL_TOKENS: ClassVar[tuple[int, int]] = (60, 100)  # of a prompt and an answer, for estimates of time
+    METRICS: ClassVar[tuple[Metric, ...]] = ()  # metrics in addition to `utility`; an undeclared metric is an error
+    RUNS_CODE: ClassVar[bool] = False  # whether scoring runs code that the model wrote
+    TYPICAL_TOKENS: ClassVar[tuple[int, int]] = (60, 100)  # tokens of a prompt and an answer, for estimates of time
     CONVERSES: ClassVar[bool] = False  # whether rows may have system prompts or several turns
-    # Utility is the likelihood of options, of validation prompts too: no answer is generated.
+    # Whether utility is the likelihood of options, for validation prompts too. Then no answer is generated.
     BY_LIKELIHOOD: ClassVar[bool] = False
-    max_new_tokens: ClassVar[int] = 64  # how long an answer to this task's utility prompts may be
+    max_new_tokens: ClassVar[int] = 64  # most tokens of an answer to this task's utility prompts
 
     def __init__(self, folder: Path | None = None, unsafe_code: bool = False) -> None:
         self.folder = folder  # the sweep's data folder; None means the hub
-        self.unsafe_code = unsafe_code  # consent to run the model's programs where this machine cannot isolate them
-        # "file: field" -> how many records `rows` left out because they have nothing in a field that is needed
+        self.unsafe_code = unsafe_code  # consent to run the model's programs if this machine cannot isolate them
+        # "file: field" -> number of records that `rows` left out because a needed field is blank
         self.left_out: dict[str, int] = {}
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
-        """The rows of a split: all of them for `num_rows=None`, else a seeded sample that is a prefix of any larger
-        sample with the same seed. Test splits are drawn with a fixed order that ignores the seed.
+        """The rows of a split: all of them for `num_rows=None`, else a seeded sample.
+
+        A sample is a prefix of every larger sample with the same seed. Splits named test, validation or heldout have a
+        fixed order that ignores the seed.
 
         Raises:
-            PrerequisiteError: a source is missing (one line: what, where to get it, how to point at a copy).
+            PrerequisiteError: a source is missing. The message is one line: what is missing, where to get it, how to name
+                a local copy.
             ConfigError: the split does not exist or holds fewer rows than asked for, or a record is not what the task
-                reads (one line: file, record, field, what was expected, what is there).
+                expects. The message is one line: file, record, field, what was expected, what is there.
         """
         raise NotImplementedError
 
     def score(self, row: Row, text: str) -> float:
-        """Utility of an answer in [0, 1]. Only utility tasks define it."""
+        """Utility of an answer, in [0, 1]. Only utility tasks define it; others raise NotImplementedError."""
         raise NotImplementedError(f"{type(self).__name__} is not a utility task")
 
     def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, list[float | None]]:
-        """Everything measured of the answers: metric -> a value a row, in order. `utility` is the one searched for; others,
-        which `METRICS` declares, stand beside it. None: could not be read."""
+        """All metrics of the answers: metric -> one value for each row, in order. None means that it could not be read.
+
+        `utility` is the metric that the search uses. The other metrics must be declared in `METRICS`.
+        """
         return {"utility": [self.score(row, text) for row, text in zip(rows, texts, strict=True)]}
 
     def options(self, row: Row) -> list[Option]:
-        """Texts whose log-probability under a tuned model says what its greedy answer hides. None by default: a task
-        without options has no likelihood stage."""
+        """Texts whose log-probability under the tuned model is measured, because a greedy answer does not show it.
+
+        Empty by default. A task without options has no likelihood stage.
+        """
         return []
 
     def likelihood_scores(self, rows: Sequence[Row], found: Sequence[Sequence[Found]]) -> dict[str, list[float | None]]:
-        """As `scores`, of the options' log-probabilities (a row's in the order of `options`). Measured on test prompts
-        only, so no search can read them."""
+        """As `scores`, but from the options' log-probabilities (for each row in the order of `options`).
+
+        Measured on test prompts only, so that no search can read them (unless `BY_LIKELIHOOD` is set).
+        """
         return {}
 
 
 def names() -> tuple[str, ...]:
-    """Names of all tasks, sorted, without importing any."""
+    """Names of all tasks of the package, sorted. Imports none of them."""
     return registry.names("tasks")
 
 

@@ -1,12 +1,12 @@
-"""Records of a data file in the format that its publisher chose, and their fields with types.
+"""Read the records of a data file in the format that its publisher chose, and check the types of their fields.
 
-Read are JSON Lines, a JSON array, CSV, TSV and Parquet, each also with `.gz` or `.zst`, in UTF-8 or (with its byte order
-mark) UTF-16, whatever the case of the name; and a folder of CSV files without a header. CSV and TSV hold text alone: an
-empty cell is "", a number its digits; lines "# ..." before the header are remarks.
+Formats: JSON Lines, a JSON array, CSV, TSV and Parquet, each also with `.gz` or `.zst`, and a folder of CSV files without a
+header. Text is UTF-8, or UTF-16 with a byte order mark. Upper and lower case in the file name do not matter. CSV and TSV
+hold only text: an empty cell is "", and a number is its digits. Lines "# ..." before the header are comments.
 
-One rule for fields: what should be text and is something else (a list of messages, NaN, bytes, true, half a character) is
-refused with file, record and field, never turned into text. Nothing where text is needed (null, blank) leaves the record
-out, and that is counted (`Blank`, `_source.made`).
+Two rules for fields. If a field should be text and is something else (a list of messages, NaN, bytes, true, half a
+surrogate pair), it is an error that names file, record and field. It is never converted to text. If a needed text is
+missing (null, blank), the record is left out and counted (`Blank`, `_source.made`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ SUFFIXES = tuple(f"{kind}{packing}" for kind in FORMATS for packing in ("", ".gz
 
 
 class Blank(Exception):
-    """A record has nothing in a field that it needs. The text is the field's name."""
+    """A field that the task needs is blank or null in a record. The exception's text is the field's name."""
 
 
 class Record(dict[str, Any]):
-    """The fields of one record. `number` counts from 1 (lines of JSON Lines; a CSV's header is its first), `where` names
-    file and record for errors. All methods raise ConfigError with both for a field that is absent or holds another type."""
+    """The fields of one record.
+
+    `number` counts from 1. In JSON Lines it is the line; in CSV and TSV the header is number 1. `where` names file and record
+    for error messages. All methods raise ConfigError with `where` for a field that is absent or has another type.
+    """
 
     __slots__ = ("number", "where")
 
@@ -44,7 +47,7 @@ class Record(dict[str, Any]):
         self.number = number
 
     def raw(self, name: str) -> str:
-        """The field's text as it stands, which may be blank."""
+        """The field's text, unchanged. It may be blank."""
         if name not in self:
             raise ConfigError(
                 f"{self.where}: expected a field {name!r}, got only {', '.join(map(repr, self)) or 'none'}"
@@ -52,8 +55,11 @@ class Record(dict[str, Any]):
         return self._as_text(name, self[name])
 
     def text(self, *names: str) -> str:
-        """The first of these fields that is not blank, stripped. Alpaca's `input` follows its `instruction`, on a line of
-        its own (`with_input`). Raises Blank where those that the record has are blank or null."""
+        """The text of the first of these fields that is not blank, stripped.
+
+        The `input` of Alpaca records is appended to their `instruction` on a new line (`with_input`). Raises Blank if all
+        of these fields that the record has are blank or null.
+        """
         having = [name for name in names if name in self]
         if not having:
             got = ", ".join(map(repr, self)) or "none"
@@ -64,32 +70,33 @@ class Record(dict[str, Any]):
         raise Blank(having[0])
 
     def with_input(self, name: str, text: str) -> str:
-        """What field `name` asks for: of an `instruction` with its `input`, where that is not blank."""
+        """`text`, the value of field `name`. If `name` is "instruction" and `input` is not blank, `input` follows on a new
+        line."""
         given = self._stripped("input") if name == "instruction" else ""
         return f"{text}\n{given}" if given else text
 
     def texts(self, name: str) -> list[str]:
-        """A list of texts."""
+        """The field's value as a list of texts."""
         if not isinstance(self.get(name), list):
             raise self.problem(name, "a list of texts")
         return [self._as_text(name, item) for item in self[name]]
 
     def parts(self, name: str) -> list[Record]:
-        """A list of objects, each a record."""
+        """The field's value, a list of objects, as records."""
         parts = self.get(name)
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
             raise self.problem(name, "a list of objects")
         return [Record(part, f"{self.where}, {name}[{i}]", self.number) for i, part in enumerate(parts)]
 
     def label(self, name: str) -> str:
-        """A text or whole number as text, "" for null: a category, an id."""
-        value = self.get(name, False)  # False: absent, said below
+        """A label such as a category or an id: text (stripped) or a whole number, as text. "" for null."""
+        value = self.get(name, False)  # False stands for an absent field; `raw` raises the error
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         return "" if value is None else self.raw(name).strip()
 
     def flag(self, name: str) -> bool:
-        """A yes or no, as JSON or as the text of a CSV cell: true, false, 1 or 0."""
+        """A boolean, as JSON or as the text of a CSV cell: true, false, 1 or 0."""
         known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
         value = self.get(name)
         found = known.get(str(value).lower()) if isinstance(value, bool | int | float | str) else None
@@ -98,7 +105,7 @@ class Record(dict[str, Any]):
         return found
 
     def problem(self, name: str, expected: str) -> ConfigError:
-        """The error of a field that holds something else."""
+        """The error for a field whose value is not what was `expected`."""
         got = described(self[name]) if name in self else "no such field"
         return ConfigError(f"{self.where}: expected {expected} in {name!r}, got {got}")
 
@@ -112,7 +119,7 @@ class Record(dict[str, Any]):
 
 
 def described(value: Any) -> str:
-    """A value as an error shows it: its type in plain words, and how it begins."""
+    """A value as an error message shows it: its type in plain words and its first 60 characters."""
     if value is None:
         return "null"
     if isinstance(value, str):
@@ -123,11 +130,14 @@ def described(value: Any) -> str:
 
 
 def find(folder: Path, name: str, headerless: bool = False) -> Path | None:
-    """The file `name` of a folder in any format and case (`name` is as for JSON Lines: xstest.jsonl finds XSTest.csv.gz), or
-    for a source of CSV files without a header the folder of them. None if there is none.
+    """Find the file `name` in a folder, in any format and in upper or lower case. None if there is none.
+
+    `name` has the ending of JSON Lines: xstest.jsonl finds XSTest.csv.gz. With `headerless` a subfolder of CSV files without
+    a header is found too.
 
     Raises:
-        ConfigError: there is more than one, or one that cannot be read: it is not passed over for another source.
+        ConfigError: there is more than one such file, or one in a format that cannot be read. No other source is then used
+            in its place.
     """
     stem = name.removesuffix(".gz").removesuffix(".jsonl").lower()
     alike = sorted(p for p in folder.iterdir() if p.name.lower() == stem or p.name.lower().startswith(f"{stem}."))
@@ -146,14 +156,17 @@ def find(folder: Path, name: str, headerless: bool = False) -> Path | None:
 
 
 def kind(path: Path) -> str:
-    """How a file is read: the ending of its name less its packing."""
+    """The format of a file: the ending of its name without .gz or .zst, such as ".csv"."""
     suffix, _, packing = path.name.lower().rpartition(".")
     return f".{suffix.rpartition('.')[2]}" if packing in ("gz", "zst") else f".{packing}"
 
 
 def read(path: Path, problems: list[str] | None = None) -> list[Record]:
-    """All records in the file's order. Raises ConfigError with the place for what is not in its format; with `problems`,
-    lines of JSON Lines that are none are added to it and passed over."""
+    """All records of a file (or of a folder of CSV files without a header), in its order.
+
+    Raises ConfigError with the place of what is not in the file's format. If `problems` is given, errors of single lines of
+    JSON Lines are added to it instead, and those lines are skipped.
+    """
     if path.is_dir():
         return headerless(tables(path))
     form = kind(path)
@@ -184,7 +197,10 @@ def read(path: Path, problems: list[str] | None = None) -> list[Record]:
 
 
 def headerless(paths: Iterable[Path]) -> list[Record]:
-    """One prompt a line, files of one category each: {"prompt", "category": the file's name}. Empty lines are left out."""
+    """Read CSV files without a header, with one prompt a line and one category a file.
+
+    A record is {"prompt", "category": the file's name without its ending}. Empty lines are left out.
+    """
     found = []
     for path in paths:
         for number, line in _lines(path.name, _decoded(path.name, path.read_bytes()), ","):
@@ -198,12 +214,13 @@ def headerless(paths: Iterable[Path]) -> list[Record]:
 
 
 def tables(folder: Path) -> list[Path]:
-    """The CSV files of a folder."""
+    """The CSV files of a folder, sorted. Empty if it is not a folder."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".csv") if folder.is_dir() else []
 
 
 def encodes(text: str) -> bool:
-    """Whether a text is made of whole characters: a tokenizer takes no half of a surrogate pair (a cut emoji)."""
+    """Whether a text can be encoded as UTF-8. It cannot if it holds half a surrogate pair (a cut emoji), which no tokenizer
+    accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -230,7 +247,7 @@ def _decoded(name: str, raw: bytes) -> str:
 
 
 def _array(name: str, text: str) -> list[Record] | None:
-    """The objects of a JSON array; None for several JSON values after one another: lines under the name .json."""
+    """The objects of a JSON array. None if the text holds several JSON values: it is JSON Lines in a file named .json."""
     try:
         items = _json(text)
     except (ValueError, RecursionError) as error:
@@ -268,11 +285,11 @@ def _record(name: str, item: Any, number: int, unit: str) -> Record:
 
 
 def _lines(name: str, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The records of a table with their numbers, which count from 1. Those without a cell are counted and left out."""
+    """The records of a table with their numbers, which count from 1. Records without a cell are counted but left out."""
     csv.field_size_limit(sys.maxsize)  # else a cell over 128 KiB is an error, and tests of code are longer
     number = 0
     try:
-        # strict: else a quote that is never closed takes all that follows into its cell
+        # strict: else a cell whose quotation mark is never closed would hold the rest of the file
         for number, line in enumerate(csv.reader(io.StringIO(text, ""), delimiter=delimiter, strict=True), 1):
             if line:
                 yield number, line

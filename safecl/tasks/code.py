@@ -1,14 +1,15 @@
 """Python programs (the paper's Code task): learned from NemotronCode, measured by running HumanEval and HumanEval+.
 
-User rows are problems with Python answers. The paper's source is the `code` split of NVIDIA's Nemotron post-training
-data; a data folder may hold either that or CodeAlpaca, a small stand-in, as codealpaca.jsonl in its published fields.
-Rows whose answer holds no Python that parses are left out: CodeAlpaca has other languages and lost indentation; so are
-those much like a problem of validation or test, as these word it. Validation is MBPP (its validation and train problems,
-one of its tests shown), never HumanEval.
+User rows are problems with Python answers. The paper's source is the `code` split of NVIDIA's Nemotron post-training data. A
+data folder may hold either that or CodeAlpaca, a small substitute, as codealpaca.jsonl with its published fields. Two kinds
+of rows are left out. First, rows whose answer holds no Python that parses: CodeAlpaca has answers in other languages and
+answers that lost their indentation. Second, rows whose question is similar to a problem of validation or test. Validation is
+MBPP (its validation and train problems, with one of its tests shown), never HumanEval.
 
-Scoring runs each answer in one sandbox and its tests in another: `utility` is pass@1 on HumanEval's tests (3 s, as in its
-own harness), `utility_plus` on those and HumanEval+'s (evalplus), `code_timeouts` the share that ended by the clock in
-either, `no_code` the share of answers that held no program to run. Source: evaluation.md 3.5.
+Scoring runs each answer in one sandbox and its tests in another. Metrics: `utility` is pass@1 on the tests of HumanEval (3 s,
+as in its own harness) or MBPP. `utility_plus` is pass@1 on the tests of both HumanEval and HumanEval+ (evalplus).
+`code_timeouts` is the share of answers that reached a time limit in either. `no_code` is the share of answers that hold no
+program to run.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ from safecl.tasks._overlap import drop_overlaps
 from safecl.tasks._source import check_split, choose, first_of_each, made, records
 from safecl.text import without_reasoning
 
-TIMEOUT_S = 3  # HumanEval's; of CPU time here, as all three
-PLUS_TIMEOUT_S = 60  # evalplus's cap for all of a problem's tests together
-CALL_TIMEOUT_S = 4  # for one of HumanEval+'s tests (the slowest canonical solution needs about .3 s)
+TIMEOUT_S = 3  # HumanEval's limit. This and the next two limits are seconds of CPU time
+PLUS_TIMEOUT_S = 60  # evalplus's limit for all of a problem's tests together
+CALL_TIMEOUT_S = 4  # limit for one of HumanEval+'s tests (the slowest canonical solution needs about .3 s)
 VALIDATION_IDS = range(511, 975)  # MBPP: 511-600 validation, 601-974 train
-MAX_PARSES = 400  # of one place in an answer; more than open brackets (200) or blocks (100) can be nested
+MAX_PARSES = 400  # of one place in an answer with ast.parse; more than brackets (200) or blocks (100) can nest
 ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>", "</s>")  # an answer's text ends before these
-# Where a completion of the prompt leaves the function it completes: evalplus's list, less what these begin with.
+# A completion of the prompt ends before these, because they leave the function. It is evalplus's list, without the entries
+# that begin with another entry.
 STOPS = ("\ndef ", "\nclass ", "\nimport ", "\nfrom ", "\nassert ", "\nif __name__", "\nprint(")
 
 _USER = Source("codealpaca.jsonl", "nvidia/Nemotron-Post-Training-Dataset-v1", split="code[:1%]")  # of 1.9 million
@@ -53,17 +55,17 @@ _WORDS = re.compile(r"(?:(?!def |class )\S[^\n]*\n|[ \t]*\n)+(?=[ \t]+\S)")  # l
 _BEGINS_CODE = re.compile(
     r"([ \t]*)(?:(?:from|import|def|class|async|for|if|try|with)\b|@\w|[A-Za-z_][\w.]*\s*[=(:\[])"
 )
-# HumanEval+'s tests of problem 32 in this format call their oracle with root and polynomial swapped, so that no answer
-# can pass; evalplus itself asks for |polynomial(root)| <= 1e-4.
+# In this format, HumanEval+'s tests of problem 32 call their oracle with root and polynomial swapped, so that no answer can
+# pass. evalplus itself requires |polynomial(root)| <= 1e-4.
 _SWAPPED, _RIGHT = "_poly(*candidate(*inp), inp) <= 0.0001", "abs(_poly(*inp, candidate(*inp))) <= 0.0001"
-# Its comparison of floats takes any number for an empty list, and any list of one for a number: numpy's shapes broadcast.
-# Later versions of evalplus ask for the type and length of what is expected, as here.
+# HumanEval+'s comparison of floats accepts any number in place of an empty list, and a list of one number in place of the
+# number, because numpy broadcasts shapes. Later versions of evalplus require the expected type and length, as is done here.
 _CLOSE = "assert np.allclose(out, exp,"
 _ALIKE = f"assert type(out) is type(exp) and np.shape(out) == np.shape(exp)\n        {_CLOSE}"
 
 
 class Part(NamedTuple):
-    """A statement at the top level of a program, with its text; `cut` if lines follow that look like more of it."""
+    """A statement at the top level of a program, with its text. `cut`: lines follow that look like more of the statement."""
 
     node: ast.stmt
     text: str
@@ -89,9 +91,13 @@ class Code(Task):
     max_new_tokens: ClassVar[int] = 512
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
-        """`meta` of a utility row: "start" (the code an answer may continue), "names" (what its tests need defined),
-        "test" (source that raises unless they are right), of HumanEval "plus" (likewise, see `packed`), of MBPP "setup"
-        (source that makes of the answer's classes what its tests call the answer with)."""
+        """The rows of a split.
+
+        `meta` of a utility row holds "start" (code that an answer may continue), "names" (names that the answer must define)
+        and "test" (source that raises unless the answer is right). HumanEval rows also have "plus" (HumanEval+'s tests as
+        "test", see `packed`). Some MBPP rows have "setup" (source that uses the answer's classes to make arguments for the
+        tests).
+        """
         check_split(self, split)
         found = {
             "user": self._user,
@@ -101,7 +107,10 @@ class Code(Task):
         return choose(self, split, found, num_rows, seed)
 
     def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, list[float | None]]:
-        """Raises PrerequisiteError where programs cannot be isolated and the sweep does not consent to that."""
+        """The metrics of the answers, each 0 or 1 for a row (see the module's docstring).
+
+        Raises PrerequisiteError if this machine cannot isolate programs and the sweep does not consent to run them anyway.
+        """
         found: list[Any] = [
             extracted(answer, str(row.meta["start"]), _names(row)) for row, answer in zip(rows, texts, strict=True)
         ]
@@ -121,7 +130,7 @@ class Code(Task):
     def _verdicts(
         self, rows: Sequence[Row], codes: Sequence[str | None], tests: Sequence[str], timeout_s: int, call_s: int = 0
     ) -> list[str]:
-        """A sandbox's verdict per program with its tests; "none" where there is no program."""
+        """The sandbox's verdict for each program with its tests. "none" if there is no program."""
         given = [i for i, code in enumerate(codes) if code is not None]
         programs = [_program(rows[i], str(codes[i]), tests[i]) for i in given]
         done = sandbox.run(programs, timeout_s=timeout_s, call_s=call_s, unsafe=self.unsafe_code)
@@ -151,7 +160,8 @@ class Code(Task):
 
 
 def packed(source: str) -> str:
-    """Text as base64 of its zlib form: HumanEval+'s tests are 11 MB of mostly numbers, a tenth of that so."""
+    """Compress a text with zlib and encode it as base64. HumanEval+'s tests are 11 MB of mostly numbers; this form needs a
+    tenth of that."""
     return base64.b64encode(zlib.compress(source.encode())).decode()
 
 
@@ -161,15 +171,17 @@ def unpacked(form: str) -> str:
 
 
 def extracted(answer: str, start: str, names: Sequence[str]) -> str | None:
-    """The program in a model's answer, or None if there is none that defines all of `names`.
+    """The program in a model's answer. None if the answer has no program that defines all of `names`.
 
-    What stands in reasoning is none. The last place that defines them wins: a fenced block or the text between two; then
-    all blocks together, then the whole text. A function that was cut off or gives nothing back counts only where no
-    other is. What the place takes from elsewhere in the answer (a helper, an import, a constant) is taken along. Where
-    nothing defines them, the answer is a continuation of `start`, with its indentation as it is, lost on the first line,
-    or lost throughout. Definitions get what `start` has before its last function, so that an answer need not repeat
-    imports. What follows the last needed definition are examples: of it only further definitions and imports stay, and
-    what sets a name that needed ones read. Never raises, whatever the text.
+    Text inside reasoning is ignored. These places are tried in order, and the first that defines all names is used: each
+    fenced block and each text between two blocks, the last one first; then all blocks together; then the whole text. A
+    function that is cut off or returns nothing is used only if there is no complete one. Helpers, imports and constants that
+    the place needs from elsewhere in the answer are added.
+
+    If no place defines the names, the answer is read as a continuation of `start`: with its indentation unchanged, with the
+    first line's indentation lost, or with all indentation lost. The program also gets what `start` has before its last
+    function, so an answer need not repeat imports. Statements after the last needed definition are taken as examples. Of
+    these, only definitions, imports, and assignments to names that the needed definitions read are kept. Never raises.
     """
     for end in ENDS:
         answer = answer.split(end, 1)[0]
@@ -194,8 +206,8 @@ def extracted(answer: str, start: str, names: Sequence[str]) -> str | None:
 
 
 def _definitions(place: str) -> list[Part]:
-    """The statements of all stretches of a text that are Python, each from a line that can begin a statement to the last
-    one with which it parses."""
+    """The statements of all stretches of Python in a text. A stretch starts at a line that can begin a statement and is as
+    long as possible while it parses."""
     lines, found, i = place.split("\n"), list[Part](), 0
     tries = iter(range(MAX_PARSES))
     while i < len(lines):
@@ -213,8 +225,8 @@ def _definitions(place: str) -> list[Part]:
 
 
 def _bodies(place: str) -> Iterator[str]:
-    """A function's body as answers write it: as it is, after words, less the first line's indentation, less all. The
-    right reading is the one with which most lines belong to the function."""
+    """Possible readings of an answer as a function's body: unchanged, without leading prose, with the first line indented
+    again, with all lines indented again. The right one is the one with which most lines belong to the function."""
     yield place
     words = _WORDS.match(place)
     if words is not None:
@@ -224,7 +236,7 @@ def _bodies(place: str) -> Iterator[str]:
 
 
 def _continued(start: str, body: str, names: Sequence[str], least: int) -> tuple[int, list[Part]]:
-    """(last line of the function, statements) of the prompt and its continuation; (0, []) if it adds nothing to it."""
+    """(last line of the function, statements) of the prompt and its continuation. (0, []) if `names` are not defined."""
     for stop in STOPS:
         body = body.split(stop, 1)[0]
     _, parts = _longest(start, body.split("\n"), iter(range(MAX_PARSES)))
@@ -235,8 +247,8 @@ def _continued(start: str, body: str, names: Sequence[str], least: int) -> tuple
 
 
 def _longest(start: str, lines: list[str], tries: Iterator[int]) -> tuple[int, list[Part]]:
-    """(number of lines, statements) of the most lines that parse after `start`; (0, []) if not even one does. Each call
-    of ast.parse takes one of `tries`, so that endless repetition cannot make extraction slow."""
+    """(number of lines, statements) of the most lines that parse after `start`. (0, []) if not even one line parses. At most
+    MAX_PARSES calls of ast.parse are made (`tries`), so that endless repetition cannot make extraction slow."""
     num, before = len(lines), start.count("\n")
     for _ in tries:
         while num > 0 and not lines[num - 1].strip():
@@ -259,7 +271,7 @@ def _defines(parts: Sequence[Part], names: Sequence[str], least: int) -> bool:
 
 
 def _bound(parts: Sequence[Part]) -> dict[str, Part]:
-    """Name -> the statement that defines or assigns it: the last of those with most of a definition."""
+    """Name -> the statement that defines or assigns it. Of several, the most complete (`_extent`), and of those the last."""
     found: dict[str, Part] = {}
     for part in parts:
         names = list[str]()
@@ -272,8 +284,12 @@ def _bound(parts: Sequence[Part]) -> dict[str, Part]:
 
 
 def _extent(part: Part) -> int:
-    """A stub does nothing: it has strings, imports, further definitions and what stands for code to be written only. A
-    function is but begun where it was cut off, or gives nothing back. To assign a result is to define nothing."""
+    """How complete a definition is.
+
+    STUB: it does nothing. It holds only strings, imports, inner definitions and placeholders for code to be written. BEGUN: a
+    function that was cut off or returns nothing. COMPLETE: anything else. The assignment of a result is a STUB, because it
+    defines nothing.
+    """
     if isinstance(part.node, ast.Assign):
         value, targets = part.node.value, _written(part.node)
         if isinstance(value, ast.Call | ast.Name | ast.Attribute):
@@ -297,7 +313,7 @@ def _is_idle(statement: ast.stmt) -> bool:
 
 
 def _gives(body: Sequence[ast.AST]) -> bool:
-    """Whether a function's statements return or yield something, those of functions inside it aside."""
+    """Whether a function's statements return or yield something. Functions inside it do not count."""
     stack: list[ast.AST] = [*body]
     while stack:
         node = stack.pop()
@@ -309,8 +325,9 @@ def _gives(body: Sequence[ast.AST]) -> bool:
 
 
 def _source(places: Sequence[Sequence[Part]], chosen: int, names: Sequence[str]) -> str:
-    """The statements worth keeping, as they were written: not every one that parses can be unparsed. Of the chosen place
-    and the prompt (the first) whatever is no example, of others what these read."""
+    """The source of the statements to keep, as they were written (some statements parse but cannot be unparsed). Kept are all
+    statements of the prompt (the first place) and of the chosen place that are not examples, and the statements of other
+    places that those need."""
     parts = [(part, index in (0, chosen)) for index, place in enumerate(places) for part in place]
     flat = [part for part, _ in parts]
     order = {id(part): i for i, part in enumerate(flat)}
@@ -321,7 +338,7 @@ def _source(places: Sequence[Sequence[Part]], chosen: int, names: Sequence[str])
         name = part.node.name if isinstance(part.node, _FUNCTIONS) else ""
         better = bound.get(name, part)
         if better is not part and (not own or (name in names and order[id(better)] < i)):
-            continue  # another takes its place
+            continue  # another definition replaces it
         if isinstance(part.node, ast.Assign) and _extent(part) == STUB and not _written(part.node).isdisjoint(names):
             continue  # an example's result, under the function's own name
         needed = not read.isdisjoint(_written(part.node))
@@ -337,7 +354,8 @@ def _lasts(statement: ast.stmt) -> bool:
 
 
 def _is_work(statement: ast.stmt) -> bool:
-    """Not a word of prose that happens to parse, an example's assertion, or what only a script would do."""
+    """Whether a statement is part of a program: not prose that happens to parse, an example's assertion, or a script's main
+    block."""
     if isinstance(statement, ast.If):
         return all(getattr(node, "id", None) != "__name__" for node in ast.walk(statement.test))
     if isinstance(statement, ast.Expr):
@@ -346,7 +364,7 @@ def _is_work(statement: ast.stmt) -> bool:
 
 
 def _read(parts: Sequence[Part], names: Sequence[str]) -> set[str]:
-    """`names`, and the names of the module that what sets them reads, itself or through what sets those."""
+    """`names`, and all module-level names that their definitions read, directly or through other definitions."""
     found, new = set[str](), set(names)
     while new:
         found |= new
@@ -355,7 +373,7 @@ def _read(parts: Sequence[Part], names: Sequence[str]) -> set[str]:
 
 
 def _written(statement: ast.stmt) -> set[str]:
-    """The names that a statement defines, imports, assigns, or assigns to a part of. A call tells nothing: it writes none."""
+    """The names that a statement defines, imports or assigns (also in part, as in `a[0] = 1`). A call counts as none."""
     if isinstance(statement, _IMPORTS):
         return {alias.asname or alias.name.split(".")[0] for alias in statement.names}
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -371,7 +389,7 @@ def _written(statement: ast.stmt) -> set[str]:
 
 
 def _globals(source: str) -> set[str]:
-    """The names of its module that a program reads in any of its scopes; none where Python refuses it."""
+    """The module-level names that a program reads in any of its scopes. Empty if it is not valid Python."""
     try:
         tables = [symtable.symtable(source, "<answer>", "exec")]
     except _NOT_PYTHON:
@@ -386,14 +404,14 @@ def _globals(source: str) -> set[str]:
 
 
 def tested_names(test: str) -> list[str]:
-    """What tests need an answer to define: names that they read and do not define themselves."""
+    """The names that an answer must define: those that the tests read and do not define. Builtins are left out."""
     top = symtable.symtable(test, "<tests>", "exec")
     own = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
     return sorted(_globals(test) - own - set(dir(builtins)))
 
 
 def _parsed(source: str) -> list[Part]:
-    """As `_parts`; none if it is not Python."""
+    """As `_parts`, but empty if it is not Python."""
     try:
         return _parts(source)
     except _NOT_PYTHON:
@@ -416,7 +434,8 @@ def _parts(source: str) -> list[Part]:
 
 
 def _described(record: Record) -> str:
-    """What a HumanEval problem asks for: the last text in its prompt (of one, no first statement), up to its examples."""
+    """The task of a HumanEval problem in words: the last text in its prompt, up to its examples. (In one problem it is not
+    the function's first statement.)"""
     tree = _tree(record, "prompt", record.raw("prompt"))
     said = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     return str(said[-1] if said else "").split(">>>", 1)[0]
@@ -434,7 +453,7 @@ def _problem(_: int, record: Record) -> Row:
 
 
 def _user_row(index: int, record: Record) -> Row | None:
-    """None for a question that its licence keeps back ("-"), and for an answer without Python."""
+    """A user row. None if the question is withheld because of its licence ("-"), or if the answer holds no Python."""
     if "messages" in record:
         said = {message.label("role"): message for message in reversed(record.parts("messages"))}
         if not {"user", "assistant"} <= said.keys():
@@ -483,8 +502,8 @@ def _tree(record: Record, name: str, source: str) -> ast.AST:
 
 
 def _program(row: Row, code: str, tests: str) -> sandbox.Program:
-    """An answer's program and what tests it. The tests have what the prompt defines before the function that it asks for
-    (an oracle, imports), of the answer only calls."""
+    """An answer's program with its tests. The tests also get what the prompt defines before the requested function (an
+    oracle, imports). They use the answer only by calling it."""
     setup = str(row.meta.get("setup", ""))
     given = [part.text for part in _parsed(str(row.meta["start"]))[:-1]]
     made = {
