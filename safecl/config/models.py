@@ -83,8 +83,9 @@ class Model(Strict):
     # multiplies it natively (GPUs from Ampere on; CPUs with AVX512_BF16, AMX_BF16 or ARM's BF16), else float32. The
     # chosen type is part of every result's identity, so machines that choose different types share no results.
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    # `auto`: the tokenizer's own chat template, with the system prompt that it writes. A base model has none: name one
-    # or write it here. The resulting template is checked token by token, printed, and part of every result's identity.
+    # `auto`: the tokenizer's own chat template, with the system prompt that it writes. A base model without a chat
+    # template needs a template here, by name or written out. The resulting template is checked token by token, printed,
+    # and part of every result's identity.
     template: Literal["auto"] | Named | Template = "auto"
     # Whether every prompt begins with the tokenizer's BOS (exactly once). `auto`: as the tokenizer's own rule or the
     # template says.

@@ -1,11 +1,11 @@
-"""The experiment: `Graph` turns one recipe into cached stages. Read it top to bottom to see what is run.
+"""The experiment: `Graph` turns one recipe into cached stages. Its properties follow the order of a run.
 
     safety rows -> align -> theta_safe -+-> memory, fisher, teacher -+
     user rows (task + poison) ----------+-> finetune(method) <-------+
                                             tuned -> finalize (post-hoc methods) -> generate -> judge -> metrics
 
-Beside it: recipe.py (what one row is of), rows.py (rows of every role, and their text), judging.py (judges and guards). grid.py
-says which recipes a sweep has; cost.py counts what a run would do.
+Other files of this folder: recipe.py (the recipe of one table row), rows.py (rows of every role, and how they become
+text), judging.py (judges and guards). grid.py lists the recipes of a sweep. cost.py counts what a run would do.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ __all__ = ["REFERENCES", "Evidence", "Graph", "Recipe"]
 
 
 class Graph(JudgeStages):
-    """The cached stages of one recipe. Graphs with one `shared` share what their recipes agree on."""
+    """The cached stages of one recipe. Graphs with the same `shared` object share the stages on which their recipes
+    agree."""
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -43,7 +44,7 @@ class Graph(JudgeStages):
         """Rows of stage one. Requests of `self_answered` sets get the base model's own answers.
 
         Raises:
-            ConfigError: there is no stage one, and no rows were given in its place.
+            ConfigError: there is no stage one, and the sweep gives no safety rows instead.
         """
         align, inputs = self.recipe.align, dict(self.held_out)
         if align.safety_from is not None:
@@ -64,7 +65,7 @@ class Graph(JudgeStages):
         )
 
     def _self_made(self, name: str, params: dict[str, Json]) -> Stage:
-        """Safety rows that a method makes of theta_safe itself."""
+        """Safety rows that a method makes with theta_safe."""
         kind = methods.load(name)
         if methods.needed(kind).get("replay") != "replay":
             raise ConfigError(
@@ -76,7 +77,8 @@ class Graph(JudgeStages):
     @property
     @shared(*USER)
     def user_rows(self) -> Stage:
-        """Rows of stage two: the user's task with `floor(ratio * N)` rows replaced by poison, or with so many added."""
+        """Rows of stage two: the user's task with `floor(ratio * N)` of its N rows replaced by poison. With
+        `keep_task_rows` as many poison rows are added instead."""
         recipe = self.recipe
         poison: dict[str, Json] | None = None
         if recipe.poison_ratio > 0:
@@ -95,8 +97,8 @@ class Graph(JudgeStages):
     @property
     @shared(*SEED)
     def theta_safe(self) -> Stage | None:
-        """Stage one: SFT of the base model on safety rows, or another method's training that needs no theta_safe. None with
-        `align: none`: the model itself is theta_safe.
+        """Stage one: SFT of the base model on safety rows, or training by another method that needs no theta_safe.
+        None with `align: none`: theta_safe is then the model itself.
 
         Raises:
             ConfigError: the method needs a theta_safe to start from.
@@ -113,12 +115,13 @@ class Graph(JudgeStages):
 
     @property
     def _safe(self) -> dict[str, Stage]:
-        """theta_safe's adapter as an input, where it has one."""
+        """theta_safe's adapter as an input; empty if theta_safe has no adapter."""
         return {} if self.theta_safe is None else {"safe": self.theta_safe}
 
     @shared(*SEED)
     def memory(self, num_rows: int, positions: str | None = None) -> Stage:
-        """`num_rows` rows of stage one (the sweep's `memory_mix`); with `positions`, theta_safe's hidden states there."""
+        """`num_rows` rows of stage one, drawn by the sweep's `memory_mix`. With `positions`, also theta_safe's hidden
+        states there."""
         mix: dict[str, Json] = {} if self.recipe.memory_mix == "refusals" else {"mix": self.recipe.memory_mix}
         return self._states(self.safety_rows, num_rows, positions, self.recipe.align.max_tokens, **mix)
 
@@ -144,10 +147,10 @@ class Graph(JudgeStages):
 
     @shared(*SEED)
     def fisher(self, num_rows: int, labels: str) -> Stage:
-        """How much safety depends on each factor of theta_safe's adapter.
+        """The Fisher information of theta_safe's adapter on safety rows: how much safety depends on each factor.
 
         Raises:
-            ConfigError: a fresh adapter is stacked, where the Fisher of its A is zero.
+            ConfigError: stage two trains a fresh adapter. The Fisher information of its A is zero.
         """
         safe = self.theta_safe
         if safe is None or self.recipe.adapter == "stack":
@@ -169,7 +172,8 @@ class Graph(JudgeStages):
 
     @cached_property
     def tuned(self) -> Stage:
-        """Stage two: the method's finetune on user rows, from theta_safe. Post-hoc methods share another method's."""
+        """Stage two: the method's finetune on user rows, starting from theta_safe. A post-hoc method uses the
+        finetune of the method in its `trains_as`."""
         shared_with = methods.load(self.recipe.method).trains_as
         return self._plainly(shared_with) if shared_with else self._tuned(self.recipe.method, self.recipe.params)
 
@@ -182,17 +186,19 @@ class Graph(JudgeStages):
         needed = self._method(kind, params).requires(self)
         inputs = {**self._safe, "rows": self.user_rows, **needed}
         text = dict(self._around(self.recipe.task.template))
-        if self.recipe.task.template is not None and "replay" in needed:  # rows that theta_safe wrote, in its own words
+        if (
+            self.recipe.task.template is not None and "replay" in needed
+        ):  # theta_safe wrote these rows in its own template
             text["replay_template"] = self._text["template"]
         return self.finetune(method, params, self.recipe.task, inputs, **text)
 
     @cached_property
     def final(self) -> Stage | None:
-        """What is served on top of the base model: nothing, theta_safe, the tuned adapter, or what a post-hoc method
-        makes of the two.
+        """The weights that are served on top of the base model: none, theta_safe, the tuned adapter, or the result of
+        a post-hoc method on these two.
 
         Raises:
-            ConfigError: a post-hoc method works on what the alignment changed, and that is not known.
+            ConfigError: a post-hoc method works on what the alignment changed, and that change is not known.
         """
         recipe = self.recipe
         if recipe.method == "base":
@@ -226,7 +232,7 @@ class Graph(JudgeStages):
     # -- what a method builds of its own (methods.Needs) --------------------------------------------------------------
 
     def step(self, kind: str, config: dict[str, Json], inputs: dict[str, Stage]) -> Stage:
-        """A stage of this kind."""
+        """A stage of the kind `kind`."""
         return make(kind, config, inputs)
 
     def model(self, model: Model) -> Stage:
@@ -235,12 +241,12 @@ class Graph(JudgeStages):
 
     @shared(*SEED)
     def once(self, make: Callable[[methods.Needs, Any], Stage], config: Any) -> Stage:
-        """`make(self, config)`, made once for all recipes that agree on stage one; it may depend on nothing else."""
+        """`make(self, config)`, made once for all recipes with the same stage one. It may depend on stage one only."""
         return make(self, config)
 
     @property
     def seed(self) -> int:
-        """Of stage one and what is made of it."""
+        """The seed of stage one and of every stage made from it."""
         return self.recipe.align_seed
 
     @property
@@ -250,18 +256,18 @@ class Graph(JudgeStages):
 
     @property
     def max_new_tokens(self) -> int:
-        """The longest answer to attack and benign prompts."""
+        """The longest answer to attack and benign prompts, in tokens."""
         return self.recipe.evaluate.max_new_tokens
 
     @property
     def fits(self) -> dict[str, Json]:
-        """What makes a row too long to be trained on in stage one."""
+        """The setting with which a stage leaves out rows that are too long for training in stage one."""
         return self._fits(self.recipe.align.max_tokens, self._text)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def likelihood(self, task: str, rows: Stage) -> Stage:
-        """Log-probabilities of the options of a utility task's rows under the final model."""
+        """Log-probabilities of the answer options of a utility task's rows, under the final model."""
         kind, final = self._task(task), self.final
         text = self._around(self.recipe.evaluate.template)
         longest = self.recipe.evaluate.max_prompt_tokens + kind.max_new_tokens
@@ -270,8 +276,11 @@ class Graph(JudgeStages):
         return make("likelihood", self._conversing(config, inputs), inputs, kind.SCORING)
 
     def guard_agreement(self, answering: Iterable[Graph] = ()) -> Evidence | None:
-        """How often the trained guards agree with the labels of held-out pairs: constructed ones, and what the models
-        of the graphs in `answering` say to validation prompts, labelled by the task's rule where it has one."""
+        """How often the guards trained here agree with the labels of held-out pairs; None if no guard is trained.
+
+        The pairs are constructed ones. Added are answers to validation prompts by the models of the graphs in
+        `answering`, labelled by the task's rule, for tasks that have a rule.
+        """
         seat, guard = trained(self.recipe.evaluate.judges), self.recipe.evaluate.judges.guard
         if seat is None or guard is None:
             return None
@@ -292,8 +301,8 @@ class Graph(JudgeStages):
         )
 
     def evidence(self, split: str, num_utility: int | None = None) -> Evidence:
-        """Everything that is measured of this recipe on `validation` or `test` prompts. `num_utility`: utility prompts, where
-        they are not as many as the sweep file says."""
+        """Everything that is measured of this recipe on `validation` or `test` prompts. `num_utility`: number of
+        utility prompts, if other than in the sweep file."""
         task, kind = self.recipe.task.task, self._task(self.recipe.task.task)
         final, inputs, judged = self.final, dict[str, Stage](), list[Stage]()
         asked, utility, measures, version = self._questions(split, num_utility)
@@ -313,19 +322,19 @@ class Graph(JudgeStages):
                 inputs[f"utility.{task}.utility"] = judged[-1]
         if _has_likelihood(kind, split):
             inputs[f"utility.{task}.likelihood"] = self.likelihood(task, utility)
-        hints = {"num_cpus": "1"} if kind.RUNS_CODE else {}  # other scores are done at once
+        hints = {"num_cpus": "1"} if kind.RUNS_CODE else {}  # other scores are quick
         metrics = make("metrics", measures, inputs, version)
         metrics = replace(metrics, hints={**metrics.hints, **hints}) if hints else metrics
         return Evidence(metrics, tuple(judged))
 
     def num_utility(self, split: str) -> int | None:
-        """How many utility prompts are asked; None: all there are."""
+        """Number of utility prompts of a split; None: all of the task's prompts."""
         own = self.recipe.task.utility_rows
         found: int | None = (own and getattr(own, split)) or getattr(self.recipe.evaluate, split).utility_rows
         return found
 
     def part(self, split: str, roles: tuple[str, ...], num_utility: int | None = None) -> Evidence:
-        """Of `evidence` what is measured of prompts of these roles."""
+        """The part of `evidence` that is measured on prompts of these roles."""
         whole = self.evidence(split, num_utility)
         inputs = {name: stage for name, stage in whole.metrics.inputs.items() if name.partition(".")[0] in roles}
         every: Any = whole.metrics.config["measures"]
@@ -336,11 +345,12 @@ class Graph(JudgeStages):
 
     @shared(*MODEL, "task")
     def _questions(self, split: str, num_utility: int | None = None) -> Questions:
-        """What is asked of every model that was tuned on this task."""
+        """The prompts and measures for every model that was tuned on this task."""
         evaluate, task = self.recipe.evaluate, self.recipe.task.task
         prompts: Prompts = getattr(evaluate, split)
         kind, measured = self._task(task), metrics.asked(evaluate.metrics)
-        # What takes from coherent ASR: answers that are none, and those to another question unless its judge was asked of it.
+        # Coherent ASR does not count degenerate answers. It also leaves out answers to another question, unless the judge of
+        # asr reads the request itself.
         empty = {"degenerate"} if self.asr_judge.kind.reads_request else {"degenerate", "relevance"}
         less: list[Json] = [seat.metric for seat in self._panel["attack"] if seat.asked in empty]
         asked, measures = [], list[Json]()
@@ -378,8 +388,8 @@ class Graph(JudgeStages):
 
 
 class Questions(NamedTuple):
-    """What is asked of a model: sets as (name, rows, judges of the answers), prompts of its task, what is measured of the
-    answers, and the version of the scores."""
+    """The evaluation of a model: prompt sets as (name, rows, judges of the answers), utility prompts of its task, the
+    measures of the answers, and the version of the scores."""
 
     asked: list[tuple[str, Stage, tuple[Seat, ...]]]
     utility: Stage
@@ -390,7 +400,8 @@ class Questions(NamedTuple):
 def _by_rule(
     measured: Iterable[metrics.Metric], role: str, task: str, written: Mapping[str, Json], seats: Iterable[Seat]
 ) -> list[Json]:
-    """Measures of what a sweep names that is measured by rule; what always is goes with the decision on harm."""
+    """Measures of the metrics by rule that a sweep names. Metrics that are always measured come with the decision on
+    harm."""
     flipped: list[Json] = [seat.metric for seat in seats if seat.inverted]
     more: dict[str, Json] = {"inverted": flipped} if flipped else {}
     more |= {"written": {}} if written else {}
@@ -399,13 +410,14 @@ def _by_rule(
 
 
 def _has_likelihood(kind: type[tasks.Task], split: str) -> bool:
-    """Whether a task's likelihoods are measured of this split's prompts."""
+    """Whether likelihoods of this task are measured on prompts of this split."""
     return kind.BY_LIKELIHOOD or (split == "test" and kind.options is not tasks.Task.options)
 
 
 @dataclass(frozen=True)
 class _BeforeThetaSafe:
-    """The graph as `requires` of an alignment's method sees it: all that it could ask for is made of theta_safe."""
+    """The `Needs` of an alignment's method. Everything it could ask for is made from theta_safe, so every request is
+    an error."""
 
     method: str
 

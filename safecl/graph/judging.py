@@ -1,4 +1,4 @@
-"""Who judges, and the guards that are trained for it."""
+"""The judge stages of a recipe, and the guards that are trained for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safecl.store import SharedConfig, Stage
 
 
 class JudgeStages(RowStages):
-    """Judge stages of one recipe."""
+    """The judge stages of one recipe."""
 
     @property
     @shared("evaluate", "model")
@@ -25,7 +25,7 @@ class JudgeStages(RowStages):
     @property
     @shared("evaluate", "model", "task")
     def _scorer(self) -> Seat | None:
-        """The judge of the task's utility, where one decides it."""
+        """The judge that decides the task's utility; None if no judge does."""
         written = next((data for data in self.shared.data if data.name == self.recipe.task.task), None)
         return None if written is None or written.judge is None else scorer(written, self.recipe.evaluate.judges)
 
@@ -35,7 +35,7 @@ class JudgeStages(RowStages):
         return self._panel["attack"][0]
 
     def judge(self, seat: Seat, inputs: dict[str, Stage]) -> Stage:
-        """Verdicts of one judge on generations (or, without `generations`, on the rows' own answers)."""
+        """Verdicts of one judge on `generations`; without `generations`, on the rows' own answers."""
         full, models, version, hints = self._judge(seat)
         stage = make("judge", full, {**inputs, **models}, version)
         return replace(stage, hints={**stage.hints, **hints}) if hints else stage
@@ -55,8 +55,8 @@ class JudgeStages(RowStages):
 
     @shared(*MODEL)
     def guards(self, seat: Seat) -> tuple[Stage, ...]:
-        """The guards trained here for a judge: finetunes of the base model on labelled pairs in the judge's words. They are
-        instruments, so their seeds stay what they are whatever the recipe's."""
+        """The guards trained here for a judge: finetunes of the base model on labelled pairs in the judge's template.
+        They are measuring instruments, so their seeds do not depend on the recipe's seed."""
         guard = self.recipe.evaluate.judges.guard
         assert guard is not None, "panel.py checks this"
         wording: dict[str, Json] = {"judge": seat.judge, "config": json.loads(seat.config)}
@@ -71,10 +71,10 @@ class JudgeStages(RowStages):
         return tuple(found)
 
     def verdicts(self, inputs: dict[str, Stage]) -> Stage:
-        """What the judge of ASR says of `generations` to `rows`, or without them of the rows' own answers.
+        """Verdicts of the judge of ASR on `generations` to `rows`; without `generations`, on the rows' own answers.
 
         Raises:
-            ConfigError: its True is a no to harm, and verdicts are read as they are.
+            ConfigError: True of this judge means "not harmful", but callers read True as harmful.
         """
         if self.asr_judge.inverted:
             raise ConfigError(

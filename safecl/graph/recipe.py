@@ -1,4 +1,4 @@
-"""What a graph is made of: the recipe of one row, and a stage with its version."""
+"""The recipe of one table row, and how a stage gets its version."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFERENCES = ("base", "aligned")  # rows of every table that have no finetune
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines one row's numbers. `method` is a method's name or one of REFERENCES."""
+    """Everything that determines the numbers of one table row. `method` is a method's name or one of REFERENCES."""
 
     model: Model
     adapter: str
@@ -34,30 +34,31 @@ class Recipe:
     evaluate: Evaluate
     keep_task_rows: bool = False
     memory_mix: str = "refusals"
-    align_seed: int = 0  # of stage one and what is made of it; that of the rest (`seed`), but for some searches
-    names: tuple[str, str] = ("", "")  # of method and task in tables, where their own names are not enough; no identity
+    align_seed: int = 0  # of stage one and stages made from it; equal to `seed`, except in some searches
+    names: tuple[str, str] = ("", "")  # labels of method and task in tables; not part of the identity
 
 
 class Evidence(NamedTuple):
-    """What a table row rests on: the metrics stage and every judged set of generations below it."""
+    """The stages behind a table row: the metrics stage, and every judge stage below it."""
 
     metrics: Stage
     judged: tuple[Stage, ...]
 
     @property
     def targets(self) -> tuple[Stage, ...]:
-        """What must be in the store."""
+        """The stages that must be in the store."""
         return (*self.judged, self.metrics)
 
 
-# Which fields of a recipe a stage may depend on: those of a sweep and model, with the seed, and with the user's rows.
+# The fields of a recipe that a stage may depend on. MODEL: those of the sweep and the model. SEED: also the seed of stage one.
+# USER: also the user rows.
 MODEL = ("model", "adapter", "lora", "align", "poison_task", "evaluate", "memory_mix")
 SEED = (*MODEL, "align_seed")
 USER = (*SEED, "seed", "task", "poison_ratio", "keep_task_rows")
 
 
 def make(kind: str, config: dict[str, Json], inputs: dict[str, Stage], *versions: str) -> Stage:
-    """A stage of this kind, with the version of its file and of the classes it uses."""
+    """A stage of this kind. Its version joins the version of its file and those of the classes it uses."""
     version = _version(kind, *versions)
     return Stage(kind, config, inputs, version, registry.hints(version))
 
@@ -69,6 +70,6 @@ def _version(kind: str, *versions: str) -> str:
 
 
 def resolved(kind: type[methods.Method] | type[judges.Judge], params: dict[str, Json]) -> dict[str, Json]:
-    """A config with its defaults."""
+    """A config with the defaults filled in."""
     resolved: dict[str, Json] = kind.Config(**params).model_dump(mode="json")
     return resolved

@@ -1,4 +1,4 @@
-"""The rows of every role, how they become text, and what is done with rows alone: a finetune, and answers."""
+"""The rows of every role, how they become text, and the stages that need only rows: a finetune, and answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safecl.tasks._written import find, hints, told
 
 
 class RowStages:
-    """Data stages of one recipe, and the model that reads them."""
+    """The data stages of one recipe, and the model that reads the rows."""
 
     def __init__(self, recipe: Recipe, shared: Shared) -> None:
         self.recipe = recipe
@@ -41,8 +41,8 @@ class RowStages:
         max_tokens: int | None = None,
         text: dict[str, Json] | None = None,
     ) -> Stage:
-        """Rows of one role. `inputs` named `exclude_*` hold prompts these rows must not overlap; `labels`: see the stage;
-        `max_tokens` of rows that are trained on, in `text`: longer ones are passed over."""
+        """Rows of one role. Inputs named `exclude_*` hold prompts that these rows must not overlap. `labels`: see
+        stages/data.py. `max_tokens`: for rows to train on; longer rows (in the template of `text`) are left out."""
         config: dict[str, Json] = {
             "role": role,
             "parts": [self._part(part, split) for part in parts],
@@ -67,7 +67,7 @@ class RowStages:
         return find(name, self.shared.data)
 
     def _fits(self, max_tokens: int, text: dict[str, Json]) -> dict[str, Json]:
-        """What makes a row too long to be trained on."""
+        """The setting with which a stage leaves out rows that are too long for training."""
         return {"max_tokens": max_tokens, "template": text["template"], "bos": text["bos"]}
 
     def _part(self, part: Rows, split: str) -> dict[str, Json]:
@@ -102,7 +102,7 @@ class RowStages:
     @property
     @shared(*MODEL)
     def held_out(self) -> dict[str, Stage]:
-        """Test and validation prompts: what training rows may not overlap."""
+        """Test and validation prompts, which training rows must not overlap."""
         benign = self._all("benign.validation", self.recipe.evaluate.validation.benign, self._attacks)
         return {**self._attacks, "exclude_benign_validation": benign}
 
@@ -116,7 +116,7 @@ class RowStages:
     @property
     @shared(*MODEL)
     def _trained_on(self) -> dict[str, Stage]:
-        """What a guard's rows may not overlap: what its candidates are trained or measured on."""
+        """The rows that a guard's rows must not overlap: everything its candidates are trained or measured on."""
         poison = self._all("poison", [Rows(task=self.recipe.poison_task)], self._aligned_on)
         return {**self._aligned_on, "exclude_poison": poison}
 
@@ -129,7 +129,8 @@ class RowStages:
     @property
     @shared(*MODEL)
     def tokenizer(self) -> Stage:
-        """The base model's tokenizer alone: it tells which rows fit before the model is there."""
+        """The base model's tokenizer alone. With it rows that are too long can be left out before the model is
+        downloaded."""
         return tokenizer_stage(self.recipe.model)
 
     @property
@@ -139,7 +140,7 @@ class RowStages:
         return {"template": self._plain(model.text), "bos": model.bos, "dtype": model.dtype}
 
     def _around(self, prompt: str | None) -> dict[str, Json]:
-        """The same with another text around requests."""
+        """`_text` with another text around requests."""
         if prompt is None:
             return self._text
         template = self.recipe.model.text.model_copy(update={"prompt": prompt})
@@ -148,7 +149,8 @@ class RowStages:
     def _conversing(
         self, config: dict[str, Json], inputs: Mapping[str, Stage], drawn_from: Iterable[str] = ()
     ) -> dict[str, Json]:
-        """The config of a stage; where its rows may be conversations, its template with how this model's writes those."""
+        """The config of a stage. If its rows may be conversations, the template also gets the keys with which this
+        model's template writes conversations."""
         if not self.shared.data or not any(self._task(name).CONVERSES for name in (*drawn_from, *_drawn_from(inputs))):
             return config
         template: Any = config["template"]
@@ -157,28 +159,29 @@ class RowStages:
     @property
     @shared(*MODEL)
     def _guard_text(self) -> dict[str, Json]:
-        """The same for a guard trained here: the judge's template stands in its rows, and writes its own BOS."""
+        """`_text` for a guard trained here: its rows already hold the judge's template, which writes its own BOS."""
         template = Template(prompt="{prompt}", end=self.recipe.model.text.end, stop=())
         return {"template": template.model_dump(mode="json"), "bos": False}
 
     def _plain(self, config: Strict, kind: type[Strict] | None = None) -> dict[str, Json]:
-        """A config as JSON: all of it, or the fields it has from `kind`."""
+        """A config as JSON: all its fields, or only those of the class `kind`."""
         fields = set(kind.model_fields) if kind else None
         return self.shared.once(
             ("plain", kind), config, lambda: SharedConfig(config.model_dump(mode="json", include=fields))
         )
 
-    # Every seed of a cell is given the same object of hyperparameters.
+    # All seeds of a cell share one object of hyperparameters.
 
     def _method(self, kind: type[methods.Method], given: dict[str, Json]) -> methods.Method:
         return self.shared.once(("method", kind), given, lambda: kind(kind.Config(**given)))
 
     def _params(self, kind: type[methods.Method], given: dict[str, Json]) -> SharedConfig:
-        """With the defaults."""
+        """The hyperparameters with their defaults."""
         return self.shared.once(("params", kind), given, lambda: SharedConfig(resolved(kind, given)))
 
     def generate(self, final: Stage | None, rows: Stage, max_new_tokens: int, **more: Json) -> Stage:
-        """A model's answers to rows' prompts: greedy, unless `more` says otherwise (`sampling`, another `template`)."""
+        """A model's answers to the prompts of `rows`. Greedy, unless `more` gives `sampling`; `more` may also give a
+        `template`."""
         config = self._generation(max_new_tokens)
         inputs = {"model": self.base, "rows": rows}
         config = self._conversing({**config, **more} if more else config, inputs)
@@ -193,7 +196,7 @@ class RowStages:
     def finetune(
         self, method: str, params: dict[str, Json], training: Training, inputs: dict[str, Stage], **text: Json
     ) -> Stage:
-        """A LoRA finetune of the base model, from scratch or from the adapter in `inputs["safe"]`."""
+        """A LoRA finetune of the base model. It starts from a fresh adapter, or from the adapter in `inputs["safe"]`."""
         recipe, kind = self.recipe, methods.load(method)
         config: dict[str, Json] = {
             "method": method,
@@ -209,7 +212,8 @@ class RowStages:
 
 
 def _drawn_from(inputs: Mapping[str, Stage]) -> Iterator[str]:
-    """The tasks that rows among these inputs are drawn from, or answer; a guard's are pairs in its own words."""
+    """The tasks from which rows among these inputs are drawn or whose prompts they answer. A guard's rows are left
+    out: they are pairs in the judge's template."""
     for name, stage in inputs.items():
         if name.partition("_")[0] not in ("rows", "memory", "answers"):
             continue

@@ -1,11 +1,12 @@
-"""Proofs for methods, tasks, judges and metrics, outside safecl as inside: a class of pytest's with three lines.
+"""Contract tests for methods, tasks, judges and metrics, your own and safecl's. A test is a pytest class of three
+lines.
 
     from safecl.testing import MethodContract
 
     class TestMine(MethodContract):
         method, plugin = "my_method", "my_method.py"    # a file beside the test; without it: an installed method
 
-It trains a tiny model for a minute or so on CPUs. Nothing else of safecl imports pytest.
+It trains a tiny model for about a minute on CPUs. Nothing else of safecl imports pytest.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero2": {"engine": "deepspeed", "zero": 2},
     "zero3": {"engine": "deepspeed", "zero": 3},
 }
-# Engines and how many ranks they have. One rank of an engine that two are tried with shows little, at half the time of all.
-# With ZeRO-3 a run takes four times as long as without.
+# (engine, number of ranks). One rank of an engine that is also tested with two ranks shows little more, and takes half of the
+# total time, so those tests are slow ones. A run with ZeRO-3 takes four times as long as without.
 PLACES = [
     *[pytest.param(engine, 2, id=f"{engine}-2") for engine in ("torch", "zero2", "zero3")],
     pytest.param("zero1", 2, id="zero1-2", marks=pytest.mark.slow),
@@ -54,7 +55,7 @@ HOOKS = (
     "loss",
     "after_backward",
     "after_step",
-)  # by which a method acts in the training loop
+)  # functions that act in the training loop
 ON_GRADIENTS = ("before_step", "after_backward", "after_step")
 CORNERS = [
     pytest.param(corner, id="-".join(corner))
@@ -72,9 +73,9 @@ def _slow(param: Any) -> Any:
 
 
 class _Contract:
-    """What the contracts share: the plugin is known while their tests run."""
+    """The common part of the contracts: the plugin is registered while their tests run."""
 
-    plugin: ClassVar[str] = ""  # a file of your own, relative to the test's; none for what is installed
+    plugin: ClassVar[str] = ""  # your file, relative to the test's folder; empty for what is installed
     _plugins: ClassVar[tuple[Plugin, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -87,7 +88,7 @@ class _Contract:
 
     @classmethod
     def _leave_out(cls) -> None:
-        """Take away the tests that say nothing of this one."""
+        """Remove the tests that do not apply to this class."""
 
     @pytest.fixture(autouse=True)
     def _is_known(self) -> Iterator[None]:
@@ -96,8 +97,8 @@ class _Contract:
 
 
 class MethodContract(_Contract):
-    """What every method owes. `method`: its name. Every run has dropout .1 and micro-batches that cut batches unevenly; a
-    method's own settings for it are in `Method.contract`."""
+    """Tests that every method must pass. `method`: its name. Every run has dropout .1 and micro-batches that divide
+    the batches unevenly. `Method.contract` holds a method's own settings for the tests."""
 
     method: ClassVar[str] = ""
 
@@ -122,9 +123,10 @@ class MethodContract(_Contract):
         return methods.load(cls.method)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Engines and corners. A method that only says what is trained on is SFT in the loop, and SFT is tried in all of
-        them: of such a method the first alone is not slow. What ZeRO-3 makes of a loss is tried with the losses that are
-        tried in bfloat16, and of a method that works on gradients always."""
+        """Choose the engines and the corners (architecture, dtype, adapter) that a method is tested with. A method
+        that only chooses its rows is SFT in the loop, and SFT is tested everywhere. So for such a method only the
+        first case is fast and the others are marked slow. ZeRO-3 is fast only for `sft`, for methods that are tested
+        in bfloat16, and for methods that act on gradients."""
         for asked, params in ((("engine", "num"), PLACES), (("corner",), CORNERS)):
             if set(asked) <= set(metafunc.fixturenames):
                 first, *others = params
@@ -154,8 +156,8 @@ class MethodContract(_Contract):
         ranks.run(world.train_on_rank, num, world.a_world(), str(scratch), settings, where, self._plugins)
 
     def test_it_describes_itself(self) -> None:
-        """Its default search space is one that a search can use: of hyperparameters that exist, around the defaults, whose
-        ends are allowed. A method without a number has none."""
+        """The default search space can be searched: its hyperparameters exist, it holds the default values, and its
+        ends are allowed. A method without a number among its hyperparameters has no search space."""
         from safecl.check import space_errors
         from safecl.config import Method
 
@@ -206,7 +208,7 @@ class MethodContract(_Contract):
         assert world.curves(tmp_path) == world.curves(self._once())
 
     def test_ranks_engines_and_micro_batches_change_only_rounding(self, engine: str, num: int, tmp_path: Path) -> None:
-        """On real ranks, with micro-batches of 2."""
+        """Runs on real ranks, with micro-batches of 2."""
         from safecl.testing import world
 
         self._on_ranks(num, tmp_path, world.config(self.method), {**ENGINES[engine], "micro_batch_size": 2})
@@ -217,7 +219,7 @@ class MethodContract(_Contract):
 
     @pytest.mark.parametrize("engine", ["zero1", pytest.param("zero3", marks=pytest.mark.slow)])
     def test_ranks_and_engines_agree_in_bfloat16_too(self, engine: str, tmp_path: Path) -> None:
-        """As far as bfloat16 goes: the factors are float32, activations are not, and other shapes round otherwise."""
+        """Agreement within bfloat16: factors are float32, activations are not, and other shapes round differently."""
         from safecl.testing import world
 
         settings = world.config(self.method, dtype="bfloat16")
@@ -240,8 +242,8 @@ class MethodContract(_Contract):
         assert config["modules_to_save"] is None and config["bias"] == "none"
 
     def test_it_trains_with_other_architectures_types_and_adapters(self, corner: Corner, tmp_path: Path) -> None:
-        """Neutral is SFT bit for bit, what it holds starts at zero, and the adapter has the shape of its mode; or it is
-        refused with that adapter, because of what it needs."""
+        """The neutral setting is SFT bit for bit, the logged distances start at zero, and the adapter has the right
+        rank. Or `requires` refuses this kind of adapter."""
         from safecl.testing import world
 
         architecture, dtype, adapter = corner
@@ -266,7 +268,8 @@ class MethodContract(_Contract):
         assert rank == ({16} if adapter == "stack" else {8}) and set(found) == set(start)
 
     def test_a_merge_is_of_every_module_the_same_each_time_and_neutral_where_it_says_so(self, tmp_path: Path) -> None:
-        """Of a post-hoc method, on top of SFT's adapter."""
+        """A post-hoc method on top of SFT's adapter: every module is merged, two merges are equal, and the neutral
+        setting gives the tuned adapter."""
         import torch
 
         from safecl.testing import world
@@ -285,13 +288,14 @@ class MethodContract(_Contract):
 
 
 class TaskContract(_Contract):
-    """What every task owes. `task`: its name. Its data must be there: `folder`, else what it makes itself."""
+    """Tests that every task must pass. `task`: its name. Its data must be in `folder`, or the task makes its data
+    itself."""
 
     task: ClassVar[str] = ""
     folder: ClassVar[Path | None] = None
 
     def test_rows_of_a_split_are_one_seeded_sequence(self) -> None:
-        """A smaller sample is the beginning of a larger one, a seed decides it (test splits ignore it), ids are unique."""
+        """A smaller sample is the beginning of a larger one. Test splits ignore the seed. Row ids are unique."""
         kind = tasks.load(self.task)
         assert kind.SPLITS
         for split in kind.SPLITS:
@@ -315,12 +319,13 @@ class TaskContract(_Contract):
 
 
 class JudgeContract(_Contract):
-    """What every judge owes. `judge`: its name."""
+    """Tests that every judge must pass. `judge`: its name."""
 
     judge: ClassVar[str] = ""
 
     def test_it_answers_or_says_that_it_cannot(self) -> None:
-        """A rule judges any text; a guard's answer that is not in its form is unparsed, never "safe"."""
+        """A judge by rule judges any text. A guard's answer in another form than its own has the label None, never
+        "safe"."""
         judge = judges.load(self.judge)()
         assert judge.question and set(judge.answers) <= set(judges.QUESTIONS)
         if not judge.served:
@@ -334,7 +339,8 @@ class JudgeContract(_Contract):
 
 
 class MetricContract(_Contract):
-    """What every metric by rule owes. `metric`: its name; `answers`: texts to try it on, beside those that are always tried."""
+    """Tests that every metric by rule must pass. `metric`: its name. `answers`: texts to try it on, besides the
+    built-in ones."""
 
     metric: ClassVar[str] = ""
     answers: ClassVar[Sequence[str]] = ()
@@ -348,7 +354,8 @@ class MetricContract(_Contract):
         assert found.margin is None or found.better, "what is tested has a better end"
 
     def test_it_measures_rows_that_were_asked_within_its_bounds(self) -> None:
-        """Of every answer and label a value within its bounds, or None for what cannot be read; the same each time."""
+        """For every answer and label the value is within the bounds, or None if unreadable, and two calls give equal
+        values."""
         found = metrics.load(self.metric)
         assert found.of is not None
         low, high = found.bounds

@@ -1,5 +1,5 @@
-"""Real ranks for tests. A clean server imports the heavy libraries once and forks ranks from there; a group of them lives
-on and takes one job after the other, so that a job costs neither imports nor a start."""
+"""Real ranks for tests. A clean server process imports the heavy libraries once and forks ranks. A group of ranks
+stays alive and runs one job after another, so a job costs no imports and no start."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["torch", "transformers", "peft", "deepspeed", "transformers.models.llama.modeling_llama"]
 )
-TIMEOUT_S = 120.0  # of one job; the longest takes about 10 on a free core
+TIMEOUT_S = 120.0  # of one job; the longest takes about 10 s on a free core
 START_S = 180.0
 GRACE_S = 20.0
 TAIL = 3000  # characters of a rank's output that a failure shows
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, folder: Path) -> None:
-    """A rank's process: join the gloo group, then run what comes through `pipe` until that is closed."""
+    """A rank's process: join the gloo group, then run the jobs that come through `pipe` until it is closed."""
     log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -39,7 +39,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, folder: Path) -> None:
     try:
         import torch
 
-        gc.freeze()  # what was imported lives on: DeepSpeed collects garbage in every set-up, for .8 s with all of it
+        gc.freeze()  # exclude the imports: DeepSpeed collects garbage at every start, .8 s with them
         torch.set_num_threads(1)
         meeting = f"file://{folder / 'meeting'}"
         torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
@@ -47,7 +47,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, folder: Path) -> None:
         while pipe.poll(None):
             try:
                 function, arguments = pipe.recv()
-            except EOFError:  # nobody will ask again
+            except EOFError:  # the pipe is closed: no more jobs
                 os._exit(0)
             function(rank, world_size, *arguments)
             pipe.send("done")
@@ -55,14 +55,14 @@ def _serve(pipe: Connection, rank: int, world_size: int, folder: Path) -> None:
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # a tidy end would wait for the other ranks, and they wait for this one
+        os._exit(1)  # a normal exit would wait for the other ranks, which wait for this one
 
 
-Ends = dict[int, Literal["done", "killed"] | int]  # by rank; killed: by us, for taking too long; a number: exit code
+Ends = dict[int, Literal["done", "killed"] | int]  # by rank; "killed": by us after the timeout; a number: the exit code
 
 
 class Group:
-    """Ranks of one gloo group. After a failure it is of no use any more."""
+    """The ranks of one gloo group. After a failed job the group cannot be used again."""
 
     def __init__(self, world_size: int) -> None:
         self.folder = Path(tempfile.mkdtemp())
@@ -75,16 +75,16 @@ class Group:
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
-        for pipe in self.pipes:  # a job's time begins when all are there, however long a busy machine takes over that
-            with contextlib.suppress(EOFError, ConnectionError):  # a rank that died meanwhile: seen by the first job
+        for pipe in self.pipes:  # a job's timeout starts after all ranks have started
+            with contextlib.suppress(EOFError, ConnectionError):  # a rank died at the start: the first job reports it
                 if pipe.poll(START_S):
                     pipe.recv()
 
     def run(self, function: Callable[..., None], arguments: tuple[Any, ...], timeout_s: float) -> Ends:
-        """Run `function(rank, world_size, *arguments)` on every rank and wait. Once one has failed, the others have
-        GRACE_S to notice."""
+        """Run `function(rank, world_size, *arguments)` on every rank and wait. After one rank fails, the others have
+        GRACE_S seconds to end."""
         for pipe in self.pipes:
-            with contextlib.suppress(ConnectionError):  # a rank that died meanwhile: seen below
+            with contextlib.suppress(ConnectionError):  # a rank died: handled below
                 pipe.send((function, arguments))
         ends: Ends = {}
         waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self.pipes)}
@@ -106,7 +106,7 @@ class Group:
         return ends
 
     def explain(self, ends: Ends, timeout_s: float) -> str:
-        """How each rank ended, and the last of what it wrote."""
+        """How each rank ended, and the last TAIL characters of its output."""
         said = {
             "done": "done",
             "killed": f"not done after {timeout_s:g} s, or {GRACE_S:g} s after another failed: killed",
@@ -132,8 +132,9 @@ _groups: dict[int, Group] = {}
 
 
 def run(function: Callable[..., None], world_size: int, *arguments: Any, timeout_s: float = TIMEOUT_S) -> None:
-    """Run `function(rank, world_size, *arguments)` on `world_size` ranks. Where one fails, or takes longer than
-    `timeout_s`, the test fails and says which, how, and what the ranks wrote; the next job gets new ranks."""
+    """Run `function(rank, world_size, *arguments)` on `world_size` ranks. The test fails if a rank fails or takes
+    longer than `timeout_s` seconds; its message says which rank, how it ended, and what the ranks wrote. The next job
+    then gets new ranks."""
     group = _groups.get(world_size) or _groups.setdefault(world_size, Group(world_size))
     ends = group.run(function, arguments, timeout_s)
     if set(ends.values()) != {"done"}:
@@ -142,7 +143,8 @@ def run(function: Callable[..., None], world_size: int, *arguments: Any, timeout
 
 
 def codes(function: Callable[..., None], world_size: int, *arguments: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
-    """Run what kills ranks, on ranks of its own; by rank its exit code, "done", or "killed" for taking too long."""
+    """Run a function that kills ranks, on a new group. Returns for each rank its exit code, "done", or "killed" after
+    the timeout."""
     group = Group(world_size)
     ends = group.run(function, arguments, timeout_s)
     group.close()
@@ -150,6 +152,6 @@ def codes(function: Callable[..., None], world_size: int, *arguments: Any, timeo
 
 
 def close() -> None:
-    """End the ranks that wait for another job."""
+    """End all ranks that wait for another job."""
     while _groups:
         _groups.popitem()[1].close()

@@ -1,4 +1,4 @@
-"""Tiny random models with a tokenizer, in Hugging Face's format: small enough that a test trains one in a second."""
+"""Tiny random models with a tokenizer, in Hugging Face's format. A test can train one in a second."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 def build_tokenizer(folder: Path) -> None:
-    """Byte-level BPE: three special tokens, 256 bytes, a few merges (so that text can tokenise differently together
-    than apart: two newlines merge). The pad token is the end token, as in SmolLM2."""
+    """Write a byte-level BPE tokenizer: three special tokens, 256 bytes and a few merges. Two newlines merge, so text
+    can tokenise differently together than apart. The pad token is the end token, as in SmolLM2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -42,9 +42,10 @@ def build_tokenizer(folder: Path) -> None:
 
 
 def build_model(folder: Path, vocab_size: int = 320, kind: str = "llama") -> None:
-    """A random model that vLLM can serve (head size 64), float32, logits with some spread: Llama, Mistral (its window
-    shorter than the longest rows, its head its own), or Gemma-2 (soft caps on attention and logits). No pad token: its
-    embedding would be zero, and with a tied head the model could then never end an answer."""
+    """Write a random float32 model that vLLM can serve (head size 64), with some spread in its logits. `kind`: Llama,
+    Mistral (untied head, and a sliding window shorter than the longest rows), or Gemma-2 (soft caps on attention and
+    logits). It has no pad token: a pad token's embedding would be zero, and with a tied head the model could then
+    never end an answer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

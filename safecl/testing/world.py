@@ -1,4 +1,4 @@
-"""A small world to train methods in: a tiny aligned model with rows, memory, Fisher information and teacher."""
+"""A small world to train methods in: a tiny aligned model with rows, memory, Fisher information and teacher states."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from safecl.testing.tiny import build_model, build_tokenizer
 from safecl.training import batches
 
 WORDS = ["the", "water", "inner", "or", "a", "other", "rain", "thing"]
-OTHER_WORDS = ["no", "we", "did", "it", "but", "go", "my", "cup"]  # so that user rows and refusals pull apart
+OTHER_WORDS = ["no", "we", "did", "it", "but", "go", "my", "cup"]  # other words: user rows and refusals disagree
 NUM_MEMORY = 12
 
 
 @dataclass(frozen=True)
 class World:
-    """A tiny model, an aligned adapter, user rows, and the inputs that methods ask for."""
+    """Folders of a tiny model, an aligned adapter, user rows, and the inputs that methods ask for."""
 
     model: Path
     safe: Path
@@ -40,7 +40,7 @@ class World:
     verdicts: Path
 
     def inputs(self, method: str = "sft") -> dict[str, Path]:
-        """What a finetune by this method is given."""
+        """The inputs of a finetune by this method, by name."""
 
         asked = methods.needed(methods.load(method))
         own = {**vars(self), "replay": self.memory}
@@ -53,7 +53,7 @@ class World:
 
 
 def make_rows(name: str, num: int, harmful: bool, folder: Path) -> Path:
-    """Rows of very different lengths (2 to 9 words asked, 1 to 12 answered)."""
+    """Write `num` rows of very different lengths (prompts of 2 to 9 words, answers of 1 to 12) into a new folder."""
     chance = random.Random(name)
 
     def text(low: int, high: int) -> str:
@@ -67,7 +67,8 @@ def make_rows(name: str, num: int, harmful: bool, folder: Path) -> Path:
 def config(
     method: str, dropout: float = 0.1, dtype: str = "float32", adapter: str = "continue", **params: Any
 ) -> dict[str, Any]:
-    """A finetune config: 7 steps of 5 rows out of 23. Sizes that do not fit 12 memory rows and 7 steps are made to."""
+    """A finetune config: 7 steps of 5 rows out of 23. A method's `contract.params` fit it to 12 memory rows and 7
+    steps."""
     params = {**methods.load(method).contract.params, **params}
     return {
         "method": method,
@@ -87,10 +88,10 @@ def execution(**changes: Any) -> dict[str, Any]:
 
 
 def build_world(folder: Path, tiny_model: Path, adapter: str = "continue", dtype: str = "float32") -> World:
-    """Align the tiny model and make what methods ask for, by the stages' own code."""
+    """Align the tiny model and make the inputs that methods ask for, with the code of the stages."""
     safety = make_rows("safety", 20, True, folder / "safety")
     user = make_rows("user", 23, False, folder / "user")
-    # Long enough that refusals are learnt: what user rows teach then pulls away from them.
+    # Train long enough to learn the refusals, so that training on user rows then moves away from them.
     aligned = config("sft", dtype=dtype)
     aligned["training"] |= {"epochs": 4.0, "learning_rate": 5e-3}
     finetune.train_rows(aligned, {"model": tiny_model, "rows": safety}, folder / "align", execution())
@@ -110,7 +111,7 @@ def build_world(folder: Path, tiny_model: Path, adapter: str = "continue", dtype
 
 
 def a_folder() -> Path:
-    """A new folder, which ends with this process."""
+    """A new temporary folder, removed when this process ends."""
     folder = tempfile.mkdtemp(prefix="safecl-testing-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
@@ -118,7 +119,8 @@ def a_folder() -> Path:
 
 @cache
 def tiny_model(architecture: str = "llama") -> Path:
-    """Folder of a tiny random model and its tokenizer. Made once in this process, as what follows is."""
+    """Folder of a tiny random model and its tokenizer. Made once per process, as are the results of the next
+    functions."""
     folder = a_folder()
     build_tokenizer(folder)
     build_model(folder, kind=architecture)
@@ -127,42 +129,43 @@ def tiny_model(architecture: str = "llama") -> Path:
 
 @cache
 def a_world(architecture: str = "llama", dtype: str = "float32", adapter: str = "continue") -> World:
-    """The tiny model of this architecture, aligned."""
+    """The world of the tiny model of this architecture."""
     return build_world(a_folder(), tiny_model(architecture), adapter, dtype)
 
 
 @cache
 def plain(architecture: str, dtype: str, adapter: str) -> dict[str, Any]:
-    """What SFT makes of that world."""
+    """The adapter that SFT trains in that world: tensors by name."""
     world = a_world(architecture, dtype, adapter)
     return train(world, a_folder(), config("sft", dtype=dtype, adapter=adapter))
 
 
 @cache
 def trained_once(method: str, plugins: tuple[Plugin, ...]) -> Path:
-    """The scratch folder of a method trained on one rank of the reference engine. `plugins`: in use."""
+    """The scratch folder of a method trained on one rank of the reference engine. `plugins`: the registered ones."""
     folder = a_folder()
     train(a_world(), folder, config(method))
     return folder
 
 
 def trained() -> list[str]:
-    """Methods that train (the others take another's adapter)."""
+    """Names of the methods that train (post-hoc methods take another method's adapter)."""
     return [name for name in methods.names() if methods.load(name).trains_as is None]
 
 
 def train(world: World, scratch: Path, settings: dict[str, Any], **where: Any) -> dict[str, Any]:
-    """Train in this process; final adapter tensors by name."""
+    """Train in this process. Returns the final adapter's tensors by name."""
     finetune.train_rows(settings, world.inputs(settings["method"]), scratch, execution(**where))
     return adapter(scratch)
 
 
 def merge(method: str, params: dict[str, Any], out: Path) -> dict[str, Any]:
-    """What a post-hoc method makes of theta_safe and of what it trains as: deltas from the base, by module."""
+    """Run a post-hoc method on theta_safe and the adapter of its `trains_as`. Returns deltas from the base, by
+    module."""
     of, kind = a_world(), methods.load(method)
     inputs = {"safe": of.safe, "tuned": trained_once(str(kind.trains_as), ()) / "result"}
     settings: dict[str, Any] = {"method": method, "params": params, "dtype": "float32"}
-    if asked := methods.needed(kind):  # it looks at rows
+    if asked := methods.needed(kind):  # it reads rows
         inputs |= {
             "model": of.model,
             **{name: of.memory if what == "memory" else of.user for name, what in asked.items()},
@@ -174,7 +177,7 @@ def merge(method: str, params: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def deltas(made: Path) -> dict[str, Any]:
-    """What a stage's weights add to the base, by module."""
+    """What a stage's weights add to the base, by module name."""
     from safetensors.torch import load_file
 
     from safecl.training import weights
@@ -202,7 +205,7 @@ def same_bits(first: dict[str, Any], second: dict[str, Any]) -> bool:
 
 
 def gap(first: dict[str, Any], second: dict[str, Any], start: dict[str, Any]) -> float:
-    """Distance of two results relative to how far training moved: |first - second| / |first - start|."""
+    """Distance of two results relative to the distance that training moved: |first - second| / |first - start|."""
     import torch
 
     assert set(first) == set(second) == set(start)
@@ -223,7 +226,7 @@ def train_on_rank(
     where: dict[str, Any],
     plugins: tuple[Plugin, ...] = (),
 ) -> None:
-    """Train on this rank, with these changes to the execution."""
+    """Train on this rank. `where` holds changes to the execution."""
     registry.add(plugins)
     finetune.train_rows(
         settings,
@@ -244,7 +247,7 @@ def train_and_die(
     where: dict[str, Any],
     at_step: int,
 ) -> None:
-    """Checkpoint after every step, and kill the last rank after `at_step` of them."""
+    """Write a checkpoint after every step, and kill the last rank after `at_step` steps."""
 
     def after_step(step: int) -> None:
         if step == at_step and rank == world_size - 1:
@@ -265,7 +268,7 @@ def train_and_die(
 
 
 def theta_safe(world: World) -> Any:
-    """theta_safe as a plain Hugging Face model, by PEFT."""
+    """theta_safe as a plain Hugging Face model, merged by PEFT."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -274,7 +277,7 @@ def theta_safe(world: World) -> Any:
 
 
 def first_batches(world: World, settings: dict[str, Any]) -> dict[str, list[tuple[list[int], int]]]:
-    """Rows (token ids, length of the prompt) of the first step's user batch and memory draw."""
+    """The rows of the first step's user batch and memory draw, each as (token ids, prompt length in tokens)."""
     run = finetune.make_run(settings, world.inputs(settings["method"]), execution()).run
     config = run.config
     run.indices = batches.order(run.seed, len(run.rows), config.batch_size, config.epochs)[0]
