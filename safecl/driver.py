@@ -1,7 +1,7 @@
-"""Run a project: store, Broker, engines, search, progress and tracker wired together.
+"""Run a project: connects the store, the Broker, engines, search, progress display and tracker.
 
-A run ends early by Ctrl-C, SIGTERM, the end of its hours or a lost cluster. Each lets finetunes under way write a checkpoint
-where they still can, takes its engines down, and leaves a state that the same command continues.
+A run may end early: by Ctrl-C, by SIGTERM, at the end of its hours, or because the cluster is lost. In each case finetunes
+under way write a checkpoint if they still can, the run's engines are shut down, and the same command continues the run.
 """
 
 from __future__ import annotations
@@ -33,19 +33,26 @@ from safecl.stats import as_json
 from safecl.store import Stage, Store
 from safecl.watch import watched
 
-BEGUN_ANEW = "SAFECL_BEGUN_ANEW"  # in the environment of a run that took its own place: how often, and when
-JOURNAL_FROM = "SAFECL_JOURNAL_FROM"  # likewise: where in the journal it began the first time
-TOGETHER_S = 1.0  # in which SIGTERM reaches this process after it reached the cluster's
-SAVE_S = 15.0  # for checkpoints, when a run is told to end: who sends SIGTERM often kills half a minute later
+# Environment variables of a run that has restarted itself: how often and when it did so, and where in the journal the first
+# of these processes began.
+BEGUN_ANEW = "SAFECL_BEGUN_ANEW"
+JOURNAL_FROM = "SAFECL_JOURNAL_FROM"
+TOGETHER_S = 1.0  # SIGTERM to a process group may reach this process so many seconds after the cluster's processes
+SAVE_S = 15.0  # seconds for checkpoints when a run must end; after SIGTERM a scheduler often kills within 30 s
 
 
 def open_to_run(sweep: Sweep) -> Project:
-    """The sweep as a project whose dtypes are what the devices that will train multiply natively. On a cluster that one
-    joins they are asked. Raises ConfigError where its nodes disagree."""
+    """Return the sweep as a project, with `dtype: auto` resolved to what the devices that will train multiply natively.
+
+    The nodes of a cluster that is joined are asked for it.
+
+    Raises:
+        ConfigError: the sweep is wrong, or the nodes disagree.
+    """
     execution = sweep.execution
     if execution.address == "local" or not (dtypes.has_auto(sweep) or dtypes.has_bfloat16(sweep)):
         return Project(sweep)
-    Project(sweep)  # says what is wrong with it before a cluster is joined
+    Project(sweep)  # reports errors of the sweep before a cluster is joined
     import ray
 
     was_connected = ray.is_initialized()
@@ -59,7 +66,7 @@ def open_to_run(sweep: Sweep) -> Project:
 
 
 def _settle_dtype(project: Project, show: Callable[[str], None]) -> None:
-    """Say what is to be known of the dtypes, and note in the store what `auto` meant."""
+    """Show what `auto` means and warnings on the dtypes, and note in the store what `auto` meant."""
     project.warnings += dtypes.warnings(project.sweep, project.store, project.auto, project.nodes)
     if project.auto is not None:
         show(f"dtype: auto is {project.auto.dtype}: {project.auto.why}")
@@ -73,7 +80,7 @@ class Lost(Infrastructure):
 
 
 class Terminated(SystemExit):
-    """The run was ended by SIGTERM, as a scheduler or a machine that is taken back sends it: exit code 143."""
+    """The run was ended by SIGTERM, which a scheduler sends, or a machine that is taken away. The exit code is 143."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
@@ -85,15 +92,20 @@ def run(
     max_hours: float | None = None,
     again: Callable[[], None] | None = None,
 ) -> list[str]:
-    """Run what is missing, for at most `max_hours`. Returns a line for each row that is not complete for a failure. The end
-    of the hours, Ctrl-C and crashes leave everything resumable by the same command.
+    """Run what is missing. Returns a line for each row that is not complete because of a failure.
 
-    `again`: called, in another thread, when the local cluster is lost, to begin the process anew: then it does not return.
+    After the end of the hours, Ctrl-C or a crash, the same command continues.
+
+    Args:
+        show: called with each line of progress.
+        max_hours: stop after so many hours, in the way Ctrl-C does. Only in the main thread.
+        again: called in another thread when the local cluster is lost, to restart the process. It does not return if it
+            restarts it.
 
     Raises:
         PrerequisiteError: another live driver runs this sweep, or took it over from this one.
         Terminated: SIGTERM came.
-        Lost: the local cluster was lost, and `again` did not begin anew.
+        Lost: the local cluster was lost, and `again` did not restart the process.
     """
     with _alone(project) as (journal, lease, told):
         return _run(project, show, max_hours, journal, lease, told, again)
@@ -101,7 +113,7 @@ def run(
 
 @contextmanager
 def _alone(project: Project) -> Iterator[tuple[Journal, Lease, threading.Event]]:
-    """One driver a sweep. The event: SIGTERM came."""
+    """Let only one driver run a sweep. The event is set when SIGTERM comes."""
     _check_writable(project.store)
     began = os.environ.get(JOURNAL_FROM)
     lease, journal = project.lease(), Journal(project.logs, int(began) if began else None)
@@ -122,7 +134,7 @@ def _alone(project: Project) -> Iterator[tuple[Journal, Lease, threading.Event]]
             for _ in range(lease.num_dead):
                 journal.add(DRIVER)
             for owner in lease.dead:
-                if is_here(owner) is False:  # it was of this machine
+                if is_here(owner) is False:  # a dead driver of this machine
                     cluster.end_local(owner)
             _tidy(project)
             try:
@@ -143,7 +155,8 @@ def _alone(project: Project) -> Iterator[tuple[Journal, Lease, threading.Event]]
 
 
 def _check_writable(store: Store) -> None:
-    """A run that begins anew, since its cluster was lost, waits for a full disk as its stages do: it was under way."""
+    """Check that the store can be written. A run that restarted itself after it lost its cluster waits up to PATIENCE_S seconds
+    while the disk is full, as its stages do."""
     deadline = time.monotonic() + (PATIENCE_S if BEGUN_ANEW in os.environ else 0.0)
     while True:
         try:
@@ -155,7 +168,7 @@ def _check_writable(store: Store) -> None:
 
 
 def _tidy(project: Project) -> None:
-    """Remove what this driver and dead ones left under way. Nothing of this one may be."""
+    """Remove the unfinished work that this driver and dead drivers left. Only while this driver runs no stage."""
     store = project.store
     store.sweep_temporary()
     claims.forget_dead(store)
@@ -181,7 +194,7 @@ def _run(
     tracker = Tracker(project.sweep.execution.tracking_uri, project.store.local)
     logbook = Logbook(tracker, project)
     schedule = project.schedule(on_done=logbook.done)
-    is_over = False  # by itself, not by an interruption
+    is_over = False  # whether it ended by itself, and not by an interruption
     try:
         first = schedule.next()
         guard = [stage for stage in project.guard_stages() if not project.store.sound(stage)]
@@ -235,7 +248,7 @@ def _run(
                     problems.append(f"the guard on held-out pairs: {execute.plain_error(error)}")
         is_over = True
     finally:
-        with suppress(Exception):  # what cannot be said now, the next run finds
+        with suppress(Exception):  # what cannot be recorded now, the next run finds
             schedule.close()
         logbook.end([*schedule.missing(), *problems] if is_over else None)
         if not tracker.close(timeout_s=30.0):
@@ -250,8 +263,8 @@ def _run(
 
 @contextmanager
 def _saved(broker: Any, ray: Any) -> Iterator[None]:
-    """Whatever interrupts the block lets finetunes under way write a checkpoint before their workers end. A second Ctrl-C
-    does without."""
+    """When the block is interrupted, let finetunes under way write a checkpoint before their workers end. A second Ctrl-C
+    ends the wait for them."""
     try:
         yield
     except KeyboardInterrupt:
@@ -264,13 +277,15 @@ def _saved(broker: Any, ray: Any) -> Iterator[None]:
 def _guarded(
     project: Project, journal: Journal, lease: Lease, told: threading.Event, again: Callable[[], None] | None
 ) -> Iterator[None]:
-    """Sees to it that a local cluster that lost its raylet or its head's server is missed within a second, while it starts as
-    well: calls under way would wait for minutes, and then end this process."""
+    """Watch a local cluster, also while it starts, so that a lost raylet or head server is noticed within a second.
+
+    Without this, Ray's calls under way would wait for minutes and then end this process.
+    """
     if project.sweep.execution.address != "local":
         yield
         return
     stop, lost = threading.Event(), threading.Event()
-    before = cluster.local_processes()  # of the command that this process was before it began anew: dead
+    before = cluster.local_processes()  # dead processes of the command that this process was before it restarted itself
 
     def watch() -> None:
         parts: dict[int, Any] = {}
@@ -279,7 +294,7 @@ def _guarded(
                 parts |= {pid: part for pid, part in cluster.local_processes().items() if pid not in before}
             if all(cluster.is_alive(part) for part in parts.values()):
                 continue
-            is_ending = told.wait(TOGETHER_S)  # whoever ends all of a process group means this run as well
+            is_ending = told.wait(TOGETHER_S)  # SIGTERM to the whole process group is meant for this run as well
             cluster.end_local(project.store.owner)
             if is_ending and again is not None:  # Ray's calls in the main thread would go on for a minute
                 with suppress(Exception):
@@ -312,7 +327,7 @@ def _guarded(
 
 @contextmanager
 def _at_most(hours: float | None, when_over: Callable[[], None]) -> Iterator[None]:
-    """Ends the block when so many hours are over, as Ctrl-C would, and then calls `when_over`. Main thread only."""
+    """End the block after so many hours, as Ctrl-C would, and then call `when_over`. Only in the main thread."""
     if hours is None:
         yield
         return
@@ -322,7 +337,7 @@ def _at_most(hours: float | None, when_over: Callable[[], None]) -> Iterator[Non
     def stop(*_: object) -> None:
         nonlocal is_over
         is_over = True
-        raise KeyboardInterrupt  # Ray raises a new one whatever this is
+        raise KeyboardInterrupt  # Ray raises a new KeyboardInterrupt in its place, so a class of our own would be lost
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, hours * 3600)
@@ -345,8 +360,13 @@ def _left(eta: Eta, schedule: Schedule) -> str:
 
 
 def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]:
-    """Run just the guard's stages: train it, judge the held-out pairs. Returns its keys and how it agrees with the labels
-    of those pairs. Raises ConfigError for a sweep without a guard."""
+    """Run only the guard's stages: train the guard and judge the held-out pairs.
+
+    Returns `guard` and `verdicts` (keys of its stages) and `heldout` (how it agrees with the labels of those pairs).
+
+    Raises:
+        ConfigError: the sweep has no guard.
+    """
     evidence = project.guard_evidence(alone=True)
     if evidence is None:
         raise ConfigError("this sweep trains no guard: expected evaluate.judges.asr: guard and evaluate.judges.guard")
@@ -372,7 +392,7 @@ def _cluster(
     seconds: Callable[[Stage], float] | None = None,
     guard: AbstractContextManager[None] | None = None,
 ) -> Iterator[tuple[Any, Any]]:
-    """`guard`: held while the cluster starts and is used, and let go before it ends."""
+    """Start or join the cluster and give (Broker, ray). `guard`: entered before the cluster starts, left before it ends."""
     show("starting Ray")
     lost = False
     try:
@@ -384,7 +404,7 @@ def _cluster(
                 nodes.check_folder(ray, project.store.local / "notes" / f"{NOTE}{project.store.owner}.json")
             yield execute.broker(project.store, project.sweep.execution, project.logs, seconds), ray
     except Lost:
-        lost = True  # nobody is there to take leave of
+        lost = True  # the cluster is gone, so there is nothing to stop
         raise
     finally:
         if not lost:
@@ -392,7 +412,7 @@ def _cluster(
 
 
 def _warm(broker: Any, schedule: Schedule, project: Project) -> None:
-    """Boot engines while the first adapters train: a boot takes as long as a short finetune."""
+    """Boot engines while the first adapters train. A boot takes as long as a short finetune."""
     needed = missing([stage for job in schedule.open_jobs() for stage in job.evidence.targets], project.store)
     wanted = {
         (role, stage.inputs["model"].key): stage.inputs["model"]

@@ -1,12 +1,13 @@
-"""The Broker: runs every missing stage once, on Ray, and tells everyone who waits.
+"""The Broker: runs every missing stage once, on Ray, and tells every caller that waits for it.
 
-One zero-CPU actor held by the driver: key -> running task. Trials only await stages, so a trial that stops takes nobody
-else's stage with it, and two trials that need one stage run it once; so do two drivers of one store (claims.py). The store
-is the truth: a Broker that dies is replaced, and asked again by those who waited; when the driver dies, the same command
-continues from what is finished and from checkpoints.
+The Broker is one actor without CPUs, held by the driver. It maps the key of a stage to its running task. Trials only await
+stages. So two trials that need one stage run it once, and a trial that stops does not stop a stage that another trial needs.
+Two drivers of one store also run a stage once (claims.py). What is finished is read from the store alone. A Broker that dies
+is replaced, and its callers ask the new one again. When the driver dies, the same command continues from what is finished
+and from checkpoints.
 
-Who does the work (work.py: run_stage): heavy stages run on trainers, one after the other (trainers.py); light ones, which
-mostly wait for engines, as threads of one process. So neither a stage nor a trial that waits has a process of its own.
+Heavy stages run on trainers, one after the other (trainers.py). Light stages mostly wait for engines, and run as threads of
+one process (work.py). So a stage or a trial that waits needs no process of its own.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ from safecl.trainers import GROUP as TRAINERS
 from safecl.trainers import Trainers
 from safecl.work import Begun, Hand, Ran, run_stage
 
-DRAIN_S = 2.0  # how often is looked for nodes that are being drained; a spot warning comes 30 s to 2 minutes before
-WATCH_S = 5.0  # how often the cluster's size is asked for
-REPAIRS = 2  # times that a stage is begun anew because an input of it was found damaged
+DRAIN_S = 2.0  # seconds between two looks for draining nodes; a spot warning comes 30 s to 2 minutes before the end
+WATCH_S = 5.0  # seconds between two looks at the cluster's size
+REPAIRS = 2  # how often a stage is begun again because one of its inputs was found damaged
 
 T = TypeVar("T")
 
 
 class Broker:
-    """Runs stages. Made a Ray actor by `broker()`; all methods run on one event loop."""
+    """Runs stages. `broker()` makes it a Ray actor. All methods run on one event loop."""
 
     def __init__(
         self,
@@ -57,30 +58,36 @@ class Broker:
         held: Capacity | None = None,
         seconds: Callable[[Stage], float] | None = None,
     ) -> None:
-        """`held`: what trainers and engines may hold; None: without a bound but `num_cpus`. `seconds`: how long a stage will
-        take, which the order of what is ready rests on."""
+        """Make a Broker.
+
+        Args:
+            logs: folder of the run's logs.
+            num_cpus: CPUs of the cluster. They bound how many light stages are at work.
+            held: what trainers and engines may hold; None: computed for `num_cpus` CPUs and no bound on memory.
+            seconds: predicts the seconds of a stage, by which ready stages are ordered; None: 1 for each.
+        """
         self.store, self.execution, self.logs = store, execution, logs
         self.seconds = seconds or (lambda stage: 1.0)
         self.running: dict[str, asyncio.Task[None]] = {}
-        self.turns: dict[str, Turn] = {}  # of what is running: the lowest of those who wait for it
-        self.training: dict[str, float] = {}  # seconds of what trainers are to do of it
+        self.turns: dict[str, Turn] = {}  # by key of a stage under way: the lowest turn of the callers that wait for it
+        self.training: dict[str, float] = {}  # by key of such a stage that needs a trainer: its seconds
         self.failed: dict[str, BaseException] = {}
         self.live: dict[str, dict[str, Any]] = {}
         self.finished: list[dict[str, Any]] = []
         self.times = Times()
         self.gauges = gauges.of(execution.address)
-        self.num_tokens = 0  # generated since they were shown
-        # An engine takes the weights of those who wait in turn; the more wait, the longer until each has an answer.
+        self.num_tokens = 0  # generated since the gauges were last shown
+        # An engine serves the weights of waiting stages in turn. The more stages wait, the longer each waits for its answer.
         self.num_light = min(64, 2 * max(2, int(num_cpus)))
-        self.light: dict[tuple[str, int], Line] = {}  # by kind and rank: none holds up another
+        self.light: dict[tuple[str, int], Line] = {}  # by kind and rank, so that no line delays another
         self.hand: Any = None
         self.num_asked = 0  # calls of `ensure`
         self.claims = Claims(store)
         self.journal = faults.Journal(Path(logs))
-        self.ending: float | None = None  # since when those under way are to write a checkpoint: the driver ends
-        self.draining: dict[str, float] = {}  # nodes (the first digits of their ids) that will be gone, and since when
-        self.told: set[str] = set()  # of them, those in the journal
-        self.watching: list[asyncio.Task[None]] = []  # the cluster's nodes
+        self.ending: float | None = None  # since when finetunes must write a checkpoint, because the driver ends
+        self.draining: dict[str, float] = {}  # by node that will be gone (first digits of its id): since when
+        self.told: set[str] = set()  # draining nodes that are in the journal
+        self.watching: list[asyncio.Task[None]] = []  # tasks that watch the cluster's nodes
         if _replaces_another():
             self.journal.add(faults.BROKER)
             clear(store.short)
@@ -94,12 +101,14 @@ class Broker:
         self.holding: list[Any] = []  # leases that last as long as the Broker
 
     def unset(self, variables: Sequence[str]) -> list[str]:
-        """Those of these environment variables that are not set where stages run."""
+        """Return which of these environment variables are not set where stages run."""
         return [name for name in variables if not os.environ.get(name)]
 
     async def ensure(self, stages: Sequence[Stage], claim: Claim = UNNAMED) -> None:
-        """Return when all are in the store. Raises a stage's failure as soon as it is known. Whose turn it is for trainers
-        and engines, and of what they need which stage's: order.py."""
+        """Run these stages, and return when all are in the store. Raises a stage's failure as soon as it is known.
+
+        `claim` decides in which order callers get trainers and engines, and in which order their stages do (order.py).
+        """
         self.num_asked += 1
         number = self.num_asked
         if not self.watching and self.execution.address != "local":
@@ -108,7 +117,8 @@ class Broker:
         await self._all(stages, turn)
 
     def _line_up(self, todo: Sequence[Stage], claim: Claim, number: int) -> Turn:
-        """Give what must be run its turn; what others wait for already goes forward where this one's is lower."""
+        """Give each stage that must run its turn. A stage that other callers wait for already moves forward if this caller's
+        turn is lower."""
         place = {stage.key: number for number, stage in enumerate(todo)}
         needs = [[place[s.key] for s in stage.inputs.values() if s.key in place] for stage in todo]
         seconds = [self.seconds(stage) for stage in todo]
@@ -129,7 +139,8 @@ class Broker:
         await asyncio.gather(*(self._ensure(stage, turn) for stage in stages))
 
     async def _ensure(self, stage: Stage, turn: Turn) -> None:
-        """`turn`: of what waits for it, where it was not lined up: it was there, and must be made again."""
+        """Run a stage if it is missing. `turn`: of the stage that waits for it. It is used if the stage has no turn yet, because
+        it was finished before and must be made again."""
         if stage.key in self.failed:
             raise self.failed[stage.key]
         if stage.key not in self.running and await self._asked(self.store.has, stage):
@@ -145,7 +156,7 @@ class Broker:
         await asyncio.shield(self.running[stage.key])
 
     async def _asked(self, look: Callable[..., T], *arguments: Any) -> T:
-        """What the store says: at a URL it may take a while, in which others go on."""
+        """Ask the store. At a URL this may take a while, so it runs in a thread, and other work goes on."""
         return look(*arguments) if self.store.remote is None else await asyncio.to_thread(look, *arguments)
 
     async def _make(self, stage: Stage, heavy: bool) -> None:
@@ -164,7 +175,7 @@ class Broker:
                 except Exception as error:
                     if not isinstance(plain_error(error), Damaged) or not tries_left:
                         raise
-                    # Those that are damaged make way, and are made again.
+                    # `sound` moves damaged inputs away, so that they are made again.
                     await asyncio.gather(*(asyncio.to_thread(self.store.sound, s) for s in stage.inputs.values()))
                 finally:
                     self.claims.leave(stage)
@@ -185,12 +196,12 @@ class Broker:
             self._leave(stage)
 
     def _leave(self, stage: Stage) -> None:
-        """Nobody waits for it any more."""
+        """Forget the turn of a stage that no caller waits for any more."""
         self.turns.pop(stage.key, None)
         self.training.pop(stage.key, None)
 
     async def _persist(self, stage: Stage, heavy: bool) -> float:
-        """`_run`, and again where the machine failed: for light stages here, for heavy ones trainers see to it."""
+        """Call `_run`, and again if the machine failed. This is for light stages: trainers repeat heavy ones themselves."""
         began = time.monotonic()
         for tries in itertools.count(1):
             try:
@@ -207,7 +218,7 @@ class Broker:
         raise AssertionError("returned or raised above")
 
     async def _run(self, stage: Stage, heavy: bool) -> float:
-        """Run a stage whose inputs are there; the seconds that it took."""
+        """Run a stage whose inputs are in the store. Returns the seconds that it took."""
         self.times.ready(stage.key)
         if heavy:
             await self.trainers.run(stage, self.turns[stage.key])
@@ -221,7 +232,7 @@ class Broker:
     async def _light(self, stage: Stage) -> float:
         turn, role = self.turns[stage.key], engine_of(stage)
         line = (stage.kind, turn.rank)
-        # As many again are handed over as may be at work, so that the next one begins at once (work.py: Hand).
+        # Twice as many stages are handed over as may be at work, so that the next one begins at once (work.py: Hand).
         if role is None:
             places = self.light.setdefault(line, Line(2 * self.num_light))
             await places.enter(turn)
@@ -235,7 +246,7 @@ class Broker:
 
     async def _in_hand(self, stage: Stage, groups: dict[str, tuple[str, ...]], level: int) -> float:
         ran: Ran = await self._hand().run.remote(stage, groups, level)
-        if ran.began:  # it may be done before its beginning was told
+        if ran.began:  # the stage may be done before `begun` was called for it
             self.times.begins(stage.key, at=ran.began)
             self.times.works(stage.key, ran.where)
         return ran.seconds
@@ -256,7 +267,7 @@ class Broker:
             import ray
 
             num_kinds = sum(load(name).runs == "thread" for name in names())
-            # max_task_retries: of a process that died, not of a stage that raised.
+            # max_task_retries: after a process that died, not after a stage that raised.
             options = {
                 "max_concurrency": 2 * num_kinds * self.num_light * NUM_RANKS,
                 "max_restarts": -1,
@@ -276,7 +287,7 @@ class Broker:
         await task.remote(stage, self.store, self.execution, _me())
 
     async def warm(self, role: str, model: Stage) -> None:
-        """Boot an engine of a model ahead of the first stage that needs it, where there is a place for it."""
+        """Boot an engine of a model ahead of the first stage that needs it, if there is room for it."""
         await self._ensure(model, Turn.of(UNNAMED, 0.0, 0))
         self.fleet.hope(role, model)
 
@@ -288,7 +299,7 @@ class Broker:
         return groups
 
     async def _watch_size(self) -> None:
-        """Follow the cluster: nodes come and go."""
+        """Follow the cluster's size while nodes come and go."""
         scarce = unit(self.execution)
         while True:
             await asyncio.sleep(WATCH_S)
@@ -297,7 +308,7 @@ class Broker:
                 self.lender.resize(found.may, found.have)
 
     def _room(self, group: Group) -> bool:
-        """Whether a node has as much free as an engine of this group takes of it."""
+        """Whether one node has enough free units for an engine of this group."""
         if group.name == TRAINERS or group.size <= 1 or unit(self.execution) == GIB:
             return True
         from ray._private.state import available_resources_per_node
@@ -314,15 +325,18 @@ class Broker:
         await self.trainers.done(trainer, rank, key, error)
 
     async def begun(self, stages: Sequence[Begun], where: dict[str, Any]) -> None:
-        """Called by the Hand once it is the turn of light stages; what was done before this came is no longer under way."""
+        """Called by the Hand once it begins light stages. A stage that was done before this call came is skipped."""
         for kind, key, at in stages:
             if key in self.running:
                 self._begin(kind, key, load(kind).unit, at)
                 self.times.works(key, where)
 
     async def progress(self, key: str, done: int, total: int, metrics: dict[str, float]) -> bool:
-        """Called by stages under way; whether they are to write a checkpoint now. `metrics["checkpoint"]`: they have. `ends`:
-        when it will be done at its pace since the first call, once that says something."""
+        """Called by stages under way. Returns whether the stage must write a checkpoint now.
+
+        `metrics["checkpoint"]` says that it has written one. The time of its end (`ends`, seconds since the epoch) follows
+        from its pace since the first call. It is None until 5 % of the work, and at least 2 units of it, were done since then.
+        """
         if "checkpoint" in metrics:
             self.trainers.safe(key, done)
             if key in self.live:
@@ -331,7 +345,7 @@ class Broker:
             self.journal.add(faults.MEMORY, key[:12], f"with {int(metrics['halved'])} rows a forward from now on")
         elif key in self.live:
             live, now = self.live[key], time.time()
-            if "first" not in live or done < live["done"]:  # the second: its worker died, and it began anew
+            if "first" not in live or done < live["done"]:  # `done` fell: its worker died, and it began again
                 live["first"] = (now, done)
             began, before = live["first"]
             told = done - before >= max(2, total / 20)
@@ -341,7 +355,7 @@ class Broker:
         return float(self.live.get(key, {}).get("saved", 0.0)) < asked
 
     async def _watch_nodes(self) -> None:
-        """Hear of nodes that are about to be taken away (a spot instance's warning, `ray drain-node`, the autoscaler)."""
+        """Watch for nodes that are about to be taken away (a spot instance's warning, `ray drain-node`, the autoscaler)."""
         while True:
             with suppress(Exception):  # the head may be away for a while
                 now, gone = time.time(), await asyncio.to_thread(reclaim.draining)
@@ -352,8 +366,10 @@ class Broker:
             await asyncio.sleep(DRAIN_S)
 
     async def wind_down(self, timeout_s: float = 20.0) -> int:
-        """The driver is about to end: have finetunes under way write a checkpoint, and wait for it. Returns how many did not
-        in time."""
+        """Let finetunes under way write a checkpoint, because the driver is about to end, and wait for them.
+
+        Returns how many did not write one within `timeout_s` seconds.
+        """
         self.ending = time.time()
         while True:
             unsaved = [
@@ -365,16 +381,20 @@ class Broker:
             await asyncio.sleep(0.1)
 
     async def pid(self) -> int:
-        """The process that this Broker runs in."""
+        """Return the id of the process that this Broker runs in."""
         return os.getpid()
 
     async def works(self, key: str, where: dict[str, Any]) -> None:
-        """Called by the process that works on a stage (times.py: here)."""
+        """Called by the process that works on a stage. `where`: its node and process (times.py: here)."""
         self.times.works(key, where)
 
     async def snapshot(self, since: int = 0, told: int = 0) -> dict[str, Any]:
-        """What runs, what waits for a place and what failed in this run, what was finished but for the first `since` stages, and
-        the times of what ended but for the first `told`."""
+        """Return what runs, waits for units, failed and was finished in this run.
+
+        Args:
+            since: leave out the first `since` finished stages.
+            told: leave out the times of the first `told` stages that ended.
+        """
         if self.gauges is not None:
             self.gauges.show(self.times, self.fleet.num_up, self.num_tokens)
             self.num_tokens = 0
@@ -396,7 +416,7 @@ class Broker:
 
 
 def _live(kind: str, key: str, unit: str = "", at: float | None = None) -> dict[str, Any]:
-    """What begins now, or began `at`."""
+    """The state of a stage that begins now, or began `at`."""
     return {
         "kind": kind,
         "key": key,
@@ -410,11 +430,13 @@ def _live(kind: str, key: str, unit: str = "", at: float | None = None) -> dict[
 
 
 def broker(store: Store, execution: Execution, logs: Path, seconds: Callable[[Stage], float] | None = None) -> Any:
-    """The Broker as an actor on the driver's node; it lives as long as the driver holds the handle, replaced when it dies.
-    `seconds`: see Broker."""
+    """Start the Broker as an actor on the driver's node, and return its handle.
+
+    It lives as long as the driver holds the handle. Ray replaces it if it dies. `seconds`: see Broker.
+    """
     import ray
 
-    # Begun anew when it dies; calls under way are made again.
+    # If the actor dies, Ray starts it again and repeats the calls under way.
     options = {"max_concurrency": 1000, "max_restarts": -1, "max_task_retries": -1}
     actor = ray.remote(num_cpus=0, scheduling_strategy=_here(), **options)(Broker)
     have, scarce = ray.cluster_resources(), unit(execution)
@@ -425,7 +447,7 @@ def broker(store: Store, execution: Execution, logs: Path, seconds: Callable[[St
 
 
 def _replaces_another() -> bool:
-    """Whether this process is a Broker that Ray started since the one before it died."""
+    """Whether this process is a Broker that Ray started because the previous one died."""
     import ray
 
     if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
@@ -447,7 +469,7 @@ def _me() -> Any:
 
 
 def plain_error(error: BaseException) -> BaseException:
-    """The error that a stage raised, without Ray's wrapping."""
+    """Return the error that a stage raised, without the errors of Ray that wrap it."""
     while isinstance(cause := getattr(error, "cause", None), BaseException):
         error = cause
     return error

@@ -1,4 +1,4 @@
-"""A trial's weights as others load them: a PEFT adapter, or a merged model in Hugging Face format."""
+"""Export a trial's weights for other programs: as a PEFT adapter, or as a merged model in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from safecl.store import Store
 
 
 def export(store: Store, key: str, out: Path, merged: bool) -> Path:
-    """Write what the finetune or finalize stage whose key begins with `key` made into the new folder `out`: its PEFT adapter,
-    or with `merged` the whole model (base + adapter, summed in float32 and rounded once to its dtype in the sweep) with its
-    tokenizer; either with the template that it was trained with as chat template. Complete or not there.
+    """Write the weights of a finetune or finalize stage into a new folder, and return the folder.
+
+    The folder also gets the template of the training as chat template. It appears only when it is complete.
+
+    Args:
+        key: the beginning of the stage's key.
+        out: the new folder.
+        merged: False: write the PEFT adapter. True: write the whole model with its tokenizer; base + adapter are summed in
+            float32 and rounded once to the model's dtype in the sweep.
 
     Raises:
-        ConfigError: there is not one such stage, `out` exists, or a dense result is asked for as an adapter.
+        ConfigError: no stage or several stages have such a key, `out` exists, or an adapter is asked for where the stage
+            changed whole weights.
     """
     from safecl.training.tokens import base_folder, weights_folder
 
@@ -32,7 +39,7 @@ def export(store: Store, key: str, out: Path, merged: bool) -> Path:
         raise ConfigError(
             f"stage {key!r} ({record['config']['method']}) changes whole weights, which no adapter can hold: add --merged"
         )
-    while "tuned" in record["inputs"]:  # a merge rests on a finetune, which names the model
+    while "tuned" in record["inputs"]:  # a finalize stage has a finetune as input, and the finetune names the model
         record = _only(store, record["inputs"]["tuned"])
     model = _only(store, record["inputs"]["model"])
     base, dtype = base_folder(store.folder(model)), str(model["config"]["dtype"])
@@ -67,7 +74,8 @@ def _only(store: Store, key: str) -> dict[str, Any]:
 
 
 def _write_template(config: Any, base: Path, out: Path, merged: bool) -> None:
-    """So that who serves it asks as it was trained, and stops where its answers end."""
+    """Write the chat template, so that a server writes prompts as in training. For a whole model also write the tokens at which
+    its answers end."""
     from safecl.templates import chat_template, whole
     from safecl.training.tokens import Tokenizer
 

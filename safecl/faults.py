@@ -1,7 +1,8 @@
-"""Why things fail: the causes by name, whose fault each is, and the journal of a run's faults.
+"""Causes of failures: their names, whose fault each is, and the journal of a run's faults.
 
-Only a trial's own fault (`bug`) is a result. What the machine did is met while the run goes on (again from the checkpoint,
-with fewer rows a forward, on another node, by another process), counted in the journal, and told at the end.
+Only a trial's own fault (`bug`) counts as a result. After a fault of the machine the run goes on (again from the checkpoint,
+with fewer rows a forward pass, on another node, or in another process). The journal counts these faults, and the run prints
+the counts at its end.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ Kind = Literal["trial", "infrastructure", "configuration"]
 
 @dataclass(frozen=True)
 class Cause:
-    """`what` happened and how it was met, in words for a person who reads it once a run, after a count."""
+    """A cause of failures.
+
+    Attributes:
+        name: its name in the journal.
+        kind: whose fault it is.
+        what: what happened and what the run did about it, in words; printed after a count at the end of a run.
+    """
 
     name: str
     kind: Kind
@@ -59,11 +66,12 @@ CAUSES = {
     )
 }  # fmt: skip
 
-PATIENT = (DISK, SERVICE)  # pass by themselves, or when somebody sees to them
-PATIENCE_S = 900.0  # for so long a stage is begun again and again after one of these
-PAUSE_S = 5.0  # between two tries
-# By name, so that nothing heavy is imported: torch's, Ray's (a worker, actor, node or object that was lost), the engine's,
-# and those of databases. A RayTaskError only wraps what a task raised. The first that fits counts.
+PATIENT = (DISK, SERVICE)  # causes that pass by themselves, or when a person mends them
+PATIENCE_S = 900.0  # after one of these causes a stage is tried again and again for so many seconds
+PAUSE_S = 5.0  # seconds between two tries
+# Errors by the name of their class, so that nothing heavy is imported: of torch, of Ray (a worker, actor, node or object
+# that was lost), of the engine and of databases. The first name that fits decides. RayTaskError is not looked up, because
+# it only wraps the error that a task raised.
 _NAMES = {
     "OutOfMemoryError": MEMORY, "MemoryError": MEMORY,
     "NodeDiedError": NODE,
@@ -75,8 +83,8 @@ _NAMES = {
     "BrokenPipeError": SERVICE,
     "RayError": WORKER, "BrokenExecutor": WORKER,
 }  # fmt: skip
-# What libraries raise as a plain RuntimeError, and what a message keeps of an error that is told in another process. An
-# assertion on a GPU is the program's own.
+# By text: errors that libraries raise as a plain RuntimeError, and messages of errors from another process. A device-side
+# assertion on a GPU is the program's own fault (a bug).
 _TEXT = {
     r"out of memory|can't allocate memory|cannot allocate memory": MEMORY,
     r"no space left|disk quota|input/output error|disk is full": DISK,
@@ -88,7 +96,7 @@ _FULL = {28, 122, 5}  # ENOSPC, EDQUOT, EIO
 
 
 def cause_of(error: BaseException) -> Cause:
-    """The cause of what a stage raised, as it was raised (not in Ray's wrapping)."""
+    """Return the cause of the error that a stage raised. Pass the error itself, not the error of Ray that wraps it."""
     if isinstance(error, Damaged):
         return DAMAGED
     if isinstance(error, ConfigError | PrerequisiteError):
@@ -103,11 +111,11 @@ def cause_of(error: BaseException) -> Cause:
         for name, cause in _NAMES.items():
             if name in names:
                 return _by_text(text, cause) if cause is SERVICE else cause
-    if isinstance(error, Infrastructure):  # told by another process as "<type>: <text>", or in words of ours
-        if _by_text(text, WORKER) is DISK:  # of which that process died
+    if isinstance(error, Infrastructure):  # from another process, as "<type>: <text>" or in words of ours
+        if _by_text(text, WORKER) is DISK:  # a full disk killed that process
             return DISK
         first = re.match(r"(\w+): ", text)
-        named = {"ActorDiedError": CONTROLLER, **_NAMES}  # trainers tell it of the process that holds their workers
+        named = {"ActorDiedError": CONTROLLER, **_NAMES}  # trainers report it for the process that holds their workers
         return named.get(first[1] if first else "") or _by_text(text, WORKER)
     if isinstance(error, OSError | EOFError | subprocess.SubprocessError):  # time-outs are OSErrors
         return _by_text(text, MACHINE)
@@ -119,23 +127,28 @@ def _by_text(text: str, otherwise: Cause) -> Cause:
 
 
 def kind_of(error: BaseException) -> Kind:
-    """Whose fault it is: the trial's own, the machine's, or that of who set it up."""
+    """Return whose fault it is: the trial's own, the machine's, or an error of configuration."""
     return cause_of(error).kind
 
 
 class Journal:
-    """What went wrong under way, a line each in `<logs>/faults.jsonl`: processes of the driver's node append to it, the
-    driver reads it. It stays, for whoever asks later."""
+    """The faults of a store's runs, a line each in `<logs>/faults.jsonl`.
+
+    Processes on the driver's node append to the file, and the driver reads it. The file is kept after the run.
+    """
 
     def __init__(self, logs: Path, begin: int | None = None) -> None:
-        """`begin`: where in the file this run's lines begin; None: at its end."""
+        """`begin`: position in the file, in bytes, where this run's lines begin; None: at the file's present end."""
         self.path = logs / "faults.jsonl"
         self.begin = begin if begin is not None else self.path.stat().st_size if self.path.exists() else 0
 
     def add(self, cause: Cause, where: str = "", error: BaseException | str = "") -> None:
-        """Never raises: the journal must not cost the run what the fault has spared. `where`: a stage, an engine."""
+        """Append a fault. Never raises for a full disk, so that the journal cannot end a run that survived the fault.
+
+        `where`: the stage, engine or node that it happened to.
+        """
         told = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
-        if len(told) > 1000:  # a traceback says at its end what happened
+        if len(told) > 1000:  # keep the end: a traceback's last lines say what happened
             told = f"{told[:300]} ... {told[-700:]}"
         line = {"at": round(time.time(), 1), "cause": cause.name, "where": where, "error": told}
         if self.path.parent == Path():  # no folder for logs: a Broker without a run
@@ -146,7 +159,7 @@ class Journal:
                 file.write(json.dumps(line) + "\n")
 
     def lines(self, of_this_run: bool = True) -> list[dict[str, Any]]:
-        """What was added since this run began, by any process; or all that there is."""
+        """Return the lines that any process added since this run began, or all lines of the file."""
         found = []
         with suppress(OSError), self.path.open("rb") as file:
             file.seek(self.begin if of_this_run else 0)
@@ -156,11 +169,11 @@ class Journal:
         return found
 
     def told(self) -> list[str]:
-        """A line for each cause that this run met, with its count."""
+        """Return a line of text for each cause that this run met, with its count."""
         counts = Counter(line["cause"] for line in self.lines())
         return [f"{counts[name]} x {cause.what}" for name, cause in CAUSES.items() if counts[name]]
 
     def counts(self) -> dict[str, int]:
-        """How often each cause was met, in every run of this store."""
+        """Return how often each cause was met, in all runs that wrote to this journal."""
         counts = Counter(line["cause"] for line in self.lines(of_this_run=False))
         return {name: counts[name] for name in CAUSES if counts[name]}

@@ -1,8 +1,10 @@
-"""The engines of a run, leased: booted when there is a queue for them, or ahead of it where units are free, and taken down
-when something else waits for theirs (devices.py). A stage leases one for as long as it asks it.
+"""The engines of a run, and the leases by which stages use them.
 
-A group is the engines of one model in one role; each is a Serve application of its own. Of those that take new work a stage
-gets the one that has its weights already, else the one with the fewest stages.
+Engines are booted when stages wait for them, or ahead of these where units are free. They are shut down when something else
+waits for their units (devices.py). A stage leases an engine for as long as it sends requests to it.
+
+A group is the engines of one model in one role. Each engine is a Serve application of its own. Among the engines that take
+new work, a stage gets one that has its weights already, else the one with the fewest stages.
 """
 
 from __future__ import annotations
@@ -23,15 +25,15 @@ from safecl.lender import Lender
 from safecl.order import Turn
 from safecl.store import Stage, Store
 
-# Weights that one engine is asked for at a time: it answers with one after the other, so that more would only wait there,
-# whatever their turn, and while it drains.
+# An engine is leased for so many different weights at a time. It serves one after the other, so stages with more weights
+# would only wait inside the engine, where their turn does not count, and delay its shutdown.
 WEIGHTS_AT_ONCE = 4
-MOST_THREADS = 8  # of an engine on this machine's CPUs: with more of them small batches only wait for one another
+MOST_THREADS = 8  # threads of an engine on this machine's CPUs; with more, threads wait for each other on small batches
 
 
 @dataclass(eq=False)
 class App:
-    """An engine that is up. `stages`: by the weights they ask for; `lines`: by Wish.line."""
+    """An engine that is up. `stages`: number of leases by weights. `lines`: number of leases by `Wish.line`."""
 
     holder: Holder
     stages: Counter[str] = field(default_factory=Counter)
@@ -44,7 +46,16 @@ class App:
 
 @dataclass(eq=False)
 class Wish:
-    """A stage that wants an engine, or has it. `line`: of what shares one only so many are leased an engine at once."""
+    """A stage that wants an engine, or has one.
+
+    Attributes:
+        key: of the stage.
+        weights: key of the weights that it asks for.
+        turn: its place in the order; the lowest is next.
+        line: of stages with the same line, only `Fleet.at_once` lease one engine at the same time.
+        given: resolved when it gets an engine.
+        app: the engine that it has.
+    """
 
     key: str
     weights: str
@@ -56,7 +67,14 @@ class Wish:
 
 @dataclass(eq=False)
 class Group:
-    """`expected`: stages that will ask for it, or do; `hoped`: it is to be booted ahead of the first of them."""
+    """The engines of one model in one role.
+
+    Attributes:
+        wishes: stages that wait for an engine, the next one first.
+        leased: stages that have one.
+        expected: number of stages that will ask for an engine or do so now.
+        hoped: whether an engine is to be booted ahead of the first stage.
+    """
 
     name: str
     role: str
@@ -69,8 +87,12 @@ class Group:
 
 
 class Fleet:
-    """Lives in the Broker, on its event loop. `at_once`: stages of one line that one engine is leased to at a time; `begin`
-    and `end` are told the boots."""
+    """Boots engines, leases them to stages and shuts them down. Lives in the Broker, on its event loop.
+
+    Args:
+        at_once: how many stages of one line may lease one engine at a time.
+        begin, end: called when an engine's boot begins, with (what, name), and when it ends, with (name).
+    """
 
     def __init__(
         self,
@@ -93,7 +115,7 @@ class Fleet:
         return sum(len(group.apps) for group in self.groups.values())
 
     def group(self, role: str, model: Stage) -> Group:
-        """Without replicas of its own a judge answers from the candidates' engines."""
+        """Return the group of a model in a role. If judges have no replicas of their own, they use the candidates' engines."""
         if role == "judge" and self.execution.num_judge_replicas == 0:
             role = "candidate"
         name = f"{role}-{model.key[:8]}"
@@ -104,13 +126,13 @@ class Fleet:
         return self.groups[name]
 
     def expect(self, role: str, model: Stage, num: int) -> None:
-        """So many more (or fewer) stages will ask: until they do, an engine that is up is kept."""
+        """Report that `num` more (or, below 0, fewer) stages will ask for an engine. Until they do, one that is up is kept."""
         group = self.group(role, model)
         group.expected += num
         self._tell(group)
 
     def hope(self, role: str, model: Stage) -> None:
-        """Boot one ahead of the first stage, where units are free for it. The model must be in the store."""
+        """Boot an engine ahead of the first stage, if units are free for it. The model must be in the store."""
         group = self.group(role, model)
         group.hoped = True
         self._tell(group)
@@ -119,8 +141,10 @@ class Fleet:
     async def lease(
         self, role: str, model: Stage, key: str, weights: str, turn: Turn, line: Hashable = None
     ) -> AsyncIterator[dict[str, tuple[str, ...]]]:
-        """An engine for the block, as `serving.client.Engines` takes it, for the stage `key`; of those that wait the lowest
-        turn is next. Raises what booting it raised."""
+        """Lease an engine to the stage `key` for the block. Among waiting stages the one with the lowest turn is next.
+
+        Gives the engine in the form that `serving.client.Engines` takes. Raises the error of the engine's boot if it failed.
+        """
         group = self.group(role, model)
         wish = Wish(key, weights, turn, line, asyncio.get_running_loop().create_future())
         insort(group.wishes, wish, key=lambda other: other.turn)
@@ -140,7 +164,7 @@ class Fleet:
             self._tell(group)
 
     def hurry(self, key: str, turn: Turn) -> None:
-        """Give a stage that waits for an engine another turn."""
+        """Change the turn of a stage that waits for an engine."""
         for group in self.groups.values():
             for wish in [wish for wish in group.wishes if wish.key == key]:
                 group.wishes.remove(wish)
@@ -149,14 +173,17 @@ class Fleet:
                 self._tell(group)
 
     def start(self, holder: Holder) -> None:
+        """Begin to boot an engine (devices.Start)."""
         self._run(self._boot(self.groups[holder.group], holder))
 
     def stop(self, holder: Holder) -> None:
+        """Begin to shut an engine down (devices.Stop)."""
         group = self.groups[holder.group]
         group.apps = [app for app in group.apps if app.holder is not holder]
         self._run(self._take_down(holder))
 
     def give(self) -> None:
+        """Lease engines that take new work to waiting stages, in the order of their turns."""
         for group in self.groups.values():
             for wish in list(group.wishes):
                 able = [app for app in group.apps if app.takes(wish, self.at_once)]
@@ -172,10 +199,10 @@ class Fleet:
 
     def _tell(self, group: Group) -> None:
         every = [*group.wishes, *group.leased]
-        # An engine has one candidate's weights at a time, so that another one helps where several are asked for.
+        # An engine has one candidate's weights at a time, so more engines help only if several weights are asked for.
         wanted = len({wish.weights for wish in every}) if group.role == "candidate" else len(every)
         rank = min((wish.turn.level for wish in every), default=0)
-        known = group.hoped or bool(every) or bool(group.apps)  # else its model may not be in the store yet
+        known = group.hoped or bool(every) or bool(group.apps)  # otherwise its model may not be in the store yet
         coming = int(group.hoped or (known and group.expected > len(every)))
         self.lender.ask(group.name, wanted, rank, coming)
 
@@ -201,7 +228,8 @@ class Fleet:
         self.lender.up(holder)
 
     def _name(self, holder: Holder) -> str:
-        """Of its Serve application, by who deploys it: two drivers of one cluster never take each other's down."""
+        """The name of its Serve application. It contains the driver's name, so that a driver never shuts down an engine of
+        another driver on the same cluster."""
         return f"{holder.name}-{self.store.short}"
 
     def _settings(self, group: Group, holder: Holder) -> Any:
@@ -223,16 +251,17 @@ class Fleet:
         )
 
     def _num_threads(self) -> int:
-        """Of an engine on CPUs. Those of one on this machine's own CPUs sleep while others work, and compute wherever a core is
-        free."""
-        if self.execution.batch_invariant:  # how a sum is split over threads would be the machine's
+        """Threads of an engine on CPUs. On one machine's CPUs the threads of several engines share all cores: they sleep while
+        others work, and compute on any free core."""
+        if self.execution.batch_invariant:  # one thread: otherwise the machine would decide how a sum is split
             return 1
         if unit(self.execution) == GIB:
             return min(MOST_THREADS, os.cpu_count() or 1)
         return max(1, int(self.execution.engine_units))
 
     def _failed(self, group: Group, error: Exception) -> None:
-        """Those who wait are told, unless another engine serves them; who asks next boots one anew."""
+        """Handle a failed boot. If another engine of the group is up, it serves the waiting stages. Otherwise they get the error,
+        and the next stage that asks boots an engine again."""
         if group.apps:
             self._bound(group.name, len(group.apps))
         else:
@@ -244,7 +273,7 @@ class Fleet:
         self._tell(group)
 
     def _bound(self, group: str, at_most: int) -> None:
-        # Memory here is nobody else's: an engine stays until its memory is wanted for something else.
+        # On one machine no other job waits for this memory: an engine stays until the run itself needs the memory.
         idle_s = float("inf") if self.capacity.unit == GIB else IDLE_S
         self.lender.add(group, self, self.capacity.engine, at_most, idle_s)
 
