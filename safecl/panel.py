@@ -1,7 +1,7 @@
-"""The judges of a sweep: who answers which question, of which prompts, and with which model.
+"""The judges of a sweep: which judge answers which question, about which prompts, with which model.
 
-Read from what judges declare of themselves (`judges.Judge`): no list of their names stands here. What is wrong is said at
-once (`problems`); plan.py makes stages of the rest.
+Everything is read from what each judge class declares (`judges.Judge`), so this file holds no list of their names.
+`problems` reports all errors at once. plan.py makes stages of the judges.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safecl.config import Data, Judge, Judges, Model, Sweep, url_problem
 from safecl.store import canonical
 from safecl.tasks._source import sha256
 
-# A key of `judges` -> the role of the prompts whose answers are judged, and which of judges.QUESTIONS is asked.
+# Key of `judges` -> (role of the prompts whose answers are judged, key of judges.QUESTIONS that is asked).
 ASKED = {"asr": ("attack", "harm"), "over_refusal": ("benign", "refusal")}
 
 
@@ -29,8 +29,9 @@ ASKED = {"asr": ("attack", "harm"), "over_refusal": ("benign", "refusal")}
 class Seat:
     """One judge of one question in a sweep.
 
-    `asked`: one of judges.QUESTIONS; `metric`: its share of yes; `config`: its settings as canonical JSON; `inverted`: its
-    True is a no. What answers for it: `model` on an engine, guards `trained` here, an `endpoint`, or without any a rule.
+    `asked`: a key of judges.QUESTIONS. `metric`: the metric that is its fraction of yes. `config`: its settings as
+    canonical JSON. `inverted`: its True means no. Its answers come from `model` on an engine, from guards `trained`
+    here, or from an `endpoint`; if none of these is set, it is a rule.
     """
 
     asked: str
@@ -49,7 +50,7 @@ class Seat:
 
     @property
     def remote(self) -> dict[str, Json]:
-        """What a verdict of an endpoint's depends on: what answers, not where."""
+        """What a verdict of an endpoint depends on: the model that answers, not its address."""
         assert self.endpoint is not None
         tokenizer = self.endpoint.tokenizer
         read = None if tokenizer is None else sha256(Path(tokenizer).absolute() / "tokenizer.json")
@@ -58,7 +59,7 @@ class Seat:
 
     @property
     def hints(self) -> dict[str, str]:
-        """Where it answers, which no identity holds."""
+        """The address of the endpoint. It is in no identity."""
         assert self.endpoint is not None
         found = {"url": str(self.endpoint.endpoint), "at_once": str(self.endpoint.at_once)}
         found |= {} if self.endpoint.key_variable is None else {"key_variable": self.endpoint.key_variable}
@@ -68,21 +69,26 @@ class Seat:
 
 
 def panel(chosen: Judges) -> dict[str, tuple[Seat, ...]]:
-    """The judges of each role of prompts (attack, benign): those of its question, the one that decides first, then those
-    that every sweep asks. Raises ConfigError for the first thing that is wrong."""
+    """The judges of each role of prompts (attack, benign). First the judges of the role's question, the deciding one
+    first; then the judges that every sweep asks.
+
+    Raises:
+        ConfigError: the first error found.
+    """
     found: dict[str, list[Seat]] = {}
     for question, (role, _) in ASKED.items():
         found[role] = [_seat(question, i, one, chosen) for i, one in enumerate(chosen.of(question))]
     for asked in judges.QUESTIONS:
         for name in judges.names():
             for role, metric in judges.load(name).always.items():
-                if asked == list(judges.load(name).answers)[-1]:  # what it is asked beside being a judge of its own
+                # The question that it always answers, besides those it can be chosen for.
+                if asked == list(judges.load(name).answers)[-1]:
                     found[role].append(Seat(asked, metric, name, name, "{}"))
     return {role: tuple(seats) for role, seats in found.items()}
 
 
 def named(metric: str, judge: str) -> Seat:
-    """The judge of a metric that a sweep names: whatever its question is, under its own defaults.
+    """The judge of a metric that a sweep names, with its default config. It has no question.
 
     Raises:
         ConfigError: it needs a model, which only `evaluate.judges` can give.
@@ -96,19 +102,19 @@ def named(metric: str, judge: str) -> Seat:
 
 
 def decision(chosen: Judges, question: str) -> Seat:
-    """The judge whose verdicts are `asr` (`over_refusal`)."""
+    """The deciding judge of a question: its verdicts are `asr` (or `over_refusal`)."""
     return _seat(question, 0, chosen.of(question)[0], chosen)
 
 
 def seats(chosen: Judges) -> list[Seat]:
-    """The judges that a sweep names, by question."""
+    """All judges that a sweep names, by question."""
     return [_seat(question, i, one, chosen) for question in ASKED for i, one in enumerate(chosen.of(question))]
 
 
 def problems(chosen: Judges) -> list[str]:
-    """What is wrong with a sweep's judges, a line each."""
+    """Errors of a sweep's judges, one line each."""
     found: list[str] = []
-    shared: dict[str, None] = {}  # judges that guard_model would answer for
+    shared: dict[str, None] = {}  # judges that would use guard_model
     for question in ASKED:
         for i, one in enumerate(chosen.of(question)):
             try:
@@ -127,7 +133,7 @@ def problems(chosen: Judges) -> list[str]:
 
 
 def scorer(data: Data, every: Judges) -> Seat:
-    """The judge of a written task's utility. Raises ConfigError for what is wrong with it."""
+    """The judge that scores utility for a task written in the sweep file. Raises ConfigError for an error in it."""
     assert data.judge is not None, "config.Data checks this"
     chosen = Judge(judge=data.judge) if isinstance(data.judge, str) else data.judge
     kind = judges.load(chosen.name)
@@ -139,24 +145,24 @@ def scorer(data: Data, every: Judges) -> Seat:
 
 
 def scorers(sweep: Sweep) -> dict[int, Data]:
-    """The entries of `data` whose utility a judge decides, by place."""
+    """The entries of `data` whose utility a judge scores, by their index."""
     return {i: data for i, data in enumerate(sweep.data) if data.judge is not None}
 
 
 def all_seats(sweep: Sweep) -> list[Seat]:
-    """The judges that a sweep names, those of its tasks' utility among them."""
+    """The judges that a sweep names, including those that score its tasks' utility."""
     used = {task.task for task in sweep.tasks}
     scoring = [scorer(data, sweep.evaluate.judges) for data in scorers(sweep).values() if data.name in used]
     return [*seats(sweep.evaluate.judges), *scoring]
 
 
 def trained(chosen: Judges) -> Seat | None:
-    """The judge that the guards trained here answer for; the deciding one, where there are several."""
+    """The judge for which the guards trained here answer. If there are several, the deciding one."""
     return next((seat for seat in seats(chosen) if seat.trained), None)
 
 
 def _seat(question: str, number: int, chosen: Judge, every: Judges) -> Seat:
-    """Raises ConfigError: what is wrong with this judge, in the words of its entry."""
+    """One judge of a question. Raises ConfigError with the error of its entry."""
     name, (_, asked) = chosen.name, ASKED[question]
     kind = judges.load(name)
     if asked not in kind.answers:
@@ -188,7 +194,7 @@ def _seat(question: str, number: int, chosen: Judge, every: Judges) -> Seat:
 
 
 def _settings(kind: type[judges.Judge], asked: Mapping[str, Json], given: Mapping[str, Json]) -> dict[str, Json]:
-    """What the judge's config is made of; what it has by default stays out of it."""
+    """The judge's config without its default values."""
     try:
         strictly(kind.Config, {**asked, **given})
     except ValidationError as error:
@@ -198,7 +204,7 @@ def _settings(kind: type[judges.Judge], asked: Mapping[str, Json], given: Mappin
 
 
 def _answering(name: str, kind: type[judges.Judge], chosen: Judge, every: Judges) -> dict[str, Any]:
-    """What answers for a judge, as arguments of Seat."""
+    """The source of a judge's answers, as arguments of Seat."""
     if not kind.served:
         if chosen.model is not None or chosen.endpoint is not None:
             raise ConfigError(

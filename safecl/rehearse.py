@@ -1,5 +1,5 @@
-"""A sweep on a cluster that one need not have: `plan --cluster`. What must be run becomes arrays, once; simulate.py runs them on
-as many nodes as asked for."""
+"""Plans a sweep on a cluster that need not exist: `plan --cluster`. The stages to run become arrays once; simulate.py
+runs them on any number of nodes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from safecl.stages import engine_of, load, needs_trainer
 from safecl.store import Stage
 from safecl.workload import LIGHT, TRAINERS, Bounds, Cell, Grid, Group, Node
 
-TRAINER_S = 20.0  # a trainer's start: torch, transformers and Ray Train
-START_S = 10.0  # of Ray, before anything runs
-NUM_LIGHT = 64  # stages that mostly wait, at a time (execute.Broker)
-FEW = 200_000  # stages that all rows of the table of GPUs may come to: at 30,000 a second
+TRAINER_S = 20.0  # seconds of a trainer's start: torch, transformers and Ray Train
+START_S = 10.0  # seconds of Ray's start, before anything runs
+NUM_LIGHT = 64  # stages that mostly wait, at the same time (execute.Broker)
+FEW = 200_000  # stages that all rows of the table of GPUs together may simulate, at 30,000 per second
 
 
 class Rehearsal(NamedTuple):
-    """A sweep as arrays. `stages`: by number, of copies for trials that a search has yet to suggest their first one;
-    `weights_gib`, `states_gib`: what will be written; `largest`: each model's name with what its weights take, in GiB."""
+    """A sweep as arrays. `stages`: by number; the copies for trials that a search has yet to suggest refer to the first
+    one. `weights_gib`, `states_gib`: sizes that will be written. `largest`: the size of each model's weights in GiB, by
+    model name."""
 
     grid: Grid
     stages: list[Stage]
@@ -41,13 +42,14 @@ class Rehearsal(NamedTuple):
 
 
 def rehearsal(project: Project, cluster: Cluster) -> Rehearsal:
-    """What must still be run of a sweep, as arrays."""
+    """The part of a sweep that must still be run, as arrays."""
     execution = project.sweep.execution
     return _Builder(project, _forecast(project, cluster), execution, cluster).build()
 
 
 def _forecast(project: Project, cluster: Cluster) -> Forecast:
-    """Of machines as those of the records; or, where the file says how fast the nodes are, of these."""
+    """A forecast for machines like those of the records. If the cluster file gives the nodes' speed, for nodes of that
+    speed."""
     execution, told = project.sweep.execution, cluster.nodes[0].tflops
     if told is None:
         return project.forecast()
@@ -64,7 +66,7 @@ class _Builder:
         ], checkpoint_s=execution.checkpoint_every_s)  # fmt: skip
         self.has = project.store.listed()
         self.stages: list[Stage] = []
-        self.at: dict[str, int] = {}  # stage's key -> its number; -1: it is there
+        self.at: dict[str, int] = {}  # stage's key -> its number; -1: it is in the store
         self.kinds: dict[str, int] = {}
         self.groups: dict[str, int] = {}
         self.weights: dict[str, int] = {}
@@ -93,7 +95,7 @@ class _Builder:
         return Rehearsal(self.grid, self.stages, num_trials, self.weights_gib, self.states_gib, self.largest)
 
     def targets(self, jobs: Iterable[Job], searched: bool, after: int = -1) -> list[tuple[int, ...]]:
-        """What trials want, of which something must be run."""
+        """The stages that each trial wants, for trials of which some stage must be run."""
         found = []
         for job in jobs:
             wanted = list(job.evidence.targets)
@@ -105,9 +107,10 @@ class _Builder:
         return found
 
     def batches(self, cell: Row, known: Sequence[Job], num_more: int | None) -> list[list[tuple[int, ...]]]:
-        """Trials of a row: those known; then of a search those it may still suggest, so many at once, and its final ones."""
+        """Batches of a row's trials: the known ones; for a search then those it may still suggest, `at_once` per batch;
+        last the final trials."""
         first = self.targets(known, cell.space is not None)
-        if num_more is None:  # nothing is searched, or no longer
+        if num_more is None:  # the row searches nothing, or its search is finished
             return [first] if first else []
         at_once = min(cell.at_once, self.execution.num_trials_at_once)
         found = [first[i : i + at_once] for i in range(0, len(first), at_once)]
@@ -120,14 +123,15 @@ class _Builder:
         return [batch for batch in found if batch]
 
     def gate(self, batches: Sequence[Sequence[Sequence[int]]]) -> int:
-        """The end of the last batch, which what comes then must wait for."""
+        """A gate at the end of the last batch. The next batch must wait for it. -1: there is no batch yet."""
         if not batches:
             return -1
         self.grid.gates.append([stage for wanted in batches[-1] for stage in wanted])
         return len(self.grid.gates) - 1
 
     def copy(self, own: Sequence[Stage], gate: int) -> tuple[int, ...]:
-        """Stages of a trial with other values: as long as those of the defaults, and beside them."""
+        """The stages of a trial with other values. They take as long as those of the defaults, and are additional to
+        them."""
         made: dict[str, int] = {}
         ends = set[int]()
         for stage in own:
@@ -139,7 +143,7 @@ class _Builder:
         return tuple(sorted(ends))
 
     def place(self, stage: Stage, after: int = -1) -> int:
-        """A stage's number, given to it and what it waits for where they have none; -1: it is in the store."""
+        """A stage's number. A stage without one gets it, after its inputs. -1: the stage is in the store."""
         number = self.at.get(stage.key)
         if number is None:
             if self.has(stage):
@@ -155,7 +159,7 @@ class _Builder:
         group, ranks, asked = LIGHT, 1, -1
         if estimate.on_engine:
             group = self.engine(stage)
-            seconds *= self.execution.num_candidate_engines  # `factor` is of all together
+            seconds *= self.execution.num_candidate_engines  # `factor` is for all engines together
             if self.grid.groups[group].role == "candidate":
                 own = stage.inputs.get("weights")
                 asked = self.weights.setdefault(weights or (own.key if own else ""), len(self.weights))
@@ -171,7 +175,7 @@ class _Builder:
         )  # fmt: skip
 
     def engine(self, stage: Stage) -> int:
-        """The group of the engines that a stage asks."""
+        """The group of engines that a stage asks."""
         role, model, chosen = engine_of(stage), stage.inputs["model"], self.execution
         if role == "judge" and chosen.num_judge_replicas == 0:
             role = "candidate"
@@ -198,7 +202,8 @@ def _called(model: Stage) -> str:
 
 
 def nodes(cluster: Cluster, use_gpu: bool, num_units: int | None = None) -> list[Node]:
-    """A cluster's nodes; with `num_units` so many of its devices, and as many again as it takes, the last node in part."""
+    """A cluster's nodes. With `num_units`: nodes with that many devices, repeating the cluster's nodes as needed; the
+    last node may be partial."""
     every = [(kind, kind.gpus if use_gpu else kind.cpus) for kind in cluster.nodes for _ in range(kind.count)]
     every = [(kind, units) for kind, units in every if units]
     left = sum(units for _, units in every) if num_units is None else num_units
@@ -216,11 +221,11 @@ def _node(kind: NodeType, units: int, of: int, reference: NodeType) -> Node:
 
 
 def on_cluster(project: Project, cluster: Cluster, deadline_h: float | None = None) -> dict[str, Any]:
-    """What a sweep takes on a cluster, as plain data.
+    """The time and resources that a sweep needs on a cluster, as plain data.
 
     Raises:
         ConfigError: the sweep trains on GPUs, and the cluster has none.
-        PrerequisiteError: it can never be finished there.
+        PrerequisiteError: the sweep can never be finished there.
     """
     execution = project.sweep.execution
     unit = "GPU" if execution.use_gpu else "CPU"
@@ -237,7 +242,7 @@ def on_cluster(project: Project, cluster: Cluster, deadline_h: float | None = No
         return simulate(grid, nodes(cluster, execution.use_gpu, num), at_once, bounds=bounds)
 
     def enough(num: int) -> int:
-        """Trials at once that do not hold up so many devices."""
+        """A number of trials at once that does not leave this many devices idle."""
         return max(execution.num_trials_at_once, 2 * num // execution.num_workers)
 
     found = run(num_units, execution.num_trials_at_once)
@@ -285,14 +290,15 @@ def _hours(seconds: float) -> float:
 
 
 def _points(num_units: int, num_stages: int) -> list[int]:
-    """How many devices the table has rows of: the cluster's, and powers of two times that, as many as is cheap."""
+    """Numbers of devices for the rows of the table: the cluster's own number, and that times powers of two; as many
+    rows as are cheap to simulate."""
     num = max(3, min(9, FEW // max(1, num_stages)))
     shares = [2.0 ** (i - num // 2) for i in range(num) if i - num // 2 <= 2]
     return sorted({max(1, round(num_units * share)) for share in (1.0, *shares)})
 
 
 def _cheapest(table: Sequence[dict[str, Any]], deadline_h: float) -> dict[str, Any]:
-    """Of the rows that end in time the cheapest; without prices the one that takes the fewest device-hours."""
+    """The cheapest row that ends within the deadline; without prices, the one with the fewest device-hours."""
     priced = any(row["price"] for row in table)
     in_time = [row for row in table if row["hours"] <= deadline_h]
     best = min(in_time, key=lambda row: (row["price"] if priced else row["unit_hours"], row["hours"]), default=None)
@@ -300,7 +306,7 @@ def _cheapest(table: Sequence[dict[str, Any]], deadline_h: float) -> dict[str, A
 
 
 def _stops(grid: Grid, bounds: Bounds, found: Schedule) -> dict[str, Any]:
-    """From how many devices on more of them help no longer, and what it is that does not."""
+    """The number of devices above which more of them do not help, and what limits the run then."""
     limits = {"the critical path": found.bound.path_s, **found.bound.group_s}
     limits.pop(grid.groups[TRAINERS].name, None)
     why = max(limits, key=limits.__getitem__)
@@ -313,7 +319,7 @@ def _stops(grid: Grid, bounds: Bounds, found: Schedule) -> dict[str, Any]:
 
 
 def _path(made: Rehearsal, path: Sequence[int], names: dict[str, str]) -> list[dict[str, Any]]:
-    """The critical path, its stages alike as one line each: a hundredth of it or more."""
+    """The critical path, with similar stages as one line, for lines of at least a hundredth of it."""
     whole = sum(made.grid.seconds[number] for number in path) or 1.0
     found: dict[str, list[float]] = {}
     for number in path:
@@ -352,7 +358,7 @@ def _notes(made: Rehearsal, cluster: Cluster, project: Project, at_once: int, en
 
 
 def tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, columns, rows) of what `on_cluster` gives."""
+    """The result of `on_cluster` as (title, columns, rows)."""
     unit = found["unit"]
     order = ["training", "candidate", "judge", "booting", "idle", "free"]
     words = {

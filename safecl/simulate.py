@@ -1,10 +1,11 @@
-"""A schedule over a virtual clock: how long a grid takes on nodes that one need not have.
+"""Simulates a run on a virtual clock: how long a grid takes on nodes that need not exist.
 
-Who holds devices (devices.py) and whose turn it is (order.py) is what decides in a run; here stages take what they are
-estimated to, and nodes come and go. Stages are numbers into arrays, so that a hundred thousand of them take seconds.
+The rules of a real run decide which group holds devices (devices.py) and which stage is next (order.py). Stages take
+their estimated time, and nodes come and go. Stages are numbers into arrays, so that a hundred thousand of them take
+seconds.
 
-What is left out: an engine works on one stage after the other, where a real one overlaps them (its estimates are of that
-overlap), and a stage takes the same time whatever else its node does.
+Two simplifications: an engine works on one stage after the other, while a real engine overlaps them (the estimates
+include this overlap); and a stage takes the same time whatever else its node does.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from safecl.order import AT_ONCE, NUM_RANKS, Claim
 from safecl.workload import LIGHT, TRAINERS, Bound, Bounds, Grid, Node
 
 UNASKED, WAITS, READY, RUNS, DONE = range(5)  # a stage's state
-_OVER, _UP, _GONE, _TAKEN, _BACK = range(5)  # what an event is
+_OVER, _UP, _GONE, _TAKEN, _BACK = range(5)  # kinds of events
 _STUCK_S = 30 * 86400.0
-_STOP_S = 1.0  # until a holder that is stopped has given its units back
+_STOP_S = 1.0  # seconds until a stopped holder has given its units back
 
 
 @dataclass
 class Schedule:
-    """What came of it. `use`: unit-seconds by what they went into, of `unit_s` that nodes were there; `most_under_way`: trials
-    at once."""
+    """The result of a simulation. `use`: unit-seconds by purpose, out of `unit_s`, the unit-seconds of all present
+    nodes. `most_under_way`: largest number of trials at once."""
 
     makespan_s: float
     use: dict[str, float]
@@ -66,21 +67,22 @@ class _Run:
         for stage, needs in enumerate(grid.needs):
             for other in needs:
                 self.above[other].append(stage)
-        self.left = list(grid.seconds)  # of each stage; of one that lost its node, from its checkpoint
+        # Seconds left of each stage; of a stage that lost its node, from its checkpoint on.
+        self.left = list(grid.seconds)
         self.chain = grid.chains()
         self.turn: list[tuple[int, int, float, float, int] | None] = [None] * len(grid.seconds)
         self.state = bytearray(len(grid.seconds))  # UNASKED ... DONE
         self.queues: list[list[tuple[tuple[int, int, float, float, int], int]]] = [[] for _ in grid.groups]
         self.idle: list[dict[Holder, int]] = [
             {} for _ in grid.groups
-        ]  # open holders, and how many places they have free
+        ]  # open holders, and the number of their free places
         self.num_working = [0] * len(grid.groups)
         self.num_ready = [0] * len(grid.groups)
-        self.num_coming = [0] * len(grid.groups)  # asked for, and waiting for others
-        self.training_s = 0.0  # of trainers, for what is asked for and not done
-        # Of stages that wait for an engine or have it, how many ask for each weights.
+        self.num_coming = [0] * len(grid.groups)  # asked for, and waiting for other stages
+        self.training_s = 0.0  # seconds of trainers for training that is asked for and not done
+        # For stages that wait for an engine or have one: how many ask for each weights.
         self.asking: list[Counter[int]] = [Counter() for _ in grid.groups]
-        self.changed: set[int] = set()  # groups whose work is another than the devices were told
+        self.changed: set[int] = set()  # groups whose work changed since the devices were told
         self.finished: list[Holder] = []
         self.light_free = grid.groups[LIGHT].at_most
         self.number = {group.name: number for number, group in enumerate(grid.groups)}
@@ -108,12 +110,12 @@ class _Run:
         # Trials.
         self.turns: list[tuple[int, int, float, int]] = []
         self.num_given = [0] * len(grid.cells)
-        self.given: list[list[tuple[int, ...]]] = [[] for _ in grid.cells]  # of the batch that is under way
-        self.open_of = [0] * len(grid.cells)  # trials of that batch that are not over
+        self.given: list[list[tuple[int, ...]]] = [[] for _ in grid.cells]  # of the current batch
+        self.open_of = [0] * len(grid.cells)  # unfinished trials of the current batch
         self.batch = [-1] * len(grid.cells)
         self.num_under_way = self.num_asked = 0
         self.wanted_by: defaultdict[int, list[int]] = defaultdict(list)  # stage -> trials
-        self.lacks: list[int] = []  # of each trial, how many of its stages are not there
+        self.lacks: list[int] = []  # for each trial, the number of its stages that are not there
         self.cell_of: list[int] = []
         self.most_under_way = 0
         self.num_left = sum(len(batch) for cell in grid.cells for batch in cell.batches) + bool(grid.beside)
@@ -152,7 +154,7 @@ class _Run:
             self._want(cell, targets, claim)
 
     def _want(self, cell: int, targets: Sequence[int], claim: Claim) -> None:
-        """A trial of a cell; below 0: what is wanted beside them."""
+        """Start a trial of a cell. A cell below 0 stands for stages that no cell wants."""
         trial = len(self.lacks)
         self.cell_of.append(cell)
         wanted = [stage for stage in targets if self.state[stage] != DONE]
@@ -174,7 +176,7 @@ class _Run:
             self._next_batch(cell)
 
     def _ask(self, targets: Sequence[int], claim: Claim) -> None:
-        """As Broker.ensure: what is not there is lined up, and what was goes forward where this turn is lower."""
+        """Like Broker.ensure: queue the missing stages, and move queued ones forward if this turn is lower."""
         self.num_asked += 1
         first, rank, rounds, number = -claim.priority, claim.rank, claim.round, self.num_asked
         trainers = self.grid.groups[TRAINERS]
@@ -197,7 +199,7 @@ class _Run:
                 if self.grid.group[stage] == TRAINERS:
                     self.training_s += self.grid.seconds[stage]
             if not self.waits[stage]:
-                self._ready(stage)  # if it was already, the entry with its old turn is passed over
+                self._ready(stage)  # if it was already ready, the queue entry with its old turn is skipped
             stack.extend(needs[stage])
 
     def _ready(self, stage: int) -> None:
@@ -225,7 +227,7 @@ class _Run:
         return None
 
     def _give(self, number: int) -> None:
-        """Hand a group's queue out to those of its holders that have a place free."""
+        """Give a group's queue to those of its holders that have a free place."""
         idle, queue = self.idle[number], self.queues[number]
         while (stage := self._first(number)) is not None:
             if number == LIGHT:
@@ -290,7 +292,7 @@ class _Run:
         return any(free >= group.size and numbers for free, numbers in self.by_free.items())
 
     def _take(self, node: int, units: float) -> None:
-        """So many units of a node are held, or below 0 free again."""
+        """Take units of a node; below 0: give them back."""
         self.by_free[self.free[node]].pop(node, None)
         self.free[node] -= units
         if self.is_up[node]:
@@ -332,7 +334,7 @@ class _Run:
         self.changed.add(number)
 
     def _lost(self, stage: int, began: float, number: int, pace: float) -> None:
-        """A stage's node was taken away: it is lined up again, and goes on from its last checkpoint if it has such."""
+        """A stage lost its node: queue it again. It continues from its last checkpoint, if it can resume."""
         group = self.grid.groups[number]
         spent = self.now - began
         kept = spent - spent % self.grid.checkpoint_s if self.grid.resumes[stage] else 0.0
@@ -366,12 +368,14 @@ class _Run:
             self._at(self.now + self.random.expovariate(rate) * 3600, _TAKEN, node)
 
     def _settle(self) -> None:
-        """After what happened at one time: hand out, say what there is to do, and let the devices change hands."""
+        """After the events of one time: give out work, report what there is to do, and let the devices change
+        holders."""
         self._admit()
         lender, groups = self.devices, self.grid.groups
         for number in self.changed:
             self._give(number)
-        for holder in self.finished:  # after the next stage was given: who goes on was never without work
+        # After the next stage was given, so that a holder that continues never counts as idle.
+        for holder in self.finished:
             if holder in self.node_of:
                 lender.work(holder, -1, self.now)
         self.finished.clear()
@@ -383,7 +387,7 @@ class _Run:
                 turn = None if first is None else self.turn[first]
                 rank = 0 if turn is None else NUM_RANKS * turn[0] + turn[1]
                 wanted = len(self.asking[number]) or -(-there // group.at_once)
-                if number == TRAINERS:  # as trainers tell it
+                if number == TRAINERS:  # as trainers report it
                     wanted = min(wanted, group.at_most)
                 coming = min(self.num_coming[number], group.at_most)
                 lender.ask(group.name, wanted, self.now, rank, coming)
@@ -394,7 +398,7 @@ class _Run:
             else:
                 self.idle[self.number[act.holder.group]].pop(act.holder, None)
                 self._at(self.now + _STOP_S, _GONE, 0, act.holder)
-        for number, idle in enumerate(self.idle):  # those that need no longer make way
+        for number, idle in enumerate(self.idle):  # groups that need fewer holders give way
             if idle and self.num_ready[number]:
                 self._give(number)
 
@@ -463,9 +467,10 @@ class _Run:
 def simulate(
     grid: Grid, nodes: Sequence[Node], num_trials_at_once: int, seed: int = 0, bounds: Bounds | None = None
 ) -> Schedule:
-    """Run a grid on these nodes. `seed`: of when spot nodes are taken away; `bounds`: the grid's, where they are there already.
+    """Run a grid on these nodes. `seed`: of the times when spot nodes are taken away. `bounds`: the grid's bounds, if
+    they are already computed.
 
     Raises:
-        PrerequisiteError: it can never be finished there.
+        PrerequisiteError: the grid can never be finished on these nodes.
     """
     return _Run(grid, nodes, num_trials_at_once, seed, bounds).run()

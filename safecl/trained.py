@@ -1,5 +1,5 @@
-"""What finetunes are trained on, and what is worth saying of it. `Preview` knows it from data and tokenizers alone, before
-anything is spent; once they ran, their records say the same."""
+"""What finetunes are trained on, and notes about it. `Preview` computes it from data and tokenizers alone, before any
+stage runs. After a run, the stages' records hold the same facts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from safecl.training.tokens import Tokenizer
 
 
 class Trained(NamedTuple):
-    """Of one finetune (of an alignment, less what a model has yet to answer). `too_long`: rows passed over for want of
-    `max_tokens`, by part; `poison_tokens`: the poison's share of the response tokens; `memory_rows`: None for a method
-    without a memory."""
+    """Facts of one finetune's training data. For an alignment, rows that a model has yet to answer are not included.
+
+    `too_long`: number of rows left out because they exceed `max_tokens`, by part. `poison_tokens`: the poison's
+    fraction of the response tokens. `memory_rows`: None for a method without a memory.
+    """
 
     rows: int
     poison_rows: int
@@ -34,19 +36,20 @@ class Trained(NamedTuple):
 
 
 class Preview:
-    """Rows of data stages, made in this process, each once; those that the store holds are read."""
+    """Rows of data stages, computed in this process, each stage once. Stages that the store holds are read from it."""
 
     def __init__(self, store: Store, folder: Path | None, planned: bool = False) -> None:
         self.store, self.folder, self.planned = store, folder, planned
         self._made: dict[str, Composed | ConfigError | None] = {}
-        self._found: dict[tuple[Any, ...], Found] = {}  # drawn from by several stages
+        self._found: dict[tuple[Any, ...], Found] = {}  # several stages draw from these
         self._tokenizers: dict[str, Tokenizer] = {}
 
     def rows(self, stage: Stage) -> Composed | None:
-        """What a data stage gives, less what a model has yet to answer; None where a source is not on this machine.
+        """The rows of a data stage, without those that a model has yet to answer. None if a source is not on this
+        machine.
 
         Raises:
-            ConfigError: it would fail for want of rows.
+            ConfigError: the stage would fail because there are too few rows.
         """
         if stage.key not in self._made:
             try:
@@ -98,10 +101,11 @@ class Preview:
 
 
 def expected(cells: Sequence[Cell], seed: int, preview: Preview) -> dict[str, Trained | None]:
-    """What each cell's finetune will be trained on, by label; None where its data is not on this machine yet.
+    """What each cell's finetune will be trained on, by label. None if its data is not on this machine yet.
 
     Raises:
-        ConfigError: rows, poison or memory are fewer than asked for once those that are too long are left out.
+        ConfigError: without the rows that are too long, there are fewer rows, poisoned rows or memory rows than asked
+            for.
     """
     found: dict[str, Trained | None] = {}
     errors: list[str] = []
@@ -130,7 +134,7 @@ def expected(cells: Sequence[Cell], seed: int, preview: Preview) -> dict[str, Tr
         own = graph.safety_rows if method == "aligned" else graph.user_rows
         assert tuned is not None
         num_memory = None if method == "aligned" else _memory(cell, seed)
-        if store.has(tuned):  # its memory was made
+        if store.has(tuned):  # its memory was already made
             with suppress(Damaged):
                 if store.has(own) and "num_rows" in (facts := store.record(own)["result"]):
                     found[cell.label] = of(facts, num_memory)
@@ -150,16 +154,16 @@ def expected(cells: Sequence[Cell], seed: int, preview: Preview) -> dict[str, Tr
 
 
 def of(facts: Mapping[str, Any], memory_rows: int | None) -> Trained:
-    """From the facts of the user's rows."""
+    """A Trained from the recorded facts of the user's rows."""
     too_long = {name: num for name, num in facts.get("too_long", {}).items() if num}
     tokens, cut = facts.get("poison_tokens", 0.0), facts.get("cut_prompts", 0)
     return Trained(facts["num_rows"], facts["num_poison"], tokens, too_long, cut, memory_rows)
 
 
 def _usable(graph: Graph, store: Store, rows: Callable[[Stage], Composed | None]) -> int | None:
-    """How many safety rows a memory may be of; None where that is not known yet."""
+    """Number of safety rows that a memory may draw from; None if that is not known yet."""
     safety, stratified = graph.safety_rows, graph.recipe.memory_mix == "stratified"
-    if safety.kind != "data":  # the model has yet to make so many
+    if safety.kind != "data":  # the model has yet to make this many rows
         return int(num) if isinstance(num := safety.config.get("num_rows"), int) else None
     if stratified and graph.recipe.align.self_answered and not store.has(safety):
         return None
@@ -168,7 +172,7 @@ def _usable(graph: Graph, store: Store, rows: Callable[[Stage], Composed | None]
 
 
 def _memory(cell: Cell, seed: int) -> int | None:
-    """Rows of the largest memory that this cell's method may ask for."""
+    """Number of rows of the largest memory that this cell's method may ask for."""
     graph = cell.job({}, seed, "final").graph
     stage = graph.tuned.inputs.get("memory") or (graph.final and graph.final.inputs.get("memory"))
     if stage is None:
@@ -179,7 +183,7 @@ def _memory(cell: Cell, seed: int) -> int | None:
 
 
 def recorded(job: Job, store: Store) -> dict[str, Json] | None:
-    """The same of a finished trial's finetune, from records; None where they say nothing."""
+    """The same facts of a finished trial's finetune, from records. None if the records do not hold them."""
     graph = job.graph
     if not store.has(graph.tuned) or not store.has(graph.user_rows):
         return None
@@ -188,14 +192,15 @@ def recorded(job: Job, store: Store) -> dict[str, Json] | None:
         return None
     memory = training.get("memory_rows") if graph.tuned.inputs.keys() & set(REMEMBERED) else None
     own = of(user, memory)._asdict()
-    # What the method makes of the user's rows is trained on: it may add rows, or leave some out.
+    # The method's own rows are trained on: it may add rows to the user's, or leave some out.
     own |= {name: training[name] for name in ("poison_rows", "cut_prompts") if name in training}
     filtered = {name: training.get(name, 0) for name in ("filtered", "filtered_poison")}
     return own | {"trained_rows": training.get("rows"), "left_out": training.get("dropped", 0), **filtered}
 
 
 def notes(found: Sequence[tuple[str, float | None, Mapping[str, Any]]]) -> list[str]:
-    """What differs from what was asked, of (where, poison ratio, a Trained as a dict); one line a kind, each place once."""
+    """Differences from what the sweep asked for, one line per kind, each place once. `found`: (where, poison ratio, a
+    Trained as a dict)."""
     shares: dict[str, None] = {}
     long: dict[str, None] = {}
     cut: dict[str, None] = {}

@@ -1,4 +1,4 @@
-"""One stage's work in whatever process does it: run, log, report, publish."""
+"""One stage's work, in the process that does it: run, log, report, publish."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from safecl.nodes import check_here
 from safecl.store import Context, Place, Stage, Store
 from safecl.times import here
 
-EVENTS = frozenset({"checkpoint", "halved"})  # metrics that say what happened once
-TOGETHER_S = 0.2  # light stages that begin within it are told of in one call: people look twice a second
+EVENTS = frozenset({"checkpoint", "halved"})  # metrics that report a single event
+# Seconds; light stages that begin within it are reported in one call: a person sees two updates per second.
+TOGETHER_S = 0.2
 
 
 def run_stage(
@@ -40,12 +41,15 @@ def run_stage(
     own_process: bool = True,
     slot: AbstractContextManager[None] | None = None,
 ) -> float:
-    """Run one stage here and publish it; the seconds that its work took. A failed stage leaves nothing in the store; its
-    output is in the store's logs.
+    """Run one stage here and publish it. Returns the seconds that its work took. A failed stage leaves nothing in the
+    store; its output is in the store's logs.
 
-    `groups`, `rank`: see Engines. `place`: this process's among those that work on the stage together; the first one
-    publishes. `own_process`: nothing else runs in this process meanwhile, so that all it prints belongs to the stage; else
-    only a traceback does. `slot`: held while it works.
+    Args:
+        groups, rank: see Engines.
+        place: this process's place among those that work on the stage together; the first one publishes.
+        own_process: nothing else runs in this process meanwhile, so all its output belongs to the stage. If False, only
+            a traceback is logged.
+        slot: a context that is held while the stage works.
     """
     place = place or Place()
     if place.world_size == 1 and store.has(stage):  # several ranks must all do the same
@@ -75,7 +79,7 @@ def run_stage(
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("a") as file:
                 traceback.print_exc(file=file)
-            with suppress(Exception):  # the stage's own failure is told
+            with suppress(Exception):  # the stage's own error is raised, not this one
                 printed.put(store, log)
             raise
         finally:
@@ -95,13 +99,13 @@ def _run(
     own_process: bool,
     slot: AbstractContextManager[None] | None,
 ) -> tuple[float, dict[str, Json]]:
-    """What the stage found, and the seconds that its work took."""
+    """Returns the seconds that the stage's work took, and its result."""
     from safecl.serving.client import Engines
 
     with ExitStack() as held:
         try:
             paths = held.enter_context(store.using(stage.inputs.values()))
-        except KeyError as error:  # removed since it was made
+        except KeyError as error:  # removed after it was made
             raise Infrastructure(error.args[0]) from None
         scratch = out  # light stages keep no checkpoints
         if own_process:
@@ -129,7 +133,7 @@ def _run(
 
 
 def _agree(value: Any) -> Any:
-    """What rank 0 gives, on every rank."""
+    """Rank 0's value, on every rank."""
     import torch
 
     given = [value]
@@ -138,15 +142,15 @@ def _agree(value: Any) -> Any:
 
 
 class Progress:
-    """Reports a stage's progress to the Broker from any process; at most twice a second, never raises. True: a checkpoint is
-    wanted now, since this process may soon be gone."""
+    """Reports a stage's progress to the Broker, from any process, at most twice a second. Never raises. A call returns
+    True if a checkpoint is wanted now, because this process may soon be lost."""
 
     def __init__(self, broker: Any, key: str) -> None:
         self.broker, self.key, self.last = broker, key, 0.0
         self.answer: Any = None  # of the last call
 
     def begins(self, place: Place) -> None:
-        """Say which process works on it."""
+        """Report which process works on the stage."""
         with suppress(Exception):
             self.broker.works.remote(self.key, here(place))
 
@@ -158,7 +162,7 @@ class Progress:
         try:
             wanted = self._answered()
             self.answer = self.broker.progress.remote(self.key, done, total, metrics)
-        except Exception as error:  # progress is a courtesy: losing it must not lose the work
+        except Exception as error:  # progress is optional: an error in it must not stop the work
             print(f"progress of {self.key[:12]} was not reported: {error}", file=sys.stderr)
             return False
         return wanted
@@ -170,12 +174,13 @@ class Progress:
             return False
         try:
             return bool(ray.get(self.answer))
-        except Exception:  # the Broker died meanwhile
+        except Exception:  # the Broker has died meanwhile
             return False
 
 
 class Ran(NamedTuple):
-    """What a light stage took; when it began (0: it was there), in seconds since the epoch; and where."""
+    """A light stage's seconds of work; when it began, in seconds since the epoch (0: it was already in the store); and
+    where it ran."""
 
     seconds: float
     began: float
@@ -183,7 +188,8 @@ class Ran(NamedTuple):
 
 
 class Hand:
-    """Runs light stages, each in a thread: most of them only wait for an engine. Made a Ray actor by the Broker."""
+    """Runs light stages, each in a thread, because most of them only wait for an engine. The Broker makes it a Ray
+    actor."""
 
     def __init__(self, store: Store, execution: Execution, broker: Any, at_once: int) -> None:
         self.given = (store, execution, broker)
@@ -195,8 +201,8 @@ class Hand:
         threading.Thread(target=self._tell, daemon=True).start()
 
     def run(self, stage: Stage, groups: dict[str, tuple[str, ...]], level: int) -> Ran:
-        """`run_stage` in this process. Of a kind and level (order.Turn) so many are at work `at_once`; others are made ready,
-        or published, meanwhile: else each slot would be empty for that long."""
+        """`run_stage` in this process. At most `at_once` stages of one kind and level (order.Turn) work at the same
+        time. Meanwhile others are prepared or published; otherwise each slot would be idle for that time."""
         began = 0.0
 
         @contextmanager
@@ -211,7 +217,7 @@ class Hand:
             seconds = run_stage(stage, *self.given, groups=groups, rank=level, own_process=False, slot=slot())
             return Ran(seconds, began, self.where)
         except BaseException:
-            with suppress(Exception):  # a failure is shown with when and where it began
+            with suppress(Exception):  # a failure is shown with the time and place where it began
                 import ray
 
                 begun = Begun(stage.kind, stage.key, began or time.time())
@@ -223,7 +229,7 @@ class Hand:
                 free_heap()
 
     def _tell(self) -> None:
-        """Tell the Broker whose turn has come, those of a moment in one call."""
+        """Tell the Broker which stages have begun. Those within TOGETHER_S are sent in one call."""
         while True:
             begun = [self.begun.get()]
             time.sleep(TOGETHER_S)
@@ -233,7 +239,7 @@ class Hand:
 
 
 class Begun(NamedTuple):
-    """A light stage whose turn has come, and when, in seconds since the epoch."""
+    """A light stage that has begun, and when, in seconds since the epoch."""
 
     kind: str
     key: str
@@ -241,14 +247,15 @@ class Begun(NamedTuple):
 
 
 def free_heap() -> None:
-    """Give freed memory back to the system: glibc keeps it, in a heap for each thread (800 MiB of tokenizers were seen)."""
+    """Return freed memory to the system. glibc keeps it, in a heap for each thread (800 MiB of tokenizers were
+    seen)."""
     with suppress(OSError, AttributeError):  # another libc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextmanager
 def output_to(path: Path) -> Iterator[None]:
-    """Send what this process prints, native code included, to a file while the block runs."""
+    """Redirect this process's output, including that of native code, to a file while the block runs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What there is to do, as numbers in arrays, and the least time that any schedule of it takes (simulate.py makes one)."""
+"""The work of a sweep as arrays, and the least time that any schedule of it takes (simulate.py makes one schedule)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ TRAINERS, LIGHT = 0, 1  # groups that every grid has
 
 
 class Group(NamedTuple):
-    """Who does work: the trainers, the process of light stages (which holds no device), or the engines of one model in one
-    role. Each holder has `size` units, takes `boot_s` to start, and does `at_once` pieces of work beside one another."""
+    """A group of workers: the trainers, the process of light stages (which holds no device), or the engines of one
+    model in one role. Each holder has `size` units, starts in `boot_s` seconds, and does `at_once` pieces of work at
+    the same time."""
 
     name: str
     role: str
@@ -29,8 +30,8 @@ class Group(NamedTuple):
 
 
 class Node(NamedTuple):
-    """`units`: GPUs, or without any CPUs; `pace`: how fast, as a multiple of what `Grid.seconds` is told for;
-    `preempted_per_h`: how often it is taken away, to be back `back_s` later."""
+    """A node. `units`: GPUs, or CPUs if it has none. `pace`: speed, as a multiple of the speed for which `Grid.seconds`
+    holds. `preempted_per_h`: how often per hour it is taken away; it is back after `back_s` seconds."""
 
     kind: str
     units: int
@@ -42,7 +43,8 @@ class Node(NamedTuple):
 
 @dataclass
 class Cell:
-    """A row of the table as its trials come: those of a batch (each: the stages that it wants) after all of the one before."""
+    """A row of the table with its trials in batches. A trial is a tuple of the stages that it wants. A batch begins
+    after all trials of the previous batch."""
 
     batches: list[list[tuple[int, ...]]]
     searched: bool = False
@@ -52,30 +54,30 @@ class Cell:
 
 @dataclass
 class Grid:
-    """Stages that must be run, inputs first, as arrays by their number."""
+    """Stages that must be run, inputs first, as arrays indexed by stage number."""
 
     groups: list[Group]
     kinds: list[str] = field(default_factory=list)
     kind: list[int] = field(default_factory=list)
     group: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    ranks: list[int] = field(default_factory=list)  # how many of a trainer's it takes
-    resumes: list[bool] = field(default_factory=list)  # whether it goes on from a checkpoint
-    # A number of the weights it asks an engine for, which has one of them at a time; -1: it asks for none.
+    ranks: list[int] = field(default_factory=list)  # number of ranks of a trainer that it takes
+    resumes: list[bool] = field(default_factory=list)  # whether it can continue from a checkpoint
+    # Number of the weights for which it asks an engine, which holds one at a time; -1: it asks no engine.
     weights: list[int] = field(default_factory=list)
     needs: list[tuple[int, ...]] = field(default_factory=list)  # the stages it waits for
-    # The batch (a number in `gates`) that must be over before it is asked for; -1: none. A lower bound must know it.
+    # Number in `gates` of the batch that must end before this stage is asked for; -1: none. Needed for a lower bound.
     after: list[int] = field(default_factory=list)
     gates: list[list[int]] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
-    beside: list[int] = field(default_factory=list)  # wanted by no row: what measures the judges
+    beside: list[int] = field(default_factory=list)  # stages that no row wants: they measure the judges
     checkpoint_s: float = 60.0
 
     def add(
         self, kind: int, group: int, seconds: float, needs: Iterable[int], *, ranks: int = 1, resumes: bool = False,
         weights: int = -1, after: int = -1,
     ) -> int:  # fmt: skip
-        """One more stage; its number."""
+        """Add one stage. Returns its number."""
         self.kind.append(kind)
         self.group.append(group)
         self.seconds.append(seconds)
@@ -87,13 +89,14 @@ class Grid:
         return len(self.kind) - 1
 
     def chains(self) -> list[float]:
-        """See order.chains: of what is asked for together."""
+        """See order.chains, for stages that are asked for together."""
         return chains(self.seconds, self.needs)
 
 
 class Bound(NamedTuple):
-    """No schedule takes less than `seconds`, for this reason (`why`): the critical path, all devices, or a group that may have no
-    more holders. `path`: the critical path, as numbers of stages; `group_s`: the least by each group's holders."""
+    """A lower bound in seconds of any schedule, and the reason (`why`): the critical path, all devices, or a group that
+    may have no more holders. `path`: the critical path, as stage numbers. `group_s`: the lower bound by each group's
+    holders."""
 
     seconds: float
     why: str
@@ -104,12 +107,12 @@ class Bound(NamedTuple):
 
 
 class Bounds:
-    """The least that any schedule of a grid takes, on any nodes."""
+    """Lower bounds of any schedule of a grid, on any nodes."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         num = len(grid.seconds)
-        self.starts, before = [0.0] * num, [-1] * num  # the earliest, and the stage that it waits for longest
+        self.starts, before = [0.0] * num, [-1] * num  # earliest start, and the input that it waits for longest
         ends = [0.0] * num
         gates: dict[int, int] = {}  # gate -> its last stage
         for stage, seconds in enumerate(grid.seconds):
@@ -133,7 +136,7 @@ class Bounds:
         self.path.reverse()
         of_unit = [0.0 if number == LIGHT else group.size / group.at_once for number, group in enumerate(grid.groups)]
         alone, group = np.array(grid.seconds), np.array(grid.group, dtype=int)
-        places = alone * np.array(grid.ranks)  # seconds of places
+        places = alone * np.array(grid.ranks)  # seconds times places
         unit_s = places * np.array(of_unit)[group]
         heads, tails = np.array(self.starts), np.array(grid.chains()) - alone
         self.unit_s = float(unit_s.sum())
@@ -159,9 +162,12 @@ class Bounds:
 
 
 def _within(heads: Floats, tails: Floats, work: Floats) -> list[tuple[float, float]]:
-    """Of sets of stages: the seconds in which none of them can run, since what each waits for comes before it (`heads`) or
-    what waits for it after (`tails`), and all their work, which must be done in the rest. Of the sets, which are what has the
-    longest heads, or tails, some two hundred."""
+    """For sets of stages, returns (idle seconds, work) pairs.
+
+    Idle seconds: none of the set's stages can run, because their inputs come before (`heads`) or the stages that wait
+    for them come after (`tails`). All their work must be done in the remaining time. The sets are those with the
+    longest heads, or the longest tails; about two hundred sets are returned.
+    """
     heads, tails, work = heads[work > 0], tails[work > 0], work[work > 0]
     if not len(work):
         return []
