@@ -1,4 +1,5 @@
-"""A first sweep file from a model, a data file and a goal: small, commented, and accepted by `safecl plan`."""
+"""Writes a first sweep file from a model, a data file and a goal. It is small and commented, and `safecl plan` accepts
+it."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from safecl.tasks._written import kind_of, shown
 
 
 class Goal(NamedTuple):
-    """`methods` as YAML, `seeds`, and what the sweep answers."""
+    """A goal: its description, `methods` as YAML, and `seeds`."""
 
     about: str
     methods: tuple[str, ...]
@@ -70,18 +71,19 @@ align:
   safety: [{task: mini, num_rows: 400}]
   max_tokens: 128
 """
-SMALL = 5e8  # parameters: below, models learn at higher rates
-NUM_LAYERS = 12  # that are adapted
-NUM_ROWS = 200  # of the user's rows, at most
-NUM_PROMPTS = 40  # of every evaluation set, at most
+SMALL = 5e8  # parameters: smaller models learn at higher rates
+NUM_LAYERS = 12  # number of layers that are adapted
+NUM_ROWS = 200  # maximum number of the user's rows
+NUM_PROMPTS = 40  # maximum number of prompts of each evaluation set
 
 
 def sweep(model: Model, data: Path, goal: str, attack: Path | None, out: Path, aligned: bool = False) -> str:
-    """The text of a sweep file that is to lie at `out`. `aligned`: the model is the starting point as it is.
+    """The text of a sweep file that will be written at `out`. `aligned`: the model is already aligned and is used as it
+    is.
 
     Raises:
-        ConfigError: the goal is unknown, or a data file has something wrong or too few rows; all of it is said.
-        PrerequisiteError: the model's tokenizer cannot be had.
+        ConfigError: the goal is unknown, or a data file has errors or too few rows. All errors are reported.
+        PrerequisiteError: the model's tokenizer is not available.
     """
     if goal not in GOALS:
         raise ConfigError(f"--goal {goal!r} is unknown.{near(goal, GOALS)} Expected one of {', '.join(GOALS)}")
@@ -99,7 +101,7 @@ def sweep(model: Model, data: Path, goal: str, attack: Path | None, out: Path, a
 
 
 def _own(seen: Seen, file: Path, out: Path) -> Data:
-    """The entry of the user's rows, with how its answers are scored where they are labels."""
+    """The `data` entry of the user's rows. If its answers are labels, it also says how they are scored."""
     assert seen.data is not None
     kind = kind_of(seen.data)
     chosen = labels([row for split in kind.SPLITS for row in kind().rows(split, None, 0)])
@@ -108,7 +110,8 @@ def _own(seen: Seen, file: Path, out: Path) -> Data:
 
 
 def _bad(seen: Seen, file: Path, out: Path, own: str) -> Data:
-    """The entry of the attack file: of its requests, and of poison too where it has answers. `own`: the name of the other."""
+    """The `data` entry of the attack file: role attack, and role poison if it has answers. `own`: the name of the
+    user's entry."""
     assert seen.data is not None
     roles = "attack" if seen.roles["poison"] else ("poison", "attack")
     return seen.data.model_copy(
@@ -123,7 +126,7 @@ def _name(file: Path, otherwise: str, *taken: str) -> str:
 
 
 def _beside(file: Path, out: Path) -> str:
-    """A place relative to the sweep file, or the whole one where it lies elsewhere."""
+    """A path relative to the sweep file's folder, or the absolute path if the file is outside it."""
     whole = file.absolute()
     return str(whole.relative_to(out.absolute().parent)) if whole.is_relative_to(out.absolute().parent) else str(whole)
 
@@ -144,15 +147,16 @@ def _flow(value: object) -> str:
 
 
 def _size(source: str) -> Size | None:
-    """Of a model in a folder; None where it is not known here."""
+    """Size of a model in a folder; None if it is not known here."""
     config = Path(source) / "config.json"
-    with suppress(KeyError):  # a layout of its own
+    with suppress(KeyError):  # an unknown layout
         return shape(json.loads(config.read_text())) if config.is_file() else None
     return None
 
 
 def _method(entry: str, aligned: bool) -> str:
-    """A line of `methods`; one that needs more than a model that is aligned already is a comment with what it needs."""
+    """A line of `methods`. If the method needs a base model and the model is already aligned, the line is a comment
+    with what it needs."""
     found = re.search(r"name: (\w+)", entry)
     assert found is not None
     kind = methods.load(found[1])
@@ -160,7 +164,8 @@ def _method(entry: str, aligned: bool) -> str:
     return f"  # - {entry}  # needs `aligned_from: {{source: BASE}}` on the model" if lacks_base else f"  - {entry}"
 
 
-_WORDS = ("true", "false", "null", "yes", "no", "on", "off")  # quoted, whoever reads the file
+# Quoted, because some YAML readers take them for other types.
+_WORDS = ("true", "false", "null", "yes", "no", "on", "off")
 
 
 def _counts(data: Data, file: Path, splits: tuple[str, ...]) -> dict[str, int]:

@@ -62,7 +62,7 @@ def _served(
 
 
 def _verdict_file(file: Path) -> Path:
-    """Where the verdicts on a file go: another for a.csv than for a.jsonl."""
+    """Default path of the verdicts on a file. It differs for a.csv and a.jsonl."""
     return Path(f"{file.name.removesuffix('.jsonl').replace(':', '-')}.verdicts.jsonl")
 
 

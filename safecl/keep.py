@@ -1,8 +1,8 @@
-"""What a store holds, and what of it no given sweep needs any more: `safecl du` and `safecl gc`.
+"""What a store holds, and which of it the given sweeps do not need: `safecl du` and `safecl gc`.
 
-A sweep needs every stage at or below what its rows and its search's trials rest on, finished or not: nothing that could be
-used again is ever taken. Beside stages there is what dead processes left: half-written folders, checkpoints of stages
-that nobody needs, damaged stages, Ray Tune's folders.
+A sweep needs every stage on which its rows and its search's trials are based, finished or not. No stage that a sweep
+could use again is removed. Besides stages there are leftovers of dead processes: half-written folders, checkpoints of
+stages that are not needed, damaged stages, Ray Tune's folders.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 
 class Held(NamedTuple):
-    """A stage that lies in a store: `kind`, `key`, its size; or a leftover: `kind` says what, `key` is its local path."""
+    """A stage in a store (`kind`, `key`, size in bytes), or a leftover: then `kind` describes it and `key` is its local
+    path."""
 
     kind: str
     key: str
@@ -33,7 +34,7 @@ class Held(NamedTuple):
 
 
 def stages(store: Store) -> list[Held]:
-    """Every stage of a store, half-removed ones included."""
+    """All stages of a store, including half-removed ones."""
     if store.remote is not None:
         sizes: dict[tuple[str, str], int] = defaultdict(int)
         for path, (_, size) in {**store.remote.list("records"), **store.remote.list("files")}.items():
@@ -46,7 +47,7 @@ def stages(store: Store) -> list[Held]:
 
 
 def leftovers(store: Store, needed: frozenset[str] | set[str]) -> list[Held]:
-    """What processes that are gone have left on this machine, and nobody needs."""
+    """What dead processes have left on this machine and no sweep needs."""
     found = []
     for folder in sorted((store.local / "tmp").glob("*")):
         if not store.is_alive(folder.name.partition(".")[0]):
@@ -63,12 +64,12 @@ def leftovers(store: Store, needed: frozenset[str] | set[str]) -> list[Held]:
 
 
 def live(store: Store) -> list[dict[str, Any]]:
-    """Leases of drivers that are at work in a store."""
+    """Leases of running drivers in a store."""
     return [told for name, told in store.notes(lease.NOTE).items() if store.is_alive(name.removeprefix(lease.NOTE))]
 
 
 def needed(projects: Iterable[Project]) -> set[str]:
-    """Keys of all stages that these sweeps rest on or will rest on."""
+    """Keys of all stages that these sweeps are based on, now or later."""
     tops: list[Stage] = []
     for project in projects:
         tops += project.guard_stages()
@@ -89,7 +90,7 @@ def needed(projects: Iterable[Project]) -> set[str]:
 
 
 def one_store(projects: Sequence[Project]) -> Store:
-    """The store of all these sweeps. Raises ConfigError where they have several."""
+    """The store of all these sweeps. Raises ConfigError if they have different stores."""
     first = projects[0]
     for project in projects[1:]:
         if project.sweep.execution.root != first.sweep.execution.root:
@@ -101,14 +102,15 @@ def one_store(projects: Sequence[Project]) -> Store:
 
 
 def remove(store: Store, held: Held) -> None:
-    """Take a stage away: from one moment to the next it does not exist; or a leftover."""
+    """Remove a stage or a leftover. A stage disappears at once, never in part."""
     if os.path.isabs(held.key):
         shutil.rmtree(held.key, ignore_errors=True)
         with suppress(OSError):
-            Path(held.key).parent.rmdir()  # of a key's checkpoints, once all are gone
+            Path(held.key).parent.rmdir()  # the folder of a key's checkpoints, once all are removed
         return
     if store.remote is not None:
-        store.remote.remove(f"records/{held.kind}/{held.key}.json")  # first: without it there is no stage
+        # First, because without its record a stage does not exist.
+        store.remote.remove(f"records/{held.kind}/{held.key}.json")
         for name in (f"files/{held.kind}/{held.key}", f"scratch/{held.key}"):
             store.remote.remove(name)
         for name in store.remote.list("logs"):
@@ -125,7 +127,7 @@ def remove(store: Store, held: Held) -> None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files below a folder; what vanishes meanwhile does not count."""
+    """Bytes of all files below a folder. Files that vanish meanwhile do not count."""
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
@@ -135,7 +137,7 @@ def size_of(folder: Path) -> int:
 
 
 def readable(num_bytes: int) -> str:
-    """`1536` -> `1.5 KiB`."""
+    """A size as text: `1536` -> `1.5 KiB`."""
     size, units = float(num_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:
         size /= 1024
@@ -144,7 +146,8 @@ def readable(num_bytes: int) -> str:
 
 
 def table(store: Store, needed_keys: set[str] | None) -> list[dict[str, Any]]:
-    """A row for each kind of stage, then for what else lies there: number and bytes; with `needed_keys` also of how much."""
+    """A row for each kind of stage, then for each other folder: number and bytes. With `needed_keys` also the number
+    and bytes of stages that are not needed."""
     rows: dict[str, dict[str, Any]] = {}
     for held in stages(store):
         row = rows.setdefault(held.kind, {"what": held.kind, "num": 0, "bytes": 0})

@@ -1,6 +1,6 @@
-"""What stages' names for people are made of (`stages.Kind.label`): method, task, poison and seed, and the set that is
-answered, in place of a hash: `finetune der, mini p=0.1, seed 0`; `generate attack mini, validation: der, mini p=0.1, seed
-0`."""
+"""Parts of stages' names for people (`stages.Kind.label`). A name holds method, task, poison and seed, and the set that
+is answered, in place of a hash: `finetune der, mini p=0.1, seed 0`; `generate attack mini, validation: der, mini p=0.1,
+seed 0`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from safecl.store import Stage
 
 
 def weights(stage: Stage | None, models: Mapping[str, str]) -> str:
-    """What was trained: `aligned, seed 0`, `guard`, `der, mini p=0.1, seed 0`. Without any: what `models` calls it by an
-    empty key, else `base`."""
+    """Name of trained weights: `aligned, seed 0`, `guard`, `der, mini p=0.1, seed 0`. Without a stage: the name that
+    `models` gives for an empty key, else `base`."""
     if stage is None:
         return models.get("", "base")
     config: Any = stage.config
-    if "tuned" in stage.inputs:  # what a post-hoc method made of it
+    if "tuned" in stage.inputs:  # the result of a post-hoc method
         tuned = weights(stage.inputs["tuned"], models)
         return f"{config['method']},{tuned.partition(',')[2]}"
     rows, model = stage.inputs["rows"], models.get(stage.inputs["model"].key)
@@ -28,7 +28,7 @@ def weights(stage: Stage | None, models: Mapping[str, str]) -> str:
 
 
 def task(rows: Stage) -> str:
-    """`mini p=0.1, ` of the user's rows, else nothing."""
+    """`mini p=0.1, ` for the user's rows, else ""."""
     config: Any = rows.config
     if config.get("role") != "user":
         return ""
@@ -37,7 +37,7 @@ def task(rows: Stage) -> str:
 
 
 def answered(rows: Stage) -> str:
-    """`attack mini, test` of rows that are answered."""
+    """`attack mini, test` for rows that are answered."""
     config: Any = rows.config
     role, _, split = str(config.get("role", "")).partition(".")
     names = ", ".join(dict.fromkeys(part["task"] for part in config.get("parts") or ()))

@@ -1,4 +1,5 @@
-"""devices.py by the real clock, on the Broker's event loop: who wants units says so here, and is told what to start and stop."""
+"""devices.py with the real clock, on the Broker's event loop. Users ask for units here, and are told which holders to
+start and stop."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from safecl.devices import IDLE_S, Devices, Holder, Start
 
 
 class User(Protocol):
-    """Who starts and stops the holders of its groups, and gives work to those that are open. No call may wait."""
+    """Starts and stops the holders of its groups, and gives work to open holders. No call may block."""
 
     def start(self, holder: Holder) -> None: ...
     def stop(self, holder: Holder) -> None: ...
@@ -24,8 +25,8 @@ class Lender:
         self._users: dict[str, User] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._stepping = False
-        self._have = devices.num_units  # without what autoscaling may bring
-        self._capped: float | None = None  # what there was when that did not come
+        self._have = devices.num_units  # units that are there, without those that autoscaling may add
+        self._capped: float | None = None  # units that were there when autoscaling added none
 
     def add(self, group: str, user: User, size: float, at_most: int, idle_s: float = IDLE_S) -> None:
         self._users[group] = user
@@ -40,7 +41,8 @@ class Lender:
         self.step()
 
     def work(self, holder: Holder, num: int) -> None:
-        """Whoever calls this with work that is done goes on to `ask`, which steps."""
+        """Note that a holder has `num` more (or fewer) pieces of work. A caller whose work is done then calls `ask`,
+        which steps."""
         self.devices.work(holder, num, self._now())
 
     def gone(self, holder: Holder) -> None:
@@ -48,16 +50,16 @@ class Lender:
         self.step()
 
     def resize(self, num_units: float, have: float) -> None:
-        """`num_units`: with what autoscaling may bring; `have`: those that are there."""
+        """`num_units`: units including those that autoscaling may add. `have`: units that are there."""
         self._have = have
         if self._capped is not None and have > self._capped:
-            self._capped = None  # it brings some after all
+            self._capped = None  # autoscaling adds some after all
         self.devices.resize(num_units if self._capped is None else have)
         self.step()
 
     def never_came(self, holder: Holder) -> bool:
-        """Of one that could not be started: whether for units that are not there. Then what is there is all that counts, until
-        there is more, and the group waits for its turn."""
+        """Whether a holder could not be started because its units are not there. Then only the units that are there
+        count, until there are more, and the group waits for its turn."""
         if self.devices.held <= self._have:
             return False
         self._capped = self._have
@@ -65,8 +67,8 @@ class Lender:
         return True
 
     def step(self) -> None:
-        """Do what the rule says now, and look again when it says so."""
-        if self._stepping:  # one of its own acts asked: the loop below goes on
+        """Start and stop holders by the rules of Devices, and set a timer for the next step."""
+        if self._stepping:  # one of its own acts asked: the loop below continues
             return
         self._stepping = True
         try:
@@ -84,7 +86,7 @@ class Lender:
         self._timer = None if at == float("inf") else asyncio.get_running_loop().call_at(at + 0.001, self.step)
 
     def told(self) -> dict[str, Any]:
-        """What it lends to whom, and who waits since how many seconds."""
+        """The units of each group, and for how many seconds a group has waited for units."""
         devices, now = self.devices, self._now()
         groups = {
             group.name: {

@@ -1,7 +1,8 @@
-"""How a run goes, read from the notes that its driver leaves in the store (watch.py): from any terminal, live and afterwards.
+"""The state of a run, read from the notes that its driver leaves in the store (watch.py). Works from any terminal,
+during the run and afterwards.
 
-Reads only, and joins no cluster. A sweep may have had several runs, one after the other: what was spent is of them all,
-what is under way is of the last one.
+Only reads, and joins no cluster. A sweep may have had several runs, one after the other. Costs are of all runs; running
+stages are of the last run.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from safecl.watch import NOTE_S, RUN
 if TYPE_CHECKING:
     from safecl.config import Execution
 
-SHOWN = 20  # stages that run
-SILENT_S = 12 * NOTE_S  # a run whose notes are older may be lost
+SHOWN = 20  # running stages that are shown
+SILENT_S = 12 * NOTE_S  # seconds; a run whose notes are older may be lost
 
 
 def runs(store: Store, sweep: str) -> list[dict[str, Any]]:
-    """Every run of a sweep that left a note, the last one last; `run` is its name."""
+    """All runs of a sweep that left a note, the newest last; `run` is the run's name."""
     found = [
         {**told, "run": name.removeprefix(RUN)} for name, told in store.notes(RUN).items() if told.get("sweep") == sweep
     ]
@@ -30,8 +31,8 @@ def runs(store: Store, sweep: str) -> list[dict[str, Any]]:
 
 
 def state(store: Store, sweep: str, execution: Execution) -> dict[str, Any] | None:
-    """The last run, and what all of them took; None where none left a note. `how`: `under way`, `ended`, `stopped`, or
-    `lost`: its driver died without a word."""
+    """The last run, and the costs of all runs. None if no run left a note. `how`: `under way`, `ended`, `stopped`, or
+    `lost` (its driver died without a note)."""
     every = runs(store, sweep)
     if not every:
         return None
@@ -59,12 +60,12 @@ def state(store: Store, sweep: str, execution: Execution) -> dict[str, Any] | No
 
 
 def _is_made(store: Store, failed: dict[str, Any]) -> bool:
-    """Whether what failed in an earlier run is in the store now."""
+    """Whether a stage that failed in an earlier run is in the store now."""
     return store.has(Stage.of({"config": {}, "version": "", **failed}, {}))
 
 
 def money(every: list[dict[str, Any]], execution: Execution) -> dict[str, Any]:
-    """Device-hours that the cluster was held for, over all runs; their price where the sweep file says one."""
+    """Device-hours for which the cluster was held, over all runs, and their price if the sweep file gives one."""
     hours = sum(told["device_s"] for told in every) / 3600
     price = execution.device_price
     unit = next((told["cluster"]["unit"] for told in reversed(every) if told["cluster"]), "device")
@@ -74,7 +75,7 @@ def money(every: list[dict[str, Any]], execution: Execution) -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any] | None) -> list[str]:
-    """What a person reads below the tables."""
+    """Lines for a person, printed below the tables."""
     if found is None:
         return ["no run of this sweep has left a note in this store"]
     host, since = f"process {found['pid']} on {found['host']}", clock(found["at"] - found["began"])

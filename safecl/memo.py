@@ -1,4 +1,4 @@
-"""What recipes of one sweep have in common is derived once: `@shared(*fields)` on a method of graph.Graph."""
+"""Values that recipes of one sweep have in common are computed once: `@shared(*fields)` on a method of graph.Graph."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ Made = TypeVar("Made")
 
 
 class Shared:
-    """What the graphs of one sweep share. `folder`: of local data files; None: the hub. `data`: tasks that the sweep file
-    writes. `planned`: see tasks._source.identity."""
+    """Values that the graphs of one sweep share.
+
+    `folder`: of local data files; None: the hub. `data`: tasks that the sweep file writes. `planned`: see
+    tasks._source.identity.
+    """
 
     def __init__(self, folder: Path | None, data: tuple[Any, ...] = (), planned: bool = False) -> None:
         self.folder, self.data, self.planned = folder, data, planned
         self.made: dict[Hashable, Any] = {}
-        self.kept: list[object] = []  # whose ids are in the keys of `made` and `parts`
-        self.parts: dict[tuple[int, ...], int] = {}  # ids of what recipes hold -> a number
+        self.kept: list[object] = []  # objects whose ids are in the keys of `made` and `parts`, kept alive
+        self.parts: dict[tuple[int, ...], int] = {}  # ids of the objects that recipes hold -> a number
 
     def part(self, recipe: object, held: tuple[object, ...]) -> int:
-        """A number for what a recipe holds: equal for recipes that hold the same objects."""
+        """A number for the objects that a recipe holds. It is equal for recipes that hold the same objects."""
         ids = tuple(map(id, held))
         if ids not in self.parts:
             self.kept.append(recipe)
@@ -32,7 +35,7 @@ class Shared:
         return self.parts[ids]
 
     def once(self, what: Hashable, of: object, make: Callable[[], Made]) -> Made:
-        """What is made of one object, made once."""
+        """The result of `make` for one object, computed once."""
         key = (what, id(of))
         if key not in self.made:
             self.kept.append(of)
@@ -41,7 +44,7 @@ class Shared:
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _elsewhere, (self.folder, self.data, registry.in_use())  # another process makes its own
+        return _elsewhere, (self.folder, self.data, registry.in_use())  # another process computes its own values
 
 
 def _elsewhere(folder: Path | None, data: tuple[Any, ...], plugins: tuple[registry.Plugin, ...]) -> Shared:
@@ -50,7 +53,8 @@ def _elsewhere(folder: Path | None, data: tuple[Any, ...], plugins: tuple[regist
 
 
 class _Graph(Protocol):
-    """`parts`: empty at first; `Shared.part` by names of fields."""
+    """The part of graph.Graph that `shared` uses. `parts`: results of `Shared.part` by names of fields; empty at
+    first."""
 
     recipe: Any
     shared: Shared
@@ -62,7 +66,8 @@ G = TypeVar("G", bound=_Graph)
 
 
 def shared(*fields: str) -> Callable[[Callable[Concatenate[G, P], Made]], Callable[Concatenate[G, P], Made]]:
-    """Made once for all recipes of a sweep that hold the same objects in `fields` (several); it may depend on nothing else."""
+    """Decorator: compute a method's result once for all recipes of a sweep that hold the same objects in `fields` (two
+    or more). The result may depend on nothing else."""
     read: Callable[[Any], tuple[object, ...]] = attrgetter(*fields)
     names = " ".join(fields)
 

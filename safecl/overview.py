@@ -1,4 +1,4 @@
-"""What the commands print besides running: plan, status, the page, the lists."""
+"""Output of the commands that run nothing: plan, status, the page, the lists."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 
 def plan(project: Project) -> dict[str, Any]:
-    """Cells, trials, stages by kind, hours and dtypes, as plain data; and estimates against the records of past stages."""
+    """Cells, trials, stages by kind, hours and dtypes, as plain data, with the accuracy of past estimates according to
+    the records."""
     sweep = project.sweep
     project.expected  # noqa: B018  (refuses what would leave too few rows)
     project.warnings += [f"not checked here, and needed to run: {line}" for line in lacking_judges(sweep)]
@@ -54,7 +55,7 @@ def plan(project: Project) -> dict[str, Any]:
         jobs += row.done + row.known
         if row.num_more is not None:
             open_cells.append(Open(cell, row.num_more, sweep.seeds))
-    with ThreadPoolExecutor(1) as beside:  # the machine's speed is measured by another process
+    with ThreadPoolExecutor(1) as beside:  # another process measures the machine's speed
         to_come = beside.submit(project.forecast)
         for job in jobs:
             job.evidence  # noqa: B018  (made here, while that runs)
@@ -91,7 +92,7 @@ def plan(project: Project) -> dict[str, Any]:
 
 
 def _plan_notes(project: Project) -> list[str]:
-    """Lines on what will be trained on: templates, and what differs from what was asked."""
+    """Lines about the training data: templates, and differences from what the sweep asks for."""
     several, found = len(project.sweep.models) > 1, []
     for cell in project.cells:
         one, recipe = project.expected.get(cell.label), cell.recipe
@@ -109,8 +110,12 @@ def _plan_notes(project: Project) -> list[str]:
 
 
 def status(project: Project, run: Mapping[str, Any] | None = None) -> list[dict[str, str]]:
-    """How far each cell is, from the store and the studies alone; `weights`: of its first finished seed, for `safecl export`.
-    `run`: what its driver noted (live.state): which cells it works on, and how far searches are whose study lies elsewhere."""
+    """Progress of each cell, from the store and the studies alone. `weights`: those of its first finished seed, for
+    `safecl export`.
+
+    `run`: the notes of the sweep's driver (live.state). They say which cells it works on, and the progress of searches
+    whose study this machine cannot read.
+    """
     under_way, searched = (run or {}).get("cells", ()), (run or {}).get("searched", {})
     found, has = [], project.store.listed()
     for cell, _, jobs, note in project.finals():
@@ -143,7 +148,7 @@ def status(project: Project, run: Mapping[str, Any] | None = None) -> list[dict[
 
 
 def write_report(project: Project, out: Path | None, accept_judge: bool = False) -> Path:
-    """Write the page, and the answers beside it where they are many; returns the page's path."""
+    """Write the page, and its answers beside it if there are many. Returns the page's path."""
     rows, found = readable(project, accept_judge)
     rows = [row for row in rows if row["metrics"]]
     more = page.More(
@@ -157,12 +162,12 @@ def write_report(project: Project, out: Path | None, accept_judge: bool = False)
 
 
 def report_folder(project: Project, out: Path | None = None) -> Path:
-    """Where a sweep's page lies."""
+    """Folder of a sweep's page."""
     return out or project.store.local / "report" / project.sweep.name
 
 
 def listing(what: str, data: Sequence[Data] = ()) -> list[dict[str, str]]:
-    """Methods, tasks, judges or metrics as rows for `safecl ls`; `data`: tasks that a sweep file writes."""
+    """Methods, tasks, judges or metrics as rows for `safecl ls`. `data`: tasks that a sweep file writes."""
     from safecl import judges, metrics, tasks
 
     if what == "methods":
@@ -222,13 +227,13 @@ def _written_task(data: Data) -> dict[str, str]:
 
 
 def _about(kind: type) -> str:
-    """What a class says of itself, or else its file: the first paragraph."""
+    """First paragraph of a class's docstring, or else of its file's."""
     told = vars(kind).get("__doc__") or sys.modules[kind.__module__].__doc__ or "-"
     return " ".join(told.partition("\n\n")[0].split())
 
 
 def _model_of(kind: type[Judge]) -> str:
-    """What answers for a judge, as people say it."""
+    """What answers for a judge, as text."""
     if not kind.served:
         return "none: a rule"
     return "trained here" if kind.trained else ", ".join(kind.published) or "any"
@@ -239,12 +244,12 @@ def _short(value: Any) -> str:
 
 
 def _form(form: Any) -> str:
-    """A search space's form as people write it."""
+    """A search range as text."""
     if isinstance(form, list):
         return "one of " + ", ".join(map(str, form))
     return f"{form['low']:g} to {form['high']:g}{' (log)' if form.get('log') else ''}"
 
 
 def _needs(kind: type[methods.Method]) -> list[str]:
-    """Names of the stages a method asks for, with its defaults."""
+    """Names of the stages that a method needs with its default config."""
     return sorted({*methods.needed(kind).values(), *([f"{kind.trains_as}'s adapter"] if kind.trains_as else [])})

@@ -1,4 +1,4 @@
-"""A PEFT folder's files: what its settings mean, and which tensors are a module's factors. Reads no weights."""
+"""Files of a PEFT folder: the meaning of its settings, and which tensors are a module's factors. Reads no weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "base_model.model."
-# Settings under which `W + scale * B @ A` would not be the adapter's meaning, and their harmless values.
+# Settings with which the adapter would not mean `W + scale * B @ A`, and their harmless values.
 _PLAIN = {
     "use_dora": (False, None), "use_qalora": (False, None), "fan_in_fan_out": (False, None), "bias": ("none", None),
     "modules_to_save": ([], None), "trainable_token_indices": ([], {}, None), "layer_replication": ([], None),
@@ -18,7 +18,7 @@ _PLAIN = {
 
 
 def scale(folder: Path) -> float:
-    """alpha / r of the adapter's config (alpha / sqrt(r): rslora). Raises ValueError for a kind of adapter that is not plain
+    """alpha / r of the adapter's config, or alpha / sqrt(r) for rslora. Raises ValueError if the adapter is not plain
     LoRA of one rank and alpha."""
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
     odd = {key: config[key] for key, plain in _PLAIN.items() if key in config and config[key] not in plain}
@@ -29,8 +29,8 @@ def scale(folder: Path) -> float:
 
 
 def factors(folder: Path, names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Module -> (name of its A, name of its B) among a folder's tensors. Raises ValueError for a lone factor or any other
-    tensor."""
+    """Module -> (name of its A, name of its B), from the names of a folder's tensors. Raises ValueError for a factor
+    without its partner, and for any other tensor."""
     known = set(names)
     found: dict[str, tuple[str, str]] = {}
     for name in sorted(known):

@@ -15,7 +15,7 @@ from safecl.tasks._written import find
 
 
 def check(sweep: Sweep) -> None:
-    """Raises PrerequisiteError where this machine lacks what the sweep needs."""
+    """Raises PrerequisiteError if this machine lacks what the sweep needs."""
     check_memory(sweep.execution)
     check_isolation(sweep)
     if lacking := lacking_judges(sweep):
@@ -23,14 +23,15 @@ def check(sweep: Sweep) -> None:
 
 
 def lacking_judges(sweep: Sweep) -> list[str]:
-    """Models of judges on the hub that cannot be had, a line each: found out before hours are spent on what they would judge."""
+    """Judges' models on the hub that are not available, one line each. Checked early, before hours are spent on answers
+    to judge."""
     found: dict[str, str] = {}
     for seat in panel.all_seats(sweep):
         if seat.model is None:
             continue
         tokenizer = tokenizer_stage(seat.model)
         source: Any = tokenizer.config["source"]
-        if "hub" not in source:  # check.py has looked at the files
+        if "hub" not in source:  # check.py has checked its files
             continue
         try:
             tokenizer_folder(tokenizer)
@@ -40,8 +41,8 @@ def lacking_judges(sweep: Sweep) -> list[str]:
 
 
 def check_memory(execution: Execution) -> None:
-    """Raises PrerequisiteError where a run on this machine's CPUs would not fit into its free memory though its trainers and
-    engines take turns."""
+    """Raises PrerequisiteError if a run on this machine's CPUs does not fit into its free memory, even if its trainers
+    and engines take turns."""
     if execution.address != "local" or execution.use_gpu:
         return
     free, need = free_gib(), least_gib(execution)
@@ -54,14 +55,14 @@ def check_memory(execution: Execution) -> None:
 
 
 def least_gib(execution: Execution) -> float:
-    """Memory with which a run on this machine's CPUs comes to its end; with less than `needed_gib` engines and trainers take
-    turns, and each turn starts them anew."""
+    """Least memory in GiB with which a run on this machine's CPUs can finish. With less than `needed_gib`, engines and
+    trainers take turns, and each turn starts them again."""
     held = max(GIB_PER_ENGINE, execution.num_workers * GIB_PER_WORKER)
     return held + execution.num_trials_at_once * GIB_PER_TRIAL
 
 
 def needed_gib(execution: Execution) -> float:
-    """Memory that a run of one model takes on this machine's CPUs with all that it may hold at once."""
+    """Memory in GiB of a run of one model on this machine's CPUs, with all processes that it may hold at once."""
     workers = _num_workers(execution)
     engines = execution.num_candidate_engines + execution.num_judge_replicas
     return engines * GIB_PER_ENGINE + workers * GIB_PER_WORKER + execution.num_trials_at_once * GIB_PER_TRIAL
@@ -72,7 +73,7 @@ def _num_workers(execution: Execution) -> int:
 
 
 def check_isolation(sweep: Sweep) -> None:
-    """Raises PrerequisiteError where a task's programs would run without isolation, and nobody consented to that."""
+    """Raises PrerequisiteError if a task's programs would run without isolation, and the sweep does not allow that."""
     if sweep.evaluate.unsafe_code or not any(find(task.task, sweep.data).RUNS_CODE for task in sweep.tasks):
         return
     lacking = sandbox.missing()

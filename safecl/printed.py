@@ -1,5 +1,5 @@
-"""What stages and engines print: written on their node, and put beside the store at a URL, where
-every machine sees it."""
+"""Output of stages and engines. It is written on their node, and at a URL also copied beside the store, where every
+machine can read it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Log(NamedTuple):
-    """A file of what a stage or an engine printed."""
+    """A file with the output of a stage or an engine."""
 
     name: str
     written: float  # when, in seconds since the epoch
@@ -20,14 +20,14 @@ class Log(NamedTuple):
 
 
 def put(store: Store, path: Path) -> None:
-    """Keep a log of this node where other machines see it."""
+    """Copy a log of this node to where other machines can read it."""
     if store.remote is not None and path.is_file():
         store.remote.upload(path.parent, [path.name], "logs")
 
 
 def listed(store: Store, holds: str = "") -> list[Log]:
-    """Logs whose name holds this text (12 digits of a stage's key, a kind, `engine-`), the oldest first. At a URL also those
-    of what is under way on other nodes, some seconds old."""
+    """Logs whose name contains this text (12 digits of a stage's key, a kind, `engine-`), the oldest first. At a URL
+    this includes logs of stages that run on other nodes, as of some seconds ago."""
     found = {}
     if store.remote is not None:
         found = {Path(name).name: Log(Path(name).name, *info) for name, info in store.remote.list("logs").items()}
@@ -38,7 +38,7 @@ def listed(store: Store, holds: str = "") -> list[Log]:
 
 
 def read(store: Store, name: str, start: int = 0) -> bytes:
-    """What a log holds from byte `start` on. FileNotFoundError if there is none."""
+    """The content of a log from byte `start` on. Raises FileNotFoundError if there is no such log."""
     found: list[bytes] = []
     if (path := store.logs / name).is_file():
         with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""What a cluster takes back, and what it should have back.
+"""Resources to return to a cluster, and nodes that a cluster takes away.
 
-Placement groups of trainers whose controller was killed: Ray keeps what they reserved for as long as the driver lives, so
-that nobody could train there any more. And nodes that are about to be taken away.
+The resources are placement groups of trainers whose controller was killed. Ray keeps what they reserved for as long as
+the driver lives, so that no other trainer could use it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from contextlib import suppress
 
 
 def free() -> int:
-    """Give back what dead actors of this run had reserved; how many groups that were. Other jobs are left alone."""
+    """Return the resources that dead actors of this run had reserved. Returns the number of placement groups. Other
+    jobs are not touched."""
     import ray
     from ray._private.state import state
     from ray.core.generated import gcs_pb2
@@ -24,17 +25,17 @@ def free() -> int:
             group.state == gcs_pb2.PlacementGroupTableData.REMOVED
             or group.creator_job_id != job
             or not group.creator_actor_dead
-            or not group.creator_actor_id.strip(b"\xff")  # made by no actor
+            or not group.creator_actor_id.strip(b"\xff")  # not made by an actor
         ):
             continue
-        with suppress(Exception):  # somebody was first
+        with suppress(Exception):  # another caller was first
             groups.remove_placement_group(groups.PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
             num += 1
     return num
 
 
 def draining() -> set[str]:
-    """Nodes that take nothing new and will soon be gone: the first eight digits of their ids."""
+    """Nodes that take no new work and will soon be gone, as the first eight digits of their ids."""
     from ray._private.state import state
 
     return {node[:8] for node in state.get_draining_nodes()}

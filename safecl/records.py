@@ -1,7 +1,8 @@
-"""What a stage's record says of its files and libraries, and whether it still holds: sizes, sha256, and a digest of the record.
+"""What a stage's record says of its files and libraries, and whether that is still true: sizes, sha256, a digest of the
+record.
 
-A file larger than TRUSTED is hashed only if its time of writing is not the recorded one: a process that starts would else
-read all of a model (a GiB takes .5 to 3 s).
+A file larger than TRUSTED is hashed only if its time of writing differs from the recorded one. Otherwise each new
+process would read all of a model, at 0.5 to 3 s per GiB.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ TRUSTED = 64 * 2**20  # bytes
 
 
 def sums(folder: Path, names: Iterable[str]) -> dict[str, Json]:
-    """What a record keeps of these files beside their sizes."""
+    """What a record holds of these files besides their sizes: sha256 of each, and times of writing of large ones."""
     paths = {name: folder / name for name in names}
     large: dict[str, Json] = {
         name: path.stat().st_mtime_ns for name, path in paths.items() if path.stat().st_size > TRUSTED
@@ -29,18 +30,18 @@ def sums(folder: Path, names: Iterable[str]) -> dict[str, Json]:
 
 
 def digest(record: Mapping[str, Any]) -> str:
-    """sha256 of a record's text, its own digest left out."""
+    """sha256 of a record's JSON text without its own digest."""
     text = json.dumps({name: value for name, value in record.items() if name != "digest"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A record. Raises Damaged if it cannot be one."""
+    """A record, from its file. Raises Damaged if it is not valid."""
     return read(path.read_bytes(), path.parent.name, path)
 
 
 def read(text: bytes, key: str, path: object) -> dict[str, Any]:
-    """The record of a key by its text, which `path` holds. Raises Damaged if it cannot be one."""
+    """The record of a key, from its text. `path` is named in the error. Raises Damaged if it is not valid."""
     try:
         record = json.loads(text)
     except ValueError:
@@ -48,21 +49,21 @@ def read(text: bytes, key: str, path: object) -> dict[str, Any]:
     if (
         not isinstance(record, dict)
         or record.get("key") != key
-        or record.get("digest") not in (None, digest(record))  # None: of an earlier version
+        or record.get("digest") not in (None, digest(record))  # None: written by an earlier version
     ):
         raise Damaged(f"{path} is cut short or was changed; `safecl run` makes the stage again")
     return record
 
 
 def stamp(folder: Path, record: Mapping[str, Any]) -> None:
-    """Give large files that were copied and compared the time of writing that their record trusts."""
+    """Set the recorded times of writing on large files that were copied and compared."""
     for name, written in record.get("written_ns", {}).items():
         os.utime(folder / name, ns=(written, written))
 
 
 def damage(folder: Path, only: str | None = None) -> str | None:
-    """What is wrong with a finished stage's files (or one of them), in words; None if they are what was written. Records of
-    earlier versions have sizes only."""
+    """What is wrong with a finished stage's files, or with one of them, as text. None if they are what was written.
+    Records of earlier versions hold sizes only."""
     try:
         record = load(folder / "record.json")
     except Damaged:
@@ -89,7 +90,8 @@ def _sha256(path: Path) -> str:
 
 @cache
 def libraries() -> Mapping[str, str]:
-    """Versions of the libraries that decide numbers, read without importing them, once a process."""
+    """Versions of the libraries that decide numbers. They are read once per process, without importing the
+    libraries."""
     from importlib.metadata import PackageNotFoundError, version
 
     found: dict[str, str] = {}

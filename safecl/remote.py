@@ -1,6 +1,7 @@
-"""Files at an fsspec URL, as the store needs them: whole files in, whole files out, and one that only the first may create.
+"""Files at an fsspec URL, for the store: whole files are written and read, and one kind of file is created only once.
 
-Where the network or the server fails, every call is tried again for a while: a storage that restarts must not end a sweep.
+If the network or the server fails, every call is tried again for a while, because a storage that restarts must not end
+a sweep.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any, TypeVar
 
 from safecl.base import Infrastructure, Json, PrerequisiteError
 
-PATIENCE_S = 900.0  # how long a server that does not answer is asked again
-FIRST_PATIENCE_S = 20.0  # before it has answered once: most often its name is wrong
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # protocol -> extra of safecl with its driver
-_FLAT = {"s3", "gs", "abfs"}  # their names have slashes, but they have no folders to make
+PATIENCE_S = 900.0  # seconds for which a server that does not answer is asked again
+FIRST_PATIENCE_S = 20.0  # seconds, before the server has answered once: most often its name is wrong
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # protocol -> extra of safecl that installs its driver
+_FLAT = {"s3", "gs", "abfs"}  # object stores: their names have slashes, but they have no folders to create
 _DEFINITE = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _NETWORK = ("aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs", "urllib3")
 _HOPELESS = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound")
@@ -28,15 +29,19 @@ T = TypeVar("T")
 
 
 def is_url(root: str) -> bool:
-    """Whether a root is an fsspec URL, and not a folder."""
+    """Whether a root is an fsspec URL, not a folder."""
     return "://" in root and not root.startswith("file://")
 
 
 class Remote:
-    """What lies below a URL. Names are relative to it, with slashes."""
+    """The files below a URL. Names are relative to it, with slashes."""
 
     def __init__(self, url: str, patient: bool = False) -> None:
-        """`patient`: it is known to have answered, in another process.
+        """Open the URL; no file is read or written.
+
+        Args:
+            url: an fsspec URL.
+            patient: the server has already answered another process, so wait longer for it.
 
         Raises:
             PrerequisiteError: the package with its driver is not installed, or there is no such protocol.
@@ -51,12 +56,12 @@ class Remote:
         return bool(self._try(lambda: self._fs.exists(self._path(name))))
 
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError."""
+        """The content of a file. Raises FileNotFoundError."""
         found: bytes = self._try(lambda: self._fs.cat_file(self._path(name)))
         return found
 
     def read_all(self, names: Iterable[str]) -> dict[str, bytes]:
-        """Content by name, of those that are there; many at once."""
+        """Contents by name, read in parallel. Files that do not exist are left out."""
         paths = {self._path(name): name for name in names}
         if not paths:
             return {}
@@ -68,8 +73,8 @@ class Remote:
         self._try(lambda: self._fs.pipe_file(self._path(name), content))
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a file that is not there yet; whether it is this content that is there now. Of several who do so at once,
-        one succeeds. `content` must be this caller's alone."""
+        """Write a file unless it exists. Returns whether the file now has this content. If several callers create it at
+        once, one succeeds. `content` must be unique to this caller."""
         self._make_parent(name)
 
         def once() -> bool:
@@ -77,24 +82,24 @@ class Remote:
                 self._fs.pipe_file(self._path(name), content, mode="create")
             except FileExistsError:
                 return False
-            except (TypeError, NotImplementedError):  # a driver that cannot ask for it
+            except (TypeError, NotImplementedError):  # a driver without exclusive creation
                 if self._fs.exists(self._path(name)):
                     return False
                 self._fs.pipe_file(self._path(name), content)
             return True
 
-        # An answer that was lost on its way reads as if another had been first.
+        # If the answer of our own write was lost, the retry finds the file as if another caller had created it.
         return self._try(once) or self.read(name) == content
 
     def upload(self, folder: Path, names: Sequence[str], to: str) -> None:
-        """Files of a folder, under their names below `to`."""
+        """Copy files of a folder to the same names below `to`."""
         if names:
             here = [str(folder / name) for name in names]
             there = [self._path(f"{to}/{name}") for name in names]
             self._try(lambda: self._fs.put(here, there))
 
     def download(self, at: str, names: Sequence[str], folder: Path) -> None:
-        """As `upload`, the other way. Raises FileNotFoundError if one is not there."""
+        """Copy files below `at` into a folder. Raises FileNotFoundError if one does not exist."""
         for parent in {(folder / name).parent for name in names}:
             parent.mkdir(parents=True, exist_ok=True)
         if names:
@@ -103,18 +108,18 @@ class Remote:
             self._try(lambda: self._fs.get(there, here))
 
     def list(self, below: str) -> dict[str, tuple[float, int]]:
-        """(time of writing, bytes) of all files below, by name."""
+        """(time of writing, bytes) of all files below a name, by file name."""
         found: Mapping[str, Any] = self._try(lambda: self._fs.find(self._path(below), detail=True))
         cut = len(self._base.lstrip("/")) + 1
         return {path.lstrip("/")[cut:]: (_written(info), int(info.get("size") or 0)) for path, info in found.items()}
 
     def move(self, name: str, to: str) -> None:
-        """Raises FileNotFoundError."""
+        """Rename a file. Raises FileNotFoundError."""
         self._make_parent(to)
         self._try(lambda: self._fs.mv(self._path(name), self._path(to)))
 
     def remove(self, name: str) -> None:
-        """Remove a file, or all below a name, if it is there."""
+        """Remove a file, or all files below a name. Does nothing if there is none."""
         with suppress(FileNotFoundError):
             self._try(lambda: self._fs.rm(self._path(name), recursive=True))
 
@@ -122,14 +127,14 @@ class Remote:
         self.write(name, json.dumps(value, indent=1).encode())
 
     def noted(self, name: str) -> Any:
-        """The JSON of a file; None if it is not there."""
+        """The JSON value of a file; None if there is no such file."""
         try:
             return json.loads(self.read(name))
         except FileNotFoundError:
             return None
 
     def check(self, probe: str) -> None:
-        """Write, read and remove a file. Raises PrerequisiteError with what is wrong."""
+        """Write, read and remove a file. Raises PrerequisiteError with the reason if this fails."""
         try:
             self.write(f"tmp/{probe}", probe.encode())
             same = self.read(f"tmp/{probe}") == probe.encode()
@@ -155,7 +160,7 @@ class Remote:
             try:
                 found = call()
             except _DEFINITE:
-                self.patience_s = PATIENCE_S  # an answer
+                self.patience_s = PATIENCE_S  # the server has answered
                 raise
             except Exception as error:
                 if not _is_network(error):
@@ -215,6 +220,6 @@ def _written(info: Mapping[str, Any]) -> float:
 
 
 def names_below(folder: Path) -> list[str]:
-    """Names of all files of a folder, relative to it, sorted."""
+    """Names of all files of a folder and its subfolders, relative to it, sorted."""
     found = (Path(parent, name) for parent, _, files in os.walk(folder) for name in files)
     return sorted(str(path.relative_to(folder)) for path in found)

@@ -1,5 +1,5 @@
-"""What a person asks of finished work: a stage by its name, a sweep's winning configurations, two sweeps side by side. Runs
-nothing."""
+"""Questions about finished work: finding a stage by its name, a sweep's chosen configurations, comparing two sweeps.
+Runs no stage."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def find(store: Store, wanted: str) -> list[tuple[str, dict[str, Any]]]:
-    """(name, record) of the finished stages whose key begins with `wanted`, else of those in whose name all its words stand:
-    `finetune der, mini p=0.1, seed 0`."""
+    """(name, record) of finished stages whose key begins with `wanted`. If there is none: of stages whose name contains
+    all words of `wanted`, such as `finetune der, mini p=0.1, seed 0`."""
     by_key = store.find(wanted) if " " not in wanted else []
     records = {record["key"]: record for record in by_key or store.find("")}
     names = {key: name_of(record, records if not by_key else {}, store) for key, record in records.items()}
@@ -39,7 +39,7 @@ def find(store: Store, wanted: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def name_of(record: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]], store: Store) -> str:
-    """What people call a stage: see stages.Kind.label. Its kind, where a stage below it is gone."""
+    """A stage's name for people, see stages.Kind.label. Only its kind, if a stage below it is missing."""
 
     def stage(of: Mapping[str, Any]) -> Stage:
         inputs = {}
@@ -51,15 +51,17 @@ def name_of(record: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]], s
 
     with suppress(
         KeyError, ValueError, AttributeError, TypeError, ConfigError
-    ):  # of an earlier version, or pruned below
+    ):  # written by an earlier version, or with inputs that were removed
         return kind_of(record["kind"]).label(stage(record), {})
     return str(record["kind"])
 
 
 def best(project: Project, path: Path, settings: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """A sweep file's content with every search replaced by what it chose, and a line for each row that has nothing chosen.
+    """A sweep file's content with every search replaced by what it chose, and one line for each row where nothing is
+    chosen.
 
-    Rows of one method that chose different values become entries with labels of their own, and `only` says which row has which.
+    If rows of one method chose different values, these become entries with their own labels, and `only` says which row
+    has which.
     """
     raw = sweepfile.raw_of(path, settings)
     entries: dict[str, dict[str, Any]] = {}  # by name and configuration
@@ -94,7 +96,7 @@ def best(project: Project, path: Path, settings: Sequence[str]) -> tuple[dict[st
 
 
 def _told_apart(entries: Mapping[str, dict[str, Any]]) -> None:
-    """Gives entries of one label a number each."""
+    """Number the entries that have the same label."""
     labels = [entry["label"] for entry in entries.values()]
     seen: dict[str, int] = {}
     for entry in entries.values():
@@ -105,9 +107,12 @@ def _told_apart(entries: Mapping[str, dict[str, Any]]) -> None:
 
 
 def compare(first: Project, second: Project) -> dict[str, Any]:
-    """What two sweeps share and where they part: `settings` that differ, and for each common row whether data and weights
-    are the same, each metric with a margin in both, and the paired test of second - first over common seeds and prompts
-    (Holm over all of them); with one common seed, McNemar's counts, which say nothing of the methods."""
+    """Similarities and differences of two sweeps, as plain data.
+
+    `settings`: the settings that differ. `rows`, for each common row: whether data and weights are the same; each
+    metric with a margin in both sweeps; and the paired test of second - first over common seeds and prompts, corrected
+    by Holm over all tests. With one common seed there are only McNemar's counts, which say nothing about the methods.
+    """
     ours, theirs = (flat(project.sweep, {}) for project in (first, second))
     keys = [key for key in dict.fromkeys([*ours, *theirs]) if not key.startswith("execution.")]
     settings = [
@@ -176,7 +181,7 @@ def _job(jobs: Sequence[Any], seed: int) -> Any:
 
 
 def _rows(job: Any) -> set[str]:
-    """Keys of all data that a trial rests on."""
+    """Keys of all data stages that a trial is based on."""
     return {stage.key for stage in job.evidence.metrics.walk() if stage.kind == "data"}
 
 
@@ -190,7 +195,7 @@ def _mean(seeds: Mapping[int, Any]) -> float | None:
 
 
 def told(found: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """A comparison as tables: (title, columns, lines)."""
+    """A comparison as tables: (title, columns, rows)."""
     tables = []
     if found["settings"]:
         lines = [[each["setting"], str(each["first"]), str(each["second"])] for each in found["settings"]]

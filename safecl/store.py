@@ -244,7 +244,7 @@ class Store:
 
     def new_folder(self) -> Path:
         """An empty folder on the store's disk to write a stage into."""
-        owner = self.owner if self.remote is None else lease.me()  # an owner that this node can see end
+        owner = self.owner if self.remote is None else lease.me()  # this node can see when this owner ends
         folder = self.local / "tmp" / f"{owner}.{uuid.uuid4().hex}"
         folder.mkdir(parents=True)
         return folder

@@ -1,7 +1,7 @@
-"""Hand a sweep to a Ray cluster as a job: the driver then runs there, and this terminal may be closed.
+"""Submits a sweep to a Ray cluster as a job. The driver then runs there, and this terminal may be closed.
 
-What the sweep file names by relative places (plugins, data files, published numbers, a small model's folder) travels with it
-into the job's folder; an absolute place or a URL is taken as one that the cluster has.
+Files that the sweep file names by relative paths (plugins, data files, published numbers, a small model's folder) are
+copied into the job's folder. An absolute path or a URL must exist on the cluster.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from safecl.base import ConfigError, PrerequisiteError, expanded
 from safecl.keep import readable, size_of
 from safecl.nodes import token_help
 
-LARGEST = 200 * 2**20  # bytes that travel; Ray takes 500 MiB
+LARGEST = 200 * 2**20  # bytes that are copied; Ray allows 500 MiB
 ENDS = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 def pack(raw: dict[str, Any], file: Path, folder: Path) -> None:
-    """Write the sweep file (its `raw` content, which is changed) and copies of what it names by relative places into
-    `folder`. Raises ConfigError: something is not there, is too large, or cannot be on a cluster."""
+    """Write the sweep file and copies of the files that it names by relative paths into `folder`. `raw` is the sweep
+    file's content; it is modified.
+
+    Raises:
+        ConfigError: a file does not exist, is too large, or cannot be on a cluster.
+    """
     import yaml
 
     _refuse_local(raw)
@@ -63,12 +67,13 @@ def _refuse_local(raw: dict[str, Any]) -> None:
 
 
 def _is_elsewhere(place: str) -> bool:
-    """Whether it does not depend on where a command is run."""
+    """Whether a path does not depend on the folder where a command is run."""
     return "://" in place or os.path.isabs(place) or place.startswith(("~", "$"))
 
 
 def _copied(place: Any, beside: Path, folder: Path, data_dir: Any) -> Any:
-    """A relative place, copied: its new place. Others, and what is no text, are left as they are."""
+    """Copy the file or folder at a relative path; returns its new path. Other paths, and values that are no text, are
+    returned unchanged."""
     if not isinstance(place, str) or _is_elsewhere(place):
         return place
     for parent in (beside, *([Path(expanded(data_dir))] if isinstance(data_dir, str) else [])):
@@ -86,11 +91,11 @@ def _copied(place: Any, beside: Path, folder: Path, data_dir: Any) -> Any:
             else:
                 shutil.copy(source, target)
             return str(target.relative_to(folder))
-    return place  # `safecl run` says what is wrong with it
+    return place  # `safecl run` reports what is wrong with it
 
 
 def _copy_models(given: Any, beside: Path, folder: Path) -> None:
-    """Folders of models and tokenizers, wherever a sweep names them (as sweepfile.py finds them)."""
+    """Copy the folders of models and tokenizers, wherever a sweep names them (found as in sweepfile.py)."""
     for key, value in given.items() if isinstance(given, dict) else enumerate(given) if isinstance(given, list) else ():
         if key in ("source", "tokenizer") and isinstance(value, str) and not _is_elsewhere(value):
             for parent in (beside, Path()):
@@ -102,7 +107,7 @@ def _copy_models(given: Any, beside: Path, folder: Path) -> None:
 
 
 def client(address: str) -> Any:
-    """Ray's job client. Raises PrerequisiteError where no dashboard answers, or it asks for a token."""
+    """Ray's job client. Raises PrerequisiteError if no dashboard answers, or it needs a token."""
     try:
         from ray.job_submission import JobSubmissionClient
 
@@ -123,7 +128,7 @@ def _unreached(address: str, error: Exception) -> PrerequisiteError:
 
 
 def submit(address: str, raw: dict[str, Any], file: Path, options: Sequence[str], env: dict[str, str]) -> str:
-    """Submit `safecl run` of a sweep; the job's id. `options`: of `safecl run`."""
+    """Submit `safecl run` of a sweep. Returns the job's id. `options`: options of `safecl run`."""
     jobs = client(address)
     command = ["safecl", "run", "sweep.yaml", "--set", "execution.address=auto", *options]
     with tempfile.TemporaryDirectory(prefix="safecl-job-") as made:
@@ -141,7 +146,7 @@ def submit(address: str, raw: dict[str, Any], file: Path, options: Sequence[str]
 
 
 def follow(address: str, job: str, write: Callable[[str], None]) -> str:
-    """Print a job's output until it ends; how it ended: SUCCEEDED, FAILED or STOPPED."""
+    """Print a job's output until the job ends. Returns its status: SUCCEEDED, FAILED or STOPPED."""
     jobs = client(address)
 
     async def tail() -> None:
@@ -149,7 +154,7 @@ def follow(address: str, job: str, write: Callable[[str], None]) -> str:
             write(text)
 
     while True:
-        asyncio.run(tail())  # ends with the job, or with the connection
+        asyncio.run(tail())  # ends with the job, or when the connection is lost
         status = str(jobs.get_job_status(job).value)
         if status in ENDS:
             return status

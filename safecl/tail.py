@@ -1,5 +1,5 @@
-"""Logs of stages and engines: on the node that wrote them under `<local>/logs`, and beside the store at a URL, where nodes
-put them. Reads only."""
+"""Logs of stages and engines. They are on the node that wrote them under `<local>/logs`, and at a URL also beside the
+store. Only reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EVERY_S = 1.0
 
 
 def listing(store: Store) -> list[tuple[str, int]]:
-    """(name, bytes) of every log, the newest last. Raises ConfigError where there are none."""
+    """(name, bytes) of every log, the newest last. Raises ConfigError if there is none."""
     found = printed.listed(store)
     if not found:
         raise ConfigError(f"no logs under {store.root!r}; name the store with --root")
@@ -26,7 +26,8 @@ def listing(store: Store) -> list[tuple[str, int]]:
 
 
 def names_of(store: Store, key: str) -> list[str]:
-    """Logs of a stage by the beginning of its key, of each rank; or the log of this name. Raises ConfigError: none."""
+    """Names of a stage's logs (one per rank) by the beginning of its key, or of the log with this name. Raises
+    ConfigError if there is none."""
     every = [name for name, _ in listing(store)]
     short = key[:12]
     found = [name for name in every if name in (key, f"{key}.log")]
@@ -43,12 +44,13 @@ def names_of(store: Store, key: str) -> list[str]:
 
 
 def _key_of(name: str) -> str:
-    """`finetune-0123456789ab-rank1.log` -> `0123456789ab`; of an engine's, what follows the first dash."""
+    """`finetune-0123456789ab-rank1.log` -> `0123456789ab`. For an engine's log: the text after the first dash."""
     return name.removesuffix(".log").partition("-")[2].partition("-rank")[0]
 
 
 def lines(store: Store, key: str, num: int, follow: bool) -> Iterator[str]:
-    """The last `num` lines of a stage's log, then, to `follow`, what comes until the stage ends or nothing runs here."""
+    """The last `num` lines of a stage's log. With `follow`, then new lines until the stage ends, or no driver runs in
+    the store."""
     names = names_of(store, key)
     at: dict[str, int] = {}
     while True:
@@ -76,7 +78,7 @@ def _from(store: Store, name: str, at: int) -> bytes:
 
 
 def _is_over(store: Store, short: str) -> bool:
-    """Whether the stage of this key ended, or nobody is at work in the store."""
+    """Whether the stage of this key has ended, or no driver runs in the store."""
     if not live(store):
         return True
     told: list[dict[str, Any]] = list(store.notes(RUN).values())

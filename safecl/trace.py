@@ -1,7 +1,8 @@
-"""A sweep as it was run: a trace for chrome://tracing and ui.perfetto.dev, and who waited for what.
+"""A sweep's runs as a trace for chrome://tracing and ui.perfetto.dev, with summaries of what each stage waited for.
 
-Made of the times that drivers noted in the store (times.py, watch.py), of all runs of a sweep. One row a device, engine or
-process; what overlaps on one (an engine answers many stages at once) lies in several.
+The times are those that drivers noted in the store (times.py, watch.py), of all runs of a sweep. There is one row per
+device, engine or process. Stages that overlap on one of them (an engine answers many stages at once) are in several
+rows.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from safecl.live import runs
 from safecl.store import Store
 from safecl.watch import TRACE
 
-Span = dict[str, Any]  # of one stage: see times.Times
+Span = dict[str, Any]  # times of one stage: see times.Times
 
 
 def spans(store: Store, sweep: str) -> list[Span]:
-    """Times of every stage that ended, and of what was under way when the last run left its last note; by their begin."""
+    """Times of every stage that ended, and of stages that still ran when the last run wrote its last note. Sorted by
+    start."""
     found: list[Span] = []
     for told in runs(store, sweep):
         for _, times in sorted(store.notes(f"{TRACE}{told['run']}-").items()):
@@ -31,10 +33,10 @@ def spans(store: Store, sweep: str) -> list[Span]:
 
 
 def chrome(found: Iterable[Span], cells: Mapping[str, Iterable[str]]) -> dict[str, Any]:
-    """Trace events of these. `cells`: labels of the table's rows that need a stage, by its key."""
+    """Trace events of these spans. `cells`: labels of the table's rows that need a stage, by the stage's key."""
     events: list[dict[str, Any]] = []
     pids: dict[str, int] = {}
-    rows: dict[tuple[int, str], list[float]] = {}  # of each row's lanes, when it is free again
+    rows: dict[tuple[int, str], list[float]] = {}  # for each row, the time at which each of its lanes is free again
     tids: dict[tuple[int, str, int], int] = {}
     for span in found:
         node = f"{span.get('host') or 'engines'} {span.get('node') or ''}".strip()
@@ -66,7 +68,7 @@ def chrome(found: Iterable[Span], cells: Mapping[str, Iterable[str]]) -> dict[st
 
 
 def row_of(span: Span) -> str:
-    """Which device, engine or process did it."""
+    """Name of the device, engine or process that ran the stage."""
     if span["kind"].startswith("engine"):
         return f"engine {span['key']}"
     if span["needs"] == "trainer":
@@ -75,7 +77,7 @@ def row_of(span: Span) -> str:
 
 
 def _queues(found: Iterable[Span]) -> list[dict[str, Any]]:
-    """A counter for each thing that is waited for: how many wait."""
+    """A counter for each resource that stages wait for: the number of waiting stages."""
     steps: dict[str, Counter[float]] = defaultdict(Counter)
     for span in found:
         if span["start"] > span["ready"]:
@@ -101,7 +103,7 @@ def _micros(seconds: float) -> int:
 
 
 def summary(found: list[Span]) -> list[str]:
-    """What stages waited for, and what the end of the last run waited for, in lines."""
+    """Lines that say what stages waited for, and what the end of the last run waited for."""
     if not found:
         return ["nothing was run"]
     total = max(span["end"] for span in found) - min(span["start"] for span in found)
@@ -122,8 +124,8 @@ def summary(found: list[Span]) -> list[str]:
 
 
 def chain(found: list[Span]) -> Counter[str]:
-    """Where the time of one run went, followed back from its last stage through the input that came last: seconds by kind
-    of stage that was worked on, and by what was waited for."""
+    """Seconds of one run by kind of stage, and by what was waited for. They are those of the chain from its last stage
+    back, each time through the input that was ready last."""
     by_key = {span["key"]: span for span in found}
     at = max(found, key=lambda span: float(span["end"]))
     parts: Counter[str] = Counter()
@@ -146,7 +148,7 @@ def chain(found: list[Span]) -> Counter[str]:
 
 
 def _thing(span: Span) -> str:
-    """What a stage waits for, as people say it."""
+    """The resource that a stage waits for, as a word for people."""
     return span["needs"] if span["needs"] in ("trainer", "process") else "engine"
 
 
@@ -159,7 +161,8 @@ def _shares(parts: Counter[str]) -> str:
 
 
 def cells_of(project: Any, keys: set[str]) -> dict[str, set[str]]:
-    """Labels of a project's rows that need these stages, by key: those of its final trials and of the search's so far."""
+    """Labels of a project's rows that need these stages, by key, for its final trials and the search's trials so
+    far."""
     found: dict[str, set[str]] = defaultdict(set)
     for cell, _, jobs, _ in project.finals():
         study = project.past(cell)

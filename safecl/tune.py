@@ -1,4 +1,5 @@
-"""A schedule's jobs under Ray Tune: one trial waits for one job's evidence. The only file that imports ray.tune."""
+"""Runs a schedule's jobs with Ray Tune: each trial waits for one job's evidence. The only file that imports
+ray.tune."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from safecl.store import canonical
 
 
 def trial(config: dict[str, Any], *, broker: Any, cells: Any) -> None:
-    """One Tune trial: wait until the Broker has all the evidence of a job. Costs no CPU; reports once."""
+    """One Tune trial: wait until the Broker has all evidence of a job. It needs no CPU and reports once."""
     import ray
     from ray import tune
 
@@ -30,23 +31,24 @@ def trial(config: dict[str, Any], *, broker: Any, cells: Any) -> None:
     try:
         targets = [stage for evidence in wanted for stage in evidence.targets]
         ray.get(broker.ensure.remote(targets, Claim(*config["claim"])))
-    except Exception as raised:  # reported to the schedule, which closes the trial and goes on with the others
+    except Exception as raised:  # reported to the schedule, which closes the trial and continues with the others
         found = plain_error(raised)
         error, kind = f"{type(found).__name__}: {found}", kind_of(found)
     tune.report({"error": error, "kind": kind})
 
 
 def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -> None:
-    """Drive every job of the schedule through one Tuner. Returns when all are finished."""
+    """Run every job of the schedule with one Tuner. Returns when all are finished."""
     import ray
     from ray import tune
     from ray.tune.search import Searcher
 
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's process that died is begun anew: no word of it
+    # A trial whose process died is started again; Tune need not print that.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     waiting: dict[str, Job] = {}  # Tune's trial id -> job
 
     class JobSearcher(Searcher):  # type: ignore[misc]
-        """Hands the schedule's jobs to Tune. Stateless towards Tune: what is known lies in the store and the study."""
+        """Gives the schedule's jobs to Tune. It keeps no state for Tune: all state is in the store and the study."""
 
         def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
             job = schedule.next()
@@ -64,13 +66,13 @@ def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -
                     schedule.finish(job, result["error"], result["kind"])
 
         def __reduce__(self) -> Any:
-            return Searcher, ()  # Tune writes its own state at will; the driver's threads and files must stay out of it
+            return Searcher, ()  # Tune writes its state at any time; it must not contain the driver's threads and files
 
         def save(self, checkpoint_path: str) -> None:
-            """Nothing: Tune's own folder is never read back."""
+            """Does nothing, because Tune's own folder is never read back."""
 
         def restore(self, checkpoint_path: str) -> None:
-            """Nothing, likewise."""
+            """Does nothing, because Tune's own folder is never read back."""
 
     cells = [queue.cell for queue in schedule.queues]
     position = {cell: index for index, cell in enumerate(cells)}
@@ -87,7 +89,7 @@ def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -
             storage_path=str(storage_path),
             verbose=0,
             log_to_file=False,
-            failure_config=tune.FailureConfig(max_failures=-1),  # a process that dies: `trial` itself never raises
+            failure_config=tune.FailureConfig(max_failures=-1),  # for processes that die; `trial` itself never raises
         ),
     )
     tuner.fit()

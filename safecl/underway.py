@@ -1,8 +1,8 @@
-"""A stage under way in a store at a URL: its checkpoints and its log are kept there too, so that another node goes on from
-them when this one is lost.
+"""Copies of a running stage's checkpoints and log in a store at a URL, so that another node can continue when this one
+is lost.
 
-    <url>/scratch/<key>/<owner>/<number>/...     what the scratch folder held when its newest checkpoint was new, and
-    <url>/scratch/<key>/<owner>/newest.json      made after that: which number counts, its files and their sums
+    <url>/scratch/<key>/<owner>/<number>/...     copy of the scratch folder when its newest checkpoint was new, and
+    <url>/scratch/<key>/<owner>/newest.json      written after it: which number counts, its files and their hashes
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from safecl import printed, records
 from safecl.remote import names_below
 from safecl.store import Stage, Store
 
-LOOK_EVERY_S = 5.0  # for a new checkpoint, and for what was printed
-CHECKPOINT = "checkpoint-*"  # folders that are complete when they have this name; the last by name is the newest
+LOOK_EVERY_S = 5.0  # seconds between looks for a new checkpoint and new output
+CHECKPOINT = "checkpoint-*"  # a folder with this name is complete; the last one by name is the newest
 
 
 def bring(store: Store, stage: Stage, scratch: Path, rank: int = 0, agree: Callable[[Any], Any] | None = None) -> None:
-    """Make this node's scratch folder hold the newest checkpoint of a stage, wherever it was made, as every rank's does.
-    `agree`: gives every rank what rank 0 gave it; None: there is no other."""
+    """Make this node's scratch folder hold the newest checkpoint of a stage, wherever it was made, the same for all
+    ranks. The function `agree` returns rank 0's value on every rank; None if there is only one rank."""
     if store.remote is None:
         return
     newest = None
@@ -49,7 +49,7 @@ def bring(store: Store, stage: Stage, scratch: Path, rank: int = 0, agree: Calla
         try:
             store.remote.download(newest["at"], list(newest["sha256"]), made)
             if records.sums(made, newest["sha256"])["sha256"] != newest["sha256"]:
-                return  # the stage begins anew
+                return  # the stage starts from the beginning
             for each in made.iterdir():
                 each.rename(scratch / each.name)
         except FileNotFoundError:  # its owner has published the stage meanwhile
@@ -59,8 +59,8 @@ def bring(store: Store, stage: Stage, scratch: Path, rank: int = 0, agree: Calla
 
 
 def keep(store: Store, stage: Stage, scratch: Path) -> dict[str, Any] | None:
-    """Put the scratch folder with its newest checkpoint beside the store; what other machines now find. None if it went on
-    meanwhile, or there is no checkpoint."""
+    """Copy the scratch folder with its newest checkpoint beside the store. Returns the note that other machines now
+    find. None if a newer checkpoint replaced it meanwhile, or there is no checkpoint."""
     checkpoint, remote = _checkpoint(scratch), store.remote
     if checkpoint is None or remote is None:
         return None
@@ -70,7 +70,7 @@ def keep(store: Store, stage: Stage, scratch: Path) -> dict[str, Any] | None:
     ]  # fmt: skip
     mine = f"scratch/{stage.key}/{store.owner}"
     before = remote.noted(f"{mine}/newest.json")
-    made = store.new_folder()  # a copy, since curves go on being written
+    made = store.new_folder()  # a copy, because curves are still being written
     try:
         for name in names:
             (made / name).parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def keep(store: Store, stage: Stage, scratch: Path) -> dict[str, Any] | None:
         newest: dict[str, Any] = {"at": f"{mine}/{uuid.uuid4().hex[:12]}", "checkpoint": checkpoint}
         newest["sha256"] = records.sums(made, names)["sha256"]
         remote.upload(made, names, newest["at"])
-    except FileNotFoundError:  # a newer one has taken its place
+    except FileNotFoundError:  # a newer checkpoint has replaced it
         return None
     finally:
         shutil.rmtree(made, ignore_errors=True)
@@ -90,25 +90,25 @@ def keep(store: Store, stage: Stage, scratch: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def kept(store: Store, log: Path | None, stage: Stage | None = None, scratch: Path | None = None) -> Iterator[None]:
-    """While the block runs, its log, and a stage's checkpoints (`scratch`), are kept beside the store, at a URL; the log as it
-    is at the end."""
+    """While the block runs, copy the log and a stage's checkpoints (`scratch`) beside a store at a URL. The log is
+    copied once more at the end."""
     if store.remote is None:
         yield
         return
     stop = threading.Event()
-    before = None if scratch is None else _checkpoint(scratch)  # it is kept already
+    before = None if scratch is None else _checkpoint(scratch)  # this one is already copied
 
     def watch() -> None:
         size, done, pause = 0, before, 0.0
         while not stop.wait(max(LOOK_EVERY_S, pause)):
-            with suppress(Exception):  # a courtesy: the stage itself says what is wrong
+            with suppress(Exception):  # copying is optional: an error in it must not stop the stage
                 if log is not None and log.is_file() and log.stat().st_size != size:
                     size = log.stat().st_size
                     printed.put(store, log)
                 if stage is not None and scratch is not None and _checkpoint(scratch) not in (None, done):
                     began, newest = time.monotonic(), keep(store, stage, scratch)
                     done = done if newest is None else newest["checkpoint"]
-                    pause = 9 * (time.monotonic() - began)  # a tenth of the time at most
+                    pause = 9 * (time.monotonic() - began)  # copying takes at most a tenth of the time
 
     thread = threading.Thread(target=watch, name="safecl-kept", daemon=True)
     thread.start()
@@ -127,7 +127,7 @@ def _checkpoint(scratch: Path) -> str | None:
 
 
 def _newest(store: Store, stage: Stage) -> dict[str, Any] | None:
-    """The newest checkpoint beside the store of this owner or one that is gone."""
+    """The newest checkpoint beside the store, made by this owner or one that is no longer alive."""
     assert store.remote is not None
     names = [name for name in store.remote.list(f"scratch/{stage.key}") if name.endswith("/newest.json")]
     owners = {name: name.split("/")[2] for name in names}

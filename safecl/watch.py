@@ -1,9 +1,10 @@
-"""The driver's look at its run: what a person sees, and small notes in the store for `safecl status` and `safecl trace`.
+"""The driver watches its run: it shows progress to a person, and writes small notes into the store for `safecl status`
+and `safecl trace`.
 
-    notes/run-<run>.json            how far the run is, every NOTE_S seconds and once at its end
-    notes/trace-<run>-<number>.json times of at most CHUNK stages each (times.py); the last one grows
+    notes/run-<run>.json            progress of the run, every NOTE_S seconds and once at its end
+    notes/trace-<run>-<number>.json times of at most CHUNK stages each (times.py); only the last one still grows
 
-A run is one driver's life: `<its owner>-<when it began>`. Nothing here may fail or hold up a run.
+A run is one driver's life, called `<its owner>-<when it began>`. No error or delay here may fail or delay the run.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from safecl.schedule import Schedule
 from safecl.store import Store
 
 RUN, TRACE = "run-", "trace-"
-NOTE_S = 5.0  # also how much of the times is lost with a driver that is killed
+NOTE_S = 5.0  # seconds; this much of the times is lost if the driver is killed
 CHUNK = 500
 
 
 @contextmanager
 def watched(schedule: Schedule, broker: Any, eta: Eta, store: Store) -> Iterator[None]:
-    """While the block runs, show how far it is, and note it in the store."""
+    """While the block runs, show its progress and note it in the store."""
     from safecl.report.progress import Display
 
     stop = threading.Event()
@@ -40,7 +41,7 @@ def watched(schedule: Schedule, broker: Any, eta: Eta, store: Store) -> Iterator
         import ray
 
         while not stop.wait(1.0):
-            with suppress(Exception):  # a courtesy; the run says what is wrong
+            with suppress(Exception):  # watching is optional: the run itself reports its errors
                 notes.look(ray.get(broker.snapshot.remote(*notes.told), timeout=5))
                 if notes.state:
                     display.show(notes.state)
@@ -65,7 +66,7 @@ def watched(schedule: Schedule, broker: Any, eta: Eta, store: Store) -> Iterator
 
 
 class Notes:
-    """What is known of a run, from the Broker's snapshots, and its notes."""
+    """What is known of a run from the Broker's snapshots, and the notes that are written of it."""
 
     def __init__(self, schedule: Schedule, eta: Eta, store: Store) -> None:
         self.schedule, self.eta, self.store = schedule, eta, store
@@ -74,25 +75,25 @@ class Notes:
         self.state: dict[str, Any] = {}
         self.finished: list[dict[str, Any]] = []
         self.times: list[dict[str, Any]] = []
-        self.done: dict[str, int] = {}  # by kind
+        self.done: dict[str, int] = {}  # by kind of stage
         self.failed: dict[str, dict[str, Any]] = {}
-        self.device_s = 0.0  # seconds that the cluster's devices were there, all together
+        self.device_s = 0.0  # seconds for which the cluster's devices were present, summed over devices
         self._queue: dict[str, dict[str, int]] = {}
-        self._broker: str | None = None  # the one that the counts below are of
+        self._broker: str | None = None  # the Broker that the counts below refer to
         self._num_finished = self._num_times = 0
-        self._written = 0  # of `times`, those in notes that are full
+        self._written = 0  # number of `times` that are in full notes
         self._unsaved = False
         self._at = self._looked = self.began
         self._cluster: dict[str, Any] = {}
 
     @property
     def told(self) -> tuple[int, int]:
-        """What the Broker need not tell again."""
+        """Counts of what the Broker need not send again."""
         return self._num_finished, self._num_times
 
     def look(self, snapshot: dict[str, Any]) -> None:
-        """Take in what the Broker says."""
-        if self._broker not in (None, snapshot["broker"]):  # another took its place, and counts from 0
+        """Take in a snapshot of the Broker."""
+        if self._broker not in (None, snapshot["broker"]):  # another Broker replaced it, and counts from 0
             self._broker, self._num_finished, self._num_times = snapshot["broker"], 0, 0
             return
         self._broker = snapshot["broker"]
@@ -106,7 +107,7 @@ class Notes:
             if "error" not in found:
                 self.done[found["kind"]] = self.done.get(found["kind"], 0) + 1
                 self.failed.pop(found["key"], None)
-            elif "start" in found:  # what depends on it fails with the same words, and never began
+            elif "start" in found:  # stages that depend on a failed one fail with the same message, and never began
                 self.failed[found["key"]] = found
         now = time.time()
         self.device_s += self._cluster.get("devices", 0.0) * (now - self._looked)
@@ -114,13 +115,14 @@ class Notes:
         self.state = self.eta.state(self.schedule, {**snapshot, "finished": self.finished}, now)
 
     def write(self, how: str = "") -> None:
-        """Note it in the store, unless it was just done. `how`: it ended, or was stopped."""
+        """Write the notes into the store, at most every NOTE_S seconds. `how`: how the run ended; then they are written
+        at once."""
         now = time.time()
         if now - self._at < NOTE_S and not how:
             return
         self._at = now
         with suppress(Exception):
-            if not how:  # at the end the cluster may be gone, and Ray waits a minute for it
+            if not how:  # at the end the cluster may be gone, and Ray would wait a minute for it
                 self._cluster = cluster(self.eta.forecast.execution.use_gpu)
         while self._unsaved:
             chunk: Any = self.times[self._written : self._written + CHUNK]
@@ -153,7 +155,7 @@ class Notes:
         }  # fmt: skip
 
     def _searched(self) -> dict[str, list[int]]:
-        """{cell: [finished trials of its search, of its final ones]}: for readers that do not reach the study."""
+        """{cell: [finished trials of its search, finished final trials]}, for readers that cannot reach the study."""
         finals = Counter(
             done.job.cell.label for done in self.schedule.done if done.job.role == "final" and done.result is not None
         )
@@ -165,7 +167,8 @@ class Notes:
 
 
 def cluster(use_gpu: bool) -> dict[str, Any]:
-    """What the Ray cluster has now, and what of it is held: devices that are counted (GPUs, or CPUs), and all resources."""
+    """What the Ray cluster has now, and how much of it is held: devices that are counted (GPUs or CPUs), and all
+    resources."""
     import ray
 
     have, free = ray.cluster_resources(), ray.available_resources()
