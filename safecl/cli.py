@@ -1,4 +1,4 @@
-"""The verbs. No logic: each reads its arguments, calls one room and prints."""
+"""The commands of `safecl`. They hold no logic: each reads its arguments, calls one module and prints."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def ls(
     if what == "metrics":
         print_table(what, list(rows[0]), [list(row.values()) for row in rows])
         return
-    for row in rows:  # too much for columns
+    for row in rows:  # too much text for columns
         (_, name), (_, first), *others = row.items()
         print_hanging(f"{name:13} ", first, indent=16)
         for key, value in others:
@@ -318,7 +318,7 @@ def doctor(
 
 
 def _model(source: str, revision: str | None, template: str) -> Any:
-    """A model as options name it; what is wrong with it is a ConfigError."""
+    """The model that the options name. Raises ConfigError for anything that is wrong with it."""
     from pydantic import ValidationError
 
     from safecl.base import ConfigError, literal, strictly
@@ -326,7 +326,7 @@ def _model(source: str, revision: str | None, template: str) -> Any:
     from safecl.config import Model
     from safecl.sweepfile import explained
 
-    written = literal(source) if Path(source).exists() else source  # a $ that the shell has left is of the name
+    written = literal(source) if Path(source).exists() else source  # a $ that the shell left belongs to the name
     given = {"name": "model", "source": written, "revision": revision, "template": template}
     try:
         found = strictly(Model, given)
@@ -378,14 +378,17 @@ def init(
     text = sweep(_model(model, revision, template), data, goal, attack, out, aligned)
     out.write_text(text, encoding="utf-8")
     try:
-        _ = opened(out, [], None, planned=True).expected  # as plan does: roles may have taken rows from one another
+        _ = opened(out, [], None, planned=True).expected  # as `plan` does: roles may leave each other too few rows
     except ConfigError as error:
         raise ConfigError(f"{out} is written, and needs a change before `safecl plan` takes it:\n{error}") from None
     print(f"{out}\nnext: safecl plan {out}")
 
 
 def _run_again() -> None:
-    """Become the same command anew; return if that was done a few times within minutes, and does not help."""
+    """Replace this process by a new start of the same command, because the local cluster was lost.
+
+    Returns without a restart after five restarts that followed each other within 10 minutes each.
+    """
     import os
     import time
 
@@ -405,12 +408,12 @@ ops_cli.add_to(app)
 
 
 def main() -> None:
-    """Entry point: errors that a person can mend print without a traceback and exit 2; Ctrl-C exits 130, SIGTERM 143."""
+    """Run the command line. An error that a user can mend prints no traceback and exits 2; Ctrl-C exits 130, SIGTERM 143."""
     gc.set_threshold(
         50_000, 10, 10
-    )  # a sweep's stages stay until the end: looking for garbage among them took an eighth
+    )  # a sweep's stages live until the end: the garbage collector's looks at them took an eighth of the time
     try:
-        # Without its standalone mode typer returns the code of an Exit, and 130 for Ctrl-C, in place of raising it.
+        # Without its standalone mode typer returns the code of an Exit (130 for Ctrl-C) instead of raising it.
         code = app(standalone_mode=False, prog_name="safecl") or 0
     except (KeyboardInterrupt, typer.Abort):  # before or after typer's own
         code = 130
@@ -427,7 +430,7 @@ def main() -> None:
 
 
 def _mendable(error: Exception) -> str | None:
-    """What to say of an error that a person can mend; None for a bug, which keeps its traceback."""
+    """The message for an error that a user can mend; None for a bug, which keeps its traceback."""
     from safecl.base import ConfigError, PrerequisiteError
 
     if isinstance(error, ConfigError | PrerequisiteError):
@@ -441,7 +444,7 @@ def _mendable(error: Exception) -> str | None:
 
 
 def _usage(error: Any) -> str:
-    """One line on a command that is written wrongly, with what it may have been meant to be."""
+    """A line on a wrong command line, with the option that was probably meant."""
     from safecl.base import near
 
     context: Any = getattr(error, "ctx", None)
@@ -458,7 +461,7 @@ def _usage(error: Any) -> str:
 
 
 def _holds(argument: str, path: str) -> bool:
-    """Whether a path is one that the command line names (alone or as the value of an option), or lies inside it."""
+    """Whether a path is, or lies inside, the path of this command-line argument (alone or as the value of an option)."""
     value = argument.rpartition("=")[2]
     return bool(value) and Path(path).absolute().is_relative_to(Path(value).absolute())
 

@@ -1,4 +1,4 @@
-"""A sweep's results and answers as pandas frames, from the store alone: what a notebook reads. Runs nothing."""
+"""A sweep's results and answers as pandas frames, for notebooks. They are read from the store alone; nothing is run."""
 
 from __future__ import annotations
 
@@ -49,21 +49,28 @@ def results(
     searched: bool = False,
     accept_judge: bool = False,
 ) -> pd.DataFrame:
-    """Every number of a sweep: one row a trial and metric, and one a cell and metric over its seeds (`seed` is <NA>).
+    """Return every number of a sweep as a frame.
 
-    `value`, `low`, `high`: the macro mean over sets with its 95 % interval, over the prompts for a trial, over seeds and
-    prompts for a cell; fractions in [0, 1], or as `unit` says. `num`: parsed outcomes, `unparsed`: the others. `better`:
-    "low", "high" or "". `params`: a dict of all hyperparameters. `keys`: a dict, of a trial, with the keys of its stage
-    `metrics` and of the `weights` that were served (`safecl show KEY`, `safecl export KEY`).
+    It has one row for each trial and metric, and one row for each cell and metric over the cell's seeds (there `seed` is
+    <NA>). Columns:
+
+    - `value`, `low`, `high`: the macro mean over sets with its 95 % interval; for a trial over its prompts, for a cell over
+      seeds and prompts. They are fractions in [0, 1], or as `unit` says.
+    - `num`, `unparsed`: number of parsed outcomes, and of outcomes that could not be parsed.
+    - `better`: "low", "high" or "".
+    - `params`: a dict of all hyperparameters.
+    - `keys`: for a trial a dict of the keys of its stage `metrics` and of the `weights` that were served
+      (`safecl show KEY`, `safecl export KEY`); empty for a cell.
 
     Args:
-        sweep: a sweep file, what one holds as plain values, or a Project (as `safecl.run` gives it).
+        sweep: a sweep file, its contents as a mapping, or a Project (as `safecl.run` returns it).
         set, limit: as in `safecl.plan`.
-        searched: also the finished trials of searches, measured on validation prompts (`split`).
-        accept_judge: keep what a guard decided that is no better than chance; without, those rows are left out with a warning.
+        searched: also include the finished trials of searches, which are measured on validation prompts (see `split`).
+        accept_judge: keep verdicts of a guard that is no better than chance. Without it these rows are left out, with a
+            warning.
 
     Raises:
-        ConfigError, PrerequisiteError: the sweep file cannot be read as it is.
+        ConfigError, PrerequisiteError: the sweep file is wrong, or data or a model is missing.
 
     Example:
         >>> import safecl
@@ -96,12 +103,16 @@ def results(
 
 
 def generations(sweep: Given | Project, *, set: Settings = (), limit: int | None = None) -> pd.DataFrame:
-    """Every answer to a test prompt of a sweep's final trials: one row an answer, one column a metric.
+    """Return every answer to a test prompt of a sweep's final trials: one row for each answer, one column for each metric.
 
-    `role`: attack, benign or utility; `set`: the task that the prompt is of; `reference`: the row's own answer, where it has
-    one; `finish`: "stop", or "length" where it was cut. A metric's column holds what was measured of this answer: 1.0 and
-    0.0 for a judge's True and False (`asr`, `degenerate`, ...), a score of the task (`utility`, ...); NaN where it could
-    not be read, or is not measured of such prompts.
+    Columns beside those that name the trial:
+
+    - `role`: attack, benign or utility.
+    - `set`: the task that the prompt belongs to.
+    - `reference`: the row's own answer, if it has one.
+    - `finish`: "stop", or "length" if the answer was cut.
+    - each metric: the value of this answer. It is 1.0 or 0.0 for a judge's True or False (`asr`, `degenerate`, ...), or a
+      score of the task (`utility`, ...). It is NaN if it could not be parsed, or is not measured on such prompts.
 
     Args:
         sweep, set, limit: as in `results`.
@@ -142,7 +153,7 @@ def _opened(sweep: Given | Project, set: Settings, limit: int | None) -> Project
 
 
 def _outcomes(project: Project, job: Job) -> list[dict[str, Any]] | None:
-    """None of a trial that is not finished, or damaged: a report says why."""
+    """A trial's outcomes; None if it is not finished or is damaged (a report says which)."""
     with suppress(Damaged):
         return project.outcomes(job)
     return None

@@ -1,5 +1,5 @@
-"""What the Broker does, as metrics of Ray's dashboard (Prometheus: `ray_safecl_...`): on a cluster that one joins; a local
-one has no dashboard."""
+"""The Broker's work as metrics of Ray's dashboard (Prometheus: `ray_safecl_...`). Only on a joined cluster: a local cluster of
+ours has no dashboard."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from safecl.times import Times, queue
 
 
 class Gauges:
-    """Lives in the Broker; `show` is called with each look of the driver, about once a second."""
+    """Metrics of the Broker, in which it lives. `show` is called each time the driver asks for its state, about once a second."""
 
     def __init__(self) -> None:
         from ray.util.metrics import Counter, Gauge
@@ -20,12 +20,12 @@ class Gauges:
         self.finished = Counter("safecl_finished", "Stages that were finished", ("kind",))
         self.failed = Counter("safecl_failed", "Stages that failed, by the kind of failure", ("kind", "cause"))
         self.tokens = Counter("safecl_tokens", "Tokens that engines generated")
-        self._told = 0  # of the stages that ended
+        self._told = 0  # how many of the stages that ended were counted
         self._shown: set[tuple[str, str]] = set()
         self._waited: set[str] = set()
 
     def show(self, times: Times, num_engines: int, tokens: int) -> None:
-        """`tokens`: generated since the last call."""
+        """Set the metrics. `tokens`: number of tokens that were generated since the last call."""
         open_now = times.under_way()
         now = {(kind, state): num for kind, states in queue(open_now).items() for state, num in states.items()}
         for kind, state in self._shown | now.keys():
@@ -50,5 +50,5 @@ class Gauges:
 
 
 def of(address: str) -> Any:
-    """Gauges for a cluster at this address; None for a local one."""
+    """Return the Gauges for a cluster at this address; None for a local cluster."""
     return None if address == "local" else Gauges()

@@ -1,7 +1,7 @@
-"""Which recipes a sweep has: `cells(sweep)` are the rows of its tables, a `Job` is a cell with its values set.
+"""The recipes of a sweep. `cells(sweep)` gives the rows of its tables. A `Job` is a cell with its searched values and seed set.
 
-What is derived of a job (its graph, its stages, their keys) is made once: `cell.job(...)` gives the same object for the
-same values, and the graphs of a sweep share what they have in common.
+What is derived from a job (its graph, its stages, their keys) is made once: `cell.job(...)` returns the same object for the
+same values, and the graphs of a sweep share their common stages.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from safecl.memo import Shared
 from safecl.store import SharedConfig, Stage, canonical
 from safecl.tasks._source import sha256
 
-# A searched trial that may be pruned goes by steps, the cheap and decisive first (`search.prune`): role of its job, and of
-# which prompts. Of the pilot's each is among those of the utility step, which asks it again.
+# A searched trial that may be pruned goes by steps, the cheap and decisive ones first (`search.prune`). For each step: the
+# role of its job, and the roles of its prompts. The pilot's prompts are some of the utility step's, which asks them again.
 STEPS: dict[str, tuple[str, ...]] = {
     "search: attack": ("attack",),
     "search: pilot": ("utility",),
     "search: utility": ("attack", "utility"),
 }
-PILOT = 4  # one in so many utility prompts
+PILOT = 4  # the pilot asks one of so many utility prompts
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """A recipe minus seed and searched values. `space` is None where nothing is searched."""
+    """A recipe without seed and searched values: one row of the tables. `space` is None if nothing is searched."""
 
     recipe: Recipe
     space: dict[str, Json] | None
     shared: Shared = field(repr=False)
-    search_seeds: tuple[int, int]  # of a search: its own, and that of the alignment it starts from
-    aligned: Cell | None = field(default=None, repr=False)  # same model and task, no finetune; None: this is it
-    num_trials: int = 0  # of a search
-    at_once: int = 1  # of them
+    search_seeds: tuple[int, int]  # of a search: the seed of its trials, and the seed of the alignment they start from
+    aligned: Cell | None = field(default=None, repr=False)  # the aligned reference; None: this cell is it
+    num_trials: int = 0  # trials of the search
+    at_once: int = 1  # trials of the search that run at once
     _jobs: dict[tuple[str, int, str], Job] = field(default_factory=dict, init=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -58,21 +58,25 @@ class Cell:
         )
 
     def job(self, params: dict[str, Json], seed: int, role: str) -> Job:
-        """The trial with these values; always the same object. `role`: `search` (and each of STEPS) reads validation, `final`
-        test prompts."""
+        """Return the trial with these values; the same object for the same values.
+
+        `role`: `final` uses test prompts; `search` and each role of STEPS use validation prompts.
+        """
         name = (canonical(params), seed, role)
         if name not in self._jobs:
             self._jobs[name] = Job(self, params, seed, role)
         return self._jobs[name]
 
     def trial(self, params: dict[str, Json], role: str = "search") -> Job:
-        """The searched trial with these values: on a seed that no row reports, so that what the best trial owes to its
-        seed is in no table."""
+        """Return the searched trial with these values.
+
+        It runs on the search's own seed, which no row of a table reports. So the luck of the best trial's seed is in no table.
+        """
         return self.job(params, self.search_seeds[0], role)
 
     @cached_property
     def label(self) -> str:
-        """What people call it: `smollm2 / mini / p=0.1 / der`."""
+        """The cell's name, as in `smollm2 / mini / p=0.1 / der`."""
         recipe = self.recipe
         if recipe.method in REFERENCES:
             return f"{recipe.model.name} / {self.task} / {recipe.method}"
@@ -80,17 +84,17 @@ class Cell:
 
     @property
     def method(self) -> str:
-        """The method's name, with the settings that tell it from others of the same name."""
+        """The method's name, with the settings in which it differs from other entries of the same name."""
         return self.recipe.names[0] or self.recipe.method
 
     @property
     def task(self) -> str:
-        """Likewise of the task."""
+        """The task's name, with the settings in which it differs from other entries of the same name."""
         return self.recipe.names[1] or self.recipe.task.task
 
     @cached_property
     def key(self) -> str:
-        """Hash of the recipe minus seed and searched values: tells the cells of a sweep apart."""
+        """Hash of the recipe without seed and searched values. It tells the cells of a sweep apart."""
         recipe, evaluate = self.recipe, self.recipe.evaluate
         open_values = set(self.space or {})
         asked = self.shared.once("cell", evaluate, lambda: _asked(evaluate))
@@ -110,17 +114,18 @@ class Cell:
         return hashlib.sha256(canonical(identity).encode()).hexdigest()
 
     def _plain(self, config: Strict) -> SharedConfig:
-        """A config that many cells share, as JSON."""
+        """A config as JSON, made once for all cells that share it."""
         return self.shared.once("cell", config, lambda: SharedConfig(config.model_dump(mode="json")))
 
     @property
     def memory_key(self) -> str:
-        """The hyperparameter that says how many safety rows its method keeps, where it has such a one."""
+        """Name of the hyperparameter that sets how many safety rows the method keeps; as the method's class names it."""
         return methods.load(self.recipe.method).memory_key
 
     @cached_property
     def defaults(self) -> dict[str, Json]:
-        """The method's hyperparameters where nothing is searched: its own defaults under the sweep file's `config`."""
+        """The method's hyperparameters if nothing is searched: the sweep file's `config`, and the method's defaults for the
+        rest. Empty for references."""
         if self.recipe.method in REFERENCES:
             return {}
         kind = methods.load(self.recipe.method)
@@ -130,7 +135,7 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One trial: a cell with its values set. Made by `Cell.job`."""
+    """One trial: a cell with its searched values and seed set. Made by `Cell.job`."""
 
     cell: Cell
     params: dict[str, Json]
@@ -156,12 +161,12 @@ class Job:
 
     @property
     def split(self) -> str:
-        """Of which prompts it is measured."""
+        """The split of the prompts on which it is measured: "test" or "validation"."""
         return "test" if self.role == "final" else "validation"
 
     @property
     def is_bounded(self) -> bool:
-        """Whether its metrics are held against theta_safe's on the same prompts."""
+        """Whether its metrics are compared with those of theta_safe on the same prompts."""
         return self.role not in ("final", "search: pilot")
 
     @property
@@ -171,12 +176,12 @@ class Job:
 
     @property
     def aligned(self) -> Job:
-        """The aligned reference of a job: same model, task, seed and prompts, no finetune."""
+        """The job of the aligned reference: same model, task, seed and prompts, no finetune."""
         return (self.cell.aligned or self.cell).job({}, self.seed, self.role)
 
     @cached_property
     def own(self) -> list[Stage]:
-        """The stages that no trial of another configuration needs: what is served, and all that is made of it."""
+        """The stages that only this trial needs: the one whose weights are served, and all stages that depend on it."""
         final = self.graph.final
         above: dict[str, bool] = {}
 
@@ -189,8 +194,12 @@ class Job:
 
 
 def cells(sweep: Sweep, folder: Path | None = None, planned: bool = False) -> list[Cell]:
-    """Every row of the sweep's tables, references first per model and task. `folder`: of local data files; `planned`: they
-    are not to be run, and the hub need not tell what its data sets are."""
+    """Return every row of the sweep's tables; for each model and task the references come first.
+
+    Args:
+        folder: of local data files.
+        planned: the cells are not to be run, so that the hub need not be asked for its data sets.
+    """
     grid: list[Cell] = []
     shared = Shared(folder, sweep.data, planned)
     methods_of_rows = [row for method in sweep.methods for row in grid_rows(method)]
@@ -212,7 +221,7 @@ def cells(sweep: Sweep, folder: Path | None = None, planned: bool = False) -> li
                 )  # fmt: skip
 
             aligned = Cell(recipe(Method(name="aligned"), 0.0), None, shared, seeds)
-            # A model that is aligned already is its own reference: what it was before is another model.
+            # A model that is aligned already has no `base` row: before its alignment it was another model.
             base = [Cell(recipe(Method(name="base"), 0.0), None, shared, seeds, aligned)] if sweep.align.train else []
             chosen = [
                 (ratio, method, name)
@@ -235,7 +244,11 @@ def cells(sweep: Sweep, folder: Path | None = None, planned: bool = False) -> li
 
 
 def standing(sweep: Sweep, cell: Cell) -> Standing:
-    """How a cell stands among all; references are everybody's, and stand as rows that nobody names do."""
+    """Return a cell's place in the order of a run (`execution.turns`).
+
+    The last entry that names the cell decides. A cell that no entry names gets the default. So do references, which all
+    rows share.
+    """
     recipe = cell.recipe
     if recipe.method in REFERENCES:
         return Standing()
@@ -249,7 +262,7 @@ def standing(sweep: Sweep, cell: Cell) -> Standing:
 
 
 def named(some: Some, model: Model, task: UserTask, ratio: float, method: Method) -> bool:
-    """Whether `only` names this row."""
+    """Return whether an entry of `only` or `execution.turns` names this row."""
     pairs = (
         (some.models, model.name),
         (some.tasks, task.task),
@@ -260,13 +273,17 @@ def named(some: Some, model: Model, task: UserTask, ratio: float, method: Method
 
 
 def grid_rows(method: Method) -> list[Method]:
-    """The rows of the table that an entry of `methods` makes: one, or one for each combination of its `grid`."""
+    """Return the rows of the table that an entry of `methods` makes: one, or one for each combination of its `grid`."""
     plain = method.model_copy(update={"grid": {}})
     return [plain.model_copy(update={"config": {**method.config, **point}}) for point in points(method.grid)]
 
 
 def points(lists: Mapping[str, Any]) -> list[dict[str, Json]]:
-    """Every combination of the lists' values, the last name's fastest: of no lists the empty one."""
+    """Return every combination of the lists' values. The last list varies fastest. Without lists there is one, empty combination.
+
+    >>> points({"a": [1, 2], "b": [3]})
+    [{'a': 1, 'b': 3}, {'a': 2, 'b': 3}]
+    """
     return [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
 
 
@@ -274,16 +291,18 @@ _SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
 
 
 def share_of(value: Json) -> float | None:
-    """0.05 of `5%`; None of anything else."""
+    """Return 0.05 for the text `5%`; None for anything that is not a percentage."""
     found = _SHARE.fullmatch(value) if isinstance(value, str) else None
     return None if found is None else float(found[1]) / 100
 
 
 def for_task(method: Method, task: UserTask) -> Method:
-    """A method whose shares of the user's rows (`memory_size: 5%`) are numbers of rows, at least 1, of this task.
+    """Return the method with each share of the user's rows (`memory_size: 5%`) replaced by a number of this task's rows.
+
+    The number is rounded, and at least 1.
 
     Raises:
-        ConfigError: a share is of a task whose number of rows is not given.
+        ConfigError: there is a share, and the task's number of rows is not given.
     """
     kind = methods.load(method.name)
     whole = {name for name, field in kind.Config.model_fields.items() if _is_whole(field.annotation)}
@@ -307,18 +326,18 @@ def for_task(method: Method, task: UserTask) -> Method:
 
 
 def method_entries(sweep: Sweep) -> list[tuple[str, dict[str, Json]]]:
-    """The methods' rows of a sweep: what each is called, with all its settings."""
+    """Return (name, all settings) of each row that the methods of a sweep make."""
     rows = [row for method in sweep.methods for row in grid_rows(method)]
     return [(row.label or row.name, _settings(row, sweep.tasks[0])) for row in rows]
 
 
 def task_entries(sweep: Sweep) -> list[tuple[str, dict[str, Json]]]:
-    """The tasks of a sweep with all their settings."""
+    """Return (name, all settings) of each task of a sweep."""
     return [(task.task, task.model_dump(mode="json")) for task in sweep.tasks]
 
 
 def _settings(method: Method, task: UserTask) -> dict[str, Json]:
-    """A share stays one: it is another number for every task."""
+    """All settings of a method's row. A share (`5%`) stays a share, because it is a different number for every task."""
     kind, known = methods.load(method.name), for_task(method, task)
     config: dict[str, Json] = kind.Config(**known.config).model_dump(mode="json")
     shares = {name: value for name, value in method.config.items() if known.config[name] != value}
@@ -326,13 +345,13 @@ def _settings(method: Method, task: UserTask) -> dict[str, Json]:
 
 
 def _asked(evaluate: Evaluate) -> SharedConfig:
-    """An evaluation as it tells cells apart."""
+    """The part of an evaluation's config that is in a cell's key."""
     found: Any = _anywhere(evaluate.model_dump(mode="json", exclude={"unsafe_code"}))
     return SharedConfig(found)
 
 
 def _anywhere(given: Json) -> Json:
-    """A config as JSON, less where its endpoints are and how they are asked."""
+    """A config as JSON, without its endpoints' addresses and how they are asked. A tokenizer is replaced by its hash."""
     if isinstance(given, list):
         return [_anywhere(each) for each in given]
     if not isinstance(given, dict):
@@ -346,7 +365,7 @@ def _anywhere(given: Json) -> Json:
 
 
 def _told_apart(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """For each entry (name, settings) its name with the settings that others of this name have otherwise, as in
+    """For each entry (name, settings): its name with the settings in which it differs from other entries of the same name, as in
     `der weight=9`."""
     found = []
     for name, settings in entries:
@@ -358,15 +377,17 @@ def _told_apart(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 
 def _short(value: Json) -> str:
-    """A setting in a label; a search space by what it opens."""
+    """The text of a setting in a label. A search space is written as the names that it searches."""
     if isinstance(value, dict):
         return "+".join(value)
     return "none" if value is None else str(value)
 
 
 def space_of(method: Method) -> dict[str, Json] | None:
-    """The search space of a method of a sweep file, its default one for `{}`; None where nothing is searched. A range of a
-    hyperparameter that is a whole number is one of whole numbers (`step: 1`)."""
+    """Return the search space of a method of a sweep file; None if nothing is searched.
+
+    An empty `search: {}` gives the method's default space. A range of a whole-number hyperparameter gets `step: 1`.
+    """
     if method.search is None:
         return None
     kind = methods.load(method.name)

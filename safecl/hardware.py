@@ -1,7 +1,7 @@
-"""What the devices that compute multiply natively, and how fast they are.
+"""Which dtype the devices that compute multiply natively, and how fast they are.
 
-`dtype: auto` is resolved from here, before any identity is formed; the ETA's first estimate rests on `speed`. Nothing
-heavy is imported but by `speed` (torch) and `nodes` (Ray) when they are called.
+`dtype: auto` is resolved from these functions, before any stage's identity is formed. The first estimate of a run's time
+uses `speed`. Only `speed` (torch) and `nodes` (Ray) import something heavy, when they are called.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from safecl.base import ConfigError, PrerequisiteError
 
 Dtype = Literal["bfloat16", "float32"]
 
-AMPERE = 8.0  # CUDA compute capability from which on bfloat16 matrices are multiplied natively
-NATIVE_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, ARM: as /proc/cpuinfo calls them
-# What ONEDNN_MAX_CPU_ISA may say so that oneDNN, which multiplies for PyTorch, does without those instructions.
+AMPERE = 8.0  # GPUs of this CUDA compute capability and above multiply bfloat16 matrices natively
+NATIVE_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # on x86, x86 and ARM, as named in /proc/cpuinfo
+# Values of ONEDNN_MAX_CPU_ISA with which oneDNN, PyTorch's library for matrix products, does not use those instructions.
 ISAS_WITHOUT = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 SHAPES = ((576, 1536), (1536, 576))  # the two linear layers of a small model's MLP (SmolLM2-135M)
 
 
 class Cpu(NamedTuple):
-    """`flags`: those instruction sets that decide how fast matrices are multiplied, sorted."""
+    """A CPU. `flags`: the instruction sets that decide how fast it multiplies matrices, sorted."""
 
     name: str
     flags: tuple[str, ...]
 
 
 class Speed(NamedTuple):
-    """GFLOP/s of one thread in linear layers with frozen weights."""
+    """GFLOP/s of one CPU thread, or of one GPU, in linear layers with frozen weights."""
 
     forward: float
-    backward: float  # gradient of the input alone, which is what a LoRA finetune computes of a base layer
+    backward: float  # of the gradient of the input alone; a LoRA finetune computes no other gradient of a base layer
 
     @property
     def both(self) -> float:
@@ -49,7 +49,7 @@ class Speed(NamedTuple):
 
 @lru_cache
 def cpu() -> Cpu:
-    """This machine's CPU. Its flags are known on Linux only; elsewhere it counts as without bfloat16."""
+    """Return this machine's CPU. Its flags are read on Linux only; elsewhere it counts as a CPU without bfloat16."""
     name, flags = "", list[str]()
     if Path("/proc/cpuinfo").is_file():
         for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
@@ -63,9 +63,10 @@ def cpu() -> Cpu:
 
 
 def native_bfloat16(use_gpu: bool = False) -> bool:
-    """Whether the device that computes on this machine multiplies bfloat16 natively: with `use_gpu` every visible GPU.
+    """Return whether this machine's CPU, or with `use_gpu` each of its visible GPUs, multiplies bfloat16 natively.
 
-    CPUs: AVX512_BF16 or AMX_BF16, on ARM BF16. A machine without them is simulated by ONEDNN_MAX_CPU_ISA=AVX2.
+    A CPU needs AVX512_BF16 or AMX_BF16, on ARM BF16. ONEDNN_MAX_CPU_ISA=AVX2 simulates a machine without them. A GPU needs
+    compute capability 8.0.
     """
     if use_gpu:
         found = gpus()
@@ -77,15 +78,15 @@ def native_bfloat16(use_gpu: bool = False) -> bool:
 
 
 def native(use_gpu: bool = False) -> Dtype:
-    """What `dtype: auto` means on this machine."""
+    """Return the dtype that `dtype: auto` means on this machine."""
     return "bfloat16" if native_bfloat16(use_gpu) else "float32"
 
 
 @lru_cache
 def gpus() -> list[tuple[str, float]]:
-    """(name, CUDA compute capability) of every visible GPU; empty without one. Holds no memory of theirs."""
+    """Return (name, CUDA compute capability) of every visible GPU; empty without one. Takes no GPU memory in this process."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    only = [f"--id={visible}"] if visible else []  # empty: Ray hides GPUs from whoever reserves none
+    only = [f"--id={visible}"] if visible else []  # empty: Ray hides the GPUs from a process that reserves none
     told = _output(["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader", *only])
     if not told:
         code = (
@@ -98,7 +99,7 @@ def gpus() -> list[tuple[str, float]]:
 
 
 def _output(command: list[str]) -> str:
-    """What a command prints; nothing where it is absent or fails."""
+    """What a command prints; "" if the command is absent or fails."""
     env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES" or value}
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=env).stdout
@@ -107,10 +108,13 @@ def _output(command: list[str]) -> str:
 
 
 def speed(dtype: Dtype, device: str = "cpu") -> Speed:
-    """What one thread (of a GPU: all of it) does in linear layers of a small model, measured in about 0.2 s."""
+    """Measure the speed of one CPU thread, or of a whole GPU, in the linear layers of a small model. Takes about 0.2 s.
+
+    `device`: "cpu" or "cuda".
+    """
     import torch
 
-    # A thread's own time does not count what other programs took meanwhile.
+    # A thread's own time does not include the time that other programs took meanwhile.
     now = time.thread_time if device == "cpu" else time.perf_counter
     kind, threads = getattr(torch, dtype), torch.get_num_threads()
     weights = [torch.linspace(-1, 1, i * o).reshape(o, i).to(device, kind) for i, o in SHAPES]
@@ -131,7 +135,7 @@ def speed(dtype: Dtype, device: str = "cpu") -> Speed:
         stop = time.perf_counter() + 0.1
         num_rows = 128 if device == "cpu" else 4096
         if run(8, width, multiply) > 0.01:
-            num_rows = 64  # emulated: twice as many would take half a second
+            num_rows = 64  # bfloat16 is emulated: twice as many rows would take half a second
         seconds = run(num_rows, width, multiply)
         while time.perf_counter() < stop:
             seconds = min(seconds, run(num_rows, width, multiply))
@@ -146,8 +150,10 @@ def speed(dtype: Dtype, device: str = "cpu") -> Speed:
 
 
 def measured(use_gpu: bool = False) -> dict[Dtype, Speed] | None:
-    """`speed` in both dtypes, measured in a process of its own, so that the caller's holds neither torch nor a GPU.
-    None where that fails, for instance without torch."""
+    """Return `speed` in both dtypes; None if it cannot be measured, for instance without torch.
+
+    It is measured in a process of its own, so that the caller's process loads no torch and takes no GPU.
+    """
     device = "cuda" if use_gpu else "cpu"
     code = (
         "import json\nfrom safecl.hardware import speed\n"
@@ -158,17 +164,17 @@ def measured(use_gpu: bool = False) -> dict[Dtype, Speed] | None:
 
 
 def slowdown(speeds: Mapping[Dtype, Speed]) -> float:
-    """How many times as long bfloat16 takes as float32, forward and backward."""
+    """Return the time of bfloat16 divided by that of float32, forward and backward together."""
     return speeds["float32"].both / speeds["bfloat16"].both
 
 
 def times(factor: float) -> str:
-    """A factor as people read it: `1.4 times`, `23 times`."""
+    """Return a factor as text, as `1.4 times` or `23 times`."""
     return f"{factor:.{0 if factor >= 10 else 1}f} times"
 
 
 def device(use_gpu: bool = False) -> str:
-    """What computes on this machine, in words."""
+    """Return the name of the device that computes on this machine: the CPU, or with `use_gpu` its visible GPUs."""
     if not use_gpu:
         return cpu().name
     return ", ".join(dict.fromkeys(f"{name} (compute capability {c:g})" for name, c in gpus())) or "no visible GPU"
@@ -178,8 +184,14 @@ def device(use_gpu: bool = False) -> str:
 
 
 class Node(NamedTuple):
-    """A node that may hold a training worker. `slowdown`: of bfloat16 against float32 where it is emulated and this was
-    asked for."""
+    """A node that can train.
+
+    Attributes:
+        name: the node's name and the first digits of its id.
+        device: its CPU or GPUs, in words.
+        native: the dtype that `auto` means on it.
+        slowdown: time of bfloat16 / time of float32; None if bfloat16 is native, or if this was not or could not be measured.
+    """
 
     name: str
     device: str
@@ -188,18 +200,23 @@ class Node(NamedTuple):
 
 
 def this_node(name: str, use_gpu: bool, measure: bool) -> Node:
-    """What this machine says of itself; `measure`: also how slow bfloat16 is where it is emulated."""
+    """Return what this machine has, as a Node. `measure`: also measure how slow bfloat16 is, if it is emulated."""
     found = native(use_gpu)
     speeds = measured(use_gpu) if measure and found == "float32" else None
     return Node(name, device(use_gpu), found, None if speeds is None else slowdown(speeds))
 
 
 def nodes(use_gpu: bool, measure: bool, timeout_s: float = 120.0) -> list[Node]:
-    """What every alive node that can train (with a GPU; without `use_gpu`: with CPUs) of the Ray cluster that this
-    process is connected to says of itself.
+    """Ask every node that can train of the Ray cluster that this process is connected to.
+
+    A node can train if it is alive and has a GPU (without `use_gpu`: a CPU).
+
+    Args:
+        measure: also measure how slow bfloat16 is, where it is emulated.
+        timeout_s: seconds to wait for the answers.
 
     Raises:
-        PrerequisiteError: there is no such node, or one does not answer.
+        PrerequisiteError: there is no such node, or one does not answer in time.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -224,7 +241,11 @@ def nodes(use_gpu: bool, measure: bool, timeout_s: float = 120.0) -> list[Node]:
 
 
 def agreed(found: Sequence[Node]) -> Dtype:
-    """What `auto` means to all these nodes. Raises ConfigError that names what each has, where they disagree."""
+    """Return what `auto` means on all these nodes.
+
+    Raises:
+        ConfigError: the nodes disagree. The message names the device and dtype of each.
+    """
     if len({node.native for node in found}) == 1:
         return found[0].native
     having = "\n".join(f"  {node.name}: {node.device}, {node.native}" for node in found)
