@@ -1,16 +1,16 @@
-"""Causal attention within each row of a micro-batch whose rows lie end to end, for every model that takes its attention
-from transformers' registry.
+"""Causal attention within each row of a micro-batch whose rows lie end to end. It serves every model that takes its
+attention function from transformers' registry.
 
-    softmax(cap(Q K^T * scaling) + mask) V,     cap(s) = softcap * tanh(s / softcap) where the model has a soft cap
+    softmax(cap(Q K^T * scaling) + mask) V,     cap(s) = softcap * tanh(s / softcap) if the model has a soft cap
 
-Rows are split off and attended one after the other: no row pays for another's length, and no mask of all tokens against all
-is made. On a GPU PyTorch's flash attention takes rows laid end to end; what it does not do (soft caps, float32) is computed
-of all rows at once, each padded to the longest: there a call costs more than some padding, and rows' bounds stay on the
-device (graphs.py). Sliding windows and soft caps are the model's
-own (transformers' `sdpa` attention drops a soft cap).
+On a CPU the rows are split and attended one after another. So no row pays for another row's length, and no mask of
+all tokens against all tokens is made. On a GPU PyTorch's flash attention takes rows that lie end to end. It does not
+support soft caps and float32. Those cases are computed for all rows at once, each padded to the longest: on a GPU one
+call per row would cost more than the padding, and this way the rows' bounds stay on the device (graphs.py). Sliding
+windows and soft caps are applied as the model defines them (transformers' `sdpa` attention drops a soft cap).
 
-Shapes: H query heads, K key and value heads of G queries each, B rows, T tokens of a row, P tokens of all rows, D size of a
-head.
+Shapes: H query heads, K key and value heads of G queries each, B rows, T tokens of a row, P tokens of all rows, D
+size of a head.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ NAME = "safecl_rows"
 # PyTorch's CPU kernel for bfloat16 is slower than the one for float32 up to about this length (backward: 6 times at 48).
 FLOAT32_UP_TO = 512
 
-# What models hand to their attention beside the arguments of `rows_attention`, and what of it may be passed by: rows' bounds
-# said again, lengths, caches, positions (they are in the queries and keys already). All else would change the answer.
+# Arguments beyond those of `rows_attention` that models pass to their attention and that may be ignored: the rows' bounds a
+# second time, lengths, caches, and positions (queries and keys hold them already). Any other argument would change the result.
 HARMLESS = frozenset({
     "cu_seq_lens_k", "max_length_k", "output_attentions", "output_hidden_states", "output_router_logits",
     "position_ids", "cache_position", "use_cache", "past_key_values", "deterministic", "logits_to_keep", "return_dict",
@@ -42,7 +42,7 @@ HARMLESS = frozenset({
 
 
 class NotHere(PrerequisiteError):
-    """Rows of this model cannot be attended to end to end: its own attention is to be used, on padded rows."""
+    """This model's attention cannot take rows that lie end to end. Use the model's own attention on padded rows."""
 
 
 _asked: ContextVar[list[int | None] | None] = ContextVar("asked", default=None)
@@ -59,7 +59,8 @@ def register() -> None:
 
 @contextmanager
 def packed() -> Iterator[None]:
-    """While a forward of packed rows runs: attention refuses to run without the rows' bounds."""
+    """Context of a forward of rows that lie end to end. In it attention raises NotHere if it is not given the rows'
+    bounds."""
     token = _packed.set(True)
     try:
         yield
@@ -69,7 +70,7 @@ def packed() -> Iterator[None]:
 
 @contextmanager
 def windows() -> Iterator[list[int | None]]:
-    """The sliding window that each attention of a forward is handed meanwhile, in order."""
+    """Context that yields a list of the sliding window passed to each attention call, in order."""
     found: list[int | None] = []
     token = _asked.set(found)
     try:
@@ -80,7 +81,7 @@ def windows() -> Iterator[list[int | None]]:
 
 @contextmanager
 def padded() -> Iterator[list[int]]:
-    """How long rows of a forward are made meanwhile by each attention that pads them."""
+    """Context that yields a list with the padded row length, in tokens, of each attention call that pads."""
     found: list[int] = []
     token = _padded.set(found)
     try:
@@ -104,16 +105,16 @@ def rows_attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer: [1, H, P, D] and two of [1, K, P, D] to [1, P, H, D].
+    """Attention of one layer: query [1, H, P, D], key and value [1, K, P, D]; returns [1, P, H, D] and None.
 
-    `cu_seq_lens_q` holds the rows' bounds (0, end of the first row, ...), on a GPU's memory for a GPU, and `max_length_q` is
-    no less than the longest's tokens. Without bounds every batch row is one whole row.
-    The base's own attention dropout is left out: its masks would depend on how rows are batched.
+    `cu_seq_lens_q` holds the rows' bounds (0, end of the first row, ...), on the GPU for a model on a GPU.
+    `max_length_q` is at least the number of tokens of the longest row. Without bounds every batch row is one whole
+    row. The base's own attention dropout is not applied, because its masks would depend on how rows are batched.
 
     Raises:
-        NotHere: the model does not hand the rows' bounds to its attention, or asks it for something else than is done here:
+        NotHere: the model does not pass the rows' bounds to its attention, or needs something that is not supported here:
             sinks, biases, chosen blocks, a mask of its own.
-        PrerequisiteError: its tokens are to see what comes after them.
+        PrerequisiteError: the model is not causal.
     """
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise PrerequisiteError(
@@ -129,7 +130,7 @@ def rows_attention(
         )
     if (seen := _asked.get()) is not None:
         seen.append(sliding_window)
-    if query.is_cuda and cu_seq_lens_q is None and len(query) == 1:  # as a row among others is computed
+    if query.is_cuda and cu_seq_lens_q is None and len(query) == 1:  # same computation as for several rows
         cu_seq_lens_q = torch.tensor([0, query.shape[2]], dtype=torch.int32, device=query.device)
     if query.is_cuda and cu_seq_lens_q is not None:
         longest = max_length_q or int(cu_seq_lens_q.diff().max())
@@ -156,7 +157,8 @@ def _has_flash(query: Tensor, value: Tensor) -> bool:
 
 @cache
 def _varlen_attn() -> Any:
-    """PyTorch's flash attention over rows laid end to end, for GPUs; None where this version has it not, or otherwise."""
+    """PyTorch's flash attention for rows that lie end to end, on GPUs. None if this version lacks it or its
+    `window_size`."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -180,7 +182,7 @@ def _flash(
     elif num_heads > num_keys:
         key_1KPD, value_1KPD = (part.repeat_interleave(num_heads // num_keys, 1) for part in (key_1KPD, value_1KPD))
     query_PHD, key_PHD, value_PHD = (whole.squeeze(0).transpose(0, 1) for whole in (query_1HPD, key_1KPD, value_1KPD))
-    left = -1 if window is None else window - 1  # a window of transformers counts the token itself
+    left = -1 if window is None else window - 1  # transformers' window includes the token itself
     found_PHD: Tensor = _varlen_attn()(
         query_PHD.contiguous(), key_PHD.contiguous(), value_PHD.contiguous(), ends, ends, longest, longest,
         scale=scaling, window_size=(left, 0), **own,
@@ -198,11 +200,11 @@ def padded_rows(
     window: int | None,
     cap: float | None,
 ) -> Tensor:
-    """[1, P, H, D], without a look at `bounds` from the host."""
+    """Attention of all rows at once, padded to `longest` tokens: [1, P, H, D]. The host never reads `bounds`."""
     starts_B1 = bounds[:-1, None].long()
     places_T = torch.arange(longest, device=bounds.device)
     num_tokens = query_1HPD.shape[2]
-    from_BT = (starts_B1 + places_T).clamp_(max=num_tokens - 1)  # past a row's end: any token's, which nobody reads
+    from_BT = (starts_B1 + places_T).clamp_(max=num_tokens - 1)  # past a row's end: any token; the result is not used
     tokens_P = torch.arange(num_tokens, device=bounds.device)
     row_P = torch.searchsorted(bounds[1:].long(), tokens_P, right=True)
     to_P = row_P * longest + tokens_P - starts_B1[:, 0][row_P]
@@ -222,7 +224,7 @@ def padded_rows(
 
 
 class _Capped(torch.autograd.Function):
-    """Attention under a soft cap of all rows at once; the weights are computed again in the backward."""
+    """Attention with a soft cap, of all rows at once. The backward computes the weights again."""
 
     @staticmethod
     def forward(
@@ -249,7 +251,8 @@ class _Capped(torch.autograd.Function):
 
 
 def _by_row(whole_1PHD: Tensor, from_BT: Tensor, num_keys: int, real_BT: Tensor | None = None) -> Tensor:
-    """[K, B, G T, D]: the queries of one key head follow one another; where `real_BT` says so, else 0."""
+    """[K, B, G T, D]: for each key head the queries of its G query heads, one after another. Elements are 0 where
+    `real_BT` is False."""
     found_BTHD = torch.unflatten(whole_1PHD[0].index_select(0, from_BT.flatten()), 0, from_BT.shape)
     if real_BT is not None:
         found_BTHD = found_BTHD.mul_(real_BT[..., None, None])
@@ -257,7 +260,7 @@ def _by_row(whole_1PHD: Tensor, from_BT: Tensor, num_keys: int, real_BT: Tensor 
 
 
 def _end_to_end(found: Tensor, from_BT: Tensor, to_P: Tensor) -> Tensor:
-    """[K, B, G T, D] to [1, P, H, D]."""
+    """Inverse of `_by_row`: [K, B, G T, D] to [1, P, H, D]."""
     num_tokens = from_BT.shape[1]
     found = torch.unflatten(found, 2, (-1, num_tokens)).permute(1, 3, 0, 2, 4)
     return found.flatten(2, 3).flatten(0, 1).index_select(0, to_P)[None]
@@ -274,7 +277,7 @@ def _kernels(scores: Tensor) -> Any:
 
 
 def _capped_weights(scores: Tensor, num_tokens: int, scale: float, window: int | None, cap: float) -> Tensor:
-    """softmax(cap tanh(scores scale / cap)) of [K, B, G T, T] over what is seen."""
+    """softmax(cap tanh(scores scale / cap)) of scores [K, B, G T, T], over the tokens that each query may see."""
     if kernels := _kernels(scores):
         found: Tensor = kernels.capped_weights(scores, scale, window, cap)
         return found
@@ -286,7 +289,7 @@ def _capped_weights(scores: Tensor, num_tokens: int, scale: float, window: int |
 def _capped_weights_back(
     scores: Tensor, grad: Tensor, num_tokens: int, scale: float, window: int | None, cap: float
 ) -> tuple[Tensor, Tensor]:
-    """(weights, gradient of the scores), by the gradient of the weights. May overwrite both."""
+    """(weights, gradient of the scores), given the gradient `grad` of the weights. May overwrite both arguments."""
     if kernels := _kernels(scores):
         kernels.capped_weights_back(scores, grad, scale, window, cap)
         return scores, grad

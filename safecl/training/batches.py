@@ -1,9 +1,9 @@
-"""Rows -> token ids -> micro-batches, the order of global batches, and the seed streams.
+"""Rows -> token ids -> micro-batches, the order of global batches, and the random streams.
 
-Everything random is a pure function of (seed, stream name, position): nothing depends on the number of workers, on the
-micro-batch size or on what ran before, so a resumed run needs no random state.
+Everything random depends only on (seed, stream name, position). The number of workers, the micro-batch size and
+earlier computations have no influence, so a resumed run needs no random state.
 
-Shapes: P tokens of a micro-batch, its rows laid end to end. There is no padding: a step costs what its tokens cost.
+Shapes: P tokens of a micro-batch; its rows lie end to end, without padding.
 """
 
 from __future__ import annotations
@@ -26,30 +26,38 @@ IGNORED = -100  # label of a position that carries no loss
 
 
 def stream(seed: int, name: str, *position: int) -> int:
-    """Seed of a named random stream, in [0, 2**63). Names in use: adapter, order, dropout, memory, memory.dropout,
-    memory.pick; other rooms add theirs. Independent for different names or positions."""
+    """Seed of a named random stream, in [0, 2**63). Streams of different names or positions are independent.
+
+    Names used here: adapter, order, dropout, memory, memory.dropout, memory.pick. Other parts of safecl add their
+    own.
+    """
     text = "/".join([str(seed), name, *map(str, position)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def permutation(seed: int, num: int) -> list[int]:
-    """A seeded permutation of range(num); the same on every machine and torch build (it does not use torch)."""
+    """A seeded permutation of range(num). It does not use torch, so it is the same on every machine and torch
+    version."""
     return sorted(range(num), key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest())
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The rows.jsonl of a stage's folder."""
+    """Read rows.jsonl of a stage's folder."""
     return [Row(**row) for row in json_lines(folder / "rows.jsonl")]
 
 
 def write_rows(rows: Sequence[Row], folder: Path) -> None:
-    """Write rows.jsonl."""
+    """Write rows.jsonl into a stage's folder."""
     (folder / "rows.jsonl").write_text("".join(json.dumps(row.as_json()) + "\n" for row in rows))
 
 
 def order(seed: int, num_rows: int, batch_size: int, epochs: float, shuffle: bool = True) -> list[list[int]]:
-    """Global batches as row indices: one seeded permutation an epoch (without `shuffle` the rows' own order), laid end
-    to end, cut every `batch_size` rows. The last epoch may be a fraction, the last batch smaller. Depends on nothing else."""
+    """Global batches as lists of row indices.
+
+    Each epoch is one seeded permutation of the rows (without `shuffle`: the rows' own order). The epochs are laid end
+    to end and cut every `batch_size` rows. The last epoch may be a fraction of the rows, and the last batch may be
+    smaller.
+    """
     total = max(1, round(num_rows * epochs))
     sequence: list[int] = []
     epoch = 0
@@ -62,11 +70,11 @@ def order(seed: int, num_rows: int, batch_size: int, epochs: float, shuffle: boo
 
 @dataclass
 class Batch:
-    """A micro-batch: this rank's share of a global batch, or a part of it.
+    """A micro-batch, or one rank's part of a global batch with its micro-batches in `parts`.
 
-    `num_targets` counts the response tokens of the whole GLOBAL batch: a loss is a sum over this micro-batch's tokens
-    divided by it, so that sums over ranks and micro-batches give the global mean. `rows` is empty where a rank has
-    nothing to do (the tensors then hold one row without targets, for engines whose ranks must all run a forward).
+    `num_targets` counts the response tokens of the whole GLOBAL batch. A loss is a sum over this micro-batch's tokens
+    divided by it, so the sum over ranks and micro-batches is the global mean. `rows` is empty if this rank has no
+    row. The tensors then hold one row without targets, for engines whose ranks must all run a forward.
     """
 
     ids_P: Tensor
@@ -75,10 +83,10 @@ class Batch:
     lengths: list[int]  # tokens of each row
     num_targets: int
     rows: list[Encoded]
-    indices: list[int]  # of the rows, in the list they were drawn from
+    indices: list[int]  # of the rows, in the list from which they were drawn
     dropout_seeds: list[int]  # one a row
     states_ND: Tensor | None = None  # memory batches: theta_safe's hidden states at the response positions
-    parts: list[Batch] = field(default_factory=list, repr=False)  # a share's micro-batches; as many on every rank
+    parts: list[Batch] = field(default_factory=list, repr=False)  # micro-batches; the same number on every rank
 
 
 def collate(
@@ -89,13 +97,13 @@ def collate(
     filler: Encoded,
     device: str,
 ) -> Batch:
-    """One micro-batch of `rows`; where there are none, `filler` without targets."""
+    """One micro-batch of `rows`. Without rows it holds `filler`, without targets."""
     shown = list(rows) or [filler]
     ids = [i for row in shown for i in row.ids]
     labels = [IGNORED] * len(ids)
     start = 0
     for row in rows:
-        # A row's first token is never a target: nothing of the row stands before it.
+        # A row's first token is never a target: no token of the row precedes it.
         first = max(1, row.num_prompt)
         labels[start + first : start + len(row.ids)] = row.ids[first:]
         start += len(row.ids)
@@ -112,7 +120,7 @@ def collate(
 
 
 def join(given: Sequence[Batch]) -> Batch:
-    """Several micro-batches as one, for a forward of all their rows together."""
+    """Several micro-batches as one, for one forward of all their rows."""
     return Batch(
         torch.cat([batch.ids_P for batch in given]),
         torch.cat([batch.labels_P for batch in given]),
@@ -135,10 +143,10 @@ def share(
     micro_batch_size: int,
     device: str = "cpu",
 ) -> Batch:
-    """This rank's share of the global batch `rows[i] for i in indices`, with its micro-batches in `parts`.
+    """This rank's part of the global batch `rows[i] for i in indices`, with its micro-batches in `parts`.
 
-    Rows are sorted by length inside the global batch only, dealt to ranks in turn, and cut into the same number of
-    micro-batches on every rank (the last ones may be empty).
+    Rows are sorted by length within the global batch only and dealt to the ranks in turn. Every rank gets the same
+    number of micro-batches; the last ones may be empty.
     """
     num_targets = sum(rows[i].num_targets for i in indices)
     by_length = sorted(range(len(indices)), key=lambda k: (len(rows[indices[k]].ids), k))

@@ -1,11 +1,12 @@
-"""What the layers below the first adapted one make of a row, computed once.
+"""The output of the frozen layers below the first adapted one, computed once per row.
 
-With `lora.last_layers` nothing below the first adapted layer changes, and dropout is the adapters' alone: what a row comes to
-there is the same in every step, epoch, trial and method. Of 30 layers with 12 adapted that is three sevenths of a step.
+With `lora.last_layers` no layer below the first adapted one changes, and dropout is only in the adapters. So a row's
+states there are the same in every step, epoch, trial and method. With 12 of 30 layers adapted, these layers are three
+sevenths of a step.
 
-Rows are computed in groups: consecutive ones of the finetune's own list, of some hundred tokens together. A group is the
-same whatever was computed before it, so a result depends on nothing that this process did for others, and a run that is
-resumed goes on bit for bit. What differs from a forward through all layers is float rounding.
+Rows are computed in groups: consecutive rows of the finetune's own list, of some hundred tokens together. A group
+does not depend on what was computed before. So a result does not depend on earlier work of the process, and a resumed
+run continues bit for bit. The only difference from a forward through all layers is floating-point rounding.
 
 Shapes: P tokens of a micro-batch, T of a group, D hidden.
 """
@@ -27,14 +28,14 @@ from safecl.training.tokens import Encoded
 if TYPE_CHECKING:
     from safecl.training.model import HiddenStates
 
-MOST = 2**29  # bytes that a process keeps, over all its finetunes
-GROUP = 256  # tokens: fewer multiply slower
+MOST = 2**29  # most bytes that a process keeps, over all its finetunes
+GROUP = 256  # tokens; smaller matrix products are slower per token
 
 _kept: OrderedDict[Hashable, Tensor] = OrderedDict()
 
 
 class Used(NamedTuple):
-    """Rows, and how many of them a finetune takes in all, repeated ones counted."""
+    """Rows, and how many rows a finetune takes from them in all (a repeated row counts each time)."""
 
     rows: Sequence[Encoded]
     num_taken: float
@@ -47,13 +48,13 @@ class _Place(NamedTuple):
 
 
 class _Entered(Exception):
-    """Ends a forward at the first adapted layer."""
+    """Raised to end a forward at the first adapted layer."""
 
 
 class Below:
-    """The frozen layers of one model, which are passed over where what they give is known.
+    """The frozen layers of one model. They are skipped for rows whose states are known.
 
-    `identity`: of the weights that they hold; equal ones must mean equal weights.
+    `identity` identifies the weights of these layers: equal identities must mean equal weights.
     """
 
     def __init__(self, states: HiddenStates, layers: nn.ModuleList, first: int, identity: Hashable) -> None:
@@ -67,7 +68,7 @@ class Below:
         layers[first - 1].forward = partial(self._enter, layers[first - 1].forward)
 
     def add(self, rows: Sequence[Encoded]) -> None:
-        """Let these be known."""
+        """Keep the states of these rows. They are computed when first needed."""
         num_tokens = GROUP
         for row in rows:
             if num_tokens >= GROUP:
@@ -81,7 +82,7 @@ class Below:
 
     @contextmanager
     def given(self, batch: Batch) -> Iterator[None]:
-        """Meanwhile a forward of the batch begins at the first adapted layer."""
+        """Context in which a forward of the batch starts at the first adapted layer."""
         places = [self.places[id(row)] for row in batch.rows]
         groups = {number: self._group(self.groups[number]) for number in sorted({place.group for place in places})}
         self._given_PD = torch.cat([groups[place.group][place.start : place.stop] for place in places])
@@ -124,8 +125,12 @@ class Below:
 
 
 def of(states: HiddenStates, last_layers: int | None, identity: Hashable, used: Sequence[Used]) -> Below | None:
-    """For the rows that are taken as often as there are of them; a group is computed for any one of its rows. None where no
-    layer is below, where it would take more than `MOST` bytes, or where layers hand on more than hidden states."""
+    """A `Below` for the lists of rows from which at least as many rows are taken as the list has (one group is
+    computed even if only one of its rows is needed).
+
+    None if there is no layer below the adapted ones, if the states would take more than `MOST` bytes, or if the
+    layers pass on more than hidden states.
+    """
     config = states.base.config.get_text_config()
     num_layers = int(config.num_hidden_layers)
     lists = [rows for rows, num_taken in used if rows and num_taken >= len(rows)]
@@ -144,16 +149,17 @@ def of(states: HiddenStates, last_layers: int | None, identity: Hashable, used: 
 
 @torch.no_grad()
 def _same(below: Below) -> bool:
-    """Whether the model gives the same either way: layers may read what lower ones left beside hidden states."""
+    """Whether the model gives the same result with the lower layers skipped. Layers may read other things that lower
+    layers left."""
     row = Encoded("", [0, 1], 1)
     batch = collate([row], [0], [0], 1, row, "cpu")
     whole_PD = below.states.through(batch)
     try:
         given_PD = below._compute([row])
-        below._compute([Encoded("", [2, 3, 4], 1)])  # now they would read what was left of this one
+        below._compute([Encoded("", [2, 3, 4], 1)])  # overwrites what layers left besides hidden states
         below._given_PD = given_PD
         apart_PD = below.states.through(batch)
-    except Exception:  # whatever a model says of layers that were passed over
+    except Exception:  # any error of a model whose layers were skipped
         return False
     finally:
         below._given_PD = None

@@ -1,4 +1,5 @@
-"""Checkpoints of a finetune: adapter, optimizer state, what a method keeps (`run.kept`) and step as safetensors and JSON."""
+"""Checkpoints of a finetune, as safetensors and JSON: adapter, optimizer state, a method's own state (`run.kept`),
+and step."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from safecl.training.run import Run
 
 
 def save(run: Run, scratch: Path, **counts: float) -> None:
-    """Write `scratch/checkpoint-<step>` atomically (all ranks call it, rank 0 writes) and remove older ones."""
+    """Write `scratch/checkpoint-<step>` atomically and remove older checkpoints. All ranks call it; rank 0 writes."""
     from safetensors.torch import save_file
 
     state, adapter = run.engine.state(), run.values()
@@ -36,12 +37,17 @@ def save(run: Run, scratch: Path, **counts: float) -> None:
 
 
 def newest(scratch: Path) -> Path | None:
-    """The newest complete checkpoint."""
+    """The newest complete checkpoint in `scratch`, or None."""
     return max(scratch.glob("checkpoint-*"), default=None)
 
 
 def restore(run: Run, scratch: Path) -> dict[str, Any] | None:
-    """Load the newest checkpoint into model, engine and `run.step`; its state, or None where there is none."""
+    """Load the newest checkpoint into model, engine and `run.step`. Returns its state.json, or None without a
+    checkpoint.
+
+    Raises:
+        RuntimeError: the checkpoint is of a run with another number of steps.
+    """
     from safetensors.torch import load_file
 
     folder = newest(scratch)

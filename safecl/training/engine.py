@@ -1,14 +1,15 @@
-"""Gradients over ranks and the optimizer step. The only file that imports deepspeed.
+"""Gradients over ranks, and the optimizer step. The only file that imports deepspeed.
 
-`TorchEngine` is the reference: plain AdamW and one all-reduce of its own. On one rank, where there is nothing to share,
-it is what `auto` takes (DeepSpeed adds 90 ms a step there). `DeepSpeedEngine` (ZeRO 0, 1, 2) is held
-equal to it by a test. Both hold: losses are normalised over the global batch, so gradients are SUMMED over ranks; after
-the last backward whole summed gradients are readable and writable; clipping is by the global norm, after any change.
+`TorchEngine` is the reference: plain AdamW with one all-reduce of its own. `auto` chooses it for one rank, where
+there is nothing to shard (DeepSpeed adds 90 ms a step there). `DeepSpeedEngine` (ZeRO 0 to 3) must give the same
+results; a test compares them. For both: losses are normalised over the global batch, so gradients are SUMMED over
+ranks. After the last backward the whole summed gradient can be read and written. Clipping is by the global norm,
+after any such change.
 
-What DeepSpeed needs (measured, 0.19.8): a second backward in ZeRO 1 and 2 overwrites unless the accumulation boundary
-is set by hand; it averages over ranks, so the loss is scaled up by their number; its bfloat16 mode would cast the LoRA
-factors, so it stays off (the frozen base is bfloat16 by itself); PyTorch's AdamW is handed in (DeepSpeed's own is
-compiled on first use).
+DeepSpeed's special needs (measured with 0.19.8). In ZeRO 1 and 2 a second backward overwrites the first one's
+gradients, unless the accumulation boundary is set by hand. DeepSpeed averages over ranks, so the loss is multiplied
+by their number. Its bfloat16 mode would cast the LoRA factors, so it stays off (the frozen base is bfloat16 anyway).
+It is given PyTorch's AdamW, because its own is compiled on first use.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 class TorchEngine:
     """Data-parallel training of the trainable parameters of `module`, which maps a batch to hidden states.
 
-    `needs_every_forward`: ranks exchange parameters within a forward or a backward, so each must run as many.
+    `needs_every_forward`: True if ranks exchange parameters within a forward or a backward, so that every rank must
+    run the same number of them.
     """
 
     needs_every_forward = False
@@ -44,8 +46,8 @@ class TorchEngine:
         wrong = [name for name, p in self.named.items() if p.dtype != torch.float32]
         if wrong or not self.named:
             raise AssertionError(f"expected float32 parameters, got {len(self.named)}, not float32: {wrong[:3]}")
-        # All parameters and all gradients lie in one tensor each, of which theirs are views: clipping, AdamW, the sum over
-        # ranks and what methods do to them are one operation each, in place of some for each of hundreds of factors.
+        # All parameters lie in one tensor and all gradients in another. Each parameter and its gradient are views of these.
+        # So clipping, AdamW, the sum over ranks and the methods' changes take one operation each, not one per LoRA factor.
         self.flat = nn.Parameter(torch.cat([p.detach().flatten() for p in self.named.values()]))
         self.grad = self.flat.grad = torch.zeros_like(self.flat)
         self.sizes = [p.numel() for p in self.named.values()]
@@ -66,69 +68,70 @@ class TorchEngine:
         return torch.split(flat, self.sizes)
 
     def forward(self, batch: Any) -> Tensor:
-        """What the module makes of a batch: hidden states [P, D]."""
+        """The module's output for a batch: hidden states [P, D]."""
         if self.graphs is not None and (found_PD := self.graphs.forward(batch)) is not None:
             return found_PD  # type: ignore[no-any-return]
         hidden_PD: Tensor = self.module(batch)
         return hidden_PD
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add gradients. `last`: of this accumulation; then gradients are summed over ranks. Every rank must call it
-        the same number of times."""
-        if loss.requires_grad:  # not where a rank has no rows
+        """Add gradients. `last`: this is the last backward of an accumulation; gradients are then summed over ranks.
+        Every rank must call it the same number of times."""
+        if loss.requires_grad:  # False if this rank has no rows
             loss.backward()  # type: ignore[no-untyped-call]
         if last and self.world_size > 1:
             dist.all_reduce(self.grad)
 
     def full_grad(self, parameter: nn.Parameter) -> Tensor:
-        """The whole gradient, float32, summed over ranks: a copy. After the last backward, before the step."""
+        """A copy of the parameter's whole gradient, float32, summed over ranks. Valid after the last backward, before
+        the step."""
         assert parameter.grad is not None
         return parameter.grad.detach().clone()
 
     def set_full_grad(self, parameter: nn.Parameter, grad: Tensor) -> None:
-        """Replace the gradient that the step will use (the same value on every rank)."""
+        """Replace the gradient that the step will use. Pass the same value on every rank."""
         assert parameter.grad is not None
         parameter.grad.copy_(grad)
 
     def full_parameter(self, parameter: nn.Parameter) -> Tensor:
-        """The whole parameter, detached; it may be the parameter's own memory. Every rank must call it."""
+        """The whole parameter, detached. It may share the parameter's memory. Every rank must call it."""
         return parameter.detach()
 
     def set_full_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Replace a parameter outside the optimizer's step (the same value on every rank)."""
+        """Replace a parameter outside the optimizer's step. Pass the same value on every rank."""
         with torch.no_grad():
             parameter.copy_(value)
 
     def flat_grad(self) -> Tensor:
-        """All whole gradients as one vector, in the order of `named`: it may be their own memory."""
+        """All whole gradients as one vector [n], in the order of `named`. It may share their memory."""
         return self.grad
 
     def set_flat_grad(self, grad: Tensor) -> None:
-        """Replace all gradients that the step will use."""
+        """Replace all gradients that the step will use, by one vector [n]."""
         self.grad.copy_(grad)
 
     def flat_parameters(self) -> Tensor:
-        """All whole parameters as one vector, detached: it may be their own memory. Every rank must call it."""
+        """All whole parameters as one vector [n], detached. It may share their memory. Every rank must call it."""
         return self.flat.detach()
 
     def set_flat_parameters(self, values: Tensor) -> None:
-        """Replace all parameters outside the optimizer's step."""
+        """Replace all parameters outside the optimizer's step, by one vector [n]."""
         with torch.no_grad():
             self.flat.copy_(values)
 
     def release(self) -> None:
-        """Give up what is held for further steps alone."""
+        """Free what is needed only for further steps."""
         if self.graphs is not None:
             self.graphs = None
             torch.cuda.empty_cache()
 
     def clear_grads(self) -> None:
-        """Forget gradients, so that the next backward starts afresh."""
+        """Set gradients to zero, so that the next backward starts a new sum."""
         self.grad.zero_()
 
     def step(self, learning_rate: float) -> Tensor | float:
-        """Clip, update, clear. Returns the global gradient norm before clipping."""
-        # The norm of norms: over one long vector, float32 sums are off by 2e-4 on a CPU.
+        """Clip, update, clear gradients. Returns the global gradient norm before clipping."""
+        # Norm of the tensors' norms. A float32 sum over one long vector would be off by 2e-4 on a CPU.
         norm: Tensor = torch.nn.utils.get_total_norm(self._split(self.grad))
         torch.nn.utils.clip_grads_with_norm_([self.flat], self.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
@@ -138,8 +141,8 @@ class TorchEngine:
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """Optimizer state as flat names, whole on every rank (all ranks must call it): `<moment>/<parameter>`, `step`.
-        The same for every engine and number of ranks."""
+        """Optimizer state by flat names, `<moment>/<parameter>` and `step`, whole on every rank (all ranks must call
+        it). The format is the same for every engine and number of ranks."""
         state = self.optimizer.state.get(self.flat)
         if not state:
             return {}
@@ -150,20 +153,20 @@ class TorchEngine:
         return found
 
     def load_state(self, flat: Mapping[str, Tensor]) -> None:
-        """Inverse of `state`, also into another engine or number of ranks."""
+        """Load what `state` returned, also from another engine or number of ranks."""
         if not flat:
             return
         state = self.optimizer.state[self.flat]
-        state["step"] = flat["step"].to(self.flat.device, copy=True)  # where the fused step wants it
+        state["step"] = flat["step"].to(self.flat.device, copy=True)  # the device that the fused step needs
         for key in MOMENTS:
             state[key] = torch.cat([flat[f"{key}/{name}"].flatten() for name in self.named]).to(self.flat.device)
 
 
 class DeepSpeedEngine:
-    """The same interface on DeepSpeed, ZeRO stage 0 to 3. A process group must exist.
+    """The interface of `TorchEngine` on DeepSpeed, ZeRO stage 0 to 3. A process group must exist.
 
     Raises:
-        ConfigError: ZeRO 3, and a parameter does not divide evenly among the ranks.
+        ConfigError: with ZeRO 3, a parameter does not divide evenly among the ranks.
     """
 
     needs_every_forward = True
@@ -181,7 +184,7 @@ class DeepSpeedEngine:
         import deepspeed
 
         deepspeed.utils.logger.setLevel(logging.ERROR)
-        # Its shared-memory all-reduce for CPUs is compiled on first use (50 s, and needs a compiler): gloo does.
+        # Its shared-memory all-reduce for CPUs is compiled on first use (50 s, and needs a compiler). Use gloo's instead.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.module = module
         self.world_size, self.zero = world_size, zero
@@ -249,7 +252,7 @@ class DeepSpeedEngine:
         whole = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero == 3)
         with torch.no_grad(), whole:
             parameter.copy_(value)
-        if self.zero > 0:  # the copy that ZeRO steps
+        if self.zero > 0:  # ZeRO updates a copy of its own
             safe_set_full_fp32_param(parameter, value)
 
     def flat_grad(self) -> Tensor:
@@ -282,7 +285,7 @@ class DeepSpeedEngine:
         for group in self._adam().param_groups:
             group["lr"] = learning_rate
         self.engine.set_gradient_accumulation_boundary(True)
-        if self.zero == 0:  # without ZeRO, DeepSpeed keeps no norm: clip here, by the same rule
+        if self.zero == 0:  # without ZeRO, DeepSpeed returns no norm: clip here, by the same rule
             norm = float(torch.nn.utils.clip_grad_norm_(self.named.values(), self.max_grad_norm))
             self.engine.step()
         else:
@@ -315,7 +318,7 @@ class DeepSpeedEngine:
                 adam.state[p] = {"step": flat["step"].clone()}
                 adam.state[p].update({key: flat[f"{key}/{name}"].to(p.device, copy=True) for key in MOMENTS})
             return
-        # AdamW makes its state at the first step: make it empty, link it, then fill each rank's part.
+        # AdamW makes its state at the first step. So make it here, all zero, link it, then fill each rank's part.
         for group in adam.param_groups:
             for flat_part in group["params"]:
                 adam.state[flat_part] = {"step": flat["step"].clone()}
@@ -336,7 +339,7 @@ Engine = TorchEngine | DeepSpeedEngine
 
 
 def shards_the_model(kind: str, zero: int, world_size: int) -> bool:
-    """Whether parameters are in shards outside their own module's forward (ZeRO 3)."""
+    """Whether parameters are sharded outside their own module's forward (ZeRO 3)."""
     return zero == 3 and (kind == "deepspeed" or (kind == "auto" and world_size > 1))
 
 
@@ -350,8 +353,8 @@ def make(
     zero: int,
     graphs: bool = False,
 ) -> Engine:
-    """`torch`, `deepspeed` with its ZeRO stage, or `auto`: DeepSpeed where there is more than one rank to shard over.
-    `graphs`: forward and backward may be captured (graphs.py)."""
+    """The engine called `kind`: `torch`, `deepspeed` (with the ZeRO stage `zero`), or `auto` (DeepSpeed for more than
+    one rank). `graphs`: the torch engine may capture forward and backward as CUDA graphs (graphs.py)."""
     if kind == "torch" or (kind == "auto" and world_size == 1):
         return TorchEngine(
             module, weight_decay=weight_decay, max_grad_norm=max_grad_norm, world_size=world_size, graphs=graphs

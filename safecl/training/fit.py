@@ -1,10 +1,10 @@
-"""What a finetune needs of memory, and how it is made to fit: gradient checkpointing, and fewer rows a forward.
+"""How a finetune fits in memory: an estimate, gradient checkpointing, and fewer rows per forward.
 
-Neither changes a result beyond floating-point rounding: losses are normalised over the global batch, and a forward that
-is run again draws the same dropout.
+Both settings change a result only by floating-point rounding. Losses are normalised over the global batch, and a
+layer that is computed again draws the same dropout.
 
-    kept for the backward, bytes a token and adapted layer:   b (7 D + 4 I + 2 Q)  [+ 6 D + I with dropout]
-    with checkpointing:                                       b D a layer, and one layer as above
+    kept for the backward, bytes per token and adapted layer: b (7 D + 4 I + 2 Q)  [+ 6 D + I with dropout]
+    with checkpointing:                                       b D per layer, and one layer as above
 
 b bytes of a number, D hidden, I width of the MLP, Q widths of queries, keys and values together.
 """
@@ -29,28 +29,29 @@ if TYPE_CHECKING:
     from safecl.training.model import HiddenStates
     from safecl.training.tokens import Encoded
 
-SHARE = 0.8  # of the free memory that an estimate may take: it is one
-SLACK = 1.2  # what allocators and short-lived tensors add
+SHARE = 0.8  # of the free memory that may be planned, because the need is only an estimate
+SLACK = 1.2  # factor for allocators and short-lived tensors
 OUT_OF_MEMORY = torch.OutOfMemoryError
-NOTE = "micro_batch_size"  # file of a finetune's scratch folder: the rows a forward that did fit
+NOTE = "micro_batch_size"  # file of a finetune's scratch folder: the rows per forward to try next
 
 
 class Fit(NamedTuple):
-    """Rows a forward, whether layers are computed again in the backward, and the bytes that this is estimated at."""
+    """Rows per forward, whether layers are computed again in the backward, and the estimated bytes that this needs."""
 
     micro_batch_size: int
     checkpointing: bool
     num_bytes: float
 
     def leaves_room(self, free: float) -> bool:
-        """Whether graphs fit too: they hold activations of their own, beside those of forwards without."""
+        """Whether CUDA graphs fit too. They hold their own activations, beside those of forwards without graphs."""
         from safecl.training.graphs import SPARE
 
         return (1 + SPARE) * self.num_bytes <= SHARE * free
 
 
 def activations(config: Any, lora: Mapping[str, Json], num_tokens: int, num_bytes: int, checkpointing: bool) -> float:
-    """Bytes kept for the backward of a forward of `num_tokens` tokens. `config`: the model's; `num_bytes`: of a number."""
+    """Estimated bytes kept for the backward of a forward of `num_tokens` tokens. `config`: the model's; `num_bytes`:
+    of one number."""
     text = config.get_text_config()
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
     mlp = int(getattr(text, "intermediate_size", None) or 4 * hidden)
@@ -73,9 +74,13 @@ def choose(
     free: float,
     num_bytes: int,
 ) -> Fit:
-    """The most rows a forward, up to `execution.micro_batch_size`, whose longest ones are estimated to fit into `SHARE` of
-    `free` bytes; with checkpointing where `execution.gradient_checkpointing` says `on`, or says `auto` and it is needed.
-    One row a forward is tried whatever its estimate. `drawn`: the longest memory rows that a forward may hold besides."""
+    """Choose rows per forward and gradient checkpointing.
+
+    Returns the most rows, up to `execution.micro_batch_size` and halved until they fit, whose longest ones are
+    estimated to need at most `SHARE` of `free` bytes. Checkpointing is on if `execution.gradient_checkpointing` is
+    `on`, or if it is `auto` and the rows do not fit without. One row per forward is accepted whatever its estimate.
+    `drawn`: the longest memory rows that a forward may hold as well.
+    """
     longest = sorted((len(row.ids) for row in rows), reverse=True)
     beside = sum(len(row.ids) for row in drawn)
     asked = execution["gradient_checkpointing"]
@@ -90,8 +95,9 @@ def choose(
 
 
 def free_memory(device: str, world_size: int = 1, num_at_once: int = 1) -> float:
-    """Bytes that a rank may still take on `device`: as many as the rank with the least, so that all choose alike. On CPUs
-    its ranks, and as many finetunes as run at once (no more than cores), are taken to share one machine's memory."""
+    """Bytes that a rank may still use on `device`: the least over all ranks, so that all ranks choose the same. On a
+    CPU its ranks, and the finetunes that run at once (at most one per core), are assumed to share one machine's
+    memory."""
     if device == "cpu":
         import psutil
 
@@ -104,7 +110,7 @@ def free_memory(device: str, world_size: int = 1, num_at_once: int = 1) -> float
 
 
 def _least(value: float, world_size: int, device: str) -> float:
-    """Of all ranks' values."""
+    """The least of all ranks' values."""
     if world_size == 1:
         return value
     least = torch.tensor(value, dtype=torch.float64, device=device)
@@ -113,8 +119,8 @@ def _least(value: float, world_size: int, device: str) -> float:
 
 
 def checkpoint_layers(states: HiddenStates) -> None:
-    """Keep a layer's input alone for the backward, and compute the layer again there, with the rows and so the dropout of
-    its own forward: another forward may have come between."""
+    """Keep only a layer's input for the backward, and compute the layer again there. The second computation gets the
+    rows, and so the dropout, of its own forward, since another forward may have run in between."""
 
     @contextmanager
     def of(rows: list[tuple[int, int]], tokens: Any) -> Iterator[None]:
@@ -128,7 +134,7 @@ def checkpoint_layers(states: HiddenStates) -> None:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), of(list(states.rows), states.rows.tokens)
 
-    # Nothing here draws from PyTorch's own generators; a graph (graphs.py) could not hold that their states are kept.
+    # No layer draws from PyTorch's own generators. Saving their states could not be captured in a CUDA graph (graphs.py).
     on_gpu = next(states.parameters()).is_cuda
     states.base.gradient_checkpointing_enable(
         {"use_reentrant": False, "context_fn": contexts, "preserve_rng_state": not on_gpu}
@@ -136,7 +142,8 @@ def checkpoint_layers(states: HiddenStates) -> None:
 
 
 def halved(scratch: Path, micro_batch_size: int) -> int:
-    """Note that half the rows a forward are to be tried, for this process and for those that take over from it."""
+    """Write down that half the rows per forward are to be tried next, for this process and for those that continue
+    its work. Returns that number."""
     smaller = max(1, micro_batch_size // 2)
     scratch.mkdir(parents=True, exist_ok=True)
     written = scratch / f"{NOTE}.tmp"
@@ -146,9 +153,9 @@ def halved(scratch: Path, micro_batch_size: int) -> int:
 
 
 def noted(scratch: Path, execution: Mapping[str, Any], world_size: int = 1, device: str = "cpu") -> dict[str, Any]:
-    """What of `execution` is to be otherwise after the device of any rank ran out of memory: fewer rows a forward, and with
-    `auto` checkpointing, as the estimate was too low."""
-    note = scratch / NOTE  # of this node: another rank's may have a folder of its own
+    """Changes to `execution` after a rank's device ran out of memory: fewer rows per forward, and checkpointing on if
+    it was `auto`, because the estimate was too low. Empty if no device did."""
+    note = scratch / NOTE  # on this node only; a rank on another node has its own folder
     size = _least(float(note.read_text()) if note.exists() else math.inf, world_size, device)
     if size == math.inf:
         return {}
@@ -160,7 +167,7 @@ def noted(scratch: Path, execution: Mapping[str, Any], world_size: int = 1, devi
 
 
 def release(device: str) -> None:
-    """Give what is no longer referred to back to the device."""
+    """Free unused memory of the process and the device."""
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()

@@ -1,10 +1,12 @@
-"""Gated units and rotary positions as one node of the graph each, on GPUs, and whether there are kernels for that.
+"""Gated units and rotary positions as one autograd node each, on GPUs; and the check whether the GPU kernels work
+here.
 
     y = act(gate(x)) * up(x),     act: SiLU, or GELU by tanh
     q cos + rotate_half(q) sin
 
-transformers computes the first by two passes over the widest states there are, the second by five over each of queries and
-keys, and their backwards by twice as many. A module is replaced only where it computes just that.
+transformers computes the first by two passes over the widest states of the model, the second by five passes over each
+of queries and keys, and their backwards by twice as many. A module is replaced only if a test on random input shows
+that it computes exactly this.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ ROTARY = "apply_rotary_pos_emb"
 
 @cache
 def _kernels() -> Any:
-    """kernels.py; None where Triton is missing, or cannot compile."""
+    """The module kernels.py; None if Triton is missing or cannot compile."""
     try:
         from safecl.training import kernels
 
         ones = torch.ones(1, 4, device="cuda")
         kernels.norm(ones, ones[0], 1e-6)
-    except Exception as error:  # no Triton, no C compiler, a GPU it does not know: any of its own errors
+    except Exception as error:  # no Triton, no C compiler, a GPU that Triton does not know: errors of any type
         message = (str(error).splitlines() or [""])[0][:200]
         warnings.warn(
             f"Triton compiles nothing here ({type(error).__name__}: {message}): training is slower", stacklevel=2
@@ -41,8 +43,8 @@ def _kernels() -> Any:
 
 
 def kernels_for(tensor: Tensor) -> Any:
-    """What computes on this tensor's device in fewer passes, or None."""
-    if not tensor.is_cuda or tensor.device.index != torch.cuda.current_device():  # Triton starts on the current one
+    """The module with the GPU kernels for this tensor's device; None where they cannot be used."""
+    if not tensor.is_cuda or tensor.device.index != torch.cuda.current_device():  # Triton runs on the current device
         return None
     return _kernels()
 
@@ -82,7 +84,7 @@ class _Rotated(torch.autograd.Function):
 
 
 def _rotary(theirs: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Any:
-    """`theirs`, by one kernel where it is the plain case."""
+    """The model's own function `theirs`, or one kernel if the arguments are the plain case."""
     plain = len(q) == 1 and cos.ndim == 3 and cos.shape == sin.shape == (1, q.shape[2], q.shape[3]) and not more
     if not plain or named or q.shape[3] % 2 or kernels_for(q) is None:
         return theirs(q, k, cos, sin, *more, **named)
@@ -92,7 +94,7 @@ def _rotary(theirs: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: 
 
 @contextmanager
 def _evaluated(module: nn.Module) -> Iterator[None]:
-    """Without dropout meanwhile."""
+    """Context in which the module has no dropout."""
     modes = [(each, each.training) for each in module.modules()]
     module.eval()
     try:
@@ -104,7 +106,7 @@ def _evaluated(module: nn.Module) -> Iterator[None]:
 
 
 def _act(function: Any, device: torch.device) -> str | None:
-    """Which of `ACTS` it computes."""
+    """The key of `ACTS` that `function` computes; None if it is none of them."""
     probe = torch.linspace(-4, 4, 99, device=device)
     try:
         found = function(probe)
@@ -123,7 +125,7 @@ def _probe_gated(module: Any) -> None:
     with _evaluated(module):
         try:
             expected = module(probe)
-        except (TypeError, ValueError, RuntimeError):  # it asks for more than states
+        except (TypeError, ValueError, RuntimeError):  # it needs more arguments than hidden states
             return
         found = _gated_forward(module, kind, probe)
     if torch.is_tensor(expected) and (found - expected).norm() <= 2e-2 * expected.norm():
@@ -131,7 +133,7 @@ def _probe_gated(module: Any) -> None:
 
 
 def _probe_rotary(module: Any) -> None:
-    """Its forward, with another `apply_rotary_pos_emb` than its module's."""
+    """Replace a module's forward by the same one with `_rotary` as its `apply_rotary_pos_emb`, if the two agree."""
     forward = type(module).forward
     if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names or "forward" in vars(module):
         return
@@ -145,7 +147,7 @@ def _probe_rotary(module: Any) -> None:
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     try:
         expected = theirs(q, k, cos, sin)  # type: ignore[misc]
-    except (TypeError, ValueError, RuntimeError):  # of another form
+    except (TypeError, ValueError, RuntimeError):  # it takes other arguments
         return
     found = _rotary(theirs, q, k, cos, sin)
     if all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(found, expected, strict=True)):
@@ -156,7 +158,7 @@ def _probe_rotary(module: Any) -> None:
 
 
 def fuse(model: nn.Module) -> None:
-    """Let gated units and attentions of a model on a GPU compute by kernels, where that is what they compute."""
+    """Let gated units and attentions of a model on a GPU use the kernels, where the kernels compute the same."""
     weight = next(model.parameters(), None)
     if weight is None or kernels_for(weight) is None:
         return

@@ -1,4 +1,5 @@
-"""What a post-hoc method may read before it makes final weights: rows as tokens, and what models see of them."""
+"""What a post-hoc method may read before it makes final weights: rows as tokens, and inner products of modules'
+inputs."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ from safecl.training import batches, model, tokens
 from safecl.training.run import Memory
 from safecl.training.tokens import Encoded
 
-FORWARD_TOKENS = 2048  # of the rows forwarded together
+FORWARD_TOKENS = 2048  # most tokens of rows in one forward, unless one row is longer
 
 
 @dataclass(frozen=True)
 class Given:
-    """The inputs that a post-hoc method's `requires` asked for, by name, and beside them `model`, `safe` and `tuned`.
+    """The inputs that a post-hoc method's `requires` asked for, by name. `model`, `safe` and `tuned` are inputs too.
 
     `config`: `template`, `bos`, `dtype`, `max_tokens`.
     """
@@ -31,11 +32,11 @@ class Given:
 
     @cached_property
     def _base(self) -> Any:
-        """Read once: a large model takes longer to load than to look."""
+        """The base model, loaded once: for a large model loading takes longer than the forwards."""
         return model.load(tokens.base_folder(self.inputs["model"]), self.config["dtype"], self.device)
 
     def rows(self, name: str) -> list[Encoded]:
-        """The rows of an input (a memory, or rows of a role) as tokens; rows that are too long are left out."""
+        """The rows of an input (a memory, or rows of a role) as tokens. Rows that are too long are left out."""
         folder = self.inputs[name]
         if (folder / "memory.safetensors").is_file():
             return Memory.load(folder).rows
@@ -43,8 +44,9 @@ class Given:
         return tokens.encode(batches.read_rows(folder), *text, self.config["max_tokens"])[0]
 
     def inner_products(self, which: str, rows: Sequence[Encoded], names: Sequence[str]) -> dict[str, Tensor]:
-        """By module name the inner products X^T X [I, I], float32, of what the module is given over all tokens of the rows,
-        divided by their number. `which`: `safe` or `tuned`, the model that looks. Costs I^2 numbers a module."""
+        """By module name the inner products X^T X [I, I], float32, of a module's inputs over all tokens of the rows,
+        divided by the number of tokens. `which`: the model that reads the rows, `safe` or `tuned`. Memory: I^2
+        numbers per module."""
         folder = self.inputs.get(which)
         looking = model.theta_safe(self._base, folder and folder / "adapter", "continue", fused=False)
         found: dict[str, Tensor] = {}
@@ -69,6 +71,6 @@ class Given:
         for hook in hooks:
             hook.remove()
         if folder is not None:
-            looking.peft_model.unload()  # the base is another's next
+            looking.peft_model.unload()  # the base is used again, with another adapter
         num_tokens = sum(len(row.ids) for row in rows)
         return {name: gram_II / num_tokens for name, gram_II in found.items()}

@@ -1,16 +1,17 @@
-"""A forward and its backward as CUDA graphs: the thousands of kernels of a step are started by two calls.
+"""A forward and its backward as CUDA graphs: two calls start the thousands of kernels of a step.
 
-A layer is some hundred small operations, and starting one from Python costs more than a GPU takes for it: a step of a 2B
-model waited for its host nine tenths of the time. A graph computes the same kernels on the same addresses, for one number of
-tokens, rows and tokens of the longest row. So these are rounded up: tokens are filled up with a row of their own, whose
-states nobody reads and whose gradient is 0. A shape is captured when it comes for the second time; the first is computed
-kernel by kernel, filled up alike.
+A layer is about a hundred small operations. Starting one from Python takes longer than a GPU needs for it: in a step
+of a 2B model the GPU waited nine tenths of the time for its host. A graph computes the same kernels on the same
+addresses, for one shape: a number of tokens, of rows, and of tokens of the longest row. So these numbers are rounded
+up. Missing tokens are filled with an extra row whose states are not used and whose gradient is 0. A shape is captured
+when it comes for the second time. The first time it is computed kernel by kernel, with the same filler.
 
     hidden_PD = replay of the forward on copied-in ids, places and bounds
     grad     += replay of the backward on a copied-in gradient of hidden_PD
 
-All graphs share one pool of memory, so one forward at a time may wait for its backward; another meanwhile is computed
-without. So is all that cannot be captured: a model that asks the device for a number on its way (experts, most of all).
+All graphs share one pool of memory, so only one forward at a time may wait for its backward. A second forward
+meanwhile is computed without a graph. So is every model that cannot be captured, because it reads a number from the
+device during the forward (mostly models with experts).
 
 Shapes: P tokens, B rows (with the filler), D hidden.
 """
@@ -32,19 +33,21 @@ if TYPE_CHECKING:
     from safecl.training.batches import Batch
     from safecl.training.model import HiddenStates
 
-MOST = 32  # shapes captured: a graph of thousands of kernels takes memory of the driver's too
-LEAST = 64  # tokens
-SPARE = 1.5  # times the memory of the largest shape that all may take: a larger one cannot use what smaller ones left
+MOST = 32  # most captured shapes: a graph of thousands of kernels takes driver memory too
+LEAST = 64  # fewest tokens of a shape
+SPARE = (
+    1.5  # all graphs take at most this times the memory of the largest: a larger one cannot reuse smaller ones' memory
+)
 
 
 def rounded(number: int, steps: int) -> int:
-    """The next larger number of which there are `steps` between a power of two and the next."""
+    """`number` rounded up to one of `steps` even steps between a power of two and the next."""
     step = max(1, 1 << max(0, (number - 1).bit_length() - 1 - (steps.bit_length() - 1)))
     return -(-number // step) * step
 
 
 class _Captured:
-    """One shape's graphs and the addresses they read."""
+    """The two graphs of one shape, and the tensors that they read and write."""
 
     def __init__(self, states: HiddenStates, grad: Tensor, shape: tuple[int, int, int], pool: Any) -> None:
         num_tokens, num_rows, longest = shape
@@ -66,8 +69,8 @@ class _Captured:
 
 @contextmanager
 def _fresh_leaves(module: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Other parameters on the same memory meanwhile: PyTorch ties a leaf to the stream of the forward that first saw it, and
-    one that is not the capture's would break it."""
+    """Context in which the module has other parameters on the same memory. PyTorch ties a leaf to the stream of the
+    forward that first used it, and another stream than the capture's would break the capture."""
     places = [
         (owner, name)
         for owner in module.modules()
@@ -87,7 +90,7 @@ def _fresh_leaves(module: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 @contextmanager
 def _generator_aside(device: torch.device) -> Iterator[None]:
-    """With another state of PyTorch's own generator meanwhile: a capture that fails leaves it unusable."""
+    """Context with another state of PyTorch's own generator, because a failed capture makes the state unusable."""
     generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     own = generator.graphsafe_get_state()
     generator.graphsafe_set_state(generator.clone_state())
@@ -110,7 +113,7 @@ class _Replay(torch.autograd.Function):
             raise RuntimeError("a second backward through one forward: its states are gone")
         ctx.waiting.done = True
         captured: _Captured = ctx.captured
-        ctx.captured = None  # whoever holds the loss does not hold the graphs' memory
+        ctx.captured = None  # so that keeping the loss does not keep the graphs' memory
         captured.outer_PD[: ctx.num_tokens].copy_(outer[0])
         captured.outer_PD[ctx.num_tokens :].zero_()
         captured.graphs[1].replay()
@@ -118,13 +121,14 @@ class _Replay(torch.autograd.Function):
 
 
 class _Waiting:
-    """A forward whose backward has not been; gone where its states are no longer held."""
+    """A forward whose backward has not run yet. It is freed when its states are."""
 
     done = False
 
 
 class Graphs:
-    """The forwards of one model whose trained parameters' gradients lie in `grad`, in the parameters' order."""
+    """The captured forwards of one model. `grad` holds the gradients of its trained parameters, in the parameters'
+    order."""
 
     def __init__(self, states: HiddenStates, grad: Tensor) -> None:
         self.states, self.grad = states, grad
@@ -133,14 +137,14 @@ class Graphs:
         self.anchor = torch.zeros((), device=grad.device, requires_grad=True)
         self.waiting: weakref.ref[_Waiting] | None = None
         self.pool: Any = None
-        self.largest = self.held = 0  # tokens: of the largest shape, and of those that took memory of their own
-        self.pads: bool | None = None  # attention's rows, as the first forward shows
-        # Without kernels each row's dropout has a generator, which is seeded from the host.
+        self.largest = self.held = 0  # in tokens: the largest shape, and the sum of shapes that took new memory
+        self.pads: bool | None = None  # whether attention pads rows; the first forward shows it
+        # Without kernels each row's dropout has its own generator, which the host seeds. That cannot be captured.
         drops = any(isinstance(module, lora.RowDropout) and module.cut > 0 for module in states.modules())
         self.works = states.takes_rows and not (drops and fused.kernels_for(grad) is None)
 
     def forward(self, batch: Batch) -> Tensor | None:
-        """Hidden states [P, D], or None where this forward is to be computed without."""
+        """Hidden states [P, D], or None if this forward is to be computed without a graph."""
         last = None if self.waiting is None else self.waiting()
         if not self.works or not torch.is_grad_enabled() or (last is not None and not last.done):
             return None
@@ -169,15 +173,16 @@ class Graphs:
         return found
 
     def _shape(self, batch: Batch) -> tuple[int, int, int]:
-        """(tokens, rows, tokens of the longest) of the graph that a batch needs."""
+        """(tokens, rows, tokens of the longest row) of the graph for a batch."""
         num_tokens = sum(batch.lengths)
         padded = max(LEAST, rounded(num_tokens, 8))
-        # Flash attention takes any length up to all tokens; padded rows are computed up to the longest.
+        # Flash attention takes any length up to all tokens. Padded rows are computed up to the longest one.
         longest = padded if self.pads is False else rounded(max(*batch.lengths, padded - num_tokens, LEAST), 2)
         return padded, len(batch.lengths) + 1, longest
 
     def _computed(self, given: Any, longest: int, rows: list[tuple[int, int]], batch: Batch) -> Tensor:
-        """What the graph will compute, kernel by kernel: all that is made or compiled on first use then is."""
+        """What the graph will compute, kernel by kernel, so that everything made or compiled on first use exists
+        before the capture."""
         ids_P, places_P, seeds_P, bounds = given
         self.states.rows.set(rows, (seeds_P, places_P))
         with attention.padded() as found:
@@ -188,9 +193,7 @@ class Graphs:
 
     def _capture(self, shape: tuple[int, int, int]) -> bool:
         if shape[0] > self.largest:
-            if (
-                self.pool is None or self.held + shape[0] > SPARE * shape[0]
-            ):  # from the largest on all fit into its memory
+            if self.pool is None or self.held + shape[0] > SPARE * shape[0]:  # a new pool for the new largest shape
                 torch.cuda.synchronize()
                 self.captured.clear()
                 self.pool, self.held = torch.cuda.graph_pool_handle(), 0
@@ -198,12 +201,12 @@ class Graphs:
         stream = torch.cuda.current_stream()
         try:
             self.captured[shape] = _Captured(self.states, self.grad, shape, self.pool)
-        except Exception as error:  # whatever the model does that a graph cannot hold; short memory too
+        except Exception as error:  # anything that a graph cannot capture; too little memory too
             torch.cuda.set_stream(stream)
             torch.cuda.synchronize()
             self.works = False
             self.captured.clear()
-            first = error.__context__ or error  # the end of a broken capture is an error of its own
+            first = error.__context__ or error  # ending a broken capture raises another error
             message = (str(first).splitlines() or [""])[0][:200]
             warnings.warn(f"training without CUDA graphs, slower ({type(first).__name__}: {message})", stacklevel=2)
         return self.works

@@ -1,5 +1,6 @@
-"""Chains of small operations as one GPU kernel each, in Triton. Each computes in float32 what the chain it replaces computes,
-and rounds once. `fused.py` says where they are used; nothing else imports this file, for there is no Triton without a GPU.
+"""Chains of small operations as one GPU kernel each, in Triton. Each kernel computes in float32 what its chain
+computes, and rounds once. Only fused.py imports this file, because there is no Triton without a GPU. fused.py also
+says where the kernels are used.
 
 Shapes: P tokens, D numbers of a row, H heads, N rows of scores, T scores of a row, V vocabulary.
 """
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LONGEST = 16384  # numbers of a row that one program holds at once
+LONGEST = 16384  # longest row, in numbers, that one program can hold
 
 
 def _one_row(size: int) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def _norm_back(x, weight, inverse, grad, grad_x, size, BLOCK: tl.constexpr):
 
 
 def norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(y, 1 / root mean square of each row)."""
+    """RMS normalisation: (y, 1 / root mean square of each row)."""
     x = x.contiguous()
     y, size = torch.empty_like(x), x.shape[-1]
     inverse = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -69,7 +70,7 @@ def norm_back(x: Tensor, weight_D: Tensor, inverse: Tensor, grad: Tensor) -> Ten
 
 # -- gated units -------------------------------------------------------------------------------------------------------
 
-ELEMENTS = 1024  # a program, of element-wise kernels
+ELEMENTS = 1024  # elements per program of an element-wise kernel
 
 
 @triton.jit
@@ -109,7 +110,7 @@ def _gate_back(gate, up, grad, grad_gate, grad_up, num, KIND: tl.constexpr, BLOC
 
 
 def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    """act(gate) * up, act `silu` or `gelu_tanh`."""
+    """act(gate) * up; `kind` of act: `silu` or `gelu_tanh`."""
     y = torch.empty_like(gate)
     if y.numel():
         _gate[(triton.cdiv(y.numel(), ELEMENTS),)](gate, up, y, y.numel(), KIND=kind, BLOCK=ELEMENTS)
@@ -154,7 +155,8 @@ def _rotate(
 
 
 def rotated(x_1HPD: Tensor, cos_1PD: Tensor, sin_1PD: Tensor, back: bool) -> Tensor:
-    """Heads turned by their token's position (its transpose with `back`), with each token's heads side by side in memory."""
+    """Heads [1, H, P, D] rotated by their token's position, or rotated back with `back` (the transpose). The result
+    holds each token's heads side by side in memory."""
     _, heads, num, size = x_1HPD.shape
     if x_1HPD.stride(3) != 1:
         x_1HPD = x_1HPD.contiguous()
@@ -200,14 +202,15 @@ def _capped_back(scores, grad, tokens, window, scale, cap, BLOCK: tl.constexpr):
 
 
 def capped_weights(scores: Tensor, scale: float, window: int | None, cap: float) -> Tensor:
-    """softmax(cap tanh(s scale / cap)) over the scores [..., T] that a query sees: row by row, T queries after one another."""
+    """softmax(cap tanh(s scale / cap)) of scores s [..., T], over the tokens that each query may see. Every T
+    consecutive rows of scores are the T queries of one head, in order."""
     out, num = torch.empty_like(scores), scores.shape[-1]
     _capped[(scores.numel() // num,)](scores, out, num, window or num, scale, cap, **_one_row(num))
     return out
 
 
 def capped_weights_back(scores: Tensor, grad: Tensor, scale: float, window: int | None, cap: float) -> None:
-    """Turns `scores` into the weights, and their gradient `grad` into the scores'."""
+    """Overwrite `scores` with the weights, and `grad` (the weights' gradient) with the scores' gradient."""
     num = scores.shape[-1]
     _capped_back[(scores.numel() // num,)](scores, grad, num, window or num, scale, cap, **_one_row(num))
 
@@ -251,7 +254,8 @@ def _cross_entropy(logits, targets, losses, vocab, cap, CAPPED: tl.constexpr, GR
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor, cap: float | None, grad: bool) -> Tensor:
-    """-log p(target) of each row [N], of logits before their soft cap; with `grad`, `logits_NV` become its gradient."""
+    """-log p(target) of each row, [N], from logits before their soft cap. With `grad`, `logits_NV` is overwritten
+    with its gradient."""
     losses_N = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
     if len(logits_NV):
         _cross_entropy[(len(logits_NV),)](
@@ -285,8 +289,11 @@ def _drop(x, base, seeds, places, y, size, module, cut, ADD: tl.constexpr, BLOCK
 def drop(
     x_PD: Tensor, seeds_P: Tensor, places_P: Tensor, base_PD: Tensor | None = None, *, module: int, cut: int
 ) -> Tensor:
-    """x where its element is kept, else 0; added to `base_PD` in place where there is one. An element is dropped with
-    probability cut / 2**16, by its row's seed, its token's place in the row, and the module's number alone."""
+    """x where an element is kept, else 0. With `base_PD` the result is added to it in place.
+
+    An element is dropped with probability cut / 2**16. This depends only on its row's seed, its token's place in the
+    row, its place in the token's numbers, and the module's number.
+    """
     num, size = x_PD.shape
     x_PD = x_PD.contiguous()
     y_PD = torch.empty_like(x_PD) if base_PD is None else base_PD

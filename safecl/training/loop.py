@@ -1,12 +1,12 @@
-"""The training loop, top to bottom. What a method may touch of it is run.py. Knows nothing of Ray.
+"""The training loop, top to bottom. run.py says what a method may use of it. It does not know Ray.
 
 One optimizer step:
 
-    batch = this rank's share of the global batch
+    batch = this rank's part of the global batch
     method.before_step -> for each micro-batch: backward(method.loss) -> method.after_backward -> clip, AdamW, clear
     -> method.after_step
 
-Schedule, order, draws and dropout are functions of (seed, step), so a run resumed from a checkpoint (checkpoints.py)
+Schedule, order, draws and dropout depend only on (seed, step). So a run resumed from a checkpoint (checkpoints.py)
 continues bit for bit.
 """
 
@@ -31,8 +31,9 @@ REPORT_EVERY_S = 0.3
 
 
 def learning_rate(config: Training, step: int, num_steps: int) -> float:
-    """Of optimizer step `step` (from 0): linear warm-up over the first `warmup_ratio`, then as `schedule` says. With
-    `warmup_from_zero` these are Hugging Face's schedules of the same names (`constant`: its constant_with_warmup)."""
+    """The rate of optimizer step `step` (from 0): linear warm-up over the first `warmup_ratio` of the steps, then
+    `schedule`. With `warmup_from_zero` it equals Hugging Face's schedule of the same name (`constant`:
+    constant_with_warmup)."""
     warm = math.ceil(config.warmup_ratio * num_steps)
     if step < warm:
         return config.learning_rate * (step + (not config.warmup_from_zero)) / warm
@@ -47,7 +48,8 @@ def learning_rate(config: Training, step: int, num_steps: int) -> float:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training came to. Token counts are of response tokens in the user batches; `tokens` of all their tokens."""
+    """The result of training, in numbers. `response_tokens` counts response tokens of the user batches, `tokens` all
+    their tokens."""
 
     steps: int
     final_loss: float
@@ -55,7 +57,7 @@ class Outcome:
     tokens: int
     seconds: float  # in this attempt
     tokens_per_s: float  # of all tokens, in this attempt
-    decayed: float  # share of the starting factors that weight decay alone took off, in [0, 1]
+    decayed: float  # share of the starting factors that weight decay alone removed, in [0, 1]
     norm_start: float  # L2 norm of the LoRA factors
     norm_end: float
 
@@ -68,9 +70,15 @@ def train(
     checkpoint_every_s: float = 60.0,
     after_step: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Train `run.model`'s adapter in place, continuing from the newest checkpoint in `scratch`; rank 0 writes
-    `scratch/curves.jsonl` (one line a step). Checkpoints are written every so many seconds, and when `report` asks for one;
-    it is told of each by the metric `checkpoint`, its step. `after_step` is for tests."""
+    """Train `run.model`'s adapter in place, from the newest checkpoint in `scratch` if there is one.
+
+    Rank 0 writes `scratch/curves.jsonl`, one line per step. A checkpoint is written every `checkpoint_every_s`
+    seconds, and when `report` asks for one by returning true. After each checkpoint `report` gets the metric
+    `checkpoint` with its step. `after_step` is for tests.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
     config = run.config
     order = batches.order(run.seed, len(run.rows), config.batch_size, config.epochs, config.shuffle)
     run.num_steps = len(order)
@@ -84,7 +92,7 @@ def train(
     curves = _open_curves(scratch, run.step) if run.rank == 0 else None
     started = checkpointed = time.monotonic()
     reported = 0.0
-    wanted = False  # a checkpoint, at once
+    wanted = False  # `report` asked for a checkpoint
     while run.step < run.num_steps:
         run.metrics, run.shared = {}, {}
         run.indices = order[run.step]
@@ -101,7 +109,7 @@ def train(
         method.after_step(run)
         run.step += 1
 
-        # One small all-reduce a step: metrics, and rank 0's word on whether all write a checkpoint now.
+        # One small all-reduce per step: metrics, and rank 0's decision whether all ranks write a checkpoint now.
         names = sorted(run.metrics)
         due = run.rank == 0 and (wanted or time.monotonic() - checkpointed >= checkpoint_every_s)
         *sums, due_now = run.sum_over_ranks([run.metrics[name] for name in names] + [float(due)])
@@ -148,7 +156,7 @@ def train(
 
 
 def _open_curves(scratch: Path, step: int) -> Any:
-    """curves.jsonl with only the steps that the checkpoint knows, opened to append: each step stands there once."""
+    """Remove steps after the checkpoint from curves.jsonl and open it to append, so that each step is in it once."""
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / "curves.jsonl"
     kept = []
@@ -156,7 +164,7 @@ def _open_curves(scratch: Path, step: int) -> Any:
         for line in path.read_text().splitlines():
             try:
                 known = json.loads(line)["step"] <= step
-            except (ValueError, KeyError):  # the half line of a killed writer
+            except (ValueError, KeyError):  # an incomplete line of a killed process
                 known = False
             kept += [line + "\n"] if known else []
     temporary = scratch / "curves.tmp"

@@ -1,10 +1,10 @@
-"""A LoRA-adapted linear layer as one node of the graph, and dropout that depends on the row alone.
+"""A LoRA-adapted linear layer as one autograd node, and dropout that depends only on the row.
 
     y = W x + b + s B A d(x),       d: dropout of the row,  s = alpha / r
 
-PEFT computes this as a chain of six operations over all tokens, each with a copy for its backward. Here the forward is
-three matrix products and the backward five, and what is kept is x, A d(x) and, with dropout, a mask. A and B are float32;
-their products are taken in the base's dtype, as under autocast.
+PEFT computes this as a chain of six operations over all tokens, each with a copy for its backward. Here the forward
+is three matrix products and the backward five. Only x, A d(x) and, with dropout, a mask are kept. A and B are
+float32. Their products are computed in the base's dtype, as under autocast.
 
 Shapes: P tokens, I inputs, O outputs, R rank.
 """
@@ -25,16 +25,16 @@ DRAWS = 2**16  # dropout probabilities are multiples of 1 / DRAWS
 
 
 class Rows(list[tuple[int, int]]):
-    """(dropout seed, length) of each row of the running forward, end to end."""
+    """(dropout seed, length in tokens) of each row of the running forward, in order."""
 
-    tokens: tuple[Tensor, Tensor] | None = None  # on the device: of each token its row's seed, and its place in the row
+    tokens: tuple[Tensor, Tensor] | None = None  # on the device, per token: its row's seed, its place in the row
 
     def set(self, rows: Iterable[tuple[int, int]], tokens: tuple[Tensor, Tensor] | None = None) -> None:
         self[:] = rows
         self.tokens = tokens
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`tokens`, made where they are not known."""
+        """`tokens` on this device; computed if they are not set."""
         if self.tokens is None:
             lengths = torch.tensor([length for _, length in self])
             seeds_P = torch.tensor([seed for seed, _ in self]).repeat_interleave(lengths)
@@ -44,8 +44,8 @@ class Rows(list[tuple[int, int]]):
 
 
 class RowDropout(nn.Module):
-    """LoRA dropout whose mask depends on (row seed, module) alone: two ranks draw what one would, a forward more or
-    less changes nobody else's mask, and a resumed run needs no random state."""
+    """LoRA dropout whose mask depends only on (row seed, module). So two ranks draw the same masks as one would, an
+    extra forward changes no other mask, and a resumed run needs no random state."""
 
     def __init__(self, probability: float, module_index: int, rows: Rows) -> None:
         super().__init__()
@@ -59,11 +59,11 @@ class RowDropout(nn.Module):
 
     @property
     def scale(self) -> float:
-        """What a kept element is multiplied by."""
+        """The factor for kept elements."""
         return DRAWS / (DRAWS - self.cut)
 
     def kept(self, x_PI: Tensor) -> Dropped:
-        """Which elements of x are kept, until the backward."""
+        """The function that drops elements of x, and the tensors it needs; the backward uses both again."""
         if kernels := fused.kernels_for(x_PI):
             known = self.rows.on(x_PI.device)
             if len(known[0]) != len(x_PI):
@@ -72,14 +72,14 @@ class RowDropout(nn.Module):
         return by_mask, (self.mask(x_PI),)
 
     def mask(self, x_PI: Tensor) -> Tensor:
-        """1 where an element is kept, else 0: in int8, which a CPU multiplies by three times as fast as by booleans."""
+        """1 where an element is kept, else 0. In int8, because a CPU multiplies int8 three times as fast as booleans."""
         if sum(length for _, length in self.rows) != len(x_PI):
             raise RuntimeError(f"dropout has seeds for rows of {self.rows}, got {len(x_PI)} tokens")
         kept_PI = torch.empty(x_PI.shape, dtype=torch.int8, device=x_PI.device)
         generator = torch.Generator(device=x_PI.device)
         for (seed, _), kept in zip(self.rows, torch.split(kept_PI, [length for _, length in self.rows]), strict=True):
             generator.manual_seed((seed + self.module_index * 0x9E3779B97F4A7C15) % 2**63)
-            # 16 random bits an element, four to a 64-bit draw: 6 times faster than bernoulli_ on a CPU.
+            # 16 random bits per element, four elements per 64-bit draw: 6 times faster than bernoulli_ on a CPU.
             draws = torch.empty(-(-kept.numel() // 4), dtype=torch.int64, device=x_PI.device)
             draws.random_(-(2**63), None, generator=generator)
             kept.copy_(draws.view(torch.int16)[: kept.numel()].view_as(kept).ge_(self.cut - DRAWS // 2))
@@ -95,11 +95,11 @@ class RowDropout(nn.Module):
 
 
 def by_mask(x_PI: Tensor, mask_PI: Tensor, base_PI: Tensor | None = None) -> Tensor:
-    """x where it is kept, else 0; added to `base_PI` in place where there is one. x is overwritten then."""
+    """x where an element is kept, else 0. With `base_PI` the result is added to it in place, and x is overwritten."""
     return x_PI * mask_PI if base_PI is None else base_PI.add_(x_PI.mul_(mask_PI))
 
 
-# What drops, `(x, *known, base=None)` as `by_mask` does, and the tensors `known` that it needs.
+# The function that drops, called as `(x, *known, base=None)` like `by_mask`, and the tensors `known` that it needs.
 Dropped = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 
 
@@ -117,7 +117,7 @@ class _Drop(torch.autograd.Function):
 
 
 def _scaled(first: Tensor, second: Tensor, scale: float) -> Tensor:
-    """scale * first @ second, by the matrix product itself."""
+    """scale * first @ second, with the scale applied inside the matrix product."""
     return torch.addmm(first.new_empty(1), first, second, beta=0, alpha=scale)
 
 
@@ -173,7 +173,8 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
 
 
 def seed_dropout(peft_model: Any, rows: Rows) -> None:
-    """Make the dropout of every adapted layer depend on `rows` (seed, length), which the caller fills per forward."""
+    """Replace the dropout of every adapted layer by one that depends on `rows`. The caller sets `rows` before each
+    forward."""
     index = 0
     for module in peft_model.modules():
         drop = getattr(module, "lora_dropout", None)
@@ -184,7 +185,7 @@ def seed_dropout(peft_model: Any, rows: Rows) -> None:
 
 
 def fuse(peft_model: Any) -> None:
-    """Let every plainly adapted linear layer compute as one node. Others (GPT-2's Conv1D) stay PEFT's."""
+    """Let every plainly adapted linear layer compute as one node. Other layers (GPT-2's Conv1D) keep PEFT's forward."""
     from peft.tuners.lora import Linear
 
     for module in peft_model.modules():

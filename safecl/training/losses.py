@@ -1,8 +1,8 @@
-"""Losses from hidden states. Vocabulary-sized tensors exist for one chunk of response tokens at a time.
+"""Losses from hidden states. Vocabulary-sized tensors exist only for one chunk of response tokens at a time.
 
 Shapes: P tokens of a micro-batch (its rows end to end), D hidden, V vocabulary, N response tokens among them.
-Position t carries a target when labels[t + 1] is one: the last prompt token predicts the answer's first token, and the
-end token's own state predicts nothing.
+Position t has a target if labels[t + 1] is one: the last prompt token predicts the answer's first token, and the end
+token's own state predicts nothing.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from safecl.training import fused
 if TYPE_CHECKING:
     from safecl.training.batches import Batch
 
-CHUNK_ELEMENTS = 2**24  # logits held at once, in float32: 64 MiB
-ON_GPU = 4  # times as many: of a vocabulary of 256,000 it would be 65 tokens, too few for a GPU's matrix products
+CHUNK_ELEMENTS = 2**24  # logits held at once; 64 MiB in float32
+ON_GPU = 4  # times as many: with a vocabulary of 256,000 it would be 65 tokens, too few for a GPU's matrix products
 
 
 @dataclass(frozen=True)
 class Head:
-    """The frozen output layer: z = cap * tanh((W h + b) / cap), without bias and cap in most models."""
+    """The frozen output layer: z = cap * tanh((W h + b) / cap). Most models have no bias and no cap."""
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
@@ -37,7 +37,7 @@ class Head:
 
     @property
     def linear(self) -> bool:
-        """z = W h and nothing else: what the Gram form needs."""
+        """Whether z = W h, without bias and cap, as the Gram form needs it."""
         return self.bias_V is None and self.soft_cap is None
 
     @property
@@ -46,7 +46,7 @@ class Head:
         return max(1, CHUNK_ELEMENTS * (ON_GPU if self.weight_VD.is_cuda else 1) // self.num_vocab)
 
     def in_float32(self) -> Head:
-        """The same in float32: 4 V D bytes more where it was not (2.1 GB for Llama-3-8B)."""
+        """This head in float32. Takes 4 V D more bytes if it was not float32 (2.1 GB for Llama-3-8B)."""
         return Head(self.weight_VD.float(), None if self.bias_V is None else self.bias_V.float(), self.soft_cap)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Head:
 
 
 def head_of(model: Any, copy: bool = False) -> Head:
-    """The output layer of a causal language model (Hugging Face). `copy`: with memory of its own (ZeRO 3 shards the
+    """The output layer of a causal language model (Hugging Face). `copy`: with its own memory (ZeRO 3 shards the
     model's)."""
     layer = model.get_output_embeddings()
     config = model.config.get_text_config()
@@ -72,7 +72,8 @@ def head_of(model: Any, copy: bool = False) -> Head:
 
 
 def check_head(head: Head, hidden_ND: Tensor, logits_NV: Tensor) -> None:
-    """Raise PrerequisiteError unless head(hidden) is what the model itself computed from these hidden states."""
+    """Raise PrerequisiteError if head(hidden) differs from the logits that the model itself computed from these
+    hidden states."""
     ours = head.logits(hidden_ND).float()
     off = float((ours - logits_NV.float()).abs().max())
     size = float(logits_NV.float().abs().max())
@@ -84,8 +85,8 @@ def check_head(head: Head, hidden_ND: Tensor, logits_NV: Tensor) -> None:
 
 
 def targets(labels_P: Tensor) -> tuple[Tensor, Tensor]:
-    """(mask [P] of the positions that predict a target, targets [N] in order). A row's first label is no target, so no
-    row predicts the next one."""
+    """(mask [P] of the positions that predict a target, targets [N] in order). A row's first label is no target, so
+    no position predicts a token of the next row."""
     following_P = torch.full_like(labels_P, -100)
     following_P[:-1] = labels_P[1:]
     mask_P = following_P != -100
@@ -93,8 +94,8 @@ def targets(labels_P: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def positions(batch: Batch, rule: str) -> Tensor:
-    """Mask [P] of a rule's positions: `response` (those that predict a response token), `last` (the one that predicts
-    the last of them), `all` (every token). A batch without rows has none."""
+    """Mask [P] of the positions that a rule names: `response` (those that predict a response token), `last` (the one
+    that predicts the last response token), `all` (every token). A batch without rows has no position."""
     mask_P, _ = targets(batch.labels_P)
     if rule == "response" or not batch.rows:
         return mask_P
@@ -107,14 +108,15 @@ def positions(batch: Batch, rule: str) -> Tensor:
 
 
 def num_positions(num_prompt: int, num_tokens: int, rule: str) -> int:
-    """How many positions of a row the rule names (see `positions`)."""
+    """Number of positions of a row by a rule of `positions`."""
     return {"all": num_tokens, "last": 1, "response": num_tokens - num_prompt}[rule]
 
 
 class _CrossEntropies(torch.autograd.Function):
-    """Cross-entropy of each response token in nats. The head is frozen, so the gradient to the hidden states is made chunk
-    by chunk in the forward pass and no logits are kept. With e = exp(z - max z) and s = sum e it is (e W) / s - W[target]:
-    each pass over the vocabulary that can be saved is (the sum is PyTorch's pairwise one; log_softmax's is off by 1e-5)."""
+    """Cross-entropy of each response token, in nats. The head is frozen, so the forward pass also makes the gradient
+    of the hidden states, chunk by chunk, and keeps no logits. With e = exp(z - max z) and s = sum e the gradient is
+    (e W) / s - W[target]. This form saves passes over the vocabulary. The sum is PyTorch's pairwise one; the sum of
+    log_softmax is off by 1e-5."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
@@ -125,7 +127,7 @@ class _CrossEntropies(torch.autograd.Function):
         for start in range(0, len(hidden_ND), step):
             target_N = targets_N[start : start + step]
             if kernels := fused.kernels_for(hidden_ND):
-                # One pass to the loss and one to the gradient, which takes the logits' place.
+                # One pass for the loss and one for the gradient, which overwrites the logits.
                 raw_NV = torch.nn.functional.linear(hidden_ND[start : start + step], weight_VD, head.bias_V)
                 found_N = kernels.cross_entropy(raw_NV, target_N, head.soft_cap, grad_ND is not None)
                 losses_N[start : start + step] = found_N
@@ -157,19 +159,19 @@ class _CrossEntropies(torch.autograd.Function):
 
 
 def cross_entropies(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
-    """-log p(target) of each response token, float32 [N], with gradients to the hidden states."""
+    """-log p(target) of each response token, in nats, float32 [N]. Gradients go to the hidden states."""
     found: Tensor = _CrossEntropies.apply(hidden_ND, head, targets_N)  # type: ignore[no-untyped-call]
     return found
 
 
 def cross_entropy_sum(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
-    """Sum over N response tokens of -log p(target), float32 scalar."""
+    """Sum over N response tokens of -log p(target), in nats, float32 scalar."""
     return cross_entropies(hidden_ND, head, targets_N).sum()
 
 
 class _Divergence(torch.autograd.Function):
-    """Sum over tokens of a KL divergence between the distributions of two sets of hidden states, logits for one chunk of
-    tokens at a time; the gradient to the first is made in the forward pass. See `divergence_sum`."""
+    """Sum over tokens of the KL divergence of `divergence_sum`, with logits for one chunk of tokens at a time. The
+    forward pass also makes the gradient of `hidden_ND`."""
 
     @staticmethod
     def forward(
@@ -211,15 +213,15 @@ def divergence_sum(
 ) -> Tensor:
     """Sum over N tokens of T^2 KL(p_safe || p) (`forward_kl`) or T^2 KL(p || p_safe), in nats, float32 scalar.
 
-    p and p_safe are softmax(z / T) of the head's logits at `hidden_ND` and at theta_safe's `states_ND`. T^2 keeps the
-    gradient's size when T changes (Hinton et al. 2015). Gradients go to `hidden_ND` alone.
+    p and p_safe are softmax(z / T) of the head's logits at `hidden_ND` and at theta_safe's `states_ND`. The factor
+    T^2 keeps the gradient's size when T changes (Hinton et al. 2015). Gradients go only to `hidden_ND`.
     """
     total: Tensor = _Divergence.apply(hidden_ND, states_ND, head, forward_kl, temperature)  # type: ignore[no-untyped-call]
     return total
 
 
 def log_probabilities(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
-    """log p of each target in nats, float32 [N]; logits are of the head's dtype. Without gradients."""
+    """log p of each target, in nats, float32 [N], without gradients. Logits are computed in the head's dtype."""
     step = head.rows_at_once
     parts = []
     with torch.no_grad():
@@ -230,9 +232,9 @@ def log_probabilities(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tenso
 
 
 def centred_gram(head: Head) -> tuple[Tensor, Tensor]:
-    """(G, w): w [D] the mean row of W and G [D, D] = sum over rows of (W_v - w)(W_v - w)^T, both float32, so that
-    |W dh|^2 = dh^T G dh + V (w . dh)^2. The other way round, G as W^T W less V w w^T, float32 loses up to a tenth of it
-    where the mean is large."""
+    """(G, w), both float32: w [D] is the mean row of W, and G [D, D] = sum over rows of (W_v - w)(W_v - w)^T. So |W
+    dh|^2 = dh^T G dh + V (w . dh)^2. Computing G as W^T W - V w w^T instead would lose up to a tenth of it in float32
+    if the mean is large."""
     num_vocab, width = head.weight_VD.shape
     mean_D = head.weight_VD.mean(0, dtype=torch.float32)
     gram_DD = torch.zeros(width, width, dtype=torch.float32, device=head.weight_VD.device)
@@ -245,8 +247,8 @@ def centred_gram(head: Head) -> tuple[Tensor, Tensor]:
 
 
 class _ExactDistance(torch.autograd.Function):
-    """Sum over tokens of |f(x) - z|^2 / V through the whole head, logits for one chunk of tokens at a time; the gradient
-    is made in the forward pass. Gives (raw, centred), of which `centre` says which has a gradient."""
+    """Sum over tokens of |f(x) - z|^2 / V through the whole head, with logits for one chunk of tokens at a time. The
+    forward pass also makes the gradient. Returns (raw, centred); `centre` says which of the two has a gradient."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, states_ND: Tensor, head: Head, centre: bool) -> tuple[Tensor, Tensor]:
@@ -280,9 +282,10 @@ class LogitDistance:
 
         raw = sum |f(x) - z|^2 / V          centred = sum |(f(x) - mean f(x)) - (z - mean z)|^2 / V
 
-    Softmax does not see the mean, so the raw distance holds a part that changes no probability. A plainly linear head
-    takes the quadratic forms dh^T G dh and dh^T G dh + V (w . dh)^2 of `centred_gram`: no logits at all. A head with a
-    bias or a soft cap goes through chunks of logits. `centre`: which of the two is trained on.
+    Softmax ignores the mean of the logits, so a part of the raw distance changes no probability. With a plainly
+    linear head the distances are the quadratic forms dh^T G dh (centred) and dh^T G dh + V (w . dh)^2 (raw) of
+    `centred_gram`, divided by V, without any logits. A head with a bias or a soft cap computes logits in chunks.
+    `centre`: train on the centred distance.
     """
 
     def __init__(self, head: Head, centre: bool = False) -> None:
@@ -291,7 +294,7 @@ class LogitDistance:
             self.gram_DD, self.mean_D = centred_gram(head)
 
     def __call__(self, hidden_ND: Tensor, states_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """(raw, centred), float32 scalars; the one that is trained on has a gradient."""
+        """(raw, centred), float32 scalars. Only the one that is trained on has a gradient."""
         if not self.head.linear:
             raw, centred = _ExactDistance.apply(hidden_ND, states_ND, self.head, self.centre)  # type: ignore[no-untyped-call]
             return raw, centred

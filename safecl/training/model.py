@@ -1,7 +1,7 @@
-"""The frozen base, its LoRA adapters, and both as a function to hidden states.
+"""The frozen base, its LoRA adapters, and both together as a function from a batch to hidden states.
 
-One base, in its own dtype; LoRA factors in float32. There is no teacher beside the student: what a method needs of
-theta_safe is a cached stage (hidden states, Fisher information).
+There is one base, in its own dtype. LoRA factors are float32. No teacher is loaded beside the student: what a method
+needs of theta_safe is a cached stage (hidden states, Fisher information).
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ from safecl.training.tokens import Encoded, base_folder
 if TYPE_CHECKING:
     from safecl.training.below import Below
 
-PADDED = ("minimax", "zaya")  # models whose rows laid end to end were seen to differ, or may
+PADDED = ("minimax", "zaya")  # models whose results differ, or may differ, with rows laid end to end
 HEADS = ("lm_head", "embed_tokens", "wte", "embed_out", "output_layer")
 
 
 def load(folder: Path, dtype: str, device: str = "cpu") -> Any:
-    """The frozen base model in `dtype` ("bfloat16" or "float32")."""
+    """The frozen base model of a folder, in `dtype` ("bfloat16" or "float32").
+
+    Raises:
+        PrerequisiteError: the folder has no model.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -45,12 +49,13 @@ def load(folder: Path, dtype: str, device: str = "cpu") -> Any:
     model.config.use_cache = False
     model.requires_grad_(False)
     if model._supports_attention_backend and not _rows_see_themselves_alone(model, device):
-        model.set_attn_implementation("eager")  # the model's own words; transformers' default drops soft caps and sinks
+        model.set_attn_implementation("eager")  # the model's own code; transformers' default drops soft caps and sinks
     return model
 
 
 def _drop_nothing(model: Any) -> None:
-    """Switch off the base's own dropout: it would come from what the process has drawn before, not from the seed."""
+    """Switch off the base's own dropout. Its masks would depend on what the process has drawn before, not on the
+    seed."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -60,9 +65,12 @@ def _drop_nothing(model: Any) -> None:
 
 
 def _rows_see_themselves_alone(model: Any, device: str) -> bool:
-    """Whether attention, given where rows begin, is all that joins tokens, and asks for nothing that attention.py does not
-    do; it is then set. Rows of a model with convolutions or a running state, or with windows that live in a mask (PhiMoE,
-    Qwen2-MoE), are padded."""
+    """Whether the rows of a batch may lie end to end; attention.py is then set as the model's attention.
+
+    Attention must be the only part that joins tokens, it must be given the rows' bounds, and it must need nothing
+    that attention.py lacks. Otherwise rows are padded: for models with convolutions or a running state, or with
+    windows that are part of a mask (PhiMoE, Qwen2-MoE).
+    """
     config = model.config.get_text_config()
     kinds = list(getattr(config, "layer_types", None) or ())
     other = set(kinds) - {"full_attention", "sliding_attention"} or getattr(model, "_is_stateful", False)
@@ -83,11 +91,11 @@ def _rows_see_themselves_alone(model: Any, device: str) -> bool:
 
 
 def with_adapter(model: Any, lora: Mapping[str, Json], seed: int, continue_from: Path | None = None) -> Any:
-    """PEFT model with a trainable float32 adapter `default`: a fresh one (B = 0, A from the stream "adapter"), or the
-    one in `continue_from` (a PEFT folder) trained on.
+    """PEFT model with a trainable float32 adapter `default`. It is fresh (B = 0, A from the stream "adapter"), or
+    starts from the adapter in `continue_from` (a PEFT folder).
 
     Raises:
-        ConfigError: the adapter to continue has another shape than `lora`, LoRA would sit on embedding or head, or it does
+        ConfigError: the adapter to continue has another shape than `lora`, LoRA would sit on embedding or head, or `lora` does
             not fit the model: a target that is no module, more layers than there are, layers that are not Linear.
     """
     from peft import LoraConfig
@@ -112,7 +120,8 @@ def with_adapter(model: Any, lora: Mapping[str, Json], seed: int, continue_from:
 
 
 def with_continued(model: Any, folder: Path) -> Any:
-    """PEFT model with the adapter of a PEFT folder as `default`, its whole shape read from there, without dropout."""
+    """PEFT model with the adapter of a PEFT folder as `default`. Its shape is read from the folder; it has no
+    dropout."""
     from peft import LoraConfig
 
     config = LoraConfig.from_pretrained(str(folder))
@@ -121,7 +130,11 @@ def with_continued(model: Any, folder: Path) -> Any:
 
 
 def fold(model: Any, folder: Path) -> None:
-    """Add the adapter of a PEFT folder to the base's own weights, in float32, rounded once to the base's dtype."""
+    """Add the adapter of a PEFT folder to the base's own weights, in float32, rounded once to the base's dtype.
+
+    Raises:
+        ConfigError: the adapter has a module that the model lacks, or one that is not Linear.
+    """
     deltas = weights.load(folder)
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -133,8 +146,8 @@ def fold(model: Any, folder: Path) -> None:
 
 
 def theta_safe(model: Any, folder: Path | None, adapter: str, fused: bool = True) -> HiddenStates:
-    """theta_safe in eval mode, as the finetune that starts from it computes it: the adapter beside the base
-    (`continue`) or folded into it (`stack`); without one the model itself."""
+    """theta_safe in eval mode, computed as in the finetune that starts from it: with the adapter beside the base
+    (`continue`) or folded into it (`stack`). Without `folder` it is the model itself."""
     if folder is None or adapter == "stack":
         if folder is not None:
             fold(model, folder)
@@ -165,7 +178,8 @@ def _attach(model: Any, config: Any, seed: int, continue_from: Path | None) -> A
 
 
 def _require_linear(name: str, layer: nn.Module) -> None:
-    """GPT-2's Conv1D holds its weight the other way round: what is added to a square one would be added transposed."""
+    """Raise ConfigError unless the layer is nn.Linear. GPT-2's Conv1D holds its weight transposed, so a delta of a
+    square weight would be added transposed without an error."""
     if not isinstance(layer, nn.Linear):
         raise ConfigError(
             f"lora.targets puts an adapter on {name!r}, a {type(layer).__name__}: expected linear layers, whose weights engines "
@@ -195,13 +209,17 @@ def _same_shape(folder: Path, config: Any) -> None:
 
 
 def factors(peft_model: Any, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """LoRA factors by the names PEFT writes to disk (`base_model.model.<module>.lora_A.weight`), not copied."""
+    """LoRA factors (not copies) by the names that PEFT writes to disk, `base_model.model.<module>.lora_A.weight`."""
     mark = f".{adapter}."
     return {name.replace(mark, "."): p for name, p in peft_model.named_parameters() if "lora_" in name and mark in name}
 
 
 def load_factors(peft_model: Any, tensors: Mapping[str, Tensor], adapter: str = "default") -> None:
-    """Copy tensors into an adapter; the names must match exactly, both ways."""
+    """Copy tensors into an adapter.
+
+    Raises:
+        ConfigError: the names are not exactly those of the adapter's factors.
+    """
     ours = factors(peft_model, adapter)
     if set(ours) != set(tensors):
         odd = sorted(set(ours) ^ set(tensors))
@@ -214,8 +232,8 @@ def load_factors(peft_model: Any, tensors: Mapping[str, Tensor], adapter: str = 
 
 
 def save_adapter(peft_model: Any, folder: Path, values: Mapping[str, Tensor] | None = None) -> None:
-    """Write the adapter `default` (with these values of its factors, where the model's own are sharded) as a PEFT folder
-    (adapter_config.json, adapter_model.safetensors, float32)."""
+    """Write the adapter `default` as a PEFT folder (adapter_config.json, adapter_model.safetensors, float32).
+    `values`: values of its factors, needed if the model's own are sharded."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -229,19 +247,19 @@ def save_adapter(peft_model: Any, folder: Path, values: Mapping[str, Tensor] | N
 
 
 class HiddenStates(nn.Module):
-    """The PEFT model (or a plain one) as a function of a batch to its tokens' last hidden states [P, D] (after the final
-    norm), without the output layer.
+    """The PEFT model (or a plain one) as a function from a batch to its tokens' last hidden states [P, D], after the
+    final norm and without the output layer.
 
-    Rows lie end to end and attend to themselves alone. A model that does not take its attention from transformers'
-    registry gets them padded. `fused`: LoRA layers and norms compute as one node each (lora.py, norms.py); not where hooks
-    on the model's own modules must see them (Fisher information, ZeRO 3).
+    Rows lie end to end, and each attends only to itself. A model that does not take its attention from transformers'
+    registry gets padded rows. `fused`: LoRA layers and norms compute as one node each (lora.py, norms.py). Pass False
+    if hooks on the model's own modules must see their inputs and outputs (Fisher information, ZeRO 3).
     """
 
     def __init__(self, peft_model: Any, fused: bool = True) -> None:
         super().__init__()
         self.peft_model = peft_model
         self.base = getattr(peft_model, "get_base_model", lambda: peft_model)()
-        self.below: Below | None = None  # what frozen layers give is known for some rows
+        self.below: Below | None = None  # known outputs of the frozen lower layers, for some rows
         self.rows = lora.Rows()  # of the running forward
         lora.seed_dropout(peft_model, self.rows)
         if fused:
@@ -257,7 +275,7 @@ class HiddenStates(nn.Module):
             return self.through(batch)
 
     def through(self, batch: Batch) -> Tensor:
-        """The same by the model itself, of rows end to end."""
+        """Hidden states [P, D] through all layers, for rows that lie end to end."""
         self.rows.set(zip(batch.dropout_seeds, batch.lengths, strict=True))
         return _end_to_end(self.inner, batch)
 
@@ -271,13 +289,13 @@ class HiddenStates(nn.Module):
         return bool(self.base.config._attn_implementation == attention.NAME)
 
     def end_to_end(self, ids_P: Tensor, places_P: Tensor, bounds: Tensor, longest: int) -> Tensor:
-        """The same of rows end to end, by tensors alone: `bounds` are on the device, `longest` is the most tokens of one.
-        `rows` are set."""
+        """`through` from tensors only: token ids, places in the row, bounds on the device, and the most tokens of a
+        row. Set `rows` before."""
         return _end_to_end_of(self.inner, ids_P, places_P, bounds, longest)
 
     def _padded(self, inner: Any, batch: Batch) -> Tensor:
         width = max(batch.lengths)
-        self.rows.set((seed, width) for seed in batch.dropout_seeds)  # adapted layers see the padding too
+        self.rows.set((seed, width) for seed in batch.dropout_seeds)  # adapted layers get the padding too
         real_BT = torch.arange(width) < torch.tensor(batch.lengths)[:, None]
         ids_BT = torch.zeros(real_BT.shape, dtype=torch.long).to(batch.ids_P)
         ids_BT[real_BT] = batch.ids_P

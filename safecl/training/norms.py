@@ -1,9 +1,10 @@
-"""RMS normalisation as one node of the graph, for models whose own takes a dozen.
+"""RMS normalisation as one autograd node, for models whose own code takes a dozen.
 
     y = w' * x / sqrt(mean(x^2) + eps),     w' = w, or 1 + w (Gemma)
 
-Autograd keeps half a dozen tensors of all tokens for a norm and passes over them some twenty times, which is a tenth of a
-training step on a CPU. Here x alone is kept. A module is replaced only where one of the two forms gives what it gives.
+For one norm autograd keeps about six tensors of all tokens and passes over them about twenty times. That is a tenth
+of a training step on a CPU. Here only x, w' and the inverse root mean square are kept. A module is replaced only if
+one of the two forms gives the module's own result.
 
 Shapes: P tokens, D hidden.
 """
@@ -56,7 +57,7 @@ def _forward(weight_D: Tensor, eps: float, hidden_states: Tensor) -> Tensor:
 
 
 def fuse(model: nn.Module) -> None:
-    """Replace the forward of every RMS norm with frozen weights for which one of the two forms is what it computes."""
+    """Replace the forward of every RMS norm with frozen weights for which one of the two forms gives the same result."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))

@@ -1,4 +1,5 @@
-"""What a method may touch while it trains: `Run`, and the memory rows with theta_safe's states. Knows nothing of Ray."""
+"""The parts of training that a method may use: `Run`, and the memory rows with theta_safe's states. It does not know
+Ray."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ from safecl.training.tokens import Encoded
 
 
 class States(Sequence[Tensor]):
-    """theta_safe's hidden states by row, [its positions, D] each, read from disk when asked for: a teacher's may be
-    larger than memory."""
+    """theta_safe's hidden states, one tensor [positions of the row, D] per row. They are read from disk when asked
+    for, because a teacher's states may be larger than memory."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         from safetensors import safe_open
@@ -43,14 +44,14 @@ class States(Sequence[Tensor]):
 
 @dataclass
 class Memory:
-    """Rows with theta_safe's hidden states at some of their positions (made by the memory stage)."""
+    """Rows with theta_safe's hidden states at some of their positions, as the memory stage makes them."""
 
     rows: list[Encoded]
-    states: Sequence[Tensor]  # one a row; empty where none were asked for
+    states: Sequence[Tensor]  # one per row; empty if none were asked for
 
     @staticmethod
     def load(folder: Path) -> Memory:
-        """Read a memory stage's folder; states stay on disk."""
+        """Read a memory stage's folder. States stay on disk until they are used."""
         from safetensors.torch import load_file
 
         data = load_file(str(folder / "memory.safetensors"))
@@ -63,7 +64,7 @@ class Memory:
 
 @dataclass
 class Run:
-    """A finetune under way, as a method sees it on one rank."""
+    """A running finetune, as a method sees it on one rank."""
 
     hidden_states: HiddenStates
     head: losses.Head
@@ -72,20 +73,20 @@ class Run:
     seed: int
     rows: list[Encoded]
     memory_rows: Memory | None = None
-    memory_batch_size: int | None = None  # rows a draw over all ranks; None: the user batch size
+    memory_batch_size: int | None = None  # rows per draw, over all ranks; None: the user batch size
     inputs: dict[str, Path] = field(default_factory=dict)  # folders of the method's own inputs, by name
     rank: int = 0
     world_size: int = 1
     micro_batch_size: int = 8
     device: str = "cpu"
-    is_fresh: bool = False  # the adapter does not go on from theta_safe's
-    indices: list[int] = field(default_factory=list)  # of the global batch under way, into `rows`
+    is_fresh: bool = False  # the adapter does not start from theta_safe's
+    indices: list[int] = field(default_factory=list)  # indices into `rows` of the current global batch
     kept: dict[str, Tensor] = field(
         default_factory=dict
     )  # a method's own state, saved with checkpoints; equal on ranks
     step: int = 0  # optimizer steps done
     num_steps: int = 0
-    part: int = 0  # micro-batch under way, of num_parts
+    part: int = 0  # number of the current micro-batch, of num_parts
     num_parts: int = 1
     metrics: dict[str, Tensor | float] = field(default_factory=dict)  # on the device until the step's end
     shared: dict[str, Tensor | float] = field(default_factory=dict)
@@ -96,10 +97,11 @@ class Run:
     # -- what a method calls -------------------------------------------------------------------------------------------
 
     def forward(self, *given: Batch) -> tuple[Tensor, ...]:
-        """Hidden states [P, D] of each batch by the trained adapter, with dropout, from one forward of all their rows.
+        """Hidden states [P, D] of each batch by the trained adapter, with dropout, from one forward of all their
+        rows.
 
-        A batch without rows takes no part in it: its states are zeros. Where every rank must run each forward (the
-        engine's `needs_every_forward`), one without rows is run if there is no other.
+        A batch without rows is left out of the forward, and its states are zeros. If every rank must run each forward
+        (the engine's `needs_every_forward`) and no batch has rows, one without rows is run.
         """
         real = [batch for batch in given if batch.rows]
         if not real and self.engine.needs_every_forward:
@@ -116,17 +118,20 @@ class Run:
         )
 
     def cross_entropy(self, batch: Batch, hidden_PD: Tensor | None = None) -> Tensor:
-        """Sum of cross-entropies of this micro-batch's response tokens / the global batch's number of them. Its own
-        forward, unless the hidden states of one are given."""
+        """Sum of the cross-entropies of this micro-batch's response tokens / the global batch's number of them, in
+        nats. It runs its own forward, unless `hidden_PD` gives the hidden states of one."""
         if hidden_PD is None:
             [hidden_PD] = self.forward(batch)
         mask_P, targets_N = losses.targets(batch.labels_P)
         return losses.cross_entropy_sum(hidden_PD[mask_P], self.head, targets_N) / batch.num_targets
 
     def draw(self, name: str = "memory") -> Batch:
-        """This micro-batch's part of the memory rows drawn for this step (without replacement, from the stream `name`).
-        `states_ND` holds theta_safe's hidden states (where the memory has them), `num_targets` counts the whole draw's
-        response tokens. Without a target where there are fewer rows than ranks times micro-batches and none falls here.
+        """This micro-batch's part of the memory rows drawn for this step (without replacement, from the stream
+        `name`).
+
+        `states_ND` holds theta_safe's hidden states, if the memory has them. `num_targets` counts the response tokens
+        of the whole draw. If there are fewer rows than ranks times micro-batches, this part may have no row and then
+        no target.
         """
         assert self.memory_rows is not None, "this method draws memory rows: `requires` must name a memory stage"
         num = len(self.memory_rows.rows)
@@ -144,27 +149,29 @@ class Run:
         return batch
 
     def log(self, name: str, value: Tensor | float) -> None:
-        """Add a part of a metric: parts are summed over micro-batches and ranks, like the loss. Every rank must log the
-        same names."""
+        """Add to a metric. Parts are summed over micro-batches and ranks, like the loss. Every rank must log the same
+        names."""
         self.metrics[name] = self.metrics.get(name, 0.0) + value
 
     def log_whole(self, name: str, value: Tensor | float) -> None:
-        """A metric of the step that is the same on every rank already."""
+        """Log a metric of the step that is already the same on every rank."""
         self.shared[name] = value
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """What is trained, by the names PEFT writes to disk: theta_safe's adapter and its Fisher have the same."""
+        """The trained parameters by the names that PEFT writes to disk. theta_safe's adapter and its Fisher use the
+        same names."""
         return factors(self.model)
 
     def values(self) -> dict[str, Tensor]:
-        """The parameters' present values, by name, whole on every rank (all must call it). Copy what outlives a step."""
+        """The parameters' current values by name, whole on every rank (all must call it). Copy what must outlive a
+        step."""
         return {name: self.engine.full_parameter(p) for name, p in self.parameters().items()}
 
-    # What a method does to all parameters at once it does to one vector of them: theta, its gradient, theta_safe and the
-    # Fisher information have one order. Every rank must call these.
+    # The next functions take or return one vector [n] of all parameters. theta, its gradient, theta_safe and the Fisher
+    # information have the same order. Every rank must call them.
 
     def theta(self) -> Tensor:
-        """The parameters' present values, [n]. Copy what outlives a step."""
+        """The parameters' current values, [n]. Copy what must outlive a step."""
         return self.engine.flat_parameters()
 
     def set_theta(self, theta_n: Tensor) -> None:
@@ -172,31 +179,36 @@ class Run:
         self.engine.set_flat_parameters(theta_n)
 
     def gradient(self) -> Tensor:
-        """The whole gradient, [n], after the last backward. Copy what outlives it."""
+        """The whole gradient, [n], after the last backward. Copy what must outlive the step."""
         return self.engine.flat_grad()
 
     def set_gradient(self, gradient_n: Tensor) -> None:
-        """Replace the gradient that the step will use; in `after_backward`."""
+        """Replace the gradient that the step will use. Call it in `after_backward`."""
         self.engine.set_flat_grad(gradient_n)
 
     def add_gradient(self, extra_n: Tensor) -> None:
-        """Add to the gradient what comes of no row (a penalty on the parameters); in `after_backward`."""
+        """Add a gradient that comes from no row, such as that of a penalty on the parameters. Call it in
+        `after_backward`."""
         self.set_gradient(self.gradient() + extra_n)
 
     def sizes(self) -> list[int]:
-        """Of each parameter, in the vector's order."""
+        """Number of elements of each parameter, in the vector's order."""
         return self.engine.sizes
 
     def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Tensors by the names of `parameters` as a vector in their order."""
+        """One vector [n] of tensors that are given by the names of `parameters`.
+
+        Raises:
+            RuntimeError: the names are not exactly those of the trained parameters.
+        """
         if set(tensors) != set(self.parameters()):
             odd = sorted(set(tensors) ^ set(self.parameters()))
             raise RuntimeError(f"these are of other parameters than are trained: {odd[:3]}")
         return torch.cat([tensors[name].flatten() for name in self.parameters()]).to(self.device)
 
     def theta_safe(self) -> Tensor:
-        """theta_safe in the factors that are trained, [n]; to be asked for in `prepare`. A fresh adapter (`adapter: stack`,
-        `align: none`) starts there: its B is 0, so that the model is theta_safe."""
+        """theta_safe in the trained factors, [n]. Call it in `prepare`. A fresh adapter (`adapter: stack`, `align:
+        none`) gives its own start: its B is 0 there, so the model is theta_safe."""
         from safetensors.torch import load_file
 
         if self.is_fresh:
@@ -204,14 +216,19 @@ class Run:
         return self.flat(load_file(str(self.inputs["safe"] / "adapter" / "adapter_model.safetensors")))
 
     def fisher(self, normalise: str) -> Tensor:
-        """The diagonal Fisher information of theta_safe, [n]; with `mean`, divided by its mean."""
+        """The diagonal Fisher information of theta_safe, [n]. With `normalise` = "mean" it is divided by its mean."""
         from safetensors.torch import load_file
 
         found_n = self.flat(load_file(str(self.inputs["fisher"] / "fisher.safetensors")))
         return found_n / found_n.mean(dtype=torch.float64).float() if normalise == "mean" else found_n
 
     def teacher_states(self) -> Callable[[Sequence[int]], list[Tensor]]:
-        """theta_safe's hidden states on some of `rows`, by index, read from the input `teacher` when asked for."""
+        """A function from indices into `rows` to theta_safe's hidden states on these rows, read from the input
+        `teacher`.
+
+        Raises:
+            RuntimeError: the teacher saw other tokens of a row than are trained on.
+        """
         memory = Memory.load(self.inputs["teacher"])
         by_id = {row.row_id: i for i, row in enumerate(memory.rows)}
         found = [by_id[row.row_id] for row in self.rows]
@@ -221,18 +238,18 @@ class Run:
         return lambda indices: [memory.states[found[i]] for i in indices]
 
     def num_positions(self, rule: str) -> int:
-        """Positions of the whole global batch under way, by a rule of `losses.positions`."""
+        """Number of positions in the whole current global batch, by a rule of `losses.positions`."""
         rows = (self.rows[i] for i in self.indices)
         return sum(losses.num_positions(row.num_prompt, len(row.ids), rule) for row in rows)
 
     def generator(self, name: str, *position: int) -> torch.Generator:
-        """A generator of this step on the device, the same on every rank."""
+        """A random generator of this step on the device, the same on every rank."""
         return torch.Generator(self.device).manual_seed(stream(self.seed, name, self.step, *position))
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def share(self, indices: Sequence[int], step: int) -> Batch:
-        """This rank's share of a global batch of user rows."""
+        """This rank's part of a global batch of user rows."""
         seeds = [stream(self.seed, "dropout", step, place) for place in range(len(indices))]
         return batches.share(
             self.rows,
@@ -245,13 +262,14 @@ class Run:
         )
 
     def each_part(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
-        """The micro-batches of a share, and whether each is the last."""
+        """The micro-batches of a rank's part, each with whether it is the last."""
         self.num_parts = len(batch.parts)
         for self.part, part in enumerate(batch.parts):
             yield part, self.part == self.num_parts - 1
 
     def sum_over_ranks(self, values: Sequence[Tensor | float]) -> list[float]:
-        """Element-wise sum over ranks (all must call it). The step's one wait for the device."""
+        """Element-wise sum over ranks (all must call it). It is the only point of a step at which the host waits for
+        the device."""
         tensor = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
         if self.world_size > 1:
             dist.all_reduce(tensor)

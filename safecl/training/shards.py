@@ -1,4 +1,4 @@
-"""Tensors written a shard at a time, so that what is large is never held as a whole."""
+"""Write tensors one shard at a time, so that a large set is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ SHARD_BYTES = 2**30
 
 
 class Shards:
-    """`add` tensors, then `close`. Writes `<folder>/<prefix>-00000.safetensors` and so on, each of at least SHARD_BYTES but
-    for the last; the folder is made with the first.
+    """Writes the tensors given to `add`; call `close` at the end. Files are `<folder>/<prefix>-00000.safetensors` and
+    so on, each of at least SHARD_BYTES except the last. The folder is made with the first file.
 
-    `num_bytes`: of all tensors added; `files`: tensor name -> name of the file that holds it, once it is written.
+    `num_bytes`: of all tensors added. `files`: tensor name -> name of the file that holds it, after it is written.
     """
 
     def __init__(self, folder: Path, prefix: str) -> None:
@@ -32,7 +32,7 @@ class Shards:
             self.close()
 
     def close(self) -> None:
-        """Write what is held."""
+        """Write the tensors that are still held."""
         from safetensors.torch import save_file
 
         if not self._held:
