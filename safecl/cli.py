@@ -163,11 +163,12 @@ def status(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Print it anew every 10 s until the run ends")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """How far a sweep is: its cells, and its run, live and afterwards. Reads the store only, from any terminal that reaches it.
+    """Show how far a sweep is: its cells, and its run, live and afterwards. Reads only the store, from any terminal.
 
-    `weights`: the key of a row's weights (first seed), for `safecl export` and `safecl show`. Of the run: stages that wait
-    for inputs, for their turn (`ready`), run and are done, by kind; what of the cluster is held; the time left; money so
-    far (`execution.device_price`); failures with their cause, node and log.
+    `weights` is the key of a row's weights (first seed), for `safecl export` and `safecl show`. For the run it shows, by
+    kind, how many stages wait for inputs, wait for their turn (`ready`), run and are done. It also shows how much of the
+    cluster is held, the time left, the money spent so far (`execution.device_price`), and each failure with its cause, node
+    and log.
     """
     import time
 
@@ -206,9 +207,9 @@ def power(
     ] = None,
     detect: Annotated[float | None, typer.Option(help="Say what it would take for this difference, e.g. 0.1")] = None,
 ) -> None:
-    """Print what difference between two methods a sweep can mark, and what it would take for a given one. Runs nothing.
+    """Print which difference between two methods a sweep can detect, and what it would need for a given one. Runs nothing.
 
-    The noise comes from the store's finished rows (two methods with two common seeds) where it is not stated.
+    If the noise is not given, it is read from the store's finished rows (two methods with two common seeds).
     """
     from safecl import power as of
 

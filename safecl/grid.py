@@ -181,7 +181,7 @@ class Job:
 
     @cached_property
     def own(self) -> list[Stage]:
-        """The stages that only this trial needs: the one whose weights are served, and all stages that depend on it."""
+        """The stages that only trials of this configuration need: the one whose weights are served, and all that depend on it."""
         final = self.graph.final
         above: dict[str, bool] = {}
 
