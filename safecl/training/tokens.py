@@ -1,6 +1,5 @@
-"""A model folder's tokenizer, and rows -> token ids. Loads neither torch nor transformers: evaluating needs only this,
-and importing transformers takes as long as generating a small set of answers.
-"""
+"""A model folder's tokenizer, and rows -> token ids. Imports neither torch nor transformers: evaluation needs only
+this file, and importing transformers takes as long as generating a small set of answers."""
 
 from __future__ import annotations
 
@@ -17,24 +16,26 @@ from safecl.tasks import Row
 
 
 def base_folder(path: Path) -> Path:
-    """The Hugging Face folder behind a finished model stage (or such a folder itself)."""
+    """The Hugging Face folder of a finished model stage. `path` may also be such a folder itself."""
     pointer = path / "where.json"
     return Path(json.loads(pointer.read_text())["path"]) if pointer.exists() else path
 
 
 class Read(NamedTuple):
-    """A text as token ids, and where in the text each token's characters stand: (first, one past the last)."""
+    """A text as token ids, with each token's place in the text as (first character, one past the last)."""
 
     ids: list[int]
     spans: list[tuple[int, int]]
 
 
-Pieces = Sequence[tuple[str, bool]]  # (text, own): the template's own text, or what a person or a model wrote
+Pieces = Sequence[
+    tuple[str, bool]
+]  # (text, own): own is True for the template's text, False for a request or an answer
 
 
 class Tokenizer:
-    """The fast tokenizer of a folder in Hugging Face format. Text comes complete from a template: special tokens in it
-    are read as such, and none is added.
+    """The fast tokenizer of a folder in Hugging Face format. It gets complete text from a template: special tokens in
+    the text are read as such, and none is added.
 
     Raises:
         PrerequisiteError: the folder has no tokenizer.json, or its files cannot be read.
@@ -51,7 +52,7 @@ class Tokenizer:
                 "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
         self._file = str(file)
-        self.memo: dict[Any, Any] | None = None  # of a plan, which reads the same rows for many stages
+        self.memo: dict[Any, Any] | None = None  # set by a plan, which tokenises the same rows for many stages
         try:
             self.fast = tokenizers.Tokenizer.from_file(self._file)
         except Exception as error:  # the library has no narrower one
@@ -61,7 +62,7 @@ class Tokenizer:
         self._settings = _json(base / "special_tokens_map.json") | _json(base / "tokenizer_config.json")
         self.bos_id = self._special("bos_token")
         self.eos_id = self._special("eos_token")
-        # What ends an answer by the model's own files, the tokenizer's own first.
+        # The tokens that end an answer, by the model's own files; the tokenizer's EOS comes first.
         listed = [_json(base / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
         ids = [self.eos_id, *(id for each in listed for id in (each if isinstance(each, list) else [each]))]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(id for id in ids if id is not None))
@@ -75,7 +76,8 @@ class Tokenizer:
 
     @property
     def adds_bos(self) -> bool:
-        """Whether this tokenizer's own rule puts its BOS before a text: what its settings say, else what it does."""
+        """Whether this tokenizer by itself puts its BOS before a text: by its settings, or if they say nothing, by
+        trying it."""
         told = self._settings.get("add_bos_token")
         if self.bos_id is None:
             return False
@@ -86,7 +88,7 @@ class Tokenizer:
         return None if text is None else self.id_of(text)
 
     def id_of(self, token: str) -> int | None:
-        """Id of a token by its exact text; None if there is none."""
+        """Id of the token with exactly this text; None if there is none."""
         found: int | None = self.fast.token_to_id(token)
         return found
 
@@ -95,7 +97,7 @@ class Tokenizer:
         return self.id_of(token) in self._special_ids
 
     def specials(self) -> list[str]:
-        """All control tokens, by id."""
+        """The texts of all control tokens, sorted by id."""
         decoder = self.fast.get_added_tokens_decoder()
         return [decoder[id].content for id in sorted(self._special_ids)]
 
@@ -104,8 +106,8 @@ class Tokenizer:
         return [encoding.ids for encoding in self.fast.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def prompt_ids(self, prompts: Sequence[Pieces]) -> list[list[int]]:
-        """Token ids of texts given in pieces (text, own): the template's own pieces, and text of others, in which
-        special tokens are plain text. Where others' text holds none, these are the ids of the whole text at once."""
+        """Token ids of texts given in pieces (text, own). In pieces that are not the template's own, special tokens
+        are plain text. If those pieces hold no special token, the ids are those of the whole text tokenised at once."""
         texts = ["".join(text for text, _ in pieces) for pieces in prompts]
         found = self.ids(texts)
         for place, (pieces, text) in enumerate(zip(prompts, texts, strict=True)):
@@ -114,7 +116,7 @@ class Tokenizer:
         return found
 
     def read(self, prompts: Sequence[Pieces]) -> list[Read]:
-        """As `prompt_ids`, with each token's place in the whole text."""
+        """Token ids as in `prompt_ids`, with each token's place in the whole text."""
         texts = ["".join(text for text, _ in pieces) for pieces in prompts]
         encodings = self.fast.encode_batch(texts, add_special_tokens=False)
         return [
@@ -125,7 +127,8 @@ class Tokenizer:
         ]
 
     def _holds_foreign(self, pieces: Pieces, text: str) -> bool:
-        """Whether others' text may be read as a special token, alone or together with what stands beside it."""
+        """Whether text that is not the template's own may be read as a special token, alone or together with the text
+        beside it."""
         if self._special_pattern is None:
             return True
         own = sum(len(self._special_pattern.findall(piece)) for piece, is_own in pieces if is_own)
@@ -133,7 +136,7 @@ class Tokenizer:
 
     @cached_property
     def _special_pattern(self) -> re.Pattern[str] | None:
-        """Finds special tokens in text; None where some are looked for in another form of it."""
+        """Finds special tokens in text. None if the tokenizer looks for some of them in normalised text."""
         tokens = [token for token in self.fast.get_added_tokens_decoder().values() if token.special]
         if any(token.normalized for token in tokens):
             return None
@@ -151,13 +154,13 @@ class Tokenizer:
         foreign_places: list[int] = []
         for place, (id, (start, end)) in enumerate(zip(ids, spans, strict=True)):
             if id in self._special_ids:
-                # It may span blanks beside it (rstrip): whose it is, its own text says.
+                # The token may span blanks beside it (rstrip). The place of its own text says which piece it belongs to.
                 token = str(self.fast.id_to_token(id))
                 if (ahead := text[start:end].find(token)) >= 0:
                     start, end = start + ahead, start + ahead + len(token)
                 is_foreign = any(start < last and end > first for first, last in foreign_spans)
                 (foreign_places if is_foreign else own_places).append(place)
-        # A tokenizer treats what stands between two special tokens by itself, so a stretch can be read again alone.
+        # A tokenizer splits the text at special tokens, so the text between two of them can be tokenised again by itself.
         for before, after in reversed(list(zip([-1, *own_places], [*own_places, len(ids)], strict=True))):
             if any(before < place < after for place in foreign_places):
                 start = spans[before][1] if before >= 0 else 0
@@ -173,7 +176,7 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> tuple[Any, Any]:
-        """The same tokenizer, blind to special tokens: for what begins a text, and for what does not."""
+        """The same tokenizer without special tokens, twice: for text at the beginning, and for text after other text."""
         import tokenizers
 
         def blind() -> Any:
@@ -184,7 +187,9 @@ class Tokenizer:
             return plain
 
         first = inside = blind()
-        if getattr(first.pre_tokenizer, "prepend_scheme", "") == "first":  # SentencePiece's space, before a text alone
+        if (
+            getattr(first.pre_tokenizer, "prepend_scheme", "") == "first"
+        ):  # SentencePiece adds a space before the first text only
             inside = blind()
             inside.pre_tokenizer.prepend_scheme = "never"
         return first, inside
@@ -205,7 +210,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _chat_template(base: Path, settings: Mapping[str, Any]) -> str | None:
-    """The default chat template: of its own file, else of the tokenizer's settings."""
+    """The default chat template: from its own file, or else from the tokenizer's settings."""
     file = base / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -216,13 +221,14 @@ def _chat_template(base: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def weights_folder(stage: Path) -> Path:
-    """What a finetune or finalize stage adds to the base: `adapter` (PEFT) or `delta` (dense)."""
+    """The folder of the weights that a finetune or finalize stage adds to the base: `adapter` (PEFT) or `delta`
+    (dense)."""
     return stage / "delta" if (stage / "delta").is_dir() else stage / "adapter"
 
 
 class Encoded(NamedTuple):
-    """A row as token ids: the first `num_prompt` are the prompt, the rest the answer with its end token(s). `num_cut`
-    tokens of the request were left out."""
+    """A row as token ids. The first `num_prompt` ids are the prompt, the rest the answer with its end token(s).
+    `num_cut` tokens of the request were left out."""
 
     row_id: str
     ids: list[int]
@@ -231,22 +237,22 @@ class Encoded(NamedTuple):
 
     @property
     def num_targets(self) -> int:
-        """Tokens that carry loss."""
+        """Number of tokens that have a loss: those of the answer."""
         return len(self.ids) - self.num_prompt
 
 
 def encode(
     rows: Sequence[Row], tokenizer: Tokenizer, template: Mapping[str, Json], bos: bool, max_tokens: int
 ) -> tuple[list[Encoded], dict[str, str]]:
-    """Token ids of training rows, and `{row id: why}` for the rows that were left out.
+    """Token ids of training rows, and `{row id: reason}` for the rows that were left out.
 
-    Special tokens in a request or an answer are plain text. A request is cut from its left, inside the template; answers
-    never are. A row is left out when its answer does not fit into `max_tokens` beside the template and one token of the
-    request, or when the text tokenised as one does not begin with the prompt tokenised alone: then generation would see
-    other ids than training.
+    Special tokens in a request or an answer are plain text. A request that is too long loses its first tokens, never
+    its template; answers are never cut. A row is left out in two cases: its answer does not fit into `max_tokens`
+    beside the template and one token of the request, or the text tokenised as a whole does not begin with the prompt
+    tokenised alone (generation would then see other ids than training).
 
     Raises:
-        ConfigError: no row is left, or the template's end is not the same tokens after an answer as alone.
+        ConfigError: no row is left, or the template's end has other tokens after an answer than alone.
     """
     encoded: list[Encoded] = []
     dropped: dict[str, str] = {}
@@ -267,7 +273,7 @@ def encode(
 def least_tokens(
     rows: Sequence[Row], tokenizer: Tokenizer, template: Mapping[str, Json], bos: bool
 ) -> list[int | None]:
-    """The least `max_tokens` with which `encode` keeps each row; None: it never does."""
+    """For each row the least `max_tokens` with which `encode` keeps it; None if it never does."""
     written = _written(rows, tokenizer, template, bos)
     return [None if answer is None else prompt.least + len(answer) for _, prompt, answer in written]
 
@@ -279,8 +285,10 @@ def encode_prompts(
     bos: bool,
     max_tokens: int | None = None,
 ) -> tuple[list[list[int]], int]:
-    """Token ids of prompts (a row's: with what stands before it) for generation, exactly those that training puts before the
-    answer, and how many requests were cut to `max_tokens`.
+    """Token ids of prompts for generation, and how many of the requests were cut to `max_tokens`.
+
+    They are exactly the ids that training puts before the answer. The prompt of a row includes the earlier turns of
+    its conversation.
 
     Raises:
         ConfigError: the template alone is longer than `max_tokens`.
@@ -301,8 +309,8 @@ def encode_prompts(
 
 
 class _Prompt(NamedTuple):
-    """A prompt's ids with BOS; `request` are the places of the tokens that are requests' and earlier answers' alone, which may
-    be cut."""
+    """A prompt's ids with BOS. `request` holds the places of the tokens that may be cut: tokens that hold only text
+    of requests and earlier answers."""
 
     ids: list[int]
     request: Sequence[int]
@@ -312,7 +320,7 @@ class _Prompt(NamedTuple):
         return len(self.ids) - max(0, len(self.request) - 1)
 
     def cut(self, room: int) -> tuple[list[int], int]:
-        """The ids without as many of the request's first tokens as do not fit, and how many those are."""
+        """The ids without as many of the first `request` tokens as do not fit into `room`, and the number of these."""
         num = max(0, len(self.ids) - room)
         if num == 0:
             return self.ids, 0
@@ -323,8 +331,8 @@ class _Prompt(NamedTuple):
 def _written(
     rows: Sequence[Row], tokenizer: Tokenizer, template: Mapping[str, Json], bos: bool
 ) -> Iterator[tuple[Row, _Prompt, list[int] | None]]:
-    """Each row with its prompt, uncut, and its answer's ids with the end; None for them where prompt and answer tokenise
-    differently together than apart. A tokenizer with a `memo` reads equal texts once."""
+    """Each row with its uncut prompt and its answer's ids with the end. The answer is None if prompt and answer
+    tokenise differently together than apart. A tokenizer with a `memo` tokenises equal texts once."""
     memo = tokenizer.memo
     if memo is None:
         yield from _write(rows, tokenizer, template, bos)
@@ -363,18 +371,18 @@ def _write(
 
 
 class _Asked(NamedTuple):
-    """A prompt in pieces, and where in its text stands what may be cut: (first, one past the last)."""
+    """A prompt in pieces, and the spans of its text that may be cut, as (first character, one past the last)."""
 
     pieces: Pieces
     cuttable: Sequence[tuple[int, int]]
 
 
 def _asked(row: Row, template: Mapping[str, Json]) -> _Asked:
-    """A row's request with what stands before it, in the template. A judge's prompt, which has pieces of its own, and a
-    system prompt are kept whole.
+    """A row's request with the earlier turns, in the template. A judge's prompt (which has its own pieces) and a
+    system prompt may not be cut.
 
     Raises:
-        ConfigError: the template cannot write what stands before the request.
+        ConfigError: the template cannot write the turns before the request.
     """
     head, tail = str(template["prompt"]).split("{prompt}")
     own: Any = row.meta.get("pieces")
@@ -412,7 +420,7 @@ def _stripped(text: str, template: Mapping[str, Json]) -> str:
 
 def _prompt(read: Read, asked: _Asked, start: list[int]) -> _Prompt:
     ids, spans = read
-    if start and ids[:1] == start:  # BOS exactly once, also where the template wrote it
+    if start and ids[:1] == start:  # BOS exactly once, even if the template wrote it
         ids, spans = ids[1:], spans[1:]
     places = [
         len(start) + i

@@ -1,9 +1,9 @@
-"""Fine-tuned weights as what they add to the base, module by module. Merges and projections are written on these.
+"""Fine-tuned weights as deltas from the base, module by module. Merges and projections work on these.
 
     delta of a module = scale * B @ A (LoRA)   or   a dense matrix
 
-On disk: `adapter/` (a PEFT folder) where every module is low-rank, else `delta/` (safetensors shards of dense deltas named
-like the base's tensors). Shapes: O outputs, I inputs, R rank. Computed in float32.
+On disk: `adapter/` (a PEFT folder) if every module is low-rank, else `delta/` (safetensors shards of dense deltas
+with the names of the base's tensors). Shapes: O outputs, I inputs, R rank. Computed in float32.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from safecl.training.shards import Shards
 
 @dataclass(frozen=True)
 class LoRA:
-    """A low-rank delta: scale * up_OR @ down_RI (PEFT's lora_B and lora_A; scale = alpha / rank)."""
+    """A low-rank delta: scale * up_OR @ down_RI. These are PEFT's lora_B and lora_A; scale = alpha / rank."""
 
     down_RI: Tensor
     up_OR: Tensor
     scale: float
 
     def delta(self) -> Tensor:
-        """[O, I]."""
+        """The whole delta, [O, I], float32."""
         return self.scale * (self.up_OR.float() @ self.down_RI.float())
 
 
@@ -50,7 +50,7 @@ Weights: TypeAlias = Mapping[str, LoRA | Dense]  # by module name in the base mo
 
 
 class Made(Weights):
-    """Deltas that are made when asked for: those of whole weights would not fit into memory beside each other."""
+    """Deltas that are made when asked for: dense deltas of all modules would not fit in memory at once."""
 
     def __init__(self, names: Iterable[str], make: Callable[[str], LoRA | Dense]) -> None:
         self.names, self.make = tuple(names), make
@@ -68,15 +68,15 @@ class Made(Weights):
 
 
 def none(like: Mapping[str, LoRA]) -> dict[str, LoRA]:
-    """No change of the modules of `like`: factors of rank 0."""
+    """Zero deltas for the modules of `like`: factors of rank 0."""
     return {name: LoRA(delta.down_RI[:0], delta.up_OR[:, :0], 1.0) for name, delta in like.items()}
 
 
 def changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Iterable[str]) -> Made:
-    """What turned the weights of one model into another's, by module name.
+    """The dense deltas from the weights `before` to the weights `after`, by module name.
 
     Raises:
-        ConfigError: the models are of different shapes.
+        ConfigError: the models have different shapes.
     """
     names = list(names)
     for name in names:
@@ -93,7 +93,7 @@ def load(folder: Path) -> dict[str, LoRA]:
     """The deltas of a PEFT folder, by module name.
 
     Raises:
-        ValueError: it is no plain LoRA of one rank and alpha.
+        ValueError: the adapter is not a plain LoRA with one rank and alpha.
     """
     from safetensors.torch import load_file
 
@@ -110,8 +110,11 @@ def combine(parts: Sequence[tuple[LoRA, float]]) -> LoRA: ...
 @overload
 def combine(parts: Sequence[tuple[LoRA | Dense, float]]) -> LoRA | Dense: ...
 def combine(parts: Sequence[tuple[LoRA, float]] | Sequence[tuple[LoRA | Dense, float]]) -> LoRA | Dense:
-    """Sum of weight * delta, exactly, as one delta whose rank is the sum of ranks: factors are laid side by side, never
-    averaged (averaging A and B gives cross terms that no merge asked for). Dense where one of them is."""
+    """Exact sum of weight * delta, as one delta. It is dense if one of the deltas is.
+
+    Low-rank factors are laid side by side, so the rank is the sum of the ranks. They are never averaged, because averaging A
+    and B would add unwanted cross terms.
+    """
     low = [(delta, weight) for delta, weight in parts if isinstance(delta, LoRA)]
     if len(low) < len(parts):
         return Dense(torch.stack([weight * delta.delta() for delta, weight in parts]).sum(0))
@@ -123,9 +126,12 @@ def combine(parts: Sequence[tuple[LoRA, float]] | Sequence[tuple[LoRA | Dense, f
 
 
 def save(items: Iterable[tuple[str, LoRA | Dense]], out: Path, like: Path, dtype: str) -> dict[str, int]:
-    """Write `out/adapter` where every module is low-rank, else `out/delta`, replacing what is there. `like` is a PEFT
-    folder over the same modules; dense deltas are stored in the base's `dtype` (they are added to it in float32), a shard
-    of them held at once. Returns {"rank": of the adapter} or {"dense_bytes": of the deltas}."""
+    """Write `out/adapter` if every module is low-rank, else `out/delta`; replaces what is there. Returns {"rank": of
+    the adapter} or {"dense_bytes": of the deltas}.
+
+    `like` is a PEFT folder over the same modules. Dense deltas are stored in the base's `dtype` (they are added to it
+    in float32), with one shard in memory at a time.
+    """
     low: dict[str, LoRA] = {}
     dense = Shards(out / "delta.tmp", "delta")
     for name, delta in items:
@@ -146,7 +152,7 @@ def save(items: Iterable[tuple[str, LoRA | Dense]], out: Path, like: Path, dtype
 
 
 def _save_lora(weights: Mapping[str, LoRA], folder: Path, like: Path) -> int:
-    """A PEFT folder of one rank: smaller factors are filled up with zeros."""
+    """Write a PEFT folder of one rank and return the rank. Factors of a smaller rank are filled up with zeros."""
     from safetensors.torch import save_file
 
     rank = max(len(delta.down_RI) for delta in weights.values())
