@@ -86,7 +86,7 @@ class Plan:
     stages: dict[str, Stages]
     hours: float
     gib: float
-    dtypes: dict[str, str]  # by model
+    dtypes: dict[str, str]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
 

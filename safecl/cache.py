@@ -50,6 +50,7 @@ class Cache:
 
     @staticmethod
     def let_go(held: int) -> None:
+        """Give up a name that `hold` returned."""
         os.close(held)
 
     def used(self, name: str) -> None:

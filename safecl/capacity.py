@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from safecl.config import Execution
 
-GIB_PER_TRIAL, GIB_PER_ENGINE, GIB_PER_WORKER = 0.4, 4.0, 2.5  # measured at 135M parameters, see the README
+GIB_PER_TRIAL, GIB_PER_ENGINE, GIB_PER_WORKER = 0.4, 4.0, 2.5  # memory, measured at 135M parameters
 GIB = "GiB"
 
 

@@ -58,7 +58,7 @@ class Claims:
                 self._tell()
                 return True
             if not at_work and self.store.owner < min(others):
-                self.wanted.add(key)  # until they have seen it, and given way
+                self.wanted.add(key)  # until the other drivers have seen it and given way
                 await asyncio.sleep(LOOK_S / 10)
                 continue
             self._tell()

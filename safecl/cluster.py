@@ -34,18 +34,19 @@ def start(execution: Execution, logs: Path, need: int | None = None) -> None:
         PrerequisiteError: Ray does not start, or the cluster lacks units and autoscaling can never bring them. Nothing is
             held then.
     """
-    # Read by Ray and its workers at start; one OpenMP thread wherever processes share cores (2 slow each other 20x).
+    # Ray and its workers read these at their start. One OpenMP thread, because processes share cores: with two
+    # threads each they slow each other down 20 times.
     quiet = {
         "OMP_NUM_THREADS": "1",
-        "RAY_worker_niceness": "0",  # its 15 lets a sweep starve beside any other program
+        "RAY_worker_niceness": "0",  # with Ray's default of 15 a sweep gets almost no CPU time beside other programs
         "TOKENIZERS_PARALLELISM": "false",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end the search as if it were done; ours stops the sweep
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's handler would end the search as if it were done; ours stops the sweep
         "RAY_AIR_NEW_OUTPUT": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten times a second is for traffic that scales replicas
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # the default, ten times a second, is for replicas that scale with traffic
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYTHONWARNINGS": "ignore",
@@ -63,7 +64,7 @@ def start(execution: Execution, logs: Path, need: int | None = None) -> None:
     else:
         nodes.join(execution.address, quiet, logs / "ray.log")
     if before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)  # Ray's own prints a stack and aborts
+        signal.signal(signal.SIGTERM, before)  # Ray's own handler prints a stack and aborts
     _keep_messages(logs / "ray.log")
     if missing := lacking(execution, need):
         raise PrerequisiteError(missing)

@@ -52,9 +52,11 @@ class Cluster(Strict):
 
     @property
     def num_gpus(self) -> int:
+        """Number of GPUs on all nodes."""
         return sum(node.count * node.gpus for node in self.nodes)
 
     def units(self, use_gpu: bool) -> int:
+        """Return the number of GPUs, or without `use_gpu` of CPUs, on all nodes."""
         return self.num_gpus if use_gpu else sum(node.count * node.cpus for node in self.nodes)
 
 

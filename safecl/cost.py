@@ -232,11 +232,11 @@ class Remaining:
         self._left = np.ones(len(todo), dtype=bool)  # whether it is still to be run
         self._estimated = np.array([item.estimate.seconds for item in todo])
         self._steps = _steps([[at[key] for key in item.needs if key in at] for item in todo])
-        groups: dict[tuple[str, str, bool], int] = {}  # (kind, its part, on an engine) -> number
+        groups: dict[tuple[str, str, bool], int] = {}  # (kind, method or judge, whether on an engine) -> number
         of = [groups.setdefault((*item.estimate.group, item.estimate.on_engine), len(groups)) for item in todo]
         one_of = dict(zip(reversed(of), reversed(self._items), strict=True))
         self._group = np.array(of, dtype=np.int64)
-        self._groups = [one_of[group] for group in range(len(groups))]  # an item of each
+        self._groups = [one_of[group] for group in range(len(groups))]  # one item of each group
         self.settle(open_cells)
 
     def finish(self, keys: Iterable[str]) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Outcome = Mapping[str, Any]
-_NO_SPREAD = 1e-18  # variances of fractions that are equal but for rounding
+_NO_SPREAD = 1e-18  # a variance up to this comes from rounding alone
 _FLOOR = 1.96**2  # if all prompts seen were alike, so many others (half on each side) may still differ: Wilson's z^2
 
 
@@ -44,6 +44,7 @@ class _Set(NamedTuple):
 
     @property
     def means_S(self) -> NDArray[np.float64]:
+        """Mean of each seed, of shape S."""
         found: NDArray[np.float64] = self.sums_SC.sum(axis=1) / self.counts_SC.sum(axis=1)
         return found
 
@@ -129,6 +130,7 @@ class Crossed(NamedTuple):
 
     @property
     def parts(self) -> tuple[tuple[float, float], ...]:
+        """The parts that are not None, as (squared standard error, degrees of freedom)."""
         return tuple(part for part in (self.seeds, self.prompts, self.guards) if part is not None)
 
     def floored(self) -> Crossed:
@@ -139,6 +141,7 @@ class Crossed(NamedTuple):
 
     @property
     def has_spread(self) -> bool:
+        """Whether any part of the variance is above zero (beyond rounding)."""
         return any(variance > _NO_SPREAD for variance, _ in self.parts)
 
     def half(self, level: float) -> float:

@@ -67,6 +67,7 @@ class Holder:
 
     @property
     def open(self) -> bool:
+        """Whether it is up and not closed."""
         return self.state == "up" and not self.closed
 
 
@@ -92,6 +93,7 @@ class Group:
 
     @property
     def starved(self) -> bool:
+        """Whether it has work and no holder."""
         return self.wanted > 0 and self.num_present == 0
 
 
@@ -128,13 +130,14 @@ class Devices:
         self.num_units, self.turn_s, self.linger_s, self.room = num_units, turn_s, linger_s, room
         self.groups: dict[str, Group] = {}
         self.held = 0.0
-        self._leaving = 0.0  # of `held`, what is being stopped
+        self._leaving = 0.0  # units of `held` whose holders are being stopped
         self._draining: dict[Holder, None] = {}
         self._timers: list[float] = []
         self._changed = True
 
     @property
     def free(self) -> float:
+        """Units that no holder holds."""
         return self.num_units - self.held
 
     @property
@@ -252,7 +255,7 @@ class Devices:
         if lacking <= _EPS:
             if self._leaving > _EPS or self.room(group):
                 return  # it will fit
-            lacking = 2 * _EPS  # enough in all, but not on one node: one more
+            lacking = 2 * _EPS  # enough units in all, but not on one node: free one holder more
         chosen = dict.fromkeys(self._spare(now, self.linger_s))
         if now - group.since >= self.turn_s - _EPS:
             idle = sorted(

@@ -127,7 +127,7 @@ def _alone(project: Project) -> Iterator[tuple[Journal, Lease, threading.Event]]
 
     in_main = threading.current_thread() is threading.main_thread()
     if in_main and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, end)  # a script's job in the background: Ctrl-C is not meant for it
+        signal.signal(signal.SIGINT, end)  # a background job of a script ignores SIGINT, and Ctrl-C is not meant for it
     before = signal.signal(signal.SIGTERM, end) if in_main else None
     try:
         with lease:
@@ -146,7 +146,7 @@ def _alone(project: Project) -> Iterator[tuple[Journal, Lease, threading.Event]]
             raise PrerequisiteError(
                 f"sweep {project.sweep.name!r}: this run gave no sign of life for so long that another one took over"
             ) from None
-        if told.is_set() or getattr(error, "code", None) == signal.SIGTERM:  # the second: while Ray starts
+        if told.is_set() or getattr(error, "code", None) == signal.SIGTERM:  # exit code: SIGTERM during Ray's start
             raise Terminated from None
         raise
     finally:
@@ -308,7 +308,7 @@ def _guarded(
             if again is not None:
                 os.environ[JOURNAL_FROM] = str(journal.begin)
                 again()
-            if callable(signal.getsignal(signal.SIGTERM)):  # `_alone`'s: Ctrl-C may be ignored
+            if callable(signal.getsignal(signal.SIGTERM)):  # the handler of `_alone`; SIGINT may be ignored
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             return
 

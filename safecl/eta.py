@@ -45,7 +45,7 @@ class Eta:
         self._seen: object = None  # what the last `Remaining` was made of
         self._at = 0.0  # when it was made
         self._remaining = Remaining(forecast, self._beside, (), self.slots)
-        self._counted: set[Job] | None = None  # jobs that it knows
+        self._counted: set[Job] | None = None  # jobs that `_remaining` includes
 
     def state(self, schedule: Schedule, snapshot: dict[str, Any], now: float) -> dict[str, Any]:
         """Return what Display shows. `snapshot`: the Broker's snapshot. `now`: seconds since the epoch."""

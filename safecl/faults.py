@@ -143,7 +143,7 @@ class Journal:
         self.begin = begin if begin is not None else self.path.stat().st_size if self.path.exists() else 0
 
     def add(self, cause: Cause, where: str = "", error: BaseException | str = "") -> None:
-        """Append a fault. Never raises for a full disk, so that the journal cannot end a run that survived the fault.
+        """Append a fault. Errors of the disk are ignored, so that the journal cannot end a run that survived the fault.
 
         `where`: the stage, engine or node that it happened to.
         """

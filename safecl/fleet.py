@@ -40,6 +40,7 @@ class App:
     lines: Counter[Hashable] = field(default_factory=Counter)
 
     def takes(self, wish: Wish, at_once: int) -> bool:
+        """Return whether the engine may be leased to this stage now."""
         num_weights = len(self.stages.keys() | {wish.weights})
         return self.holder.open and num_weights <= WEIGHTS_AT_ONCE and self.lines[wish.line] < at_once
 
@@ -112,6 +113,7 @@ class Fleet:
 
     @property
     def num_up(self) -> int:
+        """Number of engines that are up."""
         return sum(len(group.apps) for group in self.groups.values())
 
     def group(self, role: str, model: Stage) -> Group:

@@ -147,6 +147,7 @@ class Job:
 
     @cached_property
     def graph(self) -> Graph:
+        """The stages of this trial and how they depend on each other."""
         recipe = self.cell.recipe
         params = {**recipe.params, **self.params} if self.params else recipe.params
         align_seed = self.seed if self.role == "final" else self.cell.search_seeds[1]
