@@ -1,4 +1,4 @@
-"""The verbs of `safecl judge`. No logic, as in cli.py."""
+"""The commands of `safecl judge`. No logic, as in cli.py."""
 
 from __future__ import annotations
 

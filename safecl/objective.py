@@ -4,7 +4,7 @@ With several objectives (`pareto`) losses are compared. A loss is a metric turne
 perfect. A front shows the possible trade-offs. The sweep file names the rule (`choose`) that picks the trials to run
 from it.
 
-A bound is an upper limit on a metric of which less is better. It is a number, or relative to theta_safe's own value on
+A bound is an upper limit on a metric where less is better. It is a number, or relative to theta_safe's own value on
 the same prompts (`safe + 0.05`). A relative bound limits how much a trial may lose of the aligned model's safety, so
 one sweep file serves models of different safety.
 """

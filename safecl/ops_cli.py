@@ -1,4 +1,4 @@
-"""Verbs for runs that go on elsewhere, and for stores: submit, cancel, logs, trace, gc, du. No logic, as in cli.py."""
+"""Commands for runs on other machines, and for stores: submit, cancel, logs, trace, gc, du. No logic, as in cli.py."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def submit(
     from safecl import submit as room
     from safecl.sweepfile import load, raw_of
 
-    load(file, set_, limit)  # what is wrong with it is said here, not by the job
+    load(file, set_, limit)  # errors of the sweep file are reported here, not by the job
     options = [*(["--limit", str(limit)] if limit else []), *(["--max-hours", str(max_hours)] if max_hours else [])]
     job = room.submit(address, raw_of(file, set_), file, options, dict(map(_variable, env)))
     print(f"job {job} on {address}", file=sys.stderr)
@@ -255,6 +255,6 @@ def logs(
 
 
 def add_to(app: typer.Typer) -> None:
-    """Make these verbs of `safecl`."""
+    """Add these commands to `safecl`."""
     for verb in (submit, cancel, logs, trace, gc, du):
         app.command()(verb)

@@ -67,7 +67,7 @@ def chains(seconds: Sequence[float], needs: Sequence[Sequence[int]]) -> list[flo
 
 
 class Line:
-    """Limits work to `num` at once. Of those who wait, the lowest turn is next."""
+    """Limits work to `num` at once. The waiting caller with the lowest turn is next."""
 
     def __init__(self, num: int) -> None:
         self.num_free = num

@@ -81,7 +81,7 @@ def panel(chosen: Judges) -> dict[str, tuple[Seat, ...]]:
     for asked in judges.QUESTIONS:
         for name in judges.names():
             for role, metric in judges.load(name).always.items():
-                # The question that it always answers, besides those it can be chosen for.
+                # `always` refers to its last question. It answers the others only where a sweep chooses it.
                 if asked == list(judges.load(name).answers)[-1]:
                     found[role].append(Seat(asked, metric, name, name, "{}"))
     return {role: tuple(seats) for role, seats in found.items()}

@@ -6,9 +6,9 @@ The test is that of `contrasts`. A difference over S seeds and C prompt clusters
 
 s, p and e are the standard deviations (sd) of a difference between seeds, between prompts, and of one answer, as
 fractions (0.1 is 10 points). g is the variance that several disagreeing guards add; it is known from finished rows
-only. A difference is detectable if it is marked in a fraction POWER of all such sweeps. It is the half-width of the
-interval, plus the amount by which the estimate falls short of it in one of five sweeps. The level is Holm's first one:
-.05 divided by the number of methods other than sft.
+only. A difference is detectable if it is marked in a fraction POWER of all such sweeps. The smallest one is the
+half-width of the interval, plus the amount by which the estimate falls below the true difference in one of five
+sweeps. The level is Holm's first one: .05 divided by the number of methods other than sft.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def power(project: Project, noise: float | None, discordant: float | None, aim: 
 
     Args:
         noise: sd between seeds, in (0, 1). If None, it is estimated from the store's finished trials.
-        discordant: fraction of prompts that two methods answer differently. If None, likewise.
+        discordant: fraction of prompts that two methods answer differently, in (0, 1). If None, it is estimated from
+            the finished trials too, or assumed where there are none.
         aim: a difference, in (0, 1), for which to report the seeds and prompts needed.
 
     Raises:

@@ -29,9 +29,9 @@ FEW = 200_000  # stages that all rows of the table of GPUs together may simulate
 
 
 class Rehearsal(NamedTuple):
-    """A sweep as arrays. `stages`: by number; the copies for trials that a search has yet to suggest refer to the first
-    one. `weights_gib`, `states_gib`: sizes that will be written. `largest`: the size of each model's weights in GiB, by
-    model name."""
+    """A sweep as arrays. `stages`: by number; a trial that a search has yet to suggest is a copy, and has the stages
+    that it copies. `weights_gib`, `states_gib`: sizes that will be written. `largest`: the size of each model's weights
+    in GiB, by model name."""
 
     grid: Grid
     stages: list[Stage]

@@ -1,4 +1,4 @@
-"""Verbs for finished work: report, view, label, compare, best, show, ui, promote. No logic, as in cli.py."""
+"""Commands for finished work: report, view, label, compare, best, show, ui, promote. No logic, as in cli.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ AcceptJudge = Annotated[
 
 
 def print_rows(project: Any, form: str, accept_judge: bool) -> None:
-    """Print a project's rows in one of the forms of report/forms.py; on a terminal, tables as wide as it is."""
+    """Print a project's rows in one of the formats of report/forms.py. On a terminal, tables are as wide as the
+    terminal."""
     from safecl.base import ConfigError, near
     from safecl.report import forms
     from safecl.report.facts import readable
@@ -249,6 +250,6 @@ def _serve(server: Any) -> None:
 
 
 def add_to(app: typer.Typer) -> None:
-    """The verbs of this file, as commands of `app`."""
+    """Add the commands of this file to `app`."""
     for verb in (report, view, label, compare, best, show, ui, promote):
         app.command()(verb)

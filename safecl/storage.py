@@ -38,7 +38,7 @@ def open_to_read(url: str) -> Any:
     memory = sqlite3.connect(":memory:", check_same_thread=False)
     try:
         _read_into(memory, f"file:{quote(str(file))}?mode=ro")
-    except sqlite3.OperationalError:  # a driver died while writing: only a writer can roll back, so a copy is
+    except sqlite3.OperationalError:  # the writer died; only a writer can roll back, so a copy is rolled back
         with tempfile.TemporaryDirectory() as folder:
             for part in (file, file.with_name(f"{file.name}-journal"), file.with_name(f"{file.name}-wal")):
                 with suppress(FileNotFoundError):

@@ -51,7 +51,7 @@ def study_name(
     - `at_once`, if above 1 with TPE or with pruning: trials of one batch know less of one another;
     - `prune`, if it is not "none".
     """
-    objectives = objective.model_dump(mode="json", exclude={"choose"})  # `choose` changes no trial
+    objectives = objective.model_dump(mode="json", exclude={"choose"})  # `choose` selects among finished trials
     identity: list[Json] = [cell, dict(space), objectives, list(seeds)]
     identity += ["grid"] if sampler == "grid" else []
     identity += ["at_once", at_once] if (sampler == "tpe" or prune != "none") and at_once > 1 else []
