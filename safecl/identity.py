@@ -92,6 +92,7 @@ class SharedConfig(dict[str, Json]):
 
     @cached_property
     def text(self) -> str:
+        """Its canonical JSON text."""
         return canonical(dict(self))
 
 
@@ -123,6 +124,7 @@ class Stage:
 
     @property
     def ref(self) -> Ref:
+        """Its kind and key."""
         return Ref(self.kind, self.key)
 
     @classmethod

@@ -29,23 +29,27 @@ class Lender:
         self._capped: float | None = None  # units that were there when autoscaling added none
 
     def add(self, group: str, user: User, size: float, at_most: int, idle_s: float = IDLE_S) -> None:
+        """Register a group of at most `at_most` holders of `size` units each, and the user that starts and stops them."""
         self._users[group] = user
         self.devices.add(group, size, at_most, idle_s)
 
     def ask(self, group: str, wanted: int, rank: int, coming: int) -> None:
+        """Report a group's work, and step. `wanted`, `rank`, `coming`: see Devices.ask."""
         self.devices.ask(group, wanted, self._now(), rank, coming)
         self.step()
 
     def up(self, holder: Holder) -> None:
+        """Report that a holder has been started, and step."""
         self.devices.up(holder, self._now())
         self.step()
 
     def work(self, holder: Holder, num: int) -> None:
-        """Note that a holder has `num` more (or fewer) pieces of work. A caller whose work is done then calls `ask`,
-        which steps."""
+        """Report that a holder was given `num` pieces of work, or below 0, has done them. A caller whose work is done
+        then calls `ask`, which steps."""
         self.devices.work(holder, num, self._now())
 
     def gone(self, holder: Holder) -> None:
+        """Report that a holder has been stopped, has died, or could not be started, and step. Its units are free."""
         self.devices.gone(holder, self._now())
         self.step()
 

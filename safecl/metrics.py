@@ -99,6 +99,7 @@ class Metric:
 
     @property
     def is_bounded(self) -> bool:
+        """Whether its values have an upper end."""
         return self.bounds[1] is not None
 
 

@@ -64,6 +64,11 @@ def _source(model: Model, wanted: tuple[str, ...]) -> tuple[dict[str, Json], str
 
 @lru_cache
 def wheel_file(package: str) -> tuple[dict[str, Json], str]:
+    """Identity (package, version, recorded sha256) and path of the GGUF file in an installed package.
+
+    Raises:
+        PrerequisiteError: the package is not installed, or holds no GGUF file.
+    """
     from importlib.metadata import PackageNotFoundError, distribution
 
     try:

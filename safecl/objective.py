@@ -36,6 +36,7 @@ class Trial(NamedTuple):
 
     @property
     def feasible(self) -> bool:
+        """Whether the trial violates no bound."""
         return all(v <= 0 for v in self.violations.values())
 
 

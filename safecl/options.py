@@ -25,6 +25,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 
 def project_to_run(file: Path, settings: list[str], limit: int | None) -> Any:
+    """The sweep of a file as a project that can be run (driver.open_to_run)."""
     from safecl import driver
     from safecl.project import load
 
@@ -39,6 +40,7 @@ def opened(file: Path, settings: list[str], limit: int | None, reads: bool = Fal
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table with its title, not wider than the terminal."""
     from safecl.report.forms import text_table
 
     print(f"{title}\n{text_table(columns, rows, _width())}\n")

@@ -75,6 +75,7 @@ class Line:
         self._num_asked = 0
 
     async def enter(self, turn: Turn) -> None:
+        """Wait for a free place, until this turn is the lowest of those waiting."""
         if self.num_free > 0:
             self.num_free -= 1
             return
@@ -89,6 +90,7 @@ class Line:
             raise
 
     def leave(self) -> None:
+        """Give the place to the lowest waiting turn, or free it."""
         while self._waiting:
             _, _, free = heapq.heappop(self._waiting)
             if not free.done():

@@ -204,6 +204,7 @@ class Project:
         return Lease(self.store, self.sweep.name, [f"sweep {self.sweep.name}", *studies])
 
     def schedule(self, on_done: Callable[[Done], None] | None = None) -> Schedule:
+        """A new schedule of the sweep's jobs. `on_done` is called with each finished job."""
         return Schedule(self.sweep, self.store, self.cells, self.study, on_done)
 
     def forecast(self, keep: bool = False) -> Forecast:

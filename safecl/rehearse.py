@@ -383,6 +383,7 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]
 
 
 def lines(found: dict[str, Any]) -> list[str]:
+    """Lines for a person, printed with the tables of `on_cluster`."""
     unit, bound, stops = found["unit"], found["bound"], found["stops"]
     told = [
         f"{found['trials']:,} trials, {found['stages']:,} stages: {_time(found['hours'])} on {found['units']:,} {unit}s, "

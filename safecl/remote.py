@@ -53,6 +53,7 @@ class Remote:
         self._is_flat = not _FLAT.isdisjoint(protocols)
 
     def exists(self, name: str) -> bool:
+        """Whether a file exists."""
         return bool(self._try(lambda: self._fs.exists(self._path(name))))
 
     def read(self, name: str) -> bytes:
@@ -69,6 +70,7 @@ class Remote:
         return {paths[path]: content for path, content in found.items() if path in paths}
 
     def write(self, name: str, content: bytes) -> None:
+        """Write a file, or replace it."""
         self._make_parent(name)
         self._try(lambda: self._fs.pipe_file(self._path(name), content))
 
@@ -124,6 +126,7 @@ class Remote:
             self._try(lambda: self._fs.rm(self._path(name), recursive=True))
 
     def note(self, name: str, value: Json) -> None:
+        """Write a value as a JSON file, or replace it."""
         self.write(name, json.dumps(value, indent=1).encode())
 
     def noted(self, name: str) -> Any:

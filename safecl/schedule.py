@@ -124,6 +124,7 @@ class Schedule:
 
     @property
     def is_done(self) -> bool:
+        """Whether no job is left to give out or running. A search that waits for the next run does not count."""
         return all((q.finals_given or q.stalled) and not q.waiting and not q.under_way for q in self.queues)
 
     def next(self) -> Job | None:

@@ -46,6 +46,7 @@ class Schedule:
 
     @property
     def ratio(self) -> float:
+        """The makespan as a multiple of its lower bound."""
         return self.makespan_s / self.bound.seconds if self.bound.seconds else 1.0
 
 

@@ -16,6 +16,8 @@ _CHUNK = 500  # bootstrap draws at once: limits memory to about _CHUNK x cluster
 
 
 class Interval(NamedTuple):
+    """A value with the lower and upper bound of its confidence interval."""
+
     value: float
     low: float
     high: float
@@ -26,6 +28,8 @@ class NotCorrectable(ValueError):
 
 
 class McNemar(NamedTuple):
+    """Numbers of prompts that are true only for the first and only for the second model, and the two-sided p value."""
+
     only_first: int
     only_second: int
     p: float
@@ -70,6 +74,7 @@ def _finite(values: Sequence[float], what: str, at_least: int) -> NDArray[np.flo
 
 
 def checked_level(confidence: float) -> float:
+    """The confidence level itself. Raises ValueError unless it is in (0, 1)."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
     return confidence
@@ -87,6 +92,8 @@ def wilson(successes: float, num: int, confidence: float = 0.95) -> Interval:
 
 
 def wilson_of(p: float, num: float, confidence: float) -> Interval:
+    """Wilson's score interval of a proportion `p` of `num`, which need not be a whole number. Raises ValueError for a
+    level outside (0, 1)."""
     z = NormalDist().inv_cdf((1 + checked_level(confidence)) / 2)
     centre = (p + z * z / (2 * num)) / (1 + z * z / num)
     half = z / (1 + z * z / num) * math.sqrt(p * (1 - p) / num + z * z / (4 * num * num))

@@ -331,6 +331,7 @@ class Past(NamedTuple):
     pruned: list[str] = []  # why trials were pruned
 
     def complete(self) -> list[Trial]:
+        """Finished trials, as CellStudy.complete returns them."""
         return self.finished
 
 

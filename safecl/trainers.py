@@ -187,12 +187,13 @@ class Trainers:
         under_way = [work for trainer in self.trainers.values() for work in dict.fromkeys(trainer.work.values())]
         every = [*self.queue, *under_way]
         wanted = -(-sum(work.num_ranks for work in every) // self.execution.num_workers)
-        # Their queue is long from the start, while an engine's queue comes from their results.
+        # The trainers' queue is long from the start. The engines' queues come from the trainers' results.
         wanted = min(wanted, self.num_trainers)
         rank = min((work.turn.level for work in every), default=0)
         self.lender.ask(GROUP, wanted, rank, max(0, self.expected - len(every)))
 
     def start(self, holder: Holder) -> None:
+        """Start a trainer that holds these units."""
         self.started += 1
         trainer = Trainer(f"trainer-{self.store.short}-{os.getpid()}-{self.started}", holder)
         self.trainers[trainer.name] = trainer

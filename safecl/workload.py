@@ -148,6 +148,7 @@ class Bounds:
         }
 
     def on(self, nodes: Sequence[Node]) -> Bound:
+        """The lower bound on these nodes."""
         fastest, power = max(node.pace for node in nodes), sum(node.units * node.pace for node in nodes)
         devices_s = max((outside / fastest + work / power for outside, work in self.of_all), default=0.0)
         group_s = {}
