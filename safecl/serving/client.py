@@ -1,6 +1,6 @@
-"""How a stage asks served models: batches in, one completion a request out, whatever engines die meanwhile.
+"""Client of the served models: a stage sends a batch of requests and gets one completion for each, even if engines die.
 
-What comes back carries the key that sampled it; an answer of any other key is discarded and asked for again.
+Every answer carries the key of the weights that sampled it. An answer with another key is discarded and asked for again.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from safecl.base import PrerequisiteError
 from safecl.serving import deploy
 from safecl.serving.messages import Completion, Refused, Request, Sampling, Unavailable, WeightsRef
 
-_STATUS_EVERY_S = 2.0  # how often a waiting client looks whether its engine can still come up
+_STATUS_EVERY_S = 2.0  # seconds between checks of a waiting client whether its engine can still start
 _REQUESTS_A_CALL = 32
 
 
 @dataclass(frozen=True)
 class Engines:
-    """How a stage reaches served models, from any process of the cluster. Small and picklable.
+    """Access to the served models from any process of the cluster. Small and picklable.
 
-    `groups`: a name that stands for several applications ({"candidate": ("candidate-0", "candidate-1")}); a batch goes
-    as a whole to the one that holds its key already, else to the least busy. `rank`: whose requests go first where several
-    keys wait for an engine, the lowest. Higher ones may wait for long, so `timeout_s` counts for 0 alone.
+    `groups` maps a name to several applications, such as {"candidate": ("candidate-0", "candidate-1")}. A whole batch goes to
+    the application that already holds its weights key, else to the least busy one. `max_in_flight` is the most requests that
+    are sent at once. `rank` decides the order if several keys wait for an engine: the lowest goes first. Requests of a higher
+    rank may wait for long, so `timeout_s` applies only to rank 0.
     """
 
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -45,12 +46,15 @@ class Engines:
         timeout_s: float = 900.0,
         on_done: Callable[[Completion], None] | None = None,
     ) -> dict[str, Completion]:
-        """One completion per request, by id, in request order; `on_done` sees each as it comes, from this thread. Blocks;
-        call it from a plain thread or Ray task.
+        """Get one completion for each request. Returns them by id, in request order.
 
-        Survives the death of engines: what was lost is asked for again. `timeout_s`: longest time without any completed
-        request. Raises PrerequisiteError when that passes or the engine cannot come up, ValueError for doubled ids or
-        requests and weights that the engine refuses.
+        It blocks, so call it from a plain thread or a Ray task. `on_done` is called with each completion as it arrives, in
+        this thread; `on_progress` with (number done, number of requests). If an engine dies, lost requests are sent again.
+        `timeout_s` is the longest time in seconds without any completed request.
+
+        Raises:
+            PrerequisiteError: the timeout passed, the engine cannot start, or a prompt is too long for it.
+            ValueError: two requests have the same id, or the engine refuses a request or the weights.
         """
         if len({request.id for request in requests}) != len(requests):
             raise ValueError(f"engine {name!r}: request ids must be unique, got {len(requests)} with doubles")
@@ -62,7 +66,7 @@ class Engines:
         return {request.id: done[request.id] for request in requests}
 
     def status(self, name: str) -> dict[str, Any]:
-        """`Engine.status` of one replica of application `name`."""
+        """The result of `Engine.status` from one replica of application `name`."""
         from ray import serve
 
         status: dict[str, Any] = serve.get_app_handle(name).status.remote().result(timeout_s=30)
@@ -79,7 +83,7 @@ class _Batch:
     on_done: Callable[[Completion], None] | None
     timeout_s: float
     rank: int = 0
-    done: dict[str, Completion] = field(default_factory=dict)  # by id: an answer counts once, however often asked for
+    done: dict[str, Completion] = field(default_factory=dict)  # by id; an answer counts once, even if asked for twice
     last_done: float = field(default_factory=time.monotonic)
     last_error: str = "none"
 
@@ -94,7 +98,7 @@ class _Batch:
         except RayServeException:
             deploy.state(app)  # says what is wrong
             raise
-        # Many at a call: Serve takes 3 ms of CPU for each, and what starts together shares the engine's steps to the end.
+        # Many requests in one call: Serve needs 3 ms of CPU a call, and requests that start together share all engine steps.
         num_calls = max(1, max_in_flight // _REQUESTS_A_CALL)
         size = min(_REQUESTS_A_CALL, math.ceil(len(self.requests) / num_calls))
         queue = (self.requests[start : start + size] for start in range(0, len(self.requests), size))
@@ -169,7 +173,7 @@ def _seed(sampling: Sampling, request: Request) -> int | None:
 async def _asked(
     handle: Any, requests: Sequence[Request], weights: WeightsRef, sampling: Sampling, rank: int
 ) -> AsyncIterator[Any]:
-    """Requests under way; cancelled at the replica too if the caller stops waiting."""
+    """Send requests to a replica for the length of the block. If the caller is cancelled, the replica's work is too."""
     asked = [(request.token_ids, _seed(sampling, request)) for request in requests]
     response = handle.generate.remote(asked, weights, sampling, rank)
     try:
@@ -204,6 +208,6 @@ def _transient(error: Exception) -> bool:
 
 
 def _plain(error: Exception) -> Exception:
-    """The replica's refusal as such, not as Ray's wrapper of it."""
+    """The replica's own exception (Refused, PrerequisiteError) without Ray's wrapper. Other errors are returned unchanged."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, Refused | PrerequisiteError) else error

@@ -1,6 +1,6 @@
-"""Engines as Ray Serve applications: deploy, wait until ready, take down, and say what state one is in.
+"""Engines as Ray Serve applications: deploy them, wait until they are ready, read their state, and shut them down.
 
-One deployment class (engine.py) serves candidates and judges alike.
+Candidates and judges are served by the same deployment class (engine.py).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from safecl.serving.engine import Engine
 from safecl.serving.messages import Settings
 from safecl.store import Store
 
-# Building or reading a Serve config registers a module with the pickler and takes that back: two threads would undo
-# each other's and raise. The first deployment starts Serve, which must not happen twice at once either.
+# Lock for building or reading a Serve config. That registers a module with the pickler and unregisters it again, so two
+# threads would undo each other's registration and raise. Serve must also not be started twice at the same time.
 _SERVE = threading.Lock()
 
 
@@ -31,12 +31,11 @@ def deploy(
     resources: Mapping[str, float] | None = None,
     wait: bool = True,
 ) -> None:
-    """Serve a model (a stage of the store, or a folder that lies on every node) as application `settings.name` on the Ray
-    cluster that this process is connected to.
+    """Serve a model as application `settings.name` on the Ray cluster that this process is connected to.
 
-    `resources`: what a replica reserves, by Ray's names (default: `settings.num_threads` CPUs, and its GPUs). `wait=False`
-    returns at once, so that the boot overlaps with other work; see `ready`. Nothing listens for HTTP: engines are reached
-    through handles.
+    `base` is the model: a stage of the store, or a folder that exists on every node. `resources` is what a replica reserves,
+    by Ray's names (default: `settings.num_threads` CPUs, and its GPUs). With `wait=False` the call returns at once, so that
+    the start overlaps with other work; see `ready`. No HTTP port is opened: engines are reached through Serve handles.
     """
     from ray import serve
     from ray.serve.api import RunTarget
@@ -61,7 +60,7 @@ def deploy(
             ray_actor_options=options,
             health_check_period_s=1.0,
             health_check_timeout_s=30.0,
-            graceful_shutdown_timeout_s=3.0,  # a replica that is replaced has nothing worth waiting for
+            graceful_shutdown_timeout_s=3.0,  # do not wait for a replaced replica: its work is lost
             graceful_shutdown_wait_loop_s=0.2,
             logging_config=quiet,
         )
@@ -72,7 +71,7 @@ def deploy(
 
 
 def ready(name: str, timeout_s: float = 600.0) -> None:
-    """Block until every replica of `name` serves. Raises PrerequisiteError if it cannot come up, or not in time."""
+    """Block until every replica of `name` is running. Raises PrerequisiteError if it cannot start or the timeout passes."""
     deadline = time.monotonic() + timeout_s
     while (now := state(name))[0] != "RUNNING":
         if time.monotonic() > deadline:
@@ -81,14 +80,14 @@ def ready(name: str, timeout_s: float = 600.0) -> None:
 
 
 def shutdown(name: str) -> None:
-    """Take `name` down and free what it holds."""
+    """Shut application `name` down and free its resources."""
     from ray import serve
 
     serve.delete(name)
 
 
 def shutdown_all(owner: str) -> None:
-    """Take down the applications whose names end with `owner`; others on the cluster, and Serve itself, stay."""
+    """Shut down the applications whose names end with `-` and `owner`. Other applications and Serve itself keep running."""
     from ray import serve
 
     for name in serve.status().applications:
@@ -97,7 +96,7 @@ def shutdown_all(owner: str) -> None:
 
 
 def state(name: str) -> tuple[str, str]:
-    """(status, message) of an application. Raises PrerequisiteError if it is not there or can never come up."""
+    """(status, message) of an application. Raises PrerequisiteError if it is not deployed or failed to start."""
     from ray import serve
 
     with _SERVE:
@@ -115,7 +114,7 @@ def _message(application: Any) -> str:
 
 
 def environment(settings: Settings, logs: bool = False) -> dict[str, str]:
-    """Environment of the replica; its engine processes inherit it."""
+    """Environment variables of the replica. Its engine processes inherit them. `logs`: whether the output is kept."""
     env = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
@@ -128,14 +127,14 @@ def environment(settings: Settings, logs: bool = False) -> dict[str, str]:
         env["VLLM_BATCH_INVARIANT"] = "1"
     if not settings.use_gpu:
         env |= {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # on CPU: lets the engine's process compute itself ("uni")
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # on CPU the engine computes in its own process ("uni")
             "OMP_NUM_THREADS": str(settings.num_threads),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # pinned threads of two engines would fight over one core
             "OMP_WAIT_POLICY": "PASSIVE",  # idle threads sleep: training shares these cores
             "GOMP_SPINCOUNT": "0",
             "KMP_BLOCKTIME": "0",
-            "TORCHDYNAMO_DISABLE": "1",  # for two helpers of the sampler vLLM would call a C++ compiler, for 20 s
-            # Freed tensors up to 512 MiB leave their memory to the next: fresh pages are a third of a 7B model's swap.
+            "TORCHDYNAMO_DISABLE": "1",  # else vLLM runs a C++ compiler for 20 s for two helpers of the sampler
+            # Keep the memory of freed tensors up to 512 MiB for reuse: new pages take a third of the time of a 7B swap.
             "MALLOC_MMAP_THRESHOLD_": str(2**29),
             "MALLOC_TRIM_THRESHOLD_": str(2**29),
         }
@@ -143,5 +142,5 @@ def environment(settings: Settings, logs: bool = False) -> dict[str, str]:
 
 
 def hush() -> None:
-    """Serve logs to the calling process's terminal; what matters comes back as an exception."""
+    """Let Serve log only errors to this process's terminal. Everything that matters is raised as an exception."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)

@@ -1,5 +1,8 @@
-"""An OpenAI-compatible endpoint in place of an engine of our own: exact prompts in (`/completions`, so that no server's
-template gets between, unless `chat` is asked for), completions out by id. Standard library only."""
+"""Client of an OpenAI-compatible endpoint, used in place of an engine of our own. Standard library only.
+
+It sends exact prompts to `/completions`, so that the server's template is not applied, unless `chat` is set. It returns
+completions by id.
+"""
 
 from __future__ import annotations
 
@@ -23,31 +26,34 @@ from safecl.base import PrerequisiteError
 from safecl.serving.messages import Completion, Finish, Refused, Sampling
 
 KEY_VARIABLE = "SAFECL_ENDPOINT_KEY"
-PATIENCE_S = 1.5  # for a server that is starting
-CONNECT_S = 5.0
+PATIENCE_S = 1.5  # seconds to wait for a server that is starting
+CONNECT_S = 5.0  # seconds
 _TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
 _LONGEST_WAIT_S = 30.0
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """`url` ends where `/completions` follows, as in `http://127.0.0.1:8000/v1`; `model` is the server's name for it. No
-    redirect is followed: the key and what was asked would go to whom it names."""
+    """An OpenAI-compatible server and how to use it.
+
+    `url` is the part before `/completions`, as in `http://127.0.0.1:8000/v1`. `model` is the server's name of the model.
+    Redirects are not followed, because the key and the prompts would go to another server.
+    """
 
     url: str
     model: str
     max_in_flight: int = 16
     max_tries: int = 8
-    first_wait_s: float = 0.5  # before the second try; doubles, unless the server says how long
+    first_wait_s: float = 0.5  # seconds before the second try; doubles each time unless the server says how long
     timeout_s: float = 120.0
-    chat: bool = False  # `/chat/completions` in place: the prompt is a user's message in the server's own template
+    chat: bool = False  # use `/chat/completions`: the prompt becomes a user message in the server's own template
     key_variable: str = KEY_VARIABLE  # environment variable whose value is sent as bearer token, if it is set
 
     def reach(self, patience_s: float = PATIENCE_S) -> None:
-        """Return once something listens at `url`; through a proxy nothing is tried.
+        """Wait until a server accepts connections at `url`. With a proxy it returns at once.
 
         Raises:
-            PrerequisiteError: nothing does after `patience_s`, which is for a server that is starting.
+            PrerequisiteError: no server accepts a connection within `patience_s` seconds.
         """
         parts = urlsplit(self.url)
         host, port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
@@ -72,13 +78,15 @@ class Endpoint:
         on_done: Callable[[Completion], None] | None = None,
         on_refused: Callable[[str, str], None] | None = None,
     ) -> dict[str, Completion]:
-        """One completion a prompt (text or token ids), by id; `on_done` sees each as it comes, from this thread.
+        """Get one completion for each prompt (text or token ids). Returns them by id.
 
-        What fails for a while (429, 5xx, time-outs, lost connections) is asked again; an answer counts once. A prompt
-        that the server refuses with 400 (too long) goes to `on_refused`, as (id, why), and is left out.
+        `on_done` is called with each completion as it arrives, in this thread. A request with a temporary failure (429, 5xx,
+        timeout, lost connection) is sent again. A prompt that the server refuses with 400 (too long) is left out, and
+        `on_refused` is called with its id and the reason.
 
         Raises:
-            PrerequisiteError: the server refuses a request otherwise, or failed `max_tries` times on one.
+            PrerequisiteError: the server refuses a request for another reason, one request failed `max_tries` times, or a
+                prompt was refused with 400 and there is no `on_refused`.
         """
         done: dict[str, Completion] = {}
         room = _room(self.url, self.max_in_flight)
@@ -112,7 +120,7 @@ class Endpoint:
         }
         if self.chat:
             return {**body, "messages": [{"role": "user", "content": prompt}]}
-        # vLLM's name: the template writes its own BOS. Others ignore it
+        # `add_special_tokens` is vLLM's option; other servers ignore it. The template writes its own BOS.
         body |= {"prompt": prompt if isinstance(prompt, str) else list(prompt), "add_special_tokens": False}
         return {**body, "logprobs": sampling.logprobs} if sampling.logprobs else body
 
@@ -144,7 +152,7 @@ class Endpoint:
             except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
                 problem, asked_s = self._hidden(f"{type(error).__name__}: {error}"), ""
             if number + 1 < self.max_tries:
-                # Spread out, or all that were turned away together come back together.
+                # Random factor: else all requests that were refused together are sent again together.
                 wait_s = self.first_wait_s * 2**number * random.uniform(0.75, 1.25)
                 if stop.wait(min(_LONGEST_WAIT_S, float(asked_s) if asked_s.isdigit() else wait_s)):
                     break
@@ -162,7 +170,8 @@ class Endpoint:
             return json.load(response)
 
     def _key(self) -> str:
-        """Raises PrerequisiteError for what no header can hold; http.client's own error would show it."""
+        """The key, "" if it is not set. Raises PrerequisiteError for characters that a header cannot hold, because the error
+        of http.client would show the key."""
         key = os.environ.get(self.key_variable, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise PrerequisiteError(
@@ -172,13 +181,13 @@ class Endpoint:
         return key
 
     def _hidden(self, text: str) -> str:
-        """The text without the key."""
+        """The text with the key replaced by `***`."""
         return text.replace(os.environ.get(self.key_variable, "").strip() or "\0", "***")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> None:
-        """None: an answer that names another address is an error."""
+        """Return None, so that a redirect is an error."""
 
 
 @cache
@@ -187,7 +196,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _read(error: urllib.error.HTTPError) -> str:
-    """The beginning of what a server says of a refusal, as far as it comes."""
+    """The first 500 bytes of a server's error message. "nothing" if they cannot be read."""
     try:
         return error.read(500).decode(errors="replace")
     except (OSError, HTTPException):
@@ -196,7 +205,7 @@ def _read(error: urllib.error.HTTPError) -> str:
 
 @cache
 def _room(url: str, num: int) -> threading.BoundedSemaphore:
-    """Places for requests under way at an endpoint, over all callers of this process."""
+    """Semaphore for requests in flight at an endpoint, shared by all callers of this process."""
     return threading.BoundedSemaphore(num)
 
 

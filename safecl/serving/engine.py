@@ -1,5 +1,7 @@
-"""The Serve replica: one vLLM engine that answers every request with the weights that the request names, one weights key
-at a time (gate.py), and puts new weights into the live engine in place (swap.py)."""
+"""The Serve replica: one vLLM engine that answers each request with the weights that the request names.
+
+It serves one weights key at a time (gate.py) and puts new weights into the running engine in place (swap.py).
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ from safecl.serving.remembered import Remembered
 from safecl.store import Store
 from safecl.training.tokens import base_folder, weights_folder
 
-_TOKENS_A_MESSAGE = 16  # nobody reads along: an answer's pieces only tell that the engine lives
-_REMEMBERED = 1 << 15  # verdicts: some 100 MB with the likeliest tokens of each
+_TOKENS_A_MESSAGE = 16  # partial answers only show that the engine is alive, so few messages are enough
+_REMEMBERED = 1 << 15  # number of remembered answers; about 100 MB with the likeliest tokens of each
 
 
 class Engine:
@@ -46,34 +48,37 @@ class Engine:
 
             from safecl.serving import swap
 
-        # Its files stay on this node for as long as the engine lives.
+        # Keep the base's files on this node as long as the engine lives.
         self._base, _ = self._open.enter_context(self._folders(base, None))
         self._settings = settings
         self._booted, self._num_loaded = swap.stamp(self._base), 0
-        self._checks: dict[str, asyncio.Task[None]] = {}  # of weights, by key, since the last swap
+        self._checks: dict[str, asyncio.Task[None]] = {}  # checks of weights since the last swap, by key
         self._gate: Gate[WeightsRef] = Gate(self._swap, settings.turn_s, settings.linger_s)
         self._remembered: Remembered[tuple[Any, ...] | str] = Remembered(_REMEMBERED)
-        self._last_sign = time.monotonic()  # of life: a token, a finished swap, or work beginning
+        self._last_sign = time.monotonic()  # last sign of life: a token, a finished swap, or the start of work
         self._llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(**arguments(str(self._base), settings)),
-            usage_context=UsageContext.LLM_CLASS,  # tokens a step as offline; else a quarter to a half of them
+            usage_context=UsageContext.LLM_CLASS,  # as many tokens a step as offline; else only 1/4 to 1/2
         )
 
     async def generate(
         self, requests: list[tuple[list[int], int | None]], weights: WeightsRef, sampling: Sampling, rank: int = 0
     ) -> list[tuple[Any, ...] | str]:
-        """Per (token ids, seed): (text, token ids, finish, weights key, likeliest), or why not now. `rank`: see gate.py.
+        """Answer requests, given as (token ids, seed).
+
+        Each result is (text, token ids, finish, weights key, likeliest tokens), or a text that says why the request cannot be
+        answered now. `rank`: see gate.py.
 
         Raises:
-            Refused: what this engine can never serve.
-            PrerequisiteError: a prompt and its answer are longer than it was set up for.
-            Unavailable: the weights could not be read now.
+            Refused: this engine can never serve a request or the weights.
+            PrerequisiteError: a prompt and its answer are longer than the engine's `max_model_len`.
+            Unavailable: the weights cannot be read now.
         """
         for token_ids, _ in requests:
             longest = len(token_ids) + sampling.max_tokens
             if not token_ids:
                 raise Refused("a prompt of no tokens: expected at least one")
-            if longest > self._settings.max_model_len:  # how the engine was set up, not what was asked for
+            if longest > self._settings.max_model_len:  # not Refused: the engine's setting is too small
                 raise PrerequisiteError(
                     f"prompt of {len(token_ids)} tokens + max_tokens {sampling.max_tokens}: expected at most "
                     f"{self._settings.max_model_len} in all (max_model_len of engine {self._settings.name!r}): raise "
@@ -136,7 +141,7 @@ class Engine:
         return "".join(text), sampled, last.finish_reason, key, likely
 
     async def _check_weights(self, weights: WeightsRef) -> None:
-        """Once for all requests that wait for the same weights: reading headers takes milliseconds."""
+        """Check weights before they are loaded, once for all waiting requests, because reading headers takes milliseconds."""
         if weights.key == self._gate.key:
             return
         from safecl.serving import swap
@@ -150,13 +155,13 @@ class Engine:
             self._checks[weights.key] = asyncio.create_task(asyncio.to_thread(check))
         try:
             await asyncio.shield(self._checks[weights.key])
-        except Exception as error:  # whatever reading them raises, of OSError, ValueError, safetensors' own
-            self._checks.pop(weights.key, None)  # they may be put right
+        except Exception as error:  # reading may raise OSError, ValueError or safetensors' own errors
+            self._checks.pop(weights.key, None)  # check again next time: the files may be repaired
             failed = kind_of(error) == "infrastructure" and not isinstance(error, FileNotFoundError)
             raise (Unavailable if failed else Refused)(f"weights {weights.key!r} cannot be served: {error}") from error
 
     async def _swap(self, key: str, weights: WeightsRef) -> None:
-        """Runs with nothing in flight; the gate breaks if it raises."""
+        """Load other weights. Runs only while nothing is in flight. If it raises, the gate admits nothing any more."""
         self._last_sign = time.monotonic()
         self._checks.clear()
         await self._llm.pause_generation(mode="wait", clear_cache=True)
@@ -174,7 +179,7 @@ class Engine:
 
     @contextmanager
     def _folders(self, base: Ref | str, adapter: Ref | str | None) -> Iterator[tuple[Path, Path | None]]:
-        """Where weights lie on this node, for as long as the block runs."""
+        """Folders of base and adapter on this node. They exist at least as long as the block runs."""
         stages = [each for each in (base, adapter) if isinstance(each, Ref)]
         if stages and self._store is None:
             raise Refused(f"stages {[stage.key[:12] for stage in stages]}: this engine was given no store")
@@ -194,8 +199,8 @@ class Engine:
             )
 
     async def check_health(self) -> None:
-        """Called by Serve, which replaces the replica when this raises."""
-        await self._llm.check_health()  # vLLM's own: only a flag that the engine's process died
+        """Raise RuntimeError if the engine is not healthy. Serve calls this and replaces the replica if it raises."""
+        await self._llm.check_health()  # vLLM's own check sees only that the engine's process died
         if self._gate.broken is not None:
             raise RuntimeError(f"engine {self._settings.name!r}: swap failed: {self._gate.broken!r}")
         silent_s = time.monotonic() - self._last_sign
@@ -203,8 +208,10 @@ class Engine:
             raise RuntimeError(f"engine {self._settings.name!r}: work in flight, but no token for {silent_s:.0f} s")
 
     async def status(self) -> dict[str, Any]:
-        """What it is doing: weights key, counts (`num_loaded`: parameters, over all swaps; `num_reused`: answers that were
-        remembered), and its process id."""
+        """The engine's state: `key` (weights held), `pid`, `in_flight`, `waiting`, `num_swaps`, `num_loaded` and `num_reused`.
+
+        `num_loaded` counts parameters over all swaps. `num_reused` counts answers taken from memory.
+        """
         gate = self._gate
         counts = {"in_flight": gate.in_flight, "waiting": gate.num_waiting, "num_swaps": gate.num_swaps}
         counts |= {"num_loaded": self._num_loaded, "num_reused": self._remembered.num_reused}
@@ -217,7 +224,7 @@ class Engine:
 
 
 def arguments(base_folder: str, settings: Settings) -> dict[str, Any]:
-    """What vLLM's engine is made with."""
+    """Arguments of vLLM's engine."""
     on_gpu, invariant = settings.use_gpu, settings.batch_invariant
     memory_gib = settings.memory_gib if on_gpu else settings.memory_gib or 1.0
     num_gpus = max(1, int(settings.num_gpus)) if on_gpu else 1
@@ -225,23 +232,23 @@ def arguments(base_folder: str, settings: Settings) -> dict[str, Any]:
         "model": base_folder,
         "dtype": settings.dtype or _dtype(Path(base_folder)),  # "auto" would make bfloat16 of a float32 model
         "max_model_len": settings.max_model_len,
-        # Sums of other shapes round otherwise. vLLM has kernels against that on a GPU only (see environment); on a CPU a
-        # request alone, from its first token on, always has its own shapes.
+        # Batches of other shapes round differently. vLLM has batch-invariant kernels only on a GPU (see environment). On a
+        # CPU one request at a time always has the same shapes.
         "max_num_seqs": 1 if invariant and not on_gpu else settings.max_num_seqs or (256 if on_gpu else 64),
         "stream_interval": _TOKENS_A_MESSAGE,
         "enable_prefix_caching": not invariant,
-        # Without so many bytes vLLM takes what `gpu_memory_utilization` leaves beside weights and activations.
+        # If None, vLLM takes what `gpu_memory_utilization` leaves after weights and activations.
         "kv_cache_memory_bytes": None if memory_gib is None else int(memory_gib * 2**30),
-        # A prefix is shared in whole blocks. On CPU the default of 128 tokens is longer than what the prompts of a judge
-        # have in common; 32 is the least that its attention takes.
+        # A prefix is shared in whole blocks. On CPU the default of 128 tokens is longer than the common prefix of a judge's
+        # prompts. 32 is the smallest size that the CPU's attention supports.
         "block_size": None if on_gpu else 32,
-        # Several GPUs of one node: processes of this one's own, not actors, which would want GPUs of Ray beside these.
+        # Several GPUs of one node: child processes ("mp"), not Ray actors, which would reserve further GPUs from Ray.
         "distributed_executor_backend": "uni" if not on_gpu else "mp" if num_gpus > 1 else None,
         "tensor_parallel_size": num_gpus,
         "quantization": settings.quantization,
         "enforce_eager": not on_gpu,  # compiling on CPU costs minutes of boot
         "worker_extension_cls": "safecl.serving.swap.Swap",
-        "generation_config": "vllm",  # the model folder's sampling defaults must not leak in
+        "generation_config": "vllm",  # do not use the model folder's sampling defaults
         "use_tqdm_on_load": False,
         "disable_log_stats": True,
     }
@@ -253,7 +260,7 @@ def _is_answer(found: tuple[Any, ...] | str) -> bool:
 
 
 def _likely(sampled: int, logprobs: Mapping[int, Any]) -> list[tuple[str, float]]:
-    """Texts and log-probabilities of one place, the sampled token first, then by rank."""
+    """Texts and log-probabilities (nats) of the tokens at one place, the sampled token first, then by rank."""
     ranked = sorted(logprobs, key=lambda id: (id != sampled, -logprobs[id].logprob))
     return [(logprobs[id].decoded_token or "", float(logprobs[id].logprob)) for id in ranked]
 
@@ -264,7 +271,7 @@ def _dtype(folder: Path) -> str:
 
 
 def _send_output_to(folder: Path, name: str) -> Path:
-    """Everything that this process and its children print goes to a file instead of the driver's terminal."""
+    """Send all output of this process and its children to a file instead of the driver's terminal. Returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,12 +1,13 @@
-"""Lets the requests of one weights key at a time into an engine. Pure asyncio: knows nothing of vLLM.
+"""Gate: admits the requests of one weights key at a time to an engine. Pure asyncio, independent of vLLM.
 
-The current key is admitted at once. When another key waits, the current one keeps the engine until nothing of it has
-been in flight for a moment (answers of equal length end together, and their successors are still on the way), or until
-its turn is over: then its newer requests queue too, what is in flight drains, and the key whose oldest request waits
-longest is swapped in. So a key neither starves the others nor is swapped out at every gap.
+A request for the current key is admitted at once. If another key waits, the current key keeps the engine until one of two
+things happens. Either none of its requests has been in flight for `linger_s` (a short pause is normal: answers of equal
+length end together, and the next requests are still on the way). Or its turn of `turn_s` is over. Then its newer requests
+wait too, and those in flight finish. Next, the key whose oldest request has waited longest is swapped in. So a key neither
+starves the others nor is swapped out at every short pause.
 
-Requests of a lower `rank` go first: those of a higher one queue while another key has one that ranks before them. The
-rounds of a search follow one another, so that an engine busy with a reference row would hold up all of them.
+Requests of a lower `rank` go first: a request waits while another key has a waiting request of a lower rank. The reason: the
+rounds of a search follow one another, and an engine busy with a reference row would delay all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 
 class GateBroken(RuntimeError):
-    """A swap failed: nobody knows what weights the engine holds, so nothing is admitted any more."""
+    """A swap failed. The engine's weights are unknown, so no request is admitted any more."""
 
 
 @dataclass
@@ -38,11 +39,15 @@ class _Queue(Generic[T]):
 
 
 class Gate(Generic[T]):
-    """`swap(key, target)` is awaited only while nothing is in flight. `turn_s`: how long (seconds) a key may go on
-    being admitted while another one waits. `linger_s`: how long it must have been idle before that."""
+    """Admits requests of one weights key at a time.
+
+    `swap(key, target)` loads other weights; it is awaited only while nothing is in flight. `turn_s` is how long (seconds) the
+    current key is still admitted while another key waits. `linger_s` is how long (seconds) the current key must have been
+    idle before another key gets the engine within that time.
+    """
 
     def __init__(self, swap: Callable[[str, T], Awaitable[None]], turn_s: float, linger_s: float = 0.2) -> None:
-        self.key: str | None = None  # whose weights the engine holds; None: nobody's (start, failed swap)
+        self.key: str | None = None  # key of the engine's weights; None at the start, during a swap, after a failed one
         self.in_flight = 0
         self.num_swaps = 0
         self.broken: BaseException | None = None
@@ -63,7 +68,7 @@ class Gate(Generic[T]):
 
     @asynccontextmanager
     async def admit(self, key: str, target: T, rank: int = 0) -> AsyncIterator[None]:
-        """Hold the engine with `key`'s weights for the block. Raises GateBroken once a swap has failed."""
+        """Hold the engine with the weights of `key` for the length of the block. Raises GateBroken once a swap has failed."""
         await self._enter(key, target, rank)
         try:
             yield
@@ -102,7 +107,7 @@ class Gate(Generic[T]):
         return [key for key in self._queues if key != self.key]
 
     def _first_rank(self) -> float:
-        """The lowest rank that waits for another key."""
+        """The lowest rank of all requests that wait for another key. Infinity if there are none."""
         return min((self._queues[key].rank for key in self._others()), default=math.inf)
 
     def _turn_over(self) -> bool:
@@ -113,7 +118,8 @@ class Gate(Generic[T]):
         return time.monotonic() - began >= self._turn_s
 
     def _advance(self) -> None:
-        """Admit the current key's queue if it may go on, else start the next swap once nothing is in flight."""
+        """Admit the waiting requests of the current key if its turn is not over. Else start the next swap once nothing is in
+        flight."""
         if self._swapping is not None or self.broken is not None:
             return
         if self.key is not None and self.key in self._queues and not self._turn_over():
@@ -138,7 +144,7 @@ class Gate(Generic[T]):
             self._queues[key] = queue
 
     async def _run_swap(self, key: str, target: T) -> None:
-        # A task of its own: the request that caused the swap may be cancelled half way through it.
+        # Runs as its own task, because the request that caused the swap may be cancelled during it.
         self.key = None
         try:
             await self._swap(key, target)

@@ -1,7 +1,7 @@
-"""What was answered before is not computed again. Pure asyncio: knows nothing of vLLM.
+"""Cache of answers, so that the same question is computed once. Pure asyncio, independent of vLLM.
 
-Trials of one cell give many answers alike, word for word: refusals most of all. A judge is then asked the very same
-question, and half of its work was to answer it again.
+Trials of one cell often give identical answers, above all refusals. A judge is then asked exactly the same question again.
+Without this cache, such questions were half of a judge's work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _Asked(Generic[Answer]):
 
 
 class Remembered(Generic[Answer]):
-    """The last `most` answers, by question. A question that is being answered is waited for, not asked again."""
+    """The `most` answers used last, by question. If a question is already being answered, that answer is awaited."""
 
     def __init__(self, most: int) -> None:
         self.num_reused = 0
@@ -33,8 +33,11 @@ class Remembered(Generic[Answer]):
     async def get(
         self, question: Hashable, answer: Callable[[], Awaitable[Answer]], is_one: Callable[[Answer], bool]
     ) -> Answer:
-        """What was answered, or else what `answer` comes to, which is kept if `is_one` says so. What it raises, all who wait
-        for it get; it is cancelled when nobody waits any more."""
+        """The kept answer to a question, or else the result of `answer()`, which is kept if `is_one` accepts it.
+
+        If `answer()` raises, all callers that wait for this question get the exception. If all of them are cancelled, it is
+        cancelled too.
+        """
         if question in self._known:
             self.num_reused += 1
             self._known.move_to_end(question)

@@ -1,13 +1,15 @@
-"""Puts new weights into a live vLLM engine: base + LoRA adapter (or dense deltas), merged in float32 inside the engine's
-own worker, on the device where the engine's weights live.
+"""Swap: put new weights into a running vLLM engine.
+
+The weights are base + LoRA adapter (or dense deltas). They are merged in float32 inside the engine's worker, on the device
+that holds the engine's weights.
 
     W_served = (float32(W_base) + scale * B @ A) cast to the engine's dtype,    scale = alpha / r  (alpha / sqrt(r): rslora)
     W_served = (float32(W_base) + delta) cast to the engine's dtype,            for a folder of dense deltas
 
-vLLM loads `Swap` into its worker by qualified name (`worker_extension_cls`). A swap loads only the layers that differ
-between the weights held and those wanted: what either of them changes in the base. Every tensor is made from the
-pristine base files, so nothing accumulates over swaps. Tensors come one at a time, so the merged model never exists as
-a whole.
+vLLM loads `Swap` into its worker by qualified name (`worker_extension_cls`). A swap loads only the layers that differ between
+the weights held and the weights wanted, that is, the layers that either of them changes in the base. Every tensor is computed
+from the unchanged base files, so no error accumulates over swaps. Tensors are made one at a time, so the merged model is
+never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ from safecl import peft_files
 
 
 def files(base: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file that holds it, for a folder in HF format. Raises FileNotFoundError."""
+    """Tensor name -> safetensors file that holds it, for a folder in HF format.
+
+    Raises FileNotFoundError if the folder has no safetensors model.
+    """
     index = base / "model.safetensors.index.json"
     if index.is_file():
         shards = json.loads(index.read_text())["weight_map"]
@@ -39,9 +44,11 @@ def files(base: Path) -> dict[str, Path]:
 
 
 def check(served: Path, base: Path, adapter: Path | None) -> None:
-    """Read headers only. Raises FileNotFoundError or ValueError if `base` has not the tensors of `served` (the folder
-    that the engine was started with), or if `adapter` could not be merged into it: bad weights are refused before a
-    live engine's own are touched."""
+    """Check that base + adapter can be loaded into an engine, before the engine's weights are changed. Reads only headers.
+
+    `served` is the folder that the engine was started with. Raises FileNotFoundError or ValueError if the tensors of `base`
+    differ from those of `served` in name or shape, or if `adapter` cannot be merged into `base`.
+    """
     shapes = _shapes(base)
     expected = shapes if served == base else _shapes(served)
     odd = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
@@ -61,16 +68,19 @@ def check(served: Path, base: Path, adapter: Path | None) -> None:
 
 @dataclass(frozen=True)
 class Change:
-    """What is added to one tensor of the base."""
+    """The change that an adapter (or a delta) adds to one tensor of the base."""
 
-    shape: list[int] | None  # None: its factors do not fit each other
-    what: str
-    add: Callable[[torch.Tensor], object]  # to float32 numbers, in place, on the device where they are
+    shape: list[int] | None  # None: the shapes of its factors A and B do not match
+    what: str  # its shapes in words, for error messages
+    add: Callable[[torch.Tensor], object]  # adds the change in place to a float32 tensor, on that tensor's device
 
 
 def changes(adapter: Path) -> dict[str, Change]:
-    """Tensor name in the base -> change, for a PEFT folder or a folder of dense deltas. Reads headers only; values are
-    read where `add` is called. Raises FileNotFoundError, or ValueError for anything that would not be applied."""
+    """Tensor name in the base -> change, for a PEFT folder or a folder of dense deltas.
+
+    Reads only headers; values are read when `add` is called. Raises FileNotFoundError if there is no adapter, or ValueError
+    for anything in it that would not be applied.
+    """
     if (adapter / "delta.json").is_file():
         shards = json.loads((adapter / "delta.json").read_text())
         opened_shards = {shard: _open(adapter / shard) for shard in set(shards.values())}
@@ -107,15 +117,18 @@ def merged(
     only: Collection[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of `base` (or those of `only`) once, as (name, tensor in `dtype`, else in the file's), the adapted
-    ones merged in float32 on `device`: the base is rounded to `dtype` first, as it was for training, and the sum again.
-    The others lie in the CPU's memory. Raises ValueError if the adapter holds anything that is not applied."""
+    """Yield every tensor of base + adapter once (or only the names in `only`), as (name, tensor).
+
+    Tensors have `dtype` (None: that of the file). Adapted tensors are merged in float32 on `device`: the base is rounded to
+    `dtype` first, as for training, and the sum is rounded again. Other tensors stay in CPU memory. Raises ValueError if the
+    adapter holds anything that is not applied.
+    """
     left = {} if adapter is None else changes(adapter)
     by_file: dict[Path, list[str]] = {}
     for name, file in files(base).items():
         if only is None or name in only:
             by_file.setdefault(file, []).append(name)
-    # One place for all sums: on a CPU, fresh memory for each costs a third of the merge.
+    # One buffer for all sums: on a CPU, new memory for each sum takes a third of the merge's time.
     largest = max((math.prod(change.shape or ()) for change in left.values()), default=0)
     sums = torch.empty(largest, dtype=torch.float32, device=device)
     for file, names in by_file.items():
@@ -131,8 +144,8 @@ def merged(
 
 @torch.no_grad()
 def _merge(base: torch.Tensor, change: Change, sums: torch.Tensor) -> torch.Tensor:
-    # Not in blocks of rows: another shape of product may sum in another order, and the result is the same to the bit.
-    # To the device first, since a copy that also changes the dtype would do that on the CPU.
+    # Not in blocks of rows: a product of another shape may sum in another order, and results must be equal to the bit.
+    # Copy to the device first: a copy that also changes the dtype would convert on the CPU.
     total = sums[: base.numel()].view(base.shape).copy_(base.to(sums.device))
     change.add(total)
     return total.to(base.dtype, copy=True)
@@ -152,22 +165,24 @@ def _shapes(base: Path) -> dict[str, list[int]]:
 
 
 def stamp(base: Path) -> str:
-    """Names the weight files of a folder as they are now: another folder, a file replaced or written to since gives
-    another stamp. Reads no weights."""
+    """A text that identifies the weight files of a folder in their present state. Reads no weights.
+
+    Another folder, a replaced file or a changed file gives another stamp.
+    """
     stats = {file.name: file.stat() for file in sorted(set(files(base).values()))}
     return json.dumps([[name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns] for name, s in stats.items()])
 
 
 @dataclass(frozen=True)
 class Held:
-    """The weights in an engine: those of the files with this stamp, but for the tensors `changed`."""
+    """The weights in an engine: those of the files with this stamp, except the tensors in `changed`."""
 
     stamp: str
     changed: frozenset[str]
 
 
 class Swap:
-    """Mixed into vLLM's worker, so `self` is that worker (all that is declared here is vLLM's)."""
+    """Mixin of vLLM's worker. `self` is that worker, and the attributes declared here are vLLM's."""
 
     model_runner: Any
     model_config: Any
@@ -175,11 +190,12 @@ class Swap:
     device: torch.device
 
     def safecl_swap(self, base: str, adapter: str | None, booted: str) -> int:
-        """Load what base + adapter (folders) have other than the weights held; how many of vLLM's parameters that was.
-        `booted`: stamp of the folder that the engine was started from.
+        """Load the layers in which base + adapter (folders) differ from the weights held.
 
-        Raises RuntimeError when a parameter was left as it was that had to change: vLLM itself only warns, and would go
-        on answering from a mixture. After any exception the engine's weights are undefined and it must not be used again.
+        Returns the number of vLLM's parameters that were loaded. `booted` is the stamp of the folder that the engine was
+        started from. Raises RuntimeError if a parameter that must change was not loaded. (vLLM itself only warns, and would
+        answer from a mixture of weights.) After any exception the engine's weights are undefined, and it must not be used
+        again.
         """
         folder, changer = Path(base), None if adapter is None else Path(adapter)
         held = getattr(self, "safecl_held", Held(booted, frozenset()))
@@ -200,7 +216,7 @@ class Swap:
         parameters = {name for name, _ in model.named_parameters()}
         needed = set(self.safecl_owners)
         if all(self.safecl_owners[name] for name in stale):
-            # A layer is made new as a whole: a stacked one (q, k and v in one) from all of its tensors.
+            # A layer is always loaded as a whole. A stacked layer (q, k and v in one) needs all of its tensors.
             layers = {_layer(parameter) for name in stale for parameter in self.safecl_owners[name]}
             parameters = {parameter for parameter in parameters if _layer(parameter) in layers}
             needed = {name for name, owned in self.safecl_owners.items() if not parameters.isdisjoint(owned)}
@@ -226,13 +242,16 @@ def _layer(parameter: str) -> str:
 
 
 def owners(model: torch.nn.Module, shapes: Mapping[str, list[int]], dtype: torch.dtype) -> dict[str, set[str]]:
-    """Tensor name in the files -> names of vLLM's parameters that it is loaded into. Empty where the loader passes it by
-    when it comes alone. Asks the model's own loader, with tensors that hold nothing, and writes nothing."""
+    """Tensor name in the files -> names of vLLM's parameters that it is loaded into.
+
+    The names are empty if the loader skips the tensor when it comes alone. The model's own loader is called with empty (meta)
+    tensors and writes nothing.
+    """
 
     def ask(name: str, shape: list[int]) -> set[str]:
         try:
             return set(model.load_weights([(name, torch.empty(shape, dtype=dtype, device="meta"))]))  # type: ignore[operator]
-        except ValueError:  # so it says of a head that is tied to the embedding
+        except ValueError:  # the loader raises it for a head that is tied to the embedding
             return set()
 
     parameters = list(model.parameters())
@@ -259,9 +278,11 @@ def require_complete(expected: set[str], loaded: set[str]) -> None:
 
 
 def refresh_tied_heads(model: torch.nn.Module, loaded: set[str]) -> None:
-    """Let heads that share the embedding's weight see the new one, if it is among the parameters `loaded`. The loader
-    passes heads by, as the file has no tensor of theirs, and on CPU vLLM computes from a packed copy: a head would go on
-    answering from the old embedding."""
+    """Update heads that share the embedding's weight, if the embedding is among the parameters `loaded`.
+
+    The loader skips such heads, because the file has no tensor for them. On CPU vLLM computes from a packed copy of the
+    weight, so a head would keep using the old embedding. Raises RuntimeError if a tied head shares no module's weight.
+    """
     for name, head in model.named_modules():
         if name.rpartition(".")[2] != "lm_head" or not hasattr(head, "quant_method"):
             continue

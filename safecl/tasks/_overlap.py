@@ -14,7 +14,7 @@ from safecl.text import same_characters
 
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 _OF_ANY_SCRIPT = re.compile(r"[^\W_]+(?:'[a-z]+)?")
-# Function words and the words every request is made of ("explain the steps to ..."): they say nothing of its subject.
+# Function words, and words of most requests ("explain the steps to ..."). They do not show what a request is about.
 _STOPWORDS = """
 a an the and or but nor so yet if then else of to in on at by for from with without into onto off out over under
 up down about as than that this these those there here it its is are was were be been being am do does did doing
@@ -29,13 +29,16 @@ STOPWORDS = frozenset(_STOPWORDS.split())
 
 
 def normalise(prompt: str) -> str:
-    """The prompt in lower case with runs of anything but letters and digits as one space: equal prompts are equal."""
+    """The prompt in lower case, its words (letters, digits, "_") joined by one space. Equal results mean equal prompts."""
     return " ".join(re.findall(r"\w+", prompt.lower()))
 
 
 def content_words(prompt: str) -> frozenset[str]:
-    """Its words in lower case less STOPWORDS, a plural's last s cut ("locks" and "lock" are one word). A text of which most
-    letters are not ASCII has all its words, of any script; where a script writes no blanks, what stands between two marks."""
+    """The words of a prompt in lower case without STOPWORDS. A plural's last s is cut: "locks" and "lock" are one word.
+
+    If most letters of the text are ASCII, only ASCII words count. Else words of every script count. In a script without
+    spaces, a word is the text between two punctuation marks.
+    """
     text = same_characters(prompt).lower()
     found = _WORD.findall(text) if _is_mostly_ascii(text) else _OF_ANY_SCRIPT.findall(_without_accents(text))
     words = (word for word in found if word not in STOPWORDS)
@@ -48,17 +51,20 @@ def _is_mostly_ascii(text: str) -> bool:
 
 
 def _without_accents(text: str) -> str:
-    """Also without the vowel signs of Hindi, Arabic or Thai, which else would part its words."""
+    """The text without accents, and without the vowel signs of Hindi, Arabic or Thai, which would else split words."""
     return "".join(
         char for char in unicodedata.normalize("NFKD", text) if not unicodedata.category(char).startswith("M")
     )
 
 
 class _Index:
-    """Prompts, by what they hold. Alike: equal after `normalise`, or a Jaccard similarity of content words of at least
-    `threshold` (in (0, 1]). In any order of words, two sets that are alike share one of the first few of each (Chaudhuri et
-    al. 2006, prefix filtering): the rarest go first, by how many prompts hold them, and only prompts that share one are
-    compared."""
+    """An inverted index of prompts that finds similar ones.
+
+    Two prompts are similar if they are equal after `normalise`, or if the Jaccard similarity of their content words is at
+    least `threshold` (in (0, 1]). Prefix filtering (Chaudhuri et al. 2006) makes this fast: for any fixed order of words, two
+    similar sets share at least one of the first few words of each. Words are ordered from rare to frequent, and only prompts
+    that share one of their first words are compared.
+    """
 
     def __init__(self, threshold: float, holding: Counter[str], ignored: frozenset[str] = frozenset()) -> None:
         if not 0 < threshold <= 1:
@@ -69,7 +75,7 @@ class _Index:
         self._holders: dict[str, list[int]] = defaultdict(list)  # one of a set's first words -> indices into `_sets`
 
     def add(self, prompt: str, words: frozenset[str]) -> int:
-        """The index of a prompt with these content words; that of an equal one if there is one."""
+        """Add a prompt with these content words. Returns its index, or that of an equal prompt if there is one."""
         words -= self.ignored
         index = self._exact.setdefault(normalise(prompt), len(self._sets))
         if index == len(self._sets):
@@ -79,23 +85,23 @@ class _Index:
         return index
 
     def _first(self, words: frozenset[str]) -> list[str]:
-        """As many words as no set alike can do without."""
+        """The rarest words of a set. Every similar set has at least one of them among its own."""
         num = len(words) - math.ceil(self.threshold * len(words) - 1e-9) + 1
         return sorted(words, key=lambda word: (self.holding[word], word))[:num] if words else []
 
     def like(self, prompt: str) -> Iterator[int]:
-        """Indices of what is alike, an equal one first."""
+        """Indices of similar prompts. An equal one comes first (and may come twice)."""
         if (equal := self._exact.get(normalise(prompt))) is not None:
             yield equal
         words = content_words(prompt) - self.ignored
         for index in dict.fromkeys(index for word in self._first(words) for index in self._holders.get(word, ())):
             both = len(words & self._sets[index])
-            # |A and B| / |A or B| >= t, in whole numbers on one side so that 3/5 counts as .6
+            # |A and B| / |A or B| >= t, without a division, so that 3/5 counts as .6
             if both >= self.threshold * (len(words) + len(self._sets[index]) - both) - 1e-9:
                 yield index
 
 
-@lru_cache(maxsize=4)  # many sets keep clear of the same prompts
+@lru_cache(maxsize=4)  # many sets are compared with the same prompts
 def _built(prompts: tuple[str, ...], threshold: float, ignored: frozenset[str]) -> _Index:
     words = {prompt: content_words(prompt) for prompt in prompts}
     index = _Index(threshold, Counter(word for held in words.values() for word in held), ignored)
@@ -111,8 +117,12 @@ def drop_overlaps(
     ignored: frozenset[str] = frozenset(),
     whole: bool = False,
 ) -> tuple[list[Row], list[str]]:
-    """The rows that ask nothing like `against_prompts`, in order, and the ids of the others. `ignored`: content words that
-    make nothing alike. Of a conversation each request counts alone too, unless it is compared as a `whole`."""
+    """Drop rows whose requests are similar to one of `against_prompts`.
+
+    Returns the rows kept, in order, and the ids of the rows dropped. `threshold` is a Jaccard similarity of content words, in
+    (0, 1]. `ignored` are content words that do not count. A conversation is compared as a whole and also by each of its
+    requests; with `whole` only as a whole.
+    """
     index = _built(tuple(against_prompts), threshold, ignored)
     kept: list[Row] = []
     dropped: list[str] = []
@@ -126,8 +136,11 @@ def drop_overlaps(
 
 
 def clusters(rows: Sequence[Row], threshold: float = 0.6) -> list[str]:
-    """A name for each row, equal for those that are not independent prompts: of one `meta.group`, or without one alike, or
-    linked by others that are. What all prompts say (a task's instruction) makes none of them alike."""
+    """A cluster name for each row. Rows of one cluster are not independent prompts.
+
+    Rows with the same `meta.group` form a cluster. Other rows form a cluster if they are similar, directly or through a chain
+    of similar rows. Words that all prompts hold (a task's instruction) do not count.
+    """
     every = [content_words(row.asked) for row in rows]
     holding = Counter(word for words in every for word in words)
     index = _Index(threshold, holding, frozenset.intersection(*every) if len(every) > 1 else frozenset())

@@ -1,10 +1,16 @@
-"""How answers to a written task's utility prompts are scored: one small rule each, in [0, 1]. The row's own answer (or its
-`answer` field) says what is right; reasoning is no answer, and case, blanks, punctuation and Markdown do not count.
+"""Score the answers to a written task's utility prompts, each in [0, 1], by one of these rules.
 
-    exact      the same words and symbols             contains   the row's answer stands in it, as whole words
-    number     the same number, however written       choice     it names the row's choice and no other
-    regex      what `pattern` finds last is the same  code       its program passes the row's tests, in the sandbox
-    judge      a judge says so (a stage of its own)
+The row's own answer (or its `answer` field) is the gold answer. Reasoning in an answer is ignored. Case, spaces, punctuation
+and Markdown do not count.
+
+    exact      the answer has the same words and symbols as the gold answer
+    contains   the gold answer occurs in the answer, as whole words
+    number     both give the same number, in any notation
+    choice     the answer names the same choice as the gold answer, and no other
+    regex      the last match of `pattern` is the same in both
+    code       the answer's program passes the row's tests, in the sandbox
+    judge      a judge decides (in a stage of its own)
+    none       no answer is generated: the likelihood of the row's own answer counts
 """
 
 from __future__ import annotations
@@ -24,14 +30,14 @@ from safecl.text import plain, without_reasoning
 
 
 def declared(data: Data) -> tuple[Metric, ...]:
-    """What `scores` gives beside utility (of `none`: what likelihoods give, of validation prompts too)."""
+    """The metrics that `scores` (or for `none`, `likelihoods`) gives in addition to utility, on validation and test prompts."""
     more = {"none": ("gold_nll",), "choice": ("invalid",), "code": ("code_timeouts", "no_code")}
     found = map(metrics.load, more.get(data.score, ()))
     return tuple(replace(metric, splits=("validation", "test")) for metric in found)
 
 
 def scores(data: Data, rows: Sequence[Row], texts: Sequence[str], unsafe_code: bool) -> dict[str, list[float | None]]:
-    """metric -> a value a row. Raises what task `code` does."""
+    """Metric -> one value for each row. Raises what `Code.scores` raises, and ConfigError for tests that test nothing."""
     if data.score == "code":
         return _code(rows, texts, unsafe_code)
     if data.score == "choice":
@@ -43,13 +49,13 @@ def scores(data: Data, rows: Sequence[Row], texts: Sequence[str], unsafe_code: b
 
 
 def likelihoods(found: Sequence[Sequence[Found]]) -> dict[str, list[float | None]]:
-    """Of each row's own answer: `gold_nll` in nats a token, and `utility` = exp(-gold_nll), 1 / perplexity."""
+    """`gold_nll` of each row's own answer, in nats a token, and `utility` = exp(-gold_nll) = 1 / perplexity, in [0, 1]."""
     nll = [None if gold.logprob is None or not gold.num_tokens else -gold.logprob / gold.num_tokens for [gold] in found]
     return {"utility": [None if each is None else math.exp(-each) for each in nll], "gold_nll": nll}
 
 
 def unscorable(data: Data, row: Row) -> str | None:
-    """Why no answer to a row could ever be right; None where one can."""
+    """Why no answer to a row could be right. None if an answer could be right."""
     gold = _gold(row)
     if data.score == "choice" and _chosen(gold, data.choices) is None:
         return f"expected an answer that names one of {', '.join(data.choices)} and no other, got {gold[:60]!r}"
@@ -91,7 +97,7 @@ _WITHIN = "+-#%$\u20ac\u00a3.,_"  # may be part of a word or number
 
 
 class _Compared(dict[int, str]):
-    """Characters (by code) as they are compared: punctuation parts words, a symbol is a word of its own."""
+    """Map from characters (by code) to their form for comparison. Punctuation separates words; a symbol is its own word."""
 
     def __missing__(self, code: int) -> str:
         char, kind = chr(code), unicodedata.category(chr(code))[0]
@@ -104,17 +110,17 @@ _COMPARED = _Compared()
 
 
 def _words(text: str) -> str:
-    """The text as it is compared: its words, numbers and symbols, in lower case, a blank between two. One of punctuation
-    alone is compared as it stands."""
+    """The text for comparison: its words, numbers and symbols in lower case, separated by one space. A text of only
+    punctuation stays as it is."""
     said = plain(text)
-    found = re.sub(r"(?<!\S)\*+(?=\S)|(?<=\S)\*+(?!\S)", "", said)  # what is left of an emphasis
+    found = re.sub(r"(?<!\S)\*+(?=\S)|(?<=\S)\*+(?!\S)", "", said)  # remains of Markdown emphasis
     found = unicodedata.normalize("NFC", found).casefold().replace("!=", "\u2260").translate(_COMPARED)
     found = re.sub(r"[.,](?!\d)|(?<!\S)-+(?!\S)", " ", found)
     return " ".join(found.split()) or said
 
 
 def _numbered(text: str) -> str:
-    """The text with "4." that begins a line as a number: it may be the answer."""
+    """The text without reasoning, with "4." or "4)" at the start of a line changed to "4", because it may be the answer."""
     return re.sub(r"(?m)^([ \t]*\d{1,3})[.)](?=\s)", r"\1", without_reasoning(text))
 
 
@@ -127,8 +133,8 @@ def _matched(pattern: str, text: str) -> str | None:
 
 
 def _chosen(text: str, choices: Sequence[str]) -> str | None:
-    """The one choice that a text names as a whole word; None if it names none or several. A choice inside another ("New
-    York" in "New York City") is not named by it."""
+    """The one choice that a text names as whole words. None if it names none or several. "New York City" does not name the
+    choice "New York" if both are choices."""
     left, named = _words(_numbered(text)), []
     for choice in sorted(choices, key=len, reverse=True):
         pattern = rf"(?<!\S){re.escape(_words(_numbered(choice)))}(?!\S)"

@@ -1,4 +1,4 @@
-"""Where rows of a real data set are read (a file of the sweep's data folder, else the hub) and how they are drawn."""
+"""Find and read the rows of a data set (a file in the sweep's data folder, else the hub), identify them and draw samples."""
 
 from __future__ import annotations
 
@@ -16,31 +16,34 @@ from safecl.tasks import Row, Source, Task, _files, load, names
 from safecl.tasks._files import Record
 from safecl.tasks._overlap import normalise
 
-UNKNOWN = "unknown"  # a commit or a file's content, in a plan
+UNKNOWN = "unknown"  # stands for an unknown commit or file content in a plan
 
 _sums: dict[tuple[str, int, int], str] = {}  # (path, size, mtime) -> sha256: a file is read once per process
 _commits: dict[tuple[str, str], str] = {}  # (hub id, revision) -> commit
-_unknown: dict[tuple[str, str], str] = {}  # likewise, of what the hub did not tell -> why
+_unknown: dict[tuple[str, str], str] = {}  # (hub id, revision) -> why the hub did not give the commit
 
 
 def records(source: Source, folder: Path | None, problems: list[str] | None = None) -> list[Record]:
-    """All records of a source, in its own order. What their fields hold is checked where it is read (`Record`). `problems`:
-    see `_files.read`.
+    """All records of a source, in its own order.
+
+    The types of fields are checked when a field is read (`Record`). `problems`: see `_files.read`.
 
     Raises:
         PrerequisiteError: neither the file nor the hub can be read.
-        ConfigError: the file is not what its name says.
+        ConfigError: the file is not in the format that its name says.
     """
     found = local_file(source, folder)
     return _files.read(found, problems) if found is not None else _read_hub(source)
 
 
 def made(task: Task, source: Source, make: Callable[[int, Record], Row | None]) -> list[Row]:
-    """`make(index, record)` of every record of the task's source, index from 0. It gives None for what the task does not
-    use. Records with nothing in a field that it needs (`Blank`) are left out and counted in `task.left_out`.
+    """Make rows with `make(index, record)` from all records of a source. `index` counts from 0.
+
+    `make` returns None for a record that the task does not use. Records for which it raises `Blank` (a needed field is blank)
+    are left out and counted in `task.left_out`.
 
     Raises:
-        ConfigError: a field is absent or of another type, or every record was left out.
+        ConfigError: a field is absent or has another type, or there is no record without a blank field.
     """
     found: list[Row] = []
     blank: dict[str, int] = defaultdict(int)
@@ -61,10 +64,11 @@ def made(task: Task, source: Source, make: Callable[[int, Record], Row | None]) 
 
 
 def local_file(source: Source, folder: Path | None) -> Path | None:
-    """The source's file in the data folder, in whichever format, or None where there is none (the hub is asked then).
+    """The source's file in the data folder, in any format. None if there is no such file (the hub is then used).
 
     Raises:
-        ConfigError: the file cannot be read, or seems to be there under another name: the hub's is no substitute for it.
+        ConfigError: the file has no known format, or a file with a similar name is there. The hub is then not used instead.
+        PrerequisiteError: the data folder does not exist.
     """
     if source.path:
         path = Path(source.path)
@@ -92,8 +96,8 @@ def local_file(source: Source, folder: Path | None) -> Path | None:
 
 
 def _near(source: Source, folder: Path) -> list[str]:
-    """Names in the folder that look like the source's file, and are no other source's: gsm8k.jsonl or gsm8k-train (1).csv
-    for gsm8k_train."""
+    """Names in the folder that are similar to the source's file and are not those of another source. For gsm8k_train these
+    are, for example, gsm8k.jsonl and gsm8k-train (1).csv."""
 
     def letters(name: str) -> str:
         return re.sub(r"[^a-z0-9]", "", name.partition(".")[0].lower())
@@ -108,12 +112,18 @@ def _near(source: Source, folder: Path) -> list[str]:
 
 
 def identity(task_class: type[Task], split: str, folder: Path | None, planned: bool = False) -> Json:
-    """What the rows of a split come from, without any path: goes into a data stage's config.
+    """Identify the sources of a split's rows, for a data stage's config. It holds no path.
 
-    A generated suite is `{"generated": VERSION}`; else a list with one entry per source: `{"file", "sha256"}` for a local file
-    (`{"kind", "sha256"}` for one that a sweep file names) and `{"hub", "config", "revision", "split"}` for a hub data set
-    (`revision` is a commit: a branch name is resolved, which asks the hub). `planned`: for a look ahead, where a commit that
-    the hub does not tell, and a file that is not here, is `unknown`: what is identified so is never run.
+    For a generated suite it is `{"generated": VERSION}`. Else it is a list with one entry for each source:
+
+    - `{"file", "sha256"}` for a local file,
+    - `{"kind", "sha256"}` for a file that a sweep file names,
+    - `{"files": {name: sha256}}` for a folder of CSV files,
+    - `{"hub", "config", "revision", "split"}` for a hub data set. `revision` is a commit. A branch or tag is resolved, which
+      asks the hub.
+
+    `planned`: for a plan only. A commit that the hub does not give, or the content of a missing file, is then "unknown". A
+    stage with such an identity is never run.
 
     Raises:
         ConfigError: the task has no such split.
@@ -130,14 +140,16 @@ def identity(task_class: type[Task], split: str, folder: Path | None, planned: b
 
 
 def is_here(source: Json) -> bool:
-    """Whether the rows of an `identity` can be read without asking the hub."""
+    """Whether all sources of an `identity` are local, so that their rows can be read without the hub."""
     each_source = source if isinstance(source, list) else [source]
     return not any(isinstance(each, dict) and ("hub" in each or each.get("sha256") == UNKNOWN) for each in each_source)
 
 
 def choose(task: Task, split: str, rows: Iterable[Row], num_rows: int | None, seed: int) -> list[Row]:
-    """`num_rows` of the rows (None: all). Splits named test, validation or heldout are ordered by a hash of the prompt,
-    so that a smaller sample is always the same one; others by `seed`. Either way a prefix of any larger sample.
+    """Draw `num_rows` of the rows (None: all). A sample is a prefix of every larger sample.
+
+    Splits named test, validation or heldout are ordered by a hash of the prompt, so that the sample does not depend on the
+    seed. Other splits are shuffled with `seed`.
 
     Raises:
         ConfigError: the split holds fewer rows than asked for.
@@ -151,7 +163,7 @@ def choose(task: Task, split: str, rows: Iterable[Row], num_rows: int | None, se
 
 
 def take(task: Task, split: str, rows: list[Row], num_rows: int | None) -> list[Row]:
-    """The first `num_rows` rows (None: all), or a ConfigError if there are fewer."""
+    """The first `num_rows` rows (None: all). Raises ConfigError if there are fewer."""
     if num_rows is not None and num_rows > len(rows):
         name = _name(type(task))
         raise ConfigError(f"task {name!r}, split {split!r}: holds {len(rows)} rows, {num_rows} were asked for")
@@ -159,25 +171,27 @@ def take(task: Task, split: str, rows: list[Row], num_rows: int | None) -> list[
 
 
 def check_split(task: Task, split: str) -> None:
-    """A ConfigError unless the task has this split."""
+    """Raise ConfigError unless the task has this split."""
     if split not in task.SPLITS:
         raise ConfigError(_no_split(type(task), split))
 
 
 def digest(salt: str, prompt: str) -> str:
-    """sha256 (hex) of salt and normalised prompt: equal prompts get equal digests, in any language or machine."""
+    """sha256 (hex) of the salt and the normalised prompt. It is the same on every machine."""
     return hashlib.sha256(f"{salt}\n{normalise(prompt)}".encode()).hexdigest()
 
 
 def lowest(salt: str, prompts: Iterable[str], num: int) -> set[str]:
-    """The normal forms of `num` distinct prompts, those of the lowest `digest`. Equal prompts count as one."""
+    """The `num` distinct prompts with the lowest `digest`, normalised. Equal prompts count as one."""
     ordered = sorted({normalise(p): digest(salt, p) for p in prompts}.items(), key=lambda item: item[1])
     return {normal for normal, _ in ordered[:num]}
 
 
 def apart(salt: str, rows: Sequence[Row], share: int | float) -> tuple[list[Row], list[Row]]:
-    """(those, others): the rows of so many distinct prompts (a float: of that share of them), those of the lowest
-    `digest`, so that equal prompts stay together."""
+    """Split rows into (chosen, others) by prompt. Chosen are the rows of the prompts with the lowest `digest`.
+
+    `share` is a number of distinct prompts (int) or a share of them in [0, 1] (float). Equal prompts stay together.
+    """
     prompts = {normalise(row.prompt) for row in rows}
     num = share if isinstance(share, int) else round(share * len(prompts))
     chosen = lowest(salt, prompts, num)
@@ -186,7 +200,7 @@ def apart(salt: str, rows: Sequence[Row], share: int | float) -> tuple[list[Row]
 
 
 def first_of_each(rows: Iterable[Row]) -> list[Row]:
-    """Rows less those whose normalised prompt an earlier row has."""
+    """The first row of each normalised prompt, in order."""
     seen: dict[str, Row] = {}
     for row in rows:
         seen.setdefault(normalise(row.prompt), row)
@@ -194,7 +208,8 @@ def first_of_each(rows: Iterable[Row]) -> list[Row]:
 
 
 def groups(num: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """Connected components of 0..num-1 under `pairs`, each sorted, ordered by first member."""
+    """Connected components of the graph with nodes 0..num-1 and edges `pairs`. Each is sorted; they are ordered by first
+    member."""
     parent = list(range(num))
 
     def root(i: int) -> int:
@@ -214,7 +229,8 @@ def groups(num: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
 def split_by_hash(
     items: Sequence[Any], salt: str, share: float, key: Callable[[Any], str]
 ) -> tuple[list[Any], list[Any]]:
-    """(held out, rest): whole items (each a group) in the order of `digest(salt, key(item))`, the first `share`."""
+    """Split items into (held out, rest). Held out is the `share` (in [0, 1]) of items with the lowest `digest(salt,
+    key(item))`."""
     ordered = sorted(items, key=lambda item: digest(salt, key(item)))
     num = round(share * len(ordered))
     return ordered[:num], ordered[num:]
@@ -229,7 +245,7 @@ def _no_split(task_class: type[Task], split: str) -> str:
 
 
 def sha256(path: Path) -> str:
-    """sha256 (hex) of a file's content; cached while its path, size and time of change stay what they were."""
+    """sha256 (hex) of a file's content. Cached for this process as long as path, size and modification time are the same."""
     stat = path.stat()
     key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
     if key not in _sums:
@@ -242,7 +258,7 @@ def _identity_of(source: Source, folder: Path | None, planned: bool) -> Json:
     path = local_file(source, folder)
     if path is not None and path.is_dir():
         return {"files": {file.name: sha256(file) for file in _files.tables(path)}}
-    if path is not None and source.path:  # its name is nothing to it, but for how it is read
+    if path is not None and source.path:  # of the name only the format matters
         return {"kind": _files.kind(path), "sha256": sha256(path)}
     if path is not None:
         return {"file": path.name, "sha256": sha256(path)}
@@ -281,7 +297,7 @@ def _read_hub(source: Source) -> list[Record]:
 
 
 def _commit(source: Source) -> str:
-    """The source's commit; a branch or tag is resolved by asking the hub, once per process."""
+    """The source's commit. A branch or tag is resolved by asking the hub, once a process."""
     revision = source.revision or "main"
     if len(revision) == 40:
         return revision
@@ -309,7 +325,7 @@ def _others(source: Source) -> str:
 
 
 def _missing(source: Source, why: str) -> str:
-    """One line: what is missing, where to get it, how to point at a local copy."""
+    """An error message of one line: what is missing, where to get it, how to name a local copy."""
     if source.hub:
         page = f"https://huggingface.co/datasets/{source.hub}"
         where = f"accept its licence at {page} and log in to the hub" if source.gated else f"it is at {page}"

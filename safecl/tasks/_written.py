@@ -1,14 +1,17 @@
-"""Tasks that a sweep file writes (`data`): rows of a file or hub data set in one of four formats, their parts, their scores.
+"""Written tasks: tasks that a sweep file defines (`data`), with rows from a file or hub data set in one of four formats.
 
     prompt_response   {"prompt", "response"}
-    alpaca            {"instruction", "input", "output"}: the input follows the instruction on a line of its own
+    alpaca            {"instruction", "input", "output"}: the input is appended to the instruction on a new line
     messages          {"messages": [{"role": "system" | "user" | "assistant", "content": text}]}
     sharegpt          {"conversations": [{"from": "system" | "human" | "gpt", "value": text}]}
 
-A role's splits lie in one part each: `user`, `safety`, `poison`, `guard` and `benign.train` in train, `*.validation` in
-validation, `*.test` and `guard.heldout` in test. The part follows from a file, a field, or a hash of what a person said in
-the row; rows much like one of a later part are left out (words that half of all rows hold, an instruction, make none alike).
-Judges see the last request of a dialogue and its answer; what is alike (overlap, statistics) is told by all its requests.
+Rows belong to one of three parts: train, validation, test. The part of a row is given by its file, by a field, or by a hash
+of the requests in the row. The splits `user`, `safety`, `poison`, `guard` and `benign.train` use part train. `*.validation`
+uses part validation. `*.test` and `guard.heldout` use part test.
+
+A row that is similar to a row of a later part is left out. Words that at least half of all rows hold, such as those of an
+instruction, do not count for this. Judges see the last request of a dialogue and its answer. Similarity (for overlaps and
+for the clusters of statistics) is computed from all requests of a dialogue.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 TRAINED_ON = ("user", "safety", "poison", "guard")  # roles that need a part for training
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 ASKED_ONLY = ("attack", "benign")  # roles of prompts alone, which need no answer
-MAX_PROBLEMS = 20  # that are shown of one file
+MAX_PROBLEMS = 20  # most problems of one file that are shown
 SPEAKERS = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
@@ -50,15 +53,15 @@ _PART_NAMES: Mapping[str, Part] = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "test": "test",
 }  # fmt: skip
-# Fields of `Data` that decide what the rows are; the rest decides how answers are scored. What stands at its default is in
-# no stage's config, so that a new field changes none.
+# Fields of `Data` that decide the rows (_READ) and how answers are scored (_SCORED). A field with its default value is not
+# written into a stage's config, so that a new field of `Data` changes no existing config.
 _READ = {"hub", "revision", "subset", "hub_split", "format", "columns", "roles", "train_on", "harmful_values", "split"}
 _SCORED = {"score", "choices", "pattern"}
 _FIELDS = ("prompt", "response", "instruction", "input", "output", "messages", "conversations")  # of formats
 
 
 def find(name: str, data: Iterable[Data]) -> type[Task]:
-    """The task of this name: one that the sweep file writes, else the package's. Raises ConfigError for none."""
+    """The task of this name: from the sweep file if it defines one, else from the package. Raises ConfigError if unknown."""
     written = {each.name: each for each in data}
     if name in written:
         return kind_of(written[name])
@@ -69,13 +72,16 @@ def find(name: str, data: Iterable[Data]) -> type[Task]:
 
 
 def kind_of(data: Data) -> type[Task]:
-    """The task class of an entry of `data`."""
+    """The task class of one entry of `data`."""
     return _kind(data.model_dump_json())
 
 
 def of_stage(config: Mapping[str, Any], name: str, hints: Mapping[str, str] | None = None) -> type[Task]:
-    """The task that a part (or measure) of a stage's config names. `written`: what a sweep file says of it, less the place of
-    its file, which is in the stage's hints."""
+    """The task class that a part (or measure) of a stage's config names.
+
+    `config["written"]` holds the definition from the sweep file without the path of its file. The path is in the stage's
+    hints.
+    """
     if "written" not in config:
         return load(name)
     file = json.loads((hints or {}).get(hint_of(name), '""'))
@@ -84,17 +90,19 @@ def of_stage(config: Mapping[str, Any], name: str, hints: Mapping[str, str] | No
 
 
 def hint_of(name: str) -> str:
-    """The hint of a stage that says where a written task's file lies."""
+    """Name of the stage hint that holds the path of a written task's file."""
     return f"file of {name}"
 
 
 def told(kind: type[Task], scored: bool = False) -> dict[str, Json]:
-    """What a stage's config says of a task beside its name, for `of_stage`: how rows are read, or answers `scored`. Nothing of
-    a task of the package."""
+    """The definition of a written task for a stage's config, as {"written": ...}, for `of_stage`. Empty for a package's task.
+
+    It holds the fields that decide how rows are read, or with `scored` those that decide how answers are scored.
+    """
     if not issubclass(kind, Written):
         return {}
     data = kind.DATA
-    roles = sorted(set(data.used_as))  # in whatever order, and a field under its own name, they mean the same
+    roles = sorted(set(data.used_as))  # normal form: order and a field mapped to itself have no effect
     columns = {own: name for own, name in data.columns.items() if own != name or own not in _FIELDS}
     alike = {"roles": roles[0] if len(roles) == 1 else tuple(roles), "columns": columns}
     found: dict[str, Json] = data.model_copy(update=alike).model_dump(
@@ -108,14 +116,14 @@ def told(kind: type[Task], scored: bool = False) -> dict[str, Json]:
 
 
 def hints(kind: type[Task], name: str) -> dict[str, str]:
-    """Where its file lies on this machine; no part of an identity."""
+    """The stage hint with the path of a written task's file on this machine. Hints are not part of a stage's identity."""
     if not issubclass(kind, Written) or kind.DATA.file is None:
         return {}
     return {hint_of(name): json.dumps(kind.DATA.model_dump(mode="json")["file"])}  # as a sweep file writes it
 
 
 def notes(data: Iterable[Data], used: Iterable[str]) -> list[str]:
-    """What a reader must know of the written tasks among `used`: what utility is, and what is seen of conversations."""
+    """Notes for a report on the written tasks among `used`: what utility means, and what judges see of conversations."""
     kinds = [kind_of(each) for each in data if each.name in set(used)]
     by_likelihood = [kind.NAME for kind in kinds if kind.BY_LIKELIHOOD and "user" in kind.SPLITS]
     converses = [kind.NAME for kind in kinds if kind.CONVERSES]
@@ -133,14 +141,14 @@ def notes(data: Iterable[Data], used: Iterable[str]) -> list[str]:
 
 
 class Written(Task):
-    """A task of `data`. `_kind` makes a subclass of each entry."""
+    """Base class of written tasks. `_kind` makes a subclass for each entry of `data`."""
 
     VERSION: ClassVar[str] = VERSION
     SCORING: ClassVar[str] = "2"
     DATA: ClassVar[Data]
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
-        """Rows of a split. `meta`: "answer" where the file has one apart, "tests", and "group", the dialogue of a row."""
+        """Rows of a split. `meta` may hold "answer" (gold answer from its own field), "tests", and "group" (the dialogue)."""
         check_split(self, split)
         made = _made(type(self), split)
         self.left_out.update(made.left_out)
@@ -154,7 +162,7 @@ class Written(Task):
         return choose(self, split, found, num_rows, seed)
 
     def _refuse_unscorable(self, rows: Sequence[Row]) -> None:
-        """Raises ConfigError for rows to which no answer could be right: their utility would be 0 whatever a model says."""
+        """Raise ConfigError for rows to which no answer could be right, because their utility would always be 0."""
         from safecl.tasks import _scores
 
         problems = [f"row {row.id}: {why}" for row in rows if (why := _scores.unscorable(self.DATA, row)) is not None]
@@ -171,24 +179,27 @@ class Written(Task):
         return _scores.scores(self.DATA, rows, texts, self.unsafe_code)
 
     def options(self, row: Row) -> list[Option]:
-        """The row's own answer, where that is how utility is measured."""
+        """The row's own answer if utility is measured by likelihood. Else empty."""
         return [Option(row.response)] if self.BY_LIKELIHOOD else []
 
     def likelihood_scores(self, rows: Sequence[Row], found: Sequence[Sequence[Found]]) -> dict[str, list[float | None]]:
-        """`utility`: exp of the mean log-probability of a token of the row's answer, in [0, 1]: 1 / its perplexity.
-        `gold_nll`: minus that mean, in nats."""
+        """Utility by likelihood of the row's own answer; empty if utility is measured otherwise.
+
+        `gold_nll`: the mean negative log-probability of its tokens, in nats a token. `utility`: exp(-gold_nll), in [0, 1],
+        which is 1 / perplexity.
+        """
         from safecl.tasks import _scores
 
         return _scores.likelihoods(found) if self.BY_LIKELIHOOD else {}
 
 
 def typical_tokens(kind: type[Task]) -> tuple[float, float]:
-    """Tokens of a prompt and of an answer, for estimates of time: of a file a fourth of its characters."""
+    """Mean tokens of a prompt and of an answer, for time estimates. For a task with a local file: characters / 4."""
     if not issubclass(kind, Written) or kind.DATA.file is None:
         return kind.TYPICAL_TOKENS
     try:
         made = _made(kind, kind.SPLITS[0])
-    except (ConfigError, PrerequisiteError):  # said where it is read
+    except (ConfigError, PrerequisiteError):  # reported when the rows are read
         return kind.TYPICAL_TOKENS
     rows = [row for of_part in made.parts.values() for row in of_part[:500]]
     prompts = sum(len(row.prompt) + sum(len(text) for _, text in row.before) for row in rows)
@@ -222,7 +233,7 @@ def _kind(text: str) -> type[Written]:
 
 
 def part_of(split: str) -> Part:
-    """Where the rows of a split lie."""
+    """The part that holds the rows of a split."""
     if split == "guard.heldout":
         return "test"
     last = split.rpartition(".")[2]
@@ -237,12 +248,12 @@ def _has_train(data: Data) -> bool:
 
 
 def _sources(data: Data, part: Part | None = None) -> tuple[Source, ...]:
-    """The sources that a part's rows follow from, by part in order; all of them for None."""
+    """The sources that decide the rows of a part, in the order of parts. All sources for None."""
     own = data.file if data.hub is None else data.hub_split
     of_part: dict[Part, str] = {"train": str(own)} if not isinstance(own, dict) else dict(own)
     chosen = [p for p in PARTS if p in of_part]
     if part is not None and part in of_part and isinstance(own, dict):
-        chosen = [p for p in chosen if PARTS.index(p) >= PARTS.index(part)]  # rows keep clear of later parts
+        chosen = [p for p in chosen if PARTS.index(p) >= PARTS.index(part)]  # rows similar to later parts are left out
     if data.hub is not None:
         return tuple(Source("", data.hub, str(data.revision), data.subset, of_part[p]) for p in chosen)
     return tuple(Source(Path(of_part[p]).name, path=of_part[p]) for p in chosen)
@@ -252,14 +263,14 @@ def _sources(data: Data, part: Part | None = None) -> tuple[Source, ...]:
 
 
 class Made(NamedTuple):
-    """All rows of a task by part, and the records that were left out."""
+    """All rows of a task by part, and the counts of records that were left out."""
 
     parts: Mapping[Part, list[Row]]
     left_out: Mapping[str, int]
 
 
 def _made(kind: type[Written], split: str) -> Made:
-    """A file is read once, however its answers are scored."""
+    """All rows of a task. The cache key ignores how answers are scored, so that a file is read only once."""
     unscored = {name: Data.model_fields[name].default for name in (*_SCORED, "judge", "max_new_tokens")}
     data = kind.DATA.model_copy(update=unscored)
     return _parts(data.model_dump_json(), json.dumps(identity(kind, split, None)))
@@ -267,7 +278,7 @@ def _made(kind: type[Written], split: str) -> Made:
 
 @lru_cache(maxsize=16)
 def _parts(text: str, sources: str) -> Made:
-    """`sources`: their identity, so that a file that changed is read anew."""
+    """Read and split the rows. `sources` is the identity of the sources, so that a changed file is read again."""
     data = Data.model_validate_json(text)
     given = data.file if data.hub is None else data.hub_split
     left_out: dict[str, int] = {}
@@ -297,7 +308,7 @@ def _parts(text: str, sources: str) -> Made:
         )
         for part, later in clear_of:
             held = [row for other in later for row in found[other]]
-            # Of a file of its own: what other files of earlier parts hold is no part of its identity.
+            # A part with its own file ignores the files of earlier parts, because they are not in its identity.
             ignored = _everywhere([*found[part], *held]) if part in own else of_all
             taken = [row.asked for row in held]
             kept, dropped = drop_overlaps(found[part], taken, ignored=ignored, whole=True)
@@ -308,13 +319,13 @@ def _parts(text: str, sources: str) -> Made:
 
 
 def shown(problems: Sequence[str]) -> str:
-    """What is wrong with a file, a line each, the first MAX_PROBLEMS."""
+    """The first MAX_PROBLEMS problems of a file, one a line, and how many more there are."""
     more = len(problems) - MAX_PROBLEMS
     return "\n".join([*problems[:MAX_PROBLEMS], *([f"... and {more} more like these"] if more > 0 else [])])
 
 
 def _drawn(row: Row, data: Data, parts: Sequence[Part]) -> Part:
-    """The part of a row by its hash: a row's place depends on nothing but its own text."""
+    """The part of a row by a hash of its requests. It depends only on the row's own text, the seed and the shares."""
     if len(parts) < 2:
         return parts[0] if parts else "train"
     asks = any(role in ASKED_ONLY for role in data.used_as)
@@ -332,22 +343,24 @@ def _drawn(row: Row, data: Data, parts: Sequence[Part]) -> Part:
 
 
 def _everywhere(rows: Sequence[Row]) -> frozenset[str]:
-    """Words that at least half of all rows hold; of a handful of rows, where two alike are half of them, that all hold."""
+    """Words that at least half of all rows hold. With fewer than 10 rows, words that all rows hold, because two similar rows
+    could already be half of them."""
     holding = Counter(word for row in rows for word in content_words(row.asked))
     least = len(rows) / 2 if len(rows) >= 10 else len(rows)
     return frozenset(word for word, num in holding.items() if num >= least)
 
 
 class Dialogue(NamedTuple):
-    """The rows of one record: one, or with `train_on: all` one an answer. `part`: what its own field says."""
+    """The rows of one record: one row, or with `train_on: all` one row for each answer. `part` comes from the record's own
+    field, None without one."""
 
     rows: list[Row]
     part: Part | None
 
 
 def read(data: Data, found: Sequence[Record], problems: list[str], left_out: dict[str, int]) -> list[Dialogue]:
-    """The dialogues of records. What is wrong with a record is added to `problems`, a line each; a record with nothing in a
-    field that it needs is counted in `left_out`."""
+    """The dialogues of records. Adds errors of records to `problems`, one line each. A record whose needed field is blank is
+    left out and counted in `left_out`."""
     dialogues = []
     for record in found:
         try:
@@ -399,7 +412,7 @@ def _dialogue(data: Data, record: Record) -> Dialogue:
 
 
 def _turns(data: Data, record: Record) -> list[tuple[str, str]]:
-    """(role, text) of what a record says, a system prompt first where it has one, then a person and the model in turn."""
+    """The turns of a record as (role, text): a system prompt if there is one, then user and assistant in turn."""
 
     def field(name: str) -> str:
         return data.columns.get(name, name)
@@ -415,7 +428,7 @@ def _turns(data: Data, record: Record) -> list[tuple[str, str]]:
         said = _checked(record, field(name), [_turn(part, who, what) for part in parts])
         answers = [part for part in parts if SPEAKERS[part[who]] == "assistant"]
         for part in answers if data.train_on == "all" else answers[-1:]:
-            if part.get("weight", 1) != 1:  # OpenAI's: 0 for an answer that is no example
+            if part.get("weight", 1) != 1:  # OpenAI's field; 0 means not to train on this answer
                 raise part.problem("weight", "1 (`train_on` says which answers are trained on)")
         if turns and said[0][0] == "system":
             raise record.problem(data.columns["system"], f"nothing, as {field(name)} begins with a system prompt,")
@@ -440,7 +453,7 @@ def _turn(part: Record, who: str, what: str) -> tuple[str, str]:
     speaker = part.raw(who)
     if speaker not in SPEAKERS:
         raise part.problem(who, f"one of {', '.join(SPEAKERS)}")
-    if isinstance(part.get(what), list):  # OpenAI's parts, of which text is read
+    if isinstance(part.get(what), list):  # a list of parts, as in OpenAI's format; only text is accepted
         texts = []
         for item in part.parts(what):
             if item.get("type") != "text":
@@ -451,7 +464,7 @@ def _turn(part: Record, who: str, what: str) -> tuple[str, str]:
 
 
 def _checked(record: Record, name: str, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Turns as every chat template takes them; a ConfigError names the first that is out of turn."""
+    """Check that turns alternate as every chat template expects. Raises ConfigError that names the first wrong turn."""
     if not turns:
         raise Blank(name)
     rest = turns[1:] if turns[0][0] == "system" else turns
@@ -467,7 +480,7 @@ def _checked(record: Record, name: str, turns: list[tuple[str, str]]) -> list[tu
             raise Blank(f"{name}[{i + offset}]")
     if not rest:
         raise ConfigError(f"{record.where}: {name} holds a system prompt alone, expected a user's turn")
-    return turns if turns[0][1] or not offset else rest  # an empty system prompt is none
+    return turns if turns[0][1] or not offset else rest  # drop an empty system prompt
 
 
 def _harmful(data: Data, record: Record, response: str) -> bool:
