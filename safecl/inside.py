@@ -1,5 +1,4 @@
-"""Code that runs inside the sandboxes. `candidate` runs an untrusted program and answers calls to it; `tests` calls and
-checks.
+"""Code that runs inside the sandboxes: `candidate` runs an untrusted program, `tests` calls its functions and checks.
 
 Each is a process in its own sandbox (`sandbox.py`). A bare interpreter gets this file as text, so it imports nothing of
 safecl. The two are linked only by a pipe each way, with one JSON text per line. A call is [function, arguments, keyword

@@ -1,4 +1,4 @@
-"""Which processes work in a store: names that stay unique after a process has ended, and one driver's lease on a sweep.
+"""Which processes work in a store: names that are unique for all time, and the lease of one driver on a sweep.
 
 A lease is a note in the store (`notes/lease-<owner>.json`). Its driver increases the note's `beat` every BEAT_S
 seconds. A driver that wants a lease first writes a candidate and then reads the others. So of two drivers that start

@@ -1,5 +1,4 @@
-"""Everything that is measured. Each stage, check, test, table, plot and page takes what it needs to know from a
-`Metric`.
+"""Everything that is measured: each stage, check, test, table, plot and page reads its declaration, a `Metric`.
 
 A metric comes from one of four sources, and is declared where it is made:
 
@@ -9,8 +8,8 @@ A metric comes from one of four sources, and is declared where it is made:
 - a task's own `scores` and `likelihood_scores`: declared in its `Task.METRICS`;
 - labelled pairs, on which a guard is measured.
 
-Several judges may answer one question. The share of the deciding judge has the plain name (`asr`); another judge's
-share is called `asr:JUDGE`.
+Several judges may answer one question. The fraction by the deciding judge has the plain name (`asr`). The fraction by
+another judge is called `asr:JUDGE`.
 
 To add a metric, add an entry to METRICS here, or define it in a file of a sweep's `plugins`, or behind an entry point
 of the group `safecl.metrics`. A metric from outside is computed if a sweep names it (`evaluate.metrics: [long]`):
@@ -75,7 +74,7 @@ class Metric:
     # table if that stays narrow, else below. below: under the main table. nowhere: no column, only in notes and --json.
     shown: Literal["always", "main", "side", "below", "nowhere"] = "main"
     has_kinds: bool = False  # its judge's `detail.why` is kept, and counted below the main table
-    has_sets: bool = False  # the share of each set is shown below the main table
+    has_sets: bool = False  # the fraction of each set is shown below the main table
     note: str = ""  # a sentence below each table that has its column
     # Its axis in the plot of safety against usefulness, see `plane`.
     axis: Literal["harm", "use", ""] = ""
@@ -175,7 +174,7 @@ def load(name: str) -> Metric:
 
 
 def of(name: str) -> Metric:
-    """The metric of a name in a result: a declared metric, or `asr:JUDGE`, another judge's share. Raises ConfigError
+    """The metric of a name in a result: a declared metric, or `asr:JUDGE`, that of another judge. Raises ConfigError
     for others."""
     plain, colon, judge = name.partition(":")
     metric = load(plain)
@@ -215,7 +214,7 @@ def of_task(kind: Any) -> dict[str, Metric]:
 
 
 def ordered(given: Iterable[str]) -> list[Metric]:
-    """The metrics of these names, each once, in the order of columns. Another judge's share follows the deciding
+    """The metrics of these names, each once, in the order of columns. That of another judge follows the deciding
     judge's. Then follow the metrics that stand beside it."""
     every = names()
 

@@ -1,11 +1,14 @@
 """The order of ready stages where devices are short. Pure functions, used by a run's Broker and by `plan --cluster`.
 
 From first to last:
-1. The user's priority (`execution.turns`). 2. Stages that something else waits for, such as a trial whose result a
-search needs to suggest the next one. 3. Stages that the end of the run waits for: a chain of stages that alone takes as
-long as all training asked for before it. 4. Cells in turn: the first trial of each cell, then the second of each, so
-that the seeds of one cell do not delay another. 5. The stage at the start of the longest chain of waiting stages (the
-critical path).
+
+1. The user's priority (`execution.turns`).
+2. Stages that something else waits for, such as a trial whose result a search needs to suggest the next one.
+3. Stages that the end of the run waits for: a chain of stages that alone takes as long as all training asked for
+   before it.
+4. Cells in turn: the first trial of each cell, then the second of each, so that the seeds of one cell do not delay
+   another.
+5. The stage at the start of the longest chain of waiting stages (the critical path).
 """
 
 from __future__ import annotations

@@ -53,10 +53,10 @@ def _refuse_without_driver(where: str, uri: str) -> None:
 
 
 class Swing(NamedTuple):
-    """How much the choice of the guard changes the share of harmful answers.
+    """How much the choice of the guard changes the fraction of harmful answers.
 
-    Fields: the number of guards that judged the same answers; the difference between their highest and lowest share, in
-    [0, 1]; and whose answers these are.
+    Fields: the number of guards that judged the same answers; the difference between their highest and lowest fraction,
+    in [0, 1]; and whose answers these are.
     """
 
     num: int
@@ -251,7 +251,7 @@ class Project:
 
     def guard_swing(self) -> Swing | None:
         """How far several guards differ on the held-out answers of one model, for the model where they differ most.
-        This is the largest change of a share of harmful answers that the choice of a guard can make. If no model
+        This is the largest change of a fraction of harmful answers that the choice of a guard can make. If no model
         answered, the constructed pairs are used. None for one guard, or if the pairs are not judged yet."""
         if (heldout := self._heldout()) is None:
             return None

@@ -1,5 +1,4 @@
-"""Methods, tasks, judges and metrics by name. They are safecl's own, entry points of installed packages, or in plugin
-files.
+"""Methods, tasks, judges and metrics by name, from three sources:
 
     safecl's own     one file per name: `methods/der.py` holds `Der`, called `der`
     installed        entry points of the groups `safecl.methods`, `safecl.tasks`, `safecl.judges` and `safecl.metrics`

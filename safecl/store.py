@@ -1,5 +1,6 @@
-"""The content-addressed store of finished stages (keys: identity.py). It is a folder, or an fsspec URL with a cache per
-node.
+"""The content-addressed store of finished stages: a folder, or an fsspec URL with a cache on each node.
+
+A stage's key is its identity (identity.py).
 
 <root>/store/<kind>/<key>/            files of the stage, and
 <root>/store/<kind>/<key>/record.json written last: a stage without it does not exist

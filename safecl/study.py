@@ -1,5 +1,6 @@
-"""Searched cells as Optuna studies. Only the driver uses them, by ask and tell. Only this file, suggest.py and
-storage.py import optuna.
+"""Searched cells as Optuna studies, which only the driver uses, by ask and tell.
+
+Only this file, suggest.py and storage.py import optuna.
 
 What `CellStudy` promises:
 - Trial 0 uses the method's defaults. At most a quarter of the trials is random (with TPE); TPE models the rest.

@@ -1,5 +1,6 @@
-"""Copies of a running stage's checkpoints and log in a store at a URL, so that another node can continue when this one
-is lost.
+"""Copies of a running stage's checkpoints and log in a store at a URL.
+
+Another node can continue from them when this one is lost.
 
     <url>/scratch/<key>/<owner>/<number>/...     copy of the scratch folder when its newest checkpoint was new, and
     <url>/scratch/<key>/<owner>/newest.json      written after it: which number counts, its files and their hashes
