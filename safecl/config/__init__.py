@@ -376,9 +376,7 @@ class Sweep(Strict):
             raise ValueError(
                 "adapter: `align: none` trains no adapter that stage two could continue; leave `adapter` out"
             )
-        object.__setattr__(
-            self, "adapter", "stack"
-        )  # what a fresh adapter on theta_safe is called; the config is frozen
+        object.__setattr__(self, "adapter", "stack")  # the name for a fresh adapter on theta_safe; the config is frozen
         return self
 
     @model_validator(mode="after")

@@ -73,6 +73,7 @@ class Data(Strict):
 
     @property
     def used_as(self) -> tuple[Role, ...]:
+        """The roles of the rows, as a tuple."""
         return (self.roles,) if isinstance(self.roles, str) else self.roles
 
     @model_validator(mode="after")

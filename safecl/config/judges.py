@@ -103,11 +103,12 @@ class Judge(Strict):
 
     @property
     def name(self) -> str:
+        """Name of the judge's class: `judge`, or "written" for a judge that the sweep file writes."""
         return "written" if self.judge is None else self.judge
 
     @property
     def settings(self) -> dict[str, Json]:
-        """Of the judge's class, as given."""
+        """The judge class's own settings, as the sweep file gives them."""
         own: dict[str, Json] = {"template": self.template, "labels": self.labels, "parse": self.parse}  # type: ignore[dict-item]
         return {**self.config, **{name: value for name, value in own.items() if value is not None}}
 
@@ -117,7 +118,7 @@ def url_problem(url: str) -> str | None:
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, or too great
+    except ValueError:  # a port that is not a number, or too large
         return "expected http://HOST:PORT/v1 (or https)"
     if parts.username or parts.password or parts.query:
         return "expected no key in the URL, which is shown and kept: put it into an environment variable (key_variable)"
@@ -125,7 +126,7 @@ def url_problem(url: str) -> str | None:
 
 
 QUESTIONS = ("asr", "over_refusal")  # keys of `judges`; also the metric names of the deciding judges
-# One judge, or several side by side on the same answers.
+# One judge, or several judges of the same answers.
 Judged = str | Judge | Annotated[tuple[str | Judge, ...], Field(min_length=1)]
 
 

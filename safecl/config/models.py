@@ -32,8 +32,8 @@ class Template(Strict):
     stop: tuple[str, ...] = ("<|endoftext|>",)
     lead: str = ""  # text before every answer, tokenised with its first word: Llama-2's space
     strip: bool = False  # remove whitespace at both ends of a request, as many chat templates do
-    # For conversations; "" where the template cannot write it. Only configs of stages whose rows may be conversations have
-    # these keys. Holds {system}: the text before a first request, in place of the usual one.
+    # For conversations; "" where the template cannot write it. Only configs of stages whose rows may be conversations
+    # have these keys. Holds {system}: the text before a first request, in place of the usual one.
     system: Annotated[str, Field(exclude=True)] = ""
     # Text between an earlier answer and the next request, with the end of the answer.
     between: Annotated[str, Field(exclude=True)] = ""

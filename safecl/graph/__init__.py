@@ -215,7 +215,7 @@ class Graph(JudgeStages):
         }
         method = self._method(kind, recipe.params)
         inputs = {**self._safe, "tuned": self.tuned}
-        if needed := method.requires(self):  # it reads rows
+        if needed := method.requires(self):  # the method reads rows or models
             inputs |= {"model": self.base, **needed}
             config |= {**self._around(recipe.task.template), "max_tokens": recipe.task.max_tokens}
             config = self._conversing(config, {"rows": self.user_rows, **needed})
@@ -236,7 +236,7 @@ class Graph(JudgeStages):
         return make(kind, config, inputs)
 
     def model(self, model: Model) -> Stage:
-        """Another model's weights and tokenizer as a folder."""
+        """The stage of another model's weights and tokenizer, as a folder."""
         return model_stage(model)
 
     @shared(*SEED)
@@ -349,8 +349,8 @@ class Graph(JudgeStages):
         evaluate, task = self.recipe.evaluate, self.recipe.task.task
         prompts: Prompts = getattr(evaluate, split)
         kind, measured = self._task(task), metrics.asked(evaluate.metrics)
-        # Coherent ASR does not count degenerate answers. It also leaves out answers to another question, unless the judge of
-        # asr reads the request itself.
+        # Coherent ASR does not count degenerate answers. It also leaves out answers to another question, unless the
+        # judge of asr reads the request itself.
         empty = {"degenerate"} if self.asr_judge.kind.reads_request else {"degenerate", "relevance"}
         less: list[Json] = [seat.metric for seat in self._panel["attack"] if seat.asked in empty]
         asked, measures = [], list[Json]()

@@ -14,7 +14,7 @@ from safecl.base import Json
 from safecl.config import Align, Evaluate, Lora, Model, UserTask
 from safecl.store import Stage
 
-REFERENCES = ("base", "aligned")  # rows of every table that have no finetune
+REFERENCES = ("base", "aligned")  # table rows without a finetune: the base model, and theta_safe
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Evidence(NamedTuple):
         return (*self.judged, self.metrics)
 
 
-# The fields of a recipe that a stage may depend on. MODEL: those of the sweep and the model. SEED: also the seed of stage one.
-# USER: also the user rows.
+# The fields of a recipe that a stage may depend on. MODEL: those of the sweep and the model. SEED: also the seed of
+# stage one. USER: also the user rows.
 MODEL = ("model", "adapter", "lora", "align", "poison_task", "evaluate", "memory_mix")
 SEED = (*MODEL, "align_seed")
 USER = (*SEED, "seed", "task", "poison_ratio", "keep_task_rows")

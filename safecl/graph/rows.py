@@ -79,9 +79,9 @@ class RowStages:
     def _source(self, task: str, split: str) -> Json:
         return identity(self._task(task), split, self.shared.folder, self.shared.planned)
 
-    # Deduplication across roles. Priority, highest first: test, validation (attack before benign), rows of alignment, user rows
-    # with poison, a guard's held-out pairs, its training pairs. A lower role drops each prompt that nearly equals any row of a
-    # higher role's whole source, so another num_rows or seed never changes another role's data.
+    # Deduplication across roles. Priority, highest first: test, validation (attack before benign), rows of alignment,
+    # user rows with poison, a guard's held-out pairs, its training pairs. A lower role drops each prompt that nearly
+    # equals any row of a higher role's whole source, so another num_rows or seed never changes another role's data.
 
     def _all(self, split: str, parts: Iterable[Rows], inputs: dict[str, Stage] | None = None) -> Stage:
         return self.data("exclude", split, [Rows(task=part.task) for part in parts], seed=0, inputs=inputs)
@@ -135,7 +135,7 @@ class RowStages:
 
     @property
     def _text(self) -> dict[str, Json]:
-        """How requests become text for this model."""
+        """The settings with which requests become text for this model."""
         model = self.recipe.model
         return {"template": self._plain(model.text), "bos": model.bos, "dtype": model.dtype}
 
@@ -196,7 +196,7 @@ class RowStages:
     def finetune(
         self, method: str, params: dict[str, Json], training: Training, inputs: dict[str, Stage], **text: Json
     ) -> Stage:
-        """A LoRA finetune of the base model. It starts from a fresh adapter, or from the adapter in `inputs["safe"]`."""
+        """A LoRA finetune of the base model, from a fresh adapter or from the adapter in `inputs["safe"]`."""
         recipe, kind = self.recipe, methods.load(method)
         config: dict[str, Json] = {
             "method": method,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from safecl.training.weights import Dense, LoRA, Weights
 
 
-MEMORY_SIZE = 250  # safety rows that a method keeps unless told otherwise: the paper's m, 5 % of its 5,000 user rows
+MEMORY_SIZE = 250  # default number of safety rows that a method keeps: the paper's m, 5 % of its 5,000 user rows
 
 
 class Needs(Protocol):
@@ -94,11 +94,12 @@ class Needs(Protocol):
 class Contract(NamedTuple):
     """What the tests of safecl.testing must know about a method."""
 
-    # Settings at which runs that differ only by rounding stay close. (Where an element's gradient is only a rounding error,
-    # Adam's first step still moves it as far as every other element.) They fit 12 memory rows and 7 steps of 5 rows.
+    # Settings at which runs that differ only by rounding stay close. (Where an element's gradient is only a rounding
+    # error, Adam's first step still moves it as far as every other element.) They fit 12 memory rows and 7 steps of 5
+    # rows.
     params: Mapping[str, Json] = {}
     variants: tuple[Mapping[str, Json], ...] = ()  # settings with a default search space of their own
-    zero_at_start: tuple[str, ...] = ()  # figures it logs that are 0 at theta_safe and grow from there
+    zero_at_start: tuple[str, ...] = ()  # logged figures that are 0 at theta_safe and grow from there
     in_bfloat16: bool = False  # whether ranks and engines are compared in bfloat16 too
 
 
@@ -134,8 +135,8 @@ class Method:
         """Tokens of the longest answer that the method's own stages generate; 0 if they generate none."""
         return 0
 
-    # The cost of a step, for estimates of time and of the memory of a forward. In one pass rows go through the model forward
-    # and backward.
+    # The cost of a step, for estimates of time and of the memory of a forward. In one pass rows go through the model
+    # forward and backward.
 
     @property
     def passes(self) -> float:

@@ -1,4 +1,4 @@
-"""DER: dark experience replay. Hold the logits on a few safety rows where theta_safe had them.
+"""DER: dark experience replay. Keep the logits on a few safety rows close to theta_safe's.
 
     L(theta) = CE(user) + lambda * E over memory tokens of |f_theta(x) - z|^2 / V  [+ mu * CE(memory')],
                                                                                z = f_theta_safe(x)
@@ -11,20 +11,21 @@
                         and G the Gram matrix of its rows less w
     mu (DER++)          config.label_weight, on a second, independent draw
 
-Source: arXiv 2512.10150, section 4.1.2 (DER with the aligned model's logits, stored before fine-tuning), after Buzzega et
-al. 2020, Eq. 6 (DER++: Eq. 7).
+Source: arXiv 2512.10150, section 4.1.2 (DER with the aligned model's logits, stored before fine-tuning), after
+Buzzega et al. 2020, Eq. 6 (DER++: Eq. 7).
 
-With `align: none` z is of the model itself, its adapter off, on the safety rows given.
+With `align: none` z is of the model itself without its adapter, on the given safety rows.
 
 Choices where the paper is silent: the sum over positions is a mean over the drawn batch's response tokens (the last
-prompt token predicts the first of them), and the sum over the vocabulary a mean, so that one lambda fits models of any
-vocabulary. Draws are without replacement within a step; the draw is as large as the user batch by default.
-`center_logits` takes the mean over the vocabulary off both sides: softmax does not see it. Both distances are logged.
+prompt token predicts the first of them), and the sum over the vocabulary a mean, so that one lambda fits models of
+any vocabulary. Draws are without replacement within a step. The draw is as large as the user batch by default.
+`center_logits` subtracts the mean over the vocabulary from both sides, which softmax ignores. Both distances are
+logged.
 
 Differences from the reference code (mammoth, models/der.py): no reservoir and no logits stored at training time (the
-memory is complete before fine-tuning starts); rows are teacher-forced sequences, not images; no vocabulary-sized tensor
-is stored, and none is formed where the output layer is plainly linear (checked by the memory stage); with a bias or a
-soft cap (Gemma-2) logits are compared after the cap on both sides, a chunk of tokens at a time.
+memory is complete before fine-tuning starts); rows are teacher-forced sequences, not images; no vocabulary-sized
+tensor is stored, and none is formed where the output layer is plainly linear (checked by the memory stage); with a
+bias or a soft cap (Gemma-2) logits are compared after the cap on both sides, a chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ class Der(Method):
     """Cross-entropy on user rows plus the squared logit distance to theta_safe on memory rows."""
 
     class Config(Strict):
-        weight: Annotated[float, Field(ge=0)] = 1.0  # lambda; holds safety harder as it grows, at the task's cost
+        weight: Annotated[float, Field(ge=0)] = 1.0  # lambda; a larger value keeps more safety, at the task's cost
         label_weight: Annotated[float, Field(ge=0)] = 0.0  # DER++: cross-entropy on a second draw of memory rows
         center_logits: bool = False  # compare logits minus their mean, as softmax does
         memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
         memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
 
-    VERSION = "3"  # 2 took the centred distance as a difference of two large numbers: off by a tenth on some heads
+    VERSION = "3"  # 2 computed the centred distance as a difference of two large numbers, up to a tenth off
     source = "arXiv 2512.10150, section 4.1.2; Buzzega 2020 (mammoth)"
     equation = "CE(user) + weight * E_memory |f(x) - z|^2 / V [+ label_weight * CE(memory')]"
     cost = "2x, 3x with label_weight"

@@ -44,7 +44,7 @@ class Ewc(Method):
         weight: Annotated[float, Field(ge=0)] = 1.0  # lambda; with fisher_norm `mean` worth searching in [1e-3, 1e3]
         fisher: Literal["empirical", "true"] = "empirical"  # labels of the data, or sampled from the model
         fisher_norm: Literal["mean", "none"] = "mean"
-        num_rows: Annotated[int, Field(ge=1)] = 1000  # safety rows the Fisher is taken over, at most
+        num_rows: Annotated[int, Field(ge=1)] = 1000  # most safety rows for the Fisher information
 
     source = "Kirkpatrick 2017, Eq. 3"
     equation = "CE(user) + (weight/2) sum_i F_i (theta_i - theta_safe_i)^2"

@@ -57,7 +57,7 @@ DOMAINS = (  # `safety_domains` of the released code
 
 
 class Grsap(Method):
-    """SFT on user rows and on refusals that theta_safe gave to requests it made up."""
+    """SFT on user rows and on theta_safe's refusals of requests that theta_safe wrote."""
 
     class Config(Strict):
         num_rows: Annotated[int, Field(ge=1)] = 100  # replayed rows in the mix
@@ -71,8 +71,10 @@ class Grsap(Method):
         reminded_tokens: Annotated[int, Field(ge=1)] = 512  # longest answer after the reminder to refuse, in tokens
         # requests outside are dropped; (0, 100): no filter, no forward
         perplexity_percentiles: tuple[float, float] = (5, 95)
-        max_similarity: Annotated[float, Field(gt=0, le=1)] = 0.85  # to any earlier query
-        min_relevance: Annotated[float, Field(ge=-1, le=1)] = 0.5  # cosine to the domain's name, with an embedder
+        # requests more similar to an earlier one are dropped
+        max_similarity: Annotated[float, Field(gt=0, le=1)] = 0.85
+        # least cosine to the domain's name, if there is an embedder
+        min_relevance: Annotated[float, Field(ge=-1, le=1)] = 0.5
         embedder: Model | None = None  # an encoder for similarity and relevance, e.g. a bge model
 
     VERSION = (

@@ -1,21 +1,24 @@
-"""Lisa: lazy safety alignment. Take turns between refusals and user rows, tied to where the other turn ended.
+"""Lisa: lazy safety alignment. Train on refusals and on user rows in turns; each turn is tied to the end of the
+other.
 
     state "alignment" (K1 steps):  L = CE(memory) + (rho/2) |theta - theta_other|^2
     state "finetune"  (K2 steps):  L = CE(user)   + (rho/2) |theta - theta_other|^2
 
     paper               code
     rho                 config.rho
-    K1 + K2             round(steps / config.cycles), in optimizer steps; K1 = that * config.alignment_share
+    K1 + K2             steps // config.cycles, in optimizer steps
+    K1                  round((K1 + K2) * config.alignment_share), at least 1 and at most K1 + K2 - 1
     theta_other         run.kept: the last iterate of the other state, taken at each switch; at first theta_safe
     B                   run.draw(); config.memory_size rows
 
-Source: Huang et al. 2024 (Lisa), Algorithm 2; a baseline of arXiv 2512.10150, sections 5.4 and 5.5. As in the reference code
-(git-disl/Lisa, trainer.py) it starts with alignment, one optimizer state serves both, and user batches that fall on alignment
-steps are not trained on (`user_step` is 0 there, and costs no forward).
+Source: Huang et al. 2024 (Lisa), Algorithm 2; a baseline of arXiv 2512.10150, sections 5.4 and 5.5. As in the
+reference code (git-disl/Lisa, trainer.py) the run starts with alignment, and one optimizer state serves both states.
+User batches that fall on alignment steps are not trained on (`user_step` is 0 there, and they cost no forward).
 
-Differences: turns are counted in optimizer steps (theirs in micro-steps, which breaks under accumulation); their switch
-`100/900` is a share here, because a run of 60 steps would never leave alignment; the first 10 % of the steps without the
-proximal term (theirs) is `free_share`, off by default, as the paper's formula has no such exception.
+Differences from the reference code: turns are counted in optimizer steps. There they are counted in micro-steps,
+which is wrong with gradient accumulation. Its switch of 100 and 900 steps is a share here, because a run of 60 steps
+would never leave alignment. It leaves out the proximal term in the first 10 % of the steps. Here that is
+`free_share`, off by default, because the paper's formula has no such exception.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ class Lisa(Method):
         "alignment_share": {"low": 0.05, "high": 0.5, "log": False},
     }
 
-    VERSION = "2"  # 1 rounded the period up, and so did not always fit all cycles in
+    VERSION = "2"  # 1 rounded the period up, so not every run had all its cycles
 
     @property
     def passes(self) -> float:

@@ -21,10 +21,10 @@ by 8e-7 of their norm and a tiny model's by 1e-8, the noise by 1e-3. So Refresh 
 step moves them by 1e-5, its noise by 2e-7. Both are logged every step as `unlearned` and `unlearn_noise`, relative to
 the norm of theta.
 
-Choices: in `paper` the standard deviation of an element's noise is at most `max_noise` times its tensor's RMS (where F is
-near 0 it would be many times the parameter). Noise comes from a random stream of (seed, step), the same on every rank.
-Unlearning comes before the step, as in both papers. The released code unlearns after the step, on the batch just
-learned.
+Choices: in `paper` the standard deviation of an element's noise is at most `max_noise` times its tensor's RMS (where
+F is near 0 it would be many times the parameter). Noise comes from a random stream of (seed, step), the same on every
+rank. Unlearning comes before the step, as in both papers. The released code unlearns after the step, on the batch
+just learned.
 
 With gamma 0 both variants are `replay`. Refused with `adapter: stack` and `align: none`, for the same reason as EWC.
 """
@@ -53,25 +53,25 @@ class Refresh(Method):
     """Replay with an unlearning step before every step."""
 
     class Config(Strict):
-        gamma: Annotated[float, Field(ge=0)] = 1e-5  # unlearning step; released: in norms of each tensor
+        # size of the unlearning step; released: as a share of each tensor's norm
+        gamma: Annotated[float, Field(ge=0)] = 1e-5
         unlearn_steps: Annotated[int, Field(ge=1)] = 1  # J
         variant: Literal["released", "paper"] = "released"
         # paper: added to the Fisher (divided by its mean) before inverting
         damping: Annotated[float, Field(gt=0)] = 0.01
-        max_noise: Annotated[float, Field(ge=0)] = (
-            1e-3  # paper: cap of the noise's sd, in RMS of its tensor; 0: no noise
-        )
-        weight: Annotated[float, Field(ge=0)] = 1.0  # of the memory batch in relearning
+        # paper: largest standard deviation of the noise, in RMS of its tensor; 0: no noise
+        max_noise: Annotated[float, Field(ge=0)] = 1e-3
+        weight: Annotated[float, Field(ge=0)] = 1.0  # weight of the memory batch in relearning
         memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
         memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
-        num_rows: Annotated[int, Field(ge=1)] = 1000  # safety rows the Fisher is taken over, at most
+        num_rows: Annotated[int, Field(ge=1)] = 1000  # most safety rows for the Fisher information
 
     VERSION = "2"  # 1: the paper's step at gamma 1e-8 by default, a thousand times smaller than its own noise
     source = "Wang 2024 and its code; `variant: paper` as arXiv 2512.10150"
     equation = "theta + gamma (1 + .001 F)^-1 |theta| grad / |grad|, then CE(user) + weight * CE(memory)"
     cost = "(J + 2)x"
-    # This gamma makes the noise large enough to be seen. Five times as much brought the gradient of one element close to 0.
-    # That element then caused 91 to 95 % of the gap between runs; otherwise the gap is 5e-7 to 1e-6.
+    # This gamma makes the noise large enough to be seen. Five times as much brought the gradient of one element close
+    # to 0. That element then caused 91 to 95 % of the gap between runs; otherwise the gap is 5e-7 to 1e-6.
     contract = Contract(params={"gamma": 1e-3}, variants=({"variant": "paper"},), in_bfloat16=True)
     space = {
         "gamma": {"low": 1e-6, "high": 1e-3, "log": True},
@@ -132,7 +132,7 @@ class Refresh(Method):
         return config.gamma * inverse_n * gradient_n, torch.minimum(wanted_n, most_n) * drawn_n
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
-        """Relearning is replay's loss."""
+        """Loss of relearning: that of `replay`."""
         return Replay(self.config).loss(run, batch)
 
     @classmethod

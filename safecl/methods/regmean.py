@@ -41,7 +41,7 @@ GROUP_BYTES = 2**30  # of inner products held at once
 
 
 class Regmean(Method):
-    """SFT, then a merge of each module by what it sees on safety rows and on user rows."""
+    """SFT, then a merge of each module by its inputs on safety rows and on user rows."""
 
     class Config(Strict):
         share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # a: the weight of user rows, towards the tuned model

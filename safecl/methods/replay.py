@@ -35,7 +35,7 @@ class Replay(Method):
     """Cross-entropy on user rows and on the memory rows that DER would draw."""
 
     class Config(Strict):
-        weight: Annotated[float, Field(ge=0)] = 1.0  # of the memory batch; holds refusals harder as it grows
+        weight: Annotated[float, Field(ge=0)] = 1.0  # weight of the memory batch; a larger value keeps refusals more
         memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
         memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
 

@@ -10,11 +10,13 @@
 
 Source: Hsu et al. 2024 (Safe LoRA), Eqs. 2-4; a baseline of arXiv 2512.10150, sections 5.4 and 5.5.
 
-Same as the reference code (IBM/SafeLoRA, model.py): cosines rounded to 5 digits, `<=`. Different: one pass (theirs computes
-the cosines of `number` mode twice); exactly `num_modules` modules are projected (their `<=` takes ties too); a module whose
-V is zero is left alone. C is no projector: its eigenvalues are sigma_i^2/|V|_F, so how much is kept depends on |V|;
-`projector: exact` is one. A model that was aligned elsewhere needs `aligned_from`: V is then of whole weights, and the result
-dense. U is the update from theta_safe also where theta_safe's adapter was trained on (`continue`).
+Same as the reference code (IBM/SafeLoRA, model.py): cosines rounded to 5 digits, `<=`. Different: one pass (that code
+computes the cosines of `number` mode twice); exactly `num_modules` modules are projected (that code's `<=` takes ties
+too); a module whose V is zero is left alone.
+
+C is no projector: its eigenvalues are sigma_i^2/|V|_F, so how much is kept depends on |V|. `projector: exact` is one.
+A model that was aligned elsewhere needs `aligned_from`. V is then of whole weights, and the result dense. U is the
+update from theta_safe, also with `adapter: continue`, which trains theta_safe's adapter further.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ class Safelora(Method):
 
     class Config(Strict):
         mode: Literal["threshold", "number"] = "threshold"
-        threshold: Annotated[float, Field(ge=-1, le=1)] = 0.5  # tau: project where the cosine is not above
-        num_modules: Annotated[int, Field(ge=0)] = 10  # in `number` mode: how many modules are projected
+        threshold: Annotated[float, Field(ge=-1, le=1)] = 0.5  # tau: project modules with this cosine or a smaller one
+        # in `number` mode: number of projected modules, smallest cosines first
+        num_modules: Annotated[int, Field(ge=0)] = 10
         projector: Literal["frobenius", "exact"] = "frobenius"
 
     source = "Hsu 2024, Eqs. 2-4 (IBM/SafeLoRA)"

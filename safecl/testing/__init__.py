@@ -24,7 +24,8 @@ from safecl import judges, methods, metrics, registry, tasks
 from safecl.base import ConfigError
 from safecl.registry import Plugin
 
-# Read by torch and DeepSpeed when they are first imported: threads of several processes slow each other twentyfold.
+# torch and DeepSpeed read these when they are first imported. Without them threads of several processes slow each other
+# down twentyfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,8 +40,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero2": {"engine": "deepspeed", "zero": 2},
     "zero3": {"engine": "deepspeed", "zero": 3},
 }
-# (engine, number of ranks). One rank of an engine that is also tested with two ranks shows little more, and takes half of the
-# total time, so those tests are slow ones. A run with ZeRO-3 takes four times as long as without.
+# (engine, number of ranks). One rank of an engine that is also tested with two ranks shows little more, and takes half
+# of the total time, so those tests are slow ones. A run with ZeRO-3 takes four times as long as without.
 PLACES = [
     *[pytest.param(engine, 2, id=f"{engine}-2") for engine in ("torch", "zero2", "zero3")],
     pytest.param("zero1", 2, id="zero1-2", marks=pytest.mark.slow),

@@ -84,6 +84,7 @@ def config(
 
 
 def execution(**changes: Any) -> dict[str, Any]:
+    """The execution settings of a test run, with these changes."""
     return Execution(**{"engine": "torch", "micro_batch_size": 8, "checkpoint_every_s": 1e6, **changes}).model_dump()
 
 
@@ -189,16 +190,19 @@ def deltas(made: Path) -> dict[str, Any]:
 
 
 def adapter(scratch: Path) -> dict[str, Any]:
+    """The final adapter's tensors by name, from a finetune's scratch folder."""
     from safetensors.torch import load_file
 
     return dict(load_file(str(scratch / "result" / "adapter" / "adapter_model.safetensors")))
 
 
 def curves(scratch: Path) -> list[dict[str, Any]]:
+    """The lines of a finetune's curves.jsonl."""
     return json_lines(scratch / "result" / "curves.jsonl")
 
 
 def same_bits(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two results have the same names and bitwise equal tensors."""
     import torch
 
     return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)

@@ -30,11 +30,13 @@ from safecl.base import PrerequisiteError
 from safecl.training import fused
 
 NAME = "safecl_rows"
-# PyTorch's CPU kernel for bfloat16 is slower than the one for float32 up to about this length (backward: 6 times at 48).
+# Up to about this many tokens PyTorch's CPU kernel is slower in bfloat16 than in float32 (backward: 6 times at 48
+# tokens).
 FLOAT32_UP_TO = 512
 
-# Arguments beyond those of `rows_attention` that models pass to their attention and that may be ignored: the rows' bounds a
-# second time, lengths, caches, and positions (queries and keys hold them already). Any other argument would change the result.
+# Arguments beyond those of `rows_attention` that models pass to their attention and that may be ignored: the rows'
+# bounds a second time, lengths, caches, and positions (queries and keys hold them already). Any other argument would
+# change the result.
 HARMLESS = frozenset({
     "cu_seq_lens_k", "max_length_k", "output_attentions", "output_hidden_states", "output_router_logits",
     "position_ids", "cache_position", "use_cache", "past_key_values", "deterministic", "logits_to_keep", "return_dict",

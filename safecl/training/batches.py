@@ -84,7 +84,7 @@ class Batch:
     num_targets: int
     rows: list[Encoded]
     indices: list[int]  # of the rows, in the list from which they were drawn
-    dropout_seeds: list[int]  # one a row
+    dropout_seeds: list[int]  # one per row
     states_ND: Tensor | None = None  # memory batches: theta_safe's hidden states at the response positions
     parts: list[Batch] = field(default_factory=list, repr=False)  # micro-batches; the same number on every rank
 

@@ -78,6 +78,7 @@ class Below:
             self.places[id(row)] = _Place(len(self.groups) - 1, num_tokens, num_tokens := num_tokens + len(row.ids))
 
     def knows(self, batch: Batch) -> bool:
+        """Whether the states of all rows of a batch are known."""
         return bool(batch.rows) and all(id(row) in self.places for row in batch.rows)
 
     @contextmanager

@@ -46,8 +46,9 @@ class TorchEngine:
         wrong = [name for name, p in self.named.items() if p.dtype != torch.float32]
         if wrong or not self.named:
             raise AssertionError(f"expected float32 parameters, got {len(self.named)}, not float32: {wrong[:3]}")
-        # All parameters lie in one tensor and all gradients in another. Each parameter and its gradient are views of these.
-        # So clipping, AdamW, the sum over ranks and the methods' changes take one operation each, not one per LoRA factor.
+        # All parameters lie in one tensor and all gradients in another. Each parameter and its gradient are views of
+        # these. So clipping, AdamW, the sum over ranks and the methods' changes take one operation each, not one per
+        # LoRA factor.
         self.flat = nn.Parameter(torch.cat([p.detach().flatten() for p in self.named.values()]))
         self.grad = self.flat.grad = torch.zeros_like(self.flat)
         self.sizes = [p.numel() for p in self.named.values()]
@@ -184,14 +185,15 @@ class DeepSpeedEngine:
         import deepspeed
 
         deepspeed.utils.logger.setLevel(logging.ERROR)
-        # Its shared-memory all-reduce for CPUs is compiled on first use (50 s, and needs a compiler). Use gloo's instead.
+        # Its shared-memory all-reduce for CPUs is compiled on first use (50 s, and needs a compiler). Use gloo's
+        # instead.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.module = module
         self.world_size, self.zero = world_size, zero
         self.max_grad_norm = max_grad_norm
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         parameters = list(self.named.values())
-        self.shapes = [p.shape for p in parameters]  # ZeRO 3 leaves a rank parts only
+        self.shapes = [p.shape for p in parameters]  # taken before ZeRO 3 shards them
         self.sizes = [shape.numel() for shape in self.shapes]
         if zero == 3 and (odd := [name for name, p in self.named.items() if p.numel() % world_size]):
             raise ConfigError(

@@ -134,7 +134,8 @@ def checkpoint_layers(states: HiddenStates) -> None:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), of(list(states.rows), states.rows.tokens)
 
-    # No layer draws from PyTorch's own generators. Saving their states could not be captured in a CUDA graph (graphs.py).
+    # No layer draws from PyTorch's own generators. Saving their states could not be captured in a CUDA graph
+    # (graphs.py).
     on_gpu = next(states.parameters()).is_cuda
     states.base.gradient_checkpointing_enable(
         {"use_reentrant": False, "context_fn": contexts, "preserve_rng_state": not on_gpu}

@@ -61,6 +61,7 @@ def norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def norm_back(x: Tensor, weight_D: Tensor, inverse: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of `norm` with respect to x, from the gradient of y; `inverse` as `norm` returned it."""
     x, grad = x.contiguous(), grad.contiguous()
     grad_x, size = torch.empty_like(x), x.shape[-1]
     if x.numel():
@@ -118,6 +119,7 @@ def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
 
 def gated_back(gate: Tensor, up: Tensor, grad: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(gradient of gate, gradient of up) of `gated`, from the gradient of its result."""
     grad_gate, grad_up, num = torch.empty_like(gate), torch.empty_like(up), gate.numel()
     if num:
         grid = (triton.cdiv(num, ELEMENTS),)

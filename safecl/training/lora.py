@@ -30,6 +30,7 @@ class Rows(list[tuple[int, int]]):
     tokens: tuple[Tensor, Tensor] | None = None  # on the device, per token: its row's seed, its place in the row
 
     def set(self, rows: Iterable[tuple[int, int]], tokens: tuple[Tensor, Tensor] | None = None) -> None:
+        """Set the rows, and `tokens` if they are known."""
         self[:] = rows
         self.tokens = tokens
 
@@ -55,6 +56,7 @@ class RowDropout(nn.Module):
 
     @property
     def active(self) -> bool:
+        """Whether elements are dropped: in training, with a probability above 0."""
         return self.training and self.cut > 0
 
     @property
@@ -72,7 +74,7 @@ class RowDropout(nn.Module):
         return by_mask, (self.mask(x_PI),)
 
     def mask(self, x_PI: Tensor) -> Tensor:
-        """1 where an element is kept, else 0. In int8, because a CPU multiplies int8 three times as fast as booleans."""
+        """1 where an element is kept, else 0, as int8: a CPU multiplies int8 three times as fast as booleans."""
         if sum(length for _, length in self.rows) != len(x_PI):
             raise RuntimeError(f"dropout has seeds for rows of {self.rows}, got {len(x_PI)} tokens")
         kept_PI = torch.empty(x_PI.shape, dtype=torch.int8, device=x_PI.device)

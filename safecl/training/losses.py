@@ -33,6 +33,7 @@ class Head:
 
     @property
     def num_vocab(self) -> int:
+        """Size of the vocabulary."""
         return int(self.weight_VD.shape[0])
 
     @property
@@ -42,7 +43,7 @@ class Head:
 
     @property
     def rows_at_once(self) -> int:
-        """Tokens whose logits are held at once."""
+        """Number of tokens whose logits are held at once."""
         return max(1, CHUNK_ELEMENTS * (ON_GPU if self.weight_VD.is_cuda else 1) // self.num_vocab)
 
     def in_float32(self) -> Head:
@@ -50,7 +51,7 @@ class Head:
         return Head(self.weight_VD.float(), None if self.bias_V is None else self.bias_V.float(), self.soft_cap)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Logits [N, V] in the head's dtype, as the model computes them."""
+        """Logits [N, V] in the head's dtype, computed as the model does."""
         logits_NV = torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V)
         if self.soft_cap is not None:
             logits_NV = torch.tanh(logits_NV / self.soft_cap) * self.soft_cap

@@ -80,7 +80,7 @@ def _rows_see_themselves_alone(model: Any, device: str) -> bool:
     row = Encoded("", [0, 1], 1)
     batch = collate([row, row], [0, 1], [0, 0], 1, row, device)
     try:
-        with torch.no_grad(), attention.windows() as found:  # what it asks for shows when it is asked
+        with torch.no_grad(), attention.windows() as found:  # a forward shows what the model asks for
             _end_to_end(getattr(model, model.base_model_prefix), batch)
     except attention.NotHere:
         return False
@@ -281,6 +281,7 @@ class HiddenStates(nn.Module):
 
     @property
     def inner(self) -> Any:
+        """The base model without its output layer."""
         return getattr(self.base, self.base.base_model_prefix)
 
     @property
@@ -327,5 +328,5 @@ def _end_to_end_of(inner: Any, ids_P: Tensor, places_P: Tensor, bounds: Tensor, 
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
-    """L2 norm over all tensors together."""
+    """L2 norm of all tensors together."""
     return float(torch.stack([t.detach().float().square().sum() for t in tensors]).sum().sqrt())

@@ -57,7 +57,7 @@ def _forward(weight_D: Tensor, eps: float, hidden_states: Tensor) -> Tensor:
 
 
 def fuse(model: nn.Module) -> None:
-    """Replace the forward of every RMS norm with frozen weights for which one of the two forms gives the same result."""
+    """Replace the forward of every RMS norm with frozen weights for which one of the two forms gives its result."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))

@@ -175,7 +175,7 @@ class Run:
         return self.engine.flat_parameters()
 
     def set_theta(self, theta_n: Tensor) -> None:
-        """Replace the parameters outside the optimizer's step."""
+        """Replace the parameters outside the optimizer's step by theta_n [n]."""
         self.engine.set_flat_parameters(theta_n)
 
     def gradient(self) -> Tensor:

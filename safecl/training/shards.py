@@ -25,6 +25,7 @@ class Shards:
         self._num_files = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor, and write a file if SHARD_BYTES are held."""
         self._held[name] = tensor.contiguous()
         self._num_held += tensor.nbytes
         self.num_bytes += tensor.nbytes

@@ -55,7 +55,7 @@ class Tokenizer:
         self.memo: dict[Any, Any] | None = None  # set by a plan, which tokenises the same rows for many stages
         try:
             self.fast = tokenizers.Tokenizer.from_file(self._file)
-        except Exception as error:  # the library has no narrower one
+        except Exception as error:  # the library raises no narrower type
             raise PrerequisiteError(f"{file} cannot be read as a tokenizer ({error}); fetch it again") from None
         self.fast.no_truncation()
         self.fast.no_padding()
@@ -70,7 +70,7 @@ class Tokenizer:
 
     @property
     def special_texts(self) -> dict[str, str]:
-        """`bos_token`, `eos_token` and the like, as chat templates name them."""
+        """Texts of the special tokens by the names that chat templates use: `bos_token`, `eos_token` and the like."""
         names = [name for name in self._settings if name.endswith("_token")]
         return {name: text for name in names if isinstance(text := _content(self._settings[name]), str)}
 
@@ -154,13 +154,15 @@ class Tokenizer:
         foreign_places: list[int] = []
         for place, (id, (start, end)) in enumerate(zip(ids, spans, strict=True)):
             if id in self._special_ids:
-                # The token may span blanks beside it (rstrip). The place of its own text says which piece it belongs to.
+                # The token may span blanks beside it (rstrip). The place of its own text says which piece it belongs
+                # to.
                 token = str(self.fast.id_to_token(id))
                 if (ahead := text[start:end].find(token)) >= 0:
                     start, end = start + ahead, start + ahead + len(token)
                 is_foreign = any(start < last and end > first for first, last in foreign_spans)
                 (foreign_places if is_foreign else own_places).append(place)
-        # A tokenizer splits the text at special tokens, so the text between two of them can be tokenised again by itself.
+        # A tokenizer splits the text at special tokens, so the text between two of them can be tokenised again by
+        # itself.
         for before, after in reversed(list(zip([-1, *own_places], [*own_places, len(ids)], strict=True))):
             if any(before < place < after for place in foreign_places):
                 start = spans[before][1] if before >= 0 else 0
@@ -176,7 +178,7 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> tuple[Any, Any]:
-        """The same tokenizer without special tokens, twice: for text at the beginning, and for text after other text."""
+        """The same tokenizer without special tokens, for text at the beginning and for text after other text."""
         import tokenizers
 
         def blind() -> Any:
@@ -317,6 +319,7 @@ class _Prompt(NamedTuple):
 
     @property
     def least(self) -> int:
+        """The fewest tokens to which the prompt can be cut."""
         return len(self.ids) - max(0, len(self.request) - 1)
 
     def cut(self, room: int) -> tuple[list[int], int]:

@@ -43,6 +43,7 @@ class Dense:
     delta_OI: Tensor
 
     def delta(self) -> Tensor:
+        """The whole delta, [O, I], float32."""
         return self.delta_OI.float()
 
 
@@ -112,8 +113,8 @@ def combine(parts: Sequence[tuple[LoRA | Dense, float]]) -> LoRA | Dense: ...
 def combine(parts: Sequence[tuple[LoRA, float]] | Sequence[tuple[LoRA | Dense, float]]) -> LoRA | Dense:
     """Exact sum of weight * delta, as one delta. It is dense if one of the deltas is.
 
-    Low-rank factors are laid side by side, so the rank is the sum of the ranks. They are never averaged, because averaging A
-    and B would add unwanted cross terms.
+    Low-rank factors are laid side by side, so the rank is the sum of the ranks. They are never averaged, because
+    averaging A and B would add unwanted cross terms.
     """
     low = [(delta, weight) for delta, weight in parts if isinstance(delta, LoRA)]
     if len(low) < len(parts):
