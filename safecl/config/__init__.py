@@ -185,7 +185,7 @@ class Prompts(Strict):
     attack: Annotated[tuple[Rows, ...], Field(min_length=1)]
     # benign prompts that look harmful, to measure over-refusal
     benign: Annotated[tuple[Rows, ...], Field(min_length=1)]
-    utility_rows: Count | None = None  # number of utility prompts of the row's own task; null: all
+    utility_rows: Count | None = None  # number of utility prompts of the cell's own task; null: all
 
 
 class Evaluate(Strict):
