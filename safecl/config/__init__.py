@@ -60,7 +60,7 @@ class Method(Strict):
     """A method of the sweep: one row of its tables. `config` fixes hyperparameters. `search` gives hyperparameters to
     search (`{}`: the method's default space): a list is a choice, `{low, high, log}` a range (of whole numbers if the
     hyperparameter is one), `{low, high, step}` a range of whole numbers. `grid` makes one row for each combination of
-    its lists' values. A whole number may be a share of the task's rows: `5%`.
+    its lists' values. A whole number may be given as a percentage of the task's rows: `5%`.
 
     Example:
         {name: der, label: DER, config: {memory_size: 5%}, grid: {weight: [0.3, 1.0, 3.0]}}     three rows
@@ -249,31 +249,32 @@ class Execution(Strict):
     exist."""
 
     root: Place = "runs"  # folder (or fsspec URL that every node can reach) of store, study, tracking and logs
-    # cache of each node if root is a URL; null: half of its disk
+    # GiB of each node's cache, if root is a URL; null: half of its disk
     cache_gib: Annotated[float, Field(gt=0)] | None = None
     data_dir: Place | None = None  # folder of local data files; null: load them from the Hugging Face hub
     address: str = "local"  # Ray: "local" starts its own cluster, "auto" joins a running one
-    num_trials_at_once: Count = 3
+    num_trials_at_once: Count = 3  # most trials that run at the same time, over all cells
     turns: tuple[Standing, ...] = later(())  # whose trials go first; if several entries name a row, the last one counts
     num_workers: Count = 1  # data-parallel ranks of one finetune
     # Training engine. auto: DeepSpeed with several workers, plain PyTorch with one, where there is nothing to shard.
     engine: Literal["auto", "deepspeed", "torch"] = "auto"
-    zero: Literal[0, 1, 2, 3] = 1
+    zero: Literal[0, 1, 2, 3] = 1  # ZeRO stage of DeepSpeed
     micro_batch_size: Count = 8  # most rows per forward on one worker; fewer if they do not fit in memory
     # Compute layers again in the backward instead of keeping their states: a third slower, with a fraction of the
     # memory. auto: on if the memory estimate says that it is needed.
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
-    checkpoint_every_s: Annotated[float, Field(gt=0)] = 60.0
+    checkpoint_every_s: Annotated[float, Field(gt=0)] = 60.0  # seconds between checkpoints of a finetune
     max_failures: Annotated[int, Field(ge=0)] = 2  # restarts of a finetune whose worker died
     # Most engines of one candidate model at the same time. An engine starts when it has work and a device is free.
     # Trainers and engines take turns on the devices, so any number of models can share one GPU.
     num_candidate_engines: Count = 1
-    # Engines of each judge's model. 0: judges share, in turn, the engines of candidates with the same base, which saves
-    # the memory and the start of an engine.
+    # Most engines of one judge's model at the same time. 0: judges use, in turn, the engines of candidates with the
+    # same base, which saves the memory and the start of an engine.
     num_judge_replicas: Annotated[int, Field(ge=0)] = 1
     # seconds that a trainer or an engine keeps its device while another waits
     turn_s: Annotated[float, Field(ge=1)] = 600.0
-    unit: str | None = None  # Ray's name of the resource that they hold; null: GPU with `use_gpu`, else CPU
+    # Ray's name of the resource that trainers and engines hold; null: GPU with `use_gpu`, else CPU
+    unit: str | None = None
     # units that autoscaling may add; null: what the autoscaler says
     may_bring: Annotated[int, Field(ge=0)] | None = None
     # units of one training rank; below 1 ranks of several finetunes share a device
@@ -283,14 +284,14 @@ class Execution(Strict):
     # KV cache of one engine on each of its GPUs, in GiB. null: with `use_gpu` what `engine_gpu_memory` leaves, else 1
     # GiB.
     engine_memory_gib: Annotated[float, Field(gt=0)] | None = None
-    # an engine's share of a GPU's memory, 0 to 1; null: .9
+    # Fraction of a GPU's memory that one engine uses. null: .9 times `engine_units`, at most .9.
     engine_gpu_memory: Annotated[float, Field(gt=0, lt=1)] | None = None
     engine_max_seqs: Count | None = None  # requests decoded together; null: 256 on a GPU, 64 on a CPU
     engine_max_tokens: Count = 2048  # prompt + answer, in tokens; checked to be enough for `evaluate`
     # Make answers the same bit for bit whatever else is decoded at the same time. On a CPU this decodes one request
     # after another.
     batch_invariant: bool = False
-    use_gpu: bool = False
+    use_gpu: bool = False  # true: trainers and engines run on GPUs; false: on CPUs
     # price of a GPU-hour (without use_gpu: of a CPU-hour); `status` adds up the cost
     device_price: Annotated[float, Field(ge=0)] | None = None
     tracking_uri: Place | None = None  # null: SQLite under root

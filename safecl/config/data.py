@@ -18,10 +18,10 @@ Score = Literal["none", "exact", "choice", "number", "regex", "contains", "judge
 
 
 class Split(Strict):
-    """Shares of a file's rows for training, search (validation) and report (test).
+    """Fractions of a file's rows for training, search (validation) and report (test).
 
     A row's part follows from a hash of its prompt and `seed`. So equal prompts stay together, and no row moves when
-    others are added. The share of a part that no role uses goes to the other parts. Without `split`, data with the
+    others are added. The fraction of a part that no role uses goes to the other parts. Without `split`, data with the
     role `attack` or `benign` are divided .4, .2, .4.
     """
 

@@ -137,7 +137,8 @@ class Training(Strict):
     # The learning rate after the warm-up: falls to 0 (`cosine`, `linear`), falls to `min_rate` of the peak
     # (`cosine_with_min_lr`), or stays.
     schedule: Literal["cosine", "linear", "constant", "cosine_with_min_lr"] = later("cosine")
-    min_rate: Fraction = later(0.1)  # of `cosine_with_min_lr`: the last rate as a share of the peak (HF's min_lr_rate)
+    # of `cosine_with_min_lr`: the last rate as a fraction of the peak (HF's min_lr_rate)
+    min_rate: Fraction = later(0.1)
     # false: the first of n warm-up steps has 1/n of the peak rate. true: the first has 0 and the n-th (n-1)/n, as in
     # Hugging Face.
     warmup_from_zero: bool = later(False)

@@ -17,15 +17,16 @@ Buzzega et al. 2020, Eq. 6 (DER++: Eq. 7).
 With `align: none` z is of the model itself without its adapter, on the given safety rows.
 
 Choices where the paper is silent: the sum over positions is a mean over the drawn batch's response tokens (the last
-prompt token predicts the first of them), and the sum over the vocabulary a mean, so that one lambda fits models of
-any vocabulary. Draws are without replacement within a step. The draw is as large as the user batch by default.
+prompt token predicts the first of them). The sum over the vocabulary is a mean, so that one lambda fits models of any
+vocabulary. Draws are without replacement within a step. The draw is as large as the user batch by default.
 `center_logits` subtracts the mean over the vocabulary from both sides, which softmax ignores. Both distances are
 logged.
 
-Differences from the reference code (mammoth, models/der.py): no reservoir and no logits stored at training time (the
-memory is complete before fine-tuning starts); rows are teacher-forced sequences, not images; no vocabulary-sized
-tensor is stored, and none is formed where the output layer is plainly linear (checked by the memory stage); with a
-bias or a soft cap (Gemma-2) logits are compared after the cap on both sides, a chunk of tokens at a time.
+Differences from the reference code (mammoth, models/der.py): there is no reservoir, and no logits are stored at
+training time (the memory is complete before fine-tuning starts). Rows are teacher-forced sequences, not images. No
+vocabulary-sized tensor is stored, and none is formed if the output layer is plainly linear (the memory stage checks
+this). With a bias or a soft cap (Gemma-2) logits are compared after the cap on both sides, a chunk of tokens at a
+time.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@
 Source: arXiv 2603.10243 (GR-SAP) and its released code (chili-lab/GR-SAP: helper.py, extract_data.py, postprocess.py,
 train.py). We read the code; the paper's text was not available to us.
 
-Same as the released code: its 38 domains, prompt and prefill; temperature, top-p and maximum tokens of requests (1.0,
-1.0, 256), of answers (.8, .95, 1024) and of answers after a reminder (.7, .95, 512); perplexity percentiles 5-95,
-cosines .85 and .5, half of the rows hard.
+Same as the released code: its 38 domains, prompt and prefill. Temperature, top-p and maximum tokens are 1.0, 1.0 and
+256 for requests, .8, .95 and 1024 for answers, and .7, .95 and 512 for answers after a reminder. The perplexity
+percentiles are 5-95, the cosines .85 and .5, and half of the rows are hard.
 
 Different from the released code:
 
@@ -62,7 +62,7 @@ class Grsap(Method):
     class Config(Strict):
         num_rows: Annotated[int, Field(ge=1)] = 100  # replayed rows in the mix
         mix: Literal["add", "replace"] = "add"  # add them to the user rows, or replace as many user rows
-        # share of rows whose first answer was unsafe, if there are as many
+        # fraction of rows whose first answer was unsafe, if there are as many
         hard_share: Annotated[float, Field(ge=0, le=1)] = 0.5
         domains: Annotated[tuple[str, ...], Field(min_length=1)] = DOMAINS
         num_per_domain: Annotated[int, Field(ge=1)] = 64  # requests generated per domain (released code: 512)

@@ -47,7 +47,7 @@ class Interpolate(Method):
         kind: Literal["linear", "slerp", "task_arithmetic", "ties", "dare"] = "linear"
         share: Annotated[float, Field(ge=0, le=1)] = 0.5  # a: 0 is theta_safe, 1 the tuned model (linear)
         safe_share: Annotated[float, Field(ge=0)] | None = None  # task_arithmetic's weight of S; null: 1 - share
-        density: Annotated[float, Field(gt=0, le=1)] = 0.5  # ties and dare: share of entries that are kept
+        density: Annotated[float, Field(gt=0, le=1)] = 0.5  # ties and dare: fraction of entries that are kept
         seed: Annotated[int, Field(ge=0)] = 0  # seed of dare's masks
 
     source = "arXiv 2412.19512; SLERP, TIES, DARE (mergekit)"

@@ -45,7 +45,8 @@ class Lisa(Method):
         rho: Annotated[float, Field(ge=0)] = 1.0  # pull towards the other state's last iterate
         cycles: Annotated[int, Field(ge=3)] = 10  # full turns of both states in the run
         alignment_share: Annotated[float, Field(gt=0, lt=1)] = 0.1  # K1 / (K1 + K2)
-        free_share: Annotated[float, Field(ge=0, le=1)] = 0.0  # first share of the steps without the proximal term
+        # the first steps, this fraction of all, have no proximal term
+        free_share: Annotated[float, Field(ge=0, le=1)] = 0.0
         memory_size: Annotated[int, Field(ge=1)] = MEMORY_SIZE  # m: safety rows kept
         memory_batch_size: Annotated[int, Field(ge=1)] | None = None  # rows a step; null: as many as user rows
 

@@ -6,7 +6,7 @@
 
     paper               code
     J                   config.unlearn_steps
-    gamma               config.gamma; released: a tensor moves by this share of its own norm, 1e-5 in the code
+    gamma               config.gamma; released: a tensor moves by this fraction of its own norm, 1e-5 in the code
     F                   the fisher stage, divided by its mean; the paper's F^-1 is 1 / (F + config.damping)
     |theta|, |d|        norms of one tensor
     B                   run.draw(): relearning is `replay`'s loss on the same draws
@@ -53,7 +53,7 @@ class Refresh(Method):
     """Replay with an unlearning step before every step."""
 
     class Config(Strict):
-        # size of the unlearning step; released: as a share of each tensor's norm
+        # size of the unlearning step; released: as a fraction of each tensor's norm
         gamma: Annotated[float, Field(ge=0)] = 1e-5
         unlearn_steps: Annotated[int, Field(ge=1)] = 1  # J
         variant: Literal["released", "paper"] = "released"

@@ -10,9 +10,9 @@
 
 Source: Hsu et al. 2024 (Safe LoRA), Eqs. 2-4; a baseline of arXiv 2512.10150, sections 5.4 and 5.5.
 
-Same as the reference code (IBM/SafeLoRA, model.py): cosines rounded to 5 digits, `<=`. Different: one pass (that code
-computes the cosines of `number` mode twice); exactly `num_modules` modules are projected (that code's `<=` takes ties
-too); a module whose V is zero is left alone.
+Same as the reference code (IBM/SafeLoRA, model.py): cosines rounded to 5 digits, `<=`. Different: there is one pass
+(that code computes the cosines of `number` mode twice). Exactly `num_modules` modules are projected (that code's `<=`
+takes ties too). A module whose V is zero is left alone.
 
 C is no projector: its eigenvalues are sigma_i^2/|V|_F, so how much is kept depends on |V|. `projector: exact` is one.
 A model that was aligned elsewhere needs `aligned_from`. V is then of whole weights, and the result dense. U is the

@@ -50,8 +50,8 @@ class Fit(NamedTuple):
 
 
 def activations(config: Any, lora: Mapping[str, Json], num_tokens: int, num_bytes: int, checkpointing: bool) -> float:
-    """Estimated bytes kept for the backward of a forward of `num_tokens` tokens. `config`: the model's; `num_bytes`:
-    of one number."""
+    """Estimated bytes kept for the backward of a forward of `num_tokens` tokens. `config` is the model's config, and
+    `num_bytes` the size of one number."""
     text = config.get_text_config()
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
     mlp = int(getattr(text, "intermediate_size", None) or 4 * hidden)

@@ -57,7 +57,7 @@ class Outcome:
     tokens: int
     seconds: float  # in this attempt
     tokens_per_s: float  # of all tokens, in this attempt
-    decayed: float  # share of the starting factors that weight decay alone removed, in [0, 1]
+    decayed: float  # fraction of the starting factors that weight decay alone removed, in [0, 1]
     norm_start: float  # L2 norm of the LoRA factors
     norm_end: float
 

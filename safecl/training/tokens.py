@@ -249,9 +249,9 @@ def encode(
     """Token ids of training rows, and `{row id: reason}` for the rows that were left out.
 
     Special tokens in a request or an answer are plain text. A request that is too long loses its first tokens, never
-    its template; answers are never cut. A row is left out in two cases: its answer does not fit into `max_tokens`
-    beside the template and one token of the request, or the text tokenised as a whole does not begin with the prompt
-    tokenised alone (generation would then see other ids than training).
+    its template. Answers are never cut. A row is left out if its answer does not fit into `max_tokens` beside the
+    template and one token of the request. It is also left out if the text tokenised as a whole does not begin with
+    the prompt tokenised alone, because generation would then see other ids than training.
 
     Raises:
         ConfigError: no row is left, or the template's end has other tokens after an answer than alone.
