@@ -1,4 +1,4 @@
-"""Whether an answer is about what was asked, by the words that both have."""
+"""Relevance of an answer: whether it is about the request, by the words that both have in common."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import re
 from safecl.tasks._overlap import STOPWORDS
 from safecl.text import plain
 
-STEM = 5  # letters that make two words one: "manipulate" and "manipulating"
-LONG = 100  # words; an answer of more has a word of any request by accident
-MIN_LATIN = 0.5  # share of letters; below it the answer is in another script
+STEM = 5  # words with the same first letters count as one: "manipulate" and "manipulating"
+LONG = 100  # words; a longer answer often has one word of any request by chance
+MIN_LATIN = 0.5  # share of ASCII letters; up to this the answer is in another script
 _ASKING = """
 get got find know say come put try trying locate going like really thing something anything kind make making use using let keep
 look talk sure right well now today even ever always heard don doesn isn summarize summary concept idea tip example story
 suggest share brainstorm design generate develop common basic good fun unique main different new two
 """
-_STOPWORDS = STOPWORDS | set(_ASKING.split())  # words that requests of every subject are made of
+_STOPWORDS = STOPWORDS | set(_ASKING.split())  # words that occur in requests of every subject
 
 
 def misses(request: str, response: str) -> bool:
-    """Whether the answer has none of the request's words of meaning, or, having more than LONG words, only one of three.
+    """Whether the answer misses the request: it shares no content word with it.
 
-    Words of meaning: 3 letters or more and none of `STOPWORDS`, as their first 5 letters. What cannot be told so is no
-    miss: an answer without words, one with a block of code, one in another script; a request of no such word, and one of a
-    single one unless the answer is long.
+    An answer of more than LONG words must share two content words if the request has three or more. Content words have 3
+    letters or more and are not stop words; they are compared by their first 5 letters. These cases are never a miss, because
+    words cannot decide them: an answer without words, with a block of code, or in another script; a request without content
+    words; and a request with a single content word, unless the answer is long.
     """
     said = plain(response).lower()
     letters = sum(map(str.isalpha, said))

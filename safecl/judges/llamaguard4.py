@@ -1,11 +1,11 @@
 """Llama Guard 4 (12B): is the answer unsafe? True = unsafe. Text only.
 
-The text is what the model's own processor wrote around a request and an answer in a run that others published, printed with
-`tokenize=False`. Four things are not as in Llama Guard 3: "according to our", one line end after "<BEGIN CONVERSATION>", a
-backslash and an n, twice, in letters after each turn (the template's own slip, which the model was served with), and a blank
-before the end of the turn. The fourteen categories and Llama 4's control tokens are also those of Meta's model card. The
-template itself is gated and was not compared; compare `safecl.judges.load("llamaguard4")().prompt(...)` with it before
-figures are published, and give other names by `config: {categories: [...]}`.
+The prompt is the output of the model's own processor for a request and an answer (`tokenize=False`), taken from a run that
+others published. It differs from Llama Guard 3 in four places: "according to our"; one line break after "<BEGIN
+CONVERSATION>"; the characters backslash and n, twice, after each turn (an error in the template, with which the model is
+served); and a space before the end of the turn. It also has Llama 4's control tokens. These and the fourteen categories agree
+with Meta's model card. The template itself is gated and was not compared. Before you publish numbers, compare
+`safecl.judges.load("llamaguard4")().prompt(...)` with it. Other category names can be set by `config: {categories: [...]}`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Llama Guard 3 1B: is the answer unsafe? True = unsafe.
 
-Llama Guard 3's text with the thirteen categories that this model was trained on (it has no code interpreter abuse), and
-with a blank between the last line and the end of the turn: the chat template of meta-llama/Llama-Guard-3-1B, compared with
-four copies in other projects' code (three have the blank, one leaves it out). The model itself is gated and was not run
-here. Its output layer holds twenty tokens, those of its answers, so fewer than `logprobs` may come back.
+The prompt is the chat template of meta-llama/Llama-Guard-3-1B. It differs from Llama Guard 3 (8B) in two ways: it has only
+the thirteen categories that this model was trained on (no code interpreter abuse), and it has a space between the last line
+and the end of the turn. It was compared with four copies in other projects' code (three have the space, one does not). The
+model itself is gated and was not run here. Its output layer has only the twenty tokens of its answers, so fewer than
+`logprobs` tokens may be returned.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""WildGuard (allenai/wildguard): three questions in one answer; `config.question` says which one the label answers.
+"""WildGuard (allenai/wildguard): the model answers three questions at once. `config.question` chooses the one for the label.
 
-The text is that of the `wildguard` package, byte for byte, with the BOS written out as on the model's card. Tokenise it
-without special tokens. Greedy. Source: evaluation.md 3.2.
+The prompt is that of the `wildguard` package, byte for byte, with the BOS written out as on the model's card. Tokenise it
+without special tokens. The answer is greedy.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ANSWER = re.compile(
 
 
 class Wildguard(Judge):
-    """`n/a` is no answer to the question asked: unparsed, with what was said in `detail`."""
+    """WildGuard. If the answer to the chosen question is `n/a`, the verdict is unparsed. `detail` holds all three answers."""
 
     class Config(Strict):
         question: Literal["harmful_response", "refusal"] = "harmful_response"
@@ -50,11 +50,11 @@ class Wildguard(Judge):
     max_tokens: int = 32
 
     def pieces(self, request: str, response: str) -> list[Piece]:
-        """Nothing is stripped, as in the package."""
+        """The prompt. Nothing is stripped, as in the package."""
         return fill(_TEMPLATE, request, response)
 
     def parse(self, text: str) -> Verdict:
-        """Three lines, each a field and yes, no or n/a, after optional blank space; anything else is unparsed."""
+        """The label from three lines, each a field with yes, no or n/a. Any other text is unparsed."""
         found = _ANSWER.match(text.strip())
         if found is None:
             return Verdict(None, text)

@@ -1,7 +1,8 @@
 """Refusal by XSTest's string match (Roettger et al. 2024): True = the answer opens like a refusal.
 
-Lower case, stripped, `startswith`, as in the reference code. The list is theirs, word for word; what begins so is
-`text.plain` (any apostrophe, no reasoning, no Markdown). It misses refusals with another opening. Source: evaluation.md 3.3.
+The text is stripped and in lower case, and must start with an entry of the list (`startswith`), as in the reference code. The
+list is that of the reference code, word for word. It is applied to `text.plain` of the answer (one kind of apostrophe, no
+reasoning, no Markdown). It misses refusals with another opening.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A judge behind HTTP, on this machine: POST /v1/judge {"prompt", "response"} -> {"label", "score", "raw", "detail"}.
 
-More than `max_waiting` requests at once are turned away with 429 and Retry-After, in place of waiting until they time
-out; GET /health says how many there are. A request counts once its body is read, for which it has `read_timeout_s`
-(then 408). Incomplete requests do not count towards `max_waiting`. It listens on the loopback address; on another one it
-wants a token.
+If `max_waiting` requests are already waiting, further ones get 429 with Retry-After instead of waiting until they time out.
+GET /health returns how many are waiting. A request counts once its body is read; incomplete requests do not count towards
+`max_waiting`. A body that does not arrive within `read_timeout_s` gets 408. The server listens on the loopback address. On
+another address it requires a token.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 LONGEST_BODY = 2**20  # bytes
-TOKEN = "SAFECL_JUDGE_TOKEN"  # environment variable: what they must show who ask from elsewhere
-RETRY_AFTER_S = 1
-READ_TIMEOUT_S = 10.0  # for a body
+TOKEN = "SAFECL_JUDGE_TOKEN"  # environment variable with the token that other machines must send
+RETRY_AFTER_S = 1  # seconds
+READ_TIMEOUT_S = 10.0  # seconds for a request's body
 
 
 def _is_loopback(host: str) -> bool:
@@ -42,8 +42,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def asker(judge: Judge, served: Served | None) -> Callable[[str, str], Verdict]:
-    """A judge as a plain function of (request, response), callable from many threads. Raises ValueError for a pair that
-    its model cannot take."""
+    """A judge as a plain function of (request, response) that many threads may call.
+
+    The function raises ValueError for a pair that is too long for the judge's model.
+    """
     if served is None:
         return judge.rule
 
@@ -63,14 +65,14 @@ def app(
     read_timeout_s: float = READ_TIMEOUT_S,
     token: str | None = None,
 ) -> Starlette:
-    """The ASGI application. `token`: who asks for a verdict must show it (`Authorization: Bearer TOKEN`)."""
+    """The ASGI application. With a `token`, requests for a verdict must send it (`Authorization: Bearer TOKEN`)."""
     from starlette.applications import Starlette
     from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
     pool = ThreadPoolExecutor(max_waiting)
-    waiting: set[object] = set()  # requests that were let in
+    waiting: set[object] = set()  # requests that were accepted
 
     def problem(status: int, text: str, headers: dict[str, str] | None = None) -> Response:
         return JSONResponse({"error": text}, status, headers)
@@ -86,7 +88,7 @@ def app(
             text = f"the body did not come within {read_timeout_s:g} s"
             return problem(408, text, {"Connection": "close"})
         except ClientDisconnect:
-            return problem(400, "the client left")  # to nobody
+            return problem(400, "the client left")  # no client reads this
         if isinstance(pair, str):
             return problem(400, pair)
         if len(waiting) >= max_waiting:
@@ -97,9 +99,9 @@ def app(
         try:
             verdict = await asyncio.get_running_loop().run_in_executor(pool, ask, *pair)
             return JSONResponse(verdict._asdict())
-        except PrerequisiteError as error:  # the engine is gone for now
+        except PrerequisiteError as error:  # the engine is not available now
             return problem(503, str(error), {"Retry-After": str(RETRY_AFTER_S)})
-        except ValueError as error:  # the model cannot take it: too long
+        except ValueError as error:  # the pair is too long for the model
             return problem(400, str(error))
         finally:
             waiting.discard(place)
@@ -111,7 +113,7 @@ def app(
 
 
 async def _pair(request: Request) -> tuple[str, str] | str:
-    """(request, response) of the body, or what is wrong with it."""
+    """(request, response) of the body, or an error message."""
     body = b""
     async for part in request.stream():
         body += part
@@ -137,10 +139,10 @@ def serve(
     show: Callable[[str], None],
     token: str | None = None,
 ) -> None:
-    """Serve a judge until interrupted. `token`: see `app`.
+    """Serve a judge over HTTP until interrupted. `token`: see `app`.
 
     Raises:
-        ConfigError: a served judge has no model, or an address that others reach has no token.
+        ConfigError: a served judge has no model, or there is no token for an address that other machines can reach.
     """
     import uvicorn
 

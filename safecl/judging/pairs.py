@@ -18,7 +18,7 @@ from safecl.tasks._files import Record
 
 
 class Pair(NamedTuple):
-    """`line` counts from 1; `row` is the whole record."""
+    """One (request, response) pair of a file. `line` counts from 1. `row` is the whole record."""
 
     line: int
     request: str
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
     row: Record
 
 
-# Sets with human labels that an installed package ships: its name, and what its files are called in it.
+# Sets with human labels that an installed package contains: name -> (package, pattern of its files).
 SETS = {
     "pyrit:refusal": (
         "pyrit",
@@ -37,9 +37,9 @@ SETS = {
 
 
 def read(path: Path, request_field: str = "prompt", response_field: str = "response") -> list[Pair]:
-    """The pairs of a file in any format that data files have (`tasks._files`), or of one of SETS; a blank answer is one.
+    """Read the pairs of a data file in any supported format (`tasks._files`), or of one of SETS. Blank answers are kept.
 
-    A record without a field `half` gets one (`half`). Raises ConfigError with the place of the first bad record.
+    A record without a field `half` gets one (see `half`). Raises ConfigError with the place of the first bad record.
     """
     if str(path) in SETS:
         records = _shipped(*SETS[str(path)])
@@ -63,13 +63,15 @@ def read(path: Path, request_field: str = "prompt", response_field: str = "respo
 
 
 def half(request: str) -> str:
-    """Which half of its set a request is in: `first`, which rules are written on, or `second`, which measures them. By a
-    hash, so that it stays there."""
+    """The half of its set that a request is in: `first` (for writing rules) or `second` (for measuring them).
+
+    It is decided by a hash of the request, so it never changes.
+    """
     return ("first", "second")[hashlib.sha256(request.strip().lower().encode()).digest()[-1] % 2]
 
 
 def _shipped(package: str, files: str) -> list[Record]:
-    """The records of a package's files, which is not imported. Raises ConfigError where it is not installed."""
+    """The records of a package's files. The package is not imported. Raises ConfigError if it is not installed."""
     found = find_spec(package)
     if found is None or found.origin is None:
         raise ConfigError(
@@ -79,7 +81,7 @@ def _shipped(package: str, files: str) -> list[Record]:
 
 
 def parse_judge(text: str) -> tuple[str, Judge]:
-    """A judge from `NAME` or `NAME:{JSON config}`. Raises ConfigError."""
+    """(name, judge) from `NAME` or `NAME:{JSON config}`. Raises ConfigError if the config is not valid."""
     from pydantic import ValidationError
 
     name, _, settings = text.partition(":")
@@ -92,17 +94,22 @@ def parse_judge(text: str) -> tuple[str, Judge]:
 
 
 def key(name: str, judge: Judge, model: Json, pair: Pair) -> str:
-    """What a verdict is of: judge, its version and config, the model behind it, and the pair's text. Equal pairs are
-    judged once."""
+    """The key of a verdict: a hash of the judge, its version and config, its model, and the pair's text.
+
+    Equal pairs have equal keys and are judged once.
+    """
     config: Json = judge.config.model_dump(mode="json")
     asked: Json = [name, judge.VERSION, config, model if judge.served else None, pair.request, pair.response]
     return hashlib.sha256(canonical(asked).encode()).hexdigest()[:24]
 
 
 class Verdicts:
-    """verdicts.jsonl: one line a verdict. While judges answer, lines are appended to `<file>.partial`, so a kill loses
-    nothing; `close` writes one line per pair and judge, in order, and keeps what the file held on other pairs. What was
-    not asked because of another limit than `limit` (tokens; None: not known) is forgotten, to be asked now."""
+    """A file of verdicts (verdicts.jsonl), one line a verdict.
+
+    While judges answer, lines are appended to `<file>.partial`, so that a killed process loses nothing. `close` writes one
+    line for each pair and judge, in order, and keeps the file's verdicts on other pairs. Old verdicts on pairs that were too
+    long for a limit other than `limit` (tokens; None: unknown) are dropped, so that these pairs are asked again.
+    """
 
     def __init__(self, path: Path, limit: int | None = None) -> None:
         self.path = path
@@ -111,7 +118,7 @@ class Verdicts:
         for file in (self.path, self.partial):
             for line in _whole_lines(file):
                 if line["detail"].get("limit", limit) == limit:
-                    self.known.setdefault(line["key"], line)  # the first counts: nothing is judged or counted twice
+                    self.known.setdefault(line["key"], line)  # keep the first: nothing is judged or counted twice
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.partial.open("a", encoding="utf-8")
@@ -132,7 +139,7 @@ class Verdicts:
             self._file.flush()
 
     def close(self, wanted: Iterable[tuple[Pair, Sequence[str]]] = ()) -> None:
-        """`wanted`: the pairs with the keys of their verdicts."""
+        """Write the final file. `wanted`: the pairs with the keys of their verdicts."""
         lines, used = [], set()
         for pair, keys in wanted:
             for key in keys:
@@ -151,7 +158,8 @@ class Verdicts:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a verdict file; what a kill cut short at its end is cut off. Raises ConfigError for other files."""
+    """The lines of a verdict file. An incomplete last line (of a killed process) is removed. Raises ConfigError if it is
+    another kind of file."""
     if not path.is_file():
         return []
     data = path.read_bytes()

@@ -14,11 +14,11 @@ from safecl.judges import Judge, Verdict
 from safecl.judging.pairs import Pair, Verdicts, key, parse_judge, read
 from safecl.judging.served import Served
 
-CHUNK = 256  # pairs asked at once: bounds what their prompts hold of memory
+CHUNK = 256  # pairs asked at once; limits the memory of their prompts
 
 
 class Judged(NamedTuple):
-    """Verdicts of each judge, in the order of `pairs`; `model` is the identity of the served ones' model."""
+    """Verdicts of each judge, in the order of `pairs`. `model` is the identity of the served judges' model (None: no model)."""
 
     pairs: list[Pair]
     judges: dict[str, Judge]
@@ -26,7 +26,7 @@ class Judged(NamedTuple):
     model: Json
 
     def source(self, text: str) -> dict[str, Json]:
-        """What else than its name and config decides the verdicts of judge `text`."""
+        """What decides the verdicts of judge `text` in addition to its name and config: its version and model."""
         judge = self.judges[text]
         return {"version": judge.VERSION, "model": self.model if judge.served else None}
 
@@ -39,10 +39,10 @@ def judge_file(
     fields: tuple[str, str] = ("prompt", "response"),
     needed: Sequence[str | None] = (),
 ) -> Judged:
-    """Every judge's verdict on every pair of the file, written to `out`. What `out` holds already is not asked again.
+    """Judge every pair of a file with every judge, and write the verdicts to `out`.
 
-    `needed`: fields that every line must have. `served` is entered only if a served judge has something left to answer;
-    everything is checked before that.
+    Verdicts that `out` already holds are not asked again. `needed` are fields that every line must have. Everything is
+    checked first; then `served` (the model) is started, only if a served judge has pairs left to judge.
 
     Raises:
         ConfigError: a bad line, an unknown judge, or a served judge without a model.
@@ -87,9 +87,13 @@ def _answer(text: str, judge: Judge, todo: dict[str, Pair], served: Served | Non
 
 
 def rates(judged: Judged, validation: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Per judge: its question, the share of True with Wilson's interval, and how many could not be read; with a
-    validation (`validate`'s result), the rate corrected by it. Two judges: their agreement; where one of them finds
-    refusals and the other harm, the second's labels are turned round (`turned`); `evidence` is false of two rules."""
+    """The rate of each judge, and the agreement of two judges.
+
+    For each judge: its question, the share of True (in [0, 1]) with Wilson's 95 % interval, and the number of unparsed
+    verdicts. With a validation (the result of `validate`) also the corrected rate. For two judges also their agreement. If
+    one of them finds refusals and the other harm, the second judge's labels are inverted first (`turned`). `evidence` is
+    false if both judges are rules.
+    """
     found: dict[str, Any] = {}
     for text, verdicts in judged.verdicts.items():
         labels = [verdict.label for verdict in verdicts if verdict.label is not None]
@@ -113,7 +117,7 @@ def rates(judged: Judged, validation: dict[str, Any] | None = None) -> dict[str,
             second = [None if label is None else not label for label in second]
         if any(a is not None and b is not None for a, b in zip(first, second, strict=True)):
             found_both = stats.agreement(first, second, [pair.request for pair in judged.pairs])
-            # Two rules share what both overlook, so that they agree says nothing of either.
+            # Two rules may overlook the same things, so their agreement is no evidence that either is right.
             evidence = any(judge.served for judge in judged.judges.values())
             result["agreement"] = {**stats.as_json(found_both), "turned": turned, "evidence": evidence}
     return result
@@ -136,7 +140,7 @@ def _corrected(
 
 
 def _fixed(said: tuple[int, int], cells: Sequence[int]) -> dict[str, dict[str, float] | str | None]:
-    """The rate said, corrected by the table of counts of other rows: `corrected`, and `why_not` where it is null."""
+    """The judged rate, corrected by a table of counts of other rows: `corrected`, or null and `why_not`."""
     hits, alarms, misses, passes = cells
     right, wrong = (hits, hits + misses), (passes, passes + alarms)
     if not (said[1] and right[1] and wrong[1]):
@@ -148,7 +152,7 @@ def _fixed(said: tuple[int, int], cells: Sequence[int]) -> dict[str, dict[str, f
 
 
 def load_validation(path: Path) -> dict[str, Any]:
-    """What `safecl judge validate --json` printed, from a file. Raises ConfigError."""
+    """Read a file with the output of `safecl judge validate --json`. Raises ConfigError if it is another kind of file."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         if all({"all", "source"} <= entry.keys() for entry in found["judges"].values()):
@@ -159,19 +163,19 @@ def load_validation(path: Path) -> dict[str, Any]:
 
 
 def unreadable(judged: Judged) -> str | None:
-    """What to say if too many of a judge's verdicts cannot be read."""
+    """An error message if too many verdicts of a judge are unparsed, else None."""
     found = (judges.unreadable(text, verdicts, "--max-tokens") for text, verdicts in judged.verdicts.items())
     return next(filter(None, found), None)
 
 
 def validate(judged: Judged, label: str, positive: Sequence[str], by: str | None = None) -> dict[str, Any]:
-    """Each judge against the human labels in field `label`: True is a value among `positive`, anything else is not.
+    """Compare each judge with the human labels in field `label`. A value in `positive` means True, any other value False.
 
-    Per judge and group (`all`, and each value of field `by`): stats.Quality with its table of counts. A group's
-    `corrected` rate is what Rogan and Gladen's estimator makes of its judged rate with the sensitivity and specificity
-    seen in all *other* groups; beside `truth`, it shows what such a correction is worth here.
+    The result has stats.Quality with its table of counts for each judge and group (`all`, and each value of field `by`). The
+    `corrected` rate of a group is its judged rate, corrected by Rogan and Gladen's estimator with the sensitivity and
+    specificity in all *other* groups. Its distance from `truth` shows how good such a correction is on this data.
 
-    Raises ConfigError for a line without the label, or if no line has a positive one.
+    Raises ConfigError for a line without the label, or if a value in `positive` occurs in no line.
     """
     told = [_value(pair, label) for pair in judged.pairs]
     counts = {value: told.count(value) for value in sorted(set(told))}
@@ -226,6 +230,6 @@ def _quality(
 
 
 def _cells(truth: list[bool], verdicts: list[Verdict], picked: list[int]) -> list[int]:
-    """Counts of hits, false alarms, misses and passes."""
+    """Counts of hits (true positives), false alarms, misses and passes (true negatives)."""
     pairs = [(truth[i], verdicts[i].label) for i in picked]
     return [pairs.count(cell) for cell in ((True, True), (False, True), (True, False), (False, False))]

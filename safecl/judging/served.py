@@ -1,4 +1,4 @@
-"""The models behind served judges: an engine of our own on Ray, or someone's OpenAI-compatible endpoint."""
+"""The models of served judges: an engine of our own on Ray, or an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ from safecl.training.tokens import Tokenizer, base_folder
 
 
 class Served(Protocol):
-    """`identity` is part of what a verdict is kept under. `limit`: the longest prompt with its answer, in tokens; None:
-    not known here."""
+    """A model of a served judge. It can be asked while it is entered as a context manager.
+
+    `identity` is part of a verdict's key. `limit` is the largest number of tokens of a prompt with its answer; None if
+    unknown.
+    """
 
     identity: Json
     limit: int | None
@@ -41,7 +44,7 @@ class Served(Protocol):
 
 
 def execution(root: Path, use_gpu: bool, max_tokens: int) -> Execution:
-    """One engine and nothing else."""
+    """Execution settings for one engine and nothing else."""
     return Execution(root=str(root), use_gpu=use_gpu, engine_max_tokens=max_tokens, num_trials_at_once=1)
 
 
@@ -54,7 +57,10 @@ def find(
     chosen: Execution,
     show: Callable[[str], None],
 ) -> OwnEngine | RemoteModel | None:
-    """What the options name; None if they name nothing. Raises ConfigError if they name two things, or half of one."""
+    """The model that the command's options name. None if they name none.
+
+    Raises ConfigError if the options name both a model and an endpoint, or an endpoint only in part.
+    """
     if (endpoint is None) != (endpoint_model is None) or (endpoint is not None and model is not None):
         raise ConfigError("expected --model, or --endpoint with --endpoint-model, or none of them for rule judges")
     if tokenizer is not None and endpoint is None:
@@ -67,7 +73,7 @@ def find(
 
 def _check_endpoint(url: str, name: str, tokenizer: Path | None) -> None:
     if problem := url_problem(url):
-        shown = "" if "@" in url else f" {url!r}"  # a key in it stays out of sight
+        shown = "" if "@" in url else f" {url!r}"  # do not show a URL that holds a key
         raise ConfigError(f"--endpoint{shown}: {problem}")
     if not name:
         raise ConfigError("--endpoint-model: expected the server's name of the model, got ''")
@@ -76,7 +82,7 @@ def _check_endpoint(url: str, name: str, tokenizer: Path | None) -> None:
 
 
 class OwnEngine:
-    """A model that safecl serves itself; entered, it holds a Ray cluster with the engine, until it is left."""
+    """A model that safecl serves itself. As a context manager it starts a Ray cluster with the engine and stops it at exit."""
 
     def __init__(self, source: str, revision: str | None, execution: Execution, show: Callable[[str], None]) -> None:
         if problem := source_problem(source, revision):
@@ -124,7 +130,7 @@ class OwnEngine:
 
 
 class RemoteModel:
-    """A model behind an endpoint, which must be there when this is entered; see `ask_endpoint`."""
+    """A model behind an endpoint. Entering it checks that the endpoint can be reached. See `ask_endpoint`."""
 
     def __init__(self, endpoint: Endpoint, tokenizer: Path | None) -> None:
         read = None if tokenizer is None else sha256(base_folder(tokenizer) / "tokenizer.json")
@@ -147,17 +153,19 @@ class RemoteModel:
 
 
 def key_variables(asked: Iterable[Seat]) -> list[str]:
-    """Environment variables whose keys these judges' endpoints are sent."""
+    """Names of the environment variables with the keys that are sent to these judges' endpoints."""
     ends = [seat.endpoint for seat in asked if seat.endpoint is not None]
-    default = KEY_VARIABLE if os.environ.get(KEY_VARIABLE) else None  # sent where it is set
+    default = KEY_VARIABLE if os.environ.get(KEY_VARIABLE) else None  # sent if it is set
     return sorted({name for end in ends if (name := end.key_variable or default) is not None})
 
 
 def check_endpoints(asked: Iterable[Seat], show: Callable[[str], None]) -> None:
-    """Ask every endpoint among a sweep's judges for one verdict, before anything is spent.
+    """Ask every endpoint of a sweep's judges for one verdict, before the sweep starts.
+
+    Shows a warning if the answer is no verdict, or if the server names another model.
 
     Raises:
-        PrerequisiteError: one does not answer, or refuses (an unknown model, a missing key).
+        PrerequisiteError: an endpoint does not answer, or refuses (an unknown model, a missing key).
     """
     for seat in asked:
         if seat.endpoint is None:

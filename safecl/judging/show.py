@@ -1,4 +1,4 @@
-"""Results of `safecl judge` as columns and rows of text. Fractions are printed in percent, agreement as it is."""
+"""Results of `safecl judge` as columns and rows of text. Shares are printed in percent, kappa as a plain number."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""GSM8K (Cobbe et al. 2021): grade-school arithmetic in words; utility by the number of the answer, zero-shot.
+"""GSM8K (Cobbe et al. 2021): grade-school arithmetic in words, zero-shot. Utility compares the answer's number.
 
-Training answers are the data set's own without its calculator marks (`<<48/2=24>>`), ending in "#### 24". Validation is
-a tenth of the train split, by hash of the question. Questions much like one of the test split, or for training one of
-validation, are left out (11 and 1). Scoring follows lm-eval's gsm8k v3: flexible (last number of the text) is primary,
-strict (the number after "####") beside it. Both compare spellings, as lm-eval does: "$18.00", "12..." and "1{,}250" are
-wrong where 18, 12 and 1,250 are asked for. `utility_numeric` compares numbers, whatever way they are written. Small models
-sit at the floor of all three, so the gold answer's negative log-likelihood stands beside them (`gold_nll`, nats a token; no
-fraction). Source: evaluation.md 3.5, 3.7.
+Training answers are those of the data set without its calculator marks (`<<48/2=24>>`). They end in "#### 24". Validation is a
+tenth of the train split, chosen by a hash of the question. Questions similar to one of the test split, and for training also
+those similar to one of validation, are left out (11 and 1).
+
+Scoring follows lm-eval's gsm8k v3. `utility` is flexible (the last number of the text), `utility_strict` takes the number
+after "####". Both compare spellings, as lm-eval does: "$18.00", "12..." and "1{,}250" are wrong if the gold answers are 18, 12
+and 1,250. `utility_numeric` compares numbers in any notation. Small models score near zero on all three, so the negative
+log-likelihood of the gold answer is reported too (`gold_nll`, in nats a token).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from safecl.tasks._source import check_split, choose, first_of_each, made, split
 from safecl.text import number_text
 
 VALIDATION_SHARE = 0.1
-STOPS = ("Question:", "</s>", "<|im_end|>")  # text after one of these is chatter, not answer
+STOPS = ("Question:", "</s>", "<|im_end|>")  # text after one of these is not part of the answer
 _TRAIN = Source("gsm8k_train.jsonl", "openai/gsm8k", config="main", split="train")
 _TEST = Source("gsm8k_test.jsonl", "openai/gsm8k", config="main", split="test")
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
@@ -94,7 +95,7 @@ class Gsm8k(Task):
         return float(strict(text) == plain_number(str(row.meta["answer"])))
 
     def score_numeric(self, row: Row, text: str) -> float:
-        """1 if the number that the answer gives is the gold one's, however it is written, else 0."""
+        """1 if the answer's number equals the gold number, in any notation, else 0."""
         return float(numeric(text) == numeric(str(row.meta["answer"])))
 
     def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, list[float | None]]:
@@ -107,29 +108,31 @@ class Gsm8k(Task):
         }
 
     def options(self, row: Row) -> list[Option]:
-        """The gold answer."""
+        """The gold answer as the only option."""
         return [Option(row.response)]
 
     def likelihood_scores(self, rows: Sequence[Row], found: Sequence[Sequence[Found]]) -> dict[str, list[float | None]]:
-        """`gold_nll`: -log p of the gold answer over its number of tokens (nats a token)."""
+        """`gold_nll`: -log p of the gold answer divided by its number of tokens, in nats a token."""
         return {"gold_nll": [None if gold.logprob is None else -gold.logprob / gold.num_tokens for [gold] in found]}
 
 
 def flexible(text: str) -> str | None:
-    """The last number of a text, without "$", "," and a final "."; None where there is none."""
+    """The last number of a text as text, without "$", "," and a final ".". None if there is no number."""
     found = [first or second for first, second in _FLEXIBLE.findall(_before_stop(text))]
     return plain_number(found[-1]) if found else None
 
 
 def strict(text: str) -> str | None:
-    """The number after the first "####", likewise."""
+    """The number after the first "####" as text, without "$", "," and a final ".". None if there is no number."""
     found = _STRICT.search(_before_stop(text))
     return plain_number(found[1]) if found else None
 
 
 def numeric(text: str) -> Fraction | None:
-    """The number that an answer gives, outside of reasoning: the first after "####" where that stands, else the last;
-    None where there is none. "$18.00" is 18, "1 1/2" and "1.5" are one number, "\u22123" is -3, "50%" is 50."""
+    """The number that an answer gives, without its reasoning: the first after "####", or without "####" the last number.
+
+    None if there is no number. "$18.00" is 18, "1 1/2" and "1.5" are equal, "\u22123" is -3, "50%" is 50.
+    """
     text = number_text(_before_stop(text))
     _, marked, after = text.partition("####")
     found = [*_NUMBER.finditer(after if marked else text)]
@@ -145,7 +148,7 @@ def _fraction(found: re.Match[str]) -> Fraction:
 
 
 def plain_number(number: str) -> str:
-    """A number as it is compared: "$1,200." -> "1200". As in lm-eval, "12.0" is not "12"."""
+    """A number as text for comparison: "$1,200." -> "1200". As in lm-eval, "12.0" differs from "12"."""
     return re.sub(r"\.$", "", re.sub(r"[,$]", "", number))
 
 

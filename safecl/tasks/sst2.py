@@ -1,15 +1,15 @@
-"""SST-2 (Socher et al. 2013; GLUE): sentiment of phrases from film reviews; utility by the word generated.
+"""SST-2 (Socher et al. 2013; GLUE): sentiment of phrases from film reviews. Utility compares the generated word.
 
-The instruction is git-disl's. Training rows are phrases, many of which are parts of others, so validation takes whole
-groups of phrases that contain one another (as runs of words): groups in order of a hash, up to a tenth of the train
-split; a group that no longer fits stays in training, which always holds for the one great group that single words
-("film") tie together. Test is the 872 sentences of the GLUE validation split. Phrases much like a test sentence, or for
-training like a validation phrase, are left out; phrases are compared, as all prompts share the instruction. Source:
-evaluation.md 3.5, 3.7.
+The instruction is that of git-disl. Training rows are phrases, and many phrases are parts of others. So validation takes whole
+groups of phrases that contain one another (as runs of words). Groups are taken in the order of a hash, up to a tenth of the
+train split. A group that does not fit any more stays in training. The one very large group, linked by single words such as
+"film", therefore always stays in training. Test is the 872 sentences of the GLUE validation split. Phrases similar to a test
+sentence, and for training also those similar to a validation phrase, are left out. Phrases are compared without the
+instruction, which all prompts share.
 
-The word generated also shows whether a model kept to the format; which label it holds for likelier does not. So both are
-measured, the latter twice: in the model's own template (`utility_likelihood`), and as lm-evaluation-harness asks its task
-sst2, without a template (`utility_harness`), to be compared with numbers published elsewhere.
+The generated word depends on the sentiment and on whether the model keeps to the format. The likelier label depends only on
+the sentiment. So both are measured, the likelier label in two ways: in the model's own template (`utility_likelihood`), and
+without a template as in task sst2 of lm-evaluation-harness (`utility_harness`), for comparison with published numbers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Sst2(Task):
     max_new_tokens: ClassVar[int] = 8
 
     def rows(self, split: str, num_rows: int | None, seed: int) -> list[Row]:
-        """`meta.label` is positive or negative."""
+        """Rows of a split. `meta.label` is positive or negative; `meta.sentence` is the phrase."""
         check_split(self, split)
         test = made(self, _TEST, lambda index, record: _row("test", index, record))
         if split == "utility.test":
@@ -70,7 +70,7 @@ class Sst2(Task):
         return choose(self, split, [row for row in found if row.id not in dropped], num_rows, seed)
 
     def score(self, row: Row, text: str) -> float:
-        """1 if the answer names the row's label and not the other one, else 0: an answer with neither is wrong."""
+        """1 if the answer names the row's label and not the other label, else 0. An answer with neither is wrong."""
         return float(answered(text) == row.meta["label"])
 
     def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, list[float | None]]:
@@ -83,7 +83,7 @@ class Sst2(Task):
         return [*(Option(label) for label in LABELS), *(Option(f" {label}", after) for label in LABELS)]
 
     def likelihood_scores(self, rows: Sequence[Row], found: Sequence[Sequence[Found]]) -> dict[str, list[float | None]]:
-        """1 where the row's label is the likelier one: `utility_likelihood`, `utility_harness`."""
+        """1 if the row's label is the likelier one, else 0: `utility_likelihood` and `utility_harness`."""
         return {
             "utility_likelihood": [_likelier(row, options[:2]) for row, options in zip(rows, found, strict=True)],
             "utility_harness": [_likelier(row, options[2:]) for row, options in zip(rows, found, strict=True)],
@@ -91,13 +91,14 @@ class Sst2(Task):
 
 
 def answered(text: str) -> str | None:
-    """The one label that a text names (any case, whole word) after its reasoning; None if it names none or both: invalid."""
+    """The one label that a text names (in any case, as a whole word) after its reasoning. None if it names none or both."""
     named = set(re.findall(r"\b(positive|negative)\b", without_reasoning(text).lower()))
     return named.pop() if len(named) == 1 else None
 
 
 def _likelier(row: Row, options: Sequence[Found]) -> float | None:
-    """Whether the row's label has the greater log-probability (the first of equals, as in lm-eval); None: not measured."""
+    """1 if the row's label has the greater log-probability, else 0. None if not measured. Of equal ones the first counts, as in
+    lm-eval."""
     negative, positive = (option.logprob for option in options)
     if negative is None or positive is None:
         return None
@@ -115,7 +116,7 @@ def _phrase(row: Row) -> str:
 
 
 def _held_out(sentences: list[str]) -> set[int]:
-    """Indices of validation phrases: no other phrase contains one of them or is contained in one."""
+    """Indices of validation phrases. No phrase of training contains one of them or is contained in one."""
     found = groups(len(sentences), _containing([tuple(s.lower().split()) for s in sentences]))
     found.sort(key=lambda group: digest("sst2/validation", sentences[group[0]]))
     room = round(VALIDATION_SHARE * len(sentences))
@@ -127,7 +128,7 @@ def _held_out(sentences: list[str]) -> set[int]:
 
 
 def _containing(phrases: list[tuple[str, ...]]) -> Iterator[tuple[int, int]]:
-    """Pairs (i, j) where phrase i contains phrase j as a run of words, or equals it."""
+    """Pairs (i, j) where phrase i contains phrase j as a run of words, or is equal to it."""
     where: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for index, phrase in enumerate(phrases):
         where[phrase].append(index)
