@@ -1,12 +1,12 @@
-"""The answers behind a report's numbers: prompt, every method's answer and what was measured of it, in chunks.
+"""The answers behind a report's numbers, in chunks: each prompt with every method's answer and its metrics.
 
-A chunk holds the answers of one model, task, poison ratio, seed and set of prompts, methods side by side. Base and aligned
-stand in the chunks of every ratio. As JSON:
+A chunk holds the answers of all methods for one model, task, poison ratio, seed and set of prompts. Base and aligned are in
+the chunks of every ratio. As JSON:
 
     {"metrics": ["asr", ..], "methods": ["base", ..], "prompts": [{"id", "prompt", "reference",
      "answers": [{"text", "cut", "values": [1.0, ..], "why"} or null, a method each]}]}
 
-A value is null where a verdict could not be read, and absent (`-1`) where the metric is not measured of such a prompt.
+A value is null if the verdict is unparsed, and `-1` if the metric is not measured on such a prompt.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ if TYPE_CHECKING:
     from safecl.project import Project
 
 ABSENT = -1
-INLINE = 1_500_000  # bytes: a page holds the answers of a small sweep itself
+INLINE = 1_500_000  # most bytes of answers that a page itself holds
 
 
 def answers(project: Project, job: Job) -> Iterator[dict[str, Any]]:
-    """Every answer of a finished trial: `role`, `set`, `id`, `prompt`, `reference`, `answer`, `finish`, and `generation`, the
-    key of the stage that holds it."""
+    """Yield every answer of a finished trial.
+
+    Keys: `role`, `set`, `id`, `prompt`, `reference`, `answer`, `finish`, and `generation` (the key of the stage that holds the
+    answer).
+    """
     inputs = job.evidence.metrics.inputs
     for name, stage in inputs.items():
         prefix, _, what = name.rpartition(".")
@@ -46,7 +49,7 @@ def answers(project: Project, job: Job) -> Iterator[dict[str, Any]]:
 
 
 class _Read:
-    """Answers of a job by set, and what was measured of them; read once for all chunks that show them."""
+    """Answers of a job by set, with their metrics. Read once for all chunks that show them."""
 
     def __init__(self, project: Project, job: Job, shown: Collection[str]) -> None:
         self.values: dict[tuple[str, str], dict[str, Any]] = {}
@@ -76,7 +79,7 @@ class _Read:
 
 
 def chunks(project: Project, shown: Collection[str]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """(where, chunk) of every finished final trial. `shown`: the metrics that may be printed (see facts.readable)."""
+    """Yield (where, chunk) of the finished final trials. `shown`: the metrics that may be printed (see facts.readable)."""
     groups: dict[tuple[str, str], list[Any]] = {}
     for cell, _, jobs, _ in project.finals():
         groups.setdefault((cell.recipe.model.name, cell.task), []).append((cell, jobs))

@@ -1,4 +1,4 @@
-"""The lines below a report's tables: what every number rests on."""
+"""The lines below a report's tables, which explain the numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BOLD = "Bold: best value at its poison ratio, base and aligned apart. Emphasis, 
 
 
 def caption(rows: Sequence[Row], facts: Facts) -> list[str]:
-    """What every number rests on, a line each: direction, seeds, marks, judges, unparsed verdicts, prompts, templates."""
+    """Lines that explain the numbers: direction, seeds, marks, judges, unparsed verdicts, prompts, templates."""
     shown = [column.metric for column in columns(rows, facts)]
     ends = [(capital(", ".join(names)), end) for end, better in (("lower", "low"), ("higher", "high"))
             if (names := [metric.title for metric in shown if metric.better == better and metric.unit == "%"
@@ -44,7 +44,7 @@ def caption(rows: Sequence[Row], facts: Facts) -> list[str]:
 
 
 def legend(rows: Sequence[Row], facts: Facts) -> list[str]:
-    """What the marks mean; nothing where no row has a contrast."""
+    """Lines that explain the marks. Empty if no row has a contrast."""
     if not any(_tested(row) for row in rows):
         return []
     shown = [column.metric for column in columns(rows, facts) if column.metric.margin]
@@ -100,7 +100,7 @@ def _unparsed(rows: Sequence[Row], facts: Facts) -> str:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What a single row has to say."""
+    """The notes of single rows, one line each."""
     return [f"{row['method']} ({_where(row)}): {row['note']}" for row in rows if row.get("note")]
 
 
@@ -109,7 +109,7 @@ def _where(row: Row) -> str:
 
 
 def params(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """(row, its hyperparameters) for every row that has any."""
+    """(row, its hyperparameters) as text, for every row that has hyperparameters."""
     named = []
     for row in rows:
         if row.get("params"):
@@ -119,5 +119,5 @@ def params(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def short(value: Json) -> str:
-    """A hyperparameter, to be read."""
+    """A hyperparameter's value as short text (numbers with 4 digits)."""
     return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)

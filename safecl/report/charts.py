@@ -1,8 +1,8 @@
-"""A page's charts as Vega-Lite specifications: plain dicts, drawn by the page. Percent is shown here as in the tables.
+"""Charts of a page as Vega-Lite specifications: plain dicts that the page draws. Shares are in percent, as in the tables.
 
-Text and grid take the page's own colour (`currentColor`), so that one drawing serves light, dark and print. A method has one
-colour and one shape everywhere; base and aligned are grey. 8 colours that colour-blind readers tell apart and 8 shapes give
-64 methods each their own pair.
+Text and grid have the page's own colour (`currentColor`), so that one drawing works in light mode, dark mode and print. A
+method has the same colour and shape in every chart; base and aligned are grey. 8 colours that colour-blind readers can
+distinguish and 8 shapes give a different pair to each of 64 methods.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from safecl.graph import REFERENCES
 from safecl.objective import hypervolume, pareto_front
 from safecl.report.tables import Block, Facts, Row, groups
 
-SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # names the language; nothing is fetched
-# Okabe and Ito's.
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # identifies the language; nothing is downloaded
+# The palette of Okabe and Ito, with two other colours at the end.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#9A6324", "#7A4B94")
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left")
 _GREY = "#8A8F98"
-_POINTS = 40  # of a training curve: what can be told apart at its width
+_POINTS = 40  # points of a training curve; more cannot be distinguished at its width
 
 
 class Chart(NamedTuple):
-    """A drawing with its title and one line below it."""
+    """A chart with its title and a caption of one line."""
 
     title: str
     caption: str
@@ -37,7 +37,7 @@ Spec = dict[str, Any]
 
 
 def scales(methods: Sequence[str]) -> dict[str, Spec]:
-    """Encodings of colour and shape by method, the same in every chart."""
+    """Vega-Lite encodings of colour and shape by method. They are the same in every chart."""
     own = [method for method in methods if method not in REFERENCES]
     colour = {method: _COLOURS[i % 8] for i, method in enumerate(own)}
     shape = {method: _SHAPES[(i + i // 8) % 8] for i, method in enumerate(own)}
@@ -71,7 +71,7 @@ def _chart(data: Sequence[Mapping[str, Any]], **spec: Any) -> Spec:
 
 
 def _ends(row: Row, name: str, key: str) -> dict[str, Any] | None:
-    """A metric's value and interval in percent, under `key`, `key_low` and `key_high`; None without a value."""
+    """A metric's value and interval in percent, under `key`, `key_low` and `key_high`. None without a value."""
     found = row["metrics"].get(name)
     if found is None or found.get("value") is None:
         return None
@@ -81,8 +81,11 @@ def _ends(row: Row, name: str, key: str) -> dict[str, Any] | None:
 
 
 def front(rows: Sequence[Row], facts: Facts) -> list[Chart]:
-    """Harm against use, a chart per model, task and poison ratio, with intervals, the Pareto front and its hypervolume. A
-    hollow mark is the stricter count of harm (coherent ASR), where that is another."""
+    """Charts of harm against usefulness, one for each model, task and poison ratio.
+
+    They show intervals, the Pareto front and its hypervolume. A hollow mark is the stricter measure of harm (coherent ASR),
+    drawn if it differs.
+    """
     harm, use = metrics.plane()
     strict = next((m.name for m in metrics.METRICS if m.where_differ == (harm.name, m.name)), "")
     encoding, charts = scales(methods_of(rows)), []
@@ -103,7 +106,7 @@ def front(rows: Sequence[Row], facts: Facts) -> list[Chart]:
 
 
 def panels(rows: Sequence[Row]) -> dict[tuple[str, str], dict[float, list[Row]]]:
-    """Rows by (model, task), then by poison ratio; base and aligned stand in every ratio's panel."""
+    """Rows by (model, task), then by poison ratio. Base and aligned are in the panel of every ratio."""
     found = {}
     for key, members in groups(rows).items():
         ratios = sorted({float(r["poison"]) for r in members if r["method"] not in REFERENCES} or {0.0})
@@ -114,7 +117,8 @@ def panels(rows: Sequence[Row]) -> dict[tuple[str, str], dict[float, list[Row]]]
 
 
 def _volume(members: Sequence[Row]) -> tuple[str, str]:
-    """Share of the unit square (1 - harm, use) that some method reaches, and its t-interval over seeds, in words."""
+    """Hypervolume as text: the share of the unit square (1 - harm, use) that the methods dominate, in [0, 1], and its mean
+    with a 95 % t-interval over seeds."""
     from scipy.special import stdtrit  # scipy.stats takes a second to import
 
     harm, use = metrics.plane()
@@ -178,9 +182,12 @@ def _front(points: list[dict[str, Any]], harm: str, use: str, encoding: Mapping[
 
 
 def fronts(rows: Sequence[Row]) -> list[Chart]:
-    """What searches with several objectives tried, on validation prompts: a chart for each search and further objective,
-    against the maximised one. A row of such a search has `search`: `{"objectives": [name, ..], "tried": [{"number", "values":
-    {name: float}, "feasible", "is_front", "is_taken"}]}`; rows that are run of one front share it."""
+    """Charts of all trials of searches with several objectives, on validation prompts.
+
+    There is one chart for each search and further objective, drawn against the first objective. A row of such a search has
+    `search`: `{"objectives": [name, ..], "tried": [{"number", "values": {name: float}, "feasible", "is_front",
+    "is_taken"}]}`. Rows from the same front share it.
+    """
     charts, done = [], set[str]()
     for row in rows:
         found = row.get("search") or {}
@@ -216,7 +223,8 @@ def fronts(rows: Sequence[Row]) -> list[Chart]:
 
 
 def by_setting(rows: Sequence[Row], facts: Facts, key: str, title: str) -> list[Chart]:
-    """Harm by a number that rows differ in (`poison`, `memory`), a chart per model and task where it has several values."""
+    """Charts of harm by a number that differs between rows (`poison`, `memory`), one for each model and task with several
+    values of it."""
     harm, encoding, charts = metrics.plane()[0], scales(methods_of(rows)), []
     for (model, task), members in groups(rows).items():
         points = []
@@ -250,7 +258,7 @@ def by_setting(rows: Sequence[Row], facts: Facts, key: str, title: str) -> list[
 
 
 def dots(blocks: Sequence[Block]) -> list[Chart]:
-    """Every metric of the main table with its interval: one chart a block, a panel a metric."""
+    """Charts of every metric of the main table with its interval: one chart for each block, one panel for each metric."""
     charts = []
     for block in blocks:
         points = []
@@ -285,8 +293,10 @@ def dots(blocks: Sequence[Block]) -> list[Chart]:
 
 
 def curves(runs: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Training curves, a chart for each logged quantity. Of many runs, each method is its median in the band of its middle half;
-    single runs are thin, and the one under the pointer is named.
+    """Charts of training curves, one for each logged quantity.
+
+    With many runs, each method is drawn as its median with a band of its middle half. Single runs are thin lines, and the run
+    under the pointer is named.
 
     `runs`: `{"run": name, "method", "points": [{"step", name: float, ..}]}`.
     """
@@ -305,7 +315,7 @@ def curves(runs: Sequence[Mapping[str, Any]]) -> list[Chart]:
         y = _axis("y", name.replace("_", " "), scale={"zero": False, "nice": True})
         few = len(runs) <= 8
         layers: list[Spec] = [
-            # A click on a name in the legend leaves its method alone.
+            # A click on a name in the legend shows only that method.
             {"params": [{"name": "picked", "select": {"type": "point", "fields": ["method"]}, "bind": "legend"}],
              "mark": {"type": "line", "strokeWidth": 1.4 if few else 0.6},
              "encoding": {"x": x, "y": y, "detail": {"field": "run"}, "color": encoding["color"],
@@ -342,15 +352,15 @@ def _is_number(value: Any) -> bool:
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most _POINTS points: the mean of each stretch, at its middle."""
+    """At most _POINTS points: each is the mean of a stretch of points."""
     size = -(-len(points) // _POINTS) or 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [(mean(step for step, _ in part), mean(value for _, value in part)) for part in parts]
 
 
 def search(found: Mapping[str, Any]) -> list[Chart]:
-    """Of one search: its history, the feasible region over its two most important parameters, their importance, and all
-    trials as parallel coordinates."""
+    """Charts of one search: its history, the feasible region over its two most important parameters, the importance of all
+    parameters, and all trials as parallel coordinates."""
     trials, space = found["trials"], found["space"]
     metric = metrics.of(found["maximise"]) if found["maximise"] in metrics.names() else None
     title = found["maximise"] if metric is None else metric.title
@@ -408,7 +418,8 @@ def _parallel(
     title: str,
     state: Spec,
 ) -> Chart:
-    """Every axis is scaled to its own range; a choice stands at its place in the list."""
+    """A chart in parallel coordinates. Every axis is scaled to its own range. A choice is placed by its position in the
+    list."""
     lines = []
     values = [point["value"] for point in points]
     low, high = min(values), max(values)
@@ -431,7 +442,7 @@ def _parallel(
 
 
 def _place(value: Any, form: Any) -> float:
-    """Where a value lies in its range, from 0 to 1."""
+    """The position of a value in its range, in [0, 1]."""
     if isinstance(form, list | tuple):
         return form.index(value) / max(1, len(form) - 1) if value in form else 0.0
     low, high, at = float(form["low"]), float(form["high"]), float(value)
@@ -441,7 +452,7 @@ def _place(value: Any, form: Any) -> float:
 
 
 def cost(found: Mapping[str, Any]) -> list[Chart]:
-    """Seconds of one trial's own stages, by method."""
+    """A chart of the time of one trial's own stages, in minutes, by method."""
     points = [{"method": each["method"], "minutes": each["mean"] / 60} for each in found["methods"] if each["mean"] > 0]
     if not points:
         return []

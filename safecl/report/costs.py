@@ -1,4 +1,4 @@
-"""What a sweep cost, by method, and what sharing saved: from the records of its stages."""
+"""The time that a sweep took, by method, and the time that sharing stages saved, from the records of its stages."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 
 
 def costs(project: Project) -> dict[str, Any]:
-    """Seconds of finished trials. `methods`: of each, how many trials, the seconds of stages that only they needed, and of
-    one on average; `spent`: of all stages, each once; `alone`: had every trial run all of its stages itself."""
+    """Seconds of finished trials.
+
+    `methods`: for each method the number of trials, the seconds of stages that only its trials needed, and the mean for one
+    trial. `spent`: seconds of all stages, each counted once. `alone`: seconds if every trial had run all of its stages itself.
+    """
     seconds: dict[str, float] = {}
 
     def of(stage: Any) -> float:
@@ -40,7 +43,7 @@ def costs(project: Project) -> dict[str, Any]:
 
 
 def _finished(project: Project) -> list[tuple[str, Job]]:
-    """Finished trials of searches, and final ones; what a search did not finish is not counted."""
+    """Finished trials of searches and finished final trials. Unfinished trials are not counted."""
     found = []
     for cell, _, jobs, _ in project.finals():
         study = project.past(cell)

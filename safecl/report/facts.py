@@ -1,4 +1,4 @@
-"""What a reader must know to read a table: who judged and how well, prompts, settings, what differs from what was asked."""
+"""Facts that a reader needs to understand a table: the judges and how good they are, prompts, settings, and deviations."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ ADAPTERS = {
     "stack": "stack: stage one's adapter is folded into the base, stage two trains a fresh one on top",
     "none": "a fresh one, on a model that is aligned already",
 }
-MAX_MERGE_LOSS = 0.01  # share of a finetune's KL from where it started
-# Trained against served, in nats: the mean difference of a token's log-probability that rounding explains. Another function
-# (a soft cap left out, another window) is off by tenths and more.
+MAX_MERGE_LOSS = 0.01  # most that a merge may lose, as a share of the finetune's KL from its start
+# Largest mean difference (nats a token) between trained and served log-probabilities that rounding can explain. A different
+# function (a missing soft cap, another attention window) differs by 0.1 and more.
 MAX_SERVED_MEAN = {"float32": 0.002, "bfloat16": 0.08}
-# Of a model's share of harmful answers, from one guard to another: above it, they measure different things.
+# Largest difference in a model's share of harmful answers between two guards. Above it, they measure different things.
 MAX_SWING = 1 / 3
 ROLES = {"attack": "attack", "benign": "look-alike benign", "utility": "utility"}  # in words
 
 
 def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
-    """What a reader must know to read the rows; every form of the report prints it."""
+    """The facts that a reader needs to understand the rows. Every form of the report prints them."""
     sweep = project.sweep
     libraries = {text for row in rows for text in row["libraries"]}
     notes = []
@@ -107,7 +107,7 @@ def facts(project: Project, rows: list[dict[str, Any]]) -> Facts:
 
 
 def _texts(sweep: Sweep) -> dict[str, str]:
-    """The texts around requests that are not the models' own."""
+    """The templates around requests that are not the models' own."""
     found = {f"text around requests of {task.task} in training": task.template for task in sweep.tasks}
     found["text around requests in evaluation"] = sweep.evaluate.template
     return {where: repr(text) for where, text in found.items() if text is not None}
@@ -127,7 +127,7 @@ def _where(row: dict[str, Any]) -> str:
 
 
 def answered_otherwise(project: Project) -> list[str]:
-    """A line for each judge behind an endpoint whose server says that another model answered, or several."""
+    """One line for each endpoint judge whose server reports another model, or several models."""
     found: dict[str, set[str]] = {}
     for _, _, jobs, _ in project.finals():
         for stage in (judged for job in jobs for judged in job.evidence.judged if "remote" in judged.config):
@@ -144,7 +144,7 @@ def answered_otherwise(project: Project) -> list[str]:
 
 
 def _served(model: Model, found: list[dict[str, Any]]) -> list[str]:
-    """Whether the model that was trained is the one that answered; nothing where that was not measured."""
+    """Lines on whether the trained model is the one that answered. Empty if that was not measured."""
     if not found:
         return []
     num, mean = sum(one["tokens"] for one in found), max(one["mean"] for one in found)
@@ -161,7 +161,7 @@ def _served(model: Model, found: list[dict[str, Any]]) -> list[str]:
 
 
 def _num_prompts(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """Prompts by what they are, counted by a metric of theirs alone."""
+    """Number of prompts by kind, counted from a metric that is measured only on that kind."""
     found: dict[str, int] = {}
     for row in rows:
         having = [metric for metric in metrics.METRICS if metric.name in row["metrics"]]
@@ -173,9 +173,12 @@ def _num_prompts(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
-    """One line: how often a judge of harm that is a model agreed with true labels of held-out pairs (guards trained here,
-    also where another judge decides) and with an independent rule on this sweep's own answers. That two rules agree says
-    nothing of either."""
+    """One line on the agreement of the judge of harm, if it is a model.
+
+    It gives the agreement with true labels of held-out pairs (for guards trained here, also if another judge decides) and with
+    an independent rule on this sweep's own answers. Agreement of two rules is left out, because it is no evidence that either
+    is right.
+    """
     judges, harm = project.sweep.evaluate.judges, metrics.plane()[0]
     guard = trained(judges)
     is_model = decision(judges, harm.question).kind.served
@@ -188,7 +191,7 @@ def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
             parts.append(told)
         else:
             lines.append(f"{guard.label}, beside it, agrees {told}")
-    # Base and aligned stand in the table of every task, with the same answers.
+    # Base and aligned are in the table of every task, with the same answers.
     kept = {(r["model"], r["method"], None if r["poison"] is None else (r["task"], r["poison"])): r for r in rows}
     rule = next(metric.name for metric in metrics.METRICS if metric.checks == harm.name)
     pairs = [(r["metrics"][rule], len(r["seeds"])) for r in kept.values() if rule in r["metrics"]]
@@ -196,7 +199,7 @@ def _agreement(project: Project, rows: list[dict[str, Any]]) -> str:
         num = sum(pair["num"] for pair, _ in pairs)
         agreed = sum(pair["value"] * pair["num"] for pair, _ in pairs) / num
         num_prompts = max(1, max(pair["num"] // num_seeds for pair, num_seeds in pairs))
-        found = wilson(agreed * num_prompts, num_prompts)  # a prompt counts once, however many models answered it
+        found = wilson(agreed * num_prompts, num_prompts)  # a prompt counts once, even if several models answered it
         parts.append(f"with an independent rule on {num} attack answers in {_share(found)}")
     lines = [f"agrees {'; '.join(parts)}", *lines] if parts else lines
     if (swing := project.guard_swing()) is not None:
@@ -212,8 +215,8 @@ def _share(found: Interval, form: str = ".1%") -> str:
 
 
 def doubt(project: Project, accepted: bool) -> str:
-    """What must be read before any number: that the guard is not known to be better than chance, or that its verdicts are
-    those of the seed that it was trained with."""
+    """A warning to read before any number: that the guard is not known to be better than chance, or that its verdicts depend
+    on the seed of its training. "" if neither is true."""
     quality, swing = project.guard_quality(), project.guard_swing()
     if quality is None:
         return ""
@@ -241,7 +244,11 @@ def doubt(project: Project, accepted: bool) -> str:
 
 
 def by_guard(project: Project, names: Iterable[str]) -> list[str]:
-    """The metrics that fall with the guards trained here: the decision and what rests on it, or their own share beside it."""
+    """The metrics among `names` that depend on the guards trained here.
+
+    If the guards decide on harm, these are the decision and all metrics computed from it. Else it is only the guards' own
+    metric.
+    """
     guard = trained(project.sweep.evaluate.judges)
     harm = metrics.plane()[0]
     if guard is None or guard.metric == harm.name:
@@ -250,8 +257,11 @@ def by_guard(project: Project, names: Iterable[str]) -> list[str]:
 
 
 def readable(project: Project, accept_judge: bool = False) -> tuple[list[dict[str, Any]], Facts]:
-    """The rows as they may be printed, and their facts: without what a guard decided that is no better than chance or
-    depends on its seed, unless that is accepted."""
+    """The rows as they may be printed, and their facts.
+
+    If the guard is not better than chance or depends on its seed (see `doubt`), the metrics that it decided are removed,
+    unless `accept_judge` is set.
+    """
     rows = read_rows(project)
     told = doubt(project, accept_judge)
     for row in rows if told and not accept_judge else ():
@@ -262,7 +272,7 @@ def readable(project: Project, accept_judge: bool = False) -> tuple[list[dict[st
         harm = metrics.plane()[0].name
         decided = harm in hidden
         row["agreement"] = None if decided else row["agreement"]
-        # How another judge agrees with such a guard tells nothing either.
+        # The agreement of another judge with such a guard is removed too.
         row["beside"] = {
             name: found
             for name, found in row.get("beside", {}).items()

@@ -1,6 +1,6 @@
-"""A report as text: for a terminal, as plain text, Markdown, LaTeX, CSV and JSON. All print the same `Block`s.
+"""A report as text: for a terminal, as plain text, Markdown, LaTeX, CSV and JSON. All forms print the same `Block`s.
 
-Percent is printed everywhere but in CSV and JSON, which are for programs and keep fractions.
+Shares are printed in percent, except in CSV and JSON, which are for programs and keep fractions.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from safecl.report.tables import Facts, Line, Row, blocks, marks
 if TYPE_CHECKING:
     from rich.table import Table
 
-_LEAD = 2  # columns that every part of a wide table repeats: method and poison
+_LEAD = 2  # number of columns that every part of a wide table repeats: method and poison
 
 
 def terminal(rows: Sequence[Row], facts: Facts, width: int | None = None) -> list[Table]:
-    """One rich table per model and task, or as many as are needed to hold its columns whole in `width` characters; the
-    caption is under the last one."""
+    """One rich table for each model and task. The caption is below the last one.
+
+    If a table is wider than `width` characters, it is split into several, each with whole columns.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -56,12 +58,12 @@ def terminal(rows: Sequence[Row], facts: Facts, width: int | None = None) -> lis
 
 
 def _bold(line: Line) -> set[int]:
-    """Places of the best numbers among a line's texts."""
+    """Indices of the best numbers among a line's texts."""
     return {_LEAD + i for i, cell in enumerate(line.cells) if cell.is_best}
 
 
 def plain(rows: Sequence[Row], facts: Facts) -> str:
-    """Aligned text for a pipe or a log, without colour or width limit."""
+    """The report as aligned text for a pipe or a log, without colour or width limit."""
     lines = [*([facts.doubt, ""] if facts.doubt else []), facts.name]
     for block in blocks(rows, facts):
         lines += ["", block.title, text_table(block.header, [line.texts for line in block.lines])]
@@ -71,7 +73,7 @@ def plain(rows: Sequence[Row], facts: Facts) -> str:
 
 
 def markdown(rows: Sequence[Row], facts: Facts) -> str:
-    """GitHub-flavoured tables, best values bold, then the caption as a list."""
+    """The report as GitHub-flavoured Markdown: tables with the best values in bold, then the caption as a list."""
     lines = [f"# {facts.name}"]
     for text in (facts.doubt, facts.about):
         lines += ["", text] if text else []
@@ -89,13 +91,13 @@ def markdown(rows: Sequence[Row], facts: Facts) -> str:
 
 
 def strong(line: Line) -> list[str]:
-    """A line's texts, its best numbers bold in Markdown."""
+    """A line's texts for Markdown, with its best numbers in bold."""
     bold = _bold(line)
     return [f"**{text}**" if i in bold else text for i, text in enumerate(line.texts)]
 
 
 def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of one table."""
+    """The lines of one Markdown table."""
 
     def joined(texts: Sequence[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
@@ -104,7 +106,7 @@ def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[s
 
 
 def latex(rows: Sequence[Row], facts: Facts) -> str:
-    """A `table` for each model and task, to be included in a paper (needs booktabs); the caption's lines as comments."""
+    """A LaTeX `table` for each model and task, for a paper (needs booktabs). The caption's lines are comments."""
     made = [f"% {line}" for line in [facts.name, *([facts.doubt] if facts.doubt else []), *caption(rows, facts), BOLD]]
     for block in blocks(rows, facts):
         made += ["", r"\begin{table}", r"\centering", rf"\caption{{{_tex(f'{facts.name}: {block.title}')}}}"]
@@ -138,7 +140,10 @@ _CSV = (
 
 
 def to_csv(rows: Sequence[Row], facts: Facts) -> str:
-    """A line for every number of every row, also those below the main table. Fractions; no poison for a reference."""
+    """CSV with one line for every metric of every row, also those below the main table.
+
+    Shares are fractions. References have no poison ratio.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, _CSV, lineterminator="\n")
     writer.writeheader()
@@ -155,7 +160,7 @@ def to_csv(rows: Sequence[Row], facts: Facts) -> str:
 
 
 def to_json(rows: Sequence[Row], facts: Facts) -> str:
-    """Everything as fractions, for other programs. Raises ValueError on a NaN."""
+    """All facts and rows as JSON for other programs, shares as fractions. Raises ValueError for a NaN."""
     content = {"facts": asdict(facts), "caption": caption(rows, facts), "rows": [dict(row) for row in rows]}
     return json.dumps(content, indent=2, allow_nan=False, default=dict) + "\n"
 
@@ -167,8 +172,11 @@ FORMS: Mapping[str, Callable[[Sequence[Row], Facts], str]] = {
 
 
 def text_table(head: Sequence[str], body: Sequence[Sequence[str]], width: int | None = None, lead: int = 1) -> str:
-    """Aligned text, numbers to the right. Nothing is cut: where it is wider than `width` characters (None: no limit), the
-    widest column of words is wrapped, then columns go into further blocks, each with the first `lead` columns."""
+    """A table as aligned text, with numbers at the right.
+
+    No text is cut. If the table is wider than `width` characters (None: no limit), the widest column of words is wrapped. If
+    that is not enough, the table is split into blocks of columns, each with the first `lead` columns.
+    """
     body = [[*line, *[""] * (len(head) - len(line))] for line in body]
     widths = [_width(head, body, i) for i in range(len(head))]
     words = [i for i in range(len(head)) if any(cell[:1] not in "0123456789-<" for cell in (line[i] for line in body))]
@@ -184,7 +192,7 @@ def text_table(head: Sequence[str], body: Sequence[Sequence[str]], width: int | 
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int], part: Sequence[int], words: Sequence[int]) -> str:
-    """One line of a table, in several where a cell is wrapped."""
+    """One line of a table as text. It takes several lines of text if a cell is wrapped."""
     wrapped = [textwrap.wrap(cell, widths[i]) or [""] for cell, i in zip(line, part, strict=True)]
     found = []
     for n in range(max(map(len, wrapped))):
@@ -201,7 +209,8 @@ def _width(head: Sequence[str], body: Sequence[Sequence[str]], index: int) -> in
 
 
 def _parts(widths: Sequence[int], lead: int, width: int | None) -> list[list[int]]:
-    """Columns in groups that fit, two blanks between them, each group with the first `lead` columns."""
+    """Indices of columns in groups that fit into `width`, with two spaces between columns. Each group has the first `lead`
+    columns."""
     first = sum(widths[:lead]) + 2 * lead
     found: list[list[int]] = [[]]
     used = first

@@ -1,11 +1,12 @@
-"""What a person says of a sweep's answers: drawing a sample, keeping the labels, and what they say of judge and rates.
+"""Human labels of a sweep's answers: draw a sample, keep the labels, and use them to measure the judge and correct rates.
 
-Labels are of *answers* (the key of the stage that generated one, and the row's id), so that they hold whatever sweep or method
-shows it. Each is a note of the store, so that all who use one store add to the same labels; the last of an answer counts.
+A label belongs to an *answer* (the key of the stage that generated it, and the row's id), so it is valid in every sweep and
+method that shows the answer. Each label is a note in the store, so all users of one store add to the same labels. The last
+label of an answer counts.
 
-A row's corrected rate is prediction-powered (Angelopoulos et al. 2023, arXiv 2301.09633): the judge's rate of all answers plus
-the mean of (label - verdict) over the labelled ones. It is unbiased whatever the judge, because those were drawn at random from
-the row's answers, as many from each set; the better the judge, the narrower its interval.
+The corrected rate of a row is prediction-powered (Angelopoulos et al. 2023, arXiv 2301.09633): the judge's rate on all answers
+plus the mean of (label - verdict) over the labelled answers. It is unbiased for any judge, because labelled answers are drawn at
+random from the row's answers, the same number from each set. The better the judge, the narrower the interval.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
     from safecl.project import Project
     from safecl.store import Store
 
-MIN_LABELS = 10  # of a row: with fewer its rate is not corrected
+MIN_LABELS = 10  # labels of a row; with fewer its rate is not corrected
 _ANSWER = tuple[str, str]  # key of the generate stage, id of the row
 
 
 class Item(NamedTuple):
-    """An answer that a judge decided on. `row`: of the table; `said`: the judge's verdict."""
+    """An answer with a judge's verdict. `row` is its row's place in the table. `said` is the verdict."""
 
     row: int
     set: str
@@ -46,8 +47,11 @@ class Item(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What labels say of one question: how good the judge is on these answers, and by a row's place in the table its corrected
-    rate and how many of its answers were labelled."""
+    """Results of the labels for one question.
+
+    `num` is the number of labelled answers. `judge` is the judge's quality on them. `rows` maps a row's place in the table to
+    (corrected rate, number of its labelled answers).
+    """
 
     question: str
     num: int
@@ -56,13 +60,13 @@ class Found(NamedTuple):
 
 
 def read(store: Store, question: str) -> dict[_ANSWER, bool]:
-    """Labels by answer; those that were taken back or skipped are left out."""
+    """All labels in the store, by answer. Labels that were taken back or skipped are left out."""
     kept = store.notes(f"label-{question}-").values()
     return {(one["generation"], one["id"]): one["label"] for one in kept if one["label"] is not None}
 
 
 def keep(store: Store, question: str, answer: _ANSWER, label: bool | None) -> None:
-    """Add one label; None takes an earlier one back."""
+    """Add one label to the store. None takes an earlier label back."""
     generation, row = answer
     at = datetime.now(UTC).isoformat("T", "seconds")
     name = f"label-{question}-{generation[:16]}-{hashlib.sha256(row.encode()).hexdigest()[:16]}"
@@ -70,7 +74,7 @@ def keep(store: Store, question: str, answer: _ANSWER, label: bool | None) -> No
 
 
 def items(project: Project, question: str, only: Iterable[_ANSWER] | None = None) -> list[Item]:
-    """Every judged answer of the table's rows, in its order; with `only`, these answers alone."""
+    """Every judged answer of the table's rows, in the table's order. With `only`, only these answers."""
     wanted = None if only is None else set(only)
     metric = decided(question)
     found = []
@@ -82,7 +86,7 @@ def items(project: Project, question: str, only: Iterable[_ANSWER] | None = None
 
 
 def decided(question: str) -> str:
-    """The metric that answers a question that judges are asked. Raises ConfigError for another word."""
+    """The name of the metric that belongs to a question of judges. Raises ConfigError for an unknown question."""
     if question not in ASKED:
         raise ConfigError(f"no judge decides {question!r}; expected one of {', '.join(ASKED)}")
     return next(metric.name for metric in metrics.METRICS if metric.question == question)
@@ -101,8 +105,10 @@ def _of(project: Project, job: Job, place: int, metric: str, wanted: set[_ANSWER
 
 
 def draw(population: Sequence[Item], num: int, seed: int = 0) -> list[Item]:
-    """`num` answers of every row, as many from each of its sets, in an order that tells nothing of the row. Base and aligned
-    answer for several rows; each of their answers is drawn once."""
+    """Draw `num` answers of every row, the same number from each of its sets, in random order.
+
+    The order does not show the row. Base and aligned belong to several rows, but each of their answers is drawn only once.
+    """
     groups: dict[tuple[int, str], list[Item]] = {}
     for item in population:
         groups.setdefault((item.row, item.set), []).append(item)
@@ -122,11 +128,11 @@ def draw(population: Sequence[Item], num: int, seed: int = 0) -> list[Item]:
 def corrected(
     rate: Interval, pairs: Mapping[str, Sequence[tuple[bool, bool]]], confidence: float = 0.95
 ) -> Interval | None:
-    """A judge's rate, the mean over sets, corrected by (label, verdict) pairs of answers drawn at random from each set.
-    `rate`: with its own interval, which holds what other prompts and seeds would change. None where a set has no two pairs.
+    """A judge's rate (the mean over sets), corrected by (label, verdict) pairs of answers drawn at random from each set.
 
-    The interval adds both variances. That of a difference is estimated as if one more pair differed: where no labelled pair
-    does, the judge may still err elsewhere.
+    `rate` is in [0, 1] and has its own interval, for other prompts and seeds. Returns None if a set has fewer than two pairs.
+    The interval of the result adds the variance of `rate` and that of the correction. The latter is estimated as if one more
+    pair differed, because the judge may err on other answers even if no labelled pair differs.
     """
     from scipy.special import stdtrit  # scipy.stats takes a second to import
 
@@ -148,7 +154,7 @@ def corrected(
 
 
 def found(project: Project, rows: Sequence[Mapping[str, Any]]) -> list[Found]:
-    """What the store's labels say of these rows (all of a sweep's, in order); nothing where there are none."""
+    """Results of the store's labels for these rows (all rows of a sweep, in order). Empty if there are no labels."""
     every = []
     for question in ASKED:
         labels = read(project.store, question)
@@ -177,7 +183,7 @@ def found(project: Project, rows: Sequence[Mapping[str, Any]]) -> list[Found]:
 
 
 def pairs(project: Project, question: str) -> list[dict[str, str | bool]]:
-    """The labelled answers of a sweep as `safecl judge validate` reads them: `prompt`, `response`, `label`."""
+    """The labelled answers of a sweep for `safecl judge validate`: `prompt`, `response`, `label` and `judge` (the verdict)."""
     labels = read(project.store, question)
     unique = {item.answer: item for item in items(project, question, labels)} if labels else {}
     return [
@@ -187,7 +193,7 @@ def pairs(project: Project, question: str) -> list[dict[str, str | bool]]:
 
 
 def told(found: Sequence[Found], rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, list[Detail]]]:
-    """Lines on the judges, and a table below that of each `model / task` with a row's rate as judged and as corrected."""
+    """Lines on the judges, and for each `model / task` tables with each row's rate as judged and as corrected."""
     lines: list[str] = []
     details: dict[str, list[Detail]] = {}
     for each in found:

@@ -1,4 +1,4 @@
-"""A sweep file in sentences, as a paper's method section has them: only what the file says, nothing from the store."""
+"""A sweep file as sentences for a paper's method section. They use only the file, nothing from the store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def methodology(sweep: Sweep) -> list[str]:
-    """A paragraph each: models and adapters, alignment, fine-tuning and poison, methods, search, evaluation."""
+    """Paragraphs on models and adapters, alignment, fine-tuning and poison, methods, search, evaluation."""
     lora, align, search, evaluate = sweep.lora, sweep.align, sweep.search, sweep.evaluate
     found = [
         f"Models: {_list(f'{model.name} ({model.source}, {model.dtype})' for model in sweep.models)}. Adapters: LoRA of rank "

@@ -1,7 +1,7 @@
-"""One self-contained HTML page: what came out, what it rests on, every setting, and the answers behind every number.
+"""A report as one self-contained HTML page: results, facts, every setting, and the answers behind every number.
 
-`page.html` is a jinja2 template, `page.css` and `page.js` stand in it, and Vega-Lite's own code comes from the wheel
-vl-convert-python: the page asks nothing of any server. Answers of a large sweep lie beside it, in `answers/`.
+`page.html` is a jinja2 template that includes `page.css` and `page.js`. Vega-Lite's code comes from the wheel
+vl-convert-python, so the page needs no server. The answers of a large sweep are in the folder `answers/` next to the page.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 @dataclass
 class More:
-    """What a page shows beside tables, from the store: see searches.py, costs.py, rows.curves and answers.py."""
+    """What a page shows in addition to tables, read from the store (searches.py, costs.py, rows.curves, answers.py)."""
 
     searches: Sequence[Mapping[str, Any]] = ()
     curves: Sequence[Mapping[str, Any]] = ()
@@ -35,7 +35,7 @@ class More:
 
 
 def html(rows: Sequence[Row], facts: Facts, more: More | None = None, answers: Path | None = None) -> str:
-    """The whole page as text. `answers`: where the answers go if they are many; without, all are in the page."""
+    """The whole page as HTML. `answers` is the folder for the answers if they are many; None: all are put into the page."""
     more, found = more or More(), blocks(rows, facts)
     index, inline = _kept(more.chunks, answers)
     parts = _sections(rows, facts, found, more)
@@ -68,7 +68,7 @@ def html(rows: Sequence[Row], facts: Facts, more: More | None = None, answers: P
 
 
 def write(path: Path, rows: Sequence[Row], facts: Facts, more: More | None = None) -> Path:
-    """Write the page, and the answers beside it where they are many."""
+    """Write the page, and if the answers are many, write them to the folder `answers` next to it. Returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html(rows, facts, more, path.parent / "answers"), encoding="utf-8")
     return path
@@ -77,7 +77,7 @@ def write(path: Path, rows: Sequence[Row], facts: Facts, more: More | None = Non
 def _sections(
     rows: Sequence[Row], facts: Facts, found: Sequence[Block], more: More
 ) -> list[tuple[str, str, list[Chart]]]:
-    """(id, heading, charts), what there is nothing of left out."""
+    """(id, heading, charts) of each section. Sections without charts are left out."""
     parts = [
         ("front", "Safety against usefulness", charts.front(rows, facts)),
         ("poison", "ASR by poison ratio", charts.by_setting(rows, facts, "poison", "poison, % of the task's rows")),
@@ -93,7 +93,8 @@ def _sections(
 
 
 def _overviews(found: Sequence[Block]) -> list[dict[str, Any]]:
-    """The paper's form, for each model with several tasks: a line a method and poison ratio, harm and use of each task."""
+    """Tables as in the paper, for each model with several tasks: one line for each method and poison ratio, with harm and
+    usefulness on each task."""
     plane, made = metrics.plane(), []
     for model in dict.fromkeys(block.model for block in found):
         own = [block for block in found if block.model == model]
@@ -111,7 +112,7 @@ def _overviews(found: Sequence[Block]) -> list[dict[str, Any]]:
 
 
 def _told(facts: Facts, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """What the view of answers must know of each metric: its name, which end is bad, whether it says harm."""
+    """Facts of each metric for the view of answers: its name, which direction is better, whether it measures harm, its unit."""
     harm = metrics.plane()[0]
     names = dict.fromkeys(name for row in rows for name in row["metrics"])
     return {
@@ -129,12 +130,15 @@ def _told(facts: Facts, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 def _kept(
     chunks: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], folder: Path | None
 ) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]]]:
-    """An entry for each chunk, and the chunks that stand in the page: all, or none where they are more than it should hold
-    and `folder` is given. Then a chunk's entry names its file."""
+    """An index entry for each chunk, and the chunks to put into the page.
+
+    All chunks are put into the page, unless they are larger than INLINE and `folder` is given. Then none is, and each entry
+    names the chunk's file.
+    """
     index: list[dict[str, Any]] = []
     waiting: list[Mapping[str, Any]] = []
     size = 0
-    if folder is not None and folder.is_dir():  # of an earlier report
+    if folder is not None and folder.is_dir():  # files of an earlier report
         for file in folder.glob("*.json"):
             file.unlink()
 
@@ -159,7 +163,7 @@ def _kept(
 
 
 def _link(block: Block, line: Line, metric: metrics.Metric, index: Sequence[Mapping[str, Any]]) -> str:
-    """Where the answers behind a number are read; "" where there are none."""
+    """Link to the answers behind a number. "" if there are none."""
     for number, chunk in enumerate(index):
         at = line.poison is None or chunk["poison"] == line.poison
         role = str(chunk["set"]).partition("/")[0]
@@ -170,7 +174,7 @@ def _link(block: Block, line: Line, metric: metrics.Metric, index: Sequence[Mapp
 
 
 def _hrefs(block: Block, detail: Detail, texts: Sequence[str], index: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """The same of a line of a smaller table, by column."""
+    """Links to the answers behind the numbers in a line of a smaller table, by column."""
     of = next((line for line in block.lines if line.texts[:2] == [*texts[:2]]), None)
     return {} if of is None else {i: _link(block, of, metric, index) for i, metric in enumerate(detail.metrics, 2)}
 
@@ -180,14 +184,14 @@ def _sorted_by(cell: Cell) -> str:
 
 
 def embedded(value: Any) -> str:
-    """JSON that may stand in a `script` element."""
+    """A value as JSON that is safe inside a `script` element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=dict)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 @cache
 def _vega() -> str:
-    """The code of Vega, Vega-Lite and Vega-Embed."""
+    """The JavaScript code of Vega, Vega-Lite and Vega-Embed."""
     import vl_convert
 
     found: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
@@ -203,5 +207,5 @@ def _templates() -> Any:
 
 
 def template(name: str) -> Any:
-    """A jinja2 template of this folder; what goes in is escaped."""
+    """A jinja2 template of this folder. Values are escaped."""
     return _templates().get_template(name)

@@ -1,4 +1,4 @@
-"""Charts as files, for what shows pictures and no Vega: PNG, drawn by the wheel vl-convert-python without a browser."""
+"""Charts as PNG files, for programs that cannot show Vega. The wheel vl-convert-python draws them without a browser."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 
 from safecl.report.charts import Chart
 
-WIDTH = 720  # pixels of a chart that would fill its page
+WIDTH = 720  # width in pixels of a chart that would fill its page
 
 
 def pictures(charts: Mapping[str, Sequence[Chart]], folder: str = "plots") -> dict[str, bytes]:
-    """PNG by path (`plots/01-safety-and-usefulness-smol-mini-10-poison.png`), in the order of the charts, which are given by
-    what they are of. One that cannot be drawn is left out."""
+    """PNG images by path, such as `plots/01-safety-and-usefulness-smol-mini-10-poison.png`, in the order of the charts.
+
+    `charts` maps a subject, which begins the file's name, to its charts. A chart that cannot be drawn is left out.
+    """
     found: dict[str, bytes] = {}
     for number, (of, chart) in enumerate(((of, chart) for of, some in charts.items() for chart in some), 1):
         name = re.sub(r"[^A-Za-z0-9.=]+", "-", f"{of} {chart.title}").strip("-")[:80]
@@ -24,7 +26,7 @@ def pictures(charts: Mapping[str, Sequence[Chart]], folder: str = "plots") -> di
 
 
 def png(title: str, spec: Mapping[str, Any]) -> bytes:
-    """One chart on white. Raises ValueError for what Vega-Lite does not take."""
+    """One chart as PNG on white. Raises ValueError for a specification that Vega-Lite does not accept."""
     import vl_convert
 
     fixed = {**spec, "title": title, "background": "white", "padding": 12}

@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: one live block on a terminal, one line every 15 s elsewhere."""
+"""Progress of a running sweep: one live block on a terminal, else one line every 15 s."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import IO, Any
 
 
 class Display:
-    """`show` takes the driver's state; `close` leaves the last line standing."""
+    """Display of a sweep's progress. `show` draws the driver's state; `close` leaves the last line on the screen."""
 
     def __init__(self, stream: IO[str], every_s: float = 15.0) -> None:
         self.stream, self.every_s = stream, every_s
@@ -23,9 +23,9 @@ class Display:
             self.live.start()
 
     def show(self, state: dict[str, Any]) -> None:
-        """Draw the state."""
+        """Draw the driver's state. Off a terminal it prints at most one line every `every_s` seconds, and every new failure."""
         for error in state["failed"].values():
-            if error not in self.reported:  # what depends on a failed stage fails with the same words
+            if error not in self.reported:  # stages that depend on a failed stage fail with the same message
                 self.reported.add(error)
                 self._print(f"failed: {error}")
         if self.live is not None:
@@ -67,7 +67,7 @@ class Display:
 
 
 def clock(seconds: float) -> str:
-    """`75` -> `1:15`, `4000` -> `1:06:40`."""
+    """Seconds as text: `75` -> `1:15`, `4000` -> `1:06:40`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

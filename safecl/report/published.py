@@ -1,9 +1,10 @@
-"""Our rows beside published ones, and in which settings the two differ. The file of published numbers is data: see
-sweeps/paper/published.yaml.
+"""Compare our rows with published ones, and list the settings that differ.
 
-    source      where the numbers stand
-    settings    {dotted key of a sweep file: value}; entries of lists by their names. What is not known is left out
-    rows        [{table, model, task, poison, method, and metrics in percent}], in the names of the sweep
+The published numbers are in a data file such as sweeps/paper/published.yaml:
+
+    source      where the numbers were published
+    settings    {dotted key of a sweep file: value}; list entries are named by their names. Unknown settings are left out
+    rows        [{table, model, task, poison, method, and metrics in percent}], with the names of the sweep
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from safecl.config import Method, Sweep
 from safecl.report.tables import Detail
 from safecl.sweepfile import read_yaml
 
-_NAMES = ("table", "model", "task", "poison", "method")  # of a row; all else are its metrics
+_NAMES = ("table", "model", "task", "poison", "method")  # keys of a row; all other keys are its metrics
 
 
 class Published(NamedTuple):
-    """What a file of published numbers says."""
+    """The content of a file of published numbers."""
 
     source: str
     settings: dict[str, Any]
@@ -29,7 +30,8 @@ class Published(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """One number of ours beside a published one, as fractions; `low` and `high` of ours. `inside`: theirs is in our interval."""
+    """One number of ours with the published one, as fractions. `low` and `high` are our interval. `inside`: the published
+    number is in our interval."""
 
     table: int
     model: str
@@ -48,7 +50,7 @@ class Beside(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What a report prints of published numbers: where they stand, ours beside theirs, and the settings that differ."""
+    """The comparison with published numbers that a report prints: their source, both numbers, and the settings that differ."""
 
     source: str
     numbers: tuple[Beside, ...]
@@ -56,10 +58,10 @@ class Comparison(NamedTuple):
 
 
 def read(path: Path) -> Published:
-    """A file of published numbers.
+    """Read a file of published numbers.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the file does not have the expected form.
     """
     found = read_yaml(path)
     if not isinstance(found, dict) or set(found) != {"source", "settings", "rows"}:
@@ -79,10 +81,10 @@ def _is_percent(value: Any) -> bool:
 
 
 def comparison(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Comparison | None:
-    """The published numbers that a sweep names beside its rows; None where it names none.
+    """Compare a sweep's rows with the published numbers that it names. None if it names none.
 
     Raises:
-        ConfigError: its file is not one of published numbers.
+        ConfigError: the file of published numbers does not have the expected form.
     """
     if sweep.published is None:
         return None
@@ -91,8 +93,11 @@ def comparison(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Comparison | 
 
 
 def beside(rows: Sequence[Mapping[str, Any]], published: Published, models: Mapping[str, str]) -> list[Beside]:
-    """Published numbers of which these rows of ours have one too, in the published order. `models`: their name of our model,
-    where it is another. A number that stands in several published tables is found once in each."""
+    """Published numbers for which our rows have a number too, in the published order.
+
+    `models` maps our name of a model to the published name, if they differ. A number that is in several published tables is
+    returned once for each table.
+    """
     found = []
     for theirs in published.rows:
         for row in rows:
@@ -107,7 +112,8 @@ def beside(rows: Sequence[Mapping[str, Any]], published: Published, models: Mapp
 
 
 def differences(sweep: Sweep, published: Published, models: Mapping[str, str]) -> list[str]:
-    """Settings that are published and are others here, a line each; what this sweep has not (another table's task) is none."""
+    """Settings whose published value differs from ours, one line each. Settings that this sweep does not have (such as another
+    table's task) are left out."""
     ours = flat(sweep, models)
     return [
         f"{key}: {_said(ours[key])} here, {_said(theirs)} there"
@@ -117,13 +123,16 @@ def differences(sweep: Sweep, published: Published, models: Mapping[str, str]) -
 
 
 def _said(value: Any) -> str:
-    """Where a number of rows is none, all there are."""
+    """A setting's value as text. None (a number of rows) means "all"."""
     return "all" if value is None else str(value)
 
 
 def flat(value: Any, models: Mapping[str, str], where: str = "") -> dict[str, Any]:
-    """{dotted key: value} of a config. A config that has a name is that name too, its place in a list is its name, and a list of
-    such is their names as one text."""
+    """{dotted key: value} of a config.
+
+    A config with a name also has the name as its own value. In a list it is addressed by its name instead of its index. A list
+    of named configs also has the value "name, name, ...".
+    """
     if isinstance(value, tuple) and value and all(map(_name, value)):
         found: dict[str, Any] = {where: ", ".join(map(_name, value))}
         for item in value:
@@ -144,8 +153,10 @@ def _name(item: Any) -> str:
 
 
 def details(found: Comparison, titles: Mapping[str, str]) -> dict[str, Detail]:
-    """A table for each model and task (`model / task`), a line a published row, two columns a metric. `titles`: what metrics are
-    called; others go by their names."""
+    """A table for each `model / task`, with one line for each published row and two columns for each metric.
+
+    `titles` maps metrics to their titles; a metric without a title is shown by its name.
+    """
     tables: dict[str, dict[tuple[Any, ...], dict[str, Beside]]] = {}
     for number in found.numbers:
         of_task = tables.setdefault(f"{number.model} / {number.task}", {})
@@ -169,5 +180,5 @@ def details(found: Comparison, titles: Mapping[str, str]) -> dict[str, Detail]:
 
 
 def note(found: Comparison) -> str:
-    """A line of what differs."""
+    """One line with the settings that differ."""
     return f"Settings that differ from {found.source}: {'; '.join(found.differences) or 'none of those that it gives'}."

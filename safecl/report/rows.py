@@ -1,8 +1,8 @@
-"""The rows of a sweep's table, from the store alone: every metric with its interval, and the contrasts between methods.
+"""The rows of a sweep's table, read only from the store: every metric with its interval, and contrasts between methods.
 
 A row is `{"model", "task", "poison", "method", "params", "seeds", "metrics": {name: entry}, "contrasts": {name: ..},
-"agreement", "seconds", "weights", "note", ...}`; an entry is `{"value", "low", "high", "num", "unparsed", "seeds"}`, where
-there are several sets with `"sets"` and `"pooled"`, of degenerate answers with `"why"`.
+"agreement", "seconds", "weights", "note", ...}`. An entry is `{"value", "low", "high", "num", "unparsed", "seeds"}`. With
+several sets it also has `"sets"` and `"pooled"`; the entry of degenerate answers also has `"why"`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Outcomes = list[dict[str, Any]]
 
 
 def rows(project: Project) -> list[dict[str, Any]]:
-    """The table's rows: every metric with its interval over the seeds that are finished, and its contrasts with the rows of
-    the same model, task and poison ratio."""
+    """The table's rows: every metric with its interval over the finished seeds, and contrasts with the other rows of the same
+    model, task and poison ratio."""
     table: list[dict[str, Any]] = []
-    measured: list[dict[str, dict[int, Outcomes]]] = []  # of a row, by metric and seed
+    measured: list[dict[str, dict[int, Outcomes]]] = []  # for each row, outcomes by metric and seed
     finals = project.finals()
     for (cell, params, jobs, note), name in zip(finals, _names([cell for cell, *_ in finals]), strict=True):
         finished: dict[Job, Outcomes] = {}
@@ -52,7 +52,7 @@ def rows(project: Project) -> list[dict[str, Any]]:
             "task": cell.task,
             "poison": None if recipe.method in REFERENCES else recipe.poison_ratio,
             "method": f"{cell.method}{name}",
-            "kind": recipe.method,  # whatever it is called here
+            "kind": recipe.method,  # the method's own name, without the sweep's label
             "params": {**cell.defaults, **params},
             "memory": _memory(cell, params),
             "seeds": [job.seed for job in finished],
@@ -60,7 +60,7 @@ def rows(project: Project) -> list[dict[str, Any]]:
             "agreement": agreement(measured[-1]),
             "beside": _beside(measured[-1]),
             "seconds": sum(own_seconds(project, job) for job in finished),
-            # Keys of what was served, a seed each; for `safecl export`.
+            # Keys of the served weights, one for each seed; for `safecl export`.
             "weights": [final.key for job in finished if (final := job.graph.final) is not None],
             "note": note if finished else note or "not run yet",
             "search": None if cell.space is None else told(project, cell),
@@ -71,7 +71,7 @@ def rows(project: Project) -> list[dict[str, Any]]:
 
 
 def _memory(cell: Cell, params: Mapping[str, Any]) -> float | None:
-    """How many safety rows the method keeps; None of one that keeps none."""
+    """Number of safety rows that the method keeps. None if it keeps none."""
     if cell.recipe.method in REFERENCES or not cell.memory_key:
         return None
     found = {**cell.defaults, **params}.get(cell.memory_key)
@@ -79,12 +79,12 @@ def _memory(cell: Cell, params: Mapping[str, Any]) -> float | None:
 
 
 def _names(cells: Sequence[Cell]) -> list[str]:
-    """What tells the rows of one cell apart: their number on its front; nothing where it has one row."""
+    """Suffixes that distinguish the rows of one cell: their number on its front. "" if the cell has one row."""
     return [f" #{cells[: i + 1].count(cell)}" if cells.count(cell) > 1 else "" for i, cell in enumerate(cells)]
 
 
 def by_metric(of_seeds: Mapping[int, Outcomes]) -> dict[str, dict[int, Outcomes]]:
-    """Outcomes by metric and seed."""
+    """Group outcomes by metric and seed."""
     names = dict.fromkeys(outcome["metric"] for found in of_seeds.values() for outcome in found)
     return {
         name: {seed: [o for o in found if o["metric"] == name] for seed, found in of_seeds.items()} for name in names
@@ -92,8 +92,11 @@ def by_metric(of_seeds: Mapping[int, Outcomes]) -> dict[str, dict[int, Outcomes]
 
 
 def entry(name: str, seeds: dict[int, Outcomes]) -> dict[str, Any] | None:
-    """One metric of one row; None without a parsed outcome. `value` is the mean over seeds of the macro mean over sets;
-    where there are several sets, `sets` holds each one and `pooled` all their prompts alike."""
+    """One metric of one row. None if no outcome was parsed.
+
+    `value` is the mean over seeds of the macro mean over sets. With several sets, `sets` holds each set, and `pooled` is the
+    mean over all prompts with equal weight.
+    """
     read = [[o for o in of_seed if o["value"] is not None] for of_seed in seeds.values()]
     found = _interval(name, read)
     if found is None:
@@ -119,8 +122,11 @@ def _interval(name: str, read: list[Outcomes]) -> dict[str, Any] | None:
 def agreement(
     measured: Mapping[str, dict[int, Outcomes]], decides: str = "asr", beside: str = "non_refusal"
 ) -> dict[str, Any] | None:
-    """How two judges (by their metrics; the judge of harm and the keyword list) agree on the same answers of all seeds, with
-    intervals in which a prompt counts once; None where nothing was read."""
+    """Agreement of two judges on the same answers of all seeds. None if no answer was read by both.
+
+    Judges are named by their metrics (by default the judge of harm and the keyword list). In the intervals a prompt counts
+    once, even if there are several seeds.
+    """
     judge, listed = (
         {(seed, o["set"], o["id"]): o["value"] for seed, found in measured.get(name, {}).items() for o in found}
         for name in (decides, beside)
@@ -132,14 +138,16 @@ def agreement(
 
 
 def _beside(measured: Mapping[str, dict[int, Outcomes]]) -> dict[str, Any]:
-    """How each further judge of a question agrees with the one that decides, by its metric (`asr:LABEL`)."""
+    """Agreement of each further judge of a question with the deciding judge, by the further judge's metric (`asr:LABEL`)."""
     names = [name for name in measured if ":" in name and name.partition(":")[0] in measured]
     return {name: agreement(measured, name.partition(":")[0], name) for name in names}
 
 
 def contrast(table: list[dict[str, Any]], measured: Sequence[Mapping[str, dict[int, Outcomes]]]) -> None:
-    """Adds `contrasts` to the rows of methods: {metric: {"sft" | "best": Contrast, "mcnemar": {seed: counts and p}}}, of
-    every metric that has a margin."""
+    """Add `contrasts` to the rows of methods, in place, for every metric that has a margin.
+
+    The form is {metric: {"sft" | "best": Contrast, "mcnemar": {seed: counts and p}}}.
+    """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, row in enumerate(table):
         if row["method"] not in REFERENCES:
@@ -163,7 +171,7 @@ def contrast(table: list[dict[str, Any]], measured: Sequence[Mapping[str, dict[i
 
 
 def _named(row: Mapping[str, Any]) -> str:
-    """A row's method; what all are compared with is sft whatever its label."""
+    """A row's method. Rows of method sft are called "sft" even if the sweep gives them another label."""
     return "sft" if row.get("kind") == "sft" else str(row["method"])
 
 
@@ -182,7 +190,7 @@ def curves(project: Project) -> list[dict[str, Any]]:
 
 
 def _behind(project: Project, cell: Cell, jobs: Sequence[Job]) -> dict[str, Any]:
-    """What the finished trials of a row rest on: libraries, training, cut prompts, and how true serving is to training."""
+    """Facts of a row's finished trials: libraries, training, cut prompts, and how well serving matches training."""
     store, recipe = project.store, cell.recipe
     libraries: set[str] = set()
     poison_tokens: float | None = None
@@ -207,14 +215,14 @@ def _behind(project: Project, cell: Cell, jobs: Sequence[Job]) -> dict[str, Any]
         "libraries": sorted(libraries),
         "poison_tokens": poison_tokens,
         "trained": trained,
-        "cut_prompts": num_cut,  # of all seeds' evaluation prompts
+        "cut_prompts": num_cut,  # number of cut evaluation prompts, over all seeds
         "merge_loss": max(merge_losses, default=None),
         "served": _worst(served),
     }
 
 
 def _result(project: Project, stage: Stage) -> dict[str, Any] | None:
-    """What a stage told; None where it is damaged, or was pruned below a finished one."""
+    """A stage's result. None if the stage is damaged, or was pruned after a stage that reads it had finished."""
     with suppress(KeyError, Damaged):
         found: dict[str, Any] = project.store.record(stage)["result"]
         return found
@@ -222,7 +230,8 @@ def _result(project: Project, stage: Stage) -> dict[str, Any] | None:
 
 
 def _worst(served: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Trained against served over all seeds: the largest gap, the worst mean (nats a token), and of how many tokens."""
+    """Difference of trained and served log-probabilities over all seeds: largest gap and largest mean (nats a token), and the
+    number of tokens."""
     if not served:
         return None
     gap, mean = (max(result[name] for result in served) for name in ("served_gap", "served_mean"))
@@ -230,7 +239,7 @@ def _worst(served: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def own_seconds(project: Project, job: Job) -> float:
-    """Wall time of the stages that this row alone needed: those of the aligned row are everyone's."""
+    """Wall time in seconds of a job's own stages. For a method, the stages that the aligned row also needs do not count."""
     shared: set[str] = set()
     if job.cell.recipe.method not in REFERENCES:
         shared = {stage.key for stage in job.aligned.evidence.metrics.walk()}

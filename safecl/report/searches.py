@@ -1,4 +1,4 @@
-"""What a report shows of the searches: every finished trial, what it was chosen for, which parameter mattered; fronts."""
+"""Data on the searches for a report: every finished trial, the choice, the importance of parameters, and Pareto fronts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 
 
 def searches(project: Project) -> list[dict[str, Any]]:
-    """A dict for each searched cell with a finished trial, see `searched`."""
+    """A dict for each searched cell with a finished trial (see `searched`)."""
     return [found for cell in project.cells if (found := searched(project, cell)) is not None]
 
 
 def searched(project: Project, cell: Cell) -> dict[str, Any] | None:
-    """What a cell's search did; None where nothing is searched, or no trial is finished. `excess` is the summed violation of the
-    bounds, in fractions; `best`: the value of the best feasible trial so far, or None."""
+    """Data on a cell's search. None if nothing is searched or no trial is finished.
+
+    `excess` is the sum of a trial's violations of the bounds, in fractions. `best` is the value of the best feasible trial so
+    far, or None.
+    """
     study = project.past(cell)
     trials = study.complete() if study is not None else []
     if cell.space is None or study is None or not trials:
@@ -54,10 +57,10 @@ def searched(project: Project, cell: Cell) -> dict[str, Any] | None:
 
 
 def told(project: Project, cell: Cell) -> dict[str, Any]:
-    """What a cell's search told, measured on validation prompts: how many trials finished, failed and were pruned.
+    """Summary of a cell's search, measured on validation prompts: numbers of trials that finished, failed and were pruned.
 
-    With several objectives also each trial (`is_taken`: its values are a row's), the front, and the front's hypervolume. That is
-    the share of what could be had that the front is at least as good as; None where an objective is no fraction.
+    With several objectives also each trial (`is_taken`: its values are used by a row), the front, and the front's hypervolume:
+    the share of the unit cube of objectives that the front dominates, in [0, 1]. It is None if an objective is not a fraction.
     """
     study, objective = project.past(cell), project.sweep.search.objective
     trials = study.complete() if study else []

@@ -1,4 +1,4 @@
-"""A report's folder on this machine's own address, for browsers that read files from a server only."""
+"""A server of a report's folder on the loopback address, for browsers that read files only from a server."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ HOST = "127.0.0.1"
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Files of one folder. Requests that name another host are refused, so that no page of the web can read them."""
+    """Serves the files of one folder. Requests with another host name are refused, so that no web page can read the files."""
 
     def is_own(self) -> bool:
-        """Whether the request names this server; answers it otherwise."""
+        """Whether the request names this server. If not, it is answered with error 403."""
         port = self.connection.getsockname()[1]
         if self.headers.get("Host") in (f"{HOST}:{port}", f"localhost:{port}"):
             return True
@@ -38,7 +38,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 def server(folder: Path, port: int = 0, handler: type[Handler] = Handler) -> ThreadingHTTPServer:
-    """A server of a folder on the loopback address; port 0 takes a free one. Run `serve_forever` on it."""
+    """A server of a folder on the loopback address. Port 0 takes a free port. Call `serve_forever` on it."""
     return ThreadingHTTPServer((HOST, port), partial(handler, directory=str(folder)))
 
 

@@ -1,10 +1,10 @@
-"""What a report's tables hold: one `Block` for each model and task, built once. `forms` prints it, `page` shows it.
+"""Tables of a report: one `Block` for each model and task, built once. `forms` prints it as text, `page` as HTML.
 
 A row is a dict that `report/rows.py` reads from the store:
 `{"model", "task", "poison": 0.1, "method", "params": {..}, "seeds": [0], "metrics": {name: {"value", "low", "high",
 "num", "unparsed", "seeds", "sets", "pooled", "why"}}, "contrasts": {name: {"sft": .., "best": .., "mcnemar": ..}},
-"agreement": {"num", "agree", "kappa", "skipped"}, "seconds": float, "note": str}`. A metric that is absent or null
-prints as `-`; the last four keys of a metric, the contrasts and the agreement may be missing.
+"agreement": {"num", "agree", "kappa", "skipped"}, "seconds": float, "note": str}`. A metric that is absent or null is printed
+as `-`. The last four keys of a metric, the contrasts and the agreement may be missing.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Detail:
-    """A smaller table below a block of the main one. `lines`: cells as text, method and poison first."""
+    """A smaller table below a block of the main table. `lines` are cells as text, method and poison first."""
 
     title: str
     header: Sequence[str]
     lines: Sequence[Sequence[str]]
-    in_every_form: bool = False  # also on a terminal and in plain text, which leave the others out
-    of_judges: bool = False  # how good judges are, or how they agree
-    metrics: Sequence[Metric] = ()  # of the columns after method and poison, as far as answers can be read behind them
+    in_every_form: bool = False  # shown also on a terminal and in plain text, which leave other details out
+    of_judges: bool = False  # it says how good judges are, or how they agree
+    metrics: Sequence[Metric] = ()  # of the columns after method and poison, for links to the answers
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a reader must know to read the numbers. The driver fills it; every form of the report prints it."""
+    """Facts that a reader needs to understand the numbers. `facts.facts` fills it, and every form of the report prints it."""
 
-    name: str  # of the sweep
+    name: str  # name of the sweep
     about: str = ""
-    doubt: str = ""  # what must be read before any number
-    judges: Mapping[str, str] = field(default_factory=dict)  # who decided, by question (`asr`, `over_refusal`)
+    doubt: str = ""  # a warning to read before any number
+    judges: Mapping[str, str] = field(default_factory=dict)  # the deciding judge, by question
     adapter: str = "continue"
-    templates: Mapping[str, str] = field(default_factory=dict)  # of each model, in a line
-    num_prompts: Mapping[str, int] = field(default_factory=dict)  # test prompts by evaluation set
-    guard_agreement: str = ""  # one line: how often the judge agreed with what is known
+    templates: Mapping[str, str] = field(default_factory=dict)  # template of each model, in one line
+    num_prompts: Mapping[str, int] = field(default_factory=dict)  # number of test prompts, by kind
+    guard_agreement: str = ""  # one line: how often the judge agreed with known labels and with a rule
     settings: Mapping[str, str] = field(default_factory=dict)  # what the paper leaves open, and what was used
-    notes: Sequence[str] = ()  # anything else, one line each (mixed library versions, missing cells)
-    beside: Mapping[str, Detail] = field(default_factory=dict)  # published numbers, by `model / task`
-    published: Sequence[Beside] = ()  # the same, each with ours
+    notes: Sequence[str] = ()  # other notes, one line each (mixed library versions, missing cells)
+    beside: Mapping[str, Detail] = field(default_factory=dict)  # tables of published numbers, by `model / task`
+    published: Sequence[Beside] = ()  # the same published numbers, each with our number
     labelled: Mapping[str, Sequence[Detail]] = field(
         default_factory=dict
     )  # rates corrected by labels, by `model / task`
 
 
 class Column(NamedTuple):
-    """A metric under the name that a table gives it."""
+    """A metric column of a table with its header."""
 
     header: str
     metric: Metric
@@ -65,13 +65,13 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the main table, as it was measured: fractions, or the metric's own unit. None: not measured."""
+    """One number of the main table with its interval: a fraction, or in the metric's own unit. None if not measured."""
 
     value: float | None = None
     low: float | None = None
     high: float | None = None
     unit: str = "%"
-    marks: str = ""  # what the contrasts allow to say of it, see `marks`
+    marks: str = ""  # marks of its contrasts, see `marks`
     is_best: bool = False
     published: Sequence[Beside] = ()
 
@@ -101,18 +101,18 @@ class Line:
 
     @property
     def poison(self) -> float | None:
-        """None of a reference, whose answers are those of every ratio."""
+        """The poison ratio, in [0, 1]. None for a reference (base, aligned), which belongs to every ratio."""
         return None if self.is_reference or self.row.get("poison") is None else float(self.row["poison"])
 
     @property
     def texts(self) -> list[str]:
-        """Method, poison, a metric a column with its marks, wall time."""
+        """The cells as text: method, poison, one metric a column with its marks, and wall time."""
         return [*lead(self.row), *(cell.text for cell in self.cells), duration(self.row.get("seconds"))]
 
 
 @dataclass(frozen=True)
 class Block:
-    """The table of one model and task, with the smaller ones below it."""
+    """The table of one model and task, with the smaller tables below it (`details`)."""
 
     model: str
     task: str
@@ -134,13 +134,13 @@ class Block:
         return [detail for detail in self.details if detail.in_every_form]
 
     def ends_references(self, position: int) -> bool:
-        """Whether the line at this position is the last reference before a method."""
+        """Whether the line at this position is the last reference before the first method."""
         following = self.lines[position + 1 : position + 2]
         return self.lines[position].is_reference and any(not line.is_reference for line in following)
 
 
 def blocks(rows: Sequence[Row], facts: Facts) -> list[Block]:
-    """The tables of a report, a block for each model and task in the order given. All have the same columns."""
+    """The tables of a report: one block for each model and task, in the order of `rows`. All have the same columns."""
     shown = columns(rows, facts)
     return [
         Block(model, task, shown, _lines(members, shown, facts), details(members, rows, facts))
@@ -165,10 +165,11 @@ def _cell(row: Row, column: Column, is_best: bool, facts: Facts) -> Cell:
 
 
 def columns(rows: Sequence[Row], facts: Facts) -> list[Column]:
-    """Metric columns of the main table, in reading order; what no row has is left out, except what is always shown.
+    """Metric columns of the main table, in reading order.
 
-    What stands beside another metric has a column where the two differ; what else was measured of the answers to utility
-    prompts, where that is not more than `_MAX_SIDE` columns. The rest is in `details`.
+    A metric that no row has is left out, unless it is always shown. A variant of another metric has a column only if the two
+    differ in some row. Further metrics of the answers to utility prompts have columns only if there are at most `_MAX_SIDE`
+    of them. The other metrics are in `details`.
     """
     named = [name for row in rows for name in row["metrics"]]
     every = metrics.ordered([*(metric.name for metric in metrics.METRICS if metric.shown == "always"), *named])
@@ -196,7 +197,7 @@ def _value(row: Row, metric: str) -> float | None:
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by (model, task), in the order given."""
+    """Rows grouped by (model, task), in the order of `rows`."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         found.setdefault((str(row["model"]), str(row["task"])), []).append(row)
@@ -208,14 +209,16 @@ def _number(row: Row, column: Column) -> str:
 
 
 def lead(row: Row) -> list[str]:
-    """Method and poison, with which every line begins."""
+    """Method and poison as text, the first two cells of every line."""
     poison = "-" if row.get("poison") is None or row["method"] in REFERENCES else f"{100 * row['poison']:g} %"
     return [str(row["method"]), poison]
 
 
 def number(metric: Mapping[str, Any] | None, unit: str = "%") -> str:
-    """`12.3 [8.1, 17.0]`, in percent, or as it is in another unit; without an interval the value alone; `-` without a
-    value."""
+    """A metric as text, such as `12.3 [8.1, 17.0]`: a fraction is printed in percent, another unit as it is.
+
+    Without an interval only the value is printed, and without a value `-`.
+    """
     if metric is None or metric.get("value") is None:
         return "-"
     texts = [f"{100 * x:.1f}" if unit == "%" else f"{x:.3f}" for x in _bounds(metric)]
@@ -228,7 +231,7 @@ def _bounds(metric: Mapping[str, Any]) -> list[float]:
 
 
 def duration(seconds: float | None) -> str:
-    """`83` -> `1 min 23 s`."""
+    """Seconds as text: `83` -> `1 min 23 s`. `-` for None."""
     if seconds is None:
         return "-"
     whole = round(seconds)
@@ -240,7 +243,8 @@ def duration(seconds: float | None) -> str:
 
 
 def marks(row: Row, metric: str) -> str:
-    """What the contrasts of one cell allow to say: "a" differs from sft, "b" from the best; "=a", "=b" alike; "" nothing."""
+    """The marks of one cell's contrasts. "a": differs from sft; "b": differs from the best method; "=a", "=b": alike. "" if
+    neither was shown."""
     found, shown = row.get("contrasts", {}).get(metric, {}), []
     for family, letter in (("sft", "a"), ("best", "b")):
         contrast = found.get(family)
@@ -250,8 +254,10 @@ def marks(row: Row, metric: str) -> str:
 
 
 def best(rows: Sequence[Row], column: Column) -> set[int]:
-    """Indices of the rows of one group that are best in a column among rows of the same poison ratio, reference rows
-    apart. For emphasis only; a tie of all emphasises none."""
+    """Indices of the rows of one group that are best in a column among the rows of the same poison ratio.
+
+    References are not compared. It is used only for emphasis. If all rows of a ratio are equal, none is emphasised.
+    """
     values: dict[float, dict[int, float]] = {}
     for i, row in enumerate(rows):
         metric = row["metrics"].get(column.metric.name)
@@ -266,8 +272,11 @@ def best(rows: Sequence[Row], column: Column) -> set[int]:
 
 
 def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[Detail]:
-    """What stands below the table of one model and task: other metrics, shares by set, kinds of degenerate answers, judges
-    side by side, contrasts, published numbers. `rows` are those of the whole report."""
+    """The smaller tables below the table of one model and task.
+
+    They are: other metrics, shares by set, kinds of degenerate answers, agreement of judges, contrasts, fronts of searches,
+    rates corrected by labels, and published numbers. `members` are the rows of this table, `rows` those of the whole report.
+    """
     main = columns(rows, facts)
     named = metrics.ordered(name for row in members for name in row["metrics"])
     shown_not = [_column(metric, facts) for metric in named if metric.shown != "nowhere"]
@@ -294,7 +303,8 @@ def details(members: Sequence[Row], rows: Sequence[Row], facts: Facts) -> list[D
 
 
 def _fronts(members: Sequence[Row]) -> list[Detail]:
-    """What each search with several objectives could have: its front, once, whatever is run of it."""
+    """A table of the Pareto front of each search with several objectives. Each search has one table, even if several of its
+    trials are rows."""
     found, told = [], set[str]()
     for row in members:
         search = row.get("search") or {}
@@ -320,7 +330,7 @@ def _fronts(members: Sequence[Row]) -> list[Detail]:
 
 
 def _by_set(members: Sequence[Row], metric: Metric) -> list[Detail]:
-    """A table of each set's share; none where there is one set."""
+    """A table of each set's share. Empty if no row has several sets."""
     sets, lines = _names(members, metric.name, "sets"), []
     for row in members:
         of_row = row["metrics"].get(metric.name, {})
@@ -344,7 +354,7 @@ def _by_kind(members: Sequence[Row], metric: Metric) -> list[Detail]:
 
 
 def _judges(members: Sequence[Row], facts: Facts) -> list[Detail]:
-    """How the judges of one question agree on the same answers; and the judge of harm with the keyword list, once."""
+    """Tables of how the judges of a question agree on the same answers, and of the judge of harm with the keyword list."""
     found = []
     harm, listed = metrics.plane()[0], metrics.of("non_refusal").judge
     decides, beside = facts.judges.get(harm.question, ""), _beside(members)
@@ -374,7 +384,7 @@ def _names(members: Sequence[Row], metric: str, key: str) -> list[str]:
 
 
 def _beside(members: Sequence[Row]) -> list[str]:
-    """Metrics of judges that stand beside the one that decides."""
+    """Metrics of further judges, which do not decide."""
     return list(dict.fromkeys(name for row in members for name in row.get("beside", {})))
 
 

@@ -1,7 +1,9 @@
-"""MLflow: when it is told what (logbook.py), of trials, cells and sweeps (a file each), in names that people know (names.py).
+"""Tracking of sweeps with MLflow.
 
-A `Run` is one MLflow run: sweep -> cell -> trial. `Tracker` (tracker.py) sends runs from a thread of its own, never raises into a
-sweep, and writes what could not be sent to disk (spool.py). server.py alone talks to MLflow.
+A `Run` is one MLflow run. Runs are nested: sweep -> cell -> trial. logbook.py decides when which run is sent. trials.py,
+cells.py and sweeps.py make the runs, with readable names from names.py. `Tracker` (tracker.py) sends runs from its own thread.
+It never raises into a sweep, and writes runs that cannot be sent to disk (spool.py). During a sweep only server.py talks to
+MLflow.
 """
 
 from safecl.tracking.logbook import Logbook as Logbook

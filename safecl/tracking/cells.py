@@ -1,4 +1,4 @@
-"""What MLflow is told of a cell: what its search chose, its numbers over seeds, how the search went."""
+"""The MLflow run of a cell: the choice of its search, its numbers over seeds, and the history of the search."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 def row(
     project: Project, names: Names, jobs: Sequence[Job], place: int | None, search: Mapping[str, Any] | None
 ) -> Run:
-    """A row of the table, all seeds of it finished. `place`: which of its cell's front; `search`: see searches.searched."""
+    """The run of a table row whose seeds are all finished. `place`: its index on the cell's front, None if the cell has one
+    row. `search`: see searches.searched."""
     cell, params = jobs[0].cell, jobs[0].params
     of_seeds: dict[int, list[dict[str, Any]]] = {}
     for job in jobs:
@@ -47,7 +48,7 @@ def row(
         lines += ["", *markdown_table(["setting", "value"], named)]
     curves = [curve for job in jobs if (curve := _curve(project, names, job))]
     spans = [trials.spent(project, job) for job in jobs]
-    first = jobs[0]  # its data, curves and answers stand for the row's, to be compared from row to row
+    first = jobs[0]  # its data, curves and answers represent the row, so that rows can be compared
     drawn = {"curves": charts.curves(curves)}
     if search is not None and place is None:
         drawn["search"] = charts.search(search)
@@ -67,7 +68,7 @@ def row(
 
 
 def front(names: Names, cell: Cell, search: Mapping[str, Any] | None) -> Run:
-    """A search whose front has several rows, each a run of its own."""
+    """The run of a search whose front gives several rows. Each row also has its own run."""
     return Run(
         f"{names.cell(cell, {})} · search",
         names.params(cell, {}),
@@ -78,7 +79,7 @@ def front(names: Names, cell: Cell, search: Mapping[str, Any] | None) -> Run:
 
 
 def incomplete(names: Names, cell: Cell, status: Status, why: Sequence[str]) -> Run:
-    """A cell without a complete row; `why`: of one that failed."""
+    """The run of a cell without a complete row. `why`: reasons, if it failed."""
     told = "; ".join(line.removeprefix(f"{cell.label} ") for line in why)
     said = {"RUNNING": "Under way.", "KILLED": "Interrupted: the same command continues."}
     return Run(
@@ -91,7 +92,7 @@ def incomplete(names: Names, cell: Cell, status: Status, why: Sequence[str]) -> 
 
 
 def _history(search: Mapping[str, Any] | None) -> list[str]:
-    """How a row was chosen, in words."""
+    """Lines that say how the search chose a row. Empty without a search."""
     if search is None:
         return []
     bounds = ", ".join(f"{name} at most {bound}" for name, bound in search["bounds"].items())

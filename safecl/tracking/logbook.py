@@ -1,5 +1,8 @@
-"""When MLflow is told what: a sweep and its open cells as it begins, each trial as it ends, a cell with the last of its seeds,
-the sweep with its table at the end. What was told before is not told again."""
+"""Logbook: decides when which run is sent to MLflow.
+
+A sweep and its open cells are sent when the sweep begins, a trial when it ends, a cell when its last seed is finished, and the
+sweep again with its table at the end. Content that was sent before is not sent again.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,21 @@ if TYPE_CHECKING:
     from safecl.schedule import Done
     from safecl.tracking.tracker import Tracker
 
-VERSION = 2  # of what a run is told; raised, everything is sent again by the next run of a sweep
+VERSION = 2  # version of the runs' content; if it is raised, the next run of a sweep sends everything again
 
 
 class Logbook:
-    """Of one run of one sweep. No method raises."""
+    """Sends the runs of one sweep to MLflow during one run of it. No method raises."""
 
     def __init__(self, tracker: Tracker, project: Project) -> None:
         self._tracker, self._project = tracker, project
         self._names = Names(project.cells)
         self._begun = False
-        self._finished: set[tuple[str, ...]] = set()  # rows that were told, by path
-        self._complete: set[Cell] = set()  # cells that were finished before
+        self._finished: set[tuple[str, ...]] = set()  # paths of rows that were sent
+        self._complete: set[Cell] = set()  # cells that were finished before this run
 
     def begin(self) -> None:
-        """There is something to run."""
+        """Send the sweep and its open cells. Called when there is something to run."""
         self._begun = True
         with self._never_raises():
             project, store = self._project, self._project.store
@@ -47,8 +50,8 @@ class Logbook:
                     self._open(cell, "RUNNING")
 
     def done(self, done: Done) -> None:
-        """A trial is over, by its result or a failure, or was ended early. One that the machine failed is asked again, and
-        its run then shows its result."""
+        """Send a trial that finished, failed or was pruned. A trial that failed because of the machine is run again; its MLflow
+        run then shows the result."""
         with self._never_raises():
             job = done.job
             place = place_of(self._project, job) if job.role == "final" else None
@@ -60,7 +63,8 @@ class Logbook:
                 self._row(job, place, path)
 
     def end(self, missing: Sequence[str] | None) -> None:
-        """The run is over. `missing`: a line for each row that is not complete for a failure; None: it was interrupted."""
+        """Send the final state of the sweep. `missing`: one line for each row that is incomplete because of a failure. None: the
+        run was interrupted."""
         with self._never_raises():
             project, names = self._project, self._names
             for cell in project.cells if missing is not None or self._begun else ():
@@ -81,11 +85,11 @@ class Logbook:
     def _never_raises(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a database is away, or this file has a fault: a run of hours goes on
+        except Exception as error:  # a database is away, or this file has an error: the sweep must go on
             self._tracker.problem = f"{self._project.sweep.name} was not tracked whole: {error!r}"
 
     def _open(self, cell: Cell, status: Status, why: Sequence[str] = ()) -> None:
-        """Tells of a cell without a complete row."""
+        """Send a cell without a complete row."""
         made = cells.incomplete(self._names, cell, status, why)
         self._put(self._path(cell), {"state": status, "why": list(why)}, lambda: made)
 
@@ -94,7 +98,7 @@ class Logbook:
         self._tracker.put(whole, {**made_of, "version": VERSION}, make, now)
 
     def _row(self, job: Job, place: int | None, path: tuple[str, ...]) -> None:
-        """Tells of the row that a final trial is of, if every seed of it is finished."""
+        """Send the row of a final trial, if all its seeds are finished."""
         cell, project = job.cell, self._project
         jobs = [cell.job(job.params, seed, "final") for seed in project.sweep.seeds]
         if not all(project.store.has(each.evidence.metrics) for each in jobs):
@@ -105,10 +109,10 @@ class Logbook:
         if self._tracker.knows(whole, {**made_of, "version": VERSION}):
             return
         search = None
-        with suppress(Exception):  # the study is read here: the driver's thread alone may
+        with suppress(Exception):  # only the driver's thread may read the study
             search = cells.searched(project, cell)
         self._put(path, made_of, lambda: cells.row(project, self._names, jobs, place, search))
-        if place is not None:  # the search itself, whose front has several rows
+        if place is not None:  # the search itself, if its front has several rows
             self._put(self._path(cell), {**made_of, "search": True}, lambda: cells.front(self._names, cell, search))
 
     @staticmethod
@@ -117,12 +121,12 @@ class Logbook:
 
 
 def label(cell: Cell, place: int | None) -> str:
-    """What a cell's run is found by; `place`: which of several rows on its front."""
+    """The label by which a cell's run is found. `place`: index of the row on the cell's front, None if there is one row."""
     return cell.label if place is None else f"{cell.label} #{place + 1}"
 
 
 def place_of(project: Project, job: Job) -> int | None:
-    """Which of several rows on its cell's front a final trial is of; None where the cell has one row."""
+    """Index of a final trial's row on its cell's front. None if the cell has only one row."""
     objective = project.sweep.search.objective
     if job.cell.space is None or not objective.pareto or objective.choose != "front":
         return None

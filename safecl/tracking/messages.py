@@ -1,4 +1,4 @@
-"""One MLflow run as plain JSON, with names and lengths that MLflow takes: what is sent, and what waits on disk."""
+"""Messages: one MLflow run as plain JSON, with names and lengths that MLflow accepts. They are sent, or wait on disk."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 EXPERIMENT = "safecl"
-VIEW = "safecl"  # of its table of runs, in MLflow's UI; the address ends with `?viewStateShareKey=safecl`
+VIEW = "safecl"  # view of the table of runs in MLflow's UI; its address ends with `?viewStateShareKey=safecl`
 LEVELS = ("sweep", "cell", "trial")
-TEXT = 5000  # characters of a tag that every backend takes
+TEXT = 5000  # most characters of a tag that every backend accepts
 _NAME = re.compile(r"[^A-Za-z0-9_\-. :/]")
 _QUOTES = re.compile(r"['\"`\\%]")  # a name is looked up in MLflow's filter language, which cannot escape them
 
@@ -25,7 +25,7 @@ Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 @dataclass(frozen=True)
 class DataSet:
-    """Rows that a run read. `digest`: of their content; `source`: what they are made of, as JSON."""
+    """Rows that a run read. `digest` identifies their content. `source` says what they are made of, as JSON."""
 
     name: str
     digest: str
@@ -36,7 +36,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Model:
-    """Weights that a run made. `files`: what MLflow keeps of them, text by path; the weights themselves stay in the store."""
+    """Weights that a run made. `files` are the texts that MLflow keeps, by path. The weights themselves stay in the store."""
 
     name: str
     params: Mapping[str, Any]
@@ -46,12 +46,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Run:
-    """All that MLflow is told of one run.
+    """The content of one MLflow run.
 
-    `curves`: points `{"step": int, name: float, ...}`. A metric that is None, NaN or infinite is not a number to plot: it becomes
-    a tag `safecl.not_finite.<name>`, and so do such points of a curve, with their count. `files`: text, or bytes of a picture, by
-    path; `tables`: rows by path, which MLflow's evaluation view compares across runs. `note`: Markdown. `began`, `ended`:
-    seconds since the epoch. `view`: of a sweep, how MLflow's UI shows its table of runs (see sweeps.view).
+    `curves` are points `{"step": int, name: float, ...}`. A metric that is None, NaN or infinite cannot be plotted, so it becomes
+    a tag `safecl.not_finite.<name>`. Such points of a curve become one tag with their count. `files` are texts, or bytes of a
+    picture, by path. `tables` are rows by path, which MLflow's evaluation view compares across runs. `note` is Markdown. `began`
+    and `ended` are seconds since the epoch. `view`, only for a sweep, says how MLflow's UI shows the table of runs
+    (sweeps.view).
     """
 
     name: str
@@ -71,17 +72,18 @@ class Run:
 
 
 def path_of(path: Sequence[str]) -> list[str]:
-    """Names of a sweep, its cell and its trial as they are looked up."""
+    """The names of a sweep, its cell and its trial, changed so that MLflow's filter language can look them up."""
     return [_QUOTES.sub("_", str(part)) for part in path]
 
 
 def digest_of(made_of: Any) -> str:
-    """Of whatever a run's content is made of, as plain values."""
+    """sha256 (hex) of the plain values that decide a run's content."""
     return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def message(path: Sequence[str], digest: str, at: float, run: Run) -> Message:
-    """`at`: seconds since the epoch at which this was known; of two messages on one run the later holds."""
+    """The message for a run. `at` is when its content was known, in seconds since the epoch. Of two messages on one run the
+    later one is valid."""
     notes: dict[str, str] = {}
     final = {}
     for name, value in run.metrics.items():
@@ -116,7 +118,7 @@ def message(path: Sequence[str], digest: str, at: float, run: Run) -> Message:
 
 
 def _curves(curves: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Points with their finite values, and by name what is to be said of the others."""
+    """The points with their finite values, and for each name a text about the values that are not finite."""
     points, bad = [], dict[str, list[int]]()
     for point in curves:
         values = []
@@ -134,7 +136,8 @@ def _curves(curves: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], 
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What `mlflow.log_table` writes. That one appends to what is there, so that what is sent twice would stand twice."""
+    """The content that `mlflow.log_table` would write. It is not used, because it appends: a table sent twice would be
+    duplicated."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return _content(json.dumps({"columns": columns, "data": [[row.get(name) for name in columns] for row in rows]}))
 
@@ -144,7 +147,7 @@ def _content(value: str | bytes) -> dict[str, str]:
 
 
 def content(kept: Mapping[str, str]) -> bytes:
-    """A file's bytes, of a message."""
+    """The bytes of a file in a message."""
     return kept["text"].encode() if "text" in kept else base64.b64decode(kept["base64"])
 
 
@@ -173,7 +176,7 @@ def _name(name: str) -> str:
 
 
 def text(value: Any) -> str:
-    """A value as MLflow keeps it: numbers and booleans as JSON writes them."""
+    """A value as text for MLflow. Numbers and booleans are written as in JSON; long text is shortened."""
     return shortened(value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str))
 
 

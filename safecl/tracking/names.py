@@ -1,7 +1,7 @@
-"""What people call a run, and its params: `der w=4.5 m=20 · sst2 p=.1 · seed 0`.
+"""Readable names of runs, such as `der w=4.5 m=20 · sst2 p=.1 · seed 0`, and their params.
 
-A hyperparameter goes by as few letters as tell it from the others of its method. Params are what differs between any two rows of
-the sweep, under plain names, and always what every reader asks for (CORE).
+A hyperparameter is abbreviated to as few letters as distinguish it from the others of its method. Params are the settings that
+differ between any two rows of the sweep, under plain names, and always those in CORE.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Names:
         self._several_models = len({cell.recipe.model.name for cell in cells}) > 1
 
     def cell(self, cell: Cell, params: Mapping[str, Any], place: int | None = None) -> str:
-        """A row's name; `params`: what its search chose, `place`: which of several on its front."""
+        """A row's name. `params`: the values that its search chose. `place`: its index on the front, if there are several."""
         number = "" if place is None else f" #{place + 1}"
         return " · ".join([f"{self._method(cell, params)}{number}", *self._where(cell)])
 
@@ -39,7 +39,7 @@ class Names:
         return " · ".join([self._method(job.cell, job.params), *self._where(job.cell), which])
 
     def params(self, cell: Cell, params: Mapping[str, Any]) -> dict[str, Any]:
-        """A row's params, or a trial's: what differs anywhere in the sweep, and CORE."""
+        """The params of a row or a trial: those that differ anywhere in the sweep, and those in CORE."""
         flat = {**_flat(cell), **{_own(cell, name): value for name, value in params.items()}}
         return {
             name: value
@@ -49,8 +49,7 @@ class Names:
 
     @cached_property
     def _differing(self) -> set[str]:
-        """Names of what some row has and another has otherwise; of hyperparameters also what is searched or written in the sweep
-        file."""
+        """Names of settings that differ between rows, and of hyperparameters that are searched or set in the sweep file."""
         values: dict[str, set[str]] = {}
         found = set()
         for cell in self._cells:
@@ -61,13 +60,13 @@ class Names:
         return found | {name for name, having in values.items() if len(having) > 1}
 
     def _where(self, cell: Cell) -> list[str]:
-        """Task and poison ratio, and the model where the sweep has several."""
+        """Task and poison ratio, and the model if the sweep has several."""
         recipe = cell.recipe
         poison = "" if recipe.method in REFERENCES else f" p={number(recipe.poison_ratio)}"
         return [f"{cell.task}{poison}", *([recipe.model.name] if self._several_models else [])]
 
     def _method(self, cell: Cell, params: Mapping[str, Any]) -> str:
-        """A method with the settings that tell its row from others of its name, and those that were searched."""
+        """A method with the settings that distinguish its row from other rows of the method, and those that were searched."""
         if cell.recipe.method in REFERENCES:
             return cell.recipe.method
         told = {**_told(cell), **params}
@@ -78,7 +77,7 @@ class Names:
 
     @cached_property
     def _short(self) -> dict[str, dict[str, str]]:
-        """By method, its hyperparameters that names tell, abbreviated."""
+        """For each method, abbreviations of the hyperparameters that names show."""
         shown: dict[str, dict[str, None]] = {}
         for cell in self._cells:
             if cell.recipe.method not in REFERENCES:
@@ -87,7 +86,7 @@ class Names:
 
 
 def _told(cell: Cell) -> dict[str, Any]:
-    """What a cell's label says of it beside its method."""
+    """The settings that a cell's label gives in addition to its method."""
     return {
         name: value
         for name, value in _APART.findall(cell.method)
@@ -96,7 +95,7 @@ def _told(cell: Cell) -> dict[str, Any]:
 
 
 def _flat(cell: Cell) -> dict[str, Any]:
-    """All settings of a row by plain names; of two of one name the hyperparameter is called after its method (see `_own`)."""
+    """All settings of a row by plain names. If two have the same name, the hyperparameter gets its method's name (`_own`)."""
     recipe = cell.recipe
     its_own = {} if recipe.method in REFERENCES else {_own(cell, name): value for name, value in cell.defaults.items()}
     name = recipe.method if recipe.method in REFERENCES else cell.method.partition(" ")[0]
@@ -118,12 +117,12 @@ def _task(cell: Cell) -> dict[str, Any]:
 
 
 def _own(cell: Cell, name: str) -> str:
-    """The param of a hyperparameter: its own name, unless the task's settings have it too."""
+    """The param name of a hyperparameter: its own name, with the method before it if the task's settings have that name too."""
     return f"{cell.recipe.method}.{name}" if name in {*_task(cell), *CORE} else name
 
 
 def abbreviated(names: Iterable[str]) -> dict[str, str]:
-    """The shortest of first letter, initials and whole name that no other name has.
+    """Abbreviate names. Each gets the shortest of its first letter, initials and whole name that no other name has.
 
     >>> abbreviated(["weight", "memory_size", "memory_batch"])
     {'weight': 'w', 'memory_size': 'ms', 'memory_batch': 'mb'}
@@ -141,7 +140,7 @@ def abbreviated(names: Iterable[str]) -> dict[str, str]:
 
 
 def number(value: Any) -> str:
-    """A value in a name, in as few signs as tell it.
+    """A value as short text for a name.
 
     >>> number(0.1), number("0.25"), number(4.5123456), number(1e-05), number(True), number("refusals")
     ('.1', '.25', '4.512', '1e-5', 'true', 'refusals')

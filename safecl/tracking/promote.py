@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Promoted(NamedTuple):
-    """What was registered. `feasible`: whether it meets the sweep's bounds on test prompts."""
+    """The registered model version. `feasible`: whether the row meets the sweep's bounds on test prompts."""
 
     title: str
     name: str
@@ -33,12 +33,13 @@ class Promoted(NamedTuple):
 
 
 def promote(project: Project, uri: str, words: str, name: str | None, alias: str, merged: bool = False) -> Promoted:
-    """Register the best of the finished rows in whose label all `words` stand: with the first seed's weights, which are written
-    to MLflow. Doing it again changes nothing.
+    """Register the best finished row whose label holds all `words` as a model version in MLflow.
+
+    The weights of the first seed are written to MLflow. Calling it again changes nothing.
 
     Raises:
-        ConfigError: no such row is finished, or rows of several models, tasks or poison ratios are, which nothing compares.
-        PrerequisiteError: its trial was not tracked.
+        ConfigError: no such row is finished, or the rows have several models, tasks or poison ratios and cannot be compared.
+        PrerequisiteError: the row's trial was not tracked.
     """
     job, place, feasible = best(project, words)
     path = messages.path_of((project.sweep.name, label(job.cell, place), name_of(job)))
@@ -52,7 +53,7 @@ def promote(project: Project, uri: str, words: str, name: str | None, alias: str
     model_id, final = outputs[0].model_id, job.graph.final
     assert final is not None
     folder = "model" if merged else "adapter"
-    whole = f"safecl.written.{folder}"  # a tag that is set last: what was cut short is written again
+    whole = f"safecl.written.{folder}"  # this tag is set last, so that an interrupted write is repeated
     if whole not in read.get_logged_model(model_id).tags:
         with tempfile.TemporaryDirectory(prefix="safecl-") as temporary:
             out = export(project.store, final.key, Path(temporary) / folder, merged)
@@ -65,8 +66,10 @@ def promote(project: Project, uri: str, words: str, name: str | None, alias: str
 
 
 def best(project: Project, words: str) -> tuple[Job, int | None, bool]:
-    """The first seed's trial of the best row, which of its cell's front that is, and whether it meets the bounds: by the rule
-    that a search chooses by, on the table's own numbers."""
+    """(trial of the first seed, index on the cell's front, whether it meets the bounds) of the best row.
+
+    The best row is found with the rule of the search, applied to the numbers of the table (test prompts).
+    """
     objective = project.sweep.search.objective
     rows, _ = readable(project)
     candidates: list[tuple[Job, Any]] = []
@@ -105,10 +108,10 @@ def _values(row: Any) -> dict[str, float]:
 
 
 def _version(read: Any, name: str, model_id: str, run_id: str, title: str) -> str:
-    """The version of a registered model that is this model; both are made unless they are there."""
+    """The version of the registered model for this model. Both are created if they do not exist."""
     if not read.search_registered_models(f"name = '{name}'"):
         read.create_registered_model(name, description="Registered by `safecl promote`.")
-    # Not `models:/ID`, which is looked up at MLflow's global address; by the source too a version is known again.
+    # Not `models:/ID`, which MLflow looks up at its global address. An existing version is also found by this source.
     source = read.get_logged_model(model_id).artifact_location
     for version in read.search_model_versions(f"name = '{name}'"):
         if version.source == source:

@@ -1,4 +1,5 @@
-"""What MLflow took, and what waits on disk until it answers: `<root>/tracked.jsonl` and `<root>/spool/*.jsonl`."""
+"""Files of the tracker: messages that MLflow accepted (`<root>/tracked.jsonl`) and that wait on disk
+(`<root>/spool/*.jsonl`)."""
 
 from __future__ import annotations
 
@@ -14,8 +15,11 @@ from safecl.base import sqlite_path
 
 
 class Sent:
-    """What this URI took, by path: the digest of the last message. Losing it costs time, nothing else: what is sent again
-    is recognised by the server. A database that is gone has taken nothing."""
+    """Digest of the last message that this tracking URI accepted, by path of the run.
+
+    If the file is lost, only time is lost, because the server recognises a message that is sent again. If the SQLite database
+    does not exist, nothing counts as accepted.
+    """
 
     def __init__(self, uri: str, root: Path) -> None:
         self._uri, self._path = uri, root / "tracked.jsonl"
@@ -40,7 +44,7 @@ class Sent:
 
 
 class Spool:
-    """Messages that wait on disk, one a line."""
+    """Messages that wait on disk, one message a line."""
 
     def __init__(self, root: Path) -> None:
         self.folder = root / "spool"
@@ -49,7 +53,7 @@ class Spool:
         return any(self.folder.glob("*.jsonl"))
 
     def add(self, messages: Sequence[dict[str, Any]], suffix: str = "jsonl") -> None:
-        """In one file, whole or not at all. Raises OSError where nothing can be written."""
+        """Write messages to one new file, completely or not at all. Raises OSError if the file cannot be written."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(message, allow_nan=False) + "\n" for message in messages)
         partial = self.folder / f"{uuid.uuid4().hex}.partial"
@@ -58,7 +62,7 @@ class Spool:
 
     @contextmanager
     def waiting(self) -> Iterator[list[Path]]:
-        """Files of messages, oldest first. Two drivers may share a root: the other waits until the block is over."""
+        """Files of messages, oldest first. If two drivers share a root, one waits until the other's block ends."""
         if not self.folder.is_dir():
             yield []
             return

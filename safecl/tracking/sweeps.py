@@ -1,4 +1,4 @@
-"""What MLflow is told of a sweep: its file, plan and environment as it begins; table, plots and choices at its end."""
+"""The MLflow run of a sweep: its file, plan and environment at the beginning; table, plots and choices at the end."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from safecl.project import Project
 
 LOSS = "train/loss"
-MAX_COLUMNS = 6  # of metrics, and of params, that the table of runs shows first
+MAX_COLUMNS = 6  # most columns of metrics, and of params, that the table of runs shows first
 
 
 def tags(sweep: Sweep) -> dict[str, Any]:
-    """What every run is tagged with."""
+    """The tags of a sweep's run."""
     return {
         "safecl.version": libraries().get("safecl", "unknown"),
         "mlflow.source.name": f"safecl run {sweep.name}",
@@ -41,7 +41,7 @@ def tags(sweep: Sweep) -> dict[str, Any]:
 
 
 def under_way(project: Project, status: Literal["RUNNING", "KILLED"] = "RUNNING") -> Run:
-    """A sweep that runs, or was interrupted: what is known before there are results."""
+    """The run of a sweep that is running or was interrupted, without results."""
     sweep = project.sweep
     told = {"RUNNING": "Under way.", "KILLED": "Interrupted: the same command continues."}[status]
     return Run(
@@ -56,7 +56,7 @@ def under_way(project: Project, status: Literal["RUNNING", "KILLED"] = "RUNNING"
 
 
 def finished(project: Project, names: Names, missing: Sequence[str]) -> Run:
-    """A sweep at the end of a run. Reads the studies."""
+    """The run of a sweep at its end, with results. Reads the studies."""
     sweep = project.sweep
     found, facts = readable(project)
     rows = [row for row in found if row["metrics"]]
@@ -99,7 +99,7 @@ def finished(project: Project, names: Names, missing: Sequence[str]) -> Run:
 
 
 def note(rows: Sequence[Row], facts: Facts, missing: Sequence[str]) -> str:
-    """The result table in Markdown, as much of it as MLflow keeps."""
+    """The result table in Markdown, shortened to the length that MLflow keeps."""
     lines = [text for line in (facts.doubt, facts.about) if line for text in (line, "")]
     lines += [text for line in missing for text in (f"**Missing**: {line}", "")]
     for block in blocks(rows, facts):
@@ -112,11 +112,13 @@ def note(rows: Sequence[Row], facts: Facts, missing: Sequence[str]) -> str:
 
 
 def view(project: Project, names: Names, rows: Sequence[Row], facts: Facts) -> dict[str, Any]:
-    """MLflow's table of runs, in the words in which its UI keeps a shared view: the metrics of the report's main table and the
-    params that differ as columns, of the table's rows; as charts harm against use, what all methods' params do to both, and
-    the training loss."""
+    """The view of MLflow's table of runs, in the form in which its UI keeps a shared view.
+
+    Columns are metrics of the report's main table and params that differ. Rows are the rows of that table. Charts are harm
+    against usefulness, the effect of params that all methods have on both, and the training loss.
+    """
     table = [column.metric for column in columns(rows, facts)]
-    # Harm and use first; of the others those in which methods are tested. MLflow shows them by name, whatever their order.
+    # Harm and usefulness first, then the other metrics that contrasts test. MLflow always shows them sorted by name.
     main = sorted((metric for metric in table if metric.axis or metric.margin), key=lambda metric: not metric.axis)
     measured = [metric.name for metric in main][:MAX_COLUMNS]
     differing: dict[str, set[str]] = {}
@@ -162,7 +164,7 @@ def view(project: Project, names: Names, rows: Sequence[Row], facts: Facts) -> d
 
 
 def _params(sweep: Sweep) -> dict[str, Any]:
-    """What all of a sweep's rows have in common, and what they are of."""
+    """Params of a sweep's run: its models, tasks, poison ratios, methods and seeds, and what all its rows have in common."""
     return {
         "models": ", ".join(model.name for model in sweep.models),
         "tasks": ", ".join(task.task for task in sweep.tasks),
@@ -176,7 +178,7 @@ def _params(sweep: Sweep) -> dict[str, Any]:
 
 
 def sweep_file(sweep: Sweep) -> str:
-    """The sweep as it was read, less its databases' addresses, which may hold passwords."""
+    """The sweep as YAML, without the addresses of its databases, which may hold passwords, and without default values."""
     import yaml
 
     found = sweep.model_dump(mode="json", exclude_defaults=True, exclude={"execution": {"tracking_uri", "study_uri"}})
@@ -185,7 +187,7 @@ def sweep_file(sweep: Sweep) -> str:
 
 
 def plan(project: Project) -> str:
-    """Rows, trials and stages of a sweep, as far as they are known before a search."""
+    """Rows, trials and stages of a sweep as JSON, as far as they are known before a search."""
     seeds = project.sweep.seeds
     cells = [
         {"cell": cell.label, "searched": list(cell.space or ()), "trials": len(seeds) + (cell.num_trials if cell.space else 0)}
@@ -197,7 +199,7 @@ def plan(project: Project) -> str:
 
 
 def environment() -> dict[str, str]:
-    """This machine and what is installed."""
+    """Files that describe this machine (environment.json) and the installed packages (requirements.txt)."""
     told = {"python": sys.version.split()[0], "platform": platform.platform(), "cpus": os.cpu_count(), **libraries()}
     pins = sorted({f"{dist.metadata['Name']}=={dist.version}" for dist in distributions() if dist.metadata["Name"]})
     return {"environment.json": json.dumps(told, indent=1), "requirements.txt": "\n".join(pins) + "\n"}
