@@ -1,9 +1,9 @@
-"""HEx-PHI (Qi et al. 2024): harmful instructions by category, test only. Gated; its authors removed one category, so
-the number of rows is what is found (330 at first, 300 later), and the report shows it.
+"""HEx-PHI (Qi et al. 2024): harmful instructions by category, test only. Gated.
 
-The hub holds one CSV file without a header per category, which `load_dataset` cannot join by itself; they are read one by
-one. A local copy is a folder `hexphi` of them, or a file with fields prompt and category. (Written without access to the
-data: not yet run against the hub.)
+Its authors removed one category, so the number of rows depends on the copy (330 at first, 300 later). The report shows it. The
+hub has one CSV file without a header for each category. `load_dataset` cannot join them, so they are read one by one. A local
+copy is a folder `hexphi` of these files, or a file with fields prompt and category. (Written without access to the data: not
+yet run against the hub.)
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Safety-Tuned LLaMAs, safety_only_data (Bianchi et al. 2024): 2,483 unsafe requests with safe answers: alignment rows.
 
-It holds no benign rows: alignment on it alone teaches to refuse everything, so add benign rows (`align.self_answered`).
+It has no benign rows. Alignment on it alone teaches the model to refuse everything, so add benign rows (`align.self_answered`).
 
     attack.validation  100 held-out prompts, those of the lowest hash
-    safety             the others, but a quarter. `harmful` is True where the answer reads as a refusal, since the memory
-                       of refusals is drawn from those rows (others explain or correct)
+    safety             three quarters of the others. `harmful` is True if the answer is a refusal, because the memory of
+                       refusals is drawn from these rows (other answers explain or correct)
 
-The last quarter is for guards: `guard_answers`, which the split `guard` of BeaverTails takes as its harmless answers.
+The last quarter is for guards: `guard_answers`, which the split `guard` of BeaverTails uses as harmless answers.
 """
 
 from __future__ import annotations

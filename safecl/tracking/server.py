@@ -1,8 +1,8 @@
-"""The only file that talks to MLflow, and it imports it in the tracker's own thread.
+"""Server: sends messages to MLflow. The tracker imports it, and with it mlflow, in its own thread.
 
-A sweep's runs are listed once, by their tags; from then on each message costs as few requests as its size allows. What may
-not be doubled is asked for first: a run by its path, a model by its run, an output by its model; data sets and artifacts MLflow
-knows again by itself.
+A sweep's runs are listed once, by their tags. After that each message needs as few requests as its size allows. Objects that
+must not be duplicated are looked up first: a run by its path, a model by its run, an output by its model. MLflow itself
+recognises data sets and artifacts that it already has.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from safecl.tracking.spool import one_at_a_time
 
 _METRICS, _PAIRS, _ALL = 1000, 100, 1000  # MLflow's limits on one log_batch
 _PAGE = 1000
-_STALE = ("safecl.error", "safecl.failure", "mlflow.note.content")  # tags that go with what they were said of
+_STALE = ("safecl.error", "safecl.failure", "mlflow.note.content")  # tags that are deleted when they are no longer true
 
 
 @dataclass
 class _Known:
-    """A run as the server has it, without asking again."""
+    """The server's state of a run, kept so that it need not be asked again."""
 
     id: str
     status: str
@@ -44,7 +44,7 @@ class _Known:
 
 
 def client(uri: str) -> Any:
-    """An MLflow client that gives up after seconds, and reports nothing home."""
+    """An MLflow client that gives up after seconds (one retry, 15 s timeout) and sends no telemetry."""
     for name, value in {  # before the import: mlflow reads these once
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -63,8 +63,10 @@ def client(uri: str) -> Any:
 
 
 def _make(file: Path) -> None:
-    """An SQLite database with MLflow's tables, there as a whole or not at all: MLflow makes them in dozens of steps, and can
-    never use a database that a process left, which was killed in between."""
+    """Create an SQLite database with MLflow's tables, completely or not at all.
+
+    MLflow creates the tables in dozens of steps. If the process is killed between them, MLflow can never use the database.
+    """
     from mlflow.store.db import utils
 
     half = file.with_name(f"{file.name}.half")
@@ -76,7 +78,7 @@ def _make(file: Path) -> None:
 
 
 class Server:
-    """The MLflow client. Building one imports mlflow, creates the database and the experiment, or raises."""
+    """A connection to MLflow. Creating one imports mlflow and creates the database and the experiment, or raises."""
 
     def __init__(self, uri: str, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
@@ -108,14 +110,14 @@ class Server:
         self._client.get_experiment(self._experiment)
 
     def send(self, message: Message) -> None:
-        """Create or update the run that the message names, and those above it."""
+        """Create or update the run that the message names. The runs above it are created if they do not exist."""
         path = tuple(message["path"])
         parent = None
         for depth in range(1, len(path)):
             parent = self._run(path[:depth], parent, {"name": path[depth - 1], "began": message["began"]})
         run = self._run(path, parent, message)
         if message["at"] < run.at:
-            return  # it waited on disk while a later one was sent
+            return  # it waited on disk while a later message was sent
         if run.tags.get("safecl.digest") != message["digest"]:
             if any(run.params.get(key, value) != value for key, value in message["params"].items()):
                 run = self._anew(path, run, message)  # MLflow's params cannot change
@@ -132,7 +134,7 @@ class Server:
         return of_sweep[path]
 
     def _of_sweep(self, sweep: str) -> dict[tuple[str, ...], _Known]:
-        """Runs of a sweep by path; of two of one path, which only two drivers at once can make, the earlier."""
+        """Runs of a sweep by path. If two runs have the same path (only two drivers at once can cause this), the earlier one."""
         if sweep not in self._runs:
             found: dict[tuple[str, ...], _Known] = {}
             token = None
@@ -166,7 +168,7 @@ class Server:
         return _Known(made.info.run_id, made.info.status, made.info.start_time, dict(made.data.tags))
 
     def _anew(self, path: tuple[str, ...], old: _Known, message: Message) -> _Known:
-        """A run in the place of one whose params are no longer true; that one goes to MLflow's bin."""
+        """Replace a run whose params are no longer true by a new one. The old one is deleted (MLflow keeps it in its bin)."""
         of_sweep = self._of_sweep(path[0])
         parent = of_sweep.get(path[:-1]) if len(path) > 1 else None
         made = of_sweep[path] = self._create(path, parent, message)
@@ -180,7 +182,7 @@ class Server:
         if status == "RUNNING":
             self._client.update_run(run.id, status=status)
         else:
-            # What was tracked after it ended, and has no beginning of its own, would have taken less than no time.
+            # A run that is tracked after its end, without its own start time, would have a negative duration.
             self._client.set_terminated(run.id, status, None if ended is None else max(ended, run.start))
         run.status = status
 
@@ -198,9 +200,8 @@ class Server:
             if key in run.tags and key not in tags:
                 self._client.delete_tag(run.id, key)
                 del run.tags[key]
-        # Curve points take their time from their step, so that sending a curve again adds no second line: the
-        # database knows equal points. Final metrics take the message's, and only what changed is told: the last one is what
-        # the run shows.
+        # Curve points get their time from their step, so that the database recognises equal points and a curve that is sent
+        # again adds nothing. Final metrics get the message's time, and only changed ones are sent: the run shows the last one.
         at = int(1000 * message["at"])
         changed = {k: v for k, v in message["metrics"].items() if run.metrics.get(k) != v}
         metrics = [
@@ -226,7 +227,7 @@ class Server:
         run.metrics |= message["metrics"]
 
     def _model(self, run: _Known, message: Message) -> str:
-        """Id of the LoggedModel of a run, made unless it is there."""
+        """Id of the LoggedModel of a run. It is created if it does not exist."""
         from mlflow.entities import LoggedModelOutput
 
         told = message["model"]
@@ -247,13 +248,13 @@ class Server:
         return str(model.model_id)
 
     def _show(self, view: Message) -> None:
-        """The table of runs for who opens it by VIEW: as the newest sweep wants it."""
+        """Set the shared view VIEW of the table of runs to that of the newest sweep."""
         primary = next((name.split("`")[1] for name in view["selectedColumns"] if name.startswith("metrics.")), "")
         self._client.set_experiment_tag(self._experiment, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
         self._client.set_experiment_tag(self._experiment, "mlflow.experiment.primaryMetric.name", primary)
 
 
-# So that the UI opens on the runs, not on traces.
+# These let the UI open on the runs, not on traces.
 _EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": "Runs of `safecl`: sweep, its cells (rows of the table), their trials. `safecl ui` opens it with the "
@@ -274,7 +275,7 @@ def _inputs(data: Sequence[Message]) -> list[Any]:
 
 
 def _mlmodel(model: Any, run_id: str) -> str:
-    """MLflow's own description of a model: a prompt goes in, an answer comes out."""
+    """MLflow's own description of a model, with a prompt as input and an answer as output."""
     from mlflow.models import Model
     from mlflow.models.signature import ModelSignature
     from mlflow.types.schema import ColSpec, DataType, Schema
@@ -289,7 +290,7 @@ def _mlmodel(model: Any, run_id: str) -> str:
 
 @contextmanager
 def _folder(files: dict[str, dict[str, str]]) -> Iterator[str]:
-    """The files of a message in a folder that is gone after the block."""
+    """A temporary folder with the files of a message. It is deleted after the block."""
     with tempfile.TemporaryDirectory(prefix="safecl-") as name:
         for path, kept in files.items():
             file = Path(name) / path

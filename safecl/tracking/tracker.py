@@ -1,10 +1,10 @@
-"""Sends runs to MLflow from one daemon thread.
+"""Tracker: sends runs to MLflow from one daemon thread.
 
-Only the driver writes, from finished records, one message a run. A run is found again by its tags (`safecl.sweep`, `safecl.cell`,
-`safecl.trial`) and updated; a message that was sent before is recognised by its digest and skipped, so sending twice is the
-same as sending once. That is what lets the tracker be careless about crashes: it never raises into a run, writes what could
-not be sent to `<root>/spool/*.jsonl`, and sends it at the next start or as soon as the server answers again. What was sent
-is noted in `<root>/tracked.jsonl`: a rerun that has nothing new never imports mlflow.
+Only the driver writes, from finished records, one message for each run. A run is found by its tags (`safecl.sweep`,
+`safecl.cell`, `safecl.trial`) and updated. A message that was sent before is recognised by its digest and skipped, so sending
+twice has the same effect as sending once. Therefore crashes do no harm. The tracker never raises into a sweep. It writes
+messages that cannot be sent to `<root>/spool/*.jsonl`, and sends them at the next start or as soon as the server answers again.
+Sent messages are noted in `<root>/tracked.jsonl`, so a rerun without news never imports mlflow.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from safecl.tracking.messages import Message, Run
 from safecl.tracking.server import Server
 from safecl.tracking.spool import Sent, Spool
 
-_RETRY_S = 30.0  # rest after the server failed
+_RETRY_S = 30.0  # seconds to wait after the server failed
 _LOG = logging.getLogger("safecl.tracking")
 
 
 class _Put(NamedTuple):
-    """A run that was handed over. `make` reads the store, which takes longer than a driver has."""
+    """A run that was passed to the tracker. `make` reads the store, which would delay the driver too much."""
 
     number: int
     path: list[str]
@@ -41,10 +41,10 @@ class _Put(NamedTuple):
 
 
 class Tracker:
-    """Writes runs from one daemon thread. No method raises; `problem` and `num_spooled` say how it stands.
+    """Sends runs to MLflow from one daemon thread. No method raises; `problem` and `num_spooled` show its state.
 
-    `uri`: an MLflow tracking URI, or None for SQLite at `root/mlflow.db` (created on first use, about 5 s, in the
-    thread, by the first message that was not sent before). Artifacts and the spool live under `root`.
+    `uri` is an MLflow tracking URI, or None for SQLite at `root/mlflow.db`. The database is created in the thread by the first
+    message that was not sent before, which takes about 5 s. Artifacts and the spool are under `root`.
     """
 
     def __init__(self, uri: str | None, root: Path) -> None:
@@ -64,8 +64,11 @@ class Tracker:
         self._thread.start()
 
     def put(self, path: Sequence[str], made_of: Any, make: Callable[[], Run], now: bool = False) -> None:
-        """Bring a run (`path`: its sweep, cell and trial) to what `make` gives. Returns at once: `make` is called in another
-        thread (`now`: in this one), and only if `made_of` (plain values that decide what it gives) is not what was sent last."""
+        """Send the run that `make` returns. `path` names its sweep, cell and trial.
+
+        Returns at once: `make` is called in another thread, or with `now` in this one. It is called only if `made_of` (plain
+        values that decide its result) differs from what was sent last.
+        """
         try:
             named, digest = messages.path_of(path), messages.digest_of([list(path), made_of])
             if self._is_last(named, digest):
@@ -73,7 +76,7 @@ class Tracker:
             if now:
                 made = make()
                 make = lambda: made  # noqa: E731
-        except Exception as error:  # what cannot be told must not end a run of hours
+        except Exception as error:  # a tracking error must not end a sweep of hours
             self._lost("/".join(map(str, path)), error)
             return
         self._last["/".join(named)] = digest
@@ -87,7 +90,7 @@ class Tracker:
         self._keep([put])
 
     def knows(self, path: Sequence[str], made_of: Any) -> bool:
-        """Whether this is what was put last of that run, now or by an earlier tracker that sent it."""
+        """Whether `made_of` is what was put last for this run, by this tracker or by an earlier one that sent it."""
         return self._is_last(messages.path_of(path), messages.digest_of([list(path), made_of]))
 
     def _is_last(self, path: list[str], digest: str) -> bool:
@@ -95,7 +98,7 @@ class Tracker:
         return self._sent.holds(path, digest) if last is None else last == digest
 
     def close(self, timeout_s: float = 30.0) -> bool:
-        """Flush for at most `timeout_s`; what is still unsent then goes to the spool. True if everything was sent."""
+        """Send for at most `timeout_s` seconds; then write unsent messages to the spool. True if everything was sent."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -109,7 +112,7 @@ class Tracker:
         return not left and self.num_spooled == 0 and self.problem is None
 
     def _keep(self, puts: Sequence[_Put]) -> None:
-        """Write to disk what was not sent."""
+        """Write unsent runs to disk."""
         made = []
         for put in puts:
             try:
@@ -148,7 +151,7 @@ class Tracker:
                 continue
             try:
                 server = server or Server(self.uri, self.root)
-                if waiting:  # first: of two messages on one run the later holds
+                if waiting:  # first, because of two messages on one run the later one is valid
                     self._send_spool(server)
                     waiting, self.problem = False, self._refused
                 if put is not None:
@@ -172,7 +175,8 @@ class Tracker:
         self._done(put)
 
     def _send(self, server: Server, message: Message) -> None:
-        """Raises if the server is away. A message that it is there to refuse goes to disk, to be read by a person."""
+        """Send one message. Raises if the server is away. A message that the server refuses is written to disk for a person to
+        read."""
         try:
             server.send(message)
             self._sent.note(message["path"], message["digest"])
@@ -183,9 +187,9 @@ class Tracker:
             self._write([message], "refused")
 
     def _next(self, retry_at: float | None) -> _Put | None:
-        """The next run; None at the end, or when it is time to try the spool again."""
+        """The next run. None at the end, or when it is time to try the spool again."""
         if self._closed and self._queue.empty():
-            return None  # the mark of the end may have been taken by a look that was there for the spool
+            return None  # an earlier call may already have taken the end mark
         if retry_at is None:
             return self._queue.get()
         try:
@@ -194,7 +198,7 @@ class Tracker:
             return None
 
     def _done(self, put: _Put) -> bool:
-        """Take the run off the books; False if `close` has spooled it meanwhile."""
+        """Remove the run from the unsent ones. False if `close` has spooled it meanwhile."""
         with self._lock:
             return self._unsent.pop(put.number, None) is not None
 
@@ -203,7 +207,7 @@ class Tracker:
             self._keep([put])
 
     def _send_spool(self, server: Server) -> None:
-        """Send what waits on disk, oldest first; raises if the server is away."""
+        """Send the messages that wait on disk, oldest first. Raises if the server is away."""
         with self._spool.waiting() as files:
             for path in files:
                 found = json_lines(path)

@@ -1,4 +1,4 @@
-"""What MLflow is told of one trial, from the store: its numbers with intervals, curves, costs, data, answers and weights."""
+"""The MLflow run of one trial, from the store: its numbers with intervals, curves, costs, data, answers and weights."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 
 def name_of(job: Job) -> str:
-    """What tells a trial from all others of its cell: a rerun finds its run by it. Seeds of base have one key."""
+    """A name that is unique within the trial's cell, so that a rerun finds its MLflow run. It holds the seed, because all
+    seeds of base have the same key."""
     return f"{job.evidence.metrics.key[:16]}-{job.split}-{job.seed}"
 
 
 def trial(project: Project, names: Names, done: Done) -> Run:
-    """All of a finished job's run. Reads the store alone: it is called beside the driver."""
+    """The run of a finished job. Reads only the store, because it is called in another thread than the driver's."""
     job, graph = done.job, done.job.graph
     stages = {"metrics": job.evidence.metrics.key}
     trained = job.cell.recipe.method not in REFERENCES
@@ -69,8 +70,10 @@ def trial(project: Project, names: Names, done: Done) -> Run:
 
 
 def numbers(of_seeds: Mapping[int, list[dict[str, Any]]]) -> dict[str, float | None]:
-    """Every metric over seeds: `asr`, `asr.low` and `asr.high` (95 %), where there are several sets of prompts each of them
-    (`asr.attack.mini`), and how many verdicts could not be read."""
+    """Every metric over seeds, such as `asr`, with its 95 % interval (`asr.low`, `asr.high`).
+
+    With several sets of prompts it also has each set (`asr.attack.mini`). It also has the number of unparsed verdicts.
+    """
     found: dict[str, float | None] = {}
     measured = by_metric(of_seeds)
     for metric in metrics.ordered(measured):
@@ -92,7 +95,7 @@ def _ends(name: str, one: Mapping[str, Any]) -> dict[str, float]:
 
 
 def values(result: Mapping[str, Any]) -> dict[str, float | None]:
-    """A metrics stage's result alone, where its outcomes cannot be read."""
+    """The values from the result of a metrics stage, without intervals, if its outcomes cannot be read."""
     return {name: entry["value"] for name, entry in result.items()}
 
 
@@ -103,7 +106,7 @@ def _outcomes(project: Project, job: Job) -> list[dict[str, Any]] | None:
 
 
 def curves(project: Project, job: Job) -> list[dict[str, Any]]:
-    """A trial's training curves as metrics by step; none of what was not trained."""
+    """A trial's training curves as metrics by step. Empty if nothing was trained."""
     if job.cell.recipe.method in REFERENCES:
         return []
     with suppress(Damaged, KeyError, OSError):
@@ -113,7 +116,7 @@ def curves(project: Project, job: Job) -> list[dict[str, Any]]:
 
 
 def spent(project: Project, job: Job) -> tuple[float | None, float | None, dict[str, float | None]]:
-    """When the first of a trial's own stages began and the last ended, and their seconds by kind, as measured."""
+    """(start of the first, end of the last, seconds by kind) of a trial's own stages. Times are seconds since the epoch."""
     began, ended, seconds = [], [], dict[str, float | None]()
     for stage in job.own or [job.evidence.metrics]:
         with suppress(Damaged, KeyError, OSError, ValueError):
@@ -130,7 +133,7 @@ def spent(project: Project, job: Job) -> tuple[float | None, float | None, dict[
 
 
 def data(project: Project, job: Job) -> Iterator[DataSet]:
-    """The rows that a trial was trained on and asked, by what they are made of."""
+    """The data sets that a trial was trained on and evaluated on, with their sources."""
     seen = set()
     for stage in job.evidence.metrics.walk():
         role = str(stage.config.get("role", "")) if stage.kind == "data" else ""
@@ -148,8 +151,11 @@ def data(project: Project, job: Job) -> Iterator[DataSet]:
 
 
 def answered(project: Project, job: Job, outcomes: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Answers with what was measured of each, a table a set: of final trials, whose answers a reader compares. MLflow opens such
-    a table with its rows grouped by the first column, and the second compared from run to run."""
+    """Tables of answers with their metrics, one for each set. Empty unless it is a final trial, whose answers a reader
+    compares.
+
+    MLflow groups the rows of such a table by its first column and compares the second column between runs.
+    """
     if job.role != "final":
         return {}
     measured: dict[tuple[str, str], dict[str, Any]] = {}
@@ -174,7 +180,7 @@ def answered(project: Project, job: Job, outcomes: Sequence[Mapping[str, Any]]) 
 
 
 def _model(names: Names, job: Job, params: Mapping[str, Any], measured: Mapping[str, float | None]) -> Model | None:
-    """A final trial's adapter: its card, and where its weights lie."""
+    """A final trial's adapter with its model card and the place of its weights. None if there is no adapter."""
     final = job.graph.final
     if final is None or job.cell.recipe.method in REFERENCES:
         return None
@@ -189,7 +195,7 @@ def _model(names: Names, job: Job, params: Mapping[str, Any], measured: Mapping[
 
 
 def card(title: str, job: Job, params: Mapping[str, Any], measured: Mapping[str, float | None]) -> str:
-    """What whoever finds these weights must know."""
+    """The model card of an adapter in Markdown: what its weights are and how they were made."""
     recipe, final = job.cell.recipe, job.graph.final
     assert final is not None
     lines = [
@@ -208,7 +214,7 @@ def card(title: str, job: Job, params: Mapping[str, Any], measured: Mapping[str,
 
 
 def numbers_table(measured: Mapping[str, float | None]) -> list[str]:
-    """Metrics as lines of a Markdown table, percent as in the report."""
+    """Metrics as lines of a Markdown table, in percent as in the report."""
     lines = []
     plain = [name for name in measured if not {"/", "."} & {*name}]
     for metric in metrics.ordered(plain):

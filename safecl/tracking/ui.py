@@ -1,4 +1,4 @@
-"""MLflow's own pages on this machine's own address, and Optuna's where optuna-dashboard is installed."""
+"""MLflow's own web pages on the loopback address, and Optuna's if optuna-dashboard is installed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from safecl.base import ConfigError, PrerequisiteError, sqlite_path
 from safecl.tracking.messages import EXPERIMENT, VIEW
 
 HOST = "127.0.0.1"
-WAIT_S = 120.0  # MLflow takes ten seconds to start, on a busy machine minutes
+WAIT_S = 120.0  # seconds; MLflow takes ten seconds to start, or minutes on a busy machine
 
 
 @contextmanager
 def opened(uri: str, logs: Path, port: int = 0) -> Iterator[str]:
-    """MLflow's address, where the table of runs has the newest sweep's columns. A server that runs is pointed at; else one is
-    started for as long as the block runs, with its output under `logs`.
+    """The address of MLflow's table of runs, with the columns of the newest sweep.
+
+    If `uri` is a running server, its address is used. Else a server is started for the length of the block, with its output
+    under `logs`.
 
     Raises:
         ConfigError: nothing was tracked there yet.
@@ -44,14 +46,14 @@ def opened(uri: str, logs: Path, port: int = 0) -> Iterator[str]:
         raise ConfigError("the database of execution.tracking_uri is empty: nothing was tracked yet; run a sweep")
     port = port or free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    # Not as an argument: every user of this machine may read those, and the address may hold a password.
+    # Not as an argument: every user of this machine can read arguments, and the URI may hold a password.
     with server(command, port, logs / "mlflow-ui.txt", {"MLFLOW_BACKEND_STORE_URI": uri}) as address:
         yield _runs(address)
 
 
 @contextmanager
 def dashboard(url: str, logs: Path) -> Iterator[str | None]:
-    """Optuna's dashboard of the studies at this URL; None where there are none, or it is not installed."""
+    """The address of Optuna's dashboard for the studies at this URL. None if there are no studies or it is not installed."""
     database = sqlite_path(url)
     if find_spec("optuna_dashboard") is None or (database is not None and not database.exists()):
         yield None
@@ -64,7 +66,8 @@ def dashboard(url: str, logs: Path) -> Iterator[str | None]:
 
 @contextmanager
 def server(command: list[str], port: int, log: Path, told: Mapping[str, str] = {}) -> Iterator[str]:
-    """A server's address once it answers; it and all that it started end with the block. `told`: by its environment."""
+    """Start a server and yield its address once it answers. The server and its child processes end with the block. `told`:
+    its additional environment variables."""
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
@@ -91,7 +94,7 @@ def server(command: list[str], port: int, log: Path, told: Mapping[str, str] = {
 
 
 def _has_tables(uri: str) -> bool:
-    """Whether MLflow has ever written to a database; a server that is started on an empty one would make its tables."""
+    """Whether MLflow has written to a database. (A server that is started on an empty database would create its tables.)"""
     from sqlalchemy import create_engine, inspect
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -112,7 +115,7 @@ def _answers(address: str) -> bool:
 
 
 def _runs(address: str) -> str:
-    """The address of the experiment's table of runs; MLflow's own where it has none."""
+    """The address of the experiment's table of runs. MLflow's main address if there is no experiment."""
     asked = urllib.parse.quote(EXPERIMENT)
     with suppress(OSError, ValueError, KeyError):
         url = f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name={asked}"
