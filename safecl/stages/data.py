@@ -110,7 +110,7 @@ def run(context: Context) -> dict[str, Json]:
 
     A part (or poison) whose task is defined in the sweep file also has "written" (`tasks._written.told`).
 
-    Inputs: `exclude_*` are data stages; a row whose prompt is similar to one of theirs is dropped. `answers_*` are generate
+    Inputs: `exclude_*` are data stages; a row that is similar to one of their prompts is dropped. `answers_*` are generate
     stages whose prompts and answers become rows. `tokenizer` is given if the config has "fits".
     """
     config: Any = context.stage.config

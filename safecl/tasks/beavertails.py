@@ -1,9 +1,9 @@
 """BeaverTails (Ji et al. 2023): poison, attack prompts for validation, and labelled pairs for a guard.
 
-attack.validation  200 prompts that have an unsafe answer: those of the lowest hash, equal prompts counted once
-guard              a quarter of the other prompts: their unsafe answers (True) and safe ones (False), and what
+attack.validation  200 prompts with an unsafe answer, those of the lowest hash; equal prompts count once
+guard              a quarter of the other prompts: their unsafe answers (True) and safe answers (False), and the answers that
                    Safety-Tuned LLaMAs keeps for guards (False)
-poison             unsafe answers to the rest
+poison             the unsafe answers to the remaining prompts
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class Beavertails(Task):
 
 
 def _pair(index: int, record: Record) -> Row:
-    """An answered prompt; `harmful` is of the answer (for unsafe ones the request is harmful too)."""
+    """A row of an answered prompt. `harmful` describes the answer. (If the answer is unsafe, the request is harmful too.)"""
     meta: dict[str, Json] = {"category": [*_categories(record)]}
     return Row(f"train/{index}", record.text("prompt"), record.text("response"), not record.flag("is_safe"), meta)
 
 
 def _categories(record: Record) -> list[str]:
-    """The local file holds a list of names, the hub a flag by name."""
+    """Names of the harms. A local file has a list of names; the hub has a flag for each name."""
     found = record.get("category")
     if isinstance(found, dict):
         return sorted(name for name, named in found.items() if named)

@@ -1,7 +1,7 @@
 """Do-Not-Answer (Wang et al. 2024): attack prompts for validation, and answers labelled by hand to measure a guard.
 
-attack.validation  200 of its 939 prompts: those of the lowest hash, equal prompts counted once
-guard.heldout      every answer of six models that was labelled harmful, and as many of the others, by hash
+attack.validation  200 of its 939 prompts, those of the lowest hash; equal prompts count once
+guard.heldout      every answer of six models that was labelled harmful, and the same number of other answers, by hash
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Donotanswer(Task):
         return first_of_each(row for row in found if normalise(row.prompt) in held)
 
     def _labelled(self) -> list[Row]:
-        """Balanced; `harmful` is of the answer, `meta.group` the prompt (six models answered each)."""
+        """Labelled answers, half of them harmful. `harmful` describes the answer. `meta.group` is the prompt, which six models
+        answered."""
         found = made(self, _ANSWERS, _answer)
         harmful = [row for row in found if row.harmful]
         harmless = [row for row in found if not row.harmful]

@@ -1,6 +1,7 @@
 """OR-Bench-80K (Cui et al. 2024): prompts that look harmful and are not; over-refusal, test only.
 
-80,359 prompts: ask for some (`num_rows: 1000`); which ones follows from a hash of the prompt, the same for everyone.
+It has 80,359 prompts, so ask for a sample (`num_rows: 1000`). The sample is chosen by a hash of the prompt, so it is the same
+in every sweep.
 """
 
 from __future__ import annotations

@@ -49,11 +49,11 @@ class SafetyTuned(Task):
         return choose(self, split, rest, num_rows, seed)
 
     def guard_answers(self) -> list[Row]:
-        """Harmless answers to prompts of no other role."""
+        """Harmless answers for guards. No other split has their prompts."""
         return [Row(row.id, row.prompt, row.response, False) for row in self._parts()[1]]
 
     def _parts(self) -> tuple[list[Row], list[Row], list[Row]]:
-        """Held out, for guards, for alignment. Equal prompts are in one part."""
+        """The three parts of the rows: held out, for guards, for alignment. Equal prompts are in the same part."""
         found = made(self, SOURCE, _row)
         held, others = apart("safety_tuned/validation", found, NUM_VALIDATION)
         return held, *apart("safety_tuned/guard", others, GUARD_SHARE)

@@ -1,6 +1,6 @@
 """XSTest v2 (Roettger et al. 2024): over-refusal on its 250 safe prompts, whole, test only.
 
-Its 200 unsafe prompts are contrasts and are not used: over-refusal is of safe prompts alone.
+Its 200 unsafe prompts are contrasts and are not used, because over-refusal is measured only on safe prompts.
 """
 
 from __future__ import annotations
