@@ -83,9 +83,11 @@ class Kept:
 
     def made(self) -> dict[str, str]:
         """sha256 of what stages made that a repetition makes bit for bit, by `kind/key/file`: weights, training curves, rows,
-        and what was found of every answer."""
+        and what was found of every answer. Models are left out: only a store at a URL has copies of local ones."""
         found = {}
         for record, folder in self._records():
+            if record["kind"] == "model":
+                continue
             for name, digest in record["sha256"].items():
                 if name == "outcomes.jsonl":  # in the order in which answers came
                     lines = sorted(self._read(f"{folder}/{name}").splitlines())
