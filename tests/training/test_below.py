@@ -124,14 +124,18 @@ def test_what_is_kept_is_bounded_over_all_finetunes(
             assert computed == groups and sum(kept.nbytes for kept in below._kept.values()) <= most
 
 
-def test_a_model_whose_upper_layers_read_more_than_hidden_states_goes_through_all(tiny_model: Path) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_whose_upper_layers_read_more_than_hidden_states_goes_through_all(
+    whole: bool, tiny_model: Path
+) -> None:
+    """What they read is of the batch's shape, so that the model fails, or of any, so that it gives something else."""
     states = _states(tiny_model)
     lower, upper = states.inner.layers
     left: list[torch.Tensor] = []
     own_lower, own_upper = lower.forward, upper.forward
 
     def leave(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        left[:] = [hidden]
+        left[:] = [hidden if whole else hidden.mean()]
         found: torch.Tensor = own_lower(hidden, *args, **kwargs)
         return found
 
