@@ -66,7 +66,7 @@ def unscorable(data: Data, row: Row) -> str | None:
 
         return None if numeric(gold) is not None else f"expected an answer with a number, got {gold[:60]!r}"
     if data.score == "code":
-        from safecl.tasks.code import tested_names
+        from safecl.tasks._program import tested_names
 
         return (
             None if tested_names(str(row.meta["tests"])) else "its tests call no function that an answer would define"
@@ -145,7 +145,8 @@ def _chosen(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _code(rows: Sequence[Row], texts: Sequence[str], unsafe_code: bool) -> dict[str, list[float | None]]:
-    from safecl.tasks.code import Code, tested_names
+    from safecl.tasks._program import tested_names
+    from safecl.tasks.code import Code
 
     tested = []
     for row in rows:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from safecl.tasks.code import MAX_PARSES, _longest, _parts, extracted
+from safecl.tasks._program import MAX_PARSES, _longest, _parts, extracted
 
 START = '''from typing import List
 
