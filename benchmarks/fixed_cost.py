@@ -176,7 +176,7 @@ def waiting_trials(folder: Path, model: Any) -> dict[str, Any]:
     """Tune trials whose stages never come: processes and PSS of each."""
     import ray
 
-    from safecl import project, tune
+    from safecl import project, tune, upkeep
     from tests.test_end_to_end import sweep
 
     class Waits:
@@ -196,7 +196,7 @@ def waiting_trials(folder: Path, model: Any) -> dict[str, Any]:
     config["execution"] |= {"num_trials_at_once": 3}
     (folder / "sweep.yaml").write_text(yaml.safe_dump(config))
     opened = project.Project(project.load(folder / "sweep.yaml", []))
-    opened.store.check_writable(needed_gib=0.1)
+    upkeep.check_writable(opened.store, needed_gib=0.1)
     schedule = opened.schedule()
     before = {
         pid for pid, (name, _) in processes().items() if not name.startswith("ray::IDLE")

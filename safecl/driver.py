@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
-from safecl import claims, cluster, dtypes, execute, hardware, nodes, preflight, trainers
+from safecl import claims, cluster, dtypes, execute, hardware, nodes, preflight, trainers, upkeep
 from safecl.base import ConfigError, Infrastructure, PrerequisiteError
 from safecl.config import Sweep
 from safecl.cost import missing, slots
@@ -160,7 +160,7 @@ def _check_writable(store: Store) -> None:
     deadline = time.monotonic() + (PATIENCE_S if BEGUN_ANEW in os.environ else 0.0)
     while True:
         try:
-            return store.check_writable(needed_gib=2.0)
+            return upkeep.check_writable(store, needed_gib=2.0)
         except PrerequisiteError:
             if time.monotonic() >= deadline:
                 raise
@@ -170,7 +170,7 @@ def _check_writable(store: Store) -> None:
 def _tidy(project: Project) -> None:
     """Remove the unfinished work that this driver and dead drivers left. Only while this driver runs no stage."""
     store = project.store
-    store.sweep_temporary()
+    upkeep.sweep_temporary(store)
     claims.forget_dead(store)
     others = {owner for owner in owners(store) if owner != store.owner and store.is_alive(owner)}
     trainers.tidy(project.logs, {short_of(owner) for owner in others})

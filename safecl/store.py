@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from safecl import lease, records
-from safecl.base import Damaged, Json, PrerequisiteError
+from safecl.base import Damaged, Json
 from safecl.cache import Cache
 from safecl.identity import Context as Context
 from safecl.identity import Place as Place
@@ -107,7 +107,7 @@ class Store:
         """Whether the stage is finished (its record exists)."""
         if self.remote is None:
             return os.path.isfile(f"{self._stages}/{stage.kind}/{stage.key}/record.json")
-        if stage.key not in self._known and self.remote.exists(_record(stage)):
+        if stage.key not in self._known and self.remote.exists(record_name(stage)):
             self._known.add(stage.key)
         return stage.key in self._known
 
@@ -194,9 +194,9 @@ class Store:
             found = self._folder(stage)
             if self.remote is not None:
                 with suppress(FileNotFoundError):  # another process was first
-                    there = json.loads(self.remote.read(_record(stage)))
+                    there = json.loads(self.remote.read(record_name(stage)))
                     if not (found / "record.json").is_file() or there == records.load(found / "record.json"):
-                        self.remote.move(_record(stage), f"damaged/{_name(stage)}.{uuid.uuid4().hex[:8]}.json")
+                        self.remote.move(record_name(stage), f"damaged/{_name(stage)}.{uuid.uuid4().hex[:8]}.json")
                 self._known.discard(stage.key)
             self._set_aside(found)
             return False
@@ -217,7 +217,7 @@ class Store:
                 raise self._absent(stage)
             return records.load(path)
         try:
-            return records.read(self.remote.read(_record(stage)), stage.key, f"{self.root}/{_record(stage)}")
+            return records.read(self.remote.read(record_name(stage)), stage.key, f"{self.root}/{record_name(stage)}")
         except FileNotFoundError:
             raise self._absent(stage) from None
 
@@ -309,11 +309,11 @@ class Store:
 
     def _send(self, stage: Stage, made: Path, upload: str, record: str, remote: Remote) -> bool:
         """Whether this upload is the one that counts."""
-        if remote.exists(_record(stage)):
+        if remote.exists(record_name(stage)):
             return False
         remote.note(f"uploads/{upload}.json", {"kind": stage.kind, "key": stage.key})
         remote.upload(made, names_below(made), f"files/{stage.kind}/{stage.key}/{upload}")
-        is_ours = remote.create(_record(stage), record.encode())
+        is_ours = remote.create(record_name(stage), record.encode())
         if not is_ours:
             remote.remove(f"files/{stage.kind}/{stage.key}/{upload}")
         remote.remove(f"uploads/{upload}.json")
@@ -323,11 +323,11 @@ class Store:
         """Fetch a stage from the URL. The caller holds the stage's lock."""
         for tries_left in (1, 0):
             try:
-                text = remote.read(_record(stage))
+                text = remote.read(record_name(stage))
             except FileNotFoundError:
                 self._known.discard(stage.key)
                 raise self._absent(stage) from None
-            record = records.read(text, stage.key, f"{self.root}/{_record(stage)}")
+            record = records.read(text, stage.key, f"{self.root}/{record_name(stage)}")
             size = sum(record["files"].values())
             self.cache.make_room(size, self._drop)
             made = self.new_folder()
@@ -412,9 +412,7 @@ class Store:
             return
         path = self.local / "notes" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = (
-            self.new_folder()
-        )  # a killed process or a full disk leaves only a temporary folder, which is found and removed
+        folder = self.new_folder()  # what a killed process or a full disk leaves is found and removed
         try:
             (folder / path.name).write_text(json.dumps(value, indent=1))
             os.replace(folder / path.name, path)
@@ -446,51 +444,8 @@ class Store:
         else:
             (self.local / "notes" / f"{name}.json").unlink(missing_ok=True)
 
-    def sweep_temporary(self) -> None:
-        """Remove half-written folders and unfinished uploads of processes that have ended, and those of this owner from
-        before. This owner must have no stage in progress."""
-        for folder in (self.local / "tmp").glob("*"):
-            owner = folder.name.partition(".")[0]
-            if owner == self.owner or not self.is_alive(owner):
-                shutil.rmtree(folder, ignore_errors=True)
-        if self.remote is not None:
-            for name in self.remote.list("uploads"):
-                self._sweep_upload(Path(name).stem, self.remote)
 
-    def _sweep_upload(self, upload: str, remote: Remote) -> None:
-        owner = upload.partition(".")[0]
-        if (owner != self.owner and self.is_alive(owner)) or (left := remote.noted(f"uploads/{upload}.json")) is None:
-            return
-        record = remote.noted(_record(Ref(left["kind"], left["key"])))
-        if record is None or record["upload"] != upload:
-            remote.remove(f"files/{left['kind']}/{left['key']}/{upload}")
-        remote.remove(f"uploads/{upload}.json")
-
-    def check_writable(self, needed_gib: float) -> None:
-        """Raises PrerequisiteError if the root cannot be written, or its disk (at a URL: the cache's) has less than
-        `needed_gib` GiB free."""
-        what, remedy = "execution.root", "name another folder with --set execution.root=FOLDER"
-        if self.remote is not None:
-            self.remote.check(uuid.uuid4().hex)
-            what, remedy = "the cache", "name another folder in the environment variable SAFECL_CACHE"
-        try:
-            self.local.mkdir(parents=True, exist_ok=True)
-            probe = self.local / f".probe-{uuid.uuid4().hex}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise PrerequisiteError(
-                f"{what} {str(self.local)!r} cannot be written ({error.strerror}): {remedy.replace('another', 'a writable')}"
-            ) from None
-        free_gib = shutil.disk_usage(self.local).free / 2**30
-        if free_gib < needed_gib:
-            raise PrerequisiteError(
-                f"{what} {str(self.local)!r} has {free_gib:.1f} GiB free, expected at least {needed_gib:.1f}: free some or "
-                f"{remedy}"
-            )
-
-
-def _record(stage: Stage | Ref) -> str:
+def record_name(stage: Stage | Ref) -> str:
     """Name of a stage's record at a URL."""
     return f"records/{stage.kind}/{stage.key}.json"
 

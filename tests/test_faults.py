@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from safecl import faults
+from safecl import faults, upkeep
 from safecl.base import ConfigError, Damaged, Infrastructure, PrerequisiteError
 from safecl.config import Execution
 from safecl.faults import Cause, Journal, Kind, cause_of, kind_of
@@ -134,7 +134,7 @@ def test_a_fault_of_the_machine_is_tried_again_with_its_parameters_and_never_cou
     asked = []
     for kind in ("infrastructure", "configuration", "trial"):
         project = Project(load(QUICKSTART, _settings(tmp_path)))
-        project.store.check_writable(0.0)
+        upkeep.check_writable(project.store, 0.0)
         schedule = project.schedule()
         asked.append(_fail(schedule, f"a fault: {kind}", kind))  # type: ignore[arg-type]
         [study] = [queue.study for queue in schedule.queues if queue.study is not None]
@@ -155,7 +155,7 @@ def test_a_fault_of_the_machine_is_tried_again_with_its_parameters_and_never_cou
 def test_a_search_whose_last_trial_is_under_way_has_not_failed(tmp_path: Path) -> None:
     """The hours may end, and what is missing be told, at any time."""
     found = Project(load(QUICKSTART, [*_settings(tmp_path), "search.trials=2"]))
-    found.store.check_writable(0.0)
+    upkeep.check_writable(found.store, 0.0)
     schedule = found.schedule()
     told = []
     while (job := schedule.next()) is not None:
@@ -172,7 +172,7 @@ def test_a_missing_row_is_a_line_and_an_exit_code_where_nothing_is_left_to_do(
     from safecl import cli
 
     found = Project(load(QUICKSTART, _settings(tmp_path)))
-    found.store.check_writable(0.0)
+    upkeep.check_writable(found.store, 0.0)
     schedule = found.schedule()
     plain = [cell for cell in found.cells if cell.space is None]
     tops = [cell.job({}, seed, "final").evidence.metrics for cell in plain for seed in found.sweep.seeds]
@@ -205,7 +205,7 @@ class _NoTracker:
 def test_a_result_without_the_number_that_is_searched_for_is_the_trials_own_fault(tmp_path: Path) -> None:
     """Nothing could be parsed: it counts as failed, and the run goes on."""
     found = Project(load(QUICKSTART, _settings(tmp_path)))
-    found.store.check_writable(0.0)
+    upkeep.check_writable(found.store, 0.0)
     schedule = found.schedule()
     seen = 0
     while (job := schedule.next()) is not None:

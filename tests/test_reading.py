@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from safecl import cli, hardware, review_cli
+from safecl import cli, hardware, review_cli, upkeep
 from safecl.hardware import Speed
 from safecl.project import Project, load
 from safecl.report.facts import facts
@@ -49,7 +49,7 @@ def test_a_reading_verb_changes_nothing_beside_a_live_driver(
     driver = Project(load(QUICKSTART, [dtype, "poison.ratios=[0.1]", f"execution.root={root}"]))
     key = ""
     with driver.lease():
-        driver.store.check_writable(0.0)
+        upkeep.check_writable(driver.store, 0.0)
         for cell in driver.cells:
             if (study := driver.study(cell)) is not None:
                 number, _ = study.ask()

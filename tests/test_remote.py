@@ -17,7 +17,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from safecl import cache, lease, printed, records, remote, underway
+from safecl import cache, lease, printed, records, remote, underway, upkeep
 from safecl.base import Damaged, Infrastructure, PrerequisiteError
 from safecl.remote import Remote
 from safecl.store import Stage, Store
@@ -103,10 +103,10 @@ def test_a_process_that_is_killed_while_it_uploads_leaves_nothing_that_counts_an
     here = node(monkeypatch, tmp_path / "1", url)
     assert Remote(url).list("files") and not here.has(stage())
     assert list(here.local.glob("tmp/*"))
-    here.sweep_temporary()
+    upkeep.sweep_temporary(here)
     assert not Remote(url).list("files") and not Remote(url).list("uploads") and not list(here.local.glob("tmp/*"))
     publish(here, stage(), "whole")
-    here.sweep_temporary()
+    upkeep.sweep_temporary(here)
     assert (node(monkeypatch, tmp_path / "2", url).path(stage()) / "rows.jsonl").read_text() == "whole"
 
 
@@ -119,7 +119,7 @@ def test_the_upload_of_a_live_owner_and_one_that_counts_are_never_removed(
     Remote(url).note(f"uploads/{upload}.json", {"kind": "data", "key": stage().key})  # killed before it took this away
     Remote(url).note(f"uploads/{ALIVE}.1.json", {"kind": "data", "key": "k"})
     Remote(url).write(f"files/data/k/{ALIVE}.1/rows.jsonl", b"half")
-    here.sweep_temporary()
+    upkeep.sweep_temporary(here)
     assert set(Remote(url).list("uploads")) == {f"uploads/{ALIVE}.1.json"}
     assert len(Remote(url).list("files")) == 2
 
@@ -238,7 +238,7 @@ def test_a_server_that_never_answers_is_said_and_soon_where_it_never_did(
         with pytest.raises(Infrastructure, match=r"s3://nobody/here does not answer"):
             store.has(stage())
         with pytest.raises(PrerequisiteError, match=r"execution.root 's3://nobody/here' cannot be used"):
-            store.check_writable(0.0)
+            upkeep.check_writable(store, 0.0)
     finally:
         s3fs.clear_instance_cache()
 

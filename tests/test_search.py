@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from safecl import upkeep
 from safecl.grid import Job
 from safecl.project import Project, load
 from safecl.schedule import Schedule
@@ -19,7 +20,7 @@ QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 def opened(root: Path, *settings: str) -> tuple[Project, Schedule]:
     fixed = ["models.0.dtype=float32", "poison.ratios=[0.1]", "evaluate.judges.asr=keywords", "search.at_once=4"]
     project = Project(load(QUICKSTART, [*fixed, f"execution.root={root}", *settings]))
-    project.store.check_writable(0.0)
+    upkeep.check_writable(project.store, 0.0)
     return project, project.schedule()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from safecl import lease, records
+from safecl import lease, records, upkeep
 from safecl.base import Damaged, PrerequisiteError
 from safecl.store import SharedConfig, Stage, Store, below, canonical
 
@@ -135,7 +135,7 @@ def test_kill_9_in_the_middle_of_writing_leaves_no_stage_and_the_next_attempt_su
     assert not store.has(stage()) and store.find("") == []
     publish(store, stage(), "whole")
     assert (store.path(stage()) / "rows.jsonl").read_text() == "whole"
-    store.sweep_temporary()
+    upkeep.sweep_temporary(store)
     assert not list((tmp_path / "tmp").iterdir())
 
 
@@ -176,9 +176,9 @@ def test_a_full_disk_leaves_no_stage(tmp_path: Path) -> None:
 def test_a_root_that_cannot_hold_the_results_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PrerequisiteError, match="cannot be written"):
-        Store(str(tmp_path / "file" / "below")).check_writable(0.0)
+        upkeep.check_writable(Store(str(tmp_path / "file" / "below")), 0.0)
     with pytest.raises(PrerequisiteError, match=r"GiB free, expected at least"):
-        Store(str(tmp_path)).check_writable(1e9)
+        upkeep.check_writable(Store(str(tmp_path)), 1e9)
 
 
 ALIVE = f"{lease.machine()}-{os.getppid()}-{lease._began(os.getppid())}"  # this process's parent
@@ -267,7 +267,7 @@ def test_what_is_being_written_stays_however_old_it_is_and_what_the_dead_left_go
     kept, left = other.new_folder(), dead.new_folder()
     week_ago = time.time() - 7 * 86_400
     os.utime(kept, (week_ago, week_ago))
-    mine.sweep_temporary()
+    upkeep.sweep_temporary(mine)
     assert kept.is_dir() and not left.is_dir()
 
 
