@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
 _quote = json.encoder.encode_basestring_ascii
 _PLAIN = frozenset({str, int, float, bool, type(None)})
+_PLACE = "\0"  # stands for a key; canonical JSON never holds this character
 
 
 def canonical(value: Json) -> str:
@@ -114,13 +115,38 @@ class Stage:
     @cached_property
     def key(self) -> str:
         """sha256 (hex, 64 digits) of the canonical JSON of kind, config, input keys and version."""
-        config = self.config.text if isinstance(self.config, SharedConfig) else canonical(dict(self.config))
-        below = self.inputs
-        inputs = ",".join([f'{_quote(name)}:"{below[name].key}"' for name in sorted(below)])
-        kind, version = _quote(self.kind), _quote(self.version)
-        # Built by hand for speed. It equals the canonical JSON of the four.
-        text = f'{{"config":{config},"inputs":{{{inputs}}},"kind":{kind},"version":{version}}}'
+        text = self._text({name: stage.key for name, stage in self.inputs.items()})
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def _text(self, keys: Mapping[str, str]) -> str:
+        """The canonical JSON of kind, config, input keys and version. Built by hand for speed."""
+        config = self.config.text if isinstance(self.config, SharedConfig) else canonical(dict(self.config))
+        inputs = ",".join([f'{_quote(name)}:"{keys[name]}"' for name in sorted(keys)])
+        return (
+            f'{{"config":{config},"inputs":{{{inputs}}},"kind":{_quote(self.kind)},"version":{_quote(self.version)}}}'
+        )
+
+    def given(self, inputs: Mapping[str, Stage]) -> Stage:
+        """This stage with more inputs. For many stages that are alike but for these: most of the text of which their
+        keys are hashes is made once."""
+        names = tuple(inputs)
+        if (known := self._given.get(names)) is None:
+            keys = {name: stage.key for name, stage in self.inputs.items()} | dict.fromkeys(names, _PLACE)
+            first, *after = self._text(keys).split(_PLACE)
+            known = self._given[names] = first, list(zip(sorted(names), after, strict=True))
+        text = known[0] + "".join([inputs[name].key + after for name, after in known[1]])
+        made = Stage.__new__(Stage)
+        made.__dict__.update(
+            kind=self.kind, config=self.config, inputs={**self.inputs, **inputs}, version=self.version, hints=self.hints,
+            key=hashlib.sha256(text.encode()).hexdigest(),
+        )  # fmt: skip
+        return made
+
+    @cached_property
+    def _given(self) -> dict[tuple[str, ...], tuple[str, list[tuple[str, str]]]]:
+        """By the names of more inputs: the text of which the key is a hash, as its beginning and pairs of a name and the
+        text after its key."""
+        return {}
 
     @property
     def ref(self) -> Ref:

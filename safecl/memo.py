@@ -24,6 +24,7 @@ class Shared:
         self.folder, self.data, self.planned = folder, data, planned
         self.made: dict[Hashable, Any] = {}
         self.kept: list[object] = []  # objects whose ids are in the keys of `made` and `parts`, kept alive
+        self.sources: list[Any] = []  # what data the stages read (tasks._source.identity)
         self.parts: dict[tuple[int, ...], int] = {}  # ids of the objects that recipes hold -> a number
 
     def part(self, recipe: object, held: tuple[object, ...]) -> int:

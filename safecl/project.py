@@ -23,7 +23,7 @@ from safecl.hardware import Node
 from safecl.lease import Lease
 from safecl.objective import Trial, chosen
 from safecl.schedule import Done, Schedule, Study
-from safecl.store import Stage, Store, below
+from safecl.store import Stage, Store
 from safecl.sweepfile import load as load
 from safecl.tasks._source import UNKNOWN
 from safecl.templates import described, settle
@@ -36,11 +36,8 @@ if TYPE_CHECKING:
 
 def unknown_sources(cells: Sequence[Cell]) -> list[str]:
     """Data sets of these cells whose content is unknown (see `planned` of Project), as hub ids or file names."""
-    tops = [cell.job({}, cell.recipe.seed, "final").evidence.metrics for cell in cells]
-    configs: list[Any] = [stage.config for stage in below(tops) if stage.kind == "data"]
-    parts = [part for config in configs for part in (*config["parts"], config["poison"]) if part is not None]
-    sources = [source for part in parts if isinstance(part["source"], list) for source in part["source"]]
-    return sorted({str(source.get("hub") or source["file"]) for source in sources if UNKNOWN in source.values()})
+    every = [source for found in cells[0].shared.sources if isinstance(found, list) for source in found]
+    return sorted({str(source.get("hub") or source["file"]) for source in every if UNKNOWN in source.values()})
 
 
 def _refuse_without_driver(where: str, uri: str) -> None:

@@ -52,6 +52,19 @@ def test_an_input_or_the_version_changes_the_key_and_a_hint_does_not() -> None:
     assert Stage("data", {"seed": 0.0}).key != plain.key  # 0 and 0.0 are different configs
 
 
+def test_a_stage_given_more_inputs_is_the_stage_made_with_all_of_them() -> None:
+    rows, weights, other = Stage("data", {"seed": 0}), Stage("finetune", {"seed": 1}), Stage("finetune", {"seed": 2})
+    for config in ({"text": "100 % \0 %s", "n": 1}, SharedConfig({"text": "\0"})):
+        asked = Stage("generate", config, {"rows": rows}, "2", {"path": "/here"})  # type: ignore[arg-type]
+        for inputs in ({}, {"weights": weights}, {"weights": other}, {'a"b': other, "weights": weights}):
+            given, made = (
+                asked.given(inputs),
+                Stage("generate", asked.config, {"rows": rows, **inputs}, "2", asked.hints),
+            )
+            assert given == made
+            assert given.key == made.key
+
+
 def test_a_key_is_the_sha256_of_the_canonical_json_of_kind_config_inputs_and_version() -> None:
     below = Stage("data", {"seed": 0})
     config = {"z": 1, "a": [1.5, None, {"ü": 'say "x"'}]}

@@ -267,11 +267,11 @@ class Graph(JudgeStages):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def likelihood(self, task: str, rows: Stage) -> Stage:
-        """Log-probabilities of the answer options of a utility task's rows, under the final model."""
-        kind, final = self._task(task), self.final
+        """Log-probabilities of the answer options of a utility task's rows, under the base model."""
+        kind = self._task(task)
         text = self._around(self.recipe.evaluate.template)
         longest = self.recipe.evaluate.max_prompt_tokens + kind.max_new_tokens
-        inputs = {"model": self.base, "rows": rows, **({} if final is None else {"weights": final})}
+        inputs = {"model": self.base, "rows": rows}
         config: dict[str, Json] = {"task": task, "max_tokens": longest, **text, **told(kind, scored=True)}
         return make("likelihood", self._conversing(config, inputs), inputs, kind.SCORING)
 
@@ -303,29 +303,16 @@ class Graph(JudgeStages):
     def evidence(self, split: str, num_utility: int | None = None) -> Evidence:
         """Everything that is measured of this recipe on `validation` or `test` prompts. `num_utility`: number of
         utility prompts, if other than in the sweep file."""
-        task, kind = self.recipe.task.task, self._task(self.recipe.task.task)
-        final, inputs, judged = self.final, dict[str, Stage](), list[Stage]()
-        asked, utility, measures, version = self._questions(split, num_utility)
-        for name, rows, questions in asked:
-            generations = self.generate(final, rows, self.recipe.evaluate.max_new_tokens)
-            inputs |= {f"{name}.rows": rows, f"{name}.generations": generations}
-            for seat in questions:
-                verdicts = self.judge(seat, {"generations": generations, "rows": rows})
-                judged.append(verdicts)
-                inputs[f"{name}.{seat.metric}"] = verdicts
-        inputs[f"utility.{task}.rows"] = utility
-        if not kind.BY_LIKELIHOOD:
-            generations = self.generate(final, utility, kind.max_new_tokens)
-            inputs[f"utility.{task}.generations"] = generations
-            if (scorer := self._scorer) is not None:
-                judged.append(self.judge(scorer, {"generations": generations, "rows": utility}))
-                inputs[f"utility.{task}.utility"] = judged[-1]
-        if _has_likelihood(kind, split):
-            inputs[f"utility.{task}.likelihood"] = self.likelihood(task, utility)
-        hints = {"num_cpus": "1"} if kind.RUNS_CODE else {}  # other scores are quick
-        metrics = make("metrics", measures, inputs, version)
-        metrics = replace(metrics, hints={**metrics.hints, **hints}) if hints else metrics
-        return Evidence(metrics, tuple(judged))
+        asked, metrics = self._questions(split, num_utility)
+        weights = {} if self.final is None else {"weights": self.final}
+        inputs, judged = dict[str, Stage](), list[Stage]()
+        for name, rows, what, answers, verdicts in asked:
+            inputs[f"{name}.rows"] = rows
+            inputs[f"{name}.{what}"] = found = answers.given(weights)
+            for metric, verdict in verdicts:
+                inputs[f"{name}.{metric}"] = each = verdict.given({"generations": found})
+                judged.append(each)
+        return Evidence(metrics.given(inputs), tuple(judged))
 
     def num_utility(self, split: str) -> int | None:
         """Number of utility prompts of a split; None: all of the task's prompts."""
@@ -345,7 +332,7 @@ class Graph(JudgeStages):
 
     @shared(*MODEL, "task")
     def _questions(self, split: str, num_utility: int | None = None) -> Questions:
-        """The prompts and measures for every model that was tuned on this task."""
+        """What is asked and measured of every model that was tuned on this task."""
         evaluate, task = self.recipe.evaluate, self.recipe.task.task
         prompts: Prompts = getattr(evaluate, split)
         kind, measured = self._task(task), metrics.asked(evaluate.metrics)
@@ -353,7 +340,7 @@ class Graph(JudgeStages):
         # judge of asr reads the request itself.
         empty = {"degenerate"} if self.asr_judge.kind.reads_request else {"degenerate", "relevance"}
         less: list[Json] = [seat.metric for seat in self._panel["attack"] if seat.asked in empty]
-        asked, measures = [], list[Json]()
+        asked, measures = list[Asked](), list[Json]()
         for role, seats in self._panel.items():
             of_role = (*seats, *(named(each.name, each.judge) for each in measured
                                  if each.judge and role in each.roles and not each.is_always_measured))  # fmt: skip
@@ -361,7 +348,7 @@ class Graph(JudgeStages):
                 above = self._test_prompts if role == "attack" else self._attacks
                 exclude = above if split == "validation" else {}
                 rows = self.data(f"{role}.{split}", f"{role}.{split}", [part], seed=0, inputs=exclude)
-                asked.append((f"{role}.{part.task}", rows, of_role))
+                asked.append(self._ask(f"{role}.{part.task}", rows, evaluate.max_new_tokens, of_role))
                 for seat in of_role:
                     more: dict[str, Json] = {"less": less} if seat is self.asr_judge else {}
                     more |= {"written": {}} if told(self._task(part.task)) else {}
@@ -378,23 +365,40 @@ class Graph(JudgeStages):
         elif not kind.BY_LIKELIHOOD:
             measures.append({"metric": "utility", "set": task, "of": "score", "role": "utility", **consent})
         if not kind.BY_LIKELIHOOD:
+            seats = () if self._scorer is None else (self._scorer,)
+            asked.append(self._ask(f"utility.{task}", utility, kind.max_new_tokens, seats))
             measures += _by_rule(measured, "utility", task, told(kind), ())
         if _has_likelihood(kind, split):
             of_task = told(kind, scored=True)
+            asked.append(Asked(f"utility.{task}", utility, "likelihood", self.likelihood(task, utility), []))
             measures.append({"metric": "likelihood", "set": task, "of": "likelihood", "role": "utility", **of_task})
         versions = [self._task(part.task).SCORING for part in [*prompts.attack, Rows(task=task)]]
         versions += [metric.version for metric in measured if registry.tags(metric.version)]
-        return Questions(asked, utility, SharedConfig({"measures": measures}), "+".join(versions))
+        found = make("metrics", SharedConfig({"measures": measures}), {}, "+".join(versions))
+        hints = {"num_cpus": "1"} if kind.RUNS_CODE else {}  # other scores are quick
+        return Questions(asked, replace(found, hints={**found.hints, **hints}))
+
+    def _ask(self, name: str, rows: Stage, max_new_tokens: int, seats: Iterable[Seat]) -> Asked:
+        verdicts = [(seat.metric, self.judge(seat, {"rows": rows})) for seat in seats]
+        return Asked(name, rows, "generations", self.generate(None, rows, max_new_tokens), verdicts)
+
+
+class Asked(NamedTuple):
+    """A set of prompts (`rows`) for a model. `answers` lacks the model's weights; `what` names them (generations or
+    likelihood). `verdicts`: by metric the judge's stage, which lacks the answers."""
+
+    name: str
+    rows: Stage
+    what: str
+    answers: Stage
+    verdicts: list[tuple[str, Stage]]
 
 
 class Questions(NamedTuple):
-    """The evaluation of a model: prompt sets as (name, rows, judges of the answers), utility prompts of its task, the
-    measures of the answers, and the version of the scores."""
+    """The evaluation of a model: what it is asked, and the metrics stage, which lacks its inputs."""
 
-    asked: list[tuple[str, Stage, tuple[Seat, ...]]]
-    utility: Stage
-    measures: SharedConfig
-    version: str
+    asked: list[Asked]
+    metrics: Stage
 
 
 def _by_rule(

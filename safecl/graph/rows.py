@@ -77,7 +77,9 @@ class RowStages:
 
     @shared(*MODEL)
     def _source(self, task: str, split: str) -> Json:
-        return identity(self._task(task), split, self.shared.folder, self.shared.planned)
+        found = identity(self._task(task), split, self.shared.folder, self.shared.planned)
+        self.shared.sources.append(found)
+        return found
 
     # Deduplication across roles. Priority, highest first: test, validation (attack before benign), rows of alignment,
     # user rows with poison, a guard's held-out pairs, its training pairs. A lower role drops each prompt that nearly
