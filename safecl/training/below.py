@@ -129,8 +129,9 @@ def of(states: HiddenStates, last_layers: int | None, identity: Hashable, used: 
     """A `Below` for the lists of rows from which at least as many rows are taken as the list has (one group is
     computed even if only one of its rows is needed).
 
-    None if there is no layer below the adapted ones, if the states would take more than `MOST` bytes, or if the
-    layers pass on more than hidden states.
+    None if there is no layer below the adapted ones, if something outside the adapted layers is trained too (lower
+    layers may read it), if the states would take more than `MOST` bytes, or if the layers pass on more than hidden
+    states.
     """
     config = states.base.config.get_text_config()
     num_layers = int(config.num_hidden_layers)
@@ -140,7 +141,11 @@ def of(states: HiddenStates, last_layers: int | None, identity: Hashable, used: 
     stacks = [m for m in states.inner.children() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
     if not (last_layers and last_layers < num_layers and lists and num_bytes <= MOST and stacks and states.takes_rows):
         return None
-    found = Below(states, stacks[0], num_layers - last_layers, identity)
+    first = num_layers - last_layers
+    upper = {id(parameter) for layer in stacks[0][first:] for parameter in layer.parameters()}
+    if any(parameter.requires_grad and id(parameter) not in upper for parameter in states.parameters()):
+        return None  # e.g. Gemma 4's projection of the embeddings that every layer reads
+    found = Below(states, stacks[0], first, identity)
     if not _same(found):
         return None
     for rows in lists:

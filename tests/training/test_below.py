@@ -145,3 +145,24 @@ def test_a_model_whose_upper_layers_read_more_than_hidden_states_goes_through_al
 
     lower.forward, upper.forward = leave, read
     assert below.of(states, 1, "tiny", [below.Used(ROWS, 6)]) is None
+
+
+def test_lower_layers_that_read_what_is_trained_are_computed_each_time(tmp_path: Path) -> None:
+    """Gemma 4's layers all read a projection of the embeddings, which `all-linear` adapts with any `last_layers`."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    config = Gemma4TextConfig(
+        vocab_size=300, vocab_size_per_layer_input=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, global_head_dim=16, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    Gemma4ForCausalLM(config).save_pretrained(tmp_path)
+    states = _states(tmp_path)
+    batch = collate(ROWS[:2], range(2), [0] * 2, 1, ROWS[0], "cpu")
+    with torch.no_grad():
+        states.below = below.of(states, 1, "gemma4", [below.Used(ROWS, 6)])
+        states(batch)
+        for name, factor in model.factors(states.peft_model).items():
+            if "per_layer_model_projection.lora_B" in name:
+                factor.fill_(0.1)
+        torch.testing.assert_close(states(batch), states.through(batch), rtol=1e-5, atol=1e-5)
