@@ -63,11 +63,10 @@ def simulated(num_nodes: int) -> float:
     from safecl.workload import LIGHT, TRAINERS, Cell, Grid, Group, Node
 
     grid = Grid([Group("trainers", "training", 1.0, num_nodes, 0.0), Group("light", "light", 0.0, 64, 0.0)])
-    grid.kinds = [HEAVY, LIGHT_KIND]
-    first = grid.add(0, TRAINERS, FIRST_S, ())
+    first = grid.add(TRAINERS, FIRST_S, ())
     for seconds in ROWS:
-        row = grid.add(0, TRAINERS, seconds, (first,))
-        last = grid.add(1, LIGHT, LAST_S, (row,))
+        row = grid.add(TRAINERS, seconds, (first,))
+        last = grid.add(LIGHT, LAST_S, (row,))
         grid.cells.append(Cell([[(last,)]]))
     return simulate(grid, [Node("node", 1)] * num_nodes, len(ROWS)).makespan_s
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,18 +65,22 @@ class Estimator:
         self.typical = TYPICAL_SPEED[self.device]
         self._sizes: dict[str, Size] = {}
         self._lengths: dict[str, Length] = {}
-        self._alike: dict[
-            object, Estimate
-        ] = {}  # by what the estimate depends on (config, rows, model), or else by the stage's key
+        self._alike: dict[Hashable, Estimate] = {}
 
     def __call__(self, stage: Stage) -> Estimate:
-        alike: object = stage.key
-        if isinstance(stage.config, SharedConfig):
-            rows, model = stage.inputs.get("rows"), stage.inputs.get("model")
-            alike = (stage.kind, stage.config.text, rows and rows.key, model and model.key, *stage.hints)
+        alike = self.alike(stage)
         if (known := self._alike.get(alike)) is None:
             known = self._alike[alike] = self._estimate(stage)
         return known
+
+    @staticmethod
+    def alike(stage: Stage) -> Hashable:
+        """Return what the estimate depends on: kind, config, rows and model; or else the stage's key."""
+        config, inputs = stage.config, stage.inputs
+        if not isinstance(config, SharedConfig):
+            return stage.key
+        rows, model = inputs.get("rows"), inputs.get("model")
+        return stage.kind, config.text, rows and rows.key, model and model.key, *stage.hints
 
     def _estimate(self, stage: Stage) -> Estimate:
         kind = load(stage.kind)

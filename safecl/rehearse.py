@@ -4,7 +4,7 @@ runs them on any number of nodes."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from safecl.base import ConfigError
@@ -26,6 +26,17 @@ TRAINER_S = 20.0  # seconds of a trainer's start: torch, transformers and Ray Tr
 START_S = 10.0  # seconds of Ray's start, before anything runs
 NUM_LIGHT = 64  # stages that mostly wait, at the same time (execute.Broker)
 FEW = 200_000  # stages that all rows of the table of GPUs together may simulate, at 30,000 per second
+
+
+class _Piece(NamedTuple):
+    """What the arrays hold of each of many stages that are alike (Estimator.alike)."""
+
+    group: int
+    seconds: float
+    ranks: int
+    resumes: bool
+    weights_gib: float
+    states_gib: float
 
 
 class Rehearsal(NamedTuple):
@@ -67,7 +78,7 @@ class _Builder:
         self.has = project.store.listed()
         self.stages: list[Stage] = []
         self.at: dict[str, int] = {}  # stage's key -> its number; -1: it is in the store
-        self.kinds: dict[str, int] = {}
+        self.pieces: dict[Hashable, _Piece] = {}
         self.groups: dict[str, int] = {}
         self.weights: dict[str, int] = {}
         self.largest: dict[str, float] = {}
@@ -80,21 +91,19 @@ class _Builder:
             self.names[cell.job({}, sweep.seeds[0], "final").graph.base.key] = cell.recipe.model.name
         rows = list(trials(project))
         highest = max((standing(sweep, row.cell).priority for row in rows), default=0)
-        for row in rows:
-            self.targets(row.known, row.cell.space is not None)
-        for row in rows:
+        known = [self.targets(row.known) for row in rows]
+        for row, first in zip(rows, known, strict=True):
             its = standing(sweep, row.cell)
-            batches = self.batches(row.cell, row.known, row.num_more)
+            batches = self.batches(row.cell, first, row.num_more)
             if batches:
                 searched = row.cell.space is not None
                 self.grid.cells.append(Cell(batches, searched, its.priority - highest, its.share))
         guards = [self.place(stage) for stage in project.guard_stages()]
         self.grid.beside = [stage for stage in guards if stage >= 0]
-        self.grid.kinds = list(self.kinds)
         num_trials = sum(len(batch) for cell in self.grid.cells for batch in cell.batches)
         return Rehearsal(self.grid, self.stages, num_trials, self.weights_gib, self.states_gib, self.largest)
 
-    def targets(self, jobs: Iterable[Job], searched: bool, after: int = -1) -> list[tuple[int, ...]]:
+    def targets(self, jobs: Iterable[Job], after: int = -1) -> list[tuple[int, ...]]:
         """The stages that each trial wants, for trials of which some stage must be run."""
         found = []
         for job in jobs:
@@ -106,10 +115,9 @@ class _Builder:
                 found.append(numbers)
         return found
 
-    def batches(self, cell: Row, known: Sequence[Job], num_more: int | None) -> list[list[tuple[int, ...]]]:
-        """Batches of a row's trials: the known ones; for a search then those it may still suggest, `at_once` per batch;
-        last the final trials."""
-        first = self.targets(known, cell.space is not None)
+    def batches(self, cell: Row, first: list[tuple[int, ...]], num_more: int | None) -> list[list[tuple[int, ...]]]:
+        """Batches of a row's trials: the known ones (`first`); for a search then those it may still suggest, `at_once` per
+        batch; last the final trials."""
         if num_more is None:  # the row searches nothing, or its search is finished
             return [first] if first else []
         at_once = min(cell.at_once, self.execution.num_trials_at_once)
@@ -119,7 +127,7 @@ class _Builder:
             gate = self.gate(found)
             found.append([self.copy(own, gate) for _ in range(min(at_once, num_more - begin))])
         finals = [cell.job({}, seed, "final") for seed in self.project.sweep.seeds]
-        found.append(self.targets(finals, True, self.gate(found)))
+        found.append(self.targets(finals, self.gate(found)))
         return [batch for batch in found if batch]
 
     def gate(self, batches: Sequence[Sequence[Sequence[int]]]) -> int:
@@ -144,35 +152,43 @@ class _Builder:
 
     def place(self, stage: Stage, after: int = -1) -> int:
         """A stage's number. A stage without one gets it, after its inputs. -1: the stage is in the store."""
-        number = self.at.get(stage.key)
-        if number is None:
+        at, key = self.at, stage.key
+        if key not in at:
             if self.has(stage):
-                number = -1
+                at[key] = -1
             else:
-                number = self.append(stage, {self.place(other, after) for other in stage.inputs.values()}, after, None)
-            self.at[stage.key] = number
-        return number
+                others = stage.inputs.values()
+                needs = {at[its] if (its := other.key) in at else self.place(other, after) for other in others}
+                at[key] = self.append(stage, needs, after, None)
+        return at[key]
 
     def append(self, stage: Stage, needs: set[int], after: int, weights: str | None) -> int:
+        alike = self.forecast.estimator.alike(stage)
+        if (piece := self.pieces.get(alike)) is None:
+            piece = self.pieces[alike] = self.piece(stage)
+        asked = -1
+        if self.grid.groups[piece.group].role == "candidate":
+            own = stage.inputs.get("weights")
+            asked = self.weights.setdefault(weights or (own.key if own else ""), len(self.weights))
+        self.weights_gib += piece.weights_gib
+        self.states_gib += piece.states_gib
+        self.stages.append(stage)
+        needs.discard(-1)
+        return self.grid.add(
+            piece.group, piece.seconds, needs, ranks=piece.ranks, resumes=piece.resumes, weights=asked, after=after
+        )  # fmt: skip
+
+    def piece(self, stage: Stage) -> _Piece:
         estimate, kind = self.forecast.estimator(stage), load(stage.kind)
         seconds = estimate.seconds * self.forecast.factor(estimate)
-        group, ranks, asked = LIGHT, 1, -1
+        group, ranks = LIGHT, 1
         if estimate.on_engine:
             group = self.engine(stage)
             seconds *= self.execution.num_candidate_engines  # `factor` is for all engines together
-            if self.grid.groups[group].role == "candidate":
-                own = stage.inputs.get("weights")
-                asked = self.weights.setdefault(weights or (own.key if own else ""), len(self.weights))
         elif needs_trainer(stage):
             group, ranks = TRAINERS, self.execution.num_workers if kind.all_ranks else 1
-        self.weights_gib += estimate.weights_gib
-        self.states_gib += estimate.states_gib
         seconds += (estimate.weights_gib + estimate.states_gib) / self.cluster.storage_gib_per_s
-        self.stages.append(stage)
-        return self.grid.add(
-            self.kinds.setdefault(stage.kind, len(self.kinds)), group, seconds, (n for n in needs if n >= 0),
-            ranks=ranks, resumes=kind.runs_anew, weights=asked, after=after,
-        )  # fmt: skip
+        return _Piece(group, seconds, ranks, kind.runs_anew, estimate.weights_gib, estimate.states_gib)
 
     def engine(self, stage: Stage) -> int:
         """The group of engines that a stage asks."""

@@ -57,8 +57,6 @@ class Grid:
     """Stages that must be run, inputs first, as arrays indexed by stage number."""
 
     groups: list[Group]
-    kinds: list[str] = field(default_factory=list)
-    kind: list[int] = field(default_factory=list)
     group: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)  # number of ranks of a trainer that it takes
@@ -74,11 +72,10 @@ class Grid:
     checkpoint_s: float = 60.0
 
     def add(
-        self, kind: int, group: int, seconds: float, needs: Iterable[int], *, ranks: int = 1, resumes: bool = False,
+        self, group: int, seconds: float, needs: Iterable[int], *, ranks: int = 1, resumes: bool = False,
         weights: int = -1, after: int = -1,
     ) -> int:  # fmt: skip
         """Add one stage. Returns its number."""
-        self.kind.append(kind)
         self.group.append(group)
         self.seconds.append(seconds)
         self.needs.append(tuple(needs))
@@ -86,7 +83,7 @@ class Grid:
         self.resumes.append(resumes)
         self.weights.append(weights)
         self.after.append(after)
-        return len(self.kind) - 1
+        return len(self.group) - 1
 
     def chains(self) -> list[float]:
         """See order.chains, for stages that are asked for together."""

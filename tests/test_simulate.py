@@ -34,7 +34,7 @@ def grid(at_most: int = 100, boot_s: float = 0.0, engines: int = 0) -> Grid:
 
 def rows(made: Grid, num: int, seconds: float, **cell: object) -> list[int]:
     """So many trials of one finetune each, as one row of the table."""
-    stages = [made.add(0, TRAINERS, seconds, (), resumes=True) for _ in range(num)]
+    stages = [made.add(TRAINERS, seconds, (), resumes=True) for _ in range(num)]
     made.cells.append(Cell([[(stage,) for stage in stages]], **cell))  # type: ignore[arg-type]
     return stages
 
@@ -54,13 +54,11 @@ def test_no_schedule_is_shorter_than_the_bound_and_most_are_near_it() -> None:
     for seed in range(25):
         draw = random.Random(seed)
         made = grid(at_most=draw.randint(1, 9), engines=2)
-        shared = [made.add(0, TRAINERS, draw.uniform(50, 900), ()) for _ in range(draw.randint(1, 4))]
+        shared = [made.add(TRAINERS, draw.uniform(50, 900), ()) for _ in range(draw.randint(1, 4))]
         for _ in range(draw.randint(5, 40)):
-            tuned = made.add(0, TRAINERS, draw.uniform(60, 2000), (draw.choice(shared),), resumes=True)
-            asked = [
-                made.add(0, 2 + draw.randint(0, 1), draw.uniform(5, 60), (tuned,), weights=tuned) for _ in range(4)
-            ]
-            made.cells.append(Cell([[(made.add(0, LIGHT, 0.1, asked),)]]))
+            tuned = made.add(TRAINERS, draw.uniform(60, 2000), (draw.choice(shared),), resumes=True)
+            asked = [made.add(2 + draw.randint(0, 1), draw.uniform(5, 60), (tuned,), weights=tuned) for _ in range(4)]
+            made.cells.append(Cell([[(made.add(LIGHT, 0.1, asked),)]]))
         nodes = [Node("a", draw.randint(1, 4), draw.choice([0.5, 1.0, 2.0])) for _ in range(draw.randint(1, 4))]
         found = simulate(made, nodes, 1000)
         ratios.append(found.ratio)
@@ -71,17 +69,17 @@ def test_no_schedule_is_shorter_than_the_bound_and_most_are_near_it() -> None:
 def test_one_device_suffices_for_any_number_of_engines() -> None:
     made = grid(boot_s=5.0, engines=7)
     for engine in range(7):
-        tuned = made.add(0, TRAINERS, 30.0, ())
-        made.cells.append(Cell([[(made.add(0, 2 + engine, 20.0, (tuned,)),)]]))
+        tuned = made.add(TRAINERS, 30.0, ())
+        made.cells.append(Cell([[(made.add(2 + engine, 20.0, (tuned,)),)]]))
     found = simulate(made, [Node("a", 1)], 100)
     assert found.use["training"] == pytest.approx(210.0) and found.use["candidate"] == pytest.approx(140.0)
 
 
 def test_a_batch_of_a_search_waits_for_the_one_before_and_its_bound_knows() -> None:
     made = grid()
-    first = [made.add(0, TRAINERS, seconds, ()) for seconds in (10.0, 40.0)]
+    first = [made.add(TRAINERS, seconds, ()) for seconds in (10.0, 40.0)]
     made.gates.append(first)
-    second = made.add(0, TRAINERS, 25.0, (), after=0)
+    second = made.add(TRAINERS, 25.0, (), after=0)
     made.cells.append(Cell([[(stage,) for stage in first], [(second,)]], searched=True))
     found = simulate(made, [Node("a", 8)], 100)
     assert found.makespan_s == found.bound.path_s == 65.0
@@ -101,7 +99,6 @@ def test_a_priority_goes_first_and_num_trials_at_once_bounds_what_runs() -> None
     rows(made, 4, 10.0, priority=-1)
     [urgent] = rows(made, 1, 5.0)
     assert simulate(made, [Node("a", 1)], 1).most_under_way == 1
-    made.kinds = ["finetune"]
     run = simulate(made, [Node("a", 4)], 2)
     assert run.makespan_s == pytest.approx(25.0)  # two at a time: 5 | 10, then 10 | 10, then 10
     assert urgent == 4
@@ -136,7 +133,7 @@ def test_a_long_trial_of_a_later_round_starts_first_where_the_end_waits_for_it()
     made = grid()
     for _ in range(20):
         rows(made, 2, 100.0)
-    long = made.add(0, TRAINERS, 1500.0, ())
+    long = made.add(TRAINERS, 1500.0, ())
     made.cells[-1].batches[0][1] = (long,)  # the second trial of the last row
     found = simulate(made, [Node("a", 10)], 100)
     assert found.makespan_s == pytest.approx(1500.0) and found.bound.why == "the critical path"
@@ -145,9 +142,9 @@ def test_a_long_trial_of_a_later_round_starts_first_where_the_end_waits_for_it()
 def test_the_bound_knows_what_comes_before_and_after_the_work_of_a_group() -> None:
     made = grid(at_most=2, engines=1)
     for _ in range(8):
-        tuned = made.add(0, TRAINERS, 100.0, ())
-        asked = made.add(0, 2, 90.0, (tuned,))
-        made.cells.append(Cell([[(made.add(0, LIGHT, 10.0, (asked,)),)]]))
+        tuned = made.add(TRAINERS, 100.0, ())
+        asked = made.add(2, 90.0, (tuned,))
+        made.cells.append(Cell([[(made.add(LIGHT, 10.0, (asked,)),)]]))
     bound = Bounds(made).on([Node("a", 100)])
     assert bound.group_s["engine 0"] == 100 + 8 * 90 / 2 + 10 and bound.group_s["trainers"] == 8 * 100 / 2 + 100
     assert bound.seconds == 500.0 and bound.why == "trainers"
