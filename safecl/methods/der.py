@@ -25,8 +25,8 @@ logged.
 Differences from the reference code (mammoth, models/der.py): there is no reservoir, and no logits are stored at
 training time (the memory is complete before fine-tuning starts). Rows are teacher-forced sequences, not images. No
 vocabulary-sized tensor is stored, and none is formed if the output layer is plainly linear (the memory stage checks
-this). With a bias or a soft cap (Gemma-2) logits are compared after the cap on both sides, a chunk of tokens at a
-time.
+this). With a bias or a soft cap (Gemma-2) logits are compared after the cap on both sides, a part of the
+vocabulary at a time.
 """
 
 from __future__ import annotations

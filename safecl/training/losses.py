@@ -1,4 +1,4 @@
-"""Losses from hidden states. Vocabulary-sized tensors exist only for one chunk of response tokens at a time.
+"""Losses from hidden states. Logits exist only for one chunk at a time, of response tokens or of the vocabulary.
 
 Shapes: P tokens of a micro-batch (its rows end to end), D hidden, V vocabulary, N response tokens among them.
 Position t has a target if labels[t + 1] is one: the last prompt token predicts the answer's first token, and the end
@@ -7,6 +7,7 @@ token's own state predicts nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from safecl.training.batches import Batch
 
 CHUNK_ELEMENTS = 2**24  # logits held at once; 64 MiB in float32
+IN_CACHE = 2**19  # logits of a part of the vocabulary on a CPU: each pass over more of them is a pass over memory
 ON_GPU = 4  # times as many: with a vocabulary of 256,000 it would be 65 tokens, too few for a GPU's matrix products
 
 
@@ -46,6 +48,14 @@ class Head:
         """Number of tokens whose logits are held at once."""
         return max(1, CHUNK_ELEMENTS * (ON_GPU if self.weight_VD.is_cuda else 1) // self.num_vocab)
 
+    def parts(self, num_tokens: int) -> Iterator[tuple[int, Head]]:
+        """The head of one part of the vocabulary after the other, each with its first entry's number."""
+        most = CHUNK_ELEMENTS * ON_GPU if self.weight_VD.is_cuda else min(CHUNK_ELEMENTS, IN_CACHE)
+        step = max(1, most // (num_tokens + self.weight_VD.shape[1]))
+        for start in range(0, self.num_vocab, step):
+            bias_v = None if self.bias_V is None else self.bias_V[start : start + step]
+            yield start, Head(self.weight_VD[start : start + step], bias_v, self.soft_cap)
+
     def in_float32(self) -> Head:
         """This head in float32. Takes 4 V D more bytes if it was not float32 (2.1 GB for Llama-3-8B)."""
         return Head(self.weight_VD.float(), None if self.bias_V is None else self.bias_V.float(), self.soft_cap)
@@ -54,7 +64,9 @@ class Head:
         """Logits [N, V] in the head's dtype, computed as the model does."""
         logits_NV = torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V)
         if self.soft_cap is not None:
-            logits_NV = torch.tanh(logits_NV / self.soft_cap) * self.soft_cap
+            logits_NV = logits_NV.div_(self.soft_cap).tanh_()
+            # tanh needs its result again for a gradient
+            logits_NV = logits_NV * self.soft_cap if logits_NV.requires_grad else logits_NV.mul_(self.soft_cap)
         return logits_NV
 
 
@@ -115,40 +127,17 @@ def num_positions(num_prompt: int, num_tokens: int, rule: str) -> int:
 
 class _CrossEntropies(torch.autograd.Function):
     """Cross-entropy of each response token, in nats. The head is frozen, so the forward pass also makes the gradient
-    of the hidden states, chunk by chunk, and keeps no logits. With e = exp(z - max z) and s = sum e the gradient is
-    (e W) / s - W[target]. This form saves passes over the vocabulary. The sum is PyTorch's pairwise one; the sum of
+    of the hidden states, part by part of the vocabulary, and keeps no logits. With e = exp(z - max z), s = sum e and
+    u = z / cap (0 without a soft cap) the gradient is (e (1 - u^2) W) / s - (1 - u[target]^2) W[target]. max z is that
+    of the parts so far: sums are scaled when it grows. Sums within a part are PyTorch's pairwise ones; the sum of
     log_softmax is off by 1e-5."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
-        losses_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
-        grad_ND = torch.empty_like(hidden_ND) if hidden_ND.requires_grad else None
-        weight_VD = head.weight_VD
-        step = head.rows_at_once
-        for start in range(0, len(hidden_ND), step):
-            target_N = targets_N[start : start + step]
-            if kernels := fused.kernels_for(hidden_ND):
-                # One pass for the loss and one for the gradient, which overwrites the logits.
-                raw_NV = torch.nn.functional.linear(hidden_ND[start : start + step], weight_VD, head.bias_V)
-                found_N = kernels.cross_entropy(raw_NV, target_N, head.soft_cap, grad_ND is not None)
-                losses_N[start : start + step] = found_N
-                if grad_ND is not None:
-                    grad_ND[start : start + step] = raw_NV @ weight_VD
-                continue
-            logits_NV = head.logits(hidden_ND[start : start + step]).float()
-            slope_NV = None if head.soft_cap is None else 1 - (logits_NV / head.soft_cap) ** 2
-            logits_NV.sub_(logits_NV.amax(1, keepdim=True))
-            picked_N1 = logits_NV.gather(1, target_N[:, None])
-            sum_N1 = logits_NV.exp_().sum(1, keepdim=True)
-            losses_N[start : start + step] = (sum_N1.log() - picked_N1)[:, 0]
-            if grad_ND is None:
-                continue
-            if slope_NV is None:
-                pull_ND = (logits_NV.to(weight_VD.dtype) @ weight_VD).float().div_(sum_N1)
-                grad_ND[start : start + step] = pull_ND.sub_(weight_VD[target_N])
-            else:
-                slope_NV.mul_(logits_NV.div_(sum_N1).scatter_add_(1, target_N[:, None], -torch.ones_like(sum_N1)))
-                grad_ND[start : start + step] = slope_NV.to(weight_VD.dtype) @ weight_VD
+        if kernels := fused.kernels_for(hidden_ND):
+            losses_N, grad_ND = _by_kernels(hidden_ND, head, targets_N, kernels)
+        else:
+            losses_N, grad_ND = _by_parts(hidden_ND, head, targets_N)
         if grad_ND is not None:
             ctx.save_for_backward(grad_ND)
         return losses_N
@@ -157,6 +146,48 @@ class _CrossEntropies(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         (grad_ND,) = ctx.saved_tensors
         return (grad_ND.float() * outer[0][:, None]).to(grad_ND.dtype), None, None
+
+
+def _by_kernels(hidden_ND: Tensor, head: Head, targets_N: Tensor, kernels: Any) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropies [N] and their gradient, if it is needed: one pass over the logits of some tokens for the losses,
+    and one for the gradient, which overwrites them."""
+    losses_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
+    grad_ND = torch.empty_like(hidden_ND) if hidden_ND.requires_grad else None
+    step = head.rows_at_once
+    for start in range(0, len(hidden_ND), step):
+        here = slice(start, start + step)
+        raw_NV = torch.nn.functional.linear(hidden_ND[here], head.weight_VD, head.bias_V)
+        losses_N[here] = kernels.cross_entropy(raw_NV, targets_N[here], head.soft_cap, grad_ND is not None)
+        if grad_ND is not None:
+            grad_ND[here] = raw_NV @ head.weight_VD
+    return losses_N, grad_ND
+
+
+def _by_parts(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropies [N] and their gradient, if it is needed."""
+    num, cap, needs_grad = len(hidden_ND), head.soft_cap, hidden_ND.requires_grad
+    picked_N1 = torch.zeros(num, 1, dtype=torch.float32, device=hidden_ND.device)
+    sum_N1, most_N1 = torch.zeros_like(picked_N1, dtype=torch.float64), torch.full_like(picked_N1, -torch.inf)
+    pull_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=hidden_ND.device)
+    for start, part in head.parts(num):
+        logits_Nv = part.logits(hidden_ND).float()
+        place_N1 = targets_N[:, None] - start
+        is_here_N1 = (place_N1 >= 0) & (place_N1 < part.num_vocab)
+        picked_N1 += logits_Nv.gather(1, place_N1.clamp(0, part.num_vocab - 1)) * is_here_N1
+        squares_Nv = logits_Nv.square() if cap is not None and needs_grad else None
+        before_N1, most_N1 = most_N1, torch.maximum(most_N1, logits_Nv.amax(1, keepdim=True))
+        scale_N1 = (before_N1 - most_N1).exp_()
+        e_Nv = logits_Nv.sub_(most_N1).exp_()
+        sum_N1.mul_(scale_N1).add_(e_Nv.sum(1, keepdim=True))
+        if needs_grad:
+            if squares_Nv is not None and cap is not None:
+                e_Nv.addcmul_(e_Nv, squares_Nv, value=-1 / cap**2)
+            pull_ND.mul_(scale_N1).add_(e_Nv.to(part.weight_VD.dtype) @ part.weight_VD)
+    losses_N = (sum_N1.log() + most_N1 - picked_N1)[:, 0].float()
+    if not needs_grad:
+        return losses_N, None
+    of_target_ND = head.weight_VD[targets_N] * (1.0 if cap is None else 1 - (picked_N1 / cap).square())
+    return losses_N, pull_ND.div_(sum_N1.float()).sub_(of_target_ND).to(hidden_ND.dtype)
 
 
 def cross_entropies(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
@@ -248,26 +279,44 @@ def centred_gram(head: Head) -> tuple[Tensor, Tensor]:
 
 
 class _ExactDistance(torch.autograd.Function):
-    """Sum over tokens of |f(x) - z|^2 / V through the whole head, with logits for one chunk of tokens at a time. The
-    forward pass also makes the gradient. Returns (raw, centred); `centre` says which of the two has a gradient."""
+    """Sum over tokens of |f(x) - z|^2 / V through the whole head, with logits for a part of the vocabulary at a time.
+    The forward pass also makes the gradient. Returns (raw, centred); `centre` says which of the two has a gradient.
+
+    Differences are summed less a number near their mean, so that no small number is the difference of large ones: the
+    first part's mean, or with `centre`, whose gradient needs the mean itself, that of a first pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, states_ND: Tensor, head: Head, centre: bool) -> tuple[Tensor, Tensor]:
-        raw, centred = (torch.zeros((), dtype=torch.float32, device=hidden_ND.device) for _ in range(2))
-        grad_ND = torch.empty_like(hidden_ND) if hidden_ND.requires_grad else None
-        step = head.rows_at_once
-        for start in range(0, len(hidden_ND), step):
-            logits_NV = head.logits(hidden_ND[start : start + step]).float()
-            apart_NV = logits_NV - head.logits(states_ND[start : start + step].to(hidden_ND.dtype)).float()
-            centred_NV = apart_NV - apart_NV.mean(1, keepdim=True)
-            raw += apart_NV.square().sum() / head.num_vocab
-            centred += centred_NV.square().sum() / head.num_vocab
+        num, both_2ND = len(hidden_ND), torch.cat([hidden_ND, states_ND.to(hidden_ND.dtype)])
+        shape, device = (num, 1), hidden_ND.device
+        sum_N1, squares_N1 = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
+        grad_ND = torch.zeros(hidden_ND.shape, device=device) if hidden_ND.requires_grad else None
+        about_N1: Tensor | None = None
+        if centre:
+            for _, part in head.parts(len(both_2ND)):
+                logits_Nv, safe_Nv = torch.split(part.logits(both_2ND).float(), [num, num])
+                sum_N1 += (logits_Nv - safe_Nv).sum(1, keepdim=True)
+            about_N1 = (sum_N1 / head.num_vocab).float()
+            sum_N1.zero_()
+        for _, part in head.parts(len(both_2ND)):
+            logits_Nv, safe_Nv = torch.split(part.logits(both_2ND).float(), [num, num])
+            apart_Nv = logits_Nv - safe_Nv
+            about_N1 = apart_Nv.mean(1, keepdim=True) if about_N1 is None else about_N1
+            shifted_Nv = apart_Nv - about_N1
+            sum_N1 += shifted_Nv.sum(1, keepdim=True)
+            squares_N1 += torch.linalg.vecdot(shifted_Nv, shifted_Nv)[:, None]
             if grad_ND is not None:
-                by_NV = (centred_NV if centre else apart_NV).mul_(2 / head.num_vocab)
+                by_Nv = shifted_Nv if centre else apart_Nv
                 if head.soft_cap is not None:
-                    by_NV.mul_(logits_NV.div_(head.soft_cap).square_().neg_().add_(1))
-                grad_ND[start : start + step] = by_NV.to(head.weight_VD.dtype) @ head.weight_VD
-        ctx.save_for_backward(grad_ND)
+                    by_Nv.addcmul_(by_Nv, logits_Nv.square_(), value=-1 / head.soft_cap**2)
+                grad_ND += by_Nv.to(part.weight_VD.dtype) @ part.weight_VD
+        mean_N1 = sum_N1 / head.num_vocab
+        centred_N1 = squares_N1 / head.num_vocab - mean_N1.square()
+        centred = centred_N1.sum().float()
+        raw = centred if about_N1 is None else (centred_N1 + (about_N1 + mean_N1).square()).sum().float()
+        if grad_ND is not None:
+            ctx.save_for_backward(grad_ND.mul_(2 / head.num_vocab).to(hidden_ND.dtype))
         ctx.place = int(centre)
         ctx.mark_non_differentiable(raw if centre else centred)
         return raw, centred

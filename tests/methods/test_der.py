@@ -102,6 +102,15 @@ def test_both_distances_and_their_gradients_are_those_of_the_literal_logits(
     assert torch.allclose(first.grad, second.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_no_memory_tokens_are_at_no_distance(soft_cap: float | None) -> None:
+    """A micro-batch has no memory row if there are fewer rows than micro-batches."""
+    hidden = torch.ones(2, 3, requires_grad=True)
+    raw, centred = losses.LogitDistance(losses.Head(torch.ones(5, 3), soft_cap=soft_cap))(hidden[:0], hidden[:0])
+    raw.backward()
+    assert raw.item() == centred.item() == 0 and hidden.grad is not None and not hidden.grad.any()
+
+
 def test_a_head_with_a_large_mean_loses_nothing_to_rounding() -> None:
     """The rows of W share most of their length, as in real heads: W^T W less V w w^T would lose a share that float32 shows."""
     generator = torch.Generator().manual_seed(0)

@@ -27,13 +27,44 @@ def test_chunked_cross_entropy_is_the_naive_one(extra: dict[str, Any], monkeypat
     assert torch.allclose(ours.grad, naive.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_no_logits_outlive_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = []
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_few_logits_are_there_at_once(soft_cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
     logits = losses.Head.logits
-    monkeypatch.setattr(losses.Head, "logits", lambda self, h: shapes.append(len(h)) or logits(self, h))
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 50 * 4)
-    losses.cross_entropy_sum(torch.ones(10, 3), losses.Head(torch.ones(50, 3)), torch.zeros(10, dtype=torch.long))
-    assert shapes == [4, 4, 2]
+
+    def seen(head: losses.Head, hidden_ND: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(hidden_ND) * head.num_vocab)
+        return logits(head, hidden_ND)
+
+    monkeypatch.setattr(losses.Head, "logits", seen)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 200)
+    hidden, head = torch.ones(10, 3), losses.Head(torch.ones(50, 3), soft_cap=soft_cap)
+    losses.cross_entropy_sum(hidden, head, torch.zeros(10, dtype=torch.long))
+    assert max(sizes) <= 200 and sum(sizes) == 10 * 50
+    if soft_cap is not None:
+        sizes.clear()
+        losses.LogitDistance(head)(hidden, hidden)
+        assert max(sizes) <= 200 and sum(sizes) == 2 * 10 * 50
+
+
+@pytest.mark.parametrize("soft_cap", [None, 300.0])
+def test_logits_that_are_far_apart_or_all_low_neither_overflow_nor_vanish(
+    soft_cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 4)
+    places = torch.tensor([-200.0, 150.0, -90.0, 199.0, 120.0])
+    for shift in (0.0, -400.0):
+        hidden = torch.tensor([[1.0, shift]], requires_grad=True)
+        weight_VD = torch.stack([places, torch.ones(5)], 1)
+        loss = losses.cross_entropy_sum(hidden, losses.Head(weight_VD, soft_cap=soft_cap), torch.tensor([1]))
+        loss.backward()
+        exact = hidden.detach().double().requires_grad_()
+        z = exact @ weight_VD.double().T
+        z = z if soft_cap is None else soft_cap * torch.tanh(z / soft_cap)
+        torch.nn.functional.cross_entropy(z, torch.tensor([1])).backward()
+        expected = torch.nn.functional.cross_entropy(z, torch.tensor([1]))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert torch.allclose(hidden.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_a_state_predicts_the_next_position() -> None:
