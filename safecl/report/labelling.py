@@ -40,7 +40,7 @@ def html(name: str, question: str, drawn: Sequence[Item], known: dict[tuple[str,
 class _Handler(Handler):
     """Serves the page and accepts labels only from that page (by its token)."""
 
-    page_text: str
+    name: str
     token: str
     drawn: Sequence[Item]
     store: Store
@@ -52,7 +52,8 @@ class _Handler(Handler):
         if self.path != "/":
             self.send_error(404)
             return
-        body = self.page_text.encode()
+        known = labelled.read(self.store, self.question)  # also what was given since: a page may be loaded again
+        body = html(self.name, self.question, self.drawn, known, self.token).encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
@@ -81,8 +82,6 @@ class _Handler(Handler):
 
 def server(store: Store, name: str, question: str, drawn: Sequence[Item], port: int = 0) -> ThreadingHTTPServer:
     """A server of the page. Each label is written to the store at once."""
-    token = secrets.token_urlsafe(16)
-    known = labelled.read(store, question)
-    fields = {"page_text": html(name, question, drawn, known, token), "token": token, "drawn": drawn, "store": store}
-    made = type("Handler", (_Handler,), {**fields, "question": question})
+    fields = {"name": name, "token": secrets.token_urlsafe(16), "drawn": drawn, "store": store, "question": question}
+    made = type("Handler", (_Handler,), fields)
     return ThreadingHTTPServer((HOST, port), partial(made))
