@@ -154,11 +154,6 @@ def metrics() -> dict[str, Metric]:
     return _metrics(_process.plugins)
 
 
-def any_outside() -> bool:
-    """Whether any plugin or installed entry point is known."""
-    return bool(_process.plugins) or any(map(_installed, (*KINDS, "metrics")))
-
-
 def tags(version: str) -> list[str]:
     """The parts of a version that name content from outside safecl."""
     return re.findall(r"(?:plugin|installed:.+?):[0-9a-f]{64}", version)

@@ -321,10 +321,6 @@ class Schedule:
         for these."""
         return [(q.cell, q.study.remaining) for q in self.queues if q.study and not (q.finals_given or q.stalled)]
 
-    def num_unasked(self) -> int:
-        """Number of trials that searches may still suggest, plus the final trials that wait for them."""
-        return sum(remaining + len(self.sweep.seeds) for _, remaining in self.searching())
-
     def _take(self, queue: _Queue) -> Job | None:
         if queue.waiting:
             return queue.waiting.popleft()

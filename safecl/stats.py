@@ -62,17 +62,6 @@ class Quality(NamedTuple):
     auroc: Interval | None
 
 
-def _finite(values: Sequence[float], what: str, at_least: int) -> NDArray[np.float64]:
-    import numpy as np
-
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or len(array) < at_least:
-        raise ValueError(f"{what}: expected at least {at_least} numbers, got {array.size}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{what}: expected finite numbers, got {array.tolist()}")
-    return array
-
-
 def checked_level(confidence: float) -> float:
     """The confidence level itself. Raises ValueError unless it is in (0, 1)."""
     if not 0 < confidence < 1:
