@@ -29,7 +29,7 @@ from safecl.store import Store
 from safecl.training.tokens import base_folder, weights_folder
 
 _TOKENS_A_MESSAGE = 16  # partial answers only show that the engine is alive, so few messages are enough
-_REMEMBERED = 1 << 15  # number of remembered answers; about 100 MB with the likeliest tokens of each
+_REMEMBERED = 1 << 13  # number of remembered answers; about 100 MB with the 20 likeliest tokens at each place
 
 
 class Engine:

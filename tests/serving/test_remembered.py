@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 
 import pytest
 
+from safecl.serving import engine
 from safecl.serving.remembered import Remembered
 
 
@@ -110,3 +112,28 @@ def test_the_one_that_was_not_asked_for_the_longest_is_forgotten_first(
         assert not asked
 
     asyncio.run(run())
+
+
+def test_what_an_engine_remembers_takes_about_100_mb() -> None:
+    """Verdicts of a guard: prompts of 400 tokens, answers of three with the 20 likeliest at each."""
+
+    async def run(num: int) -> Remembered[object]:
+        remembered = Remembered[object](num)
+        for number in range(num):
+            likely = [[(f"token {number} {rank}", float(number + rank)) for rank in range(21)] for _ in range(3)]
+            found = (f"unsafe {number}", [number, 1, 2], "stop", "weights", likely)
+
+            async def answer(found: object = found) -> object:
+                return found
+
+            await remembered.get((number, bytes(4 * 400 + number % 2)), answer, lambda _: True)
+        return remembered
+
+    num = 200
+    tracemalloc.start()
+    try:
+        held = asyncio.run(run(num))
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held is not None and taken / num * engine._REMEMBERED < 120e6
