@@ -301,7 +301,7 @@ class _ExactDistance(torch.autograd.Function):
             sum_N1.zero_()
         for _, part in head.parts(len(both_2ND)):
             logits_Nv, safe_Nv = torch.split(part.logits(both_2ND).float(), [num, num])
-            apart_Nv = logits_Nv - safe_Nv
+            apart_Nv = torch.sub(logits_Nv, safe_Nv, out=safe_Nv)
             about_N1 = apart_Nv.mean(1, keepdim=True) if about_N1 is None else about_N1
             shifted_Nv = apart_Nv - about_N1
             sum_N1 += shifted_Nv.sum(1, keepdim=True)
