@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from safecl.project import Project
 from safecl.store import Stage, Store
 
+QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
+DER = "{name: der, config: {memory_size: 20}, search: {weight: {low: 0.1, high: 30.0}, memory_size: [10, 20]}}"
 NUM_PROMPTS = 20  # outcomes of each set
 
 

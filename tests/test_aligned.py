@@ -128,8 +128,8 @@ def test_a_sweep_that_aligns_needs_its_rows_and_no_base(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def stacked(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> World:
-    return contract.build_world(tmp_path_factory.mktemp("stacked"), tiny_model, adapter="stack")
+def stacked() -> World:
+    return contract.a_world(adapter="stack")
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +158,13 @@ def tune(world: World, method: str, scratch: Path) -> Path:
     inputs = {name: path for name, path in world.inputs(method).items() if path != Path()}
     finetune.train_rows(contract.config(method, 0.0, adapter="stack"), inputs, scratch, contract.execution())
     return scratch / "result"
+
+
+@pytest.fixture(scope="module")
+def tuned(stacked: World, chat: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """SFT stacked on the base, and SFT from the aligned model."""
+    folder = tmp_path_factory.mktemp("tuned")
+    return tune(stacked, "sft", folder / "base"), tune(chat, "sft", folder / "alone")
 
 
 def same_model(first: tuple[Path, Path], second: tuple[Path, Path], atol: float = 1e-6) -> None:
@@ -194,9 +201,9 @@ def test_a_method_from_an_aligned_model_is_the_method_stacked_on_its_base(
     ],
 )
 def test_a_post_hoc_method_with_the_models_base_is_the_one_on_two_adapters(
-    method: str, params: dict[str, Any], stacked: World, chat: World, tmp_path: Path
+    method: str, params: dict[str, Any], stacked: World, chat: World, tuned: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    on_base, alone = tune(stacked, "sft", tmp_path / "base"), tune(chat, "sft", tmp_path / "alone")
+    on_base, alone = tuned
     config = {"method": method, "params": params, "dtype": "float32"}
     kind = methods.load(method)
     origin = {"model": chat.model, "base": stacked.model} if kind(kind.Config(**params)).needs_base else {}
@@ -213,16 +220,18 @@ def test_a_post_hoc_method_with_the_models_base_is_the_one_on_two_adapters(
     same_model((stacked.model, of_two), (chat.model, of_one), atol=1e-5)
 
 
-def test_a_line_from_the_model_itself_needs_no_base_and_stays_low_rank(chat: World, tmp_path: Path) -> None:
+def test_a_line_from_the_model_itself_needs_no_base_and_stays_low_rank(
+    tuned: tuple[Path, Path], tmp_path: Path
+) -> None:
     import torch
 
-    tuned = tune(chat, "sft", tmp_path / "sft")
+    _, alone = tuned
     (tmp_path / "half").mkdir()
     facts = finalize.finalize(
-        {"method": "interpolate", "params": {"share": 0.5}, "dtype": "float32"}, {"tuned": tuned}, tmp_path / "half"
+        {"method": "interpolate", "params": {"share": 0.5}, "dtype": "float32"}, {"tuned": alone}, tmp_path / "half"
     )
     assert facts["rank"] == 8
-    whole, half = weights.load(tuned / "adapter"), weights.load(tmp_path / "half" / "adapter")
+    whole, half = weights.load(alone / "adapter"), weights.load(tmp_path / "half" / "adapter")
     assert all(torch.allclose(half[name].delta(), 0.5 * whole[name].delta(), atol=1e-7) for name in whole)
 
 

@@ -10,9 +10,8 @@ import pytest
 from safecl.project import Project, load
 from safecl.store import below
 from tests import made_up
+from tests.made_up import DER, QUICKSTART
 
-QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
-DER = "{name: der, config: {memory_size: 20}, search: {weight: {low: 0.1, high: 30.0}, memory_size: [10, 20]}}"
 SETTINGS = [f"methods=[{DER}]", "poison.ratios=[0.1]", "search.trials=6", "models.0.dtype=float32",
             "evaluate.judges.asr=keywords", "search.sampler=random"]  # fmt: skip
 LOOSE, TIGHT = "search.objective.bounds={asr: 1.0}", "search.objective.bounds={asr: 0.0}"

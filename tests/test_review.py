@@ -14,9 +14,8 @@ from safecl.cli import main
 from safecl.graph import REFERENCES
 from safecl.project import Project, load
 from tests import made_up
+from tests.made_up import DER, QUICKSTART
 
-QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
-DER = "{name: der, config: {memory_size: 20}, search: {weight: {low: 0.1, high: 30.0}, memory_size: [10, 20]}}"
 SETTINGS = [
     f"methods=[{{name: sft}}, {DER}]",
     "search.trials=5",

@@ -200,7 +200,11 @@ class Engine:
 
     async def check_health(self) -> None:
         """Raise RuntimeError if the engine is not healthy. Serve calls this and replaces the replica if it raises."""
-        await self._llm.check_health()  # vLLM's own check sees only that the engine's process died
+        try:
+            await self._llm.check_health()  # vLLM's own check sees only that the engine's process died
+        except Exception as error:
+            # Serve's controller unpickles what is raised here. For vLLM's own class it would import vLLM: 7 s of CPU.
+            raise RuntimeError(f"engine {self._settings.name!r} died: {error!r}") from None
         if self._gate.broken is not None:
             raise RuntimeError(f"engine {self._settings.name!r}: swap failed: {self._gate.broken!r}")
         silent_s = time.monotonic() - self._last_sign

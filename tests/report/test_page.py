@@ -19,10 +19,9 @@ from safecl.report.facts import readable
 from safecl.report.methodology import methodology
 from tests import made_up
 from tests.browser import Browser
+from tests.made_up import DER, QUICKSTART
 from tests.report import golden
 
-QUICKSTART = Path(__file__).parents[2] / "sweeps" / "quickstart.yaml"
-DER = "{name: der, config: {memory_size: 20}, search: {weight: {low: 0.1, high: 30.0}, memory_size: [10, 20]}}"
 SETTINGS = [
     f"methods=[{{name: sft}}, {DER}, {{name: lwf}}]", "search.trials=12", "seeds=[0, 1]", "models.0.dtype=float32",
     "evaluate.judges.asr=keywords",

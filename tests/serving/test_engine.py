@@ -52,6 +52,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def engines(
     cluster: Path, weights: dict[str, WeightsRef], store: Store, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engines]:
+    from ray import serve
+
     logs = tmp_path_factory.mktemp("logs")
     small = {"memory_gib": 0.1, "max_model_len": 128, "turn_s": 0.5, "linger_s": 0.02, "stall_s": 60.0}
     settings = Settings(name=ENGINE, dtype="float32", **small, log_dir=str(logs))  # type: ignore[arg-type]
@@ -59,6 +61,7 @@ def engines(
     ready(ENGINE, timeout_s=240)
     yield Engines()
     shutdown(ENGINE)
+    serve.shutdown()  # else its controller takes a tenth of a core for as long as other tests have the cluster
 
 
 def assert_greedy(completions: dict[str, Any], weights: WeightsRef) -> None:

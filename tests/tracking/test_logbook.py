@@ -16,9 +16,8 @@ from safecl.schedule import Done
 from safecl.tracking import EXPERIMENT, Logbook, Tracker
 from safecl.tracking.names import Names, abbreviated, number
 from tests import made_up
+from tests.made_up import DER, QUICKSTART
 
-QUICKSTART = Path(__file__).parents[2] / "sweeps" / "quickstart.yaml"
-DER = "{name: der, config: {memory_size: 20}, search: {weight: {low: 0.1, high: 30.0}, memory_size: [10, 20]}}"
 SETTINGS = [
     f"methods=[{{name: sft}}, {DER}]",
     "poison.ratios=[0.1]",
