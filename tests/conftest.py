@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,14 @@ def _soon_written() -> None:
     def connected(connection: Any, _: Any) -> None:
         if type(connection).__module__.startswith("sqlite3"):
             connection.execute("PRAGMA synchronous = OFF")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _read_once() -> None:
+    """Typer reads the signatures of all commands each time that one is called, 0.1 s. A process of a user calls one."""
+    from typer import main, testing
+
+    main.get_command = testing._get_command = cache(main.get_command)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")

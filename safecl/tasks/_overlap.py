@@ -33,6 +33,7 @@ def normalise(prompt: str) -> str:
     return " ".join(re.findall(r"\w+", prompt.lower()))
 
 
+@lru_cache(maxsize=1 << 14)  # a plan compares the same prompts for one stage after another
 def content_words(prompt: str) -> frozenset[str]:
     """The words of a prompt in lower case without STOPWORDS. A plural's last s is cut: "locks" and "lock" are one word.
 

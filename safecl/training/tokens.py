@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,8 +42,6 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        import tokenizers
-
         base = base_folder(folder)
         file = base / "tokenizer.json"
         if not file.is_file():
@@ -54,11 +52,10 @@ class Tokenizer:
         self._file = str(file)
         self.memo: dict[Any, Any] | None = None  # set by a plan, which tokenises the same rows for many stages
         try:
-            self.fast = tokenizers.Tokenizer.from_file(self._file)
+            self._changed_ns = file.stat().st_mtime_ns
+            self.fast = _opened(self._file, self._changed_ns)
         except Exception as error:  # the library raises no narrower type
             raise PrerequisiteError(f"{file} cannot be read as a tokenizer ({error}); fetch it again") from None
-        self.fast.no_truncation()
-        self.fast.no_padding()
         self._settings = _json(base / "special_tokens_map.json") | _json(base / "tokenizer_config.json")
         self.bos_id = self._special("bos_token")
         self.eos_id = self._special("eos_token")
@@ -176,29 +173,45 @@ class Tokenizer:
     def _special_ids(self) -> frozenset[int]:
         return frozenset(id for id, token in self.fast.get_added_tokens_decoder().items() if token.special)
 
-    @cached_property
+    @property
     def _plain(self) -> tuple[Any, Any]:
         """The same tokenizer without special tokens, for text at the beginning and for text after other text."""
-        import tokenizers
-
-        def blind() -> Any:
-            plain = tokenizers.Tokenizer.from_file(self._file)
-            plain.no_truncation()
-            plain.no_padding()
-            plain.encode_special_tokens = True
-            return plain
-
-        first = inside = blind()
-        if (
-            getattr(first.pre_tokenizer, "prepend_scheme", "") == "first"
-        ):  # SentencePiece adds a space before the first text only
-            inside = blind()
-            inside.pre_tokenizer.prepend_scheme = "never"
-        return first, inside
+        return _blind(self._file, self._changed_ns)
 
 
 def _content(token: Any) -> Any:
     return token.get("content") if isinstance(token, Mapping) else token  # a string, or its AddedToken as JSON
+
+
+@lru_cache(maxsize=2)  # a plan opens one for each of many checks; reading a large one takes a second
+def _opened(file: str, changed_ns: int) -> Any:
+    """The tokenizer of a file that was last changed then. It is read only from here on."""
+    import tokenizers
+
+    opened = tokenizers.Tokenizer.from_file(file)
+    opened.no_truncation()
+    opened.no_padding()
+    return opened
+
+
+@lru_cache(maxsize=2)
+def _blind(file: str, changed_ns: int) -> tuple[Any, Any]:
+    import tokenizers
+
+    def blind() -> Any:
+        plain = tokenizers.Tokenizer.from_file(file)
+        plain.no_truncation()
+        plain.no_padding()
+        plain.encode_special_tokens = True
+        return plain
+
+    first = inside = blind()
+    if (
+        getattr(first.pre_tokenizer, "prepend_scheme", "") == "first"
+    ):  # SentencePiece adds a space before the first text only
+        inside = blind()
+        inside.pre_tokenizer.prepend_scheme = "never"
+    return first, inside
 
 
 def _json(path: Path) -> dict[str, Any]:
