@@ -1,4 +1,4 @@
-"""Writes docs/sweep-file.md from safecl/config and docs/commands.md from the command line itself.
+"""Writes docs/sweep-file.md from safecl/config and docs/command-options.md from the command line itself.
 
     .venv/bin/python docs/reference.py
 
@@ -8,7 +8,8 @@ A test holds both.
 from __future__ import annotations
 
 import inspect
-import re
+import types
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def sweep_file() -> str:
         parts.append(f"## {kind.__name__}\n\n{_text(kind)}\n\n| key | type | default | |\n|---|---|---|---|")
         comments = schema.told(kind)
         for name, field in kind.model_fields.items():
-            cells = (f"`{name}`", f"`{_type(field)}`", _default(field), comments.get(name, ""))
+            cells = (f"`{name}`", f"`{_type(field.annotation)}`", _default(field), comments.get(name, ""))
             parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("")
     return "\n".join(parts)
@@ -49,13 +50,19 @@ def _text(kind: type[BaseModel]) -> str:
     return told.strip() + (f"\n\n```yaml\n{inspect.cleandoc(example)}\n```" if example else "")
 
 
-def _type(field: FieldInfo) -> str:
-    text = field.annotation.__name__ if inspect.isclass(field.annotation) else str(field.annotation)
-    text = re.sub(r"(safecl|pydantic|typing|collections|types)(\.\w+)*\.", "", text)
-    text = re.sub(r"Annotated\[((?:[^][]|\[[^][]*\])*?), .*?\)\]", r"\1", text)
-    text = re.sub(r"Annotated\[(tuple\[.*\]), FieldInfo\(.*\)\]", r"\1", text)
-    text = re.sub(r"Annotated\[(\w+), <[^>]*>\]", r"\1", text)
-    return text.replace("NoneType", "None")
+def _type(kind: Any) -> str:
+    """A type as a person writes it, without what Annotated adds: `int | None`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return _type(arguments[0])
+    if origin is typing.Literal:
+        return " | ".join(map(repr, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(_type, arguments))
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(map(_type, arguments))}]"
+    named = {type(None): "None", Ellipsis: "..."}
+    return named.get(kind) or getattr(kind, "__name__", str(kind))
 
 
 def _default(field: FieldInfo) -> str:

@@ -30,6 +30,12 @@ def test_the_reference_is_made_of_the_schema_and_the_commands(page: str) -> None
     assert made["PAGES"][page]() == (ROOT / "docs" / page).read_text(), "run docs/reference.py"
 
 
+def test_types_of_keys_are_whole() -> None:
+    kinds = re.findall(r"^\| `\w+` \| `([^`]*)`", (ROOT / "docs" / "sweep-file.md").read_text(), re.MULTILINE)
+    assert len(kinds) > 100 and "int \\| None" in kinds
+    assert [kind for kind in kinds if kind.count("[") != kind.count("]") or ")" in kind] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_hold(page: Path) -> None:
     """mkdocs checks those of docs/ itself, and their anchors (`make docs`)."""
