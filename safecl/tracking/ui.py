@@ -20,6 +20,7 @@ from safecl.base import ConfigError, PrerequisiteError, sqlite_path
 from safecl.tracking.messages import EXPERIMENT, VIEW
 
 HOST = "127.0.0.1"
+STUDIES = "SAFECL_STUDIES"  # environment variable of the dashboard's process: the URI of the studies, as below
 WAIT_S = 120.0  # seconds; MLflow takes ten seconds to start, or minutes on a busy machine
 
 
@@ -59,8 +60,10 @@ def dashboard(url: str, logs: Path) -> Iterator[str | None]:
         yield None
         return
     port = free_port()
-    command = [sys.executable, "-m", "optuna_dashboard", url, "--host", HOST, "--port", str(port)]
-    with server(command, port, logs / "optuna-dashboard.txt") as address:
+    program = (
+        f"import os; from optuna_dashboard import run_server; run_server(os.environ[{STUDIES!r}], {HOST!r}, {port})"
+    )
+    with server([sys.executable, "-c", program], port, logs / "optuna-dashboard.txt", {STUDIES: url}) as address:
         yield address
 
 
@@ -80,7 +83,7 @@ def server(command: list[str], port: int, log: Path, told: Mapping[str, str] = {
         while not _answers(address):
             if process.poll() is not None or time.monotonic() > deadline:
                 how = "did not answer" if process.poll() is None else f"ended with {process.returncode}"
-                raise PrerequisiteError(f"`{' '.join(command[1:4])}` {how}; what it printed: {log}")
+                raise PrerequisiteError(f"{log.stem} {how}; what it printed: {log}")
             time.sleep(0.2)
         yield address
     finally:
