@@ -153,6 +153,11 @@ def of(states: HiddenStates, last_layers: int | None, identity: Hashable, used: 
     return found
 
 
+def forget() -> None:
+    """Free the memory of all states that this process keeps."""
+    _kept.clear()
+
+
 @torch.no_grad()
 def _same(below: Below) -> bool:
     """Whether the model gives the same result with the lower layers skipped. Layers may read other things that lower

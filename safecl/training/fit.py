@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from safecl.base import Json
+from safecl.training import below
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -168,7 +169,8 @@ def noted(scratch: Path, execution: Mapping[str, Any], world_size: int = 1, devi
 
 
 def release(device: str) -> None:
-    """Free unused memory of the process and the device."""
+    """Free unused memory of the process and the device, and known states of lower layers, which are computed again."""
+    below.forget()
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()

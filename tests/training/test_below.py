@@ -13,7 +13,7 @@ import torch
 
 from safecl.stages import finetune
 from safecl.testing import world as contract
-from safecl.training import below, model
+from safecl.training import below, fit, model
 from safecl.training.batches import collate
 from safecl.training.tokens import Encoded
 
@@ -122,6 +122,17 @@ def test_what_is_kept_is_bounded_over_all_finetunes(
             computed.clear()
             states(batch)
             assert computed == groups and sum(kept.nbytes for kept in below._kept.values()) <= most
+
+
+def test_a_finetune_that_is_out_of_memory_gets_that_of_known_states(tiny_model: Path) -> None:
+    states = _states(tiny_model)
+    states.below = below.of(states, 1, "tiny", [below.Used(ROWS, 6)])
+    batch = collate(ROWS[:2], range(2), [0] * 2, 1, ROWS[0], "cpu")
+    with torch.no_grad():
+        first_PD = states(batch)
+        assert below._kept
+        fit.release("cpu")
+        assert not below._kept and torch.equal(states(batch), first_PD)
 
 
 @pytest.mark.parametrize("whole", [True, False])
