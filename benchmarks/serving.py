@@ -1,11 +1,11 @@
 """Answers through Ray Serve (as stages ask for them) against vLLM's offline engine with the same settings, and against
 Hugging Face's `generate` in batches.
 
-    python benchmarks/serving.py MODEL_FOLDER [--requests 64] [--repeats 3] [--without hf] [--hf-batch 32 64]
+    python benchmarks/serving.py MODEL_FOLDER [--requests 64] [--repeats 3] [--without hf] [--hf-batch 32 64] [--gpu]
 
 Three kinds of work: `generate` (questions, up to 48 new tokens), `short` (up to 20), and `judge` (a long shared beginning,
 then an answer to judge; up to 3). Greedy; the model's own end ends an answer. The three stay loaded and take turns with
-the same prompts; one thread each. Hugging Face pads on the left and gets the best of its batch sizes, by a first run.
+the same prompts; one thread each, or one GPU for all. Hugging Face pads on the left and gets the best of its batch sizes, by a first run.
 Another round has other prompts, so that no prefix is cached but the shared beginning.
 """
 
@@ -88,14 +88,19 @@ def prompts(kind: str, num: int, round: int, tokenizer: Any) -> list[list[int]]:
 Ask = Callable[[list[list[int]], int], list[list[int]]]  # prompts, most new tokens -> the new tokens
 
 
+def settings(options: argparse.Namespace) -> Any:
+    """Of the engine, offline and served: a third of a GPU, since all ways stay loaded."""
+    from safecl.serving.messages import Settings
+
+    return Settings(name="bench", dtype="bfloat16", max_model_len=MAX_TOKENS, use_gpu=options.gpu, gpu_memory=0.3)
+
+
 def offline(model: str, tokenizer: Any, options: argparse.Namespace) -> Ask:
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    llm = LLM(
-        model=model, dtype="bfloat16", max_model_len=MAX_TOKENS, max_num_seqs=64, kv_cache_memory_bytes=2**30,
-        block_size=32, distributed_executor_backend="uni", enforce_eager=True, disable_log_stats=True,
-        generation_config="vllm",
-    )  # fmt: skip
+    from safecl.serving.engine import arguments
+
+    llm = LLM(**arguments(model, settings(options)))
 
     def ask(ids: list[list[int]], new: int) -> list[list[int]]:
         params = SamplingParams(
@@ -112,11 +117,11 @@ def served(model: str, tokenizer: Any, options: argparse.Namespace) -> Ask:
 
     from safecl.serving.client import Engines
     from safecl.serving.deploy import deploy, ready
-    from safecl.serving.messages import Request, Sampling, Settings, WeightsRef
+    from safecl.serving.messages import Request, Sampling, WeightsRef
 
     os.chdir(os.environ["PYTHONPATH"])  # whence Ray's workers import safecl
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    deploy(Settings(name="bench", max_model_len=MAX_TOKENS), model, resources={}, wait=False)
+    deploy(settings(options), model, resources={"GPU": 1.0} if options.gpu else {}, wait=False)
     ready("bench")
 
     def ask(ids: list[list[int]], new: int) -> list[list[int]]:
@@ -132,12 +137,13 @@ def hf(model: str, tokenizer: Any, options: argparse.Namespace) -> Ask:
     import torch
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    device = "cuda" if options.gpu else "cpu"
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval().to(device)
     tokenizer.padding_side = "left"
     end, best = tokenizer.eos_token_id, 0
 
     def batch(ids: list[list[int]], new: int) -> list[list[int]]:
-        padded = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+        padded = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(device)
         made = loaded.generate(**padded, do_sample=False, max_new_tokens=new, eos_token_id=end, pad_token_id=end)
         rows = [row[padded["input_ids"].shape[1] :].tolist() for row in made]
         return [row[: row.index(end) + 1] if end in row else row for row in rows]
@@ -216,6 +222,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(NEW), choices=list(NEW))
     parser.add_argument("--without", nargs="*", default=[], choices=["hf"])
     parser.add_argument("--hf-batch", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--gpu", action="store_true", help="all three on one GPU")
     parser.add_argument("--before", type=Path, help="another checkout of safecl, to serve from too")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -224,6 +231,7 @@ def main() -> None:
         answer(options.only, options)
         return
     given = [str(options.model), "--requests", str(options.requests), "--hf-batch", *map(str, options.hf_batch)]
+    given += ["--gpu"] * options.gpu
     names = [name for name in ("offline", "served", "hf") if name not in options.without]
     workers = {name: _bench.Worker([__file__, *given, "--only", name], **ENV) for name in names}
     if options.before:
@@ -232,7 +240,7 @@ def main() -> None:
     rows = [row for kind in options.kinds for row in compare(kind, workers, options)]
     for worker in workers.values():
         worker.close()
-    print(_bench.write("serving", {"Serving": rows}))
+    print(_bench.write("serving_gpu" if options.gpu else "serving", {"Serving": rows}))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from safecl.tasks._source import local_file
 from safecl.templates import described, settled
 
 NEEDED = ("torch", "transformers", "peft", "deepspeed", "ray", "optuna", "mlflow", "datasets")
+PYTHONS = ((3, 11), (3, 12))  # the pinned closure and CI are for the first
 QUICKSTART = Execution(num_trials_at_once=5, num_judge_replicas=0)  # as in sweeps/quickstart.yaml
 
 
@@ -46,13 +47,12 @@ def examine(root: str, data_dir: Path | None) -> list[Finding]:
         root: where results would be stored: a folder or a URL.
         data_dir: a folder of local data files to look through; None: no findings on data.
     """
-    is_311 = sys.version_info[:2] == (3, 11)
     free, need = free_gib(), preflight.needed_gib(QUICKSTART)
     stored = [_store(root)] if is_url(root) else []
     cache = Path("." if stored else root)
     disk = shutil.disk_usage(_existing(cache)).free / 2**30
     findings = [
-        Finding("Python", sys.version.split()[0], is_311, "safecl's pinned closure is for Python 3.11"),
+        Finding("Python", sys.version.split()[0], sys.version_info[:2] in PYTHONS, "use Python 3.11, or 3.12 unpinned"),
         Finding("CPU cores", str(os.cpu_count()), True),
         Finding("CPU", hardware.cpu().name, True),
         _dtype(),

@@ -1,4 +1,6 @@
-"""Real engines behind Ray Serve with a tiny float32 model: what they answer, and what survives when they are killed."""
+"""Real engines behind Ray Serve with a tiny float32 model: what they answer, and what survives when they are killed.
+
+On a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from safecl.base import PrerequisiteError
 from safecl.serving.client import Engines
@@ -56,7 +59,8 @@ def engines(
 
     logs = tmp_path_factory.mktemp("logs")
     small = {"memory_gib": 0.1, "max_model_len": 128, "turn_s": 0.5, "linger_s": 0.02, "stall_s": 60.0}
-    settings = Settings(name=ENGINE, dtype="float32", **small, log_dir=str(logs))  # type: ignore[arg-type]
+    gpu = torch.cuda.is_available()
+    settings = Settings(name=ENGINE, dtype="float32", **small, use_gpu=gpu, log_dir=str(logs))  # type: ignore[arg-type]
     deploy(settings, weights["base"].base, store, wait=False)
     ready(ENGINE, timeout_s=240)
     yield Engines()
