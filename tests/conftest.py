@@ -140,6 +140,19 @@ def _file(nodeid: str) -> str:
     return nodeid.partition("::")[0].removeprefix("tests/")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The cluster ends after the last test that uses it: its processes take a tenth of a core, idle too."""
+    ray = sys.modules.get("ray")
+    if (
+        ray is not None
+        and nextitem is not None
+        and _file(item.nodeid) in CLUSTERS
+        and _file(nextitem.nodeid) not in CLUSTERS
+    ):
+        ray.shutdown()
+
+
 def pytest_sessionfinish() -> None:
     ranks = sys.modules.get("safecl.testing.ranks")
     if ranks is not None:
