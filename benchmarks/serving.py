@@ -5,8 +5,8 @@ Hugging Face's `generate` in batches.
 
 Three kinds of work: `generate` (questions, up to 48 new tokens), `short` (up to 20), and `judge` (a long shared beginning,
 then an answer to judge; up to 3). Greedy; the model's own end ends an answer. The three stay loaded and take turns with
-the same prompts; one thread each, or one GPU for all. Hugging Face pads on the left and gets the best of its batch sizes, by a first run.
-Another round has other prompts, so that no prefix is cached but the shared beginning.
+the same prompts; one thread each, or one GPU for all. Hugging Face pads on the left and gets the best of its batch sizes, by a
+first run. Another round has other prompts, so that no prefix is cached but the shared beginning.
 """
 
 from __future__ import annotations
