@@ -246,11 +246,17 @@ def main() -> None:
             make_model(models[-1], size)
         for model in models:
             rows += compare(model, scratch, options.repeats)
-    tables = {"Swaps": rows}
+            file = _bench.write("swap", tables(rows))  # a run that is cut short keeps what it has measured
+    print(file)
+
+
+def tables(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows, and what they say of Llama-2-7B."""
+    found: dict[str, Any] = {"Swaps": rows}
     layer = {row["adapted"]: row for row in rows if row["model"].endswith("7b-layer")}
     if layer:
         fixed = "pause, clear cache, resume, s"
-        tables["Extrapolated to Llama-2-7B by its number of layers, not measured"] = [
+        found["Extrapolated to Llama-2-7B by its number of layers, not measured"] = [
             {
                 "adapted": adapted,
                 **{way: LAYERS_OF_7B * (row[way] - row[fixed]) + row[fixed] for way in ("full reload, s", "swap, s")},
@@ -258,8 +264,7 @@ def main() -> None:
             for adapted, row in layer.items()
             if adapted != "upper half"
         ]
-        print(json.dumps(tables["Extrapolated to Llama-2-7B by its number of layers, not measured"]))
-    print(_bench.write("swap", tables))
+    return found
 
 
 if __name__ == "__main__":
