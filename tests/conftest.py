@@ -34,12 +34,15 @@ PAGES = ["report/test_page.py", "report/test_labelled.py"]  # in one process: th
 RANKS = ["methods/test_contract.py", "training/test_loop.py", "training/test_ranks.py", "training/test_engine.py"]
 # Programs that wait for their time to be over leave a core to the processes of a cluster, which need more than one.
 WAITING = ["test_sandbox.py", "test_fakes.py", "tasks/test_code.py", "tasks/test_program.py"]
+TRACKED = ["tracking/test_tracker.py", "tracking/test_logbook.py"]  # MLflow is imported, and its database made, once
 # Of the others, those that take longest begin first.
 LONG = [
-    "tracking/test_tracker.py",
-    "tracking/test_logbook.py",
+    *TRACKED,
     "test_aligned.py",
     "test_trained.py",
+    "test_search.py",
+    "test_study.py",
+    "test_datafile.py",
 ]
 
 
@@ -131,7 +134,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = _file(nodeid)
-            return next((f"with {files[0]}" for files in (CLUSTERS, RANKS, PAGES) if file in files), file)
+            return next((f"with {files[0]}" for files in (CLUSTERS, RANKS, PAGES, TRACKED) if file in files), file)
 
     return ByFile(config, log)
 
