@@ -12,7 +12,9 @@ units from its start until it is gone. The rules, in this order:
 - Else a group whose work is to come is *warmed* (a holder is started ahead), as long as one holder of every group that will
   be needed fits.
 - Else groups *grow* towards the number of holders that they want. They take free units, and units of holders that have been
-  without work for as long as a start takes.
+  without work for as long as a start takes. A group with three times as much work for each of its holders as another group
+  also takes units of the other's holders whose turn is over, once their work is done: trainers, which have work until the
+  end, thus leave room for engines whose queues have become long.
 - A holder that has been without work for `idle_s`, and whose group has none to come, is stopped.
 
 So the units of the largest holder suffice for any number of groups. A holder is started and stopped at most once a turn, or
@@ -36,7 +38,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -47,6 +49,9 @@ LINGER_S = 2.0
 # A holder without work for so long, which is as long as a start takes, may be stopped for a group that wants one more.
 SPARE_S = 30.0
 IDLE_S = 300.0
+# A group that has so many times more work for each holder than another group gets some of the other's units. Less would
+# start and stop holders for queues that come and go.
+MUCH = 3
 _EPS = 1e-6  # tolerance when units are compared; they may be fractions
 
 
@@ -132,6 +137,9 @@ class Devices:
         self.held = 0.0
         self._leaving = 0.0  # units of `held` whose holders are being stopped
         self._draining: dict[Holder, None] = {}
+        self._chosen_for: tuple[float, dict[Group, int]] | None = (
+            None  # units and groups for which `_yielding` chose them
+        )
         self._timers: list[float] = []
         self._changed = True
 
@@ -243,7 +251,6 @@ class Devices:
                 yield from self._make_way(waiting[0], now)
                 return
             yield self._start(waiting[0])
-        self._drain({})  # no group is starved any more
         yield from self._warm()
         yield from self._grow(now)
         for holder in self._spare(now, None):
@@ -276,6 +283,7 @@ class Devices:
         if lacking > _EPS:
             ways = {}  # too few: close none, since closed holders would stand idle until enough units can be freed
         self._drain({holder: None for holder in ways if holder.num_working})
+        self._chosen_for = None
         for holder in ways:
             if not holder.num_working:
                 yield self._stop(holder, now)
@@ -320,15 +328,45 @@ class Devices:
         """Start more holders for groups that want them. The lowest rank is first, then the group with the most work wanted for
         each holder that it has."""
         while short := [g for g in self.groups.values() if g.num_present < min(g.wanted, g.at_most)]:
-            group = min(short, key=lambda group: (group.rank, -group.wanted / max(1, group.num_present)))
+            group = min(short, key=_by_need)
             if self._fits(group):
                 yield self._start(group)
                 continue
-            lacking = group.size - self.free - self._leaving
-            spare = self._spare(now, min(self.turn_s, SPARE_S)) if lacking > _EPS else []
+            lacking, spare = group.size - self.free - self._leaving, list[Holder]()
+            if lacking > _EPS:
+                spare = [holder for other in self.groups.values() for holder in other.idle if holder.closed]
+                spare += self._spare(now, min(self.turn_s, SPARE_S))
             if not spare or sum(holder.size for holder in spare) < lacking - _EPS:
-                return
+                break
             yield self._stop(spare[0], now)
+        self._drain(self._yielding(short, now))
+
+    def _yielding(self, short: Sequence[Group], now: float) -> dict[Holder, None]:
+        """Holders whose turn is over and that make way, once their work is done, for a group with much more work for each
+        holder (`MUCH` times as much, also when they have made way)."""
+        behind = {g: num for g in short if (num := min(g.wanted // MUCH, g.at_most) - g.num_present) > 0}
+        lacking = sum(num * group.size for group, num in behind.items()) - max(0.0, self.free) - self._leaving
+        if lacking <= _EPS:
+            self._chosen_for = None
+            return {}
+        next_one = min(behind, key=_by_need)
+        need = next_one.wanted / max(1, next_one.num_present)
+        # By group that may give some: how many, so that it still has no more work for each of its holders.
+        givers = {g: num for g in self.groups.values() if not (g.wanted and g.rank < next_one.rank)
+                  and (num := int(g.num_present - MUCH * g.wanted / need)) > 0}  # fmt: skip
+        if (lacking, givers) == self._chosen_for:
+            return self._draining
+        self._chosen_for, found = (lacking, dict(givers)), dict[Holder, None]()
+        over = [h for g in givers for h in g.holders.values() if self._is_over(h, next_one, now)]
+        for holder in sorted(over, key=lambda h: (not h.closed, h.ends is None, h.ends or 0.0, h.began)):
+            left = givers[self.groups[holder.group]]
+            if lacking > _EPS and left:
+                found[holder] = None
+                lacking -= holder.size
+                givers[self.groups[holder.group]] = left - 1
+        if lacking > _EPS:
+            self._chosen_for = None  # more turns will be over
+        return found
 
     def _fits(self, group: Group) -> bool:
         return group.size <= self.free + _EPS and self.room(group)
@@ -355,6 +393,8 @@ class Devices:
         return Stop(holder)
 
     def _drain(self, holders: dict[Holder, None]) -> None:
+        if holders is self._draining:
+            return
         for holder in self._draining.keys() - holders.keys():
             holder.closed = False
         for holder in holders:
@@ -379,3 +419,7 @@ class Devices:
         for time in times:
             if time < math.inf:
                 heapq.heappush(self._timers, time)
+
+
+def _by_need(group: Group) -> tuple[int, float]:
+    return group.rank, -group.wanted / max(1, group.num_present)

@@ -70,7 +70,9 @@ class Broker:
         self.seconds = seconds or (lambda stage: 1.0)
         self.running: dict[str, asyncio.Task[None]] = {}
         self.turns: dict[str, Turn] = {}  # by key of a stage under way: the lowest turn of the callers that wait for it
-        self.training: dict[str, float] = {}  # by key of such a stage that needs a trainer: its seconds
+        self.training: dict[str, float] = {}  # by key of such a stage that waits for a trainer: its seconds
+        # By model: the same of stages that will ask an engine of candidates, as seconds of all its engines together.
+        self.coming: dict[str, dict[str, float]] = {}
         self.failed: dict[str, BaseException] = {}
         self.live: dict[str, dict[str, Any]] = {}
         self.finished: list[dict[str, Any]] = []
@@ -92,9 +94,8 @@ class Broker:
             self.journal.add(faults.BROKER)
             clear(store.short)
         held = held or capacity(execution, {"CPU": num_cpus}, math.inf)
-        self.num_trainers = held.num_trainers
         self.lender = Lender(Devices(held.num_units, execution.turn_s, room=self._room))
-        self.trainers = Trainers(store, execution, logs, self.lender, held, self._starts)
+        self.trainers = Trainers(store, execution, logs, self.lender, held, self._trains, self._ahead)
         self.fleet = Fleet(
             store, execution, self.lender, held, 2 * self.num_light, self._begin, self._end
         )  # fmt: skip
@@ -122,13 +123,14 @@ class Broker:
         place = {stage.key: number for number, stage in enumerate(todo)}
         needs = [[place[s.key] for s in stage.inputs.values() if s.key in place] for stage in todo]
         seconds = [self.seconds(stage) for stage in todo]
-        left_s = sum(self.training.values()) / max(1, self.num_trainers)
         for stage, its, chain in zip(todo, seconds, chains(seconds, needs), strict=True):
-            turn = Turn.of(claim, chain, number, left_s)
+            turn = Turn.of(claim, chain, number)
             if stage.key not in self.turns:
                 self.turns[stage.key] = turn
                 if needs_trainer(stage):
                     self.training[stage.key] = its
+                elif engine_of(stage) == "candidate":
+                    self.coming.setdefault(stage.inputs["model"].key, {})[stage.key] = its
             elif turn < self.turns[stage.key]:
                 self.turns[stage.key] = turn
                 self.trainers.hurry(stage, turn)
@@ -199,6 +201,11 @@ class Broker:
         """Forget the turn of a stage that no caller waits for any more."""
         self.turns.pop(stage.key, None)
         self.training.pop(stage.key, None)
+        self._came(stage)
+
+    def _came(self, stage: Stage) -> None:
+        if "model" in stage.inputs:
+            self.coming.get(stage.inputs["model"].key, {}).pop(stage.key, None)
 
     async def _persist(self, stage: Stage, heavy: bool) -> float:
         """Call `_run`, and again if the machine failed. This is for light stages: trainers repeat heavy ones themselves."""
@@ -240,6 +247,7 @@ class Broker:
                 return await self._in_hand(stage, {}, turn.level)
             finally:
                 places.leave()
+        self._came(stage)
         weights = stage.inputs.get("weights", stage.inputs["model"]).key
         async with self.fleet.lease(role, stage.inputs["model"], stage.key, weights, turn, line) as groups:
             return await self._in_hand(stage, groups, self.turns[stage.key].level)
@@ -250,6 +258,13 @@ class Broker:
             self.times.begins(stage.key, at=ran.began)
             self.times.works(stage.key, ran.where)
         return ran.seconds
+
+    def _ahead(self) -> tuple[float, float]:
+        return sum(self.training.values()), max((sum(each.values()) for each in self.coming.values()), default=0.0)
+
+    def _trains(self, stage: Stage) -> None:
+        self.training.pop(stage.key, None)
+        self._starts(stage)
 
     def _starts(self, stage: Stage) -> None:
         self._begin(stage.kind, stage.key, load(stage.kind).unit)

@@ -4,23 +4,24 @@ From first to last:
 
 1. The user's priority (`execution.turns`).
 2. Stages that something else waits for, such as a trial whose result a search needs to suggest the next one.
-3. Stages that the end of the run waits for: a chain of stages that alone takes as long as all training asked for
-   before it.
+3. Training that the end of the run waits for: the chain of stages that begins with it takes as long as it will be until
+   all waiting training has begun.
 4. Cells in turn: the first trial of each cell, then the second of each, so that the seeds of one cell do not delay
    another.
-5. The stage at the start of the longest chain of waiting stages (the critical path).
+5. The stage at the start of the longest chain of waiting stages (the critical path). But the shortest chain of training, as
+   long as the engines of a model could not do what is to come before the end if they got it only after the longest.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 NUM_RANKS = 3  # see Claim
-AT_ONCE = -1.0  # round of stages that the end of the run waits for: before any other round
+T = TypeVar("T", bound=Hashable)
+_Entry = tuple[Any, int, T]
 
 
 class Claim(NamedTuple):
@@ -46,10 +47,9 @@ class Turn(NamedTuple):
     number: int
 
     @classmethod
-    def of(cls, claim: Claim, chain: float, number: int, left_s: float = math.inf) -> Turn:
-        """The turn of a stage. `left_s`: seconds until all training asked for before it is done, with the maximum
-        number of trainers."""
-        return cls(-claim.priority, claim.rank, AT_ONCE if chain >= left_s else claim.round, -chain, number)
+    def of(cls, claim: Claim, chain: float, number: int) -> Turn:
+        """The turn of a stage with this claim."""
+        return cls(-claim.priority, claim.rank, claim.round, -chain, number)
 
     @property
     def level(self) -> int:
@@ -67,6 +67,55 @@ def chains(seconds: Sequence[float], needs: Sequence[Sequence[int]]) -> list[flo
             if found[other] < seconds[other] + chain:
                 found[other] = seconds[other] + chain
     return found
+
+
+class Queue(Generic[T]):
+    """Training that waits for a trainer, in the order of this module's rules."""
+
+    def __init__(self) -> None:
+        self._newest: dict[T, int] = {}  # an item's newest entries in the heaps; others are outdated, and are skipped
+        self._num_put = 0
+        self._longest: list[_Entry[T]] = []
+        self._in_turn: list[_Entry[T]] = []
+        self._shortest: list[_Entry[T]] = []
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._newest)
+
+    def put(self, item: T, turn: tuple[int, int, float, float, int], again: bool = False) -> None:
+        """Add an item with its Turn, or give it another one. `again`: before those of an equal turn."""
+        self._num_put += 1
+        place = self._newest[item] = -self._num_put if again else self._num_put
+        priority, rank, rounds, chain, number = turn
+        heapq.heappush(self._longest, ((priority, rank, chain, number), place, item))
+        heapq.heappush(self._in_turn, (turn, place, item))
+        heapq.heappush(self._shortest, ((priority, rank, rounds, -chain, number), place, item))
+
+    def remove(self, item: T) -> None:
+        """Remove an item that was put."""
+        del self._newest[item]
+
+    def first(self, left_s: float, coming_s: float) -> T | None:
+        """The item that is next.
+
+        Args:
+            left_s: seconds until all waiting training has begun.
+            coming_s: seconds for which the engines of any one model will work on what training has yet to make.
+        """
+        if self._top(self._longest) is None:
+            return None
+        (_, _, chain, _), _, item = self._longest[0]
+        if -chain >= left_s:
+            return item
+        return self._top(self._shortest if coming_s - chain > left_s else self._in_turn)
+
+    def _top(self, heap: list[_Entry[T]]) -> T | None:
+        while heap:
+            _, place, item = heap[0]
+            if self._newest.get(item) == place:
+                return item
+            heapq.heappop(heap)
+        return None
 
 
 class Line:

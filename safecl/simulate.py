@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from safecl import devices
 from safecl.base import PrerequisiteError
 from safecl.devices import IDLE_S, Devices, Holder, Start
-from safecl.order import AT_ONCE, NUM_RANKS, Claim
+from safecl.order import NUM_RANKS, Claim, Queue
 from safecl.workload import LIGHT, TRAINERS, Bound, Bounds, Grid, Node
 
 UNASKED, WAITS, READY, RUNS, DONE = range(5)  # a stage's state
@@ -73,14 +73,18 @@ class _Run:
         self.chain = grid.chains()
         self.turn: list[tuple[int, int, float, float, int] | None] = [None] * len(grid.seconds)
         self.state = bytearray(len(grid.seconds))  # UNASKED ... DONE
-        self.queues: list[list[tuple[tuple[int, int, float, float, int], int]]] = [[] for _ in grid.groups]
+        self.training = Queue[int]()
+        self.queues: list[list[tuple[tuple[int, int, float, float, int], int]]] = [
+            [] for _ in grid.groups
+        ]  # of the others
         self.idle: list[dict[Holder, int]] = [
             {} for _ in grid.groups
         ]  # open holders, and the number of their free places
         self.num_working = [0] * len(grid.groups)
         self.num_ready = [0] * len(grid.groups)
         self.num_coming = [0] * len(grid.groups)  # asked for, and waiting for other stages
-        self.training_s = 0.0  # seconds of trainers for training that is asked for and not done
+        self.coming_s = [0.0] * len(grid.groups)  # seconds of such work for engines
+        self.training_s = 0.0  # seconds of trainers for training that is asked for and has not begun
         # For stages that wait for an engine or have one: how many ask for each weights.
         self.asking: list[Counter[int]] = [Counter() for _ in grid.groups]
         self.changed: set[int] = set()  # groups whose work changed since the devices were told
@@ -102,6 +106,7 @@ class _Run:
         for number, group in enumerate(grid.groups):
             if number != LIGHT:
                 self.devices.add(group.name, group.size, group.at_most, IDLE_S)
+        self.trainers = self.devices.groups[grid.groups[TRAINERS].name]
         self.use: defaultdict[str, float] = defaultdict(float)
         self.down_since: dict[int, float] = {}
         self.down_s = [0.0] * len(nodes)
@@ -180,17 +185,13 @@ class _Run:
         """Like Broker.ensure: queue the missing stages, and move queued ones forward if this turn is lower."""
         self.num_asked += 1
         first, rank, rounds, number = -claim.priority, claim.rank, claim.round, self.num_asked
-        trainers = self.grid.groups[TRAINERS]
-        fit = self.devices.num_units / trainers.size if trainers.size else math.inf
-        left_s = self.training_s / max(1.0, min(trainers.at_most, fit))
         stack = list(targets)
         needs, turns, chain, state = self.grid.needs, self.turn, self.chain, self.state
         while stack:
             stage = stack.pop()
             if state[stage] >= RUNS:
                 continue
-            its = AT_ONCE if chain[stage] >= left_s else rounds
-            turn, known = (first, rank, its, -chain[stage], number), turns[stage]
+            turn, known = (first, rank, rounds, -chain[stage], number), turns[stage]
             if known is not None and known <= turn:
                 continue
             turns[stage] = turn
@@ -199,6 +200,8 @@ class _Run:
                 self.num_coming[self.grid.group[stage]] += self.grid.ranks[stage]
                 if self.grid.group[stage] == TRAINERS:
                     self.training_s += self.grid.seconds[stage]
+                elif self.grid.weights[stage] >= 0:
+                    self.coming_s[self.grid.group[stage]] += self.grid.seconds[stage]
             if not self.waits[stage]:
                 self._ready(stage)  # if it was already ready, the queue entry with its old turn is skipped
             stack.extend(needs[stage])
@@ -211,14 +214,21 @@ class _Run:
             self.num_ready[group] += self.grid.ranks[stage]
             if (weights := self.grid.weights[stage]) >= 0:
                 self.asking[group][weights] += 1
+                self.coming_s[group] -= self.grid.seconds[stage]
         self.state[stage] = READY
         self.changed.add(group)
-        heapq.heappush(self.queues[group], (turn, stage))
+        if group == TRAINERS:
+            self.training.put(stage, turn)
+        else:
+            heapq.heappush(self.queues[group], (turn, stage))
 
     # -- work ----------------------------------------------------------------------------------------------------------
 
     def _first(self, group: int) -> int | None:
         """The next stage of a queue."""
+        if group == TRAINERS:
+            coming_s = max(s / group.at_most for s, group in zip(self.coming_s, self.grid.groups, strict=True))
+            return self.training.first(self.training_s / max(1, self.trainers.num_present), coming_s)
         queue, turns, state = self.queues[group], self.turn, self.state
         while queue:
             turn, stage = queue[0]
@@ -229,11 +239,9 @@ class _Run:
 
     def _give(self, number: int) -> None:
         """Give a group's queue to those of its holders that have a free place."""
-        idle, queue = self.idle[number], self.queues[number]
-        while (stage := self._first(number)) is not None:
+        idle = self.idle[number]
+        while (self.light_free if number == LIGHT else idle) and (stage := self._first(number)) is not None:
             if number == LIGHT:
-                if not self.light_free:
-                    return
                 self.light_free -= 1
                 self._at(self.now + self.left[stage], _OVER, stage)
             else:
@@ -248,7 +256,11 @@ class _Run:
                 self.does[holder][stage] = self.now
                 self.devices.work(holder, 1, self.now, ends)
                 self._at(ends, _OVER, stage, holder)
-            heapq.heappop(queue)
+            if number == TRAINERS:
+                self.training.remove(stage)
+                self.training_s -= self.grid.seconds[stage]
+            else:
+                heapq.heappop(self.queues[number])
             self.state[stage] = RUNS
             self.num_ready[number] -= self.grid.ranks[stage]
             self.num_working[number] += self.grid.ranks[stage]
@@ -268,8 +280,6 @@ class _Run:
             self.idle[number][holder] = self.idle[number].get(holder, 0) + places
         self._worked(stage, number)
         self.state[stage] = DONE
-        if number == TRAINERS:
-            self.training_s -= self.grid.seconds[stage]
         for above in self.above[stage]:
             self.waits[above] -= 1
             if not self.waits[above] and self.state[above] == WAITS:
@@ -345,6 +355,10 @@ class _Run:
         self.state[stage] = WAITS
         self._worked(stage, number)
         self.num_coming[number] += self.grid.ranks[stage]
+        if number == TRAINERS:
+            self.training_s += self.grid.seconds[stage]
+        elif self.grid.weights[stage] >= 0:
+            self.coming_s[number] += self.grid.seconds[stage]
         self._ready(stage)
 
     def _node_taken(self, node: int) -> None:

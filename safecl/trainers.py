@@ -19,8 +19,6 @@ import gc
 import os
 import shutil
 import time
-from bisect import insort, insort_left
-from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,7 +33,7 @@ from safecl.config import Execution
 from safecl.devices import Holder
 from safecl.faults import MEMORY, PATIENCE_S, PATIENT, PAUSE_S, Journal, cause_of, kind_of
 from safecl.lender import Lender
-from safecl.order import UNNAMED, Turn
+from safecl.order import UNNAMED, Queue, Turn
 from safecl.stages import load
 from safecl.store import Place, Stage, Store
 from safecl.work import free_heap, run_stage
@@ -77,7 +75,8 @@ class Trainers:
     """The pool of trainers. It lives in the Broker, on its event loop. The lender (devices.py) decides how many
     trainers there are.
 
-    `on_start` is called with each stage that is given out.
+    `on_start` is called with each stage that is given out. `ahead` gives the seconds of all training that was asked for and
+    has not begun, and `coming_s` of order.Queue.first.
     """
 
     def __init__(
@@ -88,14 +87,16 @@ class Trainers:
         lender: Lender,
         capacity: Capacity,
         on_start: Callable[[Stage], None],
+        ahead: Callable[[], tuple[float, float]],
     ) -> None:
-        self.store, self.execution, self.logs, self.on_start = store, execution, logs, on_start
+        self.store, self.execution, self.logs = store, execution, logs
+        self.on_start, self.ahead = on_start, ahead
         self.journal = Journal(Path(logs))
         self.lender = lender
         self.num_trainers = capacity.num_trainers
         lender.add(GROUP, self, capacity.trainer, self.num_trainers)
         self.expected = 0  # heavy stages that wait for their inputs, are queued or running
-        self.queue: deque[Work] = deque()
+        self.queue: Queue[Work] = Queue()
         self.trainers: dict[str, Trainer] = {}
         self.started = 0
         self.fits: set[asyncio.Task[None]] = set()
@@ -109,9 +110,8 @@ class Trainers:
     def hurry(self, stage: Stage, turn: Turn) -> None:
         """Give a queued stage another turn."""
         for work in [work for work in self.queue if work.stage.key == stage.key]:
-            self.queue.remove(work)
             work.turn = turn
-            insort(self.queue, work, key=lambda other: other.turn)
+            self.queue.put(work, turn)
             self._tell()
 
     def safe(self, key: str, step: int) -> None:
@@ -122,11 +122,11 @@ class Trainers:
                 work.saved, work.failures = step, []
 
     async def run(self, stage: Stage, turn: Turn | None = None) -> None:
-        """Run a stage; returns when a trainer has published it. Of the waiting stages the one with the lowest turn is
-        next. Raises the stage's error, or Infrastructure if its workers died too often."""
+        """Run a stage; returns when a trainer has published it. `order.Queue` says which of the waiting stages is next.
+        Raises the stage's error, or Infrastructure if its workers died too often."""
         num_ranks = self.execution.num_workers if load(stage.kind).all_ranks else 1
         work = Work(stage, num_ranks, turn or Turn.of(UNNAMED, 0.0, 0), asyncio.get_running_loop().create_future())
-        insort(self.queue, work, key=lambda other: other.turn)
+        self.queue.put(work, work.turn)
         asyncio.get_running_loop().call_later(READY_S, self._is_ready, work)
         await work.done
 
@@ -172,15 +172,19 @@ class Trainers:
     def give(self) -> None:
         """Give queued stages, in order, to the waiting ranks."""
         for trainer in self.trainers.values():
-            while trainer.holder.open and self.queue and self.queue[0].ready:
-                if self.queue[0].num_ranks > len(trainer.waiting):
+            while trainer.holder.open and (work := self._next()) is not None and work.ready:
+                if work.num_ranks > len(trainer.waiting):
                     break
-                work = self.queue.popleft()
+                self.queue.remove(work)
                 self.lender.work(trainer.holder, 1)
                 self.on_start(work.stage)
                 for rank in sorted(trainer.waiting)[: work.num_ranks]:
                     trainer.work[rank] = work
                     trainer.waiting.pop(rank).set_result((work.stage, work.num_ranks))
+
+    def _next(self) -> Work | None:
+        training_s, coming_s = self.ahead()
+        return self.queue.first(training_s / max(1, len(self.trainers)), coming_s)
 
     def _tell(self) -> None:
         """Tell the lender how much work there is. It decides how many trainers there are and which ones work."""
@@ -224,8 +228,9 @@ class Trainers:
                     await loop.run_in_executor(thread, _reclaim)
         self.trainers.pop(trainer.name, None)
         never_came = why is not None and not trainer.group and self.lender.never_came(trainer.holder)
-        if why and not trainer.group and self.queue and not never_came:
-            self._again(self.queue.popleft(), why)  # else a trainer that cannot start is restarted forever
+        if why and not trainer.group and not never_came and (work := self._next()) is not None:
+            self.queue.remove(work)
+            self._again(work, why)  # else a trainer that cannot start is restarted forever
         self._lost(trainer, why or Infrastructure("its trainer ended"))
         self.lender.gone(trainer.holder)
         self._tell()
@@ -243,7 +248,7 @@ class Trainers:
 
     def _queue_again(self, work: Work) -> None:
         work.ready = True
-        insort_left(self.queue, work, key=lambda other: other.turn)
+        self.queue.put(work, work.turn, again=True)
         self._tell()
 
     def _again(self, work: Work, why: Exception) -> None:

@@ -305,3 +305,37 @@ def test_ten_thousand_jobs_on_a_thousand_units_start_no_holder_twice() -> None:
             devices.work(holder, 1, now)
             heapq.heappush(events, (now + rng.uniform(100, 1000), next(count), "done", holder))
     assert devices.groups["trainers"].num_started == 990
+
+
+def test_trainers_make_way_for_engines_with_three_times_their_work_and_only_after_their_turn() -> None:
+    devices = Devices(4, TURN_S, LINGER_S)
+    devices.add("trainers", 1, 4)
+    devices.add("engines", 1, 10)
+
+    def started(now: float) -> list[Holder]:
+        acts = devices.step(now)
+        assert all(isinstance(act, Start) for act in acts)
+        return [act.holder for act in acts]
+
+    devices.ask("engines", 1, 0.0)
+    devices.ask("trainers", 4, 0.0)
+    holders = started(0.0)
+    [engine], trainers = ([h for h in holders if h.group == group] for group in ("engines", "trainers"))
+    for number, holder in enumerate([engine, *trainers]):
+        devices.up(holder, 0.0)
+        devices.work(holder, 1, 0.0, ends=1000.0 + number)
+    devices.ask("engines", 6, 1.0)  # three for each of two engines
+    assert not devices.step(1.0) and all(holder.open for holder in trainers)
+    devices.step(TURN_S)
+    assert [holder.open for holder in trainers] == [False, True, True]  # the one that is done first
+    devices.ask("engines", 5, TURN_S)  # fewer than that
+    devices.step(TURN_S)
+    assert all(holder.open for holder in trainers)
+    devices.ask("engines", 100, TURN_S)
+    devices.step(TURN_S)
+    assert [holder.open for holder in trainers] == [False, False, True]  # one trainer is left
+    devices.work(trainers[0], -1, 1001.0)
+    [stop] = devices.step(1001.0)
+    assert stop.holder is trainers[0]
+    devices.gone(trainers[0], 1002.0)
+    assert [holder.group for holder in started(1002.0)] == ["engines"]

@@ -260,12 +260,13 @@ def test_what_a_search_waits_for_goes_first_though_a_row_asked_for_it_before(tmp
             Work(stage, 1, Turn.of(Claim(rank=2), 1.0, 1), asyncio.get_running_loop().create_future())
             for stage in (rows(21), below)
         ]
-        broker.trainers.queue.extend(works)  # as if it waited for a trainer
+        for work in works:  # as if it waited for a trainer
+            broker.trainers.queue.put(work, work.turn)
         asked = [asyncio.create_task(broker.ensure([above], Claim(rank=2)))]
         await asyncio.sleep(0.01)
         asked.append(asyncio.create_task(broker.ensure([above], Claim(rank=0))))
         await asyncio.sleep(0.01)
-        assert list(broker.trainers.queue) == works[::-1]
+        assert broker.trainers.queue.first(0.0, 0.0) is works[1]
         may_go.set()
         await asyncio.gather(*asked)
         assert not broker.turns and not broker.running

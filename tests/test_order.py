@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from safecl.base import ConfigError
-from safecl.order import Claim, Line, Turn, chains
+from safecl.order import Claim, Line, Queue, Turn, chains
 from safecl.project import Project, load
 
 QUICKSTART = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
@@ -30,13 +30,21 @@ def test_chains_are_the_longest_of_all_that_wait() -> None:
         assert chains(seconds, needs) == pytest.approx([longest(place) for place in range(num)])
 
 
-def test_what_the_end_waits_for_does_not_wait_for_its_round() -> None:
-    ordered = [
-        Turn.of(Claim(rank=0, round=9), 1.0, 3, left_s=99.0),
-        Turn.of(Claim(rank=1, round=3), 100.0, 2, left_s=100.0),  # as long as all training that was asked for before it
-        Turn.of(Claim(rank=1, round=0), 99.0, 1, left_s=100.0),
-    ]
-    assert sorted(reversed(ordered)) == ordered
+def test_training_goes_by_rounds_unless_the_end_waits_for_it_or_engines_would_get_their_work_too_late() -> None:
+    queue: Queue[str] = Queue()
+    for number, (name, rounds, chain) in enumerate((("long", 3, 100.0), ("short", 0, 10.0), ("middle", 0, 50.0))):
+        queue.put(name, Turn.of(Claim(rank=1, round=rounds), chain, number))
+    assert queue.first(left_s=101.0, coming_s=0.0) == "middle"  # of the first round the longest
+    assert queue.first(left_s=100.0, coming_s=0.0) == "long"  # as long as until all others have begun
+    assert queue.first(left_s=200.0, coming_s=100.0) == "middle"
+    assert queue.first(left_s=200.0, coming_s=101.0) == "short"  # 100 s and then 101 s of engines: later than the end
+    queue.put("long", Turn.of(Claim(rank=0, round=3), 1.0, 9))  # a search waits for it now
+    assert queue.first(left_s=200.0, coming_s=0.0) == "long"
+    queue.remove("long")
+    assert set(queue) == {"short", "middle"} and queue.first(200.0, 0.0) == "middle"
+    queue.remove("middle")
+    queue.remove("short")
+    assert queue.first(1.0, 0.0) is None
 
 
 def test_turns_go_by_priority_then_rank_then_round_then_chain_then_who_asked_first() -> None:

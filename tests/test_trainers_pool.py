@@ -42,7 +42,15 @@ class Pool(Trainers):
         chosen = Execution(**{"num_trials_at_once": 8, "max_failures": 1, **execution})
         held = Capacity("GPU", num_units, chosen.num_workers, 1.0, chosen.num_trials_at_once)
         lender = Lender(Devices(num_units, turn_s=0.05, linger_s=0.01))
-        super().__init__(Store("unused"), chosen, "", lender, held, lambda stage: self.given_out.append(stage.kind))
+        super().__init__(
+            Store("unused"),
+            chosen,
+            "",
+            lender,
+            held,
+            lambda stage: self.given_out.append(stage.kind),
+            lambda: (1e9, 0.0),
+        )
         lender.add("trainers", self, held.trainer, held.num_trainers, idle_s)
         self.ends: dict[str, tuple[threading.Event, list[Exception]]] = {}
 
