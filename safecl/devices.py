@@ -310,16 +310,18 @@ class Devices:
 
     def _warm(self) -> Iterator[Start]:
         """Start holders ahead of their work, one at a time in each group, while one of every needed group still fits."""
-        if not any(group.coming for group in self.groups.values()):
+        groups = [
+            group for group in self.groups.values()
+            if group.coming and not group.num_starting and group.num_warmed < group.at_most
+            and group.num_present < min(group.wanted + group.coming, group.at_most)
+        ]  # fmt: skip
+        if not groups:
             return
         needed = [group for group in self.groups.values() if group.coming or group.wanted or group.num_present]
         total = sum(max(1, group.num_present) * group.size for group in needed)
-        for group in needed:
-            goal = min(group.wanted + group.coming, group.at_most)
+        for group in groups:
             more = group.size if group.num_present else 0.0
-            is_next = group.coming and group.num_present < goal and not group.num_starting
-            is_bounded = group.num_warmed < group.at_most and total + more <= self.num_units + _EPS
-            if is_next and is_bounded and self._fits(group):
+            if total + more <= self.num_units + _EPS and self._fits(group):
                 group.num_warmed += 1
                 total += more
                 yield self._start(group)

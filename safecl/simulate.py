@@ -83,7 +83,7 @@ class _Run:
         self.num_working = [0] * len(grid.groups)
         self.num_ready = [0] * len(grid.groups)
         self.num_coming = [0] * len(grid.groups)  # asked for, and waiting for other stages
-        self.coming_s = [0.0] * len(grid.groups)  # seconds of such work for engines
+        self.coming_s: defaultdict[int, float] = defaultdict(float)  # by group: seconds of such work for engines
         self.training_s = 0.0  # seconds of trainers for training that is asked for and has not begun
         # For stages that wait for an engine or have one: how many ask for each weights.
         self.asking: list[Counter[int]] = [Counter() for _ in grid.groups]
@@ -227,7 +227,7 @@ class _Run:
     def _first(self, group: int) -> int | None:
         """The next stage of a queue."""
         if group == TRAINERS:
-            coming_s = max(s / group.at_most for s, group in zip(self.coming_s, self.grid.groups, strict=True))
+            coming_s = max([s / self.grid.groups[number].at_most for number, s in self.coming_s.items()], default=0.0)
             return self.training.first(self.training_s / max(1, self.trainers.num_present), coming_s)
         queue, turns, state = self.queues[group], self.turn, self.state
         while queue:
