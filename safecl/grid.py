@@ -30,6 +30,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "search: pilot": ("utility",),
     "search: utility": ("attack", "utility"),
 }
+_PRUNED = {"none": [], "bounds": ["search: attack", "search: utility"], "wilcoxon": list(STEPS)}
 PILOT = 4  # the pilot asks one of so many utility prompts
 
 
@@ -192,6 +193,11 @@ class Job:
             return above[stage.key]
 
         return [stage for stage in self.evidence.metrics.walk() if rests_on_it(stage)]
+
+
+def steps(sweep: Sweep) -> list[str]:
+    """Return the roles of a searched trial's jobs, in order. The last one measures it completely."""
+    return [*_PRUNED[sweep.search.prune], "search"]
 
 
 def cells(sweep: Sweep, folder: Path | None = None, planned: bool = False) -> list[Cell]:

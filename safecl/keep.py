@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safecl import lease
 from safecl.base import ConfigError
+from safecl.grid import steps
 from safecl.store import Stage, Store, below
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def live(store: Store) -> list[dict[str, Any]]:
 
 
 def needed(projects: Iterable[Project]) -> set[str]:
-    """Keys of all stages that these sweeps are based on, now or later."""
+    """Keys of all stages that these sweeps are based on, now or later. Of a searched trial, also of one that was pruned, those
+    of each step: with another bound they decide again."""
     tops: list[Stage] = []
     for project in projects:
         tops += project.guard_stages()
@@ -82,7 +84,7 @@ def needed(projects: Iterable[Project]) -> set[str]:
                     *finals,
                     *(cell.job(params, seed, "final") for params in ({}, *tried) for seed in project.sweep.seeds),
                 ]
-                finals += [cell.trial(params) for params in ({}, *tried)]
+                finals += [cell.trial(params, role) for params in ({}, *tried) for role in steps(project.sweep)]
                 finals += [job.aligned for job in finals]
             for job in finals:
                 tops += job.evidence.targets

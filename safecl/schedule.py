@@ -25,7 +25,7 @@ from safecl import metrics as declared
 from safecl.base import Damaged, Json, json_lines
 from safecl.config import Sweep
 from safecl.faults import Kind
-from safecl.grid import STEPS, Cell, Job, standing
+from safecl.grid import STEPS, Cell, Job, standing, steps
 from safecl.objective import Trial, bounds, chosen, goals, hopeless, select, violations
 from safecl.order import Claim
 from safecl.store import Store, canonical
@@ -102,6 +102,7 @@ class Schedule:
         on_done: Callable[[Done], None] | None = None,
     ) -> None:
         self.sweep, self.store, self.on_done = sweep, store, on_done
+        self._steps = steps(sweep)
         self.done: list[Done] = []
         self.queues = [_Queue(cell, study_of(cell)) for cell in cells]
         standings = [standing(sweep, cell) for cell in cells]
@@ -185,12 +186,6 @@ class Schedule:
         self.done.append(Done(job, result, error, kind if error else None, why))
         if self.on_done is not None:
             self.on_done(self.done[-1])
-
-    @property
-    def _steps(self) -> list[str]:
-        """The steps of a searched trial, in order. The last one measures it completely."""
-        steps = {"none": [], "bounds": ["search: attack", "search: utility"], "wilcoxon": list(STEPS)}
-        return [*steps[self.sweep.search.prune], "search"]
 
     def _give(self, queue: _Queue, job: Job, numbers: Sequence[int]) -> bool:
         """Queue a step of these trials first. False if the same step already runs for trials with the same values."""

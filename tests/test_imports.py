@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
     "nodes": {"records", "work"},
     "live": {"config", "report", "store", "watch"},
     "trace": {"live", "project", "store", "watch"},
-    "keep": {"lease", "project", "store"},
+    "keep": {"grid", "lease", "project", "store"},
     "tail": {"keep", "printed", "store", "watch"},
     "gauges": {"times"},
     "cancel": {"lease", "store"},

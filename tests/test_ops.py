@@ -16,6 +16,7 @@ import yaml
 
 from safecl import cancel, cli, keep, lease, live, tail, trace
 from safecl.base import ConfigError, PrerequisiteError
+from safecl.grid import STEPS
 from safecl.lease import Lease
 from safecl.overview import status
 from safecl.project import Project, load
@@ -220,6 +221,27 @@ def test_gc_keeps_what_trials_under_way_and_trials_to_come_rest_on(tmp_path: Pat
     reader = Project(load(QUICKSTART, [*SMALL, searched, f"execution.root={tmp_path}"]), reads=True)
     needed = keep.needed([reader])
     assert under_way.key in needed and first.tuned.inputs["memory"].key in needed
+
+
+def test_gc_keeps_what_a_pruned_trials_steps_measured_for_as_long_as_the_sweep_prunes(tmp_path: Path) -> None:
+    searched = "methods=[{name: der, config: {memory_size: 9}, search: {weight: {low: 0.1, high: 9.0, log: true}}}]"
+
+    def opened(prune: str) -> Project:
+        more = [searched, f"search.prune={prune}", f"execution.root={tmp_path}"]
+        return Project(load(QUICKSTART, [*SMALL, *more]))
+
+    mine = opened("wilcoxon")
+    [cell] = [cell for cell in mine.cells if cell.space is not None]
+    study = mine.study(cell)
+    assert study is not None
+    number, _ = study.ask()  # the defaults
+    study.tell(number, 0.5, {"asr": -0.1})
+    number, params = study.ask()
+    study.prune(number, "worse", {"asr": 0.1}, None)
+    of_steps = {stage.key for role in STEPS for stage in cell.trial(params, role).evidence.targets}
+    assert len(of_steps - {stage.key for stage in cell.trial(params).evidence.targets}) >= len(STEPS)
+    assert of_steps <= keep.needed([opened("wilcoxon")])
+    assert not of_steps <= keep.needed([opened("none")])
 
 
 def test_du_counts_stages_by_kind_and_what_none_of_the_sweeps_needs(tmp_path: Path) -> None:
