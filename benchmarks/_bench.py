@@ -22,6 +22,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 sys.path.append(str(HERE.parent))  # the tests' tiny models
@@ -190,6 +192,12 @@ class Worker:
 
 
 def serve(answer: Callable[..., dict[str, Any]]) -> None:
-    """A worker's side: answer requests until there are no more."""
-    for line in sys.stdin:
-        say(answer(**json.loads(line)))
+    """A worker's side: answer requests until there are no more. An engine's process would outlive this one."""
+    try:
+        for line in sys.stdin:
+            say(answer(**json.loads(line)))
+    finally:
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
