@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safecl.config import Execution
-from safecl.estimate import BOOT_S, Estimate, Estimator
+from safecl.estimate import Estimate, Estimator
 from safecl.grid import Cell, Job
 from safecl.stages import load, names
 from safecl.store import Stage, Store, below
@@ -385,7 +385,7 @@ def cost(
         table[kind] = Count(num_run, remaining.later[kind], len(of_kind) - num_run, shared, hours)
     states_gib = sum(item.estimate.states_gib for item in todo)
     disk_gib = states_gib + sum(item.estimate.weights_gib for item in todo)
-    return Cost(table, remaining.seconds({}, BOOT_S) / 3600, states_gib, disk_gib)
+    return Cost(table, remaining.seconds({}, forecast.estimator.boot_s) / 3600, states_gib, disk_gib)
 
 
 def _uses(tops: Iterable[Stage]) -> tuple[dict[str, Stage], Counter[str]]:

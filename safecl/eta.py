@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from safecl.cost import Forecast, Open, Remaining, Todo, missing, slots
-from safecl.estimate import BOOT_S
 from safecl.grid import Job
 from safecl.schedule import Schedule
 from safecl.stages import load
@@ -57,7 +56,7 @@ class Eta:
             running[stage["key"]] = (now - stage["start"], ends)
         own_pace = max((ends for _, ends in running.values() if ends is not None), default=0.0)
         boots = [s for s in snapshot["running"] if str(s["kind"]).startswith("engine")]
-        boot_s = max((BOOT_S - (now - stage["start"]) for stage in boots), default=0.0)
+        boot_s = max((self.forecast.estimator.boot_s - (now - stage["start"]) for stage in boots), default=0.0)
         unasked = sum(num + len(schedule.sweep.seeds) for _, num in searching)
         return {
             "running": [{**stage, "label": self._label(stage)} for stage in snapshot["running"]],
@@ -77,7 +76,7 @@ class Eta:
         jobs, searching = schedule.open_jobs(), schedule.searching()
         self._update(jobs, searching, schedule.sweep.seeds, (), 0.0)
         num = len(jobs) + sum(num + len(schedule.sweep.seeds) for _, num in searching)
-        return num, self._remaining.seconds({}, BOOT_S)
+        return num, self._remaining.seconds({}, self.forecast.estimator.boot_s)
 
     def _update(
         self,

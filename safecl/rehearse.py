@@ -11,7 +11,7 @@ from safecl.base import ConfigError
 from safecl.clusterfile import Cluster, NodeType
 from safecl.config import Execution
 from safecl.cost import Forecast
-from safecl.estimate import BOOT_S, Estimator
+from safecl.estimate import Estimator
 from safecl.grid import Cell as Row
 from safecl.grid import Job, standing
 from safecl.hardware import Speed
@@ -203,7 +203,7 @@ class _Builder:
             self.largest[called] = gib
             units = 0.0 if chosen.address == "local" and not chosen.use_gpu else chosen.engine_units
             most = chosen.num_candidate_engines if role == "candidate" else chosen.num_judge_replicas
-            boot_s = BOOT_S + gib / self.cluster.storage_gib_per_s
+            boot_s = self.forecast.estimator.boot_s + gib / self.cluster.storage_gib_per_s
             self.groups[name] = len(self.grid.groups)
             self.grid.groups.append(Group(f"{role} engines of {called}", str(role), units, most, boot_s))
         return self.groups[name]
