@@ -13,6 +13,7 @@ from typing import Any
 from safecl.store import Store
 
 REPEATABLE = (".safetensors", "curves.jsonl", "rows.jsonl", "outcomes.jsonl")  # made bit for bit by a repetition
+CLAIMS, FRESH_S = "claims-", 2.0
 UNDER_WAY = (
     "notes/lease-",
     "notes/claims-",
@@ -35,6 +36,7 @@ class Kept:
         self._thread = ThreadPoolExecutor(1)
         self._listing: Future[dict[str, Any]] | None = None  # under way
         self._listed: dict[str, Any] = {}  # the last one
+        self._claimed: dict[str, list[str]] = {}  # when it was made
         self._at = 0.0
 
     @property
@@ -69,15 +71,21 @@ class Kept:
 
     def _list(self) -> dict[str, Any]:
         assert self.store.remote is not None
+        notes = self.store.remote.list("notes")
+        fresh = [name for name, (at, _) in notes.items() if CLAIMS in name and time.time() - at < FRESH_S]
+        texts = self.store.remote.read_all(fresh)
+        self._claimed = {name: json.loads(text)["held"] for name, text in texts.items()}
         names = self.store.remote.list("records")
         return {Path(name).stem: (size, written) for name, (written, size) in names.items()}
 
     def claimed(self) -> dict[str, list[str]]:
-        """What drivers said within two seconds that they make, by note."""
+        """What drivers said lately that they make, by note. At a URL it is what was heard with the last records."""
+        if self.store.remote is not None:
+            return self._claimed
         found = {}
-        for note in (self.local / "notes").glob("claims-*.json"):
+        for note in (self.local / "notes").glob(f"{CLAIMS}*.json"):
             with suppress(OSError, ValueError):
-                if time.time() - note.stat().st_mtime < 2:
+                if time.time() - note.stat().st_mtime < FRESH_S:
                     found[note.name] = json.loads(note.read_text())["held"]
         return found
 
