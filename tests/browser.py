@@ -144,9 +144,10 @@ def browser(folder: Path) -> Iterator[Browser]:
         number = port.read_text().split()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{number}/json/list", timeout=30) as answer:
             pages = [page for page in json.load(answer) if page["type"] == "page"]
-        # Without pings: a browser that computes for long on a busy machine does not answer them.
+        # Without pings: a browser that computes for long on a busy machine does not answer them. What it said since the
+        # last test is read by nobody, so it would be waited for at the end, 10 s by default.
         address = pages[0]["webSocketDebuggerUrl"]
-        with connect(address, max_size=None, open_timeout=60, ping_interval=None) as socket:
+        with connect(address, max_size=None, open_timeout=60, close_timeout=0.2, ping_interval=None) as socket:
             yield Browser(socket)
     finally:
         process.terminate()
