@@ -137,9 +137,7 @@ class Devices:
         self.held = 0.0
         self._leaving = 0.0  # units of `held` whose holders are being stopped
         self._draining: dict[Holder, None] = {}
-        self._chosen_for: tuple[float, dict[Group, int]] | None = (
-            None  # units and groups for which `_yielding` chose them
-        )
+        self._chosen_for: tuple[float, list[Group]] | None = None  # units and groups for which `_yielding` chose them
         self._timers: list[float] = []
         self._changed = True
 
@@ -356,9 +354,9 @@ class Devices:
         # By group that may give some: how many, so that it still has no more work for each of its holders.
         givers = {g: num for g in self.groups.values() if not (g.wanted and g.rank < next_one.rank)
                   and (num := int(g.num_present - MUCH * g.wanted / need)) > 0}  # fmt: skip
-        if (lacking, givers) == self._chosen_for:
+        if (lacking, list(givers)) == self._chosen_for:
             return self._draining
-        self._chosen_for, found = (lacking, dict(givers)), dict[Holder, None]()
+        self._chosen_for, found = (lacking, list(givers)), dict[Holder, None]()
         over = [h for g in givers for h in g.holders.values() if self._is_over(h, next_one, now)]
         for holder in sorted(over, key=lambda h: (not h.closed, h.ends is None, h.ends or 0.0, h.began)):
             left = givers[self.groups[holder.group]]
