@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CHUNK_ELEMENTS = 2**24  # logits held at once; 64 MiB in float32
 IN_CACHE = 2**19  # logits of a part of the vocabulary on a CPU: each pass over more of them is a pass over memory
+TOKENS_IN_CACHE = 512  # tokens that go through the vocabulary together on a CPU
 ON_GPU = 4  # times as many: with a vocabulary of 256,000 it would be 65 tokens, too few for a GPU's matrix products
 
 
@@ -51,7 +52,8 @@ class Head:
     def parts(self, num_tokens: int) -> Iterator[tuple[int, Head]]:
         """The head of one part of the vocabulary after the other, each with its first entry's number."""
         most = CHUNK_ELEMENTS * ON_GPU if self.weight_VD.is_cuda else min(CHUNK_ELEMENTS, IN_CACHE)
-        step = max(1, most // (num_tokens + self.weight_VD.shape[1]))
+        # A part's logits and weights fit; of few tokens a quarter is logits, since each part has a dozen small operations.
+        step = max(1, most // max(1, min(num_tokens + self.weight_VD.shape[1], 4 * num_tokens)))
         for start in range(0, self.num_vocab, step):
             bias_v = None if self.bias_V is None else self.bias_V[start : start + step]
             yield start, Head(self.weight_VD[start : start + step], bias_v, self.soft_cap)
@@ -128,16 +130,23 @@ def num_positions(num_prompt: int, num_tokens: int, rule: str) -> int:
 class _CrossEntropies(torch.autograd.Function):
     """Cross-entropy of each response token, in nats. The head is frozen, so the forward pass also makes the gradient
     of the hidden states, part by part of the vocabulary, and keeps no logits. With e = exp(z - max z), s = sum e and
-    u = z / cap (0 without a soft cap) the gradient is (e (1 - u^2) W) / s - (1 - u[target]^2) W[target]. max z is that
-    of the parts so far: sums are scaled when it grows. Sums within a part are PyTorch's pairwise ones; the sum of
-    log_softmax is off by 1e-5."""
+    u = z / cap (0 without a soft cap) the gradient is (e (1 - u^2) W) / s - (1 - u[target]^2) W[target]. The target's
+    own entry is left out of the first and its share of s subtracted from the second term: else, of a token that is
+    almost certain, both would be large and, in bfloat16, their difference mostly rounding. max z is that of the parts
+    so far: sums are scaled when it grows. Sums within a part are PyTorch's pairwise ones; the sum of log_softmax is
+    off by 1e-5."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
         if kernels := fused.kernels_for(hidden_ND):
             losses_N, grad_ND = _by_kernels(hidden_ND, head, targets_N, kernels)
         else:
-            losses_N, grad_ND = _by_parts(hidden_ND, head, targets_N)
+            # On a CPU for some tokens at a time: each part adds to the gradients of all of them, which fit the cache too.
+            some = max(1, len(hidden_ND)) if hidden_ND.is_cuda else TOKENS_IN_CACHE
+            pairs = zip(torch.split(hidden_ND, some), torch.split(targets_N, some), strict=True)
+            found = [_by_parts(hidden_nD, head, targets_n, hidden_ND.requires_grad) for hidden_nD, targets_n in pairs]
+            losses_N = torch.cat([losses_n for losses_n, _ in found])
+            grad_ND = torch.cat([grad_nD for _, grad_nD in found]) if hidden_ND.requires_grad else None
         if grad_ND is not None:
             ctx.save_for_backward(grad_ND)
         return losses_N
@@ -163,31 +172,34 @@ def _by_kernels(hidden_ND: Tensor, head: Head, targets_N: Tensor, kernels: Any) 
     return losses_N, grad_ND
 
 
-def _by_parts(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropies [N] and their gradient, if it is needed."""
-    num, cap, needs_grad = len(hidden_ND), head.soft_cap, hidden_ND.requires_grad
+def _by_parts(hidden_ND: Tensor, head: Head, targets_N: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor]:
+    """Cross-entropies [N] and their gradient [N, D], which is 0 unless it is needed."""
+    num, cap = len(hidden_ND), head.soft_cap
     picked_N1 = torch.zeros(num, 1, dtype=torch.float32, device=hidden_ND.device)
-    sum_N1, most_N1 = torch.zeros_like(picked_N1, dtype=torch.float64), torch.full_like(picked_N1, -torch.inf)
+    others_N1, most_N1 = torch.zeros_like(picked_N1, dtype=torch.float64), torch.full_like(picked_N1, -torch.inf)
     pull_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=hidden_ND.device)
     for start, part in head.parts(num):
         logits_Nv = part.logits(hidden_ND).float()
         place_N1 = targets_N[:, None] - start
         is_here_N1 = (place_N1 >= 0) & (place_N1 < part.num_vocab)
-        picked_N1 += logits_Nv.gather(1, place_N1.clamp(0, part.num_vocab - 1)) * is_here_N1
+        place_N1 = place_N1.clamp_(0, part.num_vocab - 1)
+        picked_N1 += logits_Nv.gather(1, place_N1) * is_here_N1
         squares_Nv = logits_Nv.square() if cap is not None and needs_grad else None
         before_N1, most_N1 = most_N1, torch.maximum(most_N1, logits_Nv.amax(1, keepdim=True))
         scale_N1 = (before_N1 - most_N1).exp_()
         e_Nv = logits_Nv.sub_(most_N1).exp_()
-        sum_N1.mul_(scale_N1).add_(e_Nv.sum(1, keepdim=True))
+        e_Nv.scatter_(1, place_N1, e_Nv.gather(1, place_N1) * ~is_here_N1)
+        others_N1.mul_(scale_N1).add_(e_Nv.sum(1, keepdim=True))
         if needs_grad:
             if squares_Nv is not None and cap is not None:
                 e_Nv.addcmul_(e_Nv, squares_Nv, value=-1 / cap**2)
             pull_ND.mul_(scale_N1).add_(e_Nv.to(part.weight_VD.dtype) @ part.weight_VD)
+    sum_N1 = others_N1 + (picked_N1 - most_N1).double().exp_()
     losses_N = (sum_N1.log() + most_N1 - picked_N1)[:, 0].float()
     if not needs_grad:
-        return losses_N, None
-    of_target_ND = head.weight_VD[targets_N] * (1.0 if cap is None else 1 - (picked_N1 / cap).square())
-    return losses_N, pull_ND.div_(sum_N1.float()).sub_(of_target_ND).to(hidden_ND.dtype)
+        return losses_N, pull_ND
+    of_target_N1 = (others_N1 / sum_N1).float() * (1.0 if cap is None else 1 - (picked_N1 / cap).square())
+    return losses_N, pull_ND.div_(sum_N1.float()).sub_(head.weight_VD[targets_N] * of_target_N1).to(hidden_ND.dtype)
 
 
 def cross_entropies(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
