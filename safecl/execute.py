@@ -125,6 +125,8 @@ class Broker:
         seconds = [self.seconds(stage) for stage in todo]
         for stage, its, chain in zip(todo, seconds, chains(seconds, needs), strict=True):
             turn = Turn.of(claim, chain, number)
+            if stage.key in self.failed:  # it does not run again; `_ensure` raises its error
+                continue
             if stage.key not in self.turns:
                 self.turns[stage.key] = turn
                 if needs_trainer(stage):

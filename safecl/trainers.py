@@ -172,7 +172,8 @@ class Trainers:
     def give(self) -> None:
         """Give queued stages, in order, to the waiting ranks."""
         for trainer in self.trainers.values():
-            while trainer.holder.open and (work := self._next()) is not None and work.ready:
+            # Whether a rank waits is asked first: what is next takes a look at all that is to come.
+            while trainer.holder.open and trainer.waiting and (work := self._next()) is not None and work.ready:
                 if work.num_ranks > len(trainer.waiting):
                     break
                 self.queue.remove(work)

@@ -18,10 +18,11 @@ from safecl import execute, lease
 from safecl.base import PrerequisiteError
 from safecl.capacity import Capacity
 from safecl.config import Execution
+from safecl.devices import Holder
 from safecl.faults import Journal
 from safecl.order import Claim, Turn
 from safecl.store import Stage, Store
-from safecl.trainers import Work
+from safecl.trainers import Trainer, Work
 from tests.serving.test_endpoint import Server
 
 
@@ -58,6 +59,38 @@ def test_when_a_running_stage_ends_follows_its_own_pace(tmp_path: Path, monkeypa
         asyncio.run(broker.progress("k", done, 101, {}))
         ends.append(asyncio.run(broker.snapshot())["running"][0]["ends"])
     assert ends == [None, None, 1160, 1110, 1090, None, None, pytest.approx(1130 + 30 * 80 / 21)]
+
+
+def test_what_has_failed_is_not_counted_as_training_to_come_when_it_is_asked_for_again(tmp_path: Path) -> None:
+    """It stayed in the count for the rest of the run, so that the end seemed further away than it was."""
+    broker = execute.Broker(Store(str(tmp_path)), Execution(), "", 2)
+    model = Stage("model", {})
+    trained = Stage("finetune", {}, {"model": model})
+    answers = Stage("generate", {}, {"model": model, "weights": trained})
+    broker.failed = {trained.key: ValueError("diverged"), answers.key: ValueError("diverged")}
+    with pytest.raises(ValueError, match="diverged"):
+        asyncio.run(broker.ensure([trained, answers]))
+    assert broker._ahead() == (0, 0)
+    assert not {trained.key, answers.key} & broker.turns.keys()
+
+
+def test_what_trains_next_is_looked_for_only_where_a_rank_waits(tmp_path: Path) -> None:
+    """Each look sums all training to come: with 250 trainers and 10,000 finetunes a call took 37 ms, and each event makes one."""
+    pool = execute.Broker(Store(str(tmp_path)), Execution(), "", 2).trainers
+    looks: list[None] = []
+
+    async def give() -> None:
+        loop = asyncio.get_running_loop()
+        work = Work(Stage("finetune", {}), 1, Turn.of(Claim(), 1.0, 1), loop.create_future(), ready=False)
+        pool.queue.put(work, work.turn)
+        pool.ahead = lambda: (looks.append(None), (0.0, 0.0))[1]  # type: ignore[func-returns-value]
+        for name in ("busy", "waits", "starts"):
+            pool.trainers[name] = Trainer(name, Holder(name, "trainers", 1, state="up"))
+        pool.trainers["waits"].waiting[0] = loop.create_future()
+        pool.give()
+
+    asyncio.run(give())
+    assert len(looks) == 1
 
 
 def test_workers_run_at_the_drivers_niceness(cluster: Path) -> None:
