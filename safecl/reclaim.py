@@ -6,8 +6,6 @@ the driver lives, so that no other trainer could use it.
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 
 def free() -> int:
     """Return the resources that dead actors of this run had reserved. Returns the number of placement groups. Other
@@ -15,7 +13,7 @@ def free() -> int:
     import ray
     from ray._private.state import state
     from ray.core.generated import gcs_pb2
-    from ray.util import placement_group as groups
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     job = bytes.fromhex(ray.get_runtime_context().get_job_id())
     num = 0
@@ -28,9 +26,8 @@ def free() -> int:
             or not group.creator_actor_id.strip(b"\xff")  # not made by an actor
         ):
             continue
-        with suppress(Exception):  # another caller was first
-            groups.remove_placement_group(groups.PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-            num += 1
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+        num += 1
     return num
 
 

@@ -225,8 +225,10 @@ class Trainers:
                 await loop.run_in_executor(thread, fit, trainer.name, self.store, self.execution, self.logs, me)
             except Exception as error:  # more restarts than allowed, or it never started
                 why = Infrastructure(f"{type(error).__name__}: {error}")
-                with suppress(Exception):  # a controller that was killed leaves its reserved resources
+                try:
                     await loop.run_in_executor(thread, _reclaim)
+                except Exception as other:  # Ray may be gone
+                    self.journal.add(cause_of(other), f"resources of {trainer.name}", other)
         self.trainers.pop(trainer.name, None)
         never_came = why is not None and not trainer.group and self.lender.never_came(trainer.holder)
         if why and not trainer.group and not never_came and (work := self._next()) is not None:
@@ -290,6 +292,7 @@ def fit(name: str, store: Store, execution: Execution, logs: str, broker: Any) -
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig
 
+    reclaim.free()  # of two controllers that died together one may have been overlooked
     folder = Path(logs) / "train"
     trainer = _trainer_class()(
         worker,
@@ -313,7 +316,7 @@ def fit(name: str, store: Store, execution: Execution, logs: str, broker: Any) -
 
 
 def _reclaim() -> None:
-    """Free the resources of a dead controller. Ray may need a moment to see that it is dead."""
+    """Free the resources that a killed controller had reserved. Ray may need a moment to see that it is dead."""
     for _ in range(20):
         if reclaim.free():
             return

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -262,6 +264,37 @@ def test_a_plugin_is_known_to_the_process_that_runs_its_stage_and_a_changed_one_
         file.unlink()
         ray.get(broker.ensure.remote([stage]), timeout=60)
         assert f'"response": "{answer}"' in (store.path(stage) / "rows.jsonl").read_text()
+
+
+def test_what_a_killed_actor_had_reserved_is_free_again(cluster: Path) -> None:
+    """Ray keeps it for as long as the driver lives. A trainer's controller reserves its workers' resources so."""
+    import ray
+    from ray.util.placement_group import placement_group
+
+    from safecl import reclaim
+
+    @ray.remote(num_cpus=0)
+    class Controller:
+        def reserve(self) -> int:
+            ray.get(placement_group([{"CPU": 1}]).ready())
+            return os.getpid()
+
+    def free() -> float:
+        return ray.available_resources().get("CPU", 0.0)
+
+    def wait_until(what: Callable[[], bool]) -> None:
+        until = time.monotonic() + 20
+        while not what():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+    before, controller = free(), Controller.remote()
+    pid = ray.get(controller.reserve.remote())
+    wait_until(lambda: free() == before - 1)
+    assert reclaim.free() == 0, "its actor lives"
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: reclaim.free() == 1)
+    wait_until(lambda: free() == before)
 
 
 def test_a_cluster_that_is_too_small_is_named_before_anything_is_held(
