@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -118,7 +119,13 @@ def stop(execution: Execution, owner: str) -> None:
 
     if execution.address != "local" and ray.is_initialized():
         clear(owner)
-    ray.shutdown()
+    # The search leaves garbage that refers to Ray's objects. If another thread frees one while Ray ends, Ray ends the
+    # whole process with code 1.
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        gc.enable()
 
 
 def local_processes() -> dict[int, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -295,6 +296,16 @@ def test_what_a_killed_actor_had_reserved_is_free_again(cluster: Path) -> None:
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: reclaim.free() == 1)
     wait_until(lambda: free() == before)
+
+
+def test_no_garbage_is_looked_for_while_ray_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray 2.60 ends the process if another thread frees an ObjectRef meanwhile, which the search's garbage holds."""
+    import ray
+
+    seen = list[bool]()
+    monkeypatch.setattr(ray, "shutdown", lambda: seen.append(gc.isenabled()))
+    ray_cluster.stop(Execution(), "")
+    assert seen == [False] and gc.isenabled()
 
 
 def test_a_cluster_that_is_too_small_is_named_before_anything_is_held(
