@@ -12,9 +12,9 @@ units from its start until it is gone. The rules, in this order:
 - Else a group whose work is to come is *warmed* (a holder is started ahead), as long as one holder of every group that will
   be needed fits.
 - Else groups *grow* towards the number of holders that they want. They take free units, and units of holders that have been
-  without work for as long as a start takes. A group with three times as much work for each of its holders as another group
-  also takes units of the other's holders whose turn is over, once their work is done: trainers, which have work until the
-  end, thus leave room for engines whose queues have become long.
+  without work for as long as the longest start takes. A group with three times as much work for each of its holders as
+  another group also takes units of the other's holders whose turn is over, once their work is done: trainers, which have
+  work until the end, thus leave room for engines whose queues have become long.
 - A holder that has been without work for `idle_s`, and whose group has none to come, is stopped.
 
 So the units of the largest holder suffice for any number of groups. A holder is started and stopped at most once a turn, or
@@ -46,8 +46,7 @@ from typing import NamedTuple
 TURN_S = 600.0  # a turn; an engine of a large model takes a minute or two to boot, which is a tenth to a fifth of it
 # A holder without work for so long may be stopped for a starved group. Work that comes earlier still finds the holder.
 LINGER_S = 2.0
-# A holder without work for so long, which is as long as a start takes, may be stopped for a group that wants one more.
-SPARE_S = 30.0
+START_S = 30.0  # seconds that a group's start takes, until one was seen
 IDLE_S = 300.0
 # A group that has so many times more work for each holder than another group gets some of the other's units. Less would
 # start and stop holders for queues that come and go.
@@ -65,7 +64,7 @@ class Holder:
     state: str = "starting"  # up, stopping, gone
     closed: bool = False  # it gets no new work, so that it can make way for another group
     num_working: int = 0  # pieces of work that it has
-    since: float = 0.0  # when it came up
+    since: float = 0.0  # when it came up; before that, when its start began
     free_at: float = 0.0  # when it last had work
     began: float = 0.0  # when it was last given work
     ends: float | None = None  # when that work will be done; None: not known
@@ -88,6 +87,7 @@ class Group:
     rank: int = 0  # the lowest rank of that work
     coming: int = 0  # how many holders more it will want for work to come
     since: float = 0.0  # when it became starved
+    start_s: float = START_S  # seconds that its last start took
     holders: dict[str, Holder] = field(default_factory=dict)
     idle: dict[Holder, None] = field(default_factory=dict)  # up and without work, longest first
     num_present: int = 0  # holders that are starting or up, closed ones included
@@ -147,6 +147,11 @@ class Devices:
         return self.num_units - self.held
 
     @property
+    def _spare_s(self) -> float:
+        """A holder without work for so long may be stopped for a group that wants one more."""
+        return min(self.turn_s, max((group.start_s for group in self.groups.values()), default=0.0))
+
+    @property
     def next_at(self) -> float:
         """The next time at which `step` may have something to do without an event; infinity if there is none."""
         return self._timers[0] if self._timers else math.inf
@@ -183,7 +188,9 @@ class Devices:
     def up(self, holder: Holder, now: float) -> None:
         """Report that a holder has been started."""
         if holder.state == "starting":
-            self.groups[holder.group].num_starting -= 1
+            group = self.groups[holder.group]
+            group.num_starting -= 1
+            group.start_s = now - holder.since
             holder.state, holder.since = "up", now
             self._at(now + self.turn_s)
             self._rest(holder, now)
@@ -248,8 +255,8 @@ class Devices:
             if not self._fits(waiting[0]):
                 yield from self._make_way(waiting[0], now)
                 return
-            yield self._start(waiting[0])
-        yield from self._warm()
+            yield self._start(waiting[0], now)
+        yield from self._warm(now)
         yield from self._grow(now)
         for holder in self._spare(now, None):
             yield self._stop(holder, now)
@@ -306,7 +313,7 @@ class Devices:
         ranks_first = group.wanted > 0 and group.rank < waiting.rank
         return holder.state == "up" and not ranks_first and now - holder.since >= self.turn_s - _EPS
 
-    def _warm(self) -> Iterator[Start]:
+    def _warm(self, now: float) -> Iterator[Start]:
         """Start holders ahead of their work, one at a time in each group, while one of every needed group still fits."""
         groups = [
             group for group in self.groups.values()
@@ -322,7 +329,7 @@ class Devices:
             if total + more <= self.num_units + _EPS and self._fits(group):
                 group.num_warmed += 1
                 total += more
-                yield self._start(group)
+                yield self._start(group, now)
 
     def _grow(self, now: float) -> Iterator[Start | Stop]:
         """Start more holders for groups that want them. The lowest rank is first, then the group with the most work wanted for
@@ -330,12 +337,12 @@ class Devices:
         while short := [g for g in self.groups.values() if g.num_present < min(g.wanted, g.at_most)]:
             group = min(short, key=_by_need)
             if self._fits(group):
-                yield self._start(group)
+                yield self._start(group, now)
                 continue
             lacking, spare = group.size - self.free - self._leaving, list[Holder]()
             if lacking > _EPS:
                 spare = [holder for other in self.groups.values() for holder in other.idle if holder.closed]
-                spare += self._spare(now, min(self.turn_s, SPARE_S))
+                spare += self._spare(now, self._spare_s)
             if not spare or sum(holder.size for holder in spare) < lacking - _EPS:
                 break
             yield self._stop(spare[0], now)
@@ -371,11 +378,11 @@ class Devices:
     def _fits(self, group: Group) -> bool:
         return group.size <= self.free + _EPS and self.room(group)
 
-    def _start(self, group: Group) -> Start:
+    def _start(self, group: Group, now: float) -> Start:
         group.num_started += 1
         group.num_starting += 1
         group.num_present += 1
-        holder = Holder(f"{group.name}-{group.num_started}", group.name, group.size)
+        holder = Holder(f"{group.name}-{group.num_started}", group.name, group.size, since=now)
         group.holders[holder.name] = holder
         self.held += group.size
         return Start(holder)
@@ -406,7 +413,7 @@ class Devices:
         group = self.groups[holder.group]
         group.idle.pop(holder, None)
         group.idle[holder] = None
-        self._at(now + self.linger_s, now + min(self.turn_s, SPARE_S), now + self.turn_s, now + group.idle_s)
+        self._at(now + self.linger_s, now + self._spare_s, now + self.turn_s, now + group.idle_s)
         self._changed = True
 
     def _settle(self, group: Group, was_starved: bool, now: float) -> None:

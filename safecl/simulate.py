@@ -4,8 +4,9 @@ The rules of a real run decide which group holds devices (devices.py) and which 
 their estimated time, and nodes come and go. Stages are numbers into arrays, so that a hundred thousand of them take
 seconds.
 
-Two simplifications: an engine works on one stage after the other, while a real engine overlaps them (the estimates
-include this overlap); and a stage takes the same time whatever else its node does.
+Three simplifications: an engine works on one stage after the other, while a real engine overlaps them (the estimates
+include this overlap); a stage takes the same time whatever else its node does; and who has the devices is decided at most
+once a tick. A holder that has more work loses no time by this: its next stage begins when the one before it ended.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from safecl.workload import LIGHT, TRAINERS, Bound, Bounds, Grid, Node
 UNASKED, WAITS, READY, RUNS, DONE = range(5)  # a stage's state
 _OVER, _UP, _GONE, _TAKEN, _BACK = range(5)  # kinds of events
 _STUCK_S = 30 * 86400.0
+_NUM_TICKS = 20_000  # in the least time that any schedule takes
 _STOP_S = 1.0  # seconds until a stopped holder has given its units back
 
 
@@ -56,7 +58,8 @@ class _Run:
     def __init__(
         self, grid: Grid, nodes: Sequence[Node], num_trials_at_once: int, seed: int, bounds: Bounds | None
     ) -> None:
-        self.grid, self.nodes, self.at_once, self.bounds = grid, nodes, num_trials_at_once, bounds
+        self.grid, self.nodes, self.at_once = grid, nodes, num_trials_at_once
+        self.bound = (bounds or Bounds(grid)).on(nodes)
         self.random = random.Random(seed)
         self.now = 0.0
         self.events: list[
@@ -88,7 +91,7 @@ class _Run:
         # For stages that wait for an engine or have one: how many ask for each weights.
         self.asking: list[Counter[int]] = [Counter() for _ in grid.groups]
         self.changed: set[int] = set()  # groups whose work changed since the devices were told
-        self.finished: list[Holder] = []
+        self.finished: list[tuple[Holder, float]] = []  # whose work was done in this tick, and when
         self.light_free = grid.groups[LIGHT].at_most
         self.number = {group.name: number for number, group in enumerate(grid.groups)}
         # Devices, and where they are.
@@ -239,7 +242,7 @@ class _Run:
 
     def _give(self, number: int) -> None:
         """Give a group's queue to those of its holders that have a free place."""
-        idle = self.idle[number]
+        idle, free_since = self.idle[number], dict(self.finished)
         while (self.light_free if number == LIGHT else idle) and (stage := self._first(number)) is not None:
             if number == LIGHT:
                 self.light_free -= 1
@@ -249,11 +252,12 @@ class _Run:
                 holder = next((its for its, free in idle.items() if free >= places and its.open), None)
                 if holder is None:
                     return
-                ends = self.now + self.left[stage] / self.nodes[self.node_of[holder]].pace
+                begins = free_since.get(holder, self.now)
+                ends = begins + self.left[stage] / self.nodes[self.node_of[holder]].pace
                 idle[holder] -= places
                 if not idle[holder]:
                     del idle[holder]
-                self.does[holder][stage] = self.now
+                self.does[holder][stage] = begins
                 self.devices.work(holder, 1, self.now, ends)
                 self._at(ends, _OVER, stage, holder)
             if number == TRAINERS:
@@ -276,7 +280,7 @@ class _Run:
             group = self.grid.groups[number]
             places = self.grid.ranks[stage]
             self.use[group.role] += (self.now - began) * group.size * places / group.at_once
-            self.finished.append(holder)
+            self.finished.append((holder, self.now))
             self.idle[number][holder] = self.idle[number].get(holder, 0) + places
         self._worked(stage, number)
         self.state[stage] = DONE
@@ -383,14 +387,14 @@ class _Run:
             self._at(self.now + self.random.expovariate(rate) * 3600, _TAKEN, node)
 
     def _settle(self) -> None:
-        """After the events of one time: give out work, report what there is to do, and let the devices change
+        """After the events of one tick: give out work, report what there is to do, and let the devices change
         holders."""
         self._admit()
         lender, groups = self.devices, self.grid.groups
         for number in self.changed:
             self._give(number)
         # After the next stage was given, so that a holder that continues never counts as idle.
-        for holder in self.finished:
+        for holder, _ in self.finished:
             if holder in self.node_of:
                 lender.work(holder, -1, self.now)
         self.finished.clear()
@@ -425,7 +429,7 @@ class _Run:
         if self.grid.beside:
             self._want(-1, self.grid.beside, Claim(min((cell.priority for cell in self.grid.cells), default=0), rank=2))
         self._settle()
-        at_work = 0.0
+        at_work, tick_s = 0.0, self.bound.seconds / _NUM_TICKS
         while self.num_left:
             when = min(self.events[0][0] if self.events else math.inf, self.devices.next_at)
             if any(self.num_working) or self.devices.held:
@@ -433,8 +437,9 @@ class _Run:
             elif when > at_work + _STUCK_S:
                 raise PrerequisiteError(self._stuck())
             self.now = max(self.now, when)
-            while self.events and self.events[0][0] <= self.now:
-                _, _, what, number, holder = heapq.heappop(self.events)
+            while self.events and self.events[0][0] <= when + tick_s:
+                at, _, what, number, holder = heapq.heappop(self.events)
+                self.now = max(self.now, at)
                 if what == _OVER:
                     self._over(number, holder)
                 elif what == _TAKEN:
@@ -475,7 +480,7 @@ class _Run:
             lost_s=self.lost_s,
             num_boots=dict(self.num_boots),
             most_under_way=self.most_under_way,
-            bound=(self.bounds or Bounds(self.grid)).on(self.nodes),
+            bound=self.bound,
         )
 
 

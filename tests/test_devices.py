@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from safecl.devices import Devices, Holder, Start
+from safecl.devices import Devices, Holder, Start, Stop
 
 TURN_S, LINGER_S, BOOT_S = 600.0, 2.0, 60.0
 Piece = tuple[str, float]  # group, seconds
@@ -279,6 +279,25 @@ def test_units_that_went_are_given_back_by_whoever_comes_to_rest_first() -> None
     devices.up(second, 3.0)
     devices.resize(2)
     assert [group.name for group in devices.waiting()] == ["huge"]
+
+
+def test_a_holder_without_work_makes_room_after_as_long_as_the_longest_start_took() -> None:
+    """Else engines that take minutes to start would be stopped and started for queues that come and go."""
+    devices, start_s = Devices(3, TURN_S, LINGER_S), 100.0
+    for group, wanted in (("a", 2), ("b", 1)):
+        devices.add(group, 1, at_most=2)
+        devices.ask(group, wanted, 0.0)
+    started = [act.holder for act in devices.step(0.0)]
+    assert [holder.group for holder in started] == ["a", "b", "a"]
+    for holder in started:
+        devices.up(holder, start_s)
+        devices.work(holder, 1, start_s)
+    devices.ask("a", 1, 150.0)
+    devices.ask("b", 2, 150.0)
+    devices.work(started[2], -1, 150.0)
+    seen = {now: devices.step(now) for now in (150.0, 150.0 + start_s - 1, 150.0 + start_s)}
+    assert [len(acts) for acts in seen.values()] == [0, 0, 1]
+    assert seen[150.0 + start_s] == [Stop(started[2])]
 
 
 def test_ten_thousand_jobs_on_a_thousand_units_start_no_holder_twice() -> None:
