@@ -11,7 +11,6 @@ once a tick. A holder that has more work loses no time by this: its next stage b
 
 from __future__ import annotations
 
-import gc
 import heapq
 import math
 import random
@@ -494,10 +493,4 @@ def simulate(
     Raises:
         PrerequisiteError: the grid can never be finished on these nodes.
     """
-    was_enabled = gc.isenabled()
-    gc.disable()  # a simulation makes no cycles, and to look for some among a million objects takes a seventh of its time
-    try:
-        return _Run(grid, nodes, num_trials_at_once, seed, bounds).run()
-    finally:
-        if was_enabled:
-            gc.enable()
+    return _Run(grid, nodes, num_trials_at_once, seed, bounds).run()

@@ -16,10 +16,11 @@ import yaml
 
 from safecl import cancel, cli, keep, lease, live, tail, trace
 from safecl.base import ConfigError, PrerequisiteError
-from safecl.grid import STEPS
+from safecl.grid import STEPS, Cell
 from safecl.lease import Lease
 from safecl.overview import status
 from safecl.project import Project, load
+from safecl.schedule import Study
 from safecl.store import Stage, Store
 from safecl.watch import RUN, TRACE
 from tests.made_up import finish, put
@@ -208,34 +209,35 @@ def test_gc_keeps_every_stage_while_a_sweep_is_run_in_the_store(
     assert not mine.store.has(other)
 
 
-def test_gc_keeps_what_trials_under_way_and_trials_to_come_rest_on(tmp_path: Path) -> None:
-    searched = "methods=[{name: der, config: {memory_size: 9}, search: {weight: {low: 0.1, high: 9.0, log: true}}}]"
-    mine = Project(load(QUICKSTART, [*SMALL, searched, f"execution.root={tmp_path}"]))
+SEARCHED = "methods=[{name: der, config: {memory_size: 9}, search: {weight: {low: 0.1, high: 9.0, log: true}}}]"
+
+
+def _with_its_defaults_told(mine: Project) -> tuple[Cell, Study]:
+    """The searched cell and its study, which knows what the method's defaults gave."""
     [cell] = [cell for cell in mine.cells if cell.space is not None]
     study = mine.study(cell)
     assert study is not None
-    number, _ = study.ask()  # the defaults
+    number, _ = study.ask()
     study.tell(number, 0.5, {"asr": -0.1})
+    return cell, study
+
+
+def test_gc_keeps_what_trials_under_way_and_trials_to_come_rest_on(tmp_path: Path) -> None:
+    mine = Project(load(QUICKSTART, [*SMALL, SEARCHED, f"execution.root={tmp_path}"]))
+    cell, study = _with_its_defaults_told(mine)
     _, params = study.ask()
     under_way, first = cell.trial(params).graph.tuned, cell.job({}, mine.sweep.seeds[0], "final").graph
-    reader = Project(load(QUICKSTART, [*SMALL, searched, f"execution.root={tmp_path}"]), reads=True)
+    reader = Project(load(QUICKSTART, [*SMALL, SEARCHED, f"execution.root={tmp_path}"]), reads=True)
     needed = keep.needed([reader])
     assert under_way.key in needed and first.tuned.inputs["memory"].key in needed
 
 
 def test_gc_keeps_what_a_pruned_trials_steps_measured_for_as_long_as_the_sweep_prunes(tmp_path: Path) -> None:
-    searched = "methods=[{name: der, config: {memory_size: 9}, search: {weight: {low: 0.1, high: 9.0, log: true}}}]"
-
     def opened(prune: str) -> Project:
-        more = [searched, f"search.prune={prune}", f"execution.root={tmp_path}"]
+        more = [SEARCHED, f"search.prune={prune}", f"execution.root={tmp_path}"]
         return Project(load(QUICKSTART, [*SMALL, *more]))
 
-    mine = opened("wilcoxon")
-    [cell] = [cell for cell in mine.cells if cell.space is not None]
-    study = mine.study(cell)
-    assert study is not None
-    number, _ = study.ask()  # the defaults
-    study.tell(number, 0.5, {"asr": -0.1})
+    cell, study = _with_its_defaults_told(opened("wilcoxon"))
     number, params = study.ask()
     study.prune(number, "worse", {"asr": 0.1}, None)
     of_steps = {stage.key for role in STEPS for stage in cell.trial(params, role).evidence.targets}
