@@ -45,6 +45,10 @@ class Infrastructure(RuntimeError):
     """The machine failed, not the stage: a process was killed, memory or a disk was full, or a node was lost."""
 
 
+class Unreachable(Infrastructure):
+    """A storage does not answer."""
+
+
 class Damaged(PrerequisiteError):
     """A finished stage's files differ from what was written. `safecl run` makes the stage again."""
 

@@ -432,8 +432,12 @@ def main() -> None:
 
 def _mendable(error: Exception) -> str | None:
     """The message for an error that a user can mend; None for a bug, which keeps its traceback."""
-    from safecl.base import ConfigError, PrerequisiteError
+    from safecl.base import ConfigError, PrerequisiteError, Unreachable
 
+    if isinstance(error, Unreachable):
+        return (
+            f"prerequisite error: {error}. Is its name right, and the driver's settings for keys, region and endpoint?"
+        )
     if isinstance(error, ConfigError | PrerequisiteError):
         return f"{type(error).__name__.removesuffix('Error').lower()} error: {error}"
     if hasattr(error, "format_message"):  # typer's own

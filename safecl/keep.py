@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safecl import lease
 from safecl.base import ConfigError
 from safecl.grid import steps
+from safecl.live import runs
 from safecl.store import Stage, Store, below
+from safecl.study import is_partial
 
 if TYPE_CHECKING:
     from safecl.project import Project
@@ -89,6 +91,18 @@ def needed(projects: Iterable[Project]) -> set[str]:
             for job in finals:
                 tops += job.evidence.targets
     return {stage.key for stage in below(tops)}
+
+
+def unseen(projects: Iterable[Project]) -> list[str]:
+    """Names of sweeps with a search under way whose study lies on the machine that runs it. Which trials it has is not known
+    here beyond what the store's results tell (Project.past), so no stage of the store may be removed from here."""
+    return [
+        project.sweep.name
+        for project in projects
+        if project.store.remote is not None and project.sweep.execution.study_uri is None
+        and any(cell.space is not None and is_partial(project.past(cell)) for cell in project.cells)
+        and runs(project.store, project.sweep.name)
+    ]  # fmt: skip
 
 
 def one_store(projects: Sequence[Project]) -> Store:

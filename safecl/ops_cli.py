@@ -158,15 +158,16 @@ def gc(
     """Remove what none of these sweeps needs from their store. Shows what that is; removes with --yes.
 
     Kept is every stage that a row, a search's trial (finished, under way or to come) or a guard of a named sweep rests on.
-    So name all sweeps whose results you want to keep, with the options they were run with. While any sweep is being run
-    in the store stages stay, and only leftovers of processes that are gone are removed.
+    So name all sweeps whose results you want to keep, with the options they were run with. Stages stay, and only leftovers
+    of processes that are gone are removed, while any sweep is being run in the store, and where the study of a search that
+    is not finished lies on another machine.
     """
     from safecl import keep
 
     projects, store = _projects(files, set_, limit)
     needed = keep.needed(projects)
-    running = keep.live(store)
-    spare = [] if running else [held for held in keep.stages(store) if held.key not in needed]
+    running, unseen = keep.live(store), keep.unseen(projects)
+    spare = [] if running or unseen else [held for held in keep.stages(store) if held.key not in needed]
     spare += keep.leftovers(store, needed)
     if yes:
         for held in spare:
@@ -184,6 +185,11 @@ def gc(
     for told in running:
         print(
             f"stages stay: sweep {told['sweep']!r} is being run in this store by process {told['pid']} on {told['host']}"
+        )
+    for name in unseen:
+        print(
+            f"stages stay: what sweep {name!r} searches is not finished, and its study is on the machine that ran it "
+            "(execution.study_uri is null): gc there, or when the search is finished"
         )
     word = "freed" if yes else "would be freed; --yes removes it"
     print(f"{keep.readable(total)} {word}" if spare else "nothing to remove")

@@ -23,6 +23,7 @@ from safecl.report.facts import readable
 from safecl.report.methodology import methodology
 from safecl.report.rows import curves
 from safecl.report.searches import searches
+from safecl.study import is_partial
 from safecl.tasks._written import kind_of
 from safecl.tasks._written import notes as written_notes
 from safecl.trained import notes as trained_notes
@@ -126,7 +127,7 @@ def status(project: Project, run: Mapping[str, Any] | None = None) -> list[dict[
         else:
             study = project.past(cell)
             num = len(study.complete()) if study else 0
-            if study is None and cell.label in searched:
+            if is_partial(study) and cell.label in searched:
                 num, done = searched[cell.label]
             search = f"{num}/{cell.num_trials}"
             search += f" ({len(study.pruned)} pruned)" if study and study.pruned else ""

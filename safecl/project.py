@@ -18,7 +18,7 @@ from safecl.cost import Forecast
 from safecl.dtypes import auto, resolved
 from safecl.estimate import Estimator, speeds
 from safecl.graph import REFERENCES, Evidence
-from safecl.grid import Cell, Job, points
+from safecl.grid import Cell, Job, points, steps
 from safecl.hardware import Node
 from safecl.lease import Lease
 from safecl.objective import Trial, chosen
@@ -41,6 +41,8 @@ def unknown_sources(cells: Sequence[Cell]) -> list[str]:
 
 
 def _refuse_without_driver(where: str, uri: str) -> None:
+    if uri.startswith("postgres://"):
+        raise ConfigError(f"{where}: a PostgreSQL's address begins with postgresql://, not with postgres://")
     driver = "psycopg2" if uri.startswith("postgresql+psycopg2") else "psycopg"
     if uri.startswith("postgresql") and find_spec(driver) is None:
         raise PrerequisiteError(
@@ -65,7 +67,7 @@ class _Read:
     """A store that is only read: a damaged stage is not moved."""
 
     def __init__(self, store: Store) -> None:
-        self.sound, self.record = store.has, store.record
+        self.sound, self.record, self.file = store.has, store.record, store.file
 
 
 class Project:
@@ -120,8 +122,8 @@ class Project:
         searches = any(cell.space is not None for cell in self.cells)
         if self.store.remote is not None and sweep.execution.study_uri is None and searches and not reads:
             self.warnings.append(
-                f"the studies of this search lie on this machine alone ({self.store.local}), as execution.study_uri is null: on "
-                "another one its trials would be asked again; name a database that both reach"
+                f"the studies of this search lie on this machine alone ({self.store.local}), as execution.study_uri is null: "
+                "another one asks their trials again, and finds in the store what is finished; name a database that both reach"
             )
         if (uri := sweep.execution.study_uri) is not None and uri == sweep.execution.tracking_uri:
             raise ConfigError(
@@ -174,23 +176,35 @@ class Project:
                 self._snapshot = self._snapshot or open_to_read(self.study_url)
                 storage = self._snapshot
             past = None if storage is None else past_of(cell, self.sweep, storage)
-            self._pasts[cell] = self._chosen_anew(cell, storage) if past is None and storage is not None else past
+            self._pasts[cell] = past or self._replayed(cell, storage)
         return self._pasts[cell]
 
-    def _chosen_anew(self, cell: Cell, storage: Any) -> Past | None:
-        """The result of a search that was never started, from finished trials that studies with another objective or
-        other bounds asked. None if these are not enough to finish the search."""
+    @cached_property
+    def _listed(self) -> Callable[[Stage], bool]:
+        return self.store.listed()
+
+    def _replayed(self, cell: Cell, storage: Any) -> Past | None:
+        """A search of which there is no study here, as a run would find it: a study suggests the same trials again, and is
+        told those that the store holds. None if it holds none.
+
+        The search was run on another machine, whose study this one does not see; or it was never started, and studies with
+        another objective or other bounds (in `storage`) asked its trials.
+        """
         from safecl.storage import in_memory
         from safecl.study import elsewhere, past_of, study_of
 
-        if not (first := elsewhere(cell, self.sweep, storage)):
+        first = elsewhere(cell, self.sweep, storage) if storage is not None else []
+        begin: dict[str, Any] = first[0] if first else {}  # none: it begins with the defaults
+        if self.sweep.search.sampler == "grid":
+            begin = points(dict(sorted((cell.space or {}).items())))[0]
+        if not self._listed(cell.trial(begin, steps(self.sweep)[0]).evidence.metrics):
             return None
         memory = in_memory()
         reading: Any = _Read(self.store)
         schedule = Schedule(self.sweep, reading, [cell], lambda cell: study_of(cell, self.sweep, memory, first))
         schedule.next()  # tells the study each stored trial, up to the first that would have to run
         past = past_of(cell, self.sweep, memory)
-        return past if past is not None and past.is_done else None
+        return past and past._replace(is_replayed=True)
 
     def lease(self) -> Lease:
         """The lease of a run of this sweep. It holds the sweep's name and its studies, which a sweep of another name

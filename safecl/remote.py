@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safecl.base import Infrastructure, Json, PrerequisiteError
+from safecl.base import Json, PrerequisiteError, Unreachable
 
 PATIENCE_S = 900.0  # seconds for which a server that does not answer is asked again
 FIRST_PATIENCE_S = 20.0  # seconds, before the server has answered once: most often its name is wrong
@@ -143,12 +143,17 @@ class Remote:
             same = self.read(f"tmp/{probe}") == probe.encode()
             self.remove(f"tmp/{probe}")
         except Exception as error:
-            raise PrerequisiteError(
-                f"execution.root {self.url!r} cannot be used ({_said(error)}): expected a URL that this machine and every "
-                "node may read and write; the driver reads its usual settings for keys, region and endpoint"
-            ) from None
+            if isinstance(error, PrerequisiteError):
+                raise
+            raise self._unusable(error) from None
         if not same:
             raise PrerequisiteError(f"execution.root {self.url!r}: what was written there reads otherwise")
+
+    def _unusable(self, error: BaseException) -> PrerequisiteError:
+        return PrerequisiteError(
+            f"execution.root {self.url!r} cannot be used ({_said(error)}): expected a URL that this machine and every node may "
+            "read and write; the driver reads its usual settings for keys, region and endpoint"
+        )
 
     def _path(self, name: str) -> str:
         return f"{self._base}/{name}"
@@ -162,15 +167,18 @@ class Remote:
         while True:
             try:
                 found = call()
-            except _DEFINITE:
+            except _DEFINITE as error:
+                was_known = self.patience_s == PATIENCE_S
                 self.patience_s = PATIENCE_S  # the server has answered
+                if "bucket does not exist" in str(error) or (isinstance(error, PermissionError) and not was_known):
+                    raise self._unusable(error) from error
                 raise
             except Exception as error:
                 if not _is_network(error):
                     raise
                 waited = time.monotonic() - began
                 if waited > self.patience_s or type(error).__name__ in _HOPELESS:
-                    raise Infrastructure(f"{self.url} does not answer: {_said(error)}") from error
+                    raise Unreachable(f"{self.url} does not answer: {_said(error)}") from error
                 time.sleep(pause)
                 pause = min(2 * pause, 15.0)
             else:

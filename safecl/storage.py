@@ -5,21 +5,27 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import tempfile
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 from urllib.parse import quote
 
-from safecl.base import sqlite_path
+from safecl.base import ConfigError, PrerequisiteError, sqlite_path
 
 
 def open_storage(url: str) -> Any:
     """Opens Optuna's storage at a database URL. The studies of one driver share it. SQLite waits up to 60 seconds for
-    locks."""
+    locks.
+
+    Raises:
+        ConfigError, PrerequisiteError: the address is none of a database, or no database answers there.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    return optuna.storages.RDBStorage(url, engine_kwargs=options)
+    with _reached(url):
+        return optuna.storages.RDBStorage(url, engine_kwargs=options)
 
 
 def open_to_read(url: str) -> Any:
@@ -52,14 +58,32 @@ def _open_existing(url: str) -> Any:
     import optuna
     from sqlalchemy import create_engine, inspect
 
-    engine = create_engine(url)
-    try:
-        if not inspect(engine).has_table("studies"):
-            return None
-    finally:
-        engine.dispose()
+    with _reached(url):
+        engine = create_engine(url)
+        try:
+            if not inspect(engine).has_table("studies"):
+                return None
+        finally:
+            engine.dispose()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna.storages.RDBStorage(url, {"pool_pre_ping": True}, skip_table_creation=True)
+
+
+@contextmanager
+def _reached(url: str) -> Iterator[None]:
+    """Errors of the block that opens a database, as one line with the remedy."""
+    from sqlalchemy import exc
+
+    shown = f"{url.partition('://')[0]}://...@{url.rpartition('@')[2]}" if "@" in url else url  # no password
+    try:
+        yield
+    except (exc.NoSuchModuleError, exc.ArgumentError, ImportError) as error:  # ImportError: its driver is not installed
+        raise ConfigError(f"execution.study_uri {shown!r}: {error}; expected postgresql://USER@HOST/DATABASE") from None
+    except exc.OperationalError as error:
+        told = " ".join(str(error.orig).split())[:300]
+        raise PrerequisiteError(
+            f"execution.study_uri {shown!r}: the database does not answer ({told}). It must be reached from here too"
+        ) from None
 
 
 def _read_into(memory: sqlite3.Connection, uri: str) -> None:

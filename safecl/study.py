@@ -330,10 +330,17 @@ class Past(NamedTuple):
     failures: list[str]
     others: list[dict[str, Json]] = []
     pruned: list[str] = []  # why trials were pruned
+    is_replayed: bool = False  # the study was not here: this is what the store's results tell of it
 
     def complete(self) -> list[Trial]:
         """Finished trials, as CellStudy.complete returns them."""
         return self.finished
+
+
+def is_partial(study: object) -> bool:
+    """Whether the search may have more trials than this study, read here, knows: it lies on another machine, or there is
+    none."""
+    return study is None or (isinstance(study, Past) and study.is_replayed and not study.is_done)
 
 
 def importance(trials: Sequence[Trial], space: Mapping[str, Json]) -> dict[str, float]:

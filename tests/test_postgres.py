@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from safecl.base import ConfigError
-from safecl.project import Project
+from safecl.base import ConfigError, PrerequisiteError
+from safecl.project import Project, load
 from safecl.storage import open_storage, open_to_read
 from safecl.study import CellStudy
 from safecl.tracking import EXPERIMENT, Tracker, ui
+from tests.made_up import QUICKSTART
 from tests.servers import mlflow, postgres
 from tests.tracking.test_tracker import tell
 
@@ -111,3 +112,27 @@ def test_a_server_on_it_takes_a_whole_sweep_and_its_artifacts_and_nothing_twice(
     away = Tracker(address, tmp_path / "runs")
     tell(away, "late", "c", "0", metrics={"asr": 0.5})
     assert not away.close(40) and away.num_spooled == 1
+
+
+@pytest.mark.parametrize(
+    ("uri", "kind", "said"),
+    [
+        ("postgres://me@127.0.0.1/x", ConfigError, "begins with postgresql://, not with postgres://"),
+        ("postgresql+nosuch://me@127.0.0.1/x", ConfigError, "expected postgresql://USER@HOST/DATABASE"),
+        (
+            "postgresql://me:secret@127.0.0.1:1/x",
+            PrerequisiteError,
+            r"@127\.0\.0\.1:1/x': the database does not answer",
+        ),
+    ],
+)
+def test_an_address_of_studies_at_which_there_is_none_is_one_line(
+    uri: str, kind: type[Exception], said: str, tmp_path: Path
+) -> None:
+    searched = "methods=[{name: der, search: {weight: {low: 0.1, high: 9.0}}}]"
+    settings = [searched, "models.0.dtype=float32", f"execution.root={tmp_path}", f"execution.study_uri={uri}"]
+    for reads in (True, False):
+        with pytest.raises(kind, match=said) as raised:
+            project = Project(load(QUICKSTART, settings), reads=reads)
+            project.finals() if reads else project.schedule()
+        assert "secret" not in str(raised.value)

@@ -17,8 +17,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from safecl import cache, lease, printed, records, remote, underway, upkeep
-from safecl.base import Damaged, Infrastructure, PrerequisiteError
+from safecl import cache, cli, lease, printed, records, remote, underway, upkeep
+from safecl.base import Damaged, Infrastructure, PrerequisiteError, Unreachable
 from safecl.remote import Remote
 from safecl.store import Stage, Store
 from tests.servers import S3, s3
@@ -241,6 +241,20 @@ def test_a_server_that_never_answers_is_said_and_soon_where_it_never_did(
             upkeep.check_writable(store, 0.0)
     finally:
         s3fs.clear_instance_cache()
+
+
+def test_a_bucket_that_is_not_there_is_said_by_whoever_reads_first(
+    server: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = node(monkeypatch, tmp_path, "s3://no-such-bucket/x")
+    for read in (store.listed, lambda: store.notes(lease.NOTE), lambda: store.noted("x"), lambda: store.find("ab")):
+        with pytest.raises(PrerequisiteError, match=r"execution\.root 's3://no-such-bucket/x' cannot be used .*bucket"):
+            read()
+    monkeypatch.setattr(sys, "argv", ["safecl", "du", "--root", store.root])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "prerequisite error: execution.root" in capsys.readouterr().err
+    assert "does not answer" in (cli._mendable(Unreachable("s3://x does not answer")) or "")
 
 
 def test_a_driver_that_is_not_installed_is_one_clear_error() -> None:
