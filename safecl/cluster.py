@@ -143,6 +143,22 @@ def local_processes() -> dict[int, Any]:
     return found
 
 
+def raylet() -> Any:
+    """Return the process of the node that this process has joined; None before it has joined one, or if it is not seen."""
+    import psutil
+    import ray
+
+    if not ray.is_initialized():
+        return None
+    with suppress(Exception):
+        socket = ray._private.worker.global_worker.node.raylet_socket_name
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.name() == "raylet" and any(word.endswith(socket) for word in process.cmdline()):
+                    return process
+    return None
+
+
 def is_alive(process: Any) -> bool:
     """Return whether a process runs. A zombie (dead, but not yet reaped by its parent) does not count as running."""
     import psutil

@@ -277,12 +277,14 @@ def _saved(broker: Any, ray: Any) -> Iterator[None]:
 def _guarded(
     project: Project, journal: Journal, lease: Lease, told: threading.Event, again: Callable[[], None] | None
 ) -> Iterator[None]:
-    """Watch a local cluster, also while it starts, so that a lost raylet or head server is noticed within a second.
+    """Watch a local cluster, also while it starts, so that a lost raylet or head server is noticed within a second. Of a
+    cluster that was joined, watch this machine's node.
 
     Without this, Ray's calls under way would wait for minutes and then end this process.
     """
     if project.sweep.execution.address != "local":
-        yield
+        with _told_of_its_node(lease) if again is not None else nullcontext():
+            yield
         return
     stop, lost = threading.Event(), threading.Event()
     before = cluster.local_processes()  # dead processes of the command that this process was before it restarted itself
@@ -320,6 +322,37 @@ def _guarded(
         if lost.is_set():
             raise Lost("the local Ray cluster was lost; the same command continues from the store") from None
         raise
+    finally:
+        stop.set()
+        thread.join(timeout=5)
+
+
+@contextmanager
+def _told_of_its_node(lease: Lease) -> Iterator[None]:
+    """Say it when the node of a joined cluster dies on which this driver is, and give the lease back. Ray ends a process
+    that has lost its raylet, at once and without a word."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        node = None
+        while not stop.wait(0.05 if node else 0.5):
+            node = node or cluster.raylet()
+            if node is None or cluster.is_alive(node):
+                continue
+            print(
+                "the Ray node of this machine is gone, and this run with it; the same command continues from what is finished, "
+                "on any node that reaches the store",
+                file=sys.stderr,
+                flush=True,
+            )
+            with suppress(Exception):
+                lease.__exit__(None, None, None)
+            os._exit(1)
+
+    thread = threading.Thread(target=watch, name="safecl-node", daemon=True)
+    thread.start()
+    try:
+        yield
     finally:
         stop.set()
         thread.join(timeout=5)

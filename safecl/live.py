@@ -92,15 +92,13 @@ def lines(found: dict[str, Any] | None) -> list[str]:
     ahead = "" if found["eta_s"] is None else f", about {clock(found['eta_s'])} left"
     told.append(f"trials of this run: {found['trials_done']} of {found['trials']}{ahead}")
     if held := found["cluster"].get("held"):
-        gib = {"memory", "object_store_memory"}
-        each = (
-            f"{name.replace('_', ' ')} {used / 2**30:.1f} of {have / 2**30:.1f} GiB"
-            if name in gib
-            else f"{name} {used:g} of {have:g}"
-            for name, (used, have) in held.items()
-        )
-        num = found["cluster"]["nodes"]
-        told.append(f"held of {num} {'node' if num == 1 else 'nodes'}: {', '.join(each)}")
+        gib, is_over = {"memory", "object_store_memory"}, found["how"] != "under way"
+        each = []
+        for name, (used, have) in held.items():
+            of = "" if is_over else f"{used / 2**30:.1f} of " if name in gib else f"{used:g} of "
+            each.append(f"{name.replace('_', ' ')} {of}" + (f"{have / 2**30:.1f} GiB" if name in gib else f"{have:g}"))
+        nodes = f"{(num := found['cluster']['nodes'])} {'node' if num == 1 else 'nodes'}"
+        told.append(f"{f'its cluster had {nodes}' if is_over else f'held of {nodes}'}: {', '.join(each)}")
     for stage in found["running"][:SHOWN]:
         done = f", {stage['done']} of {stage['total']} {stage['unit']}".rstrip() if stage["total"] else ""
         where = f", on {stage['host']} (process {stage['pid']}, {stage['device']})" if stage.get("host") else ""

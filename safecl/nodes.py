@@ -78,6 +78,13 @@ def join(address: str, settings: Mapping[str, str], log: Path) -> None:
     from safecl.work import output_to
 
     if not ray.is_initialized():
+        host, _, port = address.rpartition(":")
+        is_place = bool(host) and "://" not in host and port.isdigit()
+        if is_place and not _answers(host.strip("[]"), int(port)):  # Ray itself would wait for minutes
+            raise PrerequisiteError(
+                f"nothing answers at execution.address {address!r}: is the cluster running, and is this its head's address (`ray "
+                "status` there)?"
+            )
         # A job's own variables (safecl submit --env) may be among these with the same value. Without this Ray refuses
         # both.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")

@@ -125,6 +125,12 @@ class Project:
                 f"the studies of this search lie on this machine alone ({self.store.local}), as execution.study_uri is null: "
                 "another one asks their trials again, and finds in the store what is finished; name a database that both reach"
             )
+        at_once, in_all = sweep.search.at_once, sweep.execution.num_trials_at_once
+        if searches and at_once > in_all and not reads:
+            self.warnings.append(
+                f"search.at_once is {at_once}, but execution.num_trials_at_once lets only {in_all} of all trials run at a time: "
+                "raise that, or suggestions know less for nothing"
+            )
         if (uri := sweep.execution.study_uri) is not None and uri == sweep.execution.tracking_uri:
             raise ConfigError(
                 "execution.study_uri and tracking_uri are one database: expected two, since Optuna and MLflow each keep the "

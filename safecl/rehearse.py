@@ -387,7 +387,7 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]
     ]
     scaling = [
         [f"{row['units']:,}", _time(row["hours"]), f"{row['unit_hours']:,.1f}", f"{100 * row['busy']:.0f}%",
-         f"{row['price']:,.0f}" if row["price"] else "-", f"{row['ratio']:.2f}"]
+         _amount(row["price"]) if row["price"] else "-", f"{row['ratio']:.2f}"]
         for row in found["scaling"]
     ]  # fmt: skip
     path = [[line["what"], str(line["num"]), _time(line["hours"])] for line in found["path"]]
@@ -418,9 +418,9 @@ def lines(found: dict[str, Any]) -> list[str]:
         + (f"; raise {stops['remedy']}" if stops["remedy"] else "")
     )
     if (wanted := found["deadline"]) is not None:
-        best = wanted["of"]
+        best, fastest = wanted["of"], min(found["scaling"], key=lambda row: float(row["hours"]))
         told.append(
-            f"within {wanted['hours']:g} h: none of these numbers of {unit}s"
+            f"within {wanted['hours']:g} h: none of these numbers of {unit}s; {fastest['units']:,} take {_time(fastest['hours'])}"
             if best is None
             else f"cheapest within {wanted['hours']:g} h: {best['units']:,} {unit}s, {_time(best['hours'])}"
             + _money(best["price"])
@@ -429,7 +429,12 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def _money(price: float) -> str:
-    return f", {price:,.0f} for the nodes" if price else ""
+    return f", {_amount(price)} for the nodes" if price else ""
+
+
+def _amount(price: float) -> str:
+    """A sum of money; a small one with its hundredths, for `0` would say that it is free."""
+    return f"{price:,.0f}" if price >= 100 else f"{price:.2f}"
 
 
 def _time(hours: float) -> str:

@@ -108,6 +108,8 @@ def _copy_models(given: Any, beside: Path, folder: Path) -> None:
 
 def client(address: str) -> Any:
     """Ray's job client. Raises PrerequisiteError if no dashboard answers, or it needs a token."""
+    if "://" not in address:  # Ray takes HOST:PORT for the address of its GCS, and waits a minute for one
+        address = f"http://{address}"
     try:
         from ray.job_submission import JobSubmissionClient
 

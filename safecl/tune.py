@@ -23,12 +23,12 @@ def trial(config: dict[str, Any], *, broker: Any, cells: Any) -> None:
 
     [reference] = cells
     cell: Cell = ray.get(reference)[config["cell"]]
-    job = cell.job(json.loads(config["params"]), config["seed"], config["role"])
-    wanted = [job.evidence]
-    if job.is_bounded:
-        wanted.append(job.aligned.evidence)
     error, kind = "", "infrastructure"
     try:
+        job = cell.job(json.loads(config["params"]), config["seed"], config["role"])
+        wanted = [job.evidence]
+        if job.is_bounded:
+            wanted.append(job.aligned.evidence)
         targets = [stage for evidence in wanted for stage in evidence.targets]
         ray.get(broker.ensure.remote(targets, Claim(*config["claim"])))
     except Exception as raised:  # reported to the schedule, which closes the trial and continues with the others
@@ -78,7 +78,11 @@ def run(schedule: Schedule, broker: Any, storage_path: Path, num_at_once: int) -
     position = {cell: index for index, cell in enumerate(cells)}
     trainable = tune.with_parameters(trial, broker=broker, cells=[ray.put(cells)])
     local = ray.cluster_resources().get("trial_slot")
-    slot = {"cpu": 0, "trial_slot": 1} if local else {"cpu": 0, "node:__internal_head__": 0.001}
+    slot: Any = {"cpu": 0, "trial_slot": 1}
+    if not local:
+        # On the driver's node: a trial builds its stages from the sweep's own files, and another node need not have them.
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        slot = tune.PlacementGroupFactory([{"memory": 1}], bundle_label_selector=[here])
     tuner = tune.Tuner(
         tune.with_resources(trainable, slot),
         tune_config=tune.TuneConfig(

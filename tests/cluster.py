@@ -44,6 +44,13 @@ _GUARD = textwrap.dedent("""
 
     if "TEST_NODE_OWN" in os.environ:
         guard()
+    if os.environ.get("TEST_NODE_NAME"):  # a driver: of the nodes, which all are this machine, it joins this one
+        import ray._private.services as services
+
+        def there(client, choose=services.get_node_to_connect_for_driver, **wanted):
+            return choose(client, **{**wanted, "node_name": os.environ["TEST_NODE_NAME"]})
+
+        services.get_node_to_connect_for_driver = there
 """)
 QUIET = {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore",
          "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}  # fmt: skip
@@ -58,7 +65,7 @@ class Nodes:
     environment: dict[str, str]
     hidden: tuple[Path, ...]
     sockets: str
-    shown_to_head: tuple[Path, ...] = ()
+    driver: int = -1  # none has what is hidden
     made: dict[Path, Any] = field(default_factory=dict)
 
     @property
@@ -76,18 +83,10 @@ class Nodes:
         """Start a node with these resources (`num_cpus`, `num_gpus`, `resources`, ...); its folder."""
         own = self.folder / "nodes" / f"{len(self.made)}"
         own.mkdir(parents=True)
-        hidden = [path for path in self.hidden if self.made or path not in self.shown_to_head]
-        others = [f"{self.folder / 'nodes'}{os.sep}", *(f"{path}{os.sep}" for path in hidden)]
-        environment = {
-            **QUIET,
-            **self.environment,
-            "SAFECL_CACHE": str(own),
-            "PYTHONPATH": os.pathsep.join([str(self.folder), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
-            "TEST_NODE_OWN": f"{own}{os.sep}",
-            "TEST_NODE_OTHERS": os.pathsep.join(others),
-            "TEST_NODE_STRAYS": str(self.folder / "strays"),
-        }
+        number = len(self.made)
+        environment = {**QUIET, **self.environment, **self._guarded(own, number)}
         options = {"num_cpus": 1, "object_store_memory": 78 * 2**20, "include_dashboard": False, **resources}
+        options["node_name"] = f"{number}"
         # Ports are given here, since on a busy machine a raylet does not wait long enough for its agents to choose their
         # own; and there a node may be given up that only starts slowly.
         ports = dict(
@@ -105,6 +104,24 @@ class Nodes:
                 if not tries_left or "timed out during startup" not in str(error):
                     raise
         return own
+
+    def _guarded(self, own: Path, number: int) -> dict[str, str]:
+        """Environment of the processes of a node."""
+        hidden = self.hidden if number != self.driver else ()
+        others = [f"{self.folder / 'nodes'}{os.sep}", *(f"{path}{os.sep}" for path in hidden)]
+        return {
+            "SAFECL_CACHE": str(own),
+            "PYTHONPATH": os.pathsep.join([str(self.folder), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
+            "TEST_NODE_OWN": f"{own}{os.sep}",
+            "TEST_NODE_OTHERS": os.pathsep.join(others),
+            "TEST_NODE_STRAYS": str(self.folder / "strays"),
+            "TEST_NODE_NAME": "",
+        }
+
+    def of_driver(self) -> dict[str, str]:
+        """Environment of a command that is typed on the driver's node: it joins that one, and is watched like the rest."""
+        own = list(self.made)[self.driver]
+        return {**self._guarded(own, self.driver), "TEST_NODE_NAME": f"{self.driver}"}
 
     def drop(self, node: Path) -> None:
         """Take a node away as one is that its owner stops."""
@@ -127,11 +144,11 @@ def nodes(
     *resources: dict[str, Any],
     environment: dict[str, str] | None = None,
     hidden: tuple[Path, ...] = (),
-    shown_to_head: tuple[Path, ...] = (),
+    driver: int | None = None,
 ) -> Iterator[Nodes]:
     """A cluster with a node for each of `resources`, the first its head. This process is a driver on the head's machine: it
-    shares its cache. It joins as a sweep does, by `address`; whoever joined leaves before this ends. `shown_to_head`: of
-    what is `hidden`, what the head's machine has."""
+    shares its cache. It joins as a sweep does, by `address`; whoever joined leaves before this ends. `driver`: the node
+    whose machine has what is `hidden`, and where commands run that this process starts."""
     import pytest
     import ray
     from ray._private.utils import get_ray_address_file
@@ -145,11 +162,13 @@ def nodes(
         # Paths of sockets may be 107 characters long.
         sockets = tempfile.mkdtemp(prefix="r", dir=os.environ.get("RAY_TMPDIR"))
         Path(get_ray_address_file(None)).parent.mkdir(exist_ok=True)  # Ray makes none beside the one named
-        cluster = Nodes(folder, Cluster(), environment or {}, hidden, sockets, shown_to_head)
+        cluster = Nodes(folder, Cluster(), environment or {}, hidden, sockets, -1 if driver is None else driver)
         try:
             for each in resources:
                 head = cluster.add(**each)
                 patch.setenv("SAFECL_CACHE", str(next(iter(cluster.made), head)))
+            for name, value in (cluster.of_driver() if driver is not None else {}).items():
+                patch.setenv(name, value)
             yield cluster
         finally:
             ray.shutdown()

@@ -168,3 +168,12 @@ def test_a_model_folder_is_looked_into(tmp_path: Path, tiny_model: Path) -> None
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=rf"^models\[0\]\.source: {folder}: holds no tokenizer\.json[^\n]*$"):
         opened(tmp_path, *settings)
+
+
+def test_trials_at_once_that_the_run_does_not_let_run_are_told(tmp_path: Path) -> None:
+    searched = f"methods=[{{name: der, config: {{memory_size: 20}}, {WEIGHT}}}]"
+    told = opened(tmp_path, searched, "search.at_once=4", "execution.num_trials_at_once=3").warnings
+    assert [
+        line for line in told if line.startswith("search.at_once is 4, but execution.num_trials_at_once lets only 3")
+    ]
+    assert not opened(tmp_path, searched, "search.at_once=3", "execution.num_trials_at_once=3").warnings

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from safecl.cluster import raylet
 from tests.cluster import nodes
 
 
@@ -28,6 +29,8 @@ def test_each_node_has_its_own_folder_and_sees_no_other(tmp_path: Path) -> None:
     with nodes(tmp_path / "cluster", {}, {"num_gpus": 1}, hidden=(tmp_path / "data",)) as cluster:
         ray.init(address=cluster.address, log_to_driver=False)
         head, other = cluster.made
+        mine = raylet()
+        assert mine is not None and mine.pid == cluster.made[head].all_processes["raylet"][0].process.pid
         (other / "file").write_text("its own")
         look: Any = ray.remote(num_cpus=0)(_look)
 

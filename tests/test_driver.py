@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -208,3 +209,43 @@ def test_help_loads_no_config_schema_and_a_rerun_no_mlflow() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_trial_that_cannot_build_its_stages_tells_why_in_place_of_beginning_anew_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+    import ray.tune
+
+    class Cell:
+        def job(self, *_: Any) -> None:
+            raise FileNotFoundError(2, "No such file or directory", "model/config.json")
+
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "get", lambda given: given)
+    monkeypatch.setattr(ray.tune, "report", told.append)
+    config = {"cell": 0, "params": "{}", "seed": 0, "role": "final", "claim": [0, 0, 0.0]}
+    tune.trial(config, broker=None, cells=[[Cell()]])
+    [found] = told
+    assert found["error"].startswith("FileNotFoundError: ") and "model/config.json" in found["error"]
+
+
+def test_a_driver_whose_node_of_a_joined_cluster_dies_says_so_and_gives_its_lease_back() -> None:
+    code = textwrap.dedent("""
+        import subprocess, time
+        from types import SimpleNamespace
+        import psutil
+        from safecl import cluster, driver
+        node = subprocess.Popen(["sleep", "60"])
+        cluster.raylet = lambda: psutil.Process(node.pid)
+        lease = SimpleNamespace(__exit__=lambda *_: print("given back", flush=True))
+        with driver._told_of_its_node(lease):
+            time.sleep(1)
+            node.kill()
+            time.sleep(50)
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == "given back\n", done.stderr
+    assert (
+        done.stderr.startswith("the Ray node of this machine is gone") and "the same command continues" in done.stderr
+    )

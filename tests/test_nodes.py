@@ -66,6 +66,15 @@ def test_what_is_wrong_with_a_token_is_said_with_the_remedy(
     assert says in told and "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH" in told
 
 
+def test_an_address_at_which_nothing_answers_is_said_at_once(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(
+        PrerequisiteError, match=r"nothing answers at execution\.address '127\.0\.0\.1:9': is the cluster"
+    ):
+        nodes.join("127.0.0.1:9", {}, tmp_path / "ray.log")
+    assert time.monotonic() - began < 10  # Ray alone waits for minutes
+
+
 def _told(name: str) -> str | None:
     return os.environ.get(name)
 

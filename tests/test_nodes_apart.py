@@ -1,5 +1,6 @@
 """A sweep as a person runs it on a cluster whose nodes share nothing but a store at a URL: a real S3 server, PostgreSQL for
-studies and tracking, nodes with folders of their own, a model and rows that lie on the driver's machine alone.
+studies and tracking, nodes with folders of their own, a model and rows that lie on the driver's machine alone, which is not
+the head's.
 
 What it measures is what a folder on one machine gives; a second run does nothing; no process opened a file of another node.
 """
@@ -70,10 +71,10 @@ def test_a_sweep_over_nodes_that_share_a_url_alone_gives_what_one_machine_gives(
     alone = safecl("run", str(file), "--set", f"execution.root={tmp_path / 'root'}", timeout_s=400)
     assert alone.returncode == 0, alone.stderr[-3000:]
 
-    # The driver's machine is the head's: what lies there is hidden from the nodes that compute.
+    # What lies on the driver's machine is hidden from the head and from the other node.
     with s3() as server, postgres() as database, nodes(
         tmp_path / "cluster", {"num_cpus": 0}, {"num_cpus": 1}, {"num_cpus": 1},
-        environment=server.environment, hidden=(here,), shown_to_head=(here,),
+        environment=server.environment, hidden=(here,), driver=1,
     ) as cluster:  # fmt: skip
         there = ["--set", f"execution.root={server.url}", "--set", f"execution.address={cluster.address}",
                  "--set", f"execution.study_uri={database}/studies",

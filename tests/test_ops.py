@@ -73,6 +73,8 @@ def test_status_adds_up_all_runs_and_says_where_a_failure_was(tmp_path: Path) ->
     said = "\n".join(live.lines(found))
     assert "on far (process 9, cpu): E: no (safecl logs abababababab --root " in said and "cause trial" in said
     assert "about 10.00 (4.00 GPU-hours held so far, 2.5 each)" in said
+    assert "its cluster had 2 nodes: GPU 4, memory 4.0 GiB" in said  # nothing of it is held any more
+    said = "\n".join(live.lines({**found, "how": "under way"}))
     assert "held of 2 nodes: GPU 3 of 4, memory 1.0 of 4.0 GiB" in said
 
 

@@ -221,6 +221,10 @@ def test_a_search_is_a_chain_of_trials_and_more_devices_stop_to_help(tmp_path: P
     times = [row["hours"] for row in found["scaling"]]
     assert times == sorted(times, reverse=True) and len(times) >= 5
     assert found["deadline"]["of"]["price"] == min(row["price"] for row in found["scaling"])
+    told = rehearse.lines({**found, "price": 0.184, "deadline": {"hours": 1e-6, "of": None}})
+    fastest = min(found["scaling"], key=lambda row: row["hours"])
+    assert ", 0.18 for the nodes" in told[0]  # not 0, as if it were free
+    assert any(f"none of these numbers of GPUs; {fastest['units']} take " in line for line in told)
     [searched] = [
         line for line in found["path"] if "seed 1000" in line["what"] and line["what"].startswith("finetune der")
     ]

@@ -66,8 +66,9 @@ def test_large_folders_do_not_travel(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_where_no_dashboard_answers_is_said_with_the_remedy() -> None:
-    with pytest.raises(PrerequisiteError, match=r"no Ray dashboard answers at http://127\.0\.0\.1:9 .*--address"):
-        submit.client("http://127.0.0.1:9")
+    for address in ("http://127.0.0.1:9", "127.0.0.1:9"):
+        with pytest.raises(PrerequisiteError, match=r"no Ray dashboard answers at http://127\.0\.0\.1:9 .*--address"):
+            submit.client(address)
 
 
 @contextmanager
