@@ -67,7 +67,7 @@ class Holder:
     since: float = 0.0  # when it came up; before that, when its start began
     free_at: float = 0.0  # when it last had work
     began: float = 0.0  # when it was last given work
-    ends: float | None = None  # when that work will be done; None: not known
+    ends: float = math.inf  # when that work will be done; infinity: not known
 
     @property
     def open(self) -> bool:
@@ -195,14 +195,14 @@ class Devices:
             self._at(now + self.turn_s)
             self._rest(holder, now)
 
-    def work(self, holder: Holder, num: int, now: float, ends: float | None = None) -> None:
+    def work(self, holder: Holder, num: int, now: float, ends: float = math.inf) -> None:
         """Report that a holder was given `num` pieces of work, or, with a negative `num`, has done them.
 
-        `ends`: when the work will be done; None: not known.
+        `ends`: when the work will be done; infinity: not known.
         """
         holder.num_working += num
         if holder.num_working <= 0:
-            holder.num_working, holder.ends = 0, None
+            holder.num_working, holder.ends = 0, math.inf
             if holder.state == "up":
                 self._rest(holder, now)
         elif num > 0:
@@ -279,7 +279,7 @@ class Devices:
             if sum(holder.size for holder in chosen) < lacking - _EPS:
                 everyone = [holder for other in self.groups.values() for holder in other.holders.values()]
                 over = [holder for holder in everyone if self._is_over(holder, group, now)]
-                chosen |= dict.fromkeys(sorted(over, key=lambda h: (h.ends is None, h.ends or 0.0, h.began)))
+                chosen |= dict.fromkeys(sorted(over, key=lambda h: (h.ends, h.began)))
         ways: dict[Holder, None] = {}
         for holder in chosen:
             if lacking > _EPS:
@@ -364,8 +364,9 @@ class Devices:
         if (lacking, list(givers)) == self._chosen_for:
             return self._draining
         self._chosen_for, found = (lacking, list(givers)), dict[Holder, None]()
-        over = [h for g in givers for h in g.holders.values() if self._is_over(h, next_one, now)]
-        for holder in sorted(over, key=lambda h: (not h.closed, h.ends is None, h.ends or 0.0, h.began)):
+        latest = now - self.turn_s + _EPS
+        over = [h for g in givers for h in g.holders.values() if h.state == "up" and h.since <= latest]
+        for holder in sorted(over, key=lambda h: (not h.closed, h.ends, h.began)):
             left = givers[self.groups[holder.group]]
             if lacking > _EPS and left:
                 found[holder] = None

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -31,6 +31,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "search: utility": ("attack", "utility"),
 }
 _PRUNED = {"none": [], "bounds": ["search: attack", "search: utility"], "wilcoxon": list(STEPS)}
+_USUAL = Standing()  # of a cell that no entry of `execution.turns` names
 PILOT = 4  # the pilot asks one of so many utility prompts
 
 
@@ -214,8 +215,16 @@ def cells(sweep: Sweep, folder: Path | None = None, planned: bool = False) -> li
     task_names = _told_apart(task_entries(sweep))
     own = sweep.search.seed
     seeds = own, own if sweep.search.realign else sweep.seeds[0]
+
+    @cache
+    def for_rows(place: int, of_task: int) -> tuple[Method, dict[str, Json] | None, int]:
+        """A method for a task, its space, and how many trials its search has: the same for all models and poison ratios."""
+        method = for_task(methods_of_rows[place], sweep.tasks[of_task])
+        space = space_of(method)
+        return method, space, len(points(space)) if space and sweep.search.sampler == "grid" else sweep.search.trials
+
     for model in sweep.models:
-        for task, task_name in zip(sweep.tasks, task_names, strict=True):
+        for of_task, (task, task_name) in enumerate(zip(sweep.tasks, task_names, strict=True)):
 
             def recipe(
                 method: Method, ratio: float, name: str = "", model: Model = model, task: UserTask = task,
@@ -223,7 +232,7 @@ def cells(sweep: Sweep, folder: Path | None = None, planned: bool = False) -> li
             ) -> Recipe:  # fmt: skip
                 return Recipe(
                     model, sweep.adapter, sweep.lora, sweep.align, task, sweep.poison.task, ratio, method.name,
-                    dict(method.config), sweep.seeds[0], sweep.evaluate, sweep.poison.keep_task_rows, sweep.memory_mix,
+                    method.config, sweep.seeds[0], sweep.evaluate, sweep.poison.keep_task_rows, sweep.memory_mix,
                     names=(name, task_name),
                 )  # fmt: skip
 
@@ -231,22 +240,17 @@ def cells(sweep: Sweep, folder: Path | None = None, planned: bool = False) -> li
             # A model that is aligned already has no `base` row: before its alignment it was another model.
             base = [Cell(recipe(Method(name="base"), 0.0), None, shared, seeds, aligned)] if sweep.align.train else []
             chosen = [
-                (ratio, method, name)
+                (ratio, place)
                 for ratio in sweep.poison.ratios
-                for method, name in zip(methods_of_rows, method_names, strict=True)
+                for place, method in enumerate(methods_of_rows)
                 if not sweep.only or any(named(some, model, task, ratio, method) for some in sweep.only)
             ]
             if chosen:
                 grid += [*base, aligned]
-            for ratio, method, name in chosen:
-                own_method = for_task(method, task)
-                space = space_of(own_method)
-                num_trials = len(points(space)) if space and sweep.search.sampler == "grid" else sweep.search.trials
-                grid.append(
-                    Cell(
-                        recipe(own_method, ratio, name), space, shared, seeds, aligned, num_trials, sweep.search.at_once
-                    )
-                )
+            for ratio, place in chosen:
+                method, space, num_trials = for_rows(place, of_task)
+                its = recipe(method, ratio, method_names[place])
+                grid.append(Cell(its, space, shared, seeds, aligned, num_trials, sweep.search.at_once))
     return grid
 
 
@@ -256,16 +260,12 @@ def standing(sweep: Sweep, cell: Cell) -> Standing:
     The last entry that names the cell decides. A cell that no entry names gets the default. So do references, which all
     rows share.
     """
-    recipe = cell.recipe
-    if recipe.method in REFERENCES:
-        return Standing()
+    recipe, turns = cell.recipe, sweep.execution.turns
+    if not turns or recipe.method in REFERENCES:
+        return _USUAL
     method = Method(name=recipe.method, label=recipe.names[0] or None)
-    found = (
-        its
-        for its in reversed(sweep.execution.turns)
-        if named(its, recipe.model, recipe.task, recipe.poison_ratio, method)
-    )
-    return next(found, Standing())
+    found = (its for its in reversed(turns) if named(its, recipe.model, recipe.task, recipe.poison_ratio, method))
+    return next(found, _USUAL)
 
 
 def named(some: Some, model: Model, task: UserTask, ratio: float, method: Method) -> bool:

@@ -24,7 +24,6 @@ from safecl.workload import LIGHT, TRAINERS, Bounds, Cell, Grid, Group, Node
 
 TRAINER_S = 20.0  # seconds of a trainer's start: torch, transformers and Ray Train
 START_S = 10.0  # seconds of Ray's start, before anything runs
-NUM_LIGHT = 64  # stages that mostly wait, at the same time (execute.Broker)
 FEW = 200_000  # stages that all rows of the table of GPUs together may simulate, at 30,000 per second
 
 
@@ -73,7 +72,7 @@ class _Builder:
         self.project, self.forecast, self.execution, self.cluster = project, forecast, execution, cluster
         self.grid = Grid([
             Group("trainers", "training", execution.num_workers * execution.worker_units, 1, TRAINER_S, execution.num_workers),
-            Group("light", "light", 0.0, NUM_LIGHT, 0.0),
+            Group("light", "light", 0.0, 0, 0.0),
         ], checkpoint_s=execution.checkpoint_every_s)  # fmt: skip
         self.has = project.store.listed()
         self.stages: list[Stage] = []

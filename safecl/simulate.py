@@ -4,9 +4,10 @@ The rules of a real run decide which group holds devices (devices.py) and which 
 their estimated time, and nodes come and go. Stages are numbers into arrays, so that a hundred thousand of them take
 seconds.
 
-Three simplifications: an engine works on one stage after the other, while a real engine overlaps them (the estimates
-include this overlap); a stage takes the same time whatever else its node does; and who has the devices is decided at most
-once a tick. A holder that has more work loses no time by this: its next stage begins when the one before it ended.
+Four simplifications: an engine works on one stage after the other, while a real engine overlaps them (the estimates
+include this overlap); a stage takes the same time whatever else its node does; any number of light stages run at once; and
+who has the devices is decided at most once a tick. A holder that has more work loses no time by this: its next stage begins
+when the one before it ended.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class _Run:
         self, grid: Grid, nodes: Sequence[Node], num_trials_at_once: int, seed: int, bounds: Bounds | None
     ) -> None:
         self.grid, self.nodes, self.at_once = grid, nodes, num_trials_at_once
-        self.bound = (bounds or Bounds(grid)).on(nodes)
+        bounds = bounds or Bounds(grid)
+        self.bound = bounds.on(nodes)
         self.random = random.Random(seed)
         self.now = 0.0
         self.events: list[
@@ -73,7 +75,7 @@ class _Run:
                 self.above[other].append(stage)
         # Seconds left of each stage; of a stage that lost its node, from its checkpoint on.
         self.left = list(grid.seconds)
-        self.chain = grid.chains()
+        self.chain = bounds.chains
         self.turn: list[tuple[int, int, float, float, int] | None] = [None] * len(grid.seconds)
         self.state = bytearray(len(grid.seconds))  # UNASKED ... DONE
         self.training = Queue[int]()
@@ -92,7 +94,6 @@ class _Run:
         self.asking: list[Counter[int]] = [Counter() for _ in grid.groups]
         self.changed: set[int] = set()  # groups whose work changed since the devices were told
         self.finished: list[tuple[Holder, float]] = []  # whose work was done in this tick, and when
-        self.light_free = grid.groups[LIGHT].at_most
         self.number = {group.name: number for number, group in enumerate(grid.groups)}
         # Devices, and where they are.
         self.is_up = [True] * len(nodes)
@@ -212,6 +213,10 @@ class _Run:
     def _ready(self, stage: int) -> None:
         turn, group = self.turn[stage], self.grid.group[stage]
         assert turn is not None
+        if group == LIGHT:
+            self.state[stage] = RUNS
+            self._at(self.now + self.left[stage], _OVER, stage)
+            return
         if self.state[stage] == WAITS:
             self.num_coming[group] -= self.grid.ranks[stage]
             self.num_ready[group] += self.grid.ranks[stage]
@@ -243,23 +248,21 @@ class _Run:
     def _give(self, number: int) -> None:
         """Give a group's queue to those of its holders that have a free place."""
         idle, free_since = self.idle[number], dict(self.finished)
-        while (self.light_free if number == LIGHT else idle) and (stage := self._first(number)) is not None:
-            if number == LIGHT:
-                self.light_free -= 1
-                self._at(self.now + self.left[stage], _OVER, stage)
+        while idle and (stage := self._first(number)) is not None:
+            places = self.grid.ranks[stage]
+            for holder, free in idle.items():
+                if free >= places and holder.open:
+                    break
             else:
-                places = self.grid.ranks[stage]
-                holder = next((its for its, free in idle.items() if free >= places and its.open), None)
-                if holder is None:
-                    return
-                begins = free_since.get(holder, self.now)
-                ends = begins + self.left[stage] / self.nodes[self.node_of[holder]].pace
-                idle[holder] -= places
-                if not idle[holder]:
-                    del idle[holder]
-                self.does[holder][stage] = begins
-                self.devices.work(holder, 1, self.now, ends)
-                self._at(ends, _OVER, stage, holder)
+                return
+            begins = free_since.get(holder, self.now)
+            ends = begins + self.left[stage] / self.nodes[self.node_of[holder]].pace
+            idle[holder] -= places
+            if not idle[holder]:
+                del idle[holder]
+            self.does[holder][stage] = begins
+            self.devices.work(holder, 1, self.now, ends)
+            self._at(ends, _OVER, stage, holder)
             if number == TRAINERS:
                 self.training.remove(stage)
                 self.training_s -= self.grid.seconds[stage]
@@ -270,19 +273,16 @@ class _Run:
             self.num_working[number] += self.grid.ranks[stage]
 
     def _over(self, stage: int, holder: Holder | None) -> None:
-        number = self.grid.group[stage]
-        if holder is None:
-            self.light_free += 1
-        else:
+        if holder is not None:  # it is not a light stage
             began = self.does.get(holder, {}).pop(stage, None)
             if began is None or self.state[stage] != RUNS:
                 return  # its node is gone
+            number, places = self.grid.group[stage], self.grid.ranks[stage]
             group = self.grid.groups[number]
-            places = self.grid.ranks[stage]
             self.use[group.role] += (self.now - began) * group.size * places / group.at_once
             self.finished.append((holder, self.now))
             self.idle[number][holder] = self.idle[number].get(holder, 0) + places
-        self._worked(stage, number)
+            self._worked(stage, number)
         self.state[stage] = DONE
         for above in self.above[stage]:
             self.waits[above] -= 1
@@ -399,17 +399,16 @@ class _Run:
                 lender.work(holder, -1, self.now)
         self.finished.clear()
         for number in self.changed:
-            if number != LIGHT:
-                group = groups[number]
-                there = self.num_ready[number] + self.num_working[number]
-                first = self._first(number)
-                turn = None if first is None else self.turn[first]
-                rank = 0 if turn is None else NUM_RANKS * turn[0] + turn[1]
-                wanted = len(self.asking[number]) or -(-there // group.at_once)
-                if number == TRAINERS:  # as trainers report it
-                    wanted = min(wanted, group.at_most)
-                coming = min(self.num_coming[number], group.at_most)
-                lender.ask(group.name, wanted, self.now, rank, coming)
+            group = groups[number]
+            there = self.num_ready[number] + self.num_working[number]
+            first = self._first(number)
+            turn = None if first is None else self.turn[first]
+            rank = 0 if turn is None else NUM_RANKS * turn[0] + turn[1]
+            wanted = len(self.asking[number]) or -(-there // group.at_once)
+            if number == TRAINERS:  # as trainers report it
+                wanted = min(wanted, group.at_most)
+            coming = min(self.num_coming[number], group.at_most)
+            lender.ask(group.name, wanted, self.now, rank, coming)
         self.changed.clear()
         for act in lender.step(self.now):
             if isinstance(act, Start):

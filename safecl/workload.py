@@ -132,47 +132,53 @@ class Bounds:
             at = before[at]
         self.path.reverse()
         of_unit = [0.0 if number == LIGHT else group.size / group.at_once for number, group in enumerate(grid.groups)]
-        alone, group = np.array(grid.seconds), np.array(grid.group, dtype=int)
-        places = alone * np.array(grid.ranks)  # seconds times places
-        unit_s = places * np.array(of_unit)[group]
-        heads, tails = np.array(self.starts), np.array(grid.chains()) - alone
-        self.unit_s = float(unit_s.sum())
-        self.of_all = _within(heads, tails, unit_s)
+        self.chains = grid.chains()
+        alone, group, ranks = np.array(grid.seconds), np.array(grid.group, dtype=int), np.array(grid.ranks)
+        heads, tails, units = np.array(self.starts), np.array(self.chains) - alone, ranks * np.array(of_unit)[group]
+        self.of_all = _Load(heads, tails, alone, units)
+        self.unit_s = self.of_all.work
         self.of_group = {
-            number: _within(heads[group == number], tails[group == number], places[group == number])
+            number: _Load(heads[mine], tails[mine], alone[mine], ranks[mine])
             for number in range(len(grid.groups))
-            if number != LIGHT
+            if number != LIGHT and (mine := group == number).any()
         }
 
     def on(self, nodes: Sequence[Node]) -> Bound:
         """The lower bound on these nodes."""
         fastest, power = max(node.pace for node in nodes), sum(node.units * node.pace for node in nodes)
-        devices_s = max((outside / fastest + work / power for outside, work in self.of_all), default=0.0)
+        # In seconds of the fastest node: no stage is faster, and a slower device is a part of one.
+        devices_s = self.of_all.least(power / fastest, self.path_s) / fastest
         group_s = {}
-        for number, parts in self.of_group.items():
+        for number, load in self.of_group.items():
             group = self.grid.groups[number]
-            places = group.at_most * group.at_once * fastest
-            if parts:
-                group_s[group.name] = max(outside / fastest + work / places for outside, work in parts)
+            group_s[group.name] = load.least(group.at_most * group.at_once, self.path_s) / fastest
         reasons = {"the critical path": self.path_s / fastest, "all devices": devices_s, **group_s}
         why = max(reasons, key=reasons.__getitem__)
         return Bound(reasons[why], why, self.path_s / fastest, self.path, devices_s, group_s)
 
 
-def _within(heads: Floats, tails: Floats, work: Floats) -> list[tuple[float, float]]:
-    """For sets of stages, returns (idle seconds, work) pairs.
+class _Load:
+    """Stages that share a number of places, such as all devices. `heads`: seconds before each stage can begin. `tails`:
+    seconds of the stages that wait for it. `alone`: its own seconds. `places`: how many places it takes."""
 
-    Idle seconds: none of the set's stages can run, because their inputs come before (`heads`) or the stages that wait
-    for them come after (`tails`). All their work must be done in the remaining time. The sets are those with the
-    longest heads, or the longest tails; about two hundred sets are returned.
-    """
-    heads, tails, work = heads[work > 0], tails[work > 0], work[work > 0]
-    if not len(work):
-        return []
-    some = np.append(np.arange(0, len(work) - 1, max(1, len(work) // 100)), len(work) - 1)
-    found: list[tuple[float, float]] = []
-    for long, other in ((heads, tails), (tails, heads)):
-        order = np.argsort(-long, kind="stable")
-        outside, total = long[order] + np.minimum.accumulate(other[order]), np.cumsum(work[order])
-        found += zip(outside[some].tolist(), total[some].tolist(), strict=True)
-    return found
+    def __init__(self, heads: Floats, tails: Floats, alone: Floats, places: Floats) -> None:
+        self.work = float(alone @ places)
+        self.first, self.last = _most(heads, alone, places), _most(tails, alone, places)
+
+    def least(self, num_places: float, path_s: float) -> float:
+        """The least seconds in which so many places do this work, and stand idle as long as they must: at the beginning
+        until enough stages can begin, and at the end. `path_s`: seconds of the critical path. The beginning and the end
+        are together no longer than it, so that none of the time counts twice."""
+        (begins, idle), (ends, idle_last) = [(at, num_places * at - most) for at, most in (self.first, self.last)]
+        most_last = np.maximum.accumulate(idle_last)  # of any end up to this long
+        found = np.searchsorted(ends, path_s - begins, side="right") - 1
+        return float(self.work + (idle + most_last[np.maximum(found, 0)]).max()) / num_places
+
+
+def _most(heads: Floats, alone: Floats, places: Floats) -> tuple[Floats, Floats]:
+    """Times, and the most work that can be done until each of them, if every stage begins at its head."""
+    times, change = np.append(heads, heads + alone), np.append(places, -places)
+    order = np.argsort(times)
+    times, at_work = times[order], np.cumsum(change[order])
+    work = np.cumsum(at_work[:-1] * np.diff(times))
+    return np.append(0.0, times), np.append([0.0, 0.0], work)

@@ -151,6 +151,17 @@ def test_the_bound_knows_what_comes_before_and_after_the_work_of_a_group() -> No
     assert simulate(made, [Node("a", 100)], 100).makespan_s >= bound.seconds
 
 
+def test_the_bound_knows_that_a_stage_works_on_no_more_devices_than_it_can() -> None:
+    """Until 300 s two long stages use two of four devices, though they alone have work for all."""
+    made = grid()
+    early, late = made.add(TRAINERS, 100.0, ()), made.add(TRAINERS, 300.0, ())
+    stages = [made.add(TRAINERS, 400.0, (early,)) for _ in range(2)]
+    stages += [made.add(TRAINERS, 50.0, (late,)) for _ in range(16)]
+    made.cells.append(Cell([[(stage,) for stage in stages]]))
+    found = simulate(made, [Node("a", 4)], 100)
+    assert found.makespan_s == found.bound.seconds == 600.0 and found.bound.why == "all devices"
+
+
 def test_bounds_are_of_any_nodes() -> None:
     made = grid(at_most=3)
     rows(made, 12, 100.0)
