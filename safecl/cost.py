@@ -383,9 +383,11 @@ def cost(
         shared = sum(uses[key] - 1 for key in of_kind)
         hours = remaining.kinds[kind] / 3600
         table[kind] = Count(num_run, remaining.later[kind], len(of_kind) - num_run, shared, hours)
-    states_gib = sum(item.estimate.states_gib for item in todo)
-    disk_gib = states_gib + sum(item.estimate.weights_gib for item in todo)
-    return Cost(table, remaining.seconds({}, forecast.estimator.boot_s) / 3600, states_gib, disk_gib)
+    states_gib = weights_gib = 0.0
+    for item in todo:
+        states_gib += item.estimate.states_gib
+        weights_gib += item.estimate.weights_gib
+    return Cost(table, remaining.seconds({}, forecast.estimator.boot_s) / 3600, states_gib, states_gib + weights_gib)
 
 
 def _uses(tops: Iterable[Stage]) -> tuple[dict[str, Stage], Counter[str]]:

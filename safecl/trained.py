@@ -42,6 +42,7 @@ class Preview:
         self.store, self.folder, self.planned = store, folder, planned
         self._made: dict[str, Composed | ConfigError | None] = {}
         self._found: dict[tuple[Any, ...], Found] = {}  # several stages draw from these
+        self._taken: dict[tuple[str, ...], list[str]] = {}  # by keys of excluded stages: their prompts
         self._tokenizers: dict[str, Tokenizer] = {}
 
     def rows(self, stage: Stage) -> Composed | None:
@@ -66,17 +67,17 @@ class Preview:
             with suppress(Damaged):  # a run makes it again
                 lines = json_lines(self.store.path(stage) / "rows.jsonl")
                 return Composed([Row(**line) for line in lines], self.store.record(stage)["result"])
-        taken: list[str] = []
-        for name in sorted(stage.inputs):
-            if name.startswith("exclude_"):
-                found = self.rows(stage.inputs[name])
-                if found is None:
-                    return None
-                taken += [row.asked for row in found.rows]
+        excluded = [stage.inputs[name] for name in sorted(stage.inputs) if name.startswith("exclude_")]
+        rows = [self.rows(other) for other in excluded]
+        if None in rows:
+            return None
         parts = [*config["parts"], *([config["poison"]] if config["poison"] else [])]
         if not all(is_here(part["source"]) for part in parts):
             return None
-        keys = tuple(stage.inputs[name].key for name in sorted(stage.inputs) if name.startswith("exclude_"))
+        keys = tuple(other.key for other in excluded)
+        if keys not in self._taken:
+            self._taken[keys] = [row.asked for found in rows if found is not None for row in found.rows]
+        taken = self._taken[keys]
         seed = int(config["seed"])
 
         def draw_from(part: dict[str, Any], split: str) -> Found:
