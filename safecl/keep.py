@@ -162,8 +162,8 @@ def readable(num_bytes: int) -> str:
 
 
 def table(store: Store, needed_keys: set[str] | None) -> list[dict[str, Any]]:
-    """A row for each kind of stage, then for each other folder: number and bytes. With `needed_keys` also the number
-    and bytes of stages that are not needed."""
+    """A row for each kind of stage, then for each other folder: number and bytes (at a URL, of what lies there, not in this
+    machine's cache). With `needed_keys` also the number and bytes of stages that are not needed."""
     rows: dict[str, dict[str, Any]] = {}
     for held in stages(store):
         row = rows.setdefault(held.kind, {"what": held.kind, "num": 0, "bytes": 0})
@@ -176,6 +176,11 @@ def table(store: Store, needed_keys: set[str] | None) -> list[dict[str, Any]]:
                 row["unneeded_num"] += 1
                 row["unneeded_bytes"] += held.bytes
     found = sorted(rows.values(), key=lambda row: -int(row["bytes"]))
+    if store.remote is not None:
+        for name in ("logs", "scratch", "uploads", "damaged", "notes"):
+            if there := store.remote.list(name):
+                found.append({"what": f"{name}/", "num": len(there), "bytes": sum(size for _, size in there.values())})
+        return found
     for name in ("logs", "scratch", "damaged", "tmp", "tune", "report", "notes"):
         folder = store.local / name
         if folder.is_dir() and (size := size_of(folder)):

@@ -17,7 +17,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from safecl import cache, cli, lease, printed, records, remote, underway, upkeep
+from safecl import cache, cli, keep, lease, printed, records, remote, underway, upkeep
 from safecl.base import Damaged, Infrastructure, PrerequisiteError, Unreachable
 from safecl.remote import Remote
 from safecl.store import Stage, Store
@@ -367,6 +367,21 @@ def test_logs_are_listed_and_read_by_key_from_any_machine(
     assert printed.read(one, "data-0123456789ab.log", 3).endswith(b", and more")
     with pytest.raises(FileNotFoundError, match="no log 'x'"):
         printed.read(other, "x")
+
+
+def test_du_counts_what_lies_at_the_url_and_not_this_machines_cache(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = node(monkeypatch, tmp_path, url)
+    publish(store, stage(), "123456789")
+    store.note("speeds", 1)
+    (store.logs / "ray.log").parent.mkdir(parents=True, exist_ok=True)
+    (store.logs / "ray.log").write_text("this machine's own")
+    rows = {row["what"]: row for row in keep.table(store, None)}
+    assert rows["notes/"]["num"] == 1 and "logs/" not in rows
+    printed.put(store, store.logs / "ray.log")
+    rows = {row["what"]: row for row in keep.table(store, None)}
+    assert rows["logs/"]["bytes"] == len("this machine's own") and rows["data"]["bytes"] > 9
 
 
 def test_notes_are_the_same_for_every_node(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
