@@ -40,7 +40,7 @@ from safecl.trainers import Trainers
 from safecl.work import Begun, Hand, Ran, run_stage
 
 DRAIN_S = 2.0  # seconds between two looks for draining nodes; a spot warning comes 30 s to 2 minutes before the end
-WATCH_S = 5.0  # seconds between two looks at the cluster's size
+WATCH_S = 5.0  # seconds between two looks at the cluster's size, and at what dead actors hold
 REPAIRS = 2  # how often a stage is begun again because one of its inputs was found damaged
 
 T = TypeVar("T")
@@ -89,13 +89,15 @@ class Broker:
         self.ending: float | None = None  # since when finetunes must write a checkpoint, because the driver ends
         self.draining: dict[str, float] = {}  # by node that will be gone (first digits of its id): since when
         self.told: set[str] = set()  # draining nodes that are in the journal
-        self.watching: list[asyncio.Task[None]] = []  # tasks that watch the cluster's nodes
+        self.watching: list[asyncio.Task[None]] = []  # tasks that look after the cluster
         if _replaces_another():
             self.journal.add(faults.BROKER)
             clear(store.short)
         held = held or capacity(execution, {"CPU": num_cpus}, math.inf)
         self.lender = Lender(Devices(held.num_units, execution.turn_s, room=self._room))
-        self.trainers = Trainers(store, execution, logs, self.lender, held, self._trains, self._ahead)
+        self.trainers = Trainers(
+            store, execution, logs, self.lender, held, self._trains, self._ahead, self._begin, self._end
+        )  # fmt: skip
         self.fleet = Fleet(
             store, execution, self.lender, held, 2 * self.num_light, self._begin, self._end
         )  # fmt: skip
@@ -112,8 +114,10 @@ class Broker:
         """
         self.num_asked += 1
         number = self.num_asked
-        if not self.watching and self.execution.address != "local":
-            self.watching = [asyncio.create_task(watch) for watch in (self._watch_nodes(), self._watch_size())]
+        if not self.watching:
+            joined = self.execution.address != "local"
+            watches = [self._watch_reserved(), *([self._watch_nodes(), self._watch_size()] if joined else ())]
+            self.watching = [asyncio.create_task(watch) for watch in watches]
         turn = self._line_up(await self._asked(below, stages, self.store.has), claim, number)
         await self._all(stages, turn)
 
@@ -314,6 +318,14 @@ class Broker:
         self.holding.append(self.fleet.lease(role, model, "", model.key, Turn.of(UNNAMED, 0.0, 0)))
         groups: dict[str, tuple[str, ...]] = await self.holding[-1].__aenter__()
         return groups
+
+    async def _watch_reserved(self) -> None:
+        """Free what killed controllers had reserved. Ray may not know yet that one is dead when its trainer is given up, and
+        several may die together."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            with suppress(Exception):  # Ray's own head may be away for a while
+                await asyncio.to_thread(reclaim.free)
 
     async def _watch_size(self) -> None:
         """Follow the cluster's size while nodes come and go."""

@@ -46,9 +46,10 @@ class Times:
         self._add(key, ready=time.time())
 
     def begins(self, key: str, kind: str = "", at: float | None = None) -> None:
-        """The stage begins now, or began `at`. This also adds an engine's boot (`kind`), which no stage asks for."""
+        """The stage begins now, or began `at`. This also adds the start of an engine or a trainer (`kind`), which no stage asks
+        for."""
         now = time.time() if at is None else at
-        if kind.startswith("engine"):
+        if kind.startswith(("engine", "trainer")):
             self._open[key] = {
                 "key": key,
                 "kind": kind,

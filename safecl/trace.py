@@ -71,6 +71,8 @@ def row_of(span: Span) -> str:
     """Name of the device, engine or process that ran the stage."""
     if span["kind"].startswith("engine"):
         return f"engine {span['key']}"
+    if span["kind"] == "trainer":
+        return f"start of {span['key']}"
     if span["needs"] == "trainer":
         return f"{span.get('device', 'cpu')}, process {span.get('pid', '?')}"
     return span["needs"] if span["needs"] == "process" else f"engine {span['needs']}"

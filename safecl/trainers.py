@@ -18,7 +18,6 @@ import asyncio
 import gc
 import os
 import shutil
-import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safecl import reclaim
 from safecl.base import ConfigError, Damaged, Infrastructure, PrerequisiteError, importing
 from safecl.capacity import Capacity, reserved
 from safecl.config import Execution
@@ -76,7 +74,8 @@ class Trainers:
     trainers there are.
 
     `on_start` is called with each stage that is given out. `ahead` gives the seconds of all training that was asked for and
-    has not begun, and `coming_s` of order.Queue.first.
+    has not begun, and `coming_s` of order.Queue.first. `begin` and `end` are called when a trainer's start begins, with
+    (what, name), and when its workers have come or it is given up, with (name).
     """
 
     def __init__(
@@ -88,9 +87,11 @@ class Trainers:
         capacity: Capacity,
         on_start: Callable[[Stage], None],
         ahead: Callable[[], tuple[float, float]],
+        begin: Callable[[str, str], None],
+        end: Callable[[str], None],
     ) -> None:
         self.store, self.execution, self.logs = store, execution, logs
-        self.on_start, self.ahead = on_start, ahead
+        self.on_start, self.ahead, self.begin, self.end = on_start, ahead, begin, end
         self.journal = Journal(Path(logs))
         self.lender = lender
         self.num_trainers = capacity.num_trainers
@@ -147,6 +148,7 @@ class Trainers:
             if name not in self.trainers:  # its units went to other holders that waited for them
                 return None
         trainer.group = group
+        self.end(name)
         given: asyncio.Future[tuple[Stage, int] | None] = asyncio.get_running_loop().create_future()
         trainer.waiting[rank] = given
         self.lender.up(trainer.holder)
@@ -208,15 +210,17 @@ class Trainers:
 
     def stop(self, holder: Holder) -> None:
         """End an idle trainer. Its ranks learn it when they ask for work."""
-        trainer = next(trainer for trainer in self.trainers.values() if trainer.holder is holder)
-        self.trainers.pop(trainer.name)
-        for given in trainer.waiting.values():
-            given.set_result(None)
-        trainer.waiting = {}
+        # None is found if its workers were just lost: `_hold` is about to report that it is gone.
+        for trainer in [trainer for trainer in self.trainers.values() if trainer.holder is holder]:
+            self.trainers.pop(trainer.name)
+            for given in trainer.waiting.values():
+                given.set_result(None)
+            trainer.waiting = {}
 
     async def _hold(self, trainer: Trainer) -> None:
         import ray
 
+        self.begin("trainer", trainer.name)
         me = ray.get_runtime_context().current_actor
         loop = asyncio.get_running_loop()
         why: Exception | None = None
@@ -225,17 +229,16 @@ class Trainers:
                 await loop.run_in_executor(thread, fit, trainer.name, self.store, self.execution, self.logs, me)
             except Exception as error:  # more restarts than allowed, or it never started
                 why = Infrastructure(f"{type(error).__name__}: {error}")
-                try:
-                    await loop.run_in_executor(thread, _reclaim)
-                except Exception as other:  # Ray may be gone
-                    self.journal.add(cause_of(other), f"resources of {trainer.name}", other)
         self.trainers.pop(trainer.name, None)
-        never_came = why is not None and not trainer.group and self.lender.never_came(trainer.holder)
-        if why and not trainer.group and not never_came and (work := self._next()) is not None:
-            self.queue.remove(work)
-            self._again(work, why)  # else a trainer that cannot start is restarted forever
-        self._lost(trainer, why or Infrastructure("its trainer ended"))
-        self.lender.gone(trainer.holder)
+        self.end(trainer.name)
+        try:
+            never_came = why is not None and not trainer.group and self.lender.never_came(trainer.holder)
+            if why and not trainer.group and not never_came and (work := self._next()) is not None:
+                self.queue.remove(work)
+                self._again(work, why)  # else a trainer that cannot start is restarted forever
+            self._lost(trainer, why or Infrastructure("its trainer ended"))
+        finally:  # units that are not given back would be missing until the run's end
+            self.lender.gone(trainer.holder)
         self._tell()
 
     def _lost(self, trainer: Trainer, why: Exception) -> None:
@@ -292,7 +295,6 @@ def fit(name: str, store: Store, execution: Execution, logs: str, broker: Any) -
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig
 
-    reclaim.free()  # of two controllers that died together one may have been overlooked
     folder = Path(logs) / "train"
     trainer = _trainer_class()(
         worker,
@@ -313,14 +315,6 @@ def fit(name: str, store: Store, execution: Execution, logs: str, broker: Any) -
         trainer.fit()
     finally:
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def _reclaim() -> None:
-    """Free the resources that a killed controller had reserved. Ray may need a moment to see that it is dead."""
-    for _ in range(20):
-        if reclaim.free():
-            return
-        time.sleep(0.25)
 
 
 def tidy(logs: Path, live: Collection[str]) -> None:

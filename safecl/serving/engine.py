@@ -47,7 +47,9 @@ class Engine:
             from vllm.v1.engine.async_llm import AsyncLLM
 
             from safecl.serving import swap
+            from safecl.serving.worker import REPLICA
 
+        os.environ[REPLICA] = str(os.getpid())
         # Keep the base's files on this node as long as the engine lives.
         self._base, _ = self._open.enter_context(self._folders(base, None))
         self._settings = settings
@@ -251,7 +253,7 @@ def arguments(base_folder: str, settings: Settings) -> dict[str, Any]:
         "tensor_parallel_size": num_gpus,
         "quantization": settings.quantization,
         "enforce_eager": not on_gpu,  # compiling on CPU costs minutes of boot
-        "worker_extension_cls": "safecl.serving.swap.Swap",
+        "worker_extension_cls": "safecl.serving.worker.Swap",
         "generation_config": "vllm",  # do not use the model folder's sampling defaults
         "use_tqdm_on_load": False,
         "disable_log_stats": True,

@@ -6,7 +6,7 @@ that holds the engine's weights.
     W_served = (float32(W_base) + scale * B @ A) cast to the engine's dtype,    scale = alpha / r  (alpha / sqrt(r): rslora)
     W_served = (float32(W_base) + delta) cast to the engine's dtype,            for a folder of dense deltas
 
-vLLM loads `Swap` into its worker by qualified name (`worker_extension_cls`). A swap loads only the layers that differ between
+vLLM loads `Swap` into its worker (worker.py). A swap loads only the layers that differ between
 the weights held and the weights wanted, that is, the layers that either of them changes in the base. Every tensor is computed
 from the unchanged base files, so no error accumulates over swaps. Tensors are made one at a time, so the merged model is
 never in memory as a whole.
