@@ -75,6 +75,13 @@ def free_gib() -> float:
     return float(psutil.virtual_memory().available) / 2**30
 
 
+def free_units(resource: str) -> list[float]:
+    """Return how many units of a resource each node of the joined Ray cluster has free, by Ray's view of a moment ago."""
+    from ray._private.state import available_resources_per_node
+
+    return [float(free.get(resource, 0.0)) for free in available_resources_per_node().values()]
+
+
 class Found(NamedTuple):
     """How much a cluster has of one resource.
 

@@ -121,8 +121,8 @@ class Devices:
         num_units: how many units there are.
         turn_s: length of a turn, in seconds.
         linger_s: seconds without work after which a holder may be stopped for a starved group.
-        room: whether one node has enough free units for a holder of this group. For holders that need all their units on
-            one node, where the sum of the free units is not enough to know.
+        room: whether the free units can be had for a holder of this group: others may hold some of them, and a holder may
+            need all of its units on one node.
     """
 
     def __init__(
@@ -230,8 +230,8 @@ class Devices:
         self._settle(group, was_starved, now)
 
     def resize(self, num_units: float) -> None:
-        """Report the number of units after nodes came or went. Report holders on lost nodes by `gone`."""
-        self._changed = self._changed or num_units != self.num_units
+        """Report the number of units, when nodes or `room` may have changed. Report holders on lost nodes by `gone`."""
+        self._changed = True
         self.num_units = num_units
 
     def waiting(self) -> list[Group]:
@@ -267,7 +267,7 @@ class Devices:
         if lacking <= _EPS:
             if self._leaving > _EPS or self.room(group):
                 return  # it will fit
-            lacking = 2 * _EPS  # enough units in all, but not on one node: free one holder more
+            lacking = 2 * _EPS  # enough units in all, but they cannot be had: free one holder more
         chosen = dict.fromkeys(self._spare(now, self.linger_s))
         if now - group.since >= self.turn_s - _EPS:
             idle = sorted(

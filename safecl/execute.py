@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from safecl import faults, gauges, reclaim
 from safecl.base import Damaged
-from safecl.capacity import GIB, Capacity, capacity, find, free_gib, unit
+from safecl.capacity import GIB, Capacity, capacity, find, free_gib, free_units, unit
 from safecl.claims import Claims
 from safecl.cluster import clear
 from safecl.config import Execution
@@ -41,6 +41,8 @@ from safecl.work import Begun, Hand, Ran, run_stage
 
 DRAIN_S = 2.0  # seconds between two looks for draining nodes; a spot warning comes 30 s to 2 minutes before the end
 WATCH_S = 5.0  # seconds between two looks at the cluster's size, and at what dead actors hold
+# For so many seconds after a holder is gone, its units are taken as free. Ray's view of them may be as old.
+FREED_S = 2 * WATCH_S
 REPAIRS = 2  # how often a stage is begun again because one of its inputs was found damaged
 
 T = TypeVar("T")
@@ -88,6 +90,7 @@ class Broker:
         self.journal = faults.Journal(Path(logs))
         self.ending: float | None = None  # since when finetunes must write a checkpoint, because the driver ends
         self.draining: dict[str, float] = {}  # by node that will be gone (first digits of its id): since when
+        self.free: list[float] | None = None  # units that each node of a joined cluster had free at the last look
         self.told: set[str] = set()  # draining nodes that are in the journal
         self.watching: list[asyncio.Task[None]] = []  # tasks that look after the cluster
         if _replaces_another():
@@ -118,6 +121,8 @@ class Broker:
             joined = self.execution.address != "local"
             watches = [self._watch_reserved(), *([self._watch_nodes(), self._watch_size()] if joined else ())]
             self.watching = [asyncio.create_task(watch) for watch in watches]
+            if joined:
+                self.free = await asyncio.to_thread(free_units, unit(self.execution))
         turn = self._line_up(await self._asked(below, stages, self.store.has), claim, number)
         await self._all(stages, turn)
 
@@ -334,16 +339,17 @@ class Broker:
             await asyncio.sleep(WATCH_S)
             with suppress(Exception):  # Ray's own head may be away for a while
                 found = await asyncio.to_thread(find, self.execution, scarce)
+                self.free = await asyncio.to_thread(free_units, scarce)
                 self.lender.resize(found.may, found.have)
 
     def _room(self, group: Group) -> bool:
-        """Whether one node has enough free units for an engine of this group."""
-        if group.name == TRAINERS or group.size <= 1 or unit(self.execution) == GIB:
+        """Whether the cluster has the units of one holder more. Other drivers may hold them, and an engine needs its own on
+        one node. Autoscaling may always bring some."""
+        if self.free is None or self.lender.may_grow or self.lender.since_freed < FREED_S:
             return True
-        from ray._private.state import available_resources_per_node
-
-        scarce = unit(self.execution)
-        return any(free.get(scarce, 0.0) >= group.size for free in available_resources_per_node().values())
+        if group.name != TRAINERS:
+            return max(self.free, default=0.0) >= group.size
+        return sum(int(free / self.execution.worker_units) for free in self.free) >= self.execution.num_workers
 
     async def take(self, trainer: str, rank: int, worker: str) -> tuple[Stage, int] | None:
         """`Trainers.take`, for a trainer's workers."""

@@ -4,6 +4,7 @@ start and stop."""
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any, Protocol
 
 from safecl.devices import IDLE_S, Devices, Holder, Start
@@ -27,6 +28,7 @@ class Lender:
         self._stepping = False
         self._have = devices.num_units  # units that are there, without those that autoscaling may add
         self._capped: float | None = None  # units that were there when autoscaling added none
+        self._freed = -math.inf  # when a holder was last gone
 
     def add(self, group: str, user: User, size: float, at_most: int, idle_s: float = IDLE_S) -> None:
         """Register a group of at most `at_most` holders of `size` units each, and the user that starts and stops them."""
@@ -50,8 +52,19 @@ class Lender:
 
     def gone(self, holder: Holder) -> None:
         """Report that a holder has been stopped, has died, or could not be started, and step. Its units are free."""
-        self.devices.gone(holder, self._now())
+        self._freed = self._now()
+        self.devices.gone(holder, self._freed)
         self.step()
+
+    @property
+    def since_freed(self) -> float:
+        """Seconds since a holder was last gone; infinity if none ever was."""
+        return self._now() - self._freed
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether autoscaling may add units."""
+        return self.devices.num_units > self._have
 
     def resize(self, num_units: float, have: float) -> None:
         """`num_units`: units including those that autoscaling may add. `have`: units that are there."""
@@ -87,7 +100,7 @@ class Lender:
         if self._timer is not None:
             self._timer.cancel()
         at = self.devices.next_at
-        self._timer = None if at == float("inf") else asyncio.get_running_loop().call_at(at + 0.001, self.step)
+        self._timer = None if at == math.inf else asyncio.get_running_loop().call_at(at + 0.001, self.step)
 
     def told(self) -> dict[str, Any]:
         """The units of each group, and for how many seconds a group has waited for units."""

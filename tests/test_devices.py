@@ -265,6 +265,29 @@ def test_several_units_on_one_node_are_cleared_though_enough_are_free_in_all() -
     assert [act.holder.group for act in devices.step(701.0)] == ["large", "trainers"]
 
 
+def test_two_drivers_that_each_hold_what_the_other_waits_for_do_not_wait_for_ever() -> None:
+    """Each counts the cluster's two units as its own. One has an engine and wants a trainer, the other has it the other way."""
+    drivers: list[Devices] = []
+    for has, wants in (("engine", "trainers"), ("trainers", "engine")):
+        devices = Devices(2.0, TURN_S, LINGER_S, room=lambda group: sum(each.held for each in drivers) < 2)
+        for name in (has, wants):
+            devices.add(name, 1.0)
+        devices.ask(has, 1, now=0.0)
+        (start,) = devices.step(0.0)
+        devices.up(start.holder, 1.0)
+        devices.ask(has, 0, now=1.0, coming=1)  # its next work comes from the other group
+        devices.ask(wants, 1, now=1.0)
+        drivers.append(devices)
+    one, other = drivers
+    assert one.step(1.5) == other.step(1.5) == []
+    one.resize(2.0)  # looks again
+    (stop,) = one.step(1.0 + LINGER_S)
+    assert stop == Stop(stop.holder) and stop.holder.group == "engine"
+    one.gone(stop.holder, 4.0)
+    (start,) = one.step(4.0)
+    assert start == Start(start.holder) and start.holder.group == "trainers"
+
+
 def test_units_that_went_are_given_back_by_whoever_comes_to_rest_first() -> None:
     devices = Devices(2, TURN_S, LINGER_S)
     devices.add("trainers", 1, at_most=2)

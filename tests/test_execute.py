@@ -21,7 +21,7 @@ from safecl import execute, lease
 from safecl.base import PrerequisiteError
 from safecl.capacity import Capacity
 from safecl.config import Execution
-from safecl.devices import Holder
+from safecl.devices import Group, Holder
 from safecl.faults import Journal
 from safecl.order import Claim, Turn
 from safecl.store import Stage, Store
@@ -94,6 +94,31 @@ def test_what_trains_next_is_looked_for_only_where_a_rank_waits(tmp_path: Path) 
 
     asyncio.run(give())
     assert len(looks) == 1
+
+
+def test_units_that_another_driver_holds_are_not_counted_on(tmp_path: Path) -> None:
+    """Two drivers of one cluster each count all of its units as their own."""
+    chosen = Execution(address="auto", unit="bed", num_workers=3)
+    broker = execute.Broker(Store(str(tmp_path)), chosen, "", 8, Capacity("bed", 4.0, 3.0, 2.0, 1))
+    engine, trainers = Group("candidate-1", 2.0, 1, 0.0), Group("trainers", 3.0, 1, 0.0)
+
+    async def rooms(*free: float) -> tuple[bool, bool]:
+        broker.free = list(free)
+        return broker._room(engine), broker._room(trainers)
+
+    assert asyncio.run(rooms(2.0, 1.0)) == (True, True)
+    assert asyncio.run(rooms(1.0, 1.0, 1.0)) == (False, True), "an engine needs its units on one node"
+    assert asyncio.run(rooms(2.0)) == (True, False)
+    assert asyncio.run(rooms()) == (False, False)
+    broker.lender._have = 2.0
+    assert asyncio.run(rooms()) == (True, True), "autoscaling may bring them"
+    broker.lender._have = 4.0
+
+    async def after_one_was_gone() -> tuple[bool, bool]:
+        broker.lender._freed = asyncio.get_running_loop().time()
+        return await rooms()
+
+    assert asyncio.run(after_one_was_gone()) == (True, True), "Ray's view is older"
 
 
 def test_units_of_a_trainer_that_is_lost_while_it_makes_way_are_free(
