@@ -34,6 +34,7 @@ class Claims:
         self.store = store
         self.held: set[str] = set()
         self.wanted: set[str] = set()
+        self.awaited: set[str] = set()  # what other drivers make and this one waits for
         self._running: asyncio.Task[Rivals] | None = None
         self._coming: asyncio.Task[Rivals] | None = None
         self._telling: asyncio.TimerHandle | None = None
@@ -42,6 +43,12 @@ class Claims:
     async def take(self, stage: Stage) -> bool:
         """Wait for the stage. Returns True when this driver is to make it (then call `leave`), False once it has been made."""
         key = stage.key[:DIGITS]
+        try:
+            return await self._take(stage, key)
+        finally:
+            self.awaited.discard(key)
+
+    async def _take(self, stage: Stage, key: str) -> bool:
         while True:
             self.wanted.add(key)
             try:
@@ -62,6 +69,7 @@ class Claims:
                 await asyncio.sleep(LOOK_S / 10)
                 continue
             self._tell()
+            self.awaited.add(key)
             await asyncio.sleep(LOOK_S)
             if await self._is_made(stage):
                 return False

@@ -16,6 +16,8 @@ units from its start until it is gone. The rules, in this order:
   another group also takes units of the other's holders whose turn is over, once their work is done: trainers, which have
   work until the end, thus leave room for engines whose queues have become long.
 - A holder that has been without work for `idle_s`, and whose group has none to come, is stopped.
+- While others make what this run waits for (`shares`), and no units can be had, a holder that has been without work for as long
+  as the longest start takes is stopped, also if its group has work to come: the others may wait for its units.
 
 So the units of the largest holder suffice for any number of groups. A holder is started and stopped at most once a turn, or
 as often as its work comes and goes.
@@ -135,6 +137,7 @@ class Devices:
         self.num_units, self.turn_s, self.linger_s, self.room = num_units, turn_s, linger_s, room
         self.groups: dict[str, Group] = {}
         self.held = 0.0
+        self._shares = False
         self._leaving = 0.0  # units of `held` whose holders are being stopped
         self._draining: dict[Holder, None] = {}
         self._chosen_for: tuple[float, list[Group]] | None = None  # units and groups for which `_yielding` chose them
@@ -229,10 +232,13 @@ class Devices:
         holder.state, holder.closed, holder.num_working = "gone", False, 0
         self._settle(group, was_starved, now)
 
-    def resize(self, num_units: float) -> None:
-        """Report the number of units, when nodes or `room` may have changed. Report holders on lost nodes by `gone`."""
+    def resize(self, num_units: float, shares: bool = False) -> None:
+        """Report the number of units, when nodes or `room` may have changed. Report holders on lost nodes by `gone`.
+
+        `shares`: whether others that share the units make what this run waits for.
+        """
         self._changed = True
-        self.num_units = num_units
+        self.num_units, self._shares = num_units, shares
 
     def waiting(self) -> list[Group]:
         """Return the starved groups, the next one first, without those whose holder needs more units than there are."""
@@ -260,6 +266,11 @@ class Devices:
         yield from self._grow(now)
         for holder in self._spare(now, None):
             yield self._stop(holder, now)
+        for holder in self._spare(now, self._spare_s) if self._shares else ():
+            group = self.groups[holder.group]
+            if not self.room(group):
+                group.num_warmed = group.at_most  # the next one only for work that is there
+                yield self._stop(holder, now)
 
     def _make_way(self, group: Group, now: float) -> Iterator[Stop]:
         """Stop holders without work, and close holders whose turn is over, as many as this starved group needs to fit."""

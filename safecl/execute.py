@@ -340,7 +340,7 @@ class Broker:
             with suppress(Exception):  # Ray's own head may be away for a while
                 found = await asyncio.to_thread(find, self.execution, scarce)
                 self.free = await asyncio.to_thread(free_units, scarce)
-                self.lender.resize(found.may, found.have)
+                self.lender.resize(found.may, found.have, shares=bool(self.claims.awaited))
 
     def _room(self, group: Group) -> bool:
         """Whether the cluster has the units of one holder more. Other drivers may hold them, and an engine needs its own on

@@ -66,12 +66,13 @@ class Lender:
         """Whether autoscaling may add units."""
         return self.devices.num_units > self._have
 
-    def resize(self, num_units: float, have: float) -> None:
-        """`num_units`: units including those that autoscaling may add. `have`: units that are there."""
+    def resize(self, num_units: float, have: float, shares: bool = False) -> None:
+        """`num_units`: units including those that autoscaling may add. `have`: units that are there. `shares`: see
+        Devices.resize."""
         self._have = have
         if self._capped is not None and have > self._capped:
             self._capped = None  # autoscaling adds some after all
-        self.devices.resize(num_units if self._capped is None else have)
+        self.devices.resize(num_units if self._capped is None else have, shares)
         self.step()
 
     def never_came(self, holder: Holder) -> bool:

@@ -79,10 +79,10 @@ def test_a_driver_that_was_killed_is_taken_over_from_at_once_and_one_that_lives_
             mine = Claims(store)
             waiting = asyncio.create_task(mine.take(stage))
             await asyncio.sleep(2 * claims.LOOK_S)
-            assert not waiting.done()
+            assert not waiting.done() and mine.awaited == {stage.key[: claims.DIGITS]}
             os.kill(holder.pid, signal.SIGKILL)
             began = time.monotonic()
-            assert await waiting
+            assert await waiting and not mine.awaited
             mine.leave(stage)
             return time.monotonic() - began
 

@@ -288,6 +288,37 @@ def test_two_drivers_that_each_hold_what_the_other_waits_for_do_not_wait_for_eve
     assert start == Start(start.holder) and start.holder.group == "trainers"
 
 
+def test_a_driver_that_waits_for_what_another_makes_gives_up_what_is_idle() -> None:
+    """The other one has no unit, and makes the stage for which this one's engine waits."""
+    is_free = False
+    devices = Devices(1.0, TURN_S, LINGER_S, room=lambda group: is_free)
+    devices.add("engine", 1.0)
+    devices.ask("engine", 1, now=0.0)
+    assert devices.step(0.0) == [], "others hold it"
+    is_free = True
+    devices.resize(1.0)
+    (start,) = devices.step(0.0)
+    devices.up(start.holder, BOOT_S)
+    is_free = False
+    devices.ask("engine", 0, now=BOOT_S, coming=1)
+    devices.resize(1.0, shares=True)
+    assert devices.step(BOOT_S * 1.9) == []
+    devices.resize(1.0)
+    assert devices.step(BOOT_S * 2) == [], "nobody waits for it"
+    is_free = True
+    devices.resize(1.0, shares=True)
+    assert devices.step(BOOT_S * 2) == [], "others have room"
+    is_free = False
+    devices.resize(1.0, shares=True)
+    assert devices.step(BOOT_S * 2) == [Stop(start.holder)]
+    devices.gone(start.holder, BOOT_S * 2)
+    is_free = True
+    devices.resize(1.0, shares=True)
+    assert devices.step(BOOT_S * 2) == [], "not ahead of its work: the others would not get the unit"
+    devices.ask("engine", 1, now=BOOT_S * 3)
+    assert [type(act) for act in devices.step(BOOT_S * 3)] == [Start]
+
+
 def test_units_that_went_are_given_back_by_whoever_comes_to_rest_first() -> None:
     devices = Devices(2, TURN_S, LINGER_S)
     devices.add("trainers", 1, at_most=2)
