@@ -28,7 +28,7 @@ from safecl.workload import LIGHT, TRAINERS, Bound, Bounds, Grid, Node
 UNASKED, WAITS, READY, RUNS, DONE = range(5)  # a stage's state
 _OVER, _UP, _GONE, _TAKEN, _BACK = range(5)  # kinds of events
 _STUCK_S = 30 * 86400.0
-_NUM_TICKS = 20_000  # in the least time that any schedule takes
+_NUM_TICKS = 10_000  # in the least time that any schedule takes
 _STOP_S = 1.0  # seconds until a stopped holder has given its units back
 
 
