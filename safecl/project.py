@@ -125,6 +125,8 @@ class Project:
                 f"the studies of this search lie on this machine alone ({self.store.local}), as execution.study_uri is null: "
                 "another one asks their trials again, and finds in the store what is finished; name a database that both reach"
             )
+        if sweep.execution.cache_gib is not None and self.store.remote is None and not reads:
+            self.warnings.append("execution.cache_gib bounds a node's copies of a store at a URL: this one is a folder")
         at_once, in_all = sweep.search.at_once, sweep.execution.num_trials_at_once
         if searches and at_once > in_all and not reads:
             self.warnings.append(

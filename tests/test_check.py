@@ -170,6 +170,10 @@ def test_a_model_folder_is_looked_into(tmp_path: Path, tiny_model: Path) -> None
         opened(tmp_path, *settings)
 
 
+def test_a_bound_on_copies_of_a_store_that_is_a_folder_is_told(tmp_path: Path) -> None:
+    assert [line for line in opened(tmp_path, "execution.cache_gib=5").warnings if "this one is a folder" in line]
+
+
 def test_trials_at_once_that_the_run_does_not_let_run_are_told(tmp_path: Path) -> None:
     searched = f"methods=[{{name: der, config: {{memory_size: 20}}, {WEIGHT}}}]"
     told = opened(tmp_path, searched, "search.at_once=4", "execution.num_trials_at_once=3").warnings

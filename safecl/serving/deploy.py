@@ -90,6 +90,7 @@ def shutdown_all(owner: str) -> None:
     """Shut down the applications whose names end with `-` and `owner`. Other applications and Serve itself keep running."""
     from ray import serve
 
+    hush()
     for name in serve.status().applications:
         if name.endswith(f"-{owner}"):
             serve.delete(name)
