@@ -220,13 +220,14 @@ def _run(
             (names if len(names) > 1 else {}) | ({} if project.sweep.align.train else {"": "aligned"}),
         )
         guarded = _guarded(project, journal, lease, told, again)
+        is_joined = project.sweep.execution.address != "local"
         with (
             _at_most(max_hours, lambda: show(_left(eta, schedule))),
             _cluster(project, show, eta.forecast.seconds, guarded) as (broker, ray),
+            # On a cluster that goes on, engines outlive their driver.
+            lease.settling(lambda owner: cluster.clear(short_of(owner))) if is_joined else nullcontext(),
         ):
-            if project.sweep.execution.address != "local":
-                for owner in lease.dead:  # on a cluster that goes on, engines outlive their driver
-                    cluster.clear(short_of(owner))
+            if is_joined:
                 unit = "GPU" if project.sweep.execution.use_gpu else "CPU"
                 eta.slots = slots(project.sweep.execution, int(ray.cluster_resources().get(unit, 1)))
                 if unset := ray.get(broker.unset.remote(key_variables(all_seats(project.sweep)))):

@@ -16,8 +16,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -113,9 +113,11 @@ class Lease:
         self.lost = False
         self.dead: list[str] = []  # owners that were found dead; those that held one of our names come first
         self.num_dead = 0  # number of dead owners that held one of our names
+        self._clear: Callable[[str], None] | None = None
         self._told: dict[str, Any] = {
             "sweep": sweep, "holds": sorted(holds), "host": socket.gethostname(), "pid": os.getpid(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"), "held": False, "beat": 0,
+            "left": [],
         }  # fmt: skip
         self._seen: dict[str, tuple[Any, int]] = {}  # notes of others, and for how many of our beats each was unchanged
         self._lock = threading.Lock()
@@ -167,18 +169,43 @@ class Lease:
                 continue
             shares = not self.holds.isdisjoint(other["holds"])
             if self._is_dead(name) if shares else is_here(name.removeprefix(NOTE)) is False:
-                self.num_dead += shares
-                self.dead.insert(0 if shares else len(self.dead), name.removeprefix(NOTE))
-                self.store.forget(name)
+                self._bury(name, other, shares)
             while shares and (now := self.store.noted(name)) is not None:
                 # Of two candidates that saw each other, the first by name waits until the other has gone.
                 if now["held"] or name < self.name:
                     raise PrerequisiteError(_refusal(now))
                 time.sleep(0.2)
                 if self._is_dead(name):
-                    self.num_dead += 1
-                    self.dead.insert(0, name.removeprefix(NOTE))
-                    self.store.forget(name)
+                    self._bury(name, now, shares)
+
+    def _bury(self, name: str, told: Mapping[str, Any], shares: bool) -> None:
+        """Remove the lease of a dead driver. What that driver left behind, and what it had taken over itself, is told in this
+        lease until it is cleared: this driver may die before that."""
+        left = [name.removeprefix(NOTE), *told.get("left", [])]
+        self.num_dead += shares
+        self.dead = [*left, *self.dead] if shares else [*self.dead, *left]
+        self._told["left"] = [*self._told["left"], *left]
+        self._write()
+        self.store.forget(name)
+
+    @contextmanager
+    def settling(self, clear: Callable[[str], None]) -> Iterator[None]:
+        """While the block runs, call `clear` with the name of each dead driver whose engines may still be up, on a cluster
+        that goes on. `clear` may be called by another thread."""
+        self._clear = clear
+        try:
+            self._settle()
+            yield
+        finally:
+            self._clear = None
+
+    def _settle(self) -> None:
+        if self._clear is None or not (left := self._told["left"]):
+            return
+        for owner in left:
+            self._clear(owner)
+        self._told["left"] = self._told["left"][len(left) :]
+        self._write()
 
     def _is_dead(self, name: str) -> bool:
         found = is_here(name.removeprefix(NOTE))
@@ -200,8 +227,7 @@ class Lease:
             before, num = self._seen.get(name, (None, 0))
             self._seen[name] = other, num + 1 if other == before else 0
             if self._seen[name][1] >= FORGOTTEN_AFTER and is_here(name.removeprefix(NOTE)) is None:
-                self.dead.append(name.removeprefix(NOTE))
-                self.store.forget(name)
+                self._bury(name, other, shares=False)
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
@@ -216,6 +242,7 @@ class Lease:
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
                 self._forget_still()
+                self._settle()
                 if self._told["held"] and self.store.noted(CANCEL + self.store.owner) is not None:
                     self.store.forget(CANCEL + self.store.owner)
                     os.kill(os.getpid(), signal.SIGTERM)

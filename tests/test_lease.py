@@ -84,6 +84,24 @@ def test_of_drivers_that_start_at_once_one_runs_and_when_it_is_killed_the_next_t
     assert store.notes(NOTE) == {}
 
 
+def test_what_a_dead_driver_left_is_told_on_until_it_is_cleared(tmp_path: Path) -> None:
+    """Its engines on a cluster that goes on. The driver that took its lease over was killed before it ended them, and they
+    held their units for ever."""
+    store, owners = Store(str(tmp_path)), list[str]()
+    for _ in range(2):  # the second finds the first dead, and is killed as well
+        with drivers(tmp_path, 1, "sweep a") as (process,):
+            assert _line(process) == "held"
+            owners.append(_owner(store))
+    cleared: list[str] = []
+    with Lease(store, "quickstart", ["sweep a"]) as third:
+        assert third.num_dead == 1 and sorted(third.dead) == sorted(owners)
+        with third.settling(cleared.append):
+            assert sorted(cleared) == sorted(owners)
+            assert store.noted(third.name)["left"] == []
+        with third.settling(cleared.append):
+            assert len(cleared) == 2, "once"
+
+
 def _owner(store: Store) -> str:
     [name] = store.notes(NOTE)
     return name.removeprefix(NOTE)
