@@ -11,7 +11,6 @@ gone, or when the beat of its lease (lease.py) no longer changes.
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import TYPE_CHECKING
 
 from safecl import lease
@@ -38,7 +37,7 @@ class Claims:
         self._running: asyncio.Task[Rivals] | None = None
         self._coming: asyncio.Task[Rivals] | None = None
         self._telling: asyncio.TimerHandle | None = None
-        self._beats: dict[str, tuple[int, float]] = {}  # of drivers on other machines: last beat, first seen when
+        self._pulse = lease.Pulse(store)
 
     async def take(self, stage: Stage) -> bool:
         """Wait for the stage. Returns True when this driver is to make it (then call `leave`), False once it has been made."""
@@ -119,18 +118,9 @@ class Claims:
         return {
             owner: note
             for owner, note in others.items()
-            if not looked_for.isdisjoint([*note["held"], *note["wanted"]]) and self._is_alive(owner)
+            if not looked_for.isdisjoint([*note["held"], *note["wanted"]])
+            and self._pulse.still_s(owner) < lease.BEAT_S * lease.DEAD_AFTER
         }
-
-    def _is_alive(self, owner: str) -> bool:
-        if (here := lease.is_here(owner)) is not None:
-            return here
-        if (told := self.store.noted(lease.NOTE + owner)) is None:
-            return False
-        beat, now = int(told["beat"]), time.monotonic()
-        if self._beats.get(owner, (-1, 0.0))[0] != beat:
-            self._beats[owner] = beat, now
-        return now - self._beats[owner][1] < lease.BEAT_S * lease.DEAD_AFTER
 
 
 def _heard(done: asyncio.Task[Rivals]) -> None:

@@ -59,6 +59,7 @@ def start(execution: Execution, logs: Path, need: int | None = None) -> None:
     import logging
 
     logging.getLogger("ray").setLevel(logging.ERROR)
+    _keep_messages(logs / "ray.log")
     before = signal.getsignal(signal.SIGTERM)
     if execution.address == "local":
         _start_local({"trial_slot": float(execution.num_trials_at_once)})
@@ -66,7 +67,6 @@ def start(execution: Execution, logs: Path, need: int | None = None) -> None:
         nodes.join(execution.address, quiet, logs / "ray.log")
     if before is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)  # Ray's own handler prints a stack and aborts
-    _keep_messages(logs / "ray.log")
     if missing := lacking(execution, need):
         raise PrerequisiteError(missing)
 
@@ -102,8 +102,9 @@ def _start_local(resources: dict[str, float]) -> None:
 
 
 def _keep_messages(path: Path) -> None:
-    """Write the warnings of Ray's daemons into a file. Ray prints them on the driver's terminal at any log level. It has no
-    setting for that, so the function that prints them is replaced."""
+    """Write the warnings of Ray's daemons into a file, also those of before this process joined. Ray prints them into the
+    driver's output at any log level, in front of a table in JSON. It has no setting for that, so the function that prints them
+    is replaced."""
     from ray._private import worker
 
     def write(data: dict[str, Any], ignore_prefix: bool = False) -> None:

@@ -10,6 +10,7 @@ the one that replaced it. Both see this at their next beat, and the one whose na
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import signal
@@ -96,6 +97,26 @@ def _began(pid: int) -> int:
         return 0 if process.status() == psutil.STATUS_ZOMBIE else round(process.create_time() * 1000)
     except psutil.Error:
         return 0
+
+
+class Pulse:
+    """Whether other processes live, seen from this one. One on another machine lives while the beat of its lease changes."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._beats: dict[str, tuple[int, float]] = {}  # last beat, and when it was first seen
+
+    def still_s(self, owner: str) -> float:
+        """Seconds without a sign of life since this was first asked. 0 if the process is seen to live, infinity if it is
+        gone."""
+        if (here := is_here(owner)) is not None:
+            return 0.0 if here else math.inf
+        if (told := self._store.noted(NOTE + owner)) is None:
+            return math.inf
+        beat, now = int(told["beat"]), time.monotonic()
+        if self._beats.get(owner, (-1, 0.0))[0] != beat:
+            self._beats[owner] = beat, now
+        return now - self._beats[owner][1]
 
 
 class Lease:

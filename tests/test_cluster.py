@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from safecl import cluster
 from safecl.cluster import raylet
+from safecl.config import Execution
 from tests.cluster import nodes
 
 
@@ -49,3 +51,19 @@ def test_each_node_has_its_own_folder_and_sees_no_other(tmp_path: Path) -> None:
         third = cluster.add(num_cpus=1)
         (third / "file").write_text("a new one's")
         assert on(third, third / "file") == (str(third), "a new one's")
+
+
+def test_what_ray_says_as_a_run_joins_is_not_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That a node died before it joined, say. It stood in front of the table of `safecl run --json`."""
+    from ray._private import worker
+
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
+    monkeypatch.setattr(cluster, "lacking", lambda *_: "")
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # what it sets is not for other tests
+    said = {"lines": ["a node is dead"], "is_err": False, "pid": "raylet", "ip": "", "job": None, "actor_name": None}
+    monkeypatch.setattr(cluster.nodes, "join", lambda *_: worker.print_to_stdstream(said))
+    cluster.start(Execution(address="auto"), tmp_path)
+    assert (tmp_path / "ray.log").read_text() == "a node is dead\n"
+    assert capsys.readouterr() == ("", "")

@@ -117,7 +117,7 @@ ALLOWED: dict[str, set[str]] = {  # room -> rooms it may import at any depth of 
                "tokenizer_files", "training"},
     "peft_files": set(),
     "training": {"config", "methods", "model_files", "peft_files", "store", "tasks"},
-    "serving": {"faults", "identity", "peft_files", "store", "training", "underway"},
+    "serving": {"faults", "identity", "lease", "peft_files", "store", "training", "underway"},
     "methods": {"config", "registry", "store", "tasks", "training"},
     "api": {"config", "driver", "overview", "project", "sweepfile"},
     "testing": {"check", "config", "judges", "methods", "metrics", "registry", "stages", "tasks", "training"},

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from safecl.capacity import capacity
 from safecl.config import Execution
 from safecl.devices import Devices
 from safecl.fleet import Fleet
+from safecl.lease import NOTE
 from safecl.lender import Lender
 from safecl.order import UNNAMED, Turn
+from safecl.serving.driverless import end_without
 from safecl.store import Stage, Store
 from tests.cluster import nodes
+from tests.test_lease import OTHER
 
 
 class StandIn:
@@ -66,6 +70,37 @@ def test_engines_of_three_models_in_two_roles_take_turns_on_one_unit(
         booted = {name: group.num_started for name, group in lender.devices.groups.items()}
         assert len(booted) == 6 and set(booted.values()) == {1}
         deploy.shutdown_all(fleet.store.short)
+
+
+class Driverless(StandIn):
+    """It ends without its driver, like an engine."""
+
+    def __init__(self, base: Any, settings: Any, store: Any) -> None:
+        super().__init__(base, settings, store)
+        end_without(store, settings.name, look_s=0.2, gone_s=1.0)
+
+
+def test_an_engine_ends_by_itself_once_its_driver_is_gone(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve would keep it, with its GPUs, for as long as the cluster lives."""
+    from ray import serve
+
+    from safecl.serving import deploy
+    from safecl.serving.messages import Settings
+
+    monkeypatch.setattr(deploy, "Engine", Driverless)
+    driver, lives = OTHER, Store(str(cluster / "driverless"))
+    store = Store(lives.root, owner=driver)
+    store.note(NOTE + driver, {"beat": 1})
+    for name, of in (("gone", store), ("lives", lives)):
+        deploy.deploy(
+            Settings(name=name, max_model_len=8), Stage("model", {"source": name}).ref, of, resources={"CPU": 0}
+        )
+    until = time.monotonic() + 20
+    while "gone" in serve.status().applications:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert serve.status().applications["lives"].status == "RUNNING"
+    deploy.shutdown("lives")
 
 
 def sweep(models: dict[str, Path], root: Path, address: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from safecl import underway
 from safecl.base import PrerequisiteError, importing
 from safecl.faults import kind_of
 from safecl.identity import Ref
+from safecl.serving.driverless import end_without
 from safecl.serving.gate import Gate, GateBroken
 from safecl.serving.messages import Refused, Sampling, Settings, Unavailable, WeightsRef
 from safecl.serving.remembered import Remembered
@@ -41,6 +42,8 @@ class Engine:
             _send_output_to(Path(settings.log_dir), settings.name)
         elif store is not None:
             self._open.enter_context(underway.kept(store, _send_output_to(store.logs, settings.name)))
+        if store is not None:
+            end_without(store, settings.name)
         with importing():
             from vllm import AsyncEngineArgs
             from vllm.usage.usage_lib import UsageContext
