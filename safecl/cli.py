@@ -421,10 +421,14 @@ def main() -> None:
     except SystemExit as ended:  # SIGTERM
         code = ended.code
     except Exception as error:
-        if (told := _mendable(error)) is None:
+        if (told := _mendable(error)) is not None:
+            print(told, file=sys.stderr)
+            sys.exit(2)
+        if not _is_of_cluster(error):
             raise
-        print(told, file=sys.stderr)
-        sys.exit(2)
+        said = str(error).strip().partition("\n")[0]
+        print(f"the Ray cluster, or a part of it, was lost: {said}; the same command continues", file=sys.stderr)
+        sys.exit(1)
     if code in (130, 143):
         print("stopped; run the same command to continue from what is finished", file=sys.stderr)
     sys.exit(code)
@@ -446,6 +450,14 @@ def _mendable(error: Exception) -> str | None:
     if isinstance(error, OSError) and named and any(_holds(argument, str(named)) for argument in sys.argv[1:]):
         return f"config error: {named}: {error.strerror}"
     return None
+
+
+def _is_of_cluster(error: Exception) -> bool:
+    """Whether Ray lost what this process was talking to."""
+    from safecl.faults import kind_of
+
+    of_ray = any(kind.__module__.partition(".")[0] == "ray" for kind in type(error).__mro__)
+    return of_ray and kind_of(error) == "infrastructure"
 
 
 def _usage(error: Any) -> str:

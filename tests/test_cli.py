@@ -271,3 +271,27 @@ def test_a_shell_completes_verbs() -> None:
     words = [str(Path(sys.executable).parent / "safecl")]
     said = subprocess.run(words, env={**os.environ, **asked}, capture_output=True, text=True, check=False)
     assert said.stdout.split() == ["report"]
+
+
+def test_a_cluster_that_is_lost_is_one_line_and_a_stages_own_error_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    def failing(error: Exception) -> Any:
+        def app(**_: object) -> None:
+            raise error
+
+        return app
+
+    monkeypatch.setattr(cli, "app", failing(ActorDiedError()))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert re.fullmatch(
+        r"the Ray cluster, or .* was lost: The actor died [^\n]*; the same command continues\n", capsys.readouterr().err
+    )
+    own = RayTaskError("stage", "its traceback", ValueError("a bug")).as_instanceof_cause()
+    monkeypatch.setattr(cli, "app", failing(own))
+    with pytest.raises(ValueError, match="its traceback"):
+        cli.main()
