@@ -13,6 +13,8 @@ from safecl.cost import slots
 from safecl.models import tokenizer_folder, tokenizer_stage
 from safecl.tasks._written import find
 
+GIB_PER_WAITING = 0.2  # memory of a trial's process, measured
+
 
 def check(sweep: Sweep) -> None:
     """Raises PrerequisiteError if this machine lacks what the sweep needs."""
@@ -41,9 +43,15 @@ def lacking_judges(sweep: Sweep) -> list[str]:
 
 
 def check_memory(execution: Execution) -> None:
-    """Raises PrerequisiteError if a run on this machine's CPUs does not fit into its free memory, even if its trainers
-    and engines take turns."""
+    """Raises PrerequisiteError if what a run holds on this machine does not fit into its free memory: on its CPUs also a
+    trainer or an engine, else only the processes of trials, which mostly wait."""
     if execution.address != "local" or execution.use_gpu:
+        free, need = free_gib(), execution.num_trials_at_once * GIB_PER_WAITING
+        if free < need:
+            raise PrerequisiteError(
+                f"memory: {free:.1f} GiB are free on this machine, and {execution.num_trials_at_once} trials at once need about "
+                f"{need:.1f} on it, wherever they train: lower execution.num_trials_at_once, or start the run on a larger machine"
+            )
         return
     free, need = free_gib(), least_gib(execution)
     if free < need:

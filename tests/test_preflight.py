@@ -20,7 +20,9 @@ def test_a_run_that_does_not_fit_into_memory_is_refused_with_the_figures(monkeyp
     # 4 ranks of 2.5 at once, beside 3 trials
     with pytest.raises(PrerequisiteError, match=r"9\.0 GiB are free.*about 11\.2 .*4 training workers"):
         preflight.check_memory(Execution(num_workers=4))
-    preflight.check_memory(Execution(address="auto"))  # not this machine's memory
+    preflight.check_memory(Execution(address="auto", num_trials_at_once=44))  # what waits is here, nothing else
+    with pytest.raises(PrerequisiteError, match=r"9\.0 GiB are free .* 50 trials at once need about 10\.0"):
+        preflight.check_memory(Execution(address="auto", num_trials_at_once=50))
 
 
 def test_doctor_asks_for_the_quickstarts_memory() -> None:
