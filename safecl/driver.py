@@ -21,7 +21,7 @@ from safecl.base import ConfigError, Infrastructure, PrerequisiteError
 from safecl.config import Sweep
 from safecl.cost import missing, slots
 from safecl.eta import Eta
-from safecl.faults import CLUSTER, DRIVER, PATIENCE_S, PAUSE_S, Journal
+from safecl.faults import CLUSTER, DRIVER, PATIENCE_S, PAUSE_S, Journal, plain_error
 from safecl.judging.served import check_endpoints, key_variables
 from safecl.lease import NOTE, Lease, is_here, owners, short_of
 from safecl.order import Claim
@@ -246,7 +246,7 @@ def _run(
                 try:
                     ray.get(waiting)
                 except Exception as error:
-                    problems.append(f"the guard on held-out pairs: {execute.plain_error(error)}")
+                    problems.append(f"the guard on held-out pairs: {plain_error(error)}")
         is_over = True
     finally:
         with suppress(Exception):  # what cannot be recorded now, the next run finds
@@ -413,7 +413,7 @@ def train_guard(project: Project, show: Callable[[str], None]) -> dict[str, Any]
                 try:
                     ray.get(broker.ensure.remote([evidence.metrics, *evidence.judged]))
                 except Exception as error:
-                    raise execute.plain_error(error) from None
+                    raise plain_error(error) from None
     [judged], found = evidence.judged, project.guard_quality(alone=True)
     assert found is not None, "judged above"
     return {"guard": judged.inputs["weights"].key, "verdicts": judged.key, "heldout": as_json(found)}

@@ -186,7 +186,7 @@ class Broker:
                     seconds = await self._persist(stage, heavy)
                     break
                 except Exception as error:
-                    if not isinstance(plain_error(error), Damaged) or not tries_left:
+                    if not isinstance(faults.plain_error(error), Damaged) or not tries_left:
                         raise
                     # `sound` moves damaged inputs away, so that they are made again.
                     await asyncio.gather(*(asyncio.to_thread(self.store.sound, s) for s in stage.inputs.values()))
@@ -198,7 +198,7 @@ class Broker:
                 self.num_tokens += int((await asyncio.to_thread(self.store.record, stage))["result"]["tokens"])
         except BaseException as error:
             self.failed[stage.key] = error
-            self.times.ends(stage.key, plain_error(error))
+            self.times.ends(stage.key, faults.plain_error(error))
             raise
         finally:
             self.trainers.expect(-int(heavy))
@@ -225,7 +225,7 @@ class Broker:
             try:
                 return await self._run(stage, heavy)
             except Exception as error:
-                found = plain_error(error)
+                found = faults.plain_error(error)
                 cause = faults.cause_of(found)
                 if not (heavy and cause.kind == "infrastructure"):
                     self.journal.add(cause, f"{stage.kind} {stage.key[:12]}", found)
@@ -433,7 +433,7 @@ class Broker:
         if self.gauges is not None:
             self.gauges.show(self.times, self.fleet.num_up, self.num_tokens)
             self.num_tokens = 0
-        plain = {key: plain_error(error) for key, error in self.failed.items()}
+        plain = {key: faults.plain_error(error) for key, error in self.failed.items()}
         lent, scarce = self.lender.told(), unit(self.execution)
         waiting = [
             {**_live(f"{name} waits for its turn on a {scarce}", name), "start": time.time() - group["waits_s"]}
@@ -453,15 +453,9 @@ class Broker:
 def _live(kind: str, key: str, unit: str = "", at: float | None = None) -> dict[str, Any]:
     """The state of a stage that begins now, or began `at`."""
     return {
-        "kind": kind,
-        "key": key,
-        "start": time.time() if at is None else at,
-        "done": 0,
-        "total": 0,
-        "unit": unit,
-        "metrics": {},
-        "ends": None,
-    }
+        "kind": kind, "key": key, "start": time.time() if at is None else at, "done": 0, "total": 0, "unit": unit,
+        "metrics": {}, "ends": None,
+    }  # fmt: skip
 
 
 def broker(store: Store, execution: Execution, logs: Path, seconds: Callable[[Stage], float] | None = None) -> Any:
@@ -501,10 +495,3 @@ def _me() -> Any:
     import ray
 
     return ray.get_runtime_context().current_actor
-
-
-def plain_error(error: BaseException) -> BaseException:
-    """Return the error that a stage raised, without the errors of Ray that wrap it."""
-    while isinstance(cause := getattr(error, "cause", None), BaseException):
-        error = cause
-    return error

@@ -131,6 +131,13 @@ def kind_of(error: BaseException) -> Kind:
     return cause_of(error).kind
 
 
+def plain_error(error: BaseException) -> BaseException:
+    """Return the error that a stage raised, without the errors of Ray that wrap it."""
+    while isinstance(cause := getattr(error, "cause", None), BaseException):
+        error = cause
+    return error
+
+
 class Journal:
     """The faults of a store's runs, a line each in `<logs>/faults.jsonl`.
 

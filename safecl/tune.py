@@ -8,8 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from safecl.execute import plain_error
-from safecl.faults import kind_of
+from safecl.faults import kind_of, plain_error
 from safecl.grid import Cell, Job
 from safecl.order import Claim
 from safecl.schedule import Schedule

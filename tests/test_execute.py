@@ -22,7 +22,7 @@ from safecl.base import PrerequisiteError
 from safecl.capacity import Capacity
 from safecl.config import Execution
 from safecl.devices import Group, Holder
-from safecl.faults import Journal
+from safecl.faults import Journal, plain_error
 from safecl.order import Claim, Turn
 from safecl.store import Stage, Store
 from safecl.trainers import Trainer, Work
@@ -221,7 +221,7 @@ def test_a_failed_stage_reaches_everyone_above_it_at_once_and_is_not_cached(shar
     for waiting in (bad, above):
         with pytest.raises(Exception) as caught:
             ray.get(broker.ensure.remote([waiting]), timeout=60)
-        plain = execute.plain_error(caught.value)
+        plain = plain_error(caught.value)
         assert isinstance(plain, ConfigError) and "1000000" in str(plain)
     assert not store.has(bad) and not list((store.local / "tmp").glob("*"))
     ray.get(broker.ensure.remote([rows(7)]), timeout=60)  # what does not need it goes on

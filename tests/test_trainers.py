@@ -16,7 +16,7 @@ import pytest
 
 from safecl import execute
 from safecl.config import Execution
-from safecl.faults import Journal, kind_of
+from safecl.faults import Journal, kind_of, plain_error
 from safecl.order import Claim
 from safecl.store import Stage, Store
 from safecl.testing import world as contract
@@ -121,7 +121,7 @@ def test_one_process_trains_one_after_the_other_and_a_refusal_does_not_end_it(ru
     bad = running.finetune(1, dtype="float32", lora={**contract.config("sft")["lora"], "targets": ["nothing"]})
     with pytest.raises(Exception) as caught:
         running.ensure(bad)
-    plain = execute.plain_error(caught.value)
+    plain = plain_error(caught.value)
     assert "nothing" in str(plain)
     others = [running.finetune(seed) for seed in (2, 3)]
     running.ensure(*others)
@@ -232,7 +232,7 @@ def test_a_finetune_that_kills_its_worker_too_often_fails_alone(running: Running
         time.sleep(0.05)
     with pytest.raises(Exception, match="lost its workers 2 times") as caught:
         ray.get(done, timeout=60)
-    assert kind_of(execute.plain_error(caught.value)) == "infrastructure"
+    assert kind_of(plain_error(caught.value)) == "infrastructure"
     ray.get(next_done, timeout=120)
     assert running.store.has(next_stage) and not running.store.has(stage)
 

@@ -13,6 +13,7 @@ from typing import Protocol, Self
 from safecl.base import ConfigError, Json, PrerequisiteError
 from safecl.check import source_problem
 from safecl.config import Execution, Model, url_problem
+from safecl.faults import plain_error
 from safecl.hardware import native
 from safecl.judges import Judge, Verdict
 from safecl.models import model_stage
@@ -116,7 +117,7 @@ class OwnEngine:
             self._reach = Reach(Engines(groups), f"judge-{self._stage.key[:8]}", weights, limit, Tokenizer(base))
         except BaseException as error:
             self._open.close()
-            raise execute.plain_error(error) from None
+            raise plain_error(error) from None
         return self
 
     def __exit__(
