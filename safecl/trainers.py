@@ -91,7 +91,7 @@ class Trainers:
         end: Callable[[str], None],
     ) -> None:
         self.store, self.execution, self.logs = store, execution, logs
-        self.on_start, self.ahead, self.begin, self.end = on_start, ahead, begin, end
+        self.on_start, self.ahead, self._begin, self._end = on_start, ahead, begin, end
         self.journal = Journal(Path(logs))
         self.lender = lender
         self.num_trainers = capacity.num_trainers
@@ -148,7 +148,7 @@ class Trainers:
             if name not in self.trainers:  # its units went to other holders that waited for them
                 return None
         trainer.group = group
-        self.end(name)
+        self._end(name)
         given: asyncio.Future[tuple[Stage, int] | None] = asyncio.get_running_loop().create_future()
         trainer.waiting[rank] = given
         self.lender.up(trainer.holder)
@@ -220,7 +220,7 @@ class Trainers:
     async def _hold(self, trainer: Trainer) -> None:
         import ray
 
-        self.begin("trainer", trainer.name)
+        self._begin("trainer", trainer.name)
         me = ray.get_runtime_context().current_actor
         loop = asyncio.get_running_loop()
         why: Exception | None = None
@@ -230,7 +230,7 @@ class Trainers:
             except Exception as error:  # more restarts than allowed, or it never started
                 why = Infrastructure(f"{type(error).__name__}: {error}")
         self.trainers.pop(trainer.name, None)
-        self.end(trainer.name)
+        self._end(trainer.name)
         try:
             never_came = why is not None and not trainer.group and self.lender.never_came(trainer.holder)
             if why and not trainer.group and not never_came and (work := self._next()) is not None:

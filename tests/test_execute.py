@@ -126,7 +126,8 @@ def test_units_of_a_trainer_that_is_lost_while_it_makes_way_are_free(
 ) -> None:
     """Its work goes back to the queue, so that it is idle and is told to stop, before it is known to be gone. That raised
     StopIteration, and its units stayed taken."""
-    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(current_actor=None))
+    context = SimpleNamespace(current_actor=None, get_actor_id=lambda: None)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: context)
     lost, began = threading.Event(), list[Holder]()
 
     class Engines:

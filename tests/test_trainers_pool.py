@@ -50,6 +50,8 @@ class Pool(Trainers):
             held,
             lambda stage: self.given_out.append(stage.kind),
             lambda: (1e9, 0.0),
+            lambda *_: None,
+            lambda name: None,
         )
         lender.add("trainers", self, held.trainer, held.num_trainers, idle_s)
         self.ends: dict[str, tuple[threading.Event, list[Exception]]] = {}

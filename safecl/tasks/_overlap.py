@@ -124,9 +124,7 @@ def drop_overlaps(
     (0, 1]. `ignored` are content words that do not count. A conversation is compared as a whole and also by each of its
     requests; with `whole` only as a whole.
     """
-    if not rows:
-        return [], []
-    index = _built(tuple(against_prompts), threshold, ignored)
+    index = _built(tuple(against_prompts) if rows else (), threshold, ignored)
     kept: list[Row] = []
     dropped: list[str] = []
     for row in rows:
