@@ -92,14 +92,13 @@ def test_an_engine_ends_by_itself_once_its_driver_is_gone(cluster: Path, monkeyp
     store = Store(lives.root, owner=driver)
     store.note(NOTE + driver, {"beat": 1})
     for name, of in (("gone", store), ("lives", lives)):
-        deploy.deploy(
-            Settings(name=name, max_model_len=8), Stage("model", {"source": name}).ref, of, resources={"CPU": 0}
-        )
-    until = time.monotonic() + 20
-    while "gone" in serve.status().applications:
+        model = Stage("model", {"source": name})
+        deploy.deploy(Settings(name=name, max_model_len=8), model.ref, of, resources={"CPU": 0}, wait=False)
+    assert serve.status().applications.keys() >= {"gone", "lives"}
+    until = time.monotonic() + 60
+    while "gone" in (found := serve.status().applications) or found["lives"].status != "RUNNING":
         assert time.monotonic() < until
         time.sleep(0.1)
-    assert serve.status().applications["lives"].status == "RUNNING"
     deploy.shutdown("lives")
 
 
